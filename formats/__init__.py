@@ -1,0 +1,1 @@
+"""The container: values, bytes, readers and writers. SPEC.md is normative."""

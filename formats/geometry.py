@@ -1,0 +1,195 @@
+"""What a cache looks like: dtypes, rotary tables, sections.
+
+These are plain values (hashable, comparable), written into every stream header and every
+calibration file.
+"""
+
+from __future__ import annotations
+
+import enum
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+class DType(enum.IntEnum):
+    """Element types of a cache. The numbers are those of the stream."""
+
+    FLOAT32 = 1
+    FLOAT16 = 2
+    BFLOAT16 = 3
+    FLOAT8_E4M3FN = 4
+    FLOAT8_E5M2 = 5
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes per element."""
+        return {1: 4, 2: 2, 3: 2, 4: 1, 5: 1}[self.value]
+
+    @property
+    def label(self) -> str:
+        """The name that numpy and ml_dtypes know, e.g. ``"bfloat16"``."""
+        return self.name.lower()
+
+    @property
+    def is_fp8(self) -> bool:
+        """Whether values travel with a scale."""
+        return self.itemsize == 1
+
+
+@dataclass(frozen=True, slots=True)
+class Rope:
+    """One rotary position embedding (RoFormer, arXiv 2104.09864).
+
+    A key's first ``rotary_dim`` channels are rotated by ``position * inv_freq``, the rest pass
+    through; cosine and sine are multiplied by ``scale``.
+
+    Parameters
+    ----------
+    inv_freq
+        Inverse frequencies in radians per position, ``rotary_dim / 2`` of them, rounded to
+        binary32 (what models compute with). Any scaling rule (linear, dynamic, YaRN, llama3) is
+        already in the table.
+    interleaved
+        ``False``: channel ``i`` pairs with ``i + rotary_dim / 2`` (Llama). ``True``: channel
+        ``2i`` pairs with ``2i + 1`` (GPT-J).
+    scale
+        Attention scaling factor (YaRN); 1 for most models.
+    """
+
+    inv_freq: tuple[float, ...]
+    interleaved: bool = False
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.inv_freq:
+            raise ValueError("a Rope needs at least one inverse frequency; use None for no RoPE")
+        table = tuple(_binary32(f) for f in self.inv_freq)
+        if not all(abs(f) < float("inf") for f in table):
+            raise ValueError("inverse frequencies must be finite")
+        scale = _binary32(self.scale)
+        if not 0 < scale < float("inf"):
+            raise ValueError(f"RoPE scale must be positive and finite, found {self.scale}")
+        object.__setattr__(self, "inv_freq", table)
+        object.__setattr__(self, "scale", scale)
+
+    @property
+    def rotary_dim(self) -> int:
+        """Channels that rotate."""
+        return 2 * len(self.inv_freq)
+
+    @classmethod
+    def from_theta(cls, theta: float, rotary_dim: int, *, interleaved: bool = False) -> Rope:
+        """The unscaled table ``theta ** (-2i / rotary_dim)``."""
+        if theta <= 0 or rotary_dim <= 0 or rotary_dim % 2:
+            raise ValueError(
+                f"theta must be positive and rotary_dim even and positive, "
+                f"found theta={theta}, rotary_dim={rotary_dim}"
+            )
+        table = tuple(theta ** (-i / rotary_dim) for i in range(0, rotary_dim, 2))
+        return cls(table, interleaved)
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """Layers that hold the same tokens and are coded together, one row per token.
+
+    Layers that keep other tokens (sliding windows beside full attention) are a section of their
+    own in the same stream.
+
+    Parameters
+    ----------
+    layers
+        The model's numbers of these layers, rising.
+    kv_heads, k_dim, v_dim
+        Heads per layer and channels per head of K and of V.
+    rope
+        One entry a layer: the rotary table its keys carry, or ``None``. Empty: no layer's keys
+        carry RoPE (they were captured before it, or the model has none).
+    """
+
+    layers: tuple[int, ...]
+    kv_heads: int
+    k_dim: int
+    v_dim: int
+    rope: tuple[Rope | None, ...] = ()
+
+    def __post_init__(self) -> None:
+        rising = all(a < b for a, b in zip(self.layers, self.layers[1:], strict=False))
+        if not self.layers or self.layers[0] < 0 or not rising:
+            raise ValueError(f"layers must be rising numbers from 0, found {self.layers}")
+        if min(self.kv_heads, self.k_dim, self.v_dim) < 1:
+            raise ValueError(
+                f"kv_heads, k_dim and v_dim must be positive, found "
+                f"{self.kv_heads}, {self.k_dim}, {self.v_dim}"
+            )
+        if self.rope and len(self.rope) != len(self.layers):
+            raise ValueError(
+                f"rope must have an entry for each of {len(self.layers)} layers, "
+                f"found {len(self.rope)}"
+            )
+        if not any(self.rope):
+            object.__setattr__(self, "rope", ())
+        for rope in self.rope:
+            if rope is not None and rope.rotary_dim > self.k_dim:
+                raise ValueError(
+                    f"rotary dimension {rope.rotary_dim} exceeds the keys' {self.k_dim} channels"
+                )
+
+    @property
+    def k_width(self) -> int:
+        """Values of K per token."""
+        return len(self.layers) * self.kv_heads * self.k_dim
+
+    @property
+    def v_width(self) -> int:
+        """Values of V per token."""
+        return len(self.layers) * self.kv_heads * self.v_dim
+
+    def k_shape(self, tokens: int) -> tuple[int, int, int, int]:
+        """Shape of K: [layers, kv_heads, tokens, k_dim]."""
+        return (len(self.layers), self.kv_heads, tokens, self.k_dim)
+
+    def v_shape(self, tokens: int) -> tuple[int, int, int, int]:
+        """Shape of V: [layers, kv_heads, tokens, v_dim]."""
+        return (len(self.layers), self.kv_heads, tokens, self.v_dim)
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """The sections of a cache; most models have one."""
+
+    sections: tuple[Section, ...]
+
+    def __post_init__(self) -> None:
+        if not self.sections:
+            raise ValueError("a geometry needs at least one section")
+        layers = [layer for s in self.sections for layer in s.layers]
+        if len(set(layers)) != len(layers):
+            raise ValueError("a layer may be in one section only")
+
+    @classmethod
+    def uniform(
+        cls,
+        *,
+        layers: int,
+        kv_heads: int,
+        head_dim: int,
+        v_head_dim: int | None = None,
+        rope: Rope | Sequence[Rope | None] | None = None,
+    ) -> Geometry:
+        """One section of alike layers, numbered from 0.
+
+        ``rope`` is one table for all layers, one entry a layer, or ``None`` for keys without
+        RoPE. ``v_head_dim`` defaults to ``head_dim``.
+        """
+        tables = (rope,) * layers if rope is None or isinstance(rope, Rope) else tuple(rope)
+        v_dim = head_dim if v_head_dim is None else v_head_dim
+        return cls((Section(tuple(range(layers)), kv_heads, head_dim, v_dim, tables),))
+
+
+def _binary32(value: float) -> float:
+    try:
+        return float(struct.unpack("<f", struct.pack("<f", value))[0])
+    except OverflowError:
+        return float("inf")
