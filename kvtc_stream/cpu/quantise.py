@@ -1,0 +1,436 @@
+"""The published quantiser on the CPU: coefficients to symbols, symbols to packed bytes, and back.
+
+Every token has a scale and a shift, binary16 each, for every coded band (KVTC, arXiv 2511.01815,
+section 3). With ``lo`` and ``hi`` the least and greatest coefficient of the band:
+
+=======  ==============================  =====================================  ================
+band     shift, scale                    code                                   value
+=======  ==============================  =====================================  ================
+INT2     ``lo``, ``(hi - lo) / 3``       ``rint((x - shift) / scale)``, 0…3     shift + code·scale
+INT4     ``lo``, ``(hi - lo) / 15``      ``rint((x - shift) / scale)``, 0…15    shift + code·scale
+FP8      ``(lo + hi) / 2``,              E4M3 of ``(x - shift) / scale``,       shift + code·scale
+         ``(hi - lo) / 896``             saturating at ±448
+=======  ==============================  =====================================  ================
+
+All arithmetic is binary32, one rounding per operation; scale and shift are rounded to binary16,
+to nearest even, before the codes are found. A scale of 0 makes all codes 0. No operation here can
+be contracted to a fused multiply-add with another result (``code·scale`` is exact), so every
+backend that divides correctly finds the same codes and values.
+
+The kernels release the GIL and keep no state: all functions may run on many threads at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numba
+import numpy as np
+import numpy.typing as npt
+
+from kvtc_stream.errors import FormatError
+from kvtc_stream.formats.plan import Band, Quantiser
+
+_INT2 = Quantiser.INT2.bits
+_INT4 = Quantiser.INT4.bits
+_FP8 = Quantiser.FP8.bits
+
+_F32 = np.float32
+_I32 = np.int32
+
+_jit = numba.njit(cache=True, nogil=True)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Symbols:
+    """The quantised coefficients of some tokens.
+
+    Attributes
+    ----------
+    codes
+        uint8 [tokens, coded components]: INT2 0…3, INT4 0…15, FP8 the E4M3 byte. Components of
+        ``NONE`` bands have no column.
+    scale, shift
+        float16 [coded bands, tokens], finite.
+    representable
+        bool [tokens]. ``False``: a coefficient is NaN or infinite, or a scale or shift exceeds
+        binary16. Such a token's codes, scales and shifts are 0 and must not be used.
+    """
+
+    codes: npt.NDArray[np.uint8]
+    scale: npt.NDArray[np.float16]
+    shift: npt.NDArray[np.float16]
+    representable: npt.NDArray[np.bool_]
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens."""
+        return self.codes.shape[0]
+
+
+def quantise(coefficients: npt.NDArray[np.float32], bands: tuple[Band, ...]) -> Symbols:
+    """Quantise each token's coefficients band by band.
+
+    Parameters
+    ----------
+    coefficients
+        float32 [tokens, components], C-contiguous; ``components`` is what the bands cover.
+    bands
+        The bands of one part of a plan.
+    """
+    layout = _layout(bands)
+    _check_coefficients(coefficients, layout)
+    tokens = coefficients.shape[0]
+    codes = np.empty((tokens, layout.coded_components), np.uint8)
+    scale = np.empty((layout.coded_bands, tokens), np.float32)
+    shift = np.empty((layout.coded_bands, tokens), np.float32)
+    representable = np.empty(tokens, np.bool_)
+    _quantise_tokens(coefficients, layout.table, codes, scale, shift, representable)
+    return Symbols(codes, scale.astype(np.float16), shift.astype(np.float16), representable)
+
+
+def dequantise(
+    symbols: Symbols,
+    bands: tuple[Band, ...],
+    out: npt.NDArray[np.float32],
+    rows: npt.NDArray[np.intp] | None = None,
+) -> None:
+    """Write the values of the symbols into rows of ``out``.
+
+    Parameters
+    ----------
+    symbols
+        What :func:`quantise` or :func:`unpack` gave for the same bands.
+    bands
+        The bands of one part of a plan.
+    out
+        float32 [rows, components], C-contiguous. ``NONE`` bands become 0. Other rows are left
+        as they are.
+    rows
+        intp [tokens]: the row of each token; token ``i`` goes to row ``i`` by default.
+    """
+    layout = _layout(bands)
+    _check_coefficients(out, layout)
+    _check_symbols(symbols, layout)
+    rows = _indices(rows, symbols.tokens, out.shape[0], "rows")
+    if rows.size != symbols.tokens:
+        raise ValueError(f"expected a row for each of {symbols.tokens} tokens, found {rows.size}")
+    scale = symbols.scale.astype(np.float32)
+    shift = symbols.shift.astype(np.float32)
+    _dequantise_tokens(symbols.codes, scale, shift, layout.table, rows, out)
+
+
+def packed_size(tokens: int, bands: tuple[Band, ...]) -> int:
+    """Bytes that :func:`pack` makes of this many tokens."""
+    return _layout(bands).packed_size(tokens)
+
+
+def pack(
+    symbols: Symbols, bands: tuple[Band, ...], tokens: npt.NDArray[np.intp] | None = None
+) -> bytes:
+    """Lay the symbols out as bytes; SPEC.md, "Coded payload", has the byte order.
+
+    Parameters
+    ----------
+    symbols
+        What :func:`quantise` gave for the same bands.
+    bands
+        The bands of one part of a plan.
+    tokens
+        intp: which tokens to pack, in this order; all by default.
+    """
+    layout = _layout(bands)
+    _check_symbols(symbols, layout)
+    tokens = _indices(tokens, symbols.tokens, symbols.tokens, "tokens")
+    out = np.empty(layout.packed_size(tokens.size), np.uint8)
+    parameters = out[: 4 * layout.coded_bands * tokens.size].view("<f2")
+    parameters = parameters.reshape(2, layout.coded_bands, tokens.size)
+    parameters[0] = symbols.scale[:, tokens]
+    parameters[1] = symbols.shift[:, tokens]
+    _pack_codes(symbols.codes, layout.table, tokens, out[parameters.nbytes :])
+    return out.tobytes()
+
+
+def unpack(data: bytes | memoryview, tokens: int, bands: tuple[Band, ...]) -> Symbols:
+    """The inverse of :func:`pack`.
+
+    Raises
+    ------
+    FormatError
+        If ``data`` has another size than this many tokens of these bands take.
+    """
+    layout = _layout(bands)
+    packed = np.frombuffer(data, np.uint8)
+    if packed.size != layout.packed_size(tokens):
+        raise FormatError(
+            f"coded payload has {packed.size} bytes, but {tokens} tokens of its plan take "
+            f"{layout.packed_size(tokens)}; the stream is damaged or its plan is another"
+        )
+    parameters = packed[: 4 * layout.coded_bands * tokens].view("<f2")
+    scale, shift = parameters.reshape(2, layout.coded_bands, tokens).astype(np.float16)
+    codes = np.empty((tokens, layout.coded_components), np.uint8)
+    _unpack_codes(packed[parameters.nbytes :], layout.table, codes)
+    return Symbols(codes, scale, shift, np.ones(tokens, np.bool_))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Layout:
+    """The bands as a table for the kernels.
+
+    ``table`` is int64 [coded bands, 4]: first component, size, bits of a code, first
+    column of codes.
+    """
+
+    table: npt.NDArray[np.int64]
+    components: int
+    coded_components: int
+
+    @property
+    def coded_bands(self) -> int:
+        return self.table.shape[0]
+
+    def packed_size(self, tokens: int) -> int:
+        size = 4 * self.coded_bands * tokens
+        for _, band_size, bits, _ in self.table.tolist():
+            size += band_size * -(-tokens * bits // 8)
+        return size
+
+
+@lru_cache(maxsize=64)
+def _layout(bands: tuple[Band, ...]) -> _Layout:
+    entries = []
+    component = column = 0
+    for band in bands:
+        if band.size < 1:
+            raise ValueError(f"a band must have at least one component, found {band}")
+        if band.quantiser is not Quantiser.NONE:
+            entries.append((component, band.size, band.quantiser.bits, column))
+            column += band.size
+        component += band.size
+    table = np.array(entries, np.int64).reshape(len(entries), 4)
+    table.flags.writeable = False
+    return _Layout(table, component, column)
+
+
+def _check_coefficients(array: npt.NDArray[np.float32], layout: _Layout) -> None:
+    if array.ndim != 2 or array.shape[1] != layout.components:
+        raise ValueError(
+            f"coefficients must be [tokens, {layout.components}], found {list(array.shape)}"
+        )
+    if array.dtype != np.float32 or not array.flags.c_contiguous:
+        raise ValueError(f"coefficients must be C-contiguous float32, found {array.dtype}")
+
+
+def _check_symbols(symbols: Symbols, layout: _Layout) -> None:
+    codes = (symbols.tokens, layout.coded_components)
+    parameters = (layout.coded_bands, symbols.tokens)
+    if not (
+        symbols.codes.shape == codes
+        and symbols.scale.shape == symbols.shift.shape == parameters
+        and symbols.codes.flags.c_contiguous
+    ):
+        raise ValueError(
+            f"the symbols are of other bands: expected codes {list(codes)} and scales and shifts "
+            f"{list(parameters)}, found {list(symbols.codes.shape)} and {list(symbols.scale.shape)}"
+        )
+
+
+def _indices(
+    indices: npt.NDArray[np.intp] | None, default: int, limit: int, name: str
+) -> npt.NDArray[np.intp]:
+    if indices is None:
+        indices = np.arange(default, dtype=np.intp)
+    else:
+        indices = np.ascontiguousarray(indices, np.intp)
+    if indices.ndim != 1 or (indices.size and not (0 <= indices.min() and indices.max() < limit)):
+        raise ValueError(f"{name} must be a vector of numbers in 0…{limit - 1}")
+    return indices
+
+
+# --- arithmetic, shared with the planner's error tables -----------------------------------------
+
+
+@_jit
+def _bits(x: float) -> Any:
+    return _F32(x).view(_I32)
+
+
+@_jit
+def _from_bits(bits: int) -> Any:
+    return _I32(bits).view(_F32)
+
+
+@_jit
+def round_to_binary16(x: float) -> Any:
+    """Binary32 to the nearest binary16 (ties to even), kept as binary32; overflow is infinite."""
+    magnitude = _bits(x) & 0x7FFFFFFF
+    # Normal range: round away 13 bits of the significand; a carry moves into the exponent.
+    rounded = (magnitude + 0x0FFF + ((magnitude >> 13) & 1)) & ~0x1FFF
+    if rounded >= 0x47800000:  # 65536
+        rounded = 0x7F800000
+    value = _from_bits(rounded)
+    if magnitude < 0x38800000:  # 2⁻¹⁴: subnormal, steps of 2⁻²⁴, the last place of 0.5…1
+        value = (_from_bits(magnitude) + _F32(0.5)) - _F32(0.5)
+    return np.copysign(value, _F32(x))
+
+
+@_jit
+def affine_code(x: float, shift: float, divisor: float, levels: float) -> Any:
+    """The code, as binary32; ``divisor`` is the scale, or infinity for a scale of 0."""
+    code = np.rint((x - shift) / divisor)
+    return min(max(code, _F32(0.0)), levels)
+
+
+@_jit
+def e4m3_encode(y: float) -> Any:
+    """E4M3 byte (OCP 8-bit floating point, finite variant) of a finite binary32, as an integer.
+
+    To nearest, ties to even; magnitudes above 448 become 448.
+    """
+    bits = _bits(y)
+    magnitude = bits & 0x7FFFFFFF
+    rounded = (magnitude + 0x7FFFF + ((magnitude >> 20) & 1)) >> 20
+    code = min(rounded - (120 << 3), 0x7E)
+    if magnitude < 0x3C800000:  # 2⁻⁶: subnormal, steps of 2⁻⁹, the last place of 2¹⁴
+        code = _bits(_from_bits(magnitude) + _F32(16384.0)) - 0x46800000
+    return code | ((bits >> 24) & 0x80)
+
+
+@_jit
+def e4m3_decode(code: int) -> Any:
+    """Binary32 value of an E4M3 byte; 0x7F and 0xFF are NaN."""
+    magnitude = code & 0x7F
+    value = _from_bits((magnitude << 20) + 0x3C000000)
+    if magnitude < 8:
+        value = _F32(magnitude) * _F32(2.0**-9)
+    if magnitude == 0x7F:
+        value = _F32(np.nan)
+    return -value if code & 0x80 else value
+
+
+@_jit
+def band_parameters(lo: float, hi: float, bits: int) -> Any:
+    """Scale and shift of a band with these extremes: binary16 values, kept as binary32."""
+    extent = hi - lo
+    shift = lo
+    if bits == _INT2:
+        scale = extent / _F32(3.0)
+    elif bits == _INT4:
+        scale = extent / _F32(15.0)
+    else:
+        scale = extent / _F32(896.0)
+        shift = _F32(0.5) * lo + _F32(0.5) * hi
+    return round_to_binary16(scale), round_to_binary16(shift)
+
+
+# --- kernels ------------------------------------------------------------------------------------
+
+
+@_jit
+def _order_key(bits: int) -> Any:
+    """Binary32 bits to an int32 of the same order, NaN outside the infinities; its own inverse."""
+    return _I32(bits ^ ((bits >> 31) & 0x7FFFFFFF))
+
+
+@_jit
+def _quantise_tokens(coefficients, table, codes, scale, shift, representable):  # type: ignore[no-untyped-def]
+    infinity = _F32(np.inf)
+    negative_infinity_key = _order_key(_bits(-infinity))
+    for t in range(coefficients.shape[0]):
+        row = coefficients[t]
+        row_bits = row.view(_I32)
+        row_codes = codes[t]
+        fits = True
+        for g in range(table.shape[0]):
+            start, size, bits, column = table[g]
+            x = row[start : start + size]
+            # Extremes as integers: these loops become vector code, and NaN cannot hide.
+            least = _I32(0x7FFFFFFF)
+            greatest = _I32(-0x80000000)
+            for x_bits in row_bits[start : start + size]:
+                key = _order_key(x_bits)
+                least = min(least, key)
+                greatest = max(greatest, key)
+            if least <= negative_infinity_key or greatest >= _bits(infinity):
+                fits = False
+                break
+            lo = _from_bits(_order_key(least))
+            hi = _from_bits(_order_key(greatest))
+            band_scale, band_shift = band_parameters(lo, hi, bits)
+            if band_scale == infinity or abs(band_shift) == infinity:
+                fits = False
+                break
+            scale[g, t] = band_scale
+            shift[g, t] = band_shift
+            out = row_codes[column : column + size]
+            if band_scale == 0:
+                out[:] = 0
+            elif bits == _FP8:
+                for j in range(size):
+                    out[j] = e4m3_encode((x[j] - band_shift) / band_scale)
+            else:
+                levels = _F32(3.0) if bits == _INT2 else _F32(15.0)
+                for j in range(size):
+                    out[j] = _I32(affine_code(x[j], band_shift, band_scale, levels))
+        representable[t] = fits
+        if not fits:
+            row_codes[:] = 0
+            scale[:, t] = 0
+            shift[:, t] = 0
+
+
+@_jit
+def _dequantise_tokens(codes, scale, shift, table, rows, out):  # type: ignore[no-untyped-def]
+    for t in range(codes.shape[0]):
+        row = out[rows[t]]
+        row_codes = codes[t]
+        done = 0
+        for g in range(table.shape[0]):
+            start, size, bits, column = table[g]
+            row[done:start] = 0
+            done = start + size
+            values = row[start:done]
+            band_codes = row_codes[column : column + size]
+            band_scale = scale[g, t]
+            band_shift = shift[g, t]
+            if bits == _FP8:
+                for j in range(size):
+                    values[j] = band_shift + e4m3_decode(band_codes[j]) * band_scale
+            else:
+                for j in range(size):
+                    values[j] = band_shift + _F32(band_codes[j]) * band_scale
+        row[done:] = 0
+
+
+@_jit
+def _pack_codes(codes, table, tokens, out):  # type: ignore[no-untyped-def]
+    position = 0
+    for g in range(table.shape[0]):
+        _, size, bits, column = table[g]
+        per_byte = 8 // bits
+        for first in range(0, tokens.size, per_byte):
+            packed = out[position : position + size]
+            packed[:] = 0
+            for k in range(min(per_byte, tokens.size - first)):
+                band_codes = codes[tokens[first + k], column : column + size]
+                for j in range(size):
+                    packed[j] |= band_codes[j] << np.uint8(bits * k)
+            position += size
+
+
+@_jit
+def _unpack_codes(packed, table, codes):  # type: ignore[no-untyped-def]
+    position = 0
+    for g in range(table.shape[0]):
+        _, size, bits, column = table[g]
+        mask = np.uint8((1 << bits) - 1)
+        per_byte = 8 // bits
+        for first in range(0, codes.shape[0], per_byte):
+            source = packed[position : position + size]
+            for k in range(min(per_byte, codes.shape[0] - first)):
+                band_codes = codes[first + k, column : column + size]
+                for j in range(size):
+                    band_codes[j] = (source[j] >> np.uint8(bits * k)) & mask
+            position += size
