@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from kvtc_stream.formats.geometry import DType
 
-_NUMPY_DTYPES: Final = {
+_NUMPY_DTYPES: Final[dict[DType, np.dtype[Any]]] = {
     DType.FLOAT32: np.dtype(np.float32),
     DType.FLOAT16: np.dtype(np.float16),
     DType.BFLOAT16: np.dtype(ml_dtypes.bfloat16),
@@ -138,7 +138,7 @@ class _Once:
     def __init__(self, capsule: object) -> None:
         self._capsule = capsule
 
-    def __dlpack__(self, **_: object) -> object:
+    def __dlpack__(self, **_: object) -> Any:
         return self._capsule
 
     def __dlpack_device__(self) -> tuple[int, int]:
@@ -255,8 +255,14 @@ class KVArray(np.ndarray[Any, np.dtype[Any]]):
         ------
         BufferError
             For a dtype or device that DLPack cannot carry, and for a read-only array unless
-            ``max_version`` is at least (1, 0): older capsules cannot say that they are read-only.
+            copied or ``max_version`` is at least (1, 0): older capsules cannot say read-only.
         """
+        versioned = max_version is not None and max_version[0] >= 1
+        if not (self.flags.writeable or versioned or copy):
+            raise BufferError(
+                "found a read-only array and a consumer from before DLPack 1.0, which cannot be "
+                "told so: export a copy, array.copy()"
+            )
         code = _DL_CODES.get(self.dtype)
         array = self.view(np.ndarray)
         if code is not None:
