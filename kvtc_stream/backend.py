@@ -1,0 +1,70 @@
+"""What a backend must do, and the one place that picks one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvtc_stream.calibration import Calibration
+from kvtc_stream.formats import Block, StreamHeader
+
+BackendName = Literal["auto", "cpu", "cuda"]
+Measure = Literal["full", "coefficients"]
+
+
+class SectionCoder(Protocol):
+    """Codes the blocks of one section of one stream. Used by one thread at a time."""
+
+    def encode(
+        self, k: NDArray[Any], v: NDArray[Any], positions: NDArray[np.int64], start: int
+    ) -> Block:
+        """A data block from k, v [layers, kv_heads, tokens, head_dim] in the stream's dtype.
+
+        ``tokens`` is at most the header's ``block_tokens``; ``start`` is the ordinal of the first
+        token in the section.
+        """
+        ...
+
+    def decode(self, block: Block, layers: Sequence[int]) -> tuple[Any, Any]:
+        """K and V of some layers (indices into the section's), in the header's ``out_dtype``."""
+        ...
+
+
+class Backend(Protocol):
+    """A way to run the codec."""
+
+    name: str
+
+    def section_coder(
+        self,
+        header: StreamHeader,
+        section: int,
+        calibration: Calibration,
+        *,
+        max_error: float | None = None,
+        measure: Measure = "full",
+    ) -> SectionCoder:
+        """A coder for one section of the stream that ``header`` describes."""
+        ...
+
+
+def get_backend(name: BackendName) -> Backend:
+    """The backend of that name; ``"auto"`` is the fastest that can run here.
+
+    Raises
+    ------
+    BackendUnavailableError
+        ``"cuda"`` was asked for and cannot run here; the message says what is missing.
+    """
+    if name == "cuda":
+        from kvtc_stream.gpu import require_cuda
+
+        require_cuda()
+    if name in ("cpu", "auto"):
+        from kvtc_stream.cpu.backend import CpuBackend
+
+        return CpuBackend()
+    raise ValueError(f"backend must be 'auto', 'cpu' or 'cuda', found {name!r}")

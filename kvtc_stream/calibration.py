@@ -1,0 +1,311 @@
+"""The calibration artefact: what was learnt about a model's cache, once for all presets and ratios.
+
+A file is safetensors: arrays, and a JSON description in the metadata. Its identity is a SHA-256
+over both (SPEC, "Calibration file"); streams name it, and readers refuse any other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvtc_stream.errors import ChecksumError, FormatError, UnsupportedError, VersionError
+from kvtc_stream.formats import Geometry, ModelIdentity, Rope, Section
+from kvtc_stream.planning.tables import BAND_SIZES, BAND_TYPES, ErrorTables
+from kvtc_stream.storage import atomic_write
+
+#: Version of the calibration file's layout.
+CALIBRATION_VERSION = 1
+_METADATA_KEY = "kvtc_calibration"
+_DIGEST_KEY = "sha256"
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Columns of a section's row that share one orthonormal matrix.
+
+    Attributes
+    ----------
+    k_layers, v_layers
+        Indices into the section's layers. A row of the part is the K of ``k_layers``, each
+        [kv_heads, k_dim], followed by the V of ``v_layers``.
+    mean
+        float32 [width].
+    components
+        float16 [rank, width]: the leading principal directions, strongest first.
+    spectrum
+        float32 [rank]: variance along each.
+    energy
+        Mean squared norm of a row, mean included: what a relative error is relative to.
+    tables
+        Quantisation error of every band the planner may choose.
+    """
+
+    k_layers: tuple[int, ...]
+    v_layers: tuple[int, ...]
+    mean: NDArray[np.float32]
+    components: NDArray[np.float16]
+    spectrum: NDArray[np.float32]
+    energy: float
+    tables: ErrorTables
+
+    @property
+    def width(self) -> int:
+        """Values of a row."""
+        return int(self.components.shape[1])
+
+    @property
+    def rank(self) -> int:
+        """Components kept."""
+        return int(self.components.shape[0])
+
+
+@dataclass(frozen=True, eq=False)
+class SectionCalibration:
+    """One section: named bases, each a tuple of parts."""
+
+    bases: Mapping[str, tuple[Part, ...]]
+    tokens: int
+
+    def basis(self, name: str) -> tuple[Part, ...]:
+        """The parts of a basis, or ``UnsupportedError`` when calibration did not make it."""
+        try:
+            return self.bases[name]
+        except KeyError:
+            raise UnsupportedError(
+                f"the calibration has no basis {name!r}, only {', '.join(sorted(self.bases))}: "
+                f"choose a preset that uses one of these, or calibrate again"
+            ) from None
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """Everything a codec needs to know about a model's cache. Immutable; safe across threads."""
+
+    geometry: Geometry
+    sections: tuple[SectionCalibration, ...]
+    sinks: int
+    model: ModelIdentity = field(default_factory=ModelIdentity)
+    _cache: dict[Any, Any] = field(default_factory=dict, repr=False)
+    _lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
+
+    @property
+    def digest(self) -> bytes:
+        """SHA-256 of the content, 32 bytes."""
+        return self.cached("digest", self._digest)  # type: ignore[no-any-return]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the first section learnt from."""
+        return self.sections[0].tokens
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Calibration) and self.digest == other.digest
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    def cached(self, key: Any, make: Any) -> Any:
+        """A value derived from this calibration, made once (plans, binary32 bases)."""
+        with self._lock:
+            if key not in self._cache:
+                self._cache[key] = make()
+            return self._cache[key]
+
+    def components32(
+        self, section: int, basis: str, part: int, count: int
+    ) -> NDArray[np.float32]:
+        """The leading components of a part in binary32, [at least ``count``, width], made once."""
+        key = ("components32", section, basis, part)
+        with self._lock:
+            if key not in self._cache or len(self._cache[key]) < count:
+                stored = self.sections[section].basis(basis)[part].components
+                self._cache[key] = stored[:count].astype(np.float32)
+            return self._cache[key]  # type: ignore[no-any-return]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a safetensors file, whole or not at all."""
+        from safetensors.numpy import save
+
+        metadata = {_METADATA_KEY: self._description(), _DIGEST_KEY: self.digest.hex()}
+        arrays = {name: np.ascontiguousarray(a) for name, a in self._arrays()}
+        with atomic_write(path) as file:
+            file.write(save(arrays, metadata))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Calibration:
+        """Read a file that :meth:`save` wrote, and check its digest.
+
+        Raises
+        ------
+        FormatError
+            Not a calibration file; :class:`VersionError` or :class:`ChecksumError` if it is one
+            of another version, or was changed.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        name = os.fspath(path)
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"no calibration file at {name}")
+        try:
+            with safe_open(name, framework="np") as file:
+                metadata = file.metadata() or {}
+                arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except (SafetensorError, TypeError, AttributeError) as error:
+            raise FormatError(f"{name} is not a readable safetensors file: {error}") from None
+        if _METADATA_KEY not in metadata:
+            raise FormatError(
+                f"{name} is a safetensors file but not a calibration (its metadata lacks "
+                f"{_METADATA_KEY!r}): make one with `kvtc calibrate`"
+            )
+        try:
+            calibration = _parse(json.loads(metadata[_METADATA_KEY]), arrays)
+        except VersionError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            raise FormatError(f"{name}: malformed calibration: {error!r}") from None
+        found, expected = calibration.digest.hex(), metadata.get(_DIGEST_KEY)
+        if found != expected:
+            raise ChecksumError(
+                f"{name}: content has SHA-256 {found}, expected {expected}: the file was changed "
+                f"after it was written; fetch or make it again"
+            )
+        return calibration
+
+    def _description(self) -> str:
+        """Canonical JSON: everything but the arrays."""
+        return json.dumps(
+            {
+                "version": CALIBRATION_VERSION,
+                "sinks": self.sinks,
+                "model": {**asdict(self.model), "fingerprint": self.model.fingerprint.hex()},
+                "sections": [
+                    {
+                        **asdict(section),
+                        "tokens": calibrated.tokens,
+                        "bases": {
+                            name: [
+                                {
+                                    "k_layers": part.k_layers,
+                                    "v_layers": part.v_layers,
+                                    "energy": part.energy,
+                                    "dropped": part.tables.dropped,
+                                    "sampled_rows": part.tables.rows,
+                                }
+                                for part in parts
+                            ]
+                            for name, parts in calibrated.bases.items()
+                        },
+                    }
+                    for section, calibrated in zip(
+                        self.geometry.sections, self.sections, strict=True
+                    )
+                ],
+            },
+            sort_keys=True,
+            separators=(",", ":"),
+        )
+
+    def _arrays(self) -> Iterator[tuple[str, NDArray[Any]]]:
+        for i, section in enumerate(self.sections):
+            for name, parts in section.bases.items():
+                for j, part in enumerate(parts):
+                    prefix = f"{i}.{name}.{j}."
+                    yield prefix + "mean", part.mean
+                    yield prefix + "components", part.components
+                    yield prefix + "spectrum", part.spectrum
+                    yield prefix + "errors", part.tables.errors
+                    yield prefix + "drop_errors", part.tables.energy
+
+    def _digest(self) -> bytes:
+        digest = hashlib.sha256(self._description().encode())
+        for name, array in sorted(self._arrays()):
+            little_endian = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
+            digest.update(f"\n{name} {array.dtype.name} {list(array.shape)}\n".encode())
+            digest.update(little_endian.data)
+        return digest.digest()
+
+
+def _parse(description: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> Calibration:
+    if description["version"] != CALIBRATION_VERSION:
+        raise VersionError(
+            f"calibration file of version {description['version']}, expected "
+            f"{CALIBRATION_VERSION}: use the package version that wrote it, or calibrate again"
+        )
+    geometry, sections = [], []
+    for i, entry in enumerate(description["sections"]):
+        section = Section(
+            layers=tuple(entry["layers"]),
+            kv_heads=entry["kv_heads"],
+            k_dim=entry["k_dim"],
+            v_dim=entry["v_dim"],
+            rope=tuple(
+                rope and Rope(tuple(rope["inv_freq"]), rope["interleaved"], rope["scale"])
+                for rope in entry["rope"]
+            ),
+        )
+        bases = {
+            name: tuple(
+                _parse_part(section, part, arrays, f"{i}.{name}.{j}.")
+                for j, part in enumerate(parts)
+            )
+            for name, parts in entry["bases"].items()
+        }
+        geometry.append(section)
+        sections.append(SectionCalibration(bases, int(entry["tokens"])))
+    if arrays:
+        raise FormatError(f"unexpected arrays {sorted(arrays)}")
+    model = description["model"]
+    return Calibration(
+        Geometry(tuple(geometry)),
+        tuple(sections),
+        int(description["sinks"]),
+        ModelIdentity(model["name"], model["revision"], bytes.fromhex(model["fingerprint"])),
+    )
+
+
+def _parse_part(
+    section: Section, entry: dict[str, Any], arrays: dict[str, NDArray[Any]], prefix: str
+) -> Part:
+    k_layers, v_layers = tuple(entry["k_layers"]), tuple(entry["v_layers"])
+    count = len(section.layers)
+    for layers in (k_layers, v_layers):
+        if list(layers) != sorted(set(layers)) or not all(0 <= i < count for i in layers):
+            raise FormatError(f"{prefix}: layers {layers} of a section of {count}")
+    width = section.kv_heads * (len(k_layers) * section.k_dim + len(v_layers) * section.v_dim)
+    rank = arrays[prefix + "components"].shape[0]
+
+    def take(name: str, dtype: type[np.generic], *shape: int) -> NDArray[Any]:
+        array = arrays.pop(prefix + name)
+        if array.dtype != dtype or array.shape != shape:
+            raise FormatError(
+                f"{prefix}{name}: found {array.dtype} {array.shape}, expected "
+                f"{np.dtype(dtype)} {shape}"
+            )
+        array.setflags(write=False)
+        return array
+
+    tables = ErrorTables(
+        errors=take("errors", np.float32, rank, len(BAND_SIZES), len(BAND_TYPES)),
+        energy=take("drop_errors", np.float64, rank),
+        dropped=float(entry["dropped"]),
+        rows=int(entry["sampled_rows"]),
+    )
+    return Part(
+        k_layers,
+        v_layers,
+        take("mean", np.float32, width),
+        take("components", np.float16, rank, width),
+        take("spectrum", np.float32, rank),
+        float(entry["energy"]),
+        tables,
+    )

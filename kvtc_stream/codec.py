@@ -1,0 +1,165 @@
+"""The codec: a calibration, a plan and the choices of a stream, as one immutable value."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, InitVar, dataclass
+from typing import TYPE_CHECKING, Any
+
+from kvtc_stream.backend import BackendName, Measure
+from kvtc_stream.calibration import Calibration
+from kvtc_stream.calibrator import Progress
+from kvtc_stream.formats import Coder, DType, Limits, Plan, Rope
+from kvtc_stream.planning.targets import make_plan
+
+if TYPE_CHECKING:
+    from kvtc_stream.decoder import Decoder
+    from kvtc_stream.encoder import Encoder
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A named way to code: which basis of the calibration, and which entropy coder."""
+
+    basis: str
+    coder: Coder
+
+
+#: ``paper`` is the published KVTC (arXiv 2511.01815); it departs from it only where SPEC says so.
+PRESETS: Mapping[str, Preset] = {"paper": Preset(basis="separate", coder=Coder.DEFLATE)}
+
+
+@dataclass(frozen=True)
+class Codec:
+    """How to code a stream. Immutable; safe to share between threads and streams.
+
+    Parameters
+    ----------
+    calibration
+        What was learnt about the model's cache.
+    preset
+        A name from :data:`PRESETS`.
+    ratio, bits_per_token, max_relative_error
+        The target, at most one; 16 times if none is given. ``ratio``: 16 bits per value over the
+        plan's bits before entropy coding, as published. ``bits_per_token``: the plan's bits for
+        one token of all sections. ``max_relative_error``: the cheapest plan whose *predicted*
+        error ‖x̂−x‖/‖x‖ (root mean square over calibration rows) stays below it, K and V each.
+    max_error
+        A bound, not a target: a token whose measured relative error in K or in V would exceed it
+        is stored verbatim. Implies ``measure="full"``.
+    sinks
+        Tokens at positions below this travel verbatim (attention sinks).
+    window
+        The latest tokens of a finished stream that travel verbatim.
+    block_tokens
+        Tokens per block: the unit of random access and of memory.
+    coder
+        Entropy coder: a name of :class:`Coder`, lower case; the preset's by default.
+    out_dtype
+        Element type of the decoded cache; by default as encoded, bfloat16 for fp8 input.
+    measure
+        ``"full"``: errors are measured on the reconstruction, after the final cast.
+        ``"coefficients"``: on the coefficients, which saves the encoder the second product.
+    backend
+        ``"auto"``, ``"cpu"`` or ``"cuda"``.
+    plan
+        A plan made before, instead of a target.
+    progress
+        Called with rows of the dynamic program done and in all, while planning.
+
+    Examples
+    --------
+    >>> import kvtc_stream as kvtc
+    >>> calibration = kvtc.testing.tiny_calibration()
+    >>> codec = kvtc.Codec(calibration, ratio=8, window=32)
+    >>> codec.plan.sections[0].bits <= 16 * 2 * 16 // 8
+    True
+    """
+
+    calibration: Calibration
+    preset: str = "paper"
+    _: KW_ONLY
+    ratio: float | None = None
+    bits_per_token: float | None = None
+    max_relative_error: float | None = None
+    max_error: float | None = None
+    sinks: int = 4
+    window: int = 128
+    block_tokens: int = 128
+    coder: str | None = None
+    out_dtype: str | None = None
+    measure: Measure = "full"
+    backend: BackendName = "auto"
+    plan: Plan = None  # type: ignore[assignment]  # made from the target unless given
+    progress: InitVar[Progress | None] = None
+
+    def __post_init__(self, progress: Progress | None) -> None:
+        if self.preset not in PRESETS:
+            raise ValueError(f"preset must be one of {', '.join(PRESETS)}, found {self.preset!r}")
+        preset = PRESETS[self.preset]
+        for name, value, accepted in (
+            ("coder", self.coder, [c.name.lower() for c in Coder]),
+            ("out_dtype", self.out_dtype, [d.label for d in DType]),
+            ("measure", self.measure, ["full", "coefficients"]),
+            ("backend", self.backend, ["auto", "cpu", "cuda"]),
+        ):
+            if value is not None and value not in accepted:
+                raise ValueError(f"{name} must be one of {', '.join(accepted)}, found {value!r}")
+        if self.max_error is not None and not self.max_error >= 0:
+            raise ValueError(f"max_error must be at least 0, found {self.max_error}")
+        if self.max_error is not None and self.measure != "full":
+            raise ValueError("max_error bounds the measured error: it needs measure='full'")
+        for name, count, least, most in (
+            ("sinks", self.sinks, 0, 2**32 - 1),
+            ("window", self.window, 0, 2**32 - 1),
+            ("block_tokens", self.block_tokens, 1, Limits().max_block_tokens),
+        ):
+            if not least <= count <= most:
+                raise ValueError(f"{name} must be from {least} to {most}, found {count}")
+        if self.coder is None:
+            object.__setattr__(self, "coder", preset.coder.name.lower())
+        targets = {
+            "ratio": self.ratio,
+            "bits_per_token": self.bits_per_token,
+            "max_relative_error": self.max_relative_error,
+        }
+        given = {name: value for name, value in targets.items() if value is not None}
+        if len(given) + (self.plan is not None) > 1:
+            raise ValueError(f"give one target or a plan, found {[*given, *['plan'] * (self.plan is not None)]}")
+        if self.plan is None:
+            if not given:
+                given = {"ratio": 16.0}
+                object.__setattr__(self, "ratio", 16.0)
+            [(name, value)] = given.items()
+            plan = self.calibration.cached(
+                ("plan", self.preset, name, value),
+                lambda: make_plan(self.calibration, self.preset, preset.basis, name, value, progress),
+            )
+            object.__setattr__(self, "plan", plan)
+
+    def encoder(
+        self,
+        *,
+        rope: Sequence[Rope | None] | Rope | None = None,
+        k_scale: Any = None,
+        v_scale: Any = None,
+        metadata: Mapping[str, Any] | None = None,
+        token_digest: bytes = b"",
+    ) -> Encoder:
+        """A single-use encoder of one stream; see :class:`kvtc_stream.Encoder`."""
+        from kvtc_stream.encoder import Encoder
+
+        return Encoder(
+            self,
+            rope=rope,
+            k_scale=k_scale,
+            v_scale=v_scale,
+            metadata=metadata,
+            token_digest=token_digest,
+        )
+
+    def decoder(self) -> Decoder:
+        """A single-use decoder of one stream; see :class:`kvtc_stream.Decoder`."""
+        from kvtc_stream.decoder import Decoder
+
+        return Decoder(self.calibration, backend=self.backend)

@@ -1,0 +1,68 @@
+"""Cache values to binary32 and back: casts, fp8 scales, and the bytes of verbatim tokens."""
+
+from __future__ import annotations
+
+from array import array
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from kvtc_stream.formats import DType
+from kvtc_stream.formats.coders import join_planes, split_planes
+from kvtc_stream.interop import numpy_dtype
+
+Array = NDArray[Any]
+Float = NDArray[np.float32]
+
+
+def to_float32(x: Array, scale: Float | None) -> Float:
+    """``x`` [layers, heads, tokens, dim] as binary32; fp8 times its scale [layers, heads]."""
+    values = x.astype(np.float32)
+    if scale is not None:
+        values *= scale[:, :, None, None]
+    return values
+
+
+def from_float32(x: Float, dtype: DType, scale: Float | None) -> Array:
+    """The inverse: round to ``dtype``, nearest even; fp8 is divided by its scale and saturates."""
+    if dtype.is_fp8:
+        if scale is None:
+            raise ValueError(f"{dtype.label} needs a scale")
+        limit = float(ml_dtypes.finfo(numpy_dtype(dtype)).max)
+        x = np.clip(x / scale[:, :, None, None], -limit, limit)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return x.astype(numpy_dtype(dtype), copy=False)
+
+
+def convert(x: Array, dtype: DType, scale: Float | None) -> Array:
+    """Verbatim values in the output dtype: as they are, or fp8 dequantised."""
+    if x.dtype == numpy_dtype(dtype):
+        return x
+    return from_float32(to_float32(x, scale), dtype, scale)
+
+
+def verbatim_bytes(k: Array, v: Array) -> bytes:
+    """K then V, each [layers, heads, tokens, dim] in C order, split into byte planes.
+
+    Planes put the bytes with sign and exponent together, where a byte coder finds redundancy.
+    """
+    return split_planes(k.tobytes() + v.tobytes(), k.dtype.itemsize)
+
+
+def verbatim_arrays(
+    data: bytes, k_shape: tuple[int, ...], v_shape: tuple[int, ...], dtype: DType
+) -> tuple[Array, Array]:
+    """What :func:`verbatim_bytes` was given."""
+    values = np.frombuffer(join_planes(data, dtype.itemsize), numpy_dtype(dtype))
+    count = int(np.prod(k_shape))
+    return values[:count].reshape(k_shape), values[count:].reshape(v_shape)
+
+
+def stored_positions(positions: NDArray[np.int64]) -> range | array[int]:
+    """Positions as a block holds them: a range where they are contiguous."""
+    first = int(positions[0])
+    if int(positions[-1]) - first == len(positions) - 1:
+        return range(first, first + len(positions))
+    return array("q", positions.tolist())

@@ -1,0 +1,167 @@
+"""The streaming decoder."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvtc_stream.backend import BackendName, SectionCoder, get_backend
+from kvtc_stream.calibration import Calibration
+from kvtc_stream.errors import CalibrationMismatchError, KVTCError, StateError
+from kvtc_stream.formats import Block, BlockErrors, Limits, Role, StreamHeader, StreamParser
+from kvtc_stream.interop import KVArray
+
+
+@dataclass(frozen=True, eq=False)
+class KVBlock:
+    """Consecutive tokens of one section.
+
+    Attributes
+    ----------
+    section
+        Index of the section in the stream's geometry.
+    role
+        How the tokens were stored: ``DATA`` (coded), ``SINKS`` or ``TAIL`` (verbatim).
+    start
+        Ordinal of the first token in the section.
+    positions
+        int64 [tokens].
+    k, v
+        [layers, kv_heads, tokens, head_dim] in the stream's ``out_dtype``: numpy arrays that
+        export DLPack in every dtype.
+    errors
+        What the encoder measured on this block.
+    """
+
+    section: int
+    role: Role
+    start: int
+    positions: NDArray[np.int64]
+    k: KVArray
+    v: KVArray
+    errors: BlockErrors
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens."""
+        return len(self.positions)
+
+
+class BlockDecoder:
+    """Blocks of one stream to tokens, once the calibration is known to be the right one.
+
+    Raises ``CalibrationMismatchError`` if it is not. Used by one thread at a time.
+    """
+
+    def __init__(
+        self, header: StreamHeader, calibration: Calibration, backend: BackendName
+    ) -> None:
+        if header.calibration != calibration.digest:
+            raise CalibrationMismatchError(
+                f"the stream was written with calibration {header.calibration.hex()} (model "
+                f"{header.model.name or 'unnamed'!r}), found {calibration.digest.hex()} (model "
+                f"{calibration.model.name or 'unnamed'!r}): open it with the calibration it names"
+            )
+        self._header, self._calibration = header, calibration
+        self._backend = get_backend(backend)
+        self._coders: dict[int, SectionCoder] = {}
+
+    def decode(self, block: Block, layers: Sequence[int] | None = None) -> KVBlock:
+        """One block, all layers or some (indices into the section's)."""
+        if block.section not in self._coders:
+            self._coders[block.section] = self._backend.section_coder(
+                self._header, block.section, self._calibration
+            )
+        if layers is None:
+            layers = range(len(self._header.geometry.sections[block.section].layers))
+        k, v = self._coders[block.section].decode(block, layers)
+        positions = np.array(block.positions, np.int64)
+        return KVBlock(block.section, block.role, block.start, positions, k, v, block.errors)
+
+
+class Decoder:
+    """Takes the bytes of a stream in pieces and gives back blocks of tokens.
+
+    Single use, one thread at a time. Memory is bounded by one record. Make one with
+    :meth:`kvtc_stream.Codec.decoder`, or from a calibration alone: the plan is in the stream.
+
+    Examples
+    --------
+    >>> import kvtc_stream as kvtc
+    >>> calibration = kvtc.testing.tiny_calibration()
+    >>> k, v = kvtc.testing.drawn_cache(calibration.geometry, tokens=300)
+    >>> data = kvtc.encode(k, v, codec=kvtc.Codec(calibration, ratio=8, window=32))
+    >>> decoder = kvtc.Decoder(calibration)
+    >>> blocks = decoder.decode(data[:5000]) + decoder.decode(data[5000:])
+    >>> sum(block.tokens for block in blocks), decoder.eof
+    (300, True)
+    """
+
+    def __init__(
+        self,
+        calibration: Calibration,
+        *,
+        backend: BackendName = "auto",
+        limits: Limits | None = None,
+    ) -> None:
+        self._calibration, self._backend = calibration, backend
+        self._parser = StreamParser(limits or Limits())
+        self._blocks: BlockDecoder | None = None
+        self._header: StreamHeader | None = None
+        self._failure: KVTCError | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def header(self) -> StreamHeader | None:
+        """The stream's header, once it has arrived."""
+        return self._header
+
+    @property
+    def eof(self) -> bool:
+        """Whether the whole stream has arrived."""
+        return self._parser.eof
+
+    @property
+    def unused_data(self) -> bytes:
+        """Bytes after the end of the stream."""
+        return self._parser.unused_data
+
+    def decode(self, data: bytes | bytearray | memoryview) -> list[KVBlock]:
+        """Take some bytes; return the blocks they completed, in token order.
+
+        Raises
+        ------
+        FormatError
+            The bytes are not a valid stream, see its subclasses. The decoder stays failed.
+        CalibrationMismatchError
+            The stream was written with another calibration.
+        StateError
+            After an error, or while another thread decodes.
+        """
+        if not self._lock.acquire(blocking=False):
+            raise StateError("another thread is using this decoder")
+        try:
+            if self._failure is not None:
+                raise StateError(f"the decoder failed before: {self._failure}")
+            return [block for item in self._parser.feed(data) if (block := self._take(item))]
+        except KVTCError as error:
+            self._failure = self._failure or error
+            raise
+        finally:
+            self._lock.release()
+
+    def close(self) -> None:
+        """Declare the end of the input: ``TruncatedError`` unless the stream is whole."""
+        self._parser.close()
+
+    def _take(self, item: StreamHeader | Block) -> KVBlock | None:
+        if isinstance(item, StreamHeader):
+            self._header = item
+            self._blocks = BlockDecoder(item, self._calibration, self._backend)
+            return None
+        assert self._blocks is not None
+        return self._blocks.decode(item)

@@ -1,0 +1,404 @@
+"""The streaming encoder."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvtc_stream.backend import Backend, get_backend
+from kvtc_stream.codec import Codec
+from kvtc_stream.cpu.values import stored_positions, verbatim_bytes
+from kvtc_stream.errors import KVTCWarning, StateError
+from kvtc_stream.formats import (
+    Block,
+    BlockErrors,
+    Coder,
+    DType,
+    Geometry,
+    Role,
+    Rope,
+    SectionScales,
+    StreamHeader,
+    StreamWriter,
+)
+from kvtc_stream.formats.coders import compress
+from kvtc_stream.interop import check_positions, layer_list, numpy_dtype
+from kvtc_stream.statistics import StreamStatistics
+
+#: A finished stream whose ratio is below this has gained little: worth a warning.
+_POOR_RATIO = 2.0
+
+
+class Encoder:
+    """Takes a cache in chunks, in token order, and gives back the bytes of a stream.
+
+    Single use, one thread at a time; memory is bounded by ``window`` plus two blocks of tokens,
+    whatever the length. The bytes do not depend on how the input is cut. Make one with
+    :meth:`kvtc_stream.Codec.encoder`.
+
+    Parameters
+    ----------
+    codec
+        How to code.
+    rope
+        The rotary tables of this cache's keys where they differ from the calibration's (dynamic
+        scaling, or keys captured at another stage): one for all layers, or one entry a layer,
+        over all sections. An empty sequence: keys come before RoPE.
+    k_scale, v_scale
+        For fp8 caches: float32, a scalar or [layers] or [layers, kv_heads] (for several sections,
+        a list of these): value = fp8 × scale.
+    metadata
+        Anything JSON can hold, kept in the header.
+    token_digest
+        SHA-256 of the token ids, checked by whoever restores the cache.
+
+    Examples
+    --------
+    >>> import kvtc_stream as kvtc
+    >>> calibration = kvtc.testing.tiny_calibration()
+    >>> k, v = kvtc.testing.drawn_cache(calibration.geometry, tokens=300)
+    >>> encoder = kvtc.Codec(calibration, ratio=8, window=32).encoder()
+    >>> data = encoder.encode(k[:, :, :200], v[:, :, :200])
+    >>> data += encoder.encode(k[:, :, 200:], v[:, :, 200:])
+    >>> data += encoder.finish()
+    >>> kvtc.decode(data, calibration)[0].shape
+    (2, 2, 300, 8)
+    """
+
+    def __init__(
+        self,
+        codec: Codec,
+        *,
+        rope: Sequence[Rope | None] | Rope | None = None,
+        k_scale: Any = None,
+        v_scale: Any = None,
+        metadata: Mapping[str, Any] | None = None,
+        token_digest: bytes = b"",
+    ) -> None:
+        self._codec = codec
+        self._geometry = _with_rope(codec.calibration.geometry, rope)
+        self._scales = _scales(self._geometry, k_scale, v_scale)
+        self._metadata = json.dumps(dict(metadata or {}), separators=(",", ":"), allow_nan=False)
+        self._token_digest = token_digest
+        self._backend = get_backend(codec.backend)
+        self._lock = threading.Lock()
+        self._state = "open"
+        self._writer: StreamWriter | None = None
+        self._sections: list[_SectionState] = []
+        self._statistics = StreamStatistics()
+
+    @property
+    def statistics(self) -> StreamStatistics:
+        """Sizes, ratios and errors so far."""
+        return self._statistics
+
+    def encode(self, k: Any, v: Any, *, positions: Any = None, section: int = 0) -> bytes:
+        """Take a chunk; return the bytes that became ready, possibly none.
+
+        Parameters
+        ----------
+        k, v
+            [layers, kv_heads, tokens, head_dim], the same with a batch of 1 after layers, or a
+            list with a tensor [kv_heads, tokens, head_dim] or [1, kv_heads, tokens, head_dim] per
+            layer; float32, float16, bfloat16 or fp8, from anything that speaks DLPack.
+        positions
+            int64 [tokens], rising; by default they go on from the chunk before.
+        section
+            Which section of the geometry the layers belong to.
+
+        Raises
+        ------
+        TypeError, ValueError, BufferError
+            Wrong dtype, shape, order of tokens, device. The encoder is as it was: go on.
+        StateError
+            After ``finish``, after a failure, or while another thread encodes.
+        """
+        with self._exclusive("encode"):
+            dtype, chunk = self._check(k, v, positions, section)
+            with self._failing():
+                return b"".join([*self._start(dtype), *self._take(section, chunk)])
+
+    def finish(self) -> bytes:
+        """Code what is pending, and end the stream; return its last bytes."""
+        with self._exclusive("finish"), self._failing():
+            # A stream without a chunk has no element type of its own.
+            out = self._start(DType.FLOAT8_E4M3FN if self._scales else DType.BFLOAT16)
+            for state in self._sections:
+                out += map(self._record, state.last_blocks())
+            assert self._writer is not None
+            out.append(self._writer.finish())
+            self._statistics.index_bytes = len(out[-1])
+            self._state = "finished"
+        self._warn_if_poor()
+        return b"".join(out)
+
+    def _warn_if_poor(self) -> None:
+        s = self._statistics
+        if 0 < s.ratio < _POOR_RATIO:
+            verbatim = s.tokens - s.coded_tokens
+            warnings.warn(
+                f"the stream is only {s.ratio:.2f} times smaller than the cache: {verbatim} of "
+                f"{s.tokens} tokens are verbatim (sinks {self._codec.sinks}, window "
+                f"{self._codec.window}, tokens beyond max_error); the context is too short to "
+                f"gain, or unlike the calibration",
+                KVTCWarning,
+                stacklevel=3,
+            )
+
+    @contextlib.contextmanager
+    def _exclusive(self, action: str) -> Iterator[None]:
+        if not self._lock.acquire(blocking=False):
+            raise StateError(f"cannot {action}: another thread is using this encoder")
+        try:
+            if self._state != "open":
+                raise StateError(f"cannot {action}: the encoder is {self._state}; make a new one")
+            yield
+        finally:
+            self._lock.release()
+
+    @contextlib.contextmanager
+    def _failing(self) -> Iterator[None]:
+        """A failure past the checks may have lost tokens: nothing may follow it."""
+        try:
+            yield
+        except BaseException:
+            self._state = "failed by an earlier exception"
+            raise
+
+    def _check(self, k: Any, v: Any, positions: Any, index: int) -> tuple[DType, _Chunk]:
+        sections = self._geometry.sections
+        if not 0 <= index < len(sections):
+            raise ValueError(f"section must be from 0 to {len(sections) - 1}, found {index}")
+        section = sections[index]
+        layers = len(section.layers)
+        k_layers, k_dtype = layer_list(k, "k", layers, section.kv_heads, section.k_dim)
+        v_layers, v_dtype = layer_list(v, "v", layers, section.kv_heads, section.v_dim)
+        expected = self._sections[index].dtype if self._sections else k_dtype
+        for name, dtype in (("k", k_dtype), ("v", v_dtype)):
+            if dtype != expected:
+                raise TypeError(
+                    f"{name} is {dtype.label}, expected {expected.label} as the "
+                    f"{'stream so far' if self._sections else 'k beside it'}: cast it"
+                )
+        if self._scales and not k_dtype.is_fp8:
+            raise TypeError(f"k_scale and v_scale are for fp8 caches, found {k_dtype.label}")
+        tokens = k_layers[0].shape[1]
+        if v_layers[0].shape[1] != tokens:
+            raise ValueError(f"k has {tokens} tokens, v has {v_layers[0].shape[1]}")
+        last = self._sections[index].last_position if self._sections else -1
+        return k_dtype, (k_layers, v_layers, check_positions(positions, tokens, last))
+
+    def _start(self, dtype: DType) -> list[bytes]:
+        """The header, once the element type is known."""
+        if self._sections:
+            return []
+        codec = self._codec
+        scales = self._scales
+        if dtype.is_fp8 and not scales:
+            scales = _scales(self._geometry, 1.0, 1.0)
+        out_dtype = DType.BFLOAT16 if dtype.is_fp8 else dtype
+        if codec.out_dtype is not None:
+            out_dtype = DType[codec.out_dtype.upper()]
+        if out_dtype.is_fp8 and not scales:
+            raise TypeError(f"out_dtype={out_dtype.label} needs fp8 input, found {dtype.label}")
+        assert codec.coder is not None
+        header = StreamHeader(
+            geometry=self._geometry,
+            dtype=dtype,
+            out_dtype=out_dtype,
+            scales=scales,
+            sinks=codec.sinks,
+            window=codec.window,
+            block_tokens=codec.block_tokens,
+            plan=codec.plan,
+            coder=Coder[codec.coder.upper()],
+            calibration=codec.calibration.digest,
+            model=codec.calibration.model,
+            token_digest=self._token_digest,
+            metadata=self._metadata,
+        )
+        self._writer = StreamWriter(header)
+        self._sections = [
+            _SectionState(header, i, codec, self._backend)
+            for i in range(len(self._geometry.sections))
+        ]
+        start = self._writer.start()
+        self._statistics.header_bytes = len(start)
+        return [start]
+
+    def _take(self, index: int, chunk: _Chunk) -> Iterator[bytes]:
+        state = self._sections[index]
+        k_layers, v_layers, positions = chunk
+        taken = 0
+        while taken < len(positions):
+            room = state.append(k_layers, v_layers, positions, taken)
+            taken += room
+            yield from map(self._record, state.ready_blocks())
+
+    def _record(self, block: Block) -> bytes:
+        assert self._writer is not None
+        record = self._writer.block(block)
+        section = self._geometry.sections[block.section]
+        values = (section.k_width + section.v_width) * block.tokens
+        cache_bytes = values * self._sections[block.section].dtype.itemsize
+        self._statistics.add_block(block, len(record), cache_bytes)
+        return record
+
+
+#: K and V per layer [kv_heads, tokens, head_dim], and positions.
+_Chunk = tuple[list[NDArray[Any]], list[NDArray[Any]], NDArray[np.int64]]
+
+
+class _SectionState:
+    """One section's pending tokens, and the blocks they become.
+
+    Leading tokens at sink positions leave verbatim as soon as they are complete. A block leaves
+    when as many tokens as the window follow it; what is left at the end is the verbatim tail.
+    Each rule looks at tokens alone, so the way the input is cut does not show.
+    """
+
+    def __init__(self, header: StreamHeader, index: int, codec: Codec, backend: Backend) -> None:
+        section = header.geometry.sections[index]
+        self.dtype = header.dtype
+        self.last_position = -1
+        self._header, self._index = header, index
+        self._coder = backend.section_coder(
+            header, index, codec.calibration, max_error=codec.max_error, measure=codec.measure
+        )
+        capacity = header.window + 2 * header.block_tokens
+        dtype = numpy_dtype(header.dtype)
+        self._k = np.empty(section.k_shape(capacity), dtype)
+        self._v = np.empty(section.v_shape(capacity), dtype)
+        self._positions = np.empty(capacity, np.int64)
+        self._begin = self._end = 0
+        self._coded = 0
+
+    def append(
+        self,
+        k_layers: list[NDArray[Any]],
+        v_layers: list[NDArray[Any]],
+        positions: NDArray[np.int64],
+        first: int,
+    ) -> int:
+        """Copy tokens from ``first`` on, as many as fit; return how many."""
+        if self._end == len(self._positions):
+            pending = slice(self._begin, self._end)
+            count = self._end - self._begin
+            for array in (self._k, self._v):
+                array[:, :, :count] = array[:, :, pending].copy()
+            self._positions[:count] = self._positions[pending].copy()
+            self._begin, self._end = 0, count
+        count = min(len(self._positions) - self._end, len(positions) - first)
+        source, target = slice(first, first + count), slice(self._end, self._end + count)
+        for layer, (k, v) in enumerate(zip(k_layers, v_layers, strict=True)):
+            self._k[layer, :, target] = k[:, source]
+            self._v[layer, :, target] = v[:, source]
+        self._positions[target] = positions[source]
+        self._end += count
+        self.last_position = int(self._positions[self._end - 1])
+        return count
+
+    def ready_blocks(self) -> Iterator[Block]:
+        """Blocks that no later token can change."""
+        size = self._header.block_tokens
+        yield from self._sinks(complete=self.last_position >= self._header.sinks - 1)
+        while self._end - self._begin >= size + self._header.window:
+            yield self._data(size)
+
+    def last_blocks(self) -> Iterator[Block]:
+        """Everything that is pending, at the end of the stream."""
+        yield from self._sinks(complete=True)
+        yield from self.ready_blocks()
+        while self._end > self._begin:
+            tokens = min(self._end - self._begin, self._header.block_tokens)
+            yield self._verbatim(Role.TAIL, tokens) if self._header.window else self._data(tokens)
+
+    def _leading_sinks(self) -> int:
+        pending = self._positions[self._begin : self._end]
+        return int(np.searchsorted(pending, self._header.sinks))
+
+    def _sinks(self, *, complete: bool) -> Iterator[Block]:
+        size = self._header.block_tokens
+        while (sinks := self._leading_sinks()) >= (1 if complete else size):
+            yield self._verbatim(Role.SINKS, min(sinks, size))
+
+    def _pop(self, tokens: int) -> tuple[NDArray[Any], NDArray[Any], NDArray[np.int64], int]:
+        span = slice(self._begin, self._begin + tokens)
+        start = self._coded
+        self._begin += tokens
+        self._coded += tokens
+        return self._k[:, :, span], self._v[:, :, span], self._positions[span], start
+
+    def _data(self, tokens: int) -> Block:
+        return self._coder.encode(*self._pop(tokens))
+
+    def _verbatim(self, role: Role, tokens: int) -> Block:
+        k, v, positions, start = self._pop(tokens)
+        coder, verbatim = compress(self._header.coder, verbatim_bytes(k, v))
+        return Block(
+            section=self._index,
+            role=role,
+            start=start,
+            tokens=tokens,
+            positions=stored_positions(positions),
+            verbatim_tokens=tuple(range(tokens)),
+            coder=Coder.STORED,
+            coded=b"",
+            coded_size=0,
+            verbatim_coder=coder,
+            verbatim=verbatim,
+            errors=BlockErrors(),
+        )
+
+
+def _with_rope(geometry: Geometry, rope: Sequence[Rope | None] | Rope | None) -> Geometry:
+    if rope is None:
+        return geometry
+    count = sum(len(s.layers) for s in geometry.sections)
+    tables = (rope,) * count if isinstance(rope, Rope) else tuple(rope) or (None,) * count
+    if len(tables) != count:
+        raise ValueError(f"rope must have an entry for each of {count} layers, found {len(tables)}")
+    remaining = iter(tables)
+    return Geometry(
+        tuple(
+            replace(section, rope=tuple(next(remaining) for _ in section.layers))
+            for section in geometry.sections
+        )
+    )
+
+
+def _scales(geometry: Geometry, k_scale: Any, v_scale: Any) -> tuple[SectionScales, ...]:
+    if k_scale is None and v_scale is None:
+        return ()
+    sections = geometry.sections
+
+    def of(scale: Any, name: str, index: int) -> tuple[float, ...]:
+        section = sections[index]
+        value = scale[index] if isinstance(scale, list) and len(sections) > 1 else scale
+        array = np.asarray(1.0 if value is None else value, np.float32)
+        if array.ndim == 1:
+            array = array[:, None]
+        shape = (len(section.layers), section.kv_heads)
+        try:
+            array = np.broadcast_to(array, shape)
+        except ValueError:
+            raise ValueError(
+                f"{name} must be a scalar, [layers] or [layers, kv_heads] with "
+                f"[layers, kv_heads] = {list(shape)}, found {list(array.shape)}"
+            ) from None
+        if not (np.isfinite(array) & (array > 0)).all():
+            raise ValueError(f"{name} must be positive and finite")
+        return tuple(array.ravel().tolist())
+
+    return tuple(
+        SectionScales(of(k_scale, "k_scale", i), of(v_scale, "v_scale", i))
+        for i in range(len(sections))
+    )

@@ -1,0 +1,338 @@
+"""Streams in files, pipes and memory: ``open``, writer and reader, and the one-shots."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+import threading
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Any, BinaryIO, Literal, Self, overload
+
+import numpy as np
+
+from kvtc_stream.backend import BackendName
+from kvtc_stream.calibration import Calibration
+from kvtc_stream.codec import Codec
+from kvtc_stream.decoder import BlockDecoder, Decoder, KVBlock
+from kvtc_stream.errors import StateError, UnsupportedError
+from kvtc_stream.formats import IndexEntry, Limits, Rope, StreamFile, StreamHeader
+from kvtc_stream.interop import KVArray, as_kv_array, numpy_dtype
+from kvtc_stream.statistics import StreamStatistics
+from kvtc_stream.storage import atomic_write
+
+File = str | os.PathLike[str] | BinaryIO
+
+#: Bytes asked of a pipe at a time.
+_READ_SIZE = 1 << 20
+
+
+@overload
+def open(
+    file: File,
+    mode: Literal["rb"] = "rb",
+    *,
+    calibration: Calibration,
+    backend: BackendName = "auto",
+    limits: Limits | None = None,
+) -> Reader: ...
+@overload
+def open(
+    file: File,
+    mode: Literal["wb"],
+    *,
+    codec: Codec,
+    rope: Sequence[Rope | None] | Rope | None = None,
+    k_scale: Any = None,
+    v_scale: Any = None,
+    metadata: Mapping[str, Any] | None = None,
+    token_digest: bytes = b"",
+) -> Writer: ...
+def open(
+    file: File,
+    mode: str = "rb",
+    *,
+    calibration: Calibration | None = None,
+    codec: Codec | None = None,
+    backend: BackendName = "auto",
+    limits: Limits | None = None,
+    **stream: Any,
+) -> Reader | Writer:
+    """Open a stream for reading (``"rb"``, with ``calibration``) or writing (``"wb"``, ``codec``).
+
+    ``file`` is a path or a binary file object; pipes work both ways. A path is written
+    atomically: it appears when the writer closes without an exception. File objects are left open.
+    The other arguments are those of :class:`kvtc_stream.Encoder`.
+    """
+    if mode == "rb":
+        if codec is not None and calibration is None:
+            calibration = codec.calibration
+        if calibration is None or stream:
+            raise TypeError(f"reading takes calibration=, found {sorted(stream) or 'none'}")
+        return Reader(file, calibration, backend=backend, limits=limits)
+    if mode == "wb":
+        if codec is None:
+            raise TypeError("writing takes codec=kvtc_stream.Codec(calibration, ...)")
+        return Writer(file, codec, **stream)
+    raise ValueError(f"mode must be 'rb' or 'wb', found {mode!r}")
+
+
+class Writer:
+    """Writes a stream while the cache grows; a context manager. Make one with :func:`open`.
+
+    One thread at a time. Leaving the block by an exception discards a path's partial file; a file
+    object then holds a stream without an end, which readers refuse.
+    """
+
+    #: File objects that a writer has in hand.
+    _busy: weakref.WeakSet[BinaryIO] = weakref.WeakSet()
+
+    def __init__(self, file: File, codec: Codec, **stream: Any) -> None:
+        self._encoder = codec.encoder(**stream)
+        self._cleanup = ExitStack()
+        self._state = "open"
+        if isinstance(file, str | os.PathLike):
+            self._file = self._cleanup.enter_context(atomic_write(file))
+        else:
+            if file in Writer._busy:
+                raise StateError("another writer is writing to this file object: close it first")
+            Writer._busy.add(file)
+            self._cleanup.callback(Writer._busy.discard, file)
+            self._file = file
+
+    @property
+    def statistics(self) -> StreamStatistics:
+        """Sizes, ratios and errors so far."""
+        return self._encoder.statistics
+
+    def write(self, k: Any, v: Any, *, positions: Any = None, section: int = 0) -> int:
+        """Take a chunk, as :meth:`kvtc_stream.Encoder.encode`; return the bytes written now."""
+        if self._state != "open":
+            raise StateError(f"cannot write: the writer is {self._state}")
+        return self._put(self._encoder.encode(k, v, positions=positions, section=section))
+
+    def close(self) -> None:
+        """End the stream; a path takes its final name. Closing again does nothing.
+
+        Raises
+        ------
+        StateError
+            An earlier write failed: the stream cannot be ended, and a path is left as it was.
+        """
+        if self._state == "closed":
+            return
+        try:
+            if self._state != "open":
+                raise StateError(f"cannot close: the writer is {self._state}")
+            self._put(self._encoder.finish())
+            self._file.flush()
+        except BaseException:
+            self._release(*sys.exc_info())
+            raise
+        self._release(None, None, None)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is None:
+            self.close()
+        elif self._state != "closed":
+            self._release(kind, error, trace)
+
+    def _put(self, data: bytes) -> int:
+        try:
+            # A raw file may take less than it is given.
+            rest = memoryview(data)
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except BaseException:
+            self._state = "failed by an earlier exception"
+            raise
+        return len(data)
+
+    def _release(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._state = "closed"
+        # The context that removes a partial file raises the same error again.
+        try:
+            self._cleanup.__exit__(kind, error, trace)
+        except BaseException as raised:
+            if raised is not error:
+                raise
+
+
+class Reader:
+    """Reads a stream; a context manager and an iterator of blocks. Make one with :func:`open`.
+
+    From a seekable file any tokens of any layers can be read, by several threads in turn; from a
+    pipe the blocks come once, in order.
+    """
+
+    def __init__(
+        self,
+        file: File,
+        calibration: Calibration,
+        *,
+        backend: BackendName = "auto",
+        limits: Limits | None = None,
+    ) -> None:
+        limits = limits or Limits()
+        self._cleanup = ExitStack()
+        self._lock = threading.Lock()
+        self._stream: StreamFile | None = None
+        if isinstance(file, str | os.PathLike):
+            file = self._cleanup.enter_context(io.open(file, "rb"))
+        with self._cleanup.pop_all() as cleanup:  # closes the file if the stream is refused
+            if file.seekable():
+                self._stream = StreamFile(file, limits)
+                self._header = self._stream.header
+                self._blocks = BlockDecoder(self._header, calibration, backend)
+            else:
+                self._pipe = _PipeBlocks(file, Decoder(calibration, backend=backend, limits=limits))
+                self._header = self._pipe.header
+            self._cleanup = cleanup.pop_all()
+
+    @property
+    def header(self) -> StreamHeader:
+        """The stream's header."""
+        return self._header
+
+    def tokens(self, section: int = 0) -> int:
+        """Tokens of a section. Seekable files only."""
+        return sum(entry.tokens for entry in self._entries(section))
+
+    def __iter__(self) -> Iterator[KVBlock]:
+        """Blocks in token order, verbatim tokens included."""
+        if self._stream is None:
+            yield from self._pipe
+        else:
+            for entry in self._stream.index:
+                yield self._decode(entry, None)
+
+    def read(
+        self,
+        tokens: slice | None = None,
+        layers: slice | None = None,
+        section: int = 0,
+    ) -> tuple[KVArray, KVArray]:
+        """K and V of some tokens (ordinals) and layers (indices), [layers, heads, tokens, dim].
+
+        Only the blocks that hold the tokens are read, and only the layers' columns of the basis
+        take part. Slices have step 1 and follow Python's rules.
+        """
+        entries = self._entries(section)
+        geometry = self.header.geometry.sections[section]
+        total = self.tokens(section)
+        first, last = _span(tokens, total, "tokens")
+        chosen = range(*_span(layers, len(geometry.layers), "layers"))
+        dtype = numpy_dtype(self.header.out_dtype)
+        k = np.empty((len(chosen), *geometry.k_shape(last - first)[1:]), dtype)
+        v = np.empty((len(chosen), *geometry.v_shape(last - first)[1:]), dtype)
+        for entry in entries:
+            begin, end = max(first, entry.start), min(last, entry.start + entry.tokens)
+            if begin < end:
+                block = self._decode(entry, chosen)
+                source = slice(begin - entry.start, end - entry.start)
+                target = slice(begin - first, end - first)
+                k[:, :, target] = block.k[:, :, source]
+                v[:, :, target] = block.v[:, :, source]
+        return as_kv_array(k), as_kv_array(v)
+
+    def close(self) -> None:
+        """Close the file if a path was opened."""
+        if self._owned:
+            self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _decode(self, entry: IndexEntry, layers: Sequence[int] | None) -> KVBlock:
+        assert self._stream is not None
+        with self._lock:
+            return self._blocks.decode(self._stream.read_block(entry), layers)
+
+    def _entries(self, section: int) -> list[IndexEntry]:
+        if self._stream is None:
+            raise UnsupportedError("a pipe has no random access: iterate, or read from a file")
+        sections = len(self._header.geometry.sections)
+        if not 0 <= section < sections:
+            raise ValueError(f"section must be from 0 to {sections - 1}, found {section}")
+        return [entry for entry in self._stream.index if entry.section == section]
+
+
+class _PipeBlocks:
+    """Blocks from a file object that cannot seek; reads up to the header at once."""
+
+    def __init__(self, file: BinaryIO, decoder: Decoder) -> None:
+        self._file, self._decoder = file, decoder
+        self._ready: list[KVBlock] = []
+        while decoder.header is None:
+            self._ready += self._more()
+        self.header = decoder.header
+
+    def __iter__(self) -> Iterator[KVBlock]:
+        while True:
+            ready, self._ready = self._ready, []
+            yield from ready
+            if self._decoder.eof:
+                return
+            self._ready = self._more()
+
+    def _more(self) -> list[KVBlock]:
+        data = self._file.read(_READ_SIZE)
+        if not data:
+            self._decoder.close()
+        return self._decoder.decode(data)
+
+
+def _span(chosen: slice | None, count: int, name: str) -> tuple[int, int]:
+    if chosen is None:
+        return 0, count
+    if not isinstance(chosen, slice):
+        raise TypeError(f"{name} must be a slice, found {type(chosen).__name__}")
+    start, stop, step = chosen.indices(count)
+    if step != 1:
+        raise ValueError(f"{name} must be a slice of step 1, found step {step}")
+    return start, max(start, stop)
+
+
+def encode(k: Any, v: Any, *, codec: Codec, positions: Any = None, **stream: Any) -> bytes:
+    """A whole cache to a whole stream.
+
+    Equivalent to one :meth:`Encoder.encode` and :meth:`Encoder.finish` of
+    ``codec.encoder(**stream)``.
+    """
+    encoder = codec.encoder(**stream)
+    return encoder.encode(k, v, positions=positions) + encoder.finish()
+
+
+def decode(
+    data: bytes | bytearray | memoryview,
+    calibration: Calibration,
+    *,
+    section: int = 0,
+    backend: BackendName = "auto",
+    limits: Limits | None = None,
+) -> tuple[KVArray, KVArray]:
+    """A whole stream to a whole cache, K and V [layers, kv_heads, tokens, head_dim].
+
+    Equivalent to :meth:`Reader.read` of everything.
+    """
+    with open(io.BytesIO(data), calibration=calibration, backend=backend, limits=limits) as reader:
+        return reader.read(section=section)

@@ -1,0 +1,65 @@
+"""Files that appear whole or not at all, with one writer at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from kvtc_stream.errors import StateError
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """A file that takes ``path``'s place when the block ends without an exception.
+
+    Until then the bytes are in ``.NAME.partial`` beside it, locked: a second writer of the same
+    path, in this or another process, gets ``StateError``. A partial file left by a crash is
+    overwritten.
+    """
+    target = Path(path)
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"no directory {target.parent} to write {target.name} into")
+    partial = target.with_name(f".{target.name}.partial")
+    with _open_locked(partial) as file:
+        try:
+            file.truncate()
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(partial, target)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
+
+def _open_locked(path: Path) -> BinaryIO:
+    while True:
+        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+        try:
+            _lock(file)
+        except OSError:
+            file.close()
+            raise StateError(
+                f"another writer is writing {path.name[1:-8]!r}: wait for it, or write elsewhere"
+            ) from None
+        # A writer that finished between our open and our lock has renamed this very file.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        file.close()
+
+
+if sys.platform == "win32":
+    import msvcrt
+
+    def _lock(file: BinaryIO) -> None:
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+else:
+    import fcntl
+
+    def _lock(file: BinaryIO) -> None:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
