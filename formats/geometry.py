@@ -11,6 +11,12 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from kvtc_stream.formats.limits import Limits
+from kvtc_stream.formats.wire import ByteReader, ByteWriter, located
+
+# In place of the number of a rotary table: the layer's keys carry none.
+_NO_ROPE = 0xFFFF
+
 
 class DType(enum.IntEnum):
     """Element types of a cache. The numbers are those of the stream."""
@@ -64,10 +70,10 @@ class Rope:
     def __post_init__(self) -> None:
         if not self.inv_freq:
             raise ValueError("a Rope needs at least one inverse frequency; use None for no RoPE")
-        table = tuple(_binary32(f) for f in self.inv_freq)
+        table = tuple(binary32(f) for f in self.inv_freq)
         if not all(abs(f) < float("inf") for f in table):
             raise ValueError("inverse frequencies must be finite")
-        scale = _binary32(self.scale)
+        scale = binary32(self.scale)
         if not 0 < scale < float("inf"):
             raise ValueError(f"RoPE scale must be positive and finite, found {self.scale}")
         object.__setattr__(self, "inv_freq", table)
@@ -188,8 +194,62 @@ class Geometry:
         return cls((Section(tuple(range(layers)), kv_heads, head_dim, v_dim, tables),))
 
 
-def _binary32(value: float) -> float:
+def binary32(value: float) -> float:
+    """``value`` rounded to binary32; infinite when it is too large."""
     try:
         return float(struct.unpack("<f", struct.pack("<f", value))[0])
     except OverflowError:
         return float("inf")
+
+
+def write_geometry(geometry: Geometry, writer: ByteWriter) -> None:
+    """Append the rotary tables, each once in order of first use, and the sections."""
+    tables = list(dict.fromkeys(r for s in geometry.sections for r in s.rope if r is not None))
+    numbers: dict[Rope | None, int] = {rope: i for i, rope in enumerate(tables)}
+    numbers[None] = _NO_ROPE
+    writer.pack("H", len(tables))
+    for rope in tables:
+        writer.pack("HBf", len(rope.inv_freq), rope.interleaved, rope.scale)
+        writer.array("f", rope.inv_freq)
+    writer.pack("H", len(geometry.sections))
+    for s in geometry.sections:
+        writer.pack("HIII", len(s.layers), s.kv_heads, s.k_dim, s.v_dim)
+        writer.array("I", s.layers)
+        writer.array("H", (numbers[r] for r in s.rope or (None,) * len(s.layers)))
+
+
+def read_geometry(reader: ByteReader, limits: Limits) -> Geometry:
+    """Read what :func:`write_geometry` wrote."""
+    tables: dict[int, Rope | None] = {_NO_ROPE: None}
+    count = reader.integer("H", "rotary table count")
+    limits.check("max_layers", count, reader.place("rotary table count"))
+    for i in range(count):
+        pairs, interleaved, scale = reader.unpack("HBf", f"rotary table {i}")
+        frequencies = reader.array("f", pairs, f"rotary table {i}")
+        with located(reader.place(f"rotary table {i}")):
+            tables[i] = Rope(frequencies, _flag(interleaved), scale)
+    count = reader.integer("H", "section count")
+    limits.check("max_sections", count, reader.place("section count"))
+    sections = []
+    layers = 0
+    for i in range(count):
+        field = f"section {i}"
+        n, kv_heads, k_dim, v_dim = reader.unpack("HIII", field)
+        layers += n
+        limits.check("max_layers", layers, reader.place(f"{field} layer count"))
+        limits.check("max_width", n * kv_heads * (k_dim + v_dim), reader.place(f"{field} width"))
+        numbers = reader.array("I", n, f"{field} layers")
+        references = reader.array("H", n, f"{field} rotary tables")
+        with located(reader.place(field)):
+            if not tables.keys() >= set(references):
+                raise ValueError(f"it refers to rotary tables {references} of {len(tables) - 1}")
+            rope = tuple(tables[r] for r in references)
+            sections.append(Section(numbers, kv_heads, k_dim, v_dim, rope))
+    with located(reader.place("sections")):
+        return Geometry(tuple(sections))
+
+
+def _flag(value: int) -> bool:
+    if value > 1:
+        raise ValueError(f"a flag must be 0 or 1, found {value}")
+    return bool(value)

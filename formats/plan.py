@@ -9,7 +9,17 @@ runs of consecutive components of a part with one quantiser.
 from __future__ import annotations
 
 import enum
+import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
+
+from kvtc_stream.errors import FormatError, VersionError
+from kvtc_stream.formats.geometry import Geometry, Section
+from kvtc_stream.formats.limits import Limits
+from kvtc_stream.formats.wire import ByteReader, ByteWriter, located
+
+_MAGIC = b"KVTP"
+_VERSION = 1
 
 
 class Quantiser(enum.IntEnum):
@@ -37,6 +47,10 @@ class Band:
     size: int
     quantiser: Quantiser
 
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ValueError(f"a band needs at least one component, found {self.size}")
+
     @property
     def bits(self) -> int:
         """Bits per token before entropy coding."""
@@ -55,6 +69,12 @@ class PartPlan:
     k_layers: tuple[int, ...]
     v_layers: tuple[int, ...]
     bands: tuple[Band, ...]
+
+    def width(self, section: Section) -> int:
+        """Values per token that the part covers, which is also its number of components."""
+        k = len(self.k_layers) * section.k_dim
+        v = len(self.v_layers) * section.v_dim
+        return section.kv_heads * (k + v)
 
     @property
     def components(self) -> int:
@@ -79,6 +99,24 @@ class SectionPlan:
         """Bits per token before entropy coding."""
         return sum(p.bits for p in self.parts)
 
+    def check(self, section: Section) -> None:
+        """Raise ``ValueError`` unless the plan deals out exactly this section."""
+        for kind in ("K", "V"):
+            dealt = [p.k_layers if kind == "K" else p.v_layers for p in self.parts]
+            if any(list(numbers) != sorted(numbers) for numbers in dealt):
+                raise ValueError(f"a part's {kind} layers must rise, found {dealt}")
+            if sorted(n for numbers in dealt for n in numbers) != list(range(len(section.layers))):
+                raise ValueError(
+                    f"the parts must hold the {kind} of each of {len(section.layers)} layers "
+                    f"once, found {dealt}"
+                )
+        for part in self.parts:
+            width = part.width(section)
+            if not width or part.components > width:
+                raise ValueError(
+                    f"bands cover {part.components} components of a part that has {width}"
+                )
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -86,3 +124,118 @@ class Plan:
 
     preset: str
     sections: tuple[SectionPlan, ...]
+
+    def check(self, geometry: Geometry) -> None:
+        """Raise ``ValueError`` unless the plan deals out exactly this geometry."""
+        if len(self.sections) != len(geometry.sections):
+            raise ValueError(
+                f"the plan has {len(self.sections)} sections, "
+                f"the geometry has {len(geometry.sections)}"
+            )
+        for plan, section in zip(self.sections, geometry.sections, strict=True):
+            plan.check(section)
+
+    @property
+    def digest(self) -> bytes:
+        """SHA-256 of :meth:`to_bytes`, 32 bytes."""
+        return hashlib.sha256(self.to_bytes()).digest()
+
+    def to_bytes(self) -> bytes:
+        """The plan's only encoding, the same in a stream and in a file."""
+        writer = ByteWriter()
+        writer.raw(_MAGIC)
+        writer.pack("H", _VERSION)
+        writer.text(self.preset)
+        writer.pack("H", len(self.sections))
+        for section in self.sections:
+            writer.text(section.basis)
+            writer.pack("H", len(section.parts))
+            for part in section.parts:
+                _write_layers(writer, part.k_layers)
+                _write_layers(writer, part.v_layers)
+                writer.pack("I", len(part.bands))
+                for band in part.bands:
+                    writer.pack("IB", band.size, band.quantiser)
+        return writer.getvalue()
+
+    @classmethod
+    def from_bytes(cls, data: bytes, limits: Limits | None = None, *, offset: int = 0) -> Plan:
+        """Undo :meth:`to_bytes`.
+
+        Parameters
+        ----------
+        limits
+            ``max_sections``, ``max_layers`` and ``max_bands`` apply.
+        offset
+            Where ``data`` lies in its file, for messages.
+
+        Raises
+        ------
+        FormatError
+            The bytes are not a plan.
+        """
+        limits = limits or Limits()
+        reader = ByteReader(data, "plan", offset)
+        place, found = reader.place("magic"), reader.raw(len(_MAGIC), "magic")
+        if found != _MAGIC:
+            raise FormatError(f"{place} is {found!r}, expected {_MAGIC!r}: this is no plan")
+        place, version = reader.place("version"), reader.integer("H", "version")
+        if version != _VERSION:
+            raise VersionError(
+                f"{place} is {version}, this reader knows {_VERSION}; read with a newer kvtc-stream"
+            )
+        preset = reader.text("preset")
+        count = reader.integer("H", "section count")
+        limits.check("max_sections", count, reader.place("section count"))
+        budget = _Budget(limits)
+        sections = tuple(_read_section(reader, budget) for _ in range(count))
+        reader.expect_end()
+        return cls(preset, sections)
+
+
+class _Budget:
+    """Counts what the limits allow for the whole plan."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._spent = {"max_layers": 0, "max_bands": 0}
+
+    def spend(self, name: str, count: int, what: str) -> None:
+        self._spent[name] += count
+        # K and V of a layer may lie in different parts: each counts for half.
+        spent = -(-self._spent[name] // 2) if name == "max_layers" else self._spent[name]
+        self._limits.check(name, spent, what)
+
+
+def _read_section(reader: ByteReader, budget: _Budget) -> SectionPlan:
+    basis = reader.text("basis")
+    count = reader.integer("H", "part count")
+    budget.spend("max_bands", count, reader.place("parts"))
+    return SectionPlan(basis, tuple(_read_part(reader, budget) for _ in range(count)))
+
+
+def _read_part(reader: ByteReader, budget: _Budget) -> PartPlan:
+    k_layers = _read_layers(reader, "K layers", budget)
+    v_layers = _read_layers(reader, "V layers", budget)
+    count = reader.integer("I", "band count")
+    budget.spend("max_bands", count, reader.place("bands"))
+    return PartPlan(k_layers, v_layers, tuple(_read_band(reader) for _ in range(count)))
+
+
+def _read_band(reader: ByteReader) -> Band:
+    size = reader.integer("I", "band size")
+    quantiser = reader.enum(Quantiser, "quantiser")
+    with located(reader.place("band")):
+        return Band(size, quantiser)
+
+
+def _write_layers(writer: ByteWriter, layers: Iterable[int]) -> None:
+    layers = tuple(layers)
+    writer.pack("H", len(layers))
+    writer.array("H", layers)
+
+
+def _read_layers(reader: ByteReader, field: str, budget: _Budget) -> tuple[int, ...]:
+    count = reader.integer("H", f"{field} count")
+    budget.spend("max_layers", count, reader.place(f"{field} count"))
+    return reader.array("H", count, field)

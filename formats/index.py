@@ -1,0 +1,278 @@
+"""The index of all records and the trailer that tells where it is."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+from kvtc_stream.errors import FormatError
+from kvtc_stream.formats.block import Block, BlockErrors, Measure, Role
+from kvtc_stream.formats.checksum import checksum, verify
+from kvtc_stream.formats.header import StreamHeader
+from kvtc_stream.formats.limits import Limits
+from kvtc_stream.formats.record import RECORD_OVERHEAD, RecordType
+from kvtc_stream.formats.wire import ByteReader, located
+
+_COUNT = struct.Struct("<I")
+_ENTRY = "QQBBBxHxxIIQqqQQ4f"
+_ENTRY_STRUCT = struct.Struct("<" + _ENTRY)
+
+_NO_ERRORS = BlockErrors()
+
+_TRAILER = struct.Struct("<QQII")
+_TRAILER_END = struct.Struct("<Q8s")
+_END_MAGIC = b"KVTEND\r\n"
+TRAILER_SIZE = _TRAILER.size + _TRAILER_END.size
+
+
+@dataclass(frozen=True, slots=True)
+class IndexEntry:
+    """Where a record is and, for a block, what it holds; all zero for other records.
+
+    Parameters
+    ----------
+    sequence
+        Number of the record.
+    offset, length
+        The whole record in the stream, in bytes.
+    type
+        A :class:`RecordType`, or the number of a skippable record that this reader does not know.
+    section, role, start, tokens
+        As in :class:`~kvtc_stream.formats.Block`.
+    first_position, last_position
+        Positions of the first and the last token.
+    verbatim_tokens
+        How many tokens are verbatim.
+    coded_bytes, verbatim_bytes
+        Compressed sizes.
+    errors
+        As in the block.
+    """
+
+    sequence: int
+    offset: int
+    length: int
+    type: int
+    section: int = 0
+    role: Role = Role.DATA
+    start: int = 0
+    tokens: int = 0
+    first_position: int = 0
+    last_position: int = 0
+    verbatim_tokens: int = 0
+    coded_bytes: int = 0
+    verbatim_bytes: int = 0
+    errors: BlockErrors = _NO_ERRORS
+
+    @property
+    def is_block(self) -> bool:
+        """Whether the record is a block."""
+        return self.type == RecordType.BLOCK
+
+    @classmethod
+    def of(
+        cls, sequence: int, offset: int, length: int, kind: int, block: Block | None
+    ) -> IndexEntry:
+        """The entry of a record, a block when ``block`` is given."""
+        if block is None:
+            return cls(sequence, offset, length, kind)
+        return cls(
+            sequence,
+            offset,
+            length,
+            kind,
+            section=block.section,
+            role=block.role,
+            start=block.start,
+            tokens=block.tokens,
+            first_position=block.first_position,
+            last_position=block.last_position,
+            verbatim_tokens=len(block.verbatim_tokens),
+            coded_bytes=len(block.coded),
+            verbatim_bytes=len(block.verbatim),
+            errors=block.errors,
+        )
+
+    def pack(self) -> bytes:
+        """The entry's bytes; its sequence number is its place in the index."""
+        return _ENTRY_STRUCT.pack(
+            self.offset,
+            self.length,
+            self.type,
+            self.role,
+            self.errors.measure,
+            self.section,
+            self.tokens,
+            self.verbatim_tokens,
+            self.start,
+            self.first_position,
+            self.last_position,
+            self.coded_bytes,
+            self.verbatim_bytes,
+            *self.errors.values,
+        )
+
+    @classmethod
+    def unpack(cls, reader: ByteReader, sequence: int) -> IndexEntry:
+        """Undo :meth:`pack`."""
+        where = f"{reader.where}, entry {sequence} at byte {reader.position}"
+        (
+            offset,
+            length,
+            kind,
+            role,
+            measure,
+            section,
+            tokens,
+            verbatim_tokens,
+            start,
+            first,
+            last,
+            coded_bytes,
+            verbatim_bytes,
+            *errors,
+        ) = reader.unpack(_ENTRY, f"entry {sequence}")
+        with located(where):
+            return cls(
+                sequence,
+                offset,
+                length,
+                kind,
+                section=section,
+                role=Role(role),
+                start=start,
+                tokens=tokens,
+                first_position=first,
+                last_position=last,
+                verbatim_tokens=verbatim_tokens,
+                coded_bytes=coded_bytes,
+                verbatim_bytes=verbatim_bytes,
+                errors=BlockErrors(Measure(measure), *errors),
+            )
+
+
+class Order:
+    """The order that every stream keeps: no holes between records, none between tokens.
+
+    Writer and readers show each record's entry to :meth:`accept`, which raises ``ValueError``
+    and changes nothing when the record cannot come next.
+    """
+
+    def __init__(self, header: StreamHeader, offset: int) -> None:
+        sections = len(header.geometry.sections)
+        self.offset = offset
+        self.sequence = 0
+        self._tokens = [0] * sections
+        self._position = [-1] * sections
+        self._stage = [0] * sections
+
+    def accept(self, entry: IndexEntry) -> None:
+        """Check one entry and count it."""
+        if (entry.sequence, entry.offset) != (self.sequence, self.offset):
+            raise ValueError(
+                f"record {entry.sequence} at byte {entry.offset} does not follow: "
+                f"expected record {self.sequence} at byte {self.offset}"
+            )
+        if entry.is_block:
+            self._accept_block(entry)
+        self.offset += entry.length
+        self.sequence += 1
+
+    def _accept_block(self, entry: IndexEntry) -> None:
+        section = entry.section
+        if section >= len(self._tokens):
+            raise ValueError(f"section {section} is not one of {len(self._tokens)}")
+        if entry.start != self._tokens[section]:
+            raise ValueError(
+                f"block of section {section} starts at token {entry.start}, "
+                f"expected {self._tokens[section]}"
+            )
+        if entry.first_position <= self._position[section]:
+            raise ValueError(
+                f"block of section {section} starts at position {entry.first_position}, "
+                f"expected one after {self._position[section]}"
+            )
+        if entry.last_position - entry.first_position < entry.tokens - 1:
+            raise ValueError(
+                f"{entry.tokens} tokens cannot have positions {entry.first_position} "
+                f"to {entry.last_position}"
+            )
+        stage = _STAGES[entry.role]
+        if stage < self._stage[section]:
+            raise ValueError(
+                f"{entry.role.name} of section {section} comes too late: "
+                "sinks, then data, then tail"
+            )
+        self._tokens[section] += entry.tokens
+        self._position[section] = entry.last_position
+        self._stage[section] = stage
+
+
+_STAGES = {Role.SINKS: 0, Role.DATA: 1, Role.TAIL: 2}
+
+
+def pack_index(count: int, entries: bytes | bytearray) -> bytes:
+    """The payload of the index record from packed entries."""
+    return _COUNT.pack(count) + entries
+
+
+def unpack_index(payload: bytes, where: str, offset: int, limits: Limits) -> list[IndexEntry]:
+    """Undo :func:`pack_index`."""
+    reader = ByteReader(payload, where, offset)
+    count = reader.integer("I", "entry count")
+    limits.check("max_records", count, reader.place("entry count"))
+    expected = _COUNT.size + count * _ENTRY_STRUCT.size
+    if len(payload) != expected:
+        raise FormatError(
+            f"{where}: {count} entries need {expected} bytes, found {len(payload)}: "
+            "the writer is at fault"
+        )
+    entries = [IndexEntry.unpack(reader, i) for i in range(count)]
+    for e in entries:
+        limits.check("max_record_bytes", e.length - RECORD_OVERHEAD, f"{where}, record length")
+        limits.check("max_block_tokens", e.tokens, f"{where}, tokens")
+        bare = IndexEntry(e.sequence, e.offset, e.length, e.type)
+        if (
+            e.length < RECORD_OVERHEAD
+            or e.type == RecordType.INDEX
+            or not (e.is_block or e == bare)
+        ):
+            raise FormatError(f"{where}: {e} cannot be: the writer is at fault")
+    if pack_index(count, b"".join(e.pack() for e in entries)) != payload:
+        raise FormatError(f"{where}: reserved bytes must be zero: the writer is at fault")
+    return entries
+
+
+@dataclass(frozen=True, slots=True)
+class Trailer:
+    """The last bytes: where the index is, how long everything is, how many records there are."""
+
+    index_offset: int
+    total_size: int
+    records: int
+
+    def pack(self, seed: int) -> bytes:
+        """The last ``TRAILER_SIZE`` bytes of a stream."""
+        fields = _TRAILER.pack(self.index_offset, self.total_size, self.records, 0)
+        return fields + _TRAILER_END.pack(checksum(fields, seed), _END_MAGIC)
+
+    @staticmethod
+    def is_present(data: bytes) -> bool:
+        """Whether ``data`` end as a stream does."""
+        return data.endswith(_END_MAGIC)
+
+    @classmethod
+    def unpack(cls, data: bytes, seed: int, offset: int) -> Trailer:
+        """Undo :meth:`pack`."""
+        where = f"trailer at byte {offset}"
+        stored, magic = _TRAILER_END.unpack_from(data, _TRAILER.size)
+        if magic != _END_MAGIC:
+            raise FormatError(
+                f"{where}: expected it to end in {_END_MAGIC!r}, found {magic!r}: "
+                "fetch the stream again"
+            )
+        verify(stored, data[: _TRAILER.size], seed, where)
+        index_offset, total_size, records, reserved = _TRAILER.unpack_from(data)
+        if reserved:
+            raise FormatError(f"{where}: reserved bytes must be zero: the writer is at fault")
+        return cls(index_offset, total_size, records)

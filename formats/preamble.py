@@ -1,0 +1,85 @@
+"""The first bytes of a stream: what it is, who may read it, how long its header is."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+from kvtc_stream.errors import FormatError, VersionError
+from kvtc_stream.formats.checksum import Checksum, checksum, verify
+from kvtc_stream.formats.header import StreamHeader
+from kvtc_stream.formats.limits import Limits
+
+#: Version of the format, not of the package.
+FORMAT_VERSION = (0, 1)
+
+# As in PNG: a byte above 127 that is no UTF-8, and line ends that text modes would change.
+MAGIC = b"\x8bKVT\r\n\x1a\n"
+
+_FIELDS = struct.Struct("<8sHHIIIQ")
+_CHECKSUM = struct.Struct("<Q")
+PREAMBLE_SIZE = _FIELDS.size + _CHECKSUM.size
+
+# Feature bits that this reader understands.
+_KNOWN_FEATURES = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Preamble:
+    """The fixed part before the header, already checked as far as it can be alone."""
+
+    data: bytes
+    header_size: int
+
+    @classmethod
+    def unpack(cls, data: bytes, limits: Limits) -> Preamble:
+        """Read the first ``PREAMBLE_SIZE`` bytes of a stream.
+
+        Raises
+        ------
+        FormatError
+            This is no stream; ``VersionError`` when it needs another reader.
+        """
+        magic, major, minor, must, _may, algorithm, size = _FIELDS.unpack_from(data)
+        check_magic(magic)
+        if (major, minor) != FORMAT_VERSION:
+            raise VersionError(
+                f"preamble, version at byte 8 is {major}.{minor}, this reader knows "
+                f"{FORMAT_VERSION[0]}.{FORMAT_VERSION[1]}, and versions before 1.0 do not mix; "
+                "read with the kvtc-stream that wrote it"
+            )
+        if must & ~_KNOWN_FEATURES:
+            raise VersionError(
+                f"preamble, required features at byte 12 are {must:#x}, this reader knows "
+                f"{_KNOWN_FEATURES:#x}; read with a newer kvtc-stream"
+            )
+        if algorithm != Checksum.XXH3_64:
+            raise VersionError(
+                f"preamble, checksum algorithm at byte 20 is {algorithm}, this reader knows "
+                f"{Checksum.XXH3_64.value} (XXH3_64); read with a newer kvtc-stream"
+            )
+        limits.check("max_header_bytes", size, "preamble, header length at byte 24")
+        return cls(data, size)
+
+    def open(self, header: bytes, limits: Limits) -> tuple[StreamHeader, int]:
+        """Check and read the header; returns it and the seed of all other checksums."""
+        (found,) = _CHECKSUM.unpack_from(self.data, _FIELDS.size)
+        verify(found, self.data[: _FIELDS.size] + header, 0, "preamble and header")
+        return StreamHeader.unpack(header, limits, offset=PREAMBLE_SIZE), found
+
+
+def check_magic(data: bytes | bytearray) -> None:
+    """Raise ``FormatError`` unless ``data``, which may be short, begin a stream."""
+    if not MAGIC.startswith(data[: len(MAGIC)]):
+        raise FormatError(
+            f"byte 0: expected {MAGIC!r}, found {bytes(data[: len(MAGIC)])!r}: this is no kvtc "
+            "stream, or it was copied as text"
+        )
+
+
+def pack_opening(header: StreamHeader) -> tuple[bytes, int]:
+    """Preamble and header; returns them and the seed of all other checksums."""
+    body = header.pack()
+    fields = _FIELDS.pack(MAGIC, *FORMAT_VERSION, 0, 0, Checksum.XXH3_64, len(body))
+    seed = checksum(fields + body)
+    return fields + _CHECKSUM.pack(seed) + body, seed

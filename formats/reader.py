@@ -1,0 +1,368 @@
+"""Reading a stream: front to back from a pipe, or any block from a file."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import xxhash
+
+from kvtc_stream.errors import FormatError, KVTCError, StateError, TruncatedError
+from kvtc_stream.formats.block import Block
+from kvtc_stream.formats.header import StreamHeader
+from kvtc_stream.formats.index import (
+    TRAILER_SIZE,
+    IndexEntry,
+    Order,
+    Trailer,
+    pack_index,
+    unpack_index,
+)
+from kvtc_stream.formats.limits import Limits
+from kvtc_stream.formats.preamble import PREAMBLE_SIZE, Preamble, check_magic
+from kvtc_stream.formats.record import (
+    RECORD_HEADER_SIZE,
+    RECORD_OVERHEAD,
+    RecordHeader,
+    RecordType,
+)
+from kvtc_stream.formats.wire import ByteReader, located
+
+_RECOVERY_CHUNK = 1 << 20
+
+
+# What the parser found: the header, or a record's entry with its block, if it is one.
+_Item = tuple[StreamHeader | Block | None, IndexEntry | None]
+
+
+class SeekableFile(Protocol):
+    """What :class:`StreamFile` needs of a binary file."""
+
+    def read(self, size: int, /) -> bytes | None: ...
+    def seek(self, offset: int, whence: int = 0, /) -> int: ...
+
+
+class StreamParser:
+    """Turns the bytes of a stream, cut anywhere, into its header and blocks.
+
+    Every checksum, the order of records and tokens, and the index and trailer are checked. Memory
+    is one record and what was fed beyond it. Not thread-safe.
+
+    The first fault makes the parser fail for good. What lies whole before it is still returned,
+    so that the result does not depend on how the bytes were cut: when the call that meets the
+    fault has something to return, the next call (:meth:`feed` or :meth:`close`) raises. Bytes are
+    a whole stream only after :attr:`eof` is true or :meth:`close` returned.
+    """
+
+    def __init__(self, limits: Limits | None = None) -> None:
+        self._limits = limits or Limits()
+        self._buffer = bytearray()
+        self._ready: list[_Item] = []
+        self._offset = 0
+        self._eof = False
+        self._error: KVTCError | None = None
+        self._steps = self._parse()
+        self._needed = next(self._steps)
+
+    @property
+    def eof(self) -> bool:
+        """Whether the trailer was read and everything before it is right."""
+        return self._eof
+
+    @property
+    def unused_data(self) -> bytes:
+        """Bytes that follow the trailer; empty before :attr:`eof`."""
+        return bytes(self._buffer) if self._eof else b""
+
+    def feed(self, data: bytes | bytearray | memoryview) -> list[StreamHeader | Block]:
+        """Parse more bytes.
+
+        Returns
+        -------
+        list
+            What became whole: the header first, then blocks in the order of the stream.
+
+        Raises
+        ------
+        FormatError
+            The bytes so far are no stream; see the class for when.
+        """
+        return [item for item, _ in self._feed(data) if item is not None]
+
+    def close(self) -> None:
+        """Say that no bytes follow; raises ``TruncatedError`` when the stream is not whole."""
+        if self._error is None and not self._eof:
+            found = self._offset + len(self._buffer)
+            self._error = TruncatedError(
+                f"the stream ends after {found} bytes, at least "
+                f"{self._offset + self._needed} were expected: fetch the rest, or open the file "
+                "for recovery to read the whole blocks"
+            )
+        if self._error is not None:
+            raise self._error
+
+    def _feed(self, data: bytes | bytearray | memoryview) -> list[_Item]:
+        if self._error is not None:
+            raise self._error
+        self._buffer += memoryview(data)
+        try:
+            if self._offset == 0:
+                check_magic(self._buffer)
+            while not self._eof and len(self._buffer) >= self._needed:
+                piece = bytes(memoryview(self._buffer)[: self._needed])
+                del self._buffer[: self._needed]
+                self._offset += self._needed
+                self._needed = self._steps.send(piece)
+        except StopIteration:
+            self._eof = True
+        except KVTCError as error:
+            self._error = error
+            self._buffer.clear()
+        except BaseException:
+            self._error = StateError("an earlier call was interrupted; use a new StreamParser")
+            raise
+        ready, self._ready = self._ready, []
+        if self._error is not None and not ready:
+            raise self._error
+        return ready
+
+    def _parse(self) -> Generator[int, bytes, None]:
+        """Yields how many bytes it needs next and is sent them."""
+        limits = self._limits
+        preamble = Preamble.unpack((yield PREAMBLE_SIZE), limits)
+        header, seed = preamble.open((yield preamble.header_size), limits)
+        self._ready.append((header, None))
+        order = Order(header, self._offset)
+        # The index is compared by digest, so that memory does not grow with the stream.
+        entries = xxhash.xxh3_128()
+        while True:
+            record = RecordHeader.unpack(
+                (yield RECORD_HEADER_SIZE),
+                sequence=order.sequence,
+                seed=seed,
+                offset=order.offset,
+                limits=limits,
+            )
+            rest = yield record.length - RECORD_HEADER_SIZE
+            if record.type == RecordType.INDEX:
+                break
+            block, entry = _open_record(record, rest, order.offset, header, limits)
+            with located(f"record {order.sequence} at byte {order.offset}"):
+                order.accept(entry)
+            entries.update(entry.pack())
+            self._ready.append((block, entry))
+        payload = record.open(rest, order.offset)
+        start = len(pack_index(0, b""))
+        expected = pack_index(order.sequence, b"")
+        digest = xxhash.xxh3_128_digest(memoryview(payload)[start:])
+        if payload[:start] != expected or digest != entries.digest():
+            raise FormatError(
+                f"record {order.sequence} (INDEX) at byte {order.offset} does not list the "
+                f"{order.sequence} records before it: the writer is at fault"
+            )
+        trailer = Trailer.unpack((yield TRAILER_SIZE), seed, self._offset - TRAILER_SIZE)
+        _check_trailer(trailer, order, self._offset)
+
+
+@dataclass(frozen=True, slots=True)
+class StreamSizes:
+    """Bytes of a stream: preamble and header, index and trailer, everything."""
+
+    header: int
+    index: int
+    total: int
+
+
+class StreamFile:
+    """Any block of a stream in a seekable binary file.
+
+    Opening reads the header, the trailer and the index, not the blocks. Not thread-safe: reading
+    moves the file's position.
+
+    Parameters
+    ----------
+    file
+        A binary file; the stream is all of it. It is not closed.
+    limits
+        What to refuse.
+    recover
+        When the trailer is missing or wrong, as after a crash, read the file from the front and
+        index the whole blocks before the first fault.
+
+    Attributes
+    ----------
+    header
+        The stream's header.
+    index
+        One entry a block, in the order of the stream.
+    sizes
+        Bytes of the stream's parts.
+    fault
+        What recovery met after the last whole block, ``None`` for a whole stream.
+
+    Raises
+    ------
+    FormatError
+        The file is not one whole stream; ``TruncatedError`` when its end is missing.
+    """
+
+    def __init__(
+        self, file: SeekableFile, limits: Limits | None = None, *, recover: bool = False
+    ) -> None:
+        self._file = file
+        self._limits = limits or Limits()
+        self.fault: KVTCError | None = None
+        total = file.seek(0, io.SEEK_END)
+        opening = self._read(0, min(PREAMBLE_SIZE, total))
+        check_magic(opening)
+        if len(opening) < PREAMBLE_SIZE:
+            raise _truncated(total, PREAMBLE_SIZE, "its preamble")
+        preamble = Preamble.unpack(opening, self._limits)
+        start = PREAMBLE_SIZE + preamble.header_size
+        if total < start:
+            raise _truncated(total, start, "its header")
+        body = self._read(PREAMBLE_SIZE, preamble.header_size)
+        self.header, self._seed = preamble.open(body, self._limits)
+        try:
+            entries, index_size = self._read_index(start, total)
+        except FormatError as error:
+            if not recover:
+                raise
+            self.fault = error
+            entries, index_size = self._scan(), 0
+        self.index = tuple(entry for entry in entries if entry.is_block)
+        self._user = tuple(entry for entry in entries if entry.type == RecordType.USER)
+        self.sizes = StreamSizes(start, index_size, total)
+
+    def read_block(self, entry: IndexEntry) -> Block:
+        """Read one block that :attr:`index` lists.
+
+        Raises
+        ------
+        FormatError
+            The block is damaged, or not what the index says.
+        """
+        if not entry.is_block:
+            raise ValueError(f"entry {entry.sequence} is no block")
+        record, data = self._read_record(entry)
+        block, found = _open_record(record, data, entry.offset, self.header, self._limits)
+        if block is None or found != entry:
+            raise FormatError(
+                f"record {entry.sequence} at byte {entry.offset} differs from the index: "
+                f"expected {entry}, found {found}: the writer is at fault"
+            )
+        return block
+
+    def user_records(self) -> Iterator[bytes]:
+        """What the user wrote beside the blocks, in the order of the stream."""
+        for entry in self._user:
+            record, data = self._read_record(entry)
+            yield record.open(data, entry.offset)
+
+    def _read(self, offset: int, size: int) -> bytes:
+        self._file.seek(offset)
+        pieces = []
+        while size:
+            piece = self._file.read(size)
+            if not piece:
+                raise TruncatedError(
+                    f"the file ends {size} bytes before byte {offset + size}, which it had when it "
+                    "was opened: somebody is changing it"
+                )
+            pieces.append(piece)
+            offset += len(piece)
+            size -= len(piece)
+        return b"".join(pieces)
+
+    def _read_record(self, entry: IndexEntry) -> tuple[RecordHeader, bytes]:
+        data = self._read(entry.offset, entry.length)
+        record = RecordHeader.unpack(
+            data[:RECORD_HEADER_SIZE],
+            sequence=entry.sequence,
+            seed=self._seed,
+            offset=entry.offset,
+            limits=self._limits,
+        )
+        if (record.type, record.length) != (entry.type, entry.length):
+            raise FormatError(
+                f"record {entry.sequence} at byte {entry.offset} has type {record.type} and "
+                f"{record.length} bytes, expected type {entry.type} and {entry.length} bytes"
+            )
+        return record, data[RECORD_HEADER_SIZE:]
+
+    def _read_index(self, start: int, total: int) -> tuple[list[IndexEntry], int]:
+        """Entries, and bytes of index and trailer, of a stream whose records begin at start."""
+        end = total - TRAILER_SIZE
+        if end < start + RECORD_OVERHEAD:
+            raise _truncated(total, start + RECORD_OVERHEAD + TRAILER_SIZE, "its index")
+        data = self._read(end, TRAILER_SIZE)
+        if not Trailer.is_present(data):
+            raise TruncatedError(
+                f"no trailer in the last {TRAILER_SIZE} of {total} bytes: the write was cut off, "
+                "or bytes were added; fetch the stream again, or open the file with recover=True "
+                "to read the whole blocks"
+            )
+        trailer = Trailer.unpack(data, self._seed, end)
+        size = end - trailer.index_offset
+        if not (start <= trailer.index_offset and size >= RECORD_OVERHEAD and trailer.records):
+            raise FormatError(
+                f"trailer at byte {end}: {trailer} cannot be, expected an index between "
+                f"bytes {start} and {end}: bytes are missing or added; fetch the stream again"
+            )
+        limits = self._limits
+        limits.check("max_record_bytes", size - RECORD_OVERHEAD, "the index's payload length")
+        sequence = trailer.records - 1
+        where = IndexEntry(sequence, trailer.index_offset, size, RecordType.INDEX)
+        record, data = self._read_record(where)
+        payload = record.open(data, where.offset)
+        entries = unpack_index(payload, "index", where.offset + RECORD_HEADER_SIZE, limits)
+        order = Order(self.header, start)
+        with located("index"):
+            for entry in entries:
+                order.accept(entry)
+        _check_trailer(trailer, order, total)
+        return entries, total - trailer.index_offset
+
+    def _scan(self) -> list[IndexEntry]:
+        """Entries of the whole records before the first fault."""
+        parser = StreamParser(self._limits)
+        entries: list[IndexEntry] = []
+        self._file.seek(0)
+        try:
+            while not parser.eof and (data := self._file.read(_RECOVERY_CHUNK)):
+                entries += [entry for _, entry in parser._feed(data) if entry is not None]
+            parser.close()
+        except FormatError as error:
+            self.fault = error
+        return entries
+
+
+def _open_record(
+    record: RecordHeader, data: bytes, offset: int, header: StreamHeader, limits: Limits
+) -> tuple[Block | None, IndexEntry]:
+    """Check what follows a record's header; returns its entry, and its block if it is one."""
+    payload = record.open(data, offset)
+    block = None
+    if record.type == RecordType.BLOCK:
+        where = f"record {record.sequence} (BLOCK) at byte {offset}"
+        reader = ByteReader(payload, where, offset + RECORD_HEADER_SIZE)
+        block = Block.unpack(reader, record.section, header, limits)
+    return block, IndexEntry.of(record.sequence, offset, record.length, record.type, block)
+
+
+def _check_trailer(trailer: Trailer, order: Order, total: int) -> None:
+    expected = Trailer(order.offset, total, order.sequence + 1)
+    if trailer != expected:
+        raise FormatError(
+            f"the trailer is {trailer}, expected {expected}: bytes are missing or added; "
+            "fetch the stream again"
+        )
+
+
+def _truncated(found: int, expected: int, what: str) -> TruncatedError:
+    return TruncatedError(
+        f"the stream ends after {found} bytes within {what}, at least {expected} were expected: "
+        "fetch it again"
+    )

@@ -1,0 +1,109 @@
+"""Records: what follows the header, each with its place in the order and two checksums."""
+
+from __future__ import annotations
+
+import enum
+import struct
+from dataclasses import dataclass
+
+from kvtc_stream.errors import FormatError, VersionError
+from kvtc_stream.formats.checksum import checksum, verify
+from kvtc_stream.formats.limits import Limits
+
+_MAGIC = b"KVTR"
+_FIELDS = struct.Struct("<4sBBHIIQ")
+_CHECKSUM = struct.Struct("<Q")
+RECORD_HEADER_SIZE = _FIELDS.size + _CHECKSUM.size
+#: Bytes of a record beside its payload.
+RECORD_OVERHEAD = RECORD_HEADER_SIZE + _CHECKSUM.size
+
+_SKIPPABLE = 1
+
+
+class RecordType(enum.IntEnum):
+    """Kinds of record. The numbers are those of the stream."""
+
+    BLOCK = 1
+    INDEX = 2
+    USER = 64
+
+
+@dataclass(frozen=True, slots=True)
+class RecordHeader:
+    """What comes before a payload; ``seed`` is that of the payload's checksum."""
+
+    type: int
+    section: int
+    sequence: int
+    size: int
+    seed: int
+
+    @property
+    def length(self) -> int:
+        """Bytes of the whole record."""
+        return RECORD_OVERHEAD + self.size
+
+    @property
+    def label(self) -> str:
+        """The type for people."""
+        known = RecordType._value2member_map_.get(self.type)
+        return f"type {self.type}" if known is None else str(known.name)
+
+    @classmethod
+    def unpack(
+        cls, data: bytes, *, sequence: int, seed: int, offset: int, limits: Limits
+    ) -> RecordHeader:
+        """Read ``RECORD_HEADER_SIZE`` bytes at ``offset``, which must be record ``sequence``.
+
+        Raises
+        ------
+        FormatError
+            This is not that record; ``VersionError`` when a newer reader would understand it.
+        """
+        where = f"record {sequence} at byte {offset}"
+        magic, kind, flags, section, found, reserved, size = _FIELDS.unpack_from(data)
+        if magic != _MAGIC:
+            raise FormatError(
+                f"{where}: expected {_MAGIC!r}, found {magic!r}: bytes are missing, added or "
+                "changed; fetch the stream again"
+            )
+        (stored,) = _CHECKSUM.unpack_from(data, _FIELDS.size)
+        verify(stored, data[: _FIELDS.size], seed, f"{where}, header")
+        if found != sequence:
+            raise FormatError(
+                f"{where} is numbered {found}: records are missing, repeated or out of order; "
+                "fetch the stream again"
+            )
+        record = cls(kind, section, sequence, size, stored)
+        if kind not in RecordType._value2member_map_ and not flags & _SKIPPABLE:
+            raise VersionError(
+                f"{where} has the unknown type {kind} and may not be skipped; "
+                "read with a newer kvtc-stream"
+            )
+        expected = 0 if kind in (RecordType.BLOCK, RecordType.INDEX) else _SKIPPABLE
+        if flags != expected or reserved or (section and kind != RecordType.BLOCK):
+            raise FormatError(
+                f"{where} ({record.label}): flags, reserved and section are {flags}, {reserved}, "
+                f"{section}, expected {expected}, 0, 0: the writer is at fault"
+            )
+        limits.check("max_record_bytes", size, f"{where}, payload length")
+        limits.check("max_records", sequence + 1, f"{where}, number of records")
+        return record
+
+    def open(self, data: bytes, offset: int) -> bytes:
+        """Check what follows the header, the payload and its checksum; returns the payload."""
+        payload = data[: self.size]
+        (found,) = _CHECKSUM.unpack_from(data, self.size)
+        where = f"record {self.sequence} ({self.label}) at byte {offset}, payload"
+        verify(found, payload, self.seed, where)
+        return payload
+
+
+def pack_record(
+    kind: RecordType, payload: bytes, *, sequence: int, seed: int, section: int = 0
+) -> bytes:
+    """A whole record; the checksum of its header is the seed of its payload's."""
+    flags = 0 if kind in (RecordType.BLOCK, RecordType.INDEX) else _SKIPPABLE
+    fields = _FIELDS.pack(_MAGIC, kind, flags, section, sequence, 0, len(payload))
+    own = checksum(fields, seed)
+    return b"".join((fields, _CHECKSUM.pack(own), payload, _CHECKSUM.pack(checksum(payload, own))))

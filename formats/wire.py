@@ -1,0 +1,149 @@
+"""Little-endian bytes, written and read with bounds checked."""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import struct
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
+
+from kvtc_stream.errors import FormatError, VersionError
+
+E = TypeVar("E", bound=enum.IntEnum)
+
+
+@contextlib.contextmanager
+def located(where: str) -> Iterator[None]:
+    """Turn the ``ValueError`` of a value that refuses what was read into a ``FormatError``."""
+    try:
+        yield
+    except FormatError:
+        raise
+    except ValueError as error:
+        raise FormatError(f"{where}: {error}") from error
+
+
+class ByteWriter:
+    """Appends fields; :class:`ByteReader` is its twin."""
+
+    __slots__ = ("_data",)
+
+    def __init__(self) -> None:
+        self._data = bytearray()
+
+    def pack(self, layout: str, *values: int | float | bytes) -> None:
+        """Append ``values`` in a :mod:`struct` layout without byte order."""
+        try:
+            self._data += struct.pack("<" + layout, *values)
+        except struct.error as error:
+            raise ValueError(f"{values} do not fit their fields: {error}") from None
+
+    def array(self, code: str, values: Iterable[int] | Iterable[float]) -> None:
+        """Append ``values`` of one struct code, without a count."""
+        items = tuple(values)
+        self.pack(f"{len(items)}{code}", *items)
+
+    def raw(self, data: bytes | bytearray) -> None:
+        """Append bytes as they are."""
+        self._data += data
+
+    def text(self, value: str) -> None:
+        """Append UTF-8 after its length in bytes, u16."""
+        data = value.encode()
+        self.pack("H", len(data))
+        self._data += data
+
+    def digest(self, value: bytes) -> None:
+        """Append an optional digest after its length, u8."""
+        self.pack("B", len(value))
+        self._data += value
+
+    def getvalue(self) -> bytes:
+        """All bytes so far."""
+        return bytes(self._data)
+
+
+class ByteReader:
+    """Reads the fields of ``data``; an error names ``where``, the field and its offset.
+
+    Nothing is allocated for a field before the bytes that fill it are known to be there.
+    ``offset`` is where ``data`` lies in the stream, for messages.
+    """
+
+    __slots__ = ("_data", "_offset", "_position", "where")
+
+    def __init__(self, data: bytes, where: str, offset: int = 0) -> None:
+        self._data = data
+        self._offset = offset
+        self._position = 0
+        self.where = where
+
+    @property
+    def position(self) -> int:
+        """Offset of the next field in the stream."""
+        return self._offset + self._position
+
+    def place(self, field: str) -> str:
+        """``field`` with where it is, for messages."""
+        return f"{self.where}, {field} at byte {self.position}"
+
+    def raw(self, size: int, field: str) -> bytes:
+        """The next ``size`` bytes."""
+        left = len(self._data) - self._position
+        if size > left:
+            raise FormatError(
+                f"{self.place(field)} needs {size} bytes, found {left}: the writer is at fault"
+            )
+        start = self._position
+        self._position += size
+        return self._data[start : self._position]
+
+    def unpack(self, layout: str, field: str) -> tuple[Any, ...]:
+        """Values of a :mod:`struct` layout without byte order."""
+        layout = "<" + layout
+        return struct.unpack(layout, self.raw(struct.calcsize(layout), field))
+
+    def integer(self, code: str, field: str) -> int:
+        """One integer of a struct code."""
+        return int(self.unpack(code, field)[0])
+
+    def array(self, code: str, count: int, field: str) -> tuple[Any, ...]:
+        """``count`` values of one struct code."""
+        data = self.raw(count * struct.calcsize("<" + code), field)
+        return struct.unpack(f"<{count}{code}", data)
+
+    def enum(self, kind: type[E], field: str) -> E:
+        """One u8 of a registry; an unknown number is a ``VersionError``."""
+        place, number = self.place(field), self.integer("B", field)
+        try:
+            return kind(number)
+        except ValueError:
+            known = ", ".join(f"{m.value} ({m.name})" for m in kind)
+            raise VersionError(
+                f"{place} is {number}, this reader knows {known}; read with a newer kvtc-stream"
+            ) from None
+
+    def zero(self, size: int, field: str) -> None:
+        """Reserved bytes, which must be zero."""
+        place, data = self.place(field), self.raw(size, field)
+        if any(data):
+            raise FormatError(f"{place} must be zero, found {data.hex()}: the writer is at fault")
+
+    def text(self, field: str) -> str:
+        """UTF-8 after its length in bytes, u16."""
+        place = self.place(field)
+        with located(place):
+            return self.raw(self.integer("H", field), field).decode()
+
+    def digest(self, field: str) -> bytes:
+        """A digest of 32 bytes, or none, after its length, u8."""
+        return self.raw(self.integer("B", field), field)
+
+    def expect_end(self) -> None:
+        """Raise unless everything was read."""
+        left = len(self._data) - self._position
+        if left:
+            raise FormatError(
+                f"{self.place('end')}: expected no more bytes, found {left}: the writer is at fault"
+            )

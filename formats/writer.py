@@ -1,0 +1,75 @@
+"""Writing a stream front to back."""
+
+from __future__ import annotations
+
+from kvtc_stream.errors import StateError
+from kvtc_stream.formats.block import Block
+from kvtc_stream.formats.header import StreamHeader
+from kvtc_stream.formats.index import TRAILER_SIZE, IndexEntry, Order, Trailer, pack_index
+from kvtc_stream.formats.preamble import pack_opening
+from kvtc_stream.formats.record import RecordType, pack_record
+
+
+class StreamWriter:
+    """Turns a header and blocks into bytes, to be written one after the other.
+
+    Call :meth:`start` once, then :meth:`block` and :meth:`user` in any number, then
+    :meth:`finish`. A call that raises ``ValueError`` leaves the stream as it was. Keeps 88 bytes
+    per record. Not thread-safe.
+    """
+
+    def __init__(self, header: StreamHeader) -> None:
+        self._header = header
+        self._opening, self._seed = pack_opening(header)
+        self._order: Order | None = None
+        self._entries = bytearray()
+        self._finished = False
+
+    @property
+    def offset(self) -> int:
+        """Bytes produced so far."""
+        return self._order.offset if self._order else 0
+
+    def start(self) -> bytes:
+        """Preamble and header."""
+        if self._order or self._finished:
+            raise StateError("the stream has been started; use a new StreamWriter")
+        self._order = Order(self._header, len(self._opening))
+        return self._opening
+
+    def block(self, block: Block) -> bytes:
+        """The record of a block, which must follow those of its section."""
+        block.check(self._header)
+        return self._record(RecordType.BLOCK, block.pack(), block)
+
+    def user(self, data: bytes) -> bytes:
+        """A record of the user's, which readers of blocks skip."""
+        return self._record(RecordType.USER, bytes(data), None)
+
+    def finish(self) -> bytes:
+        """Index and trailer; nothing can follow."""
+        order = self._running()
+        payload = pack_index(order.sequence, self._entries)
+        index = pack_record(RecordType.INDEX, payload, sequence=order.sequence, seed=self._seed)
+        total = order.offset + len(index) + TRAILER_SIZE
+        trailer = Trailer(order.offset, total, order.sequence + 1).pack(self._seed)
+        self._finished = True
+        order.offset = total
+        return index + trailer
+
+    def _record(self, kind: RecordType, payload: bytes, block: Block | None) -> bytes:
+        order = self._running()
+        section = block.section if block else 0
+        record = pack_record(
+            kind, payload, sequence=order.sequence, seed=self._seed, section=section
+        )
+        entry = IndexEntry.of(order.sequence, order.offset, len(record), kind, block)
+        order.accept(entry)
+        self._entries += entry.pack()
+        return record
+
+    def _running(self) -> Order:
+        if self._order is None or self._finished:
+            state = "finished" if self._finished else "not started"
+            raise StateError(f"the stream is {state}; call start(), blocks, finish() once each")
+        return self._order
