@@ -253,8 +253,7 @@ class Reader:
 
     def close(self) -> None:
         """Close the file if a path was opened."""
-        if self._owned:
-            self._file.close()
+        self._cleanup.close()
 
     def __enter__(self) -> Self:
         return self

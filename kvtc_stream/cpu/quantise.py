@@ -40,7 +40,7 @@ _FP8 = Quantiser.FP8.bits
 _F32 = np.float32
 _I32 = np.int32
 
-_jit = numba.njit(cache=True, nogil=True)
+_jit = numba.njit(cache=True, nogil=True, error_model="numpy")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -244,7 +244,7 @@ def _indices(
         indices = np.arange(default, dtype=np.intp)
     else:
         indices = np.ascontiguousarray(indices, np.intp)
-    if indices.ndim != 1 or (indices.size and not (0 <= indices.min() and indices.max() < limit)):
+    if indices.ndim != 1 or (indices.size and not (indices.min() >= 0 and indices.max() < limit)):
         raise ValueError(f"{name} must be a vector of numbers in 0…{limit - 1}")
     return indices
 

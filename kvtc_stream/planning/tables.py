@@ -35,7 +35,7 @@ _BINARY16_MAX = 65504.0
 
 _F32 = np.float32
 
-_jit = numba.njit(cache=True, nogil=True)
+_jit = numba.njit(cache=True, nogil=True, error_model="numpy")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
