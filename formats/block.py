@@ -178,8 +178,10 @@ class Block:
         """Undo :meth:`pack`; raises ``FormatError`` for a payload that is not a block."""
         tokens, count, start, first = reader.unpack("IIQq", "tokens and positions")
         limits.check("max_block_tokens", tokens, reader.place("tokens"))
-        if count > tokens:
-            raise FormatError(f"{reader.where}: {count} of {tokens} tokens are verbatim")
+        if not tokens or count > tokens:
+            raise FormatError(
+                f"{reader.where}: {count} of {tokens} tokens are verbatim: the writer is at fault"
+            )
         role = reader.enum(Role, "role")
         explicit = reader.integer("B", "kind of positions")
         measure = reader.enum(Measure, "measure")
@@ -242,7 +244,7 @@ def _read_positions(
 ) -> range | array[int]:
     if explicit == _CONTIGUOUS:
         return range(first, first + tokens)
-    if explicit == _EXPLICIT and tokens:
+    if explicit == _EXPLICIT:
         return array("q", (first, *reader.array("q", tokens - 1, "positions")))
     raise FormatError(f"{reader.where}: kind of positions must be 0 or 1, found {explicit}")
 

@@ -242,7 +242,10 @@ def read_geometry(reader: ByteReader, limits: Limits) -> Geometry:
         references = reader.array("H", n, f"{field} rotary tables")
         with located(reader.place(field)):
             if not tables.keys() >= set(references):
-                raise ValueError(f"it refers to rotary tables {references} of {len(tables) - 1}")
+                raise ValueError(
+                    f"it refers to rotary table {max(set(references) - tables.keys())} "
+                    f"of {len(tables) - 1}"
+                )
             rope = tuple(tables[r] for r in references)
             sections.append(Section(numbers, kv_heads, k_dim, v_dim, rope))
     with located(reader.place("sections")):

@@ -60,8 +60,9 @@ class SectionScales:
     def __post_init__(self) -> None:
         for name in ("k_scale", "v_scale"):
             scale = tuple(binary32(s) for s in getattr(self, name))
-            if not all(0 < s < float("inf") for s in scale):
-                raise ValueError(f"{name} must be positive and finite, found {scale}")
+            wrong = [s for s in scale if not 0 < s < float("inf")]
+            if wrong:
+                raise ValueError(f"{name} must be positive and finite, found {wrong[0]}")
             object.__setattr__(self, name, scale)
 
     def check(self, section: Section) -> None:

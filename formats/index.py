@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from kvtc_stream.errors import FormatError
 from kvtc_stream.formats.block import Block, BlockErrors, Measure, Role
@@ -91,6 +91,14 @@ class IndexEntry:
             coded_bytes=len(block.coded),
             verbatim_bytes=len(block.verbatim),
             errors=block.errors,
+        )
+
+    def differences(self, expected: IndexEntry) -> str:
+        """The fields that are not as expected, for messages."""
+        return ", ".join(
+            f"{f.name} is {getattr(self, f.name)}, expected {getattr(expected, f.name)}"
+            for f in fields(self)
+            if getattr(self, f.name) != getattr(expected, f.name)
         )
 
     def pack(self) -> bytes:
@@ -253,8 +261,8 @@ class Trailer:
 
     def pack(self, seed: int) -> bytes:
         """The last ``TRAILER_SIZE`` bytes of a stream."""
-        fields = _TRAILER.pack(self.index_offset, self.total_size, self.records, 0)
-        return fields + _TRAILER_END.pack(checksum(fields, seed), _END_MAGIC)
+        body = _TRAILER.pack(self.index_offset, self.total_size, self.records, 0)
+        return body + _TRAILER_END.pack(checksum(body, seed), _END_MAGIC)
 
     @staticmethod
     def is_present(data: bytes) -> bool:

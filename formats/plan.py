@@ -103,13 +103,15 @@ class SectionPlan:
         """Raise ``ValueError`` unless the plan deals out exactly this section."""
         for kind in ("K", "V"):
             dealt = [p.k_layers if kind == "K" else p.v_layers for p in self.parts]
-            if any(list(numbers) != sorted(numbers) for numbers in dealt):
-                raise ValueError(f"a part's {kind} layers must rise, found {dealt}")
-            if sorted(n for numbers in dealt for n in numbers) != list(range(len(section.layers))):
+            layers = sorted(n for numbers in dealt for n in numbers)
+            if layers != list(range(len(section.layers))):
                 raise ValueError(
                     f"the parts must hold the {kind} of each of {len(section.layers)} layers "
-                    f"once, found {dealt}"
+                    f"once, found that of layers {layers}"
                 )
+            for numbers in dealt:
+                if list(numbers) != sorted(numbers):
+                    raise ValueError(f"the {kind} layers of a part must rise, found {numbers}")
         for part in self.parts:
             width = part.width(section)
             if not width or part.components > width:

@@ -251,7 +251,7 @@ class StreamFile:
         if block is None or found != entry:
             raise FormatError(
                 f"record {entry.sequence} at byte {entry.offset} differs from the index: "
-                f"expected {entry}, found {found}: the writer is at fault"
+                f"{found.differences(entry)}: the writer is at fault"
             )
         return block
 

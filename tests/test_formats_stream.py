@@ -1,0 +1,571 @@
+"""Streams: written, cut, read from a pipe and from a file, damaged."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import struct
+from array import array
+from dataclasses import replace
+
+import pytest
+from formats_samples import (
+    PREAMBLE,
+    RECORD_HEADER,
+    TRAILER,
+    make_block,
+    patched,
+    records,
+    reseal,
+    small_header,
+    small_stream,
+    streams,
+    write,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvtc_stream.errors import (
+    ChecksumError,
+    FormatError,
+    LimitError,
+    StateError,
+    TruncatedError,
+    VersionError,
+)
+from kvtc_stream.formats import (
+    Block,
+    Limits,
+    Role,
+    StreamFile,
+    StreamHeader,
+    StreamParser,
+    StreamWriter,
+)
+
+STREAM, HEADER, BLOCKS = small_stream()
+
+
+def parse(data: bytes, limits: Limits | None = None) -> list[StreamHeader | Block]:
+    """What a pipe's reader gets; raises what it raises."""
+    parser = StreamParser(limits)
+    found = parser.feed(data)
+    parser.close()
+    return found
+
+
+def read(data: bytes, limits: Limits | None = None) -> list[StreamHeader | Block]:
+    """What a file's reader gets; raises what it raises."""
+    file = StreamFile(io.BytesIO(data), limits)
+    return [file.header, *map(file.read_block, file.index)]
+
+
+READERS = pytest.mark.parametrize("reader", [parse, read])
+
+
+@given(streams(), st.data())
+@settings(max_examples=60, deadline=None)
+def test_round_trip_however_the_bytes_are_cut(stream, data):
+    header, blocks = stream
+    encoded = write(header, blocks)
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(encoded)), max_size=8)))
+    parser = StreamParser()
+    found = []
+    for a, b in zip([0, *cuts], [*cuts, len(encoded)], strict=True):
+        assert parser.eof == (a == len(encoded))
+        found += parser.feed(encoded[a:b])
+    parser.close()
+    assert parser.eof
+    assert found == [header, *blocks]
+    assert read(encoded) == [header, *blocks]
+
+
+def test_byte_by_byte():
+    parser = StreamParser()
+    found = [item for byte in STREAM for item in parser.feed(bytes([byte]))]
+    assert found == [HEADER, *BLOCKS]
+    assert parser.eof
+
+
+def test_bytes_after_the_trailer_are_kept_apart():
+    parser = StreamParser()
+    assert parser.feed(STREAM + b"next") == [HEADER, *BLOCKS]
+    assert parser.feed(b" one") == []
+    assert parser.unused_data == b"next one"
+    parser.close()
+    with pytest.raises(TruncatedError, match=r"no trailer.*recover=True"):
+        read(STREAM + b"next")
+
+
+def test_a_stream_without_blocks():
+    data = write(HEADER, [])
+    assert parse(data) == read(data) == [HEADER]
+
+
+def test_the_file_says_where_everything_is():
+    file = StreamFile(io.BytesIO(STREAM))
+    assert [e.offset for e in file.index] == records(STREAM)[:-1]
+    assert file.sizes.total == len(STREAM)
+    assert file.sizes.header == file.index[0].offset
+    assert file.sizes.index == len(STREAM) - file.index[-1].offset - file.index[-1].length
+    for entry, block in zip(file.index, BLOCKS, strict=True):
+        assert (entry.section, entry.role, entry.start) == (block.section, block.role, block.start)
+        assert (entry.first_position, entry.last_position) == (
+            block.positions[0],
+            block.positions[-1],
+        )
+        assert (entry.coded_bytes, entry.verbatim_bytes) == (
+            len(block.coded),
+            len(block.verbatim),
+        )
+        assert (entry.tokens, entry.verbatim_tokens) == (block.tokens, len(block.verbatim_tokens))
+        assert entry.errors == block.errors
+    assert file.read_block(file.index[2]) == BLOCKS[2]
+    assert file.fault is None
+
+
+def test_opening_reads_no_blocks():
+    class Counting(io.BytesIO):
+        calls = 0
+        bytes_read = 0
+
+        def read(self, size=-1, /):
+            data = super().read(size)
+            self.calls += 1
+            self.bytes_read += len(data)
+            return data
+
+    block = make_block(HEADER, 0, range(4), symbols=bytes(range(256)) * 99)
+    counting = Counting(write(HEADER, [block]))
+    sizes = StreamFile(counting).sizes
+    assert counting.bytes_read == sizes.header + sizes.index
+    assert counting.calls <= 4
+
+
+def test_a_file_that_reads_short():
+    class Short(io.BytesIO):
+        def read(self, size=-1, /):
+            return super().read(min(size, 7))
+
+    file = StreamFile(Short(STREAM))
+    assert [file.read_block(e) for e in file.index] == BLOCKS
+
+
+def test_user_records_travel_beside_the_blocks():
+    writer = StreamWriter(HEADER)
+    data = writer.start() + writer.user(b"first") + writer.block(BLOCKS[0])
+    data += writer.user(b"") + writer.finish()
+    assert writer.offset == len(data)
+    assert parse(data) == read(data) == [HEADER, BLOCKS[0]]
+    assert list(StreamFile(io.BytesIO(data)).user_records()) == [b"first", b""]
+    recovered = StreamFile(io.BytesIO(data[:-1]), recover=True)
+    assert list(recovered.user_records()) == [b"first", b""]
+
+
+def test_overhead_is_small():
+    header = replace(HEADER, block_tokens=128)
+    blocks = [
+        make_block(header, 128 * i, range(128 * i, 128 * i + 128), symbols=bytes(187_500))
+        for i in range(32)
+    ]
+    data = write(header, blocks)
+    payload = sum(len(b.coded) for b in blocks)
+    assert (len(data) - payload) / payload <= 0.002
+
+
+# Damage
+
+
+def every_bit_flip():
+    for i in range(len(STREAM)):
+        for bit in range(8):
+            data = bytearray(STREAM)
+            data[i] ^= 1 << bit
+            yield i, bytes(data)
+
+
+def test_every_flipped_bit_is_an_error_in_a_pipe():
+    for place, data in every_bit_flip():
+        parser = StreamParser()
+        found = []
+        with contextlib.suppress(FormatError):
+            found = parser.feed(data)
+        assert found == [HEADER, *BLOCKS][: len(found)], place
+        with pytest.raises(FormatError):
+            parser.close()
+
+
+def test_every_flipped_bit_is_an_error_in_a_file():
+    for _, data in every_bit_flip():
+        with pytest.raises(FormatError):
+            read(data)
+
+
+def test_every_missing_end_is_found_and_what_is_whole_is_recovered():
+    ends = records(STREAM)[1:]
+    for size in range(len(STREAM)):
+        data = STREAM[:size]
+        whole = sum(end <= size for end in ends)
+        parser = StreamParser()
+        found = parser.feed(data)
+        assert found[1:] == BLOCKS[:whole]
+        with pytest.raises(TruncatedError, match=f"ends after {size} bytes"):
+            parser.close()
+        with pytest.raises(TruncatedError):
+            read(data)
+        if size >= records(STREAM)[0]:
+            file = StreamFile(io.BytesIO(data), recover=True)
+            assert [file.read_block(e) for e in file.index] == BLOCKS[:whole]
+            assert isinstance(file.fault, TruncatedError)
+
+
+def test_recovery_stops_at_the_first_fault():
+    data = bytearray(STREAM)
+    data[records(STREAM)[1] + RECORD_HEADER] ^= 1
+    file = StreamFile(io.BytesIO(bytes(data[:-1])), recover=True)
+    assert [file.read_block(e) for e in file.index] == BLOCKS[:1]
+    assert isinstance(file.fault, ChecksumError)
+
+
+def test_recovery_of_a_stream_with_bytes_added():
+    file = StreamFile(io.BytesIO(STREAM + b"\0"), recover=True)
+    assert [file.read_block(e) for e in file.index] == BLOCKS
+    assert isinstance(file.fault, TruncatedError)
+
+
+@given(st.data())
+@settings(max_examples=150, deadline=None)
+def test_any_damage_is_a_format_error_or_none_at_all(data):
+    stream = bytearray(STREAM)
+    for _ in range(data.draw(st.integers(1, 3))):
+        at = data.draw(st.integers(0, len(stream) - 1))
+        size = data.draw(st.integers(0, 8))
+        stream[at : at + size] = data.draw(st.binary(max_size=8))
+    if data.draw(st.booleans()) and len(stream) >= len(STREAM) and records(bytes(stream)):
+        try:
+            stream = bytearray(reseal(stream))
+        except struct.error:
+            return
+    for reader in (parse, read):
+        try:
+            found = reader(bytes(stream))
+        except FormatError:
+            continue
+        assert isinstance(found[0], StreamHeader)
+        assert all(isinstance(block, Block) for block in found[1:])
+
+
+@given(st.integers(0, 10**9), st.binary(min_size=1, max_size=8))
+@settings(max_examples=300, deadline=None)
+def test_nonsense_with_right_checksums(where, value):
+    """Behind right checksums no bytes whatsoever raise anything but ``FormatError``."""
+    starts = records(STREAM)
+    keep = {*range(24, 40)} | {o + i for o in starts for i in range(16, 24)}
+    at = where % (len(STREAM) - TRAILER)
+    data = bytearray(STREAM)
+    for i, byte in enumerate(value, at):
+        if i < len(data) and i not in keep:
+            data[i] = byte
+    magics = [o for o in starts if data[o : o + 4] != b"KVTR"]
+    if magics:
+        return
+    stream = reseal(data)
+    for reader in (parse, read):
+        try:
+            found = reader(stream)
+        except FormatError:
+            continue
+        assert isinstance(found[0], StreamHeader)
+
+
+@given(st.binary(max_size=300))
+@settings(max_examples=100, deadline=None)
+def test_random_bytes(data):
+    for prefix in (b"", STREAM[:8], STREAM[:40], STREAM[: records(STREAM)[0]]):
+        with pytest.raises(FormatError):
+            parse(prefix + data)
+        with pytest.raises(FormatError):
+            read(prefix + data)
+
+
+def test_a_failed_parser_stays_failed():
+    data = bytearray(STREAM)
+    data[records(STREAM)[1] + RECORD_HEADER] ^= 1
+    parser = StreamParser()
+    assert parser.feed(bytes(data)) == [HEADER, BLOCKS[0]]
+    with pytest.raises(ChecksumError) as first:
+        parser.feed(b"")
+    with pytest.raises(ChecksumError) as second:
+        parser.close()
+    assert first.value is second.value
+    assert not parser.eof
+
+
+def test_what_is_no_bytes_is_a_type_error_and_harmless():
+    parser = StreamParser()
+    with pytest.raises(TypeError):
+        parser.feed("text")
+    assert parser.feed(STREAM) == [HEADER, *BLOCKS]
+
+
+@READERS
+def test_a_block_of_another_stream_is_rejected(reader):
+    other = replace(HEADER, metadata='{"other": 1}')
+    a, b = records(STREAM)[1:3]
+    foreign = write(other, BLOCKS)
+    c, d = records(foreign)[1:3]
+    assert b - a == d - c
+    with pytest.raises(ChecksumError, match="belong to another stream"):
+        reader(STREAM[:a] + foreign[c:d] + STREAM[b:])
+
+
+@READERS
+def test_equal_blocks_cannot_change_places(reader):
+    blocks = [make_block(HEADER, i, range(i, i + 1), symbols=b"ab") for i in range(2)]
+    data = write(HEADER, blocks)
+    a, b, c = records(data)
+    with pytest.raises(FormatError, match="missing, repeated or out of order"):
+        reader(data[:a] + data[b:c] + data[a:b] + data[c:])
+    payload = slice(a + RECORD_HEADER, b), slice(b + RECORD_HEADER, c)
+    swapped = bytearray(data)
+    swapped[payload[0]], swapped[payload[1]] = data[payload[1]], data[payload[0]]
+    with pytest.raises(ChecksumError, match="payload"):
+        reader(bytes(swapped))
+
+
+@READERS
+def test_a_missing_block_is_found(reader):
+    a, b = records(STREAM)[1:3]
+    with pytest.raises(FormatError):
+        reader(STREAM[:a] + STREAM[b:])
+
+
+# One field changed, checksums right
+
+FIRST, DATA, TAIL, INDEX = records(STREAM)
+PAYLOAD = DATA + RECORD_HEADER
+ENTRIES = INDEX + RECORD_HEADER + 4
+END = len(STREAM) - TRAILER
+PATCHES = {
+    "magic": (0, "B", 0x0B, FormatError, "no kvtc stream"),
+    "line ends": (4, "4s", b"\n\x1a\n\0", FormatError, "copied as text"),
+    "major version": (8, "H", 1, VersionError, r"is 1\.1, this reader knows 0\.1"),
+    "minor version": (10, "H", 2, VersionError, r"is 0\.2, this reader knows 0\.1"),
+    "feature": (12, "I", 4, VersionError, "required features at byte 12 are 0x4"),
+    "checksum algorithm": (20, "I", 2, VersionError, "checksum algorithm at byte 20 is 2"),
+    "dtype": (PREAMBLE, "B", 77, VersionError, r"header, dtype at byte 40 is 77"),
+    "coder": (PREAMBLE + 2, "B", 4, VersionError, r"coder at byte 42 is 4.*3 \(LZ4\)"),
+    "header reserved": (PREAMBLE + 3, "B", 1, FormatError, "reserved at byte 43 must be zero"),
+    "block tokens": (PREAMBLE + 12, "I", 0, FormatError, "block_tokens must be from 1"),
+    "many block tokens": (PREAMBLE + 12, "I", 1 << 20, LimitError, "max_block_tokens=1048576"),
+    "record magic": (DATA, "4s", b"KVTX", FormatError, "expected b'KVTR'"),
+    "unknown record": (DATA + 4, "B", 9, VersionError, "unknown type 9 and may not be skipped"),
+    "record flags": (DATA + 5, "B", 2, FormatError, "flags, reserved and section are 2, 0, 0"),
+    "section": (DATA + 6, "H", 1, FormatError, "section 1 is not one of 1"),
+    "sequence": (DATA + 8, "I", 7, FormatError, "record 1 at byte .* is numbered 7"),
+    "record reserved": (DATA + 12, "I", 1, FormatError, "expected 0, 0, 0"),
+    "tokens": (PAYLOAD, "I", 2, FormatError, "expected|found|needs"),
+    "no tokens": (PAYLOAD, "II", 0, 0, FormatError, "0 of 0 tokens are verbatim"),
+    "many tokens": (PAYLOAD, "I", 1 << 20, LimitError, "tokens at byte .*max_block_tokens"),
+    "verbatim count": (PAYLOAD + 4, "I", 9, FormatError, "9 of 3 tokens are verbatim"),
+    "start": (
+        PAYLOAD + 8,
+        "Q",
+        2,
+        FormatError,
+        "starts at token 2, expected 1|start is 2, expected 1",
+    ),
+    "first position": (
+        PAYLOAD + 16,
+        "q",
+        0,
+        FormatError,
+        "position 0, expected one|first_position is 0",
+    ),
+    "negative position": (PAYLOAD + 16, "q", -1, FormatError, "must rise from 0"),
+    "positions": (PAYLOAD + 72, "q", 1, FormatError, "positions must rise"),
+    "contiguous listed": (PAYLOAD + 80, "q", 3, FormatError, "contiguous positions are listed"),
+    "role": (PAYLOAD + 24, "B", 2, FormatError, "TAIL must be verbatim, found 2 coded"),
+    "unknown role": (PAYLOAD + 24, "B", 3, VersionError, "role at byte .* is 3"),
+    "kind of positions": (PAYLOAD + 25, "B", 2, FormatError, "must be 0 or 1, found 2"),
+    "measure": (PAYLOAD + 26, "B", 0, FormatError, "not measured must be 0"),
+    "block coder": (PAYLOAD + 27, "B", 1, FormatError, "DEFLATE needs fewer than 2 bytes"),
+    "verbatim coder": (PAYLOAD + 28, "B", 2, FormatError, "ZSTD needs fewer than 8 bytes"),
+    "block reserved": (PAYLOAD + 29, "B", 1, FormatError, "reserved at byte .* must be zero"),
+    "symbols' size": (PAYLOAD + 32, "Q", 3, FormatError, "exactly 3 bytes, found 2"),
+    "large symbols": (PAYLOAD + 32, "Q", 1 << 40, LimitError, "max_block_bytes"),
+    "coded length": (PAYLOAD + 40, "Q", 1 << 60, FormatError, "symbols at byte .* needs"),
+    "verbatim length": (PAYLOAD + 48, "Q", 7, FormatError, "no more bytes, found 1"),
+    "error": (PAYLOAD + 56, "f", float("nan"), FormatError, "k_mean must be finite"),
+    "negative error": (PAYLOAD + 68, "f", -1.0, FormatError, "v_worst must be finite"),
+    "bitmap": (PAYLOAD + 88, "B", 3, FormatError, "expected 1 bits among 3 set, found 2"),
+    "bitmap padding": (PAYLOAD + 88, "B", 8, FormatError, "expected 1 bits among 3 set"),
+    "index count": (INDEX + RECORD_HEADER, "I", 2, FormatError, "list the 3 records|need 180"),
+    "index offset": (ENTRIES, "Q", 0, FormatError, "list the|does not follow"),
+    "index tokens": (
+        ENTRIES + 24,
+        "I",
+        9,
+        FormatError,
+        "list the|9 tokens cannot have positions 0 to 0",
+    ),
+    "trailer offset": (END, "Q", 0, FormatError, "trailer"),
+    "trailer total": (END + 8, "Q", 5, FormatError, "total_size=5"),
+    "trailer records": (END + 16, "I", 9, FormatError, "records=9|is numbered 3"),
+    "trailer reserved": (END + 20, "I", 1, FormatError, "trailer.*reserved"),
+}
+
+
+@READERS
+@pytest.mark.parametrize("name", PATCHES)
+def test_patched_field(reader, name):
+    offset, layout, *values, kind, message = PATCHES[name]
+    with pytest.raises(kind, match=message) as caught:
+        reader(patched(STREAM, offset, layout, *values))
+    assert caught.type is kind
+
+
+@pytest.mark.parametrize(
+    ("offset", "layout", "value"),
+    [(18, "B", 1), (8, "Q", 60), (56, "Q", 1), (20, "H", 1), (40, "q", 6), (72, "f", 0.5)],
+)
+def test_a_block_that_differs_from_the_index(offset, layout, value):
+    """The index may lie consistently: each block shows it."""
+    data = patched(STREAM, ENTRIES + 88 + offset, layout, value)
+    with pytest.raises(FormatError):
+        read(data)
+    with pytest.raises(FormatError, match="does not list the 3 records before it"):
+        parse(data)
+
+
+@READERS
+def test_the_end_magic_is_the_mark_of_a_whole_stream(reader):
+    with pytest.raises(FormatError, match=r"KVTEND|no trailer"):
+        reader(STREAM[:-1] + b"\r")
+
+
+@READERS
+def test_unknown_skippable_records_are_skipped(reader):
+    writer = StreamWriter(HEADER)
+    data = writer.start()
+    user = len(data)
+    data += writer.user(b"new") + writer.block(BLOCKS[0])
+    data += writer.finish()
+    index = records(data)[2]
+    changed = bytearray(data)
+    changed[user + 4] = changed[index + RECORD_HEADER + 4 + 16] = 99
+    assert reader(reseal(changed)) == [HEADER, BLOCKS[0]]
+
+
+def test_features_that_may_be_ignored_are():
+    assert parse(patched(STREAM, 16, "I", 0xFFFF_FFFF)) == [HEADER, *BLOCKS]
+
+
+# Limits
+
+LIMITS = {
+    "max_header_bytes": (32, "header length at byte 24"),
+    "max_metadata_bytes": (1, "metadata length"),
+    "max_record_bytes": (60, "payload length"),
+    "max_block_bytes": (1, "size of"),
+    "max_block_tokens": (3, "block tokens"),
+    "max_records": (2, "number of records"),
+    "max_sections": (0, "section count"),
+    "max_layers": (0, "count"),
+    "max_width": (3, "width"),
+    "max_bands": (1, "parts"),
+}
+
+
+def test_every_limit_is_tested():
+    assert set(LIMITS) == set(Limits.__dataclass_fields__)
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_limits(name):
+    limit, what = LIMITS[name]
+    message = f"{what}.*the limit is {limit}; .*{name}="
+    with pytest.raises(LimitError, match=message):
+        parse(STREAM, Limits(**{name: limit}))
+    with pytest.raises(LimitError, match=f"the limit is {limit}; .*{name}="):
+        read(STREAM, Limits(**{name: limit}))
+
+
+def test_the_parser_keeps_no_more_than_a_record():
+    block = make_block(HEADER, 0, range(4), symbols=bytes(10_000))
+    parser = StreamParser()
+    data = write(HEADER, [block])
+    largest = 0
+    for i in range(0, len(data), 100):
+        parser.feed(data[i : i + 100])
+        largest = max(largest, len(parser._buffer))
+    assert largest < 10_000 + 300
+    assert not parser._buffer
+
+
+# The writer
+
+
+def test_the_writer_keeps_the_order():
+    writer = StreamWriter(HEADER)
+    expected = writer.start() + writer.block(BLOCKS[0]) + writer.block(BLOCKS[1])
+    for block, message in [
+        (BLOCKS[1], "starts at token 1, expected 4"),
+        (replace(BLOCKS[1], start=4), "position 1, expected one after 5"),
+        (replace(BLOCKS[0], start=4, positions=range(8, 9)), "SINKS of section 0 comes too late"),
+        (replace(BLOCKS[2], section=1), "section 1 is not one of 1"),
+        (make_block(HEADER, 4, range(7, 12)), "may have 4 tokens, found 5"),
+        (replace(BLOCKS[2], verbatim=bytes(15)), "exactly 16 bytes, found 15"),
+    ]:
+        with pytest.raises(ValueError, match=message) as caught:
+            writer.block(block)
+        assert not isinstance(caught.value, FormatError)
+    assert expected + writer.block(BLOCKS[2]) + writer.finish() == STREAM
+
+
+def test_the_writer_says_what_may_be_called_when():
+    writer = StreamWriter(HEADER)
+    for call in (lambda: writer.block(BLOCKS[0]), lambda: writer.user(b""), writer.finish):
+        with pytest.raises(StateError, match="not started"):
+            call()
+    writer.start()
+    with pytest.raises(StateError, match="has been started"):
+        writer.start()
+    writer.finish()
+    with pytest.raises(StateError, match="finished"):
+        writer.finish()
+
+
+def test_entries_that_are_no_blocks_cannot_be_read_as_one():
+    file = StreamFile(io.BytesIO(STREAM))
+    with pytest.raises(ValueError, match="is no block"):
+        file.read_block(replace(file.index[0], type=64))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tokens": 0, "positions": range(0)}, "needs tokens"),
+        ({"tokens": 2}, "as many positions"),
+        ({"start": -1}, "must not be negative"),
+        ({"positions": range(0, 6, 2)}, "rising by one in a range"),
+        ({"positions": array("q", (1, 1, 2))}, "any step in a list"),
+        ({"positions": range(-1, 2)}, "rise from 0"),
+        ({"positions": range(2**63 - 2, 2**63 + 1)}, "rise from 0"),
+        ({"verbatim_tokens": (1, 1)}, "found 1 after 1"),
+        ({"verbatim_tokens": (3,)}, "rise from 0 to 2, found 3"),
+        ({"role": Role.SINKS}, "SINKS must be verbatim"),
+        ({"verbatim_tokens": (0, 1, 2)}, "no token is coded"),
+        ({"coded": b""}, "exactly 2 bytes, found 0"),
+    ],
+)
+def test_blocks_that_cannot_be(change, message):
+    with pytest.raises(ValueError, match=message):
+        replace(BLOCKS[1], **change)
+
+
+def test_neighbouring_positions_become_a_range():
+    header = small_header()
+    listed = make_block(header, 0, array("q", (5, 6, 7)), symbols=b"x")
+    assert listed == make_block(header, 0, range(5, 8), symbols=b"x")
+    assert isinstance(listed.positions, range)

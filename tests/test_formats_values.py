@@ -1,0 +1,217 @@
+"""Geometry, plan and header: what they refuse, and their bytes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from formats_samples import geometries, headers, section_plans, small_header
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvtc_stream.errors import FormatError, LimitError, VersionError
+from kvtc_stream.formats import (
+    Band,
+    BlockErrors,
+    DType,
+    Geometry,
+    Limits,
+    Measure,
+    ModelIdentity,
+    PartPlan,
+    Plan,
+    Quantiser,
+    Rope,
+    SectionPlan,
+    SectionScales,
+    StreamHeader,
+)
+
+HEADER = small_header()
+BODY = HEADER.pack()
+
+
+@given(headers())
+def test_header_round_trip(header):
+    data = header.pack()
+    assert StreamHeader.unpack(data, Limits()) == header
+    for size in range(0, len(data), 7):
+        with pytest.raises(FormatError):
+            StreamHeader.unpack(data[:size], Limits())
+    with pytest.raises(FormatError, match="no more bytes"):
+        StreamHeader.unpack(data + b"\0", Limits())
+
+
+@given(st.integers(0, len(BODY) - 1), st.binary(min_size=1, max_size=4))
+def test_a_damaged_header_is_a_format_error_or_another_header(at, value):
+    data = BODY[:at] + value + BODY[at + len(value) :]
+    try:
+        header = StreamHeader.unpack(data, Limits())
+    except FormatError:
+        return
+    assert header.pack() == data
+
+
+@given(geometries().flatmap(lambda g: st.tuples(*map(section_plans, g.sections))), st.text())
+def test_plan_round_trip(sections, preset):
+    plan = Plan(preset, sections)
+    assert Plan.from_bytes(plan.to_bytes()) == plan
+    assert Plan.from_bytes(plan.to_bytes()).digest == plan.digest
+    assert Plan(preset + "'", sections).digest != plan.digest
+
+
+def test_the_bytes_of_a_plan_do_not_change():
+    plan = HEADER.plan
+    assert (
+        plan.to_bytes().hex()
+        == (
+            "4b565450"  # KVTP
+            "0100"  # version
+            "0100" + "70"  # preset
+            "0100"  # sections
+            "0100" + "62"  # basis
+            "0200"  # parts
+            "0100" + "0000" + "0000"  # K of layer 0
+            "01000000" + "01000000" + "02"  # one component as int4
+            "0000" + "0100" + "0000"  # V of layer 0
+            "01000000" + "02000000" + "01"  # two components as int2
+        )
+    )
+    assert plan.digest.hex() == "4afc2a4f659f347ef456659bc444e5ed4f618ad15623a9859d95a7b8cbf5e22c"
+
+
+def test_a_rotary_table_is_stored_once():
+    table = Rope.from_theta(1e4, 64)
+    other = Rope.from_theta(1e6, 64)
+
+    def size(rope):
+        geometry = Geometry.uniform(layers=6, kv_heads=1, head_dim=64, rope=rope)
+        part = PartPlan(tuple(range(6)), tuple(range(6)), ())
+        plan = Plan("p", (SectionPlan("b", (part,)),))
+        header = replace(HEADER, geometry=geometry, plan=plan)
+        assert StreamHeader.unpack(header.pack(), Limits()) == header
+        return len(header.pack())
+
+    one_table = 2 + 1 + 4 + 32 * 4
+    assert size(table) == size(None) + one_table
+    assert size([table, None, other] * 2) == size(None) + 2 * one_table
+
+
+def test_another_order_of_rotary_tables_is_refused():
+    a, b = Rope((0.5,)), Rope((0.25,))
+    geometry = Geometry.uniform(layers=2, kv_heads=1, head_dim=2, rope=(a, b))
+    plan = Plan("p", (SectionPlan("b", (PartPlan((0, 1), (0, 1), ()),)),))
+    data = replace(HEADER, geometry=geometry, plan=plan).pack()
+    first = data.index(b"\x02\x00\x01\x00\x00") + 2
+    swapped = data[first + 11 : first + 22] + data[first : first + 11]
+    assert swapped != data[first : first + 22]
+    references = first + 22 + 2 + 14 + 8
+    assert data[references : references + 4] == b"\x00\x00\x01\x00"
+    data = data[:first] + swapped + data[first + 22 :]
+    data = data[:references] + b"\x01\x00\x00\x00" + data[references + 4 :]
+    with pytest.raises(FormatError, match="differently ordered"):
+        StreamHeader.unpack(data, Limits())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sinks": -1}, "sinks must be from 0"),
+        ({"window": 1 << 32}, "window must be from 0 to 4294967295"),
+        ({"block_tokens": 0}, "block_tokens must be from 1"),
+        ({"calibration": b""}, "calibration's digest must have 32 bytes, found 0"),
+        ({"token_digest": b"x"}, "token digest must have 32 bytes or none, found 1"),
+        ({"out_dtype": DType.FLOAT8_E5M2}, "float8_e5m2 needs a cache of that type"),
+        ({"dtype": DType.FLOAT8_E5M2}, "needs 1 scales, found 0"),
+        ({"scales": (SectionScales((1.0,), (1.0,)),)}, "needs 0 scales, found 1"),
+        (
+            {"dtype": DType.FLOAT8_E5M2, "scales": (SectionScales((1.0,), (1.0, 2.0)),)},
+            r"need layers \* kv_heads = 1 entries, found 1 for K and 2 for V",
+        ),
+        ({"metadata": "[]"}, "must be a JSON object, found a list"),
+        ({"metadata": ""}, "text of a JSON object"),
+        ({"metadata": '{"a": NaN}'}, "NaN is no JSON"),
+        ({"metadata": '{"a": ' + "[" * 100_000}, "text of a JSON object"),
+        ({"metadata": '{"\ud800": 1}'}, "text of a JSON object"),
+        ({"plan": Plan("p", ())}, "the plan has 0 sections, the geometry has 1"),
+    ],
+)
+def test_headers_that_cannot_be(change, message):
+    with pytest.raises(ValueError, match=message):
+        replace(HEADER, **change)
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ([], "K of each of 1 layers once, found that of layers"),
+        ([PartPlan((0,), (), ())], "V of each of 1 layers once"),
+        ([PartPlan((0,), (0,), ()), PartPlan((0,), (), ())], r"once, found that of layers \[0, 0"),
+        ([PartPlan((0, 1), (0,), ())], r"layers \[0, 1\]"),
+        ([PartPlan((0,), (0,), ()), PartPlan((), (), ())], "cover 0 components of a part that has"),
+        ([PartPlan((0,), (0,), (Band(5, Quantiser.FP8),))], "cover 5 components of a part that"),
+    ],
+)
+def test_plans_that_do_not_fit(parts, message):
+    with pytest.raises(ValueError, match=message):
+        replace(HEADER, plan=Plan("p", (SectionPlan("b", tuple(parts)),)))
+
+
+def test_layers_of_a_part_must_rise():
+    geometry = Geometry.uniform(layers=2, kv_heads=1, head_dim=2)
+    plan = Plan("p", (SectionPlan("b", (PartPlan((1, 0), (0, 1), ()),)),))
+    with pytest.raises(ValueError, match=r"must rise, found \(1, 0\)"):
+        plan.check(geometry)
+
+
+@pytest.mark.parametrize(
+    ("at", "value", "kind", "message"),
+    [
+        (0, b"X", FormatError, "this is no plan"),
+        (4, b"\2", VersionError, "version at byte 4 is 2, this reader knows 1"),
+        (6, b"\xff\xff", FormatError, "preset .*needs 65535 bytes"),
+        (6 + 2, b"\xff", FormatError, "preset.*can't decode"),
+        (9, b"\xff\xff", LimitError, "section count at byte .*Limits.max_sections=65535"),
+        (-5, b"\0\0\0\0\1", FormatError, "a band needs at least one component, found 0"),
+        (-1, b"\x09", VersionError, "quantiser at byte .* is 9"),
+        (-9, b"\xff\xff\xff\xff", LimitError, "max_bands"),
+    ],
+)
+def test_damaged_plans(at, value, kind, message):
+    data = bytearray(HEADER.plan.to_bytes())
+    at %= len(data)
+    data[at : at + len(value)] = value
+    with pytest.raises(kind, match=message):
+        Plan.from_bytes(bytes(data))
+
+
+def test_other_values_that_cannot_be():
+    with pytest.raises(ValueError, match="at least one component"):
+        Band(0, Quantiser.INT2)
+    with pytest.raises(ValueError, match="k_scale must be positive and finite, found -1"):
+        SectionScales((1.0, -1.0), (1.0, 1.0))
+    with pytest.raises(ValueError, match="v_scale must be positive and finite, found inf"):
+        SectionScales((1.0,), (1e39,))
+    with pytest.raises(ValueError, match="fingerprint must have 32 bytes or none"):
+        ModelIdentity(fingerprint=b"12")
+    with pytest.raises(ValueError, match="65,535 bytes"):
+        ModelIdentity(name="é" * 40_000)
+    with pytest.raises(ValueError, match="v_mean must be finite"):
+        BlockErrors(Measure.COEFFICIENTS, 0, 0, float("inf"), 0)
+    with pytest.raises(ValueError, match="not measured must be 0"):
+        BlockErrors(k_mean=1.0)
+    with pytest.raises(ValueError, match="do not fit their fields"):
+        replace(
+            HEADER, geometry=replace(HEADER.geometry, sections=_beyond_u32(HEADER.geometry))
+        ).pack()
+
+
+def _beyond_u32(geometry):
+    return (replace(geometry.sections[0], layers=(1 << 32,)),)
+
+
+def test_floats_are_rounded_as_they_are_stored():
+    assert SectionScales((0.1,), (0.1,)).k_scale[0] != 0.1
+    assert BlockErrors(Measure.RECONSTRUCTION, 0.1) == BlockErrors(
+        Measure.RECONSTRUCTION, 0.10000000149011612
+    )
