@@ -36,8 +36,10 @@ _ZSTD_LEVEL = 3
 _ZSTD_MIN_WINDOW = 1 << 10
 
 
-def compress(coder: Coder, data: bytes) -> tuple[Coder, bytes]:
-    """Compress ``data``, or keep it as it is when that would not make it smaller.
+def compress(coder: Coder, *segments: bytes) -> tuple[Coder, bytes]:
+    """Compress the concatenated ``segments``, or keep them when that would not make them smaller.
+
+    Cut the data where its statistics change: DEFLATE starts new Huffman tables there.
 
     Returns
     -------
@@ -45,15 +47,16 @@ def compress(coder: Coder, data: bytes) -> tuple[Coder, bytes]:
         The coder to decompress with: ``coder`` or ``Coder.STORED``.
     coded
         Raw DEFLATE (RFC 1951), one Zstandard frame with its content size (RFC 8878), one LZ4
-        block, or ``data``.
+        block, or the segments.
     """
-    coded = data
+    coded = data = b"".join(segments)
     match coder:
         case Coder.STORED:
             pass
         case Coder.DEFLATE:
             deflate = zlib_ng.compressobj(**_DEFLATE)
-            coded = deflate.compress(data) + deflate.flush()
+            pieces = [deflate.compress(s) + deflate.flush(zlib_ng.Z_BLOCK) for s in segments if s]
+            coded = b"".join([*pieces, deflate.flush()])
         case Coder.ZSTD:
             coded = zstandard.ZstdCompressor(level=_ZSTD_LEVEL).compress(data)
         case Coder.LZ4:

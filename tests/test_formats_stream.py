@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import struct
 from array import array
 from dataclasses import replace
 
@@ -241,11 +240,6 @@ def test_any_damage_is_a_format_error_or_none_at_all(data):
         at = data.draw(st.integers(0, len(stream) - 1))
         size = data.draw(st.integers(0, 8))
         stream[at : at + size] = data.draw(st.binary(max_size=8))
-    if data.draw(st.booleans()) and len(stream) >= len(STREAM) and records(bytes(stream)):
-        try:
-            stream = bytearray(reseal(stream))
-        except struct.error:
-            return
     for reader in (parse, read):
         try:
             found = reader(bytes(stream))
@@ -266,9 +260,8 @@ def test_nonsense_with_right_checksums(where, value):
     for i, byte in enumerate(value, at):
         if i < len(data) and i not in keep:
             data[i] = byte
-    magics = [o for o in starts if data[o : o + 4] != b"KVTR"]
-    if magics:
-        return
+    if any(data[o : o + 4] != b"KVTR" for o in starts):
+        return  # the helper could not find the records either
     stream = reseal(data)
     for reader in (parse, read):
         try:
