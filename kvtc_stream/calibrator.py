@@ -179,6 +179,11 @@ class _Columns:
     k_layers: tuple[int, ...]
     v_layers: tuple[int, ...]
 
+    def width(self, section: Section) -> int:
+        """Columns of the part."""
+        k, v = section.kv_heads * section.k_dim, section.kv_heads * section.v_dim
+        return len(self.k_layers) * k + len(self.v_layers) * v
+
     def take(self, section: Section, rows: NDArray[np.float32]) -> NDArray[np.float32]:
         """The part's columns of section rows [tokens, k_width + v_width]."""
         k, v = section.kv_heads * section.k_dim, section.kv_heads * section.v_dim
@@ -205,7 +210,7 @@ class _SectionMoments:
     ) -> None:
         self.section = section
         self.parts = {
-            (name, columns): _Moments()
+            (name, columns): _Moments(columns.width(section))
             for name in bases
             for columns in _basis_columns(name, section, layer_groups)
         }
@@ -271,6 +276,7 @@ def _solve(
     """Principal components from the covariance, and error tables from the sampled rows."""
     covariance = moments.scatter / moments.count
     variance, vectors = np.linalg.eigh(covariance)
+    del covariance
     variance, vectors = variance[::-1], vectors[:, ::-1]
     # Directions that calibration never saw have no variance but rounding noise.
     floor = variance[0] * len(variance) * np.finfo(np.float64).eps
@@ -300,40 +306,42 @@ def _solve(
 class _Moments:
     """Count, mean and scatter matrix about the mean, in float64.
 
-    Batches are centred on their own mean before the product, so that binary32 suffices for it,
-    and combined by the pairwise update of Chan, Golub and LeVeque (1979).
+    A batch is centred on its own mean, so that a binary32 product suffices, and combined by the
+    pairwise update of Chan, Golub and LeVeque (1979), whose rank-1 term rides along as a row.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, width: int) -> None:
         self.count = 0
-        self.mean: NDArray[np.float64] = np.zeros(0)
-        self.scatter: NDArray[np.float64] = np.zeros((0, 0))
+        self.mean = np.zeros(width)
+        self.scatter = np.zeros((width, width))
 
     def add(self, rows: NDArray[np.float32]) -> None:
-        if len(rows) == 0:
+        count, width = rows.shape
+        if count == 0:
             return
         mean = rows.mean(axis=0, dtype=np.float64)
         # Where it costs little, the product too is float64.
-        centred = rows - mean if rows.shape[1] <= _CHUNK else rows - mean.astype(np.float32)
-        batch = _Moments()
-        batch.count, batch.mean = len(rows), mean
-        batch.scatter = (centred.T @ centred).astype(np.float64, copy=False)
-        self.merge(batch)
+        centred = np.empty((count + 1, width), np.float64 if width <= _CHUNK else np.float32)
+        np.subtract(rows, mean.astype(centred.dtype), out=centred[:-1])
+        centred[-1] = self._combine(count, mean)
+        self.scatter += centred.T @ centred
 
     def merge(self, other: _Moments) -> None:
         if other.count == 0:
             return
-        if self.count == 0:
-            self.count, self.mean = other.count, other.mean.copy()
-            self.scatter = other.scatter.copy()
-            return
-        total = self.count + other.count
-        delta = other.mean - self.mean
         self.scatter += other.scatter
-        weight = np.sqrt(self.count * other.count / total)
-        self.scatter += np.multiply.outer(delta * weight, delta * weight)
-        self.mean = self.mean + delta * (other.count / total)
+        delta = self._combine(other.count, other.mean)
+        for i, row in enumerate(self.scatter):
+            row += delta[i] * delta
+
+    def _combine(self, count: int, mean: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Take in a count and mean; return the vector whose outer product the scatter lacks."""
+        total = self.count + count
+        delta = mean - self.mean
+        weight = np.sqrt(self.count * count / total)
+        self.mean += delta * (count / total)
         self.count = total
+        return delta * weight
 
 
 class _RowSample:
