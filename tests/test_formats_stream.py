@@ -150,6 +150,29 @@ def test_a_file_that_reads_short():
     assert [file.read_block(e) for e in file.index] == BLOCKS
 
 
+def test_a_file_that_shrinks_while_it_is_read():
+    buffer = io.BytesIO(STREAM)
+    file = StreamFile(buffer)
+    buffer.truncate(file.index[1].offset + 5)
+    assert file.read_block(file.index[0]) == BLOCKS[0]
+    with pytest.raises(TruncatedError, match="somebody is changing it"):
+        file.read_block(file.index[1])
+
+
+def test_an_interrupted_parser_does_not_go_on(monkeypatch):
+    def interrupt(*_args, **_options):
+        raise KeyboardInterrupt
+
+    parser = StreamParser()
+    with monkeypatch.context() as patch:
+        patch.setattr(Block, "unpack", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            parser.feed(STREAM)
+    for call in (parser.close, lambda: parser.feed(b"")):
+        with pytest.raises(StateError, match="interrupted"):
+            call()
+
+
 def test_user_records_travel_beside_the_blocks():
     writer = StreamWriter(HEADER)
     data = writer.start() + writer.user(b"first") + writer.block(BLOCKS[0])

@@ -22,6 +22,7 @@ from kvtc_stream.formats import (
     Plan,
     Quantiser,
     Rope,
+    Section,
     SectionPlan,
     SectionScales,
     StreamHeader,
@@ -208,6 +209,40 @@ def test_other_values_that_cannot_be():
 
 def _beyond_u32(geometry):
     return (replace(geometry.sections[0], layers=(1 << 32,)),)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Rope(()), "at least one inverse frequency"),
+        (lambda: Rope((float("nan"),)), "must be finite"),
+        (lambda: Rope((1e39,)), "must be finite"),
+        (lambda: Rope((1.0,), scale=0), "positive and finite, found 0"),
+        (lambda: Rope.from_theta(1e4, 3), "rotary_dim even and positive"),
+        (lambda: Section((), 1, 1, 1), "rising numbers from 0"),
+        (lambda: Section((1, 1), 1, 1, 1), "rising numbers from 0"),
+        (lambda: Section((0,), 1, 0, 1), "must be positive, found 1, 0, 1"),
+        (lambda: Section((0,), 1, 2, 2, (None, None)), "each of 1 layers, found 2"),
+        (lambda: Section((0,), 1, 2, 2, (Rope((1.0, 0.5)),)), "4 exceeds the keys' 2 channels"),
+        (lambda: Geometry(()), "at least one section"),
+        (lambda: Geometry((Section((0,), 1, 1, 1),) * 2), "in one section only"),
+    ],
+)
+def test_geometries_that_cannot_be(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_what_geometry_and_plan_count():
+    section = Section((3, 5), 4, 6, 7)
+    assert (section.k_width, section.v_width) == (48, 56)
+    assert (section.k_shape(9), section.v_shape(9)) == ((2, 4, 9, 6), (2, 4, 9, 7))
+    assert Rope.from_theta(100.0, 4).inv_freq == (1.0, Rope((0.1,)).inv_freq[0])
+    bands = (Band(16, Quantiser.FP8), Band(5, Quantiser.NONE), Band(64, Quantiser.INT2))
+    part = PartPlan((0, 1), (0,), bands)
+    assert part.width(section) == 4 * (2 * 6 + 7)
+    assert part.components == 85
+    assert SectionPlan("b", (part, part)).bits == 2 * (16 * 8 + 32 + 64 * 2 + 32)
 
 
 def test_floats_are_rounded_as_they_are_stored():
