@@ -1,21 +1,35 @@
 """The published quantiser on the CPU: coefficients to symbols, symbols to packed bytes, and back.
 
 Every token has a scale and a shift, binary16 each, for every coded band (KVTC, arXiv 2511.01815,
-section 3). With ``lo`` and ``hi`` the least and greatest coefficient of the band:
+section 3). With ``lo`` and ``hi`` the least and greatest coefficient of the token in the band:
 
-=======  ==============================  =====================================  ================
-band     shift, scale                    code                                   value
-=======  ==============================  =====================================  ================
-INT2     ``lo``, ``(hi - lo) / 3``       ``rint((x - shift) / scale)``, 0…3     shift + code·scale
-INT4     ``lo``, ``(hi - lo) / 15``      ``rint((x - shift) / scale)``, 0…15    shift + code·scale
-FP8      ``(lo + hi) / 2``,              E4M3 of ``(x - shift) / scale``,       shift + code·scale
-         ``(hi - lo) / 896``             saturating at ±448
-=======  ==============================  =====================================  ================
+====  ======  ============================  =============================================
+band  shift   scale                         code
+====  ======  ============================  =============================================
+INT2  ``lo``  ``(hi - lo) / 3``             ``rint((x - shift) / scale)``, clamped to 0…3
+INT4  ``lo``  ``(hi - lo) / 15``            ``rint((x - shift) / scale)``, clamped to 0…15
+FP8   0       ``max(|lo|, |hi|) / 448``     ``(x - shift) / scale`` in E4M3, saturating
+====  ======  ============================  =============================================
 
-All arithmetic is binary32, one rounding per operation; scale and shift are rounded to binary16,
-to nearest even, before the codes are found. A scale of 0 makes all codes 0. No operation here can
-be contracted to a fused multiply-add with another result (``code·scale`` is exact), so every
-backend that divides correctly finds the same codes and values.
+The value is ``shift + code · scale``. All arithmetic is binary32, one rounding per operation;
+scale and shift are rounded to binary16, to nearest even, before the codes are found. A scale of 0
+makes all codes 0. Nothing here changes when a compiler contracts to fused multiply-adds
+(``code · scale`` is exact), so every backend that divides correctly finds the same codes and
+values.
+
+FP8 has a shift because the published format has one. It stays 0: to centre the range would move
+the code's fine steps away from where most coefficients are (up to ten times the squared error on
+wide bands), and zeros compress away.
+
+The packed symbols of a part are these bytes. Scales and shifts are split into byte planes because
+DEFLATE then saves 1.4 % more of the whole; component-major codes save another 0.1 to 0.7 %.
+
+1. the low bytes of all scales, [coded bands, tokens], then their high bytes,
+2. the low bytes of all shifts, then their high bytes,
+3. the codes, band by band and component by component: those of the tokens in order, 4, 2 or 1 to
+   a byte, the first in the lowest bits, the last byte filled up with zero bits.
+
+Scales and shifts are finite, and no FP8 code is a NaN.
 
 The kernels release the GIL and keep no state: all functions may run on many threads at once.
 """
@@ -24,7 +38,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeAlias
 
 import numba
 import numpy as np
@@ -34,11 +48,13 @@ from kvtc_stream.errors import FormatError
 from kvtc_stream.formats.plan import Band, Quantiser
 
 _INT2 = Quantiser.INT2.bits
-_INT4 = Quantiser.INT4.bits
 _FP8 = Quantiser.FP8.bits
 
 _F32 = np.float32
 _I32 = np.int32
+
+#: A number of the type that Numba compiles for; mypy sees Python's.
+_Scalar: TypeAlias = Any
 
 _jit = numba.njit(cache=True, nogil=True, error_model="numpy")
 
@@ -55,8 +71,8 @@ class Symbols:
     scale, shift
         float16 [coded bands, tokens], finite.
     representable
-        bool [tokens]. ``False``: a coefficient is NaN or infinite, or a scale or shift exceeds
-        binary16. Such a token's codes, scales and shifts are 0 and must not be used.
+        bool [tokens]. ``False``: a coefficient of a coded band is NaN or infinite, or a scale or
+        shift exceeds binary16. Such a token's codes, scales and shifts are 0.
     """
 
     codes: npt.NDArray[np.uint8]
@@ -67,7 +83,7 @@ class Symbols:
     @property
     def tokens(self) -> int:
         """Number of tokens."""
-        return self.codes.shape[0]
+        return len(self.codes)
 
 
 def quantise(coefficients: npt.NDArray[np.float32], bands: tuple[Band, ...]) -> Symbols:
@@ -130,7 +146,7 @@ def packed_size(tokens: int, bands: tuple[Band, ...]) -> int:
 def pack(
     symbols: Symbols, bands: tuple[Band, ...], tokens: npt.NDArray[np.intp] | None = None
 ) -> bytes:
-    """Lay the symbols out as bytes; SPEC.md, "Coded payload", has the byte order.
+    """Lay the symbols out as bytes, in the order that the module describes.
 
     Parameters
     ----------
@@ -145,21 +161,24 @@ def pack(
     _check_symbols(symbols, layout)
     tokens = _indices(tokens, symbols.tokens, symbols.tokens, "tokens")
     out = np.empty(layout.packed_size(tokens.size), np.uint8)
-    parameters = out[: 4 * layout.coded_bands * tokens.size].view("<f2")
-    parameters = parameters.reshape(2, layout.coded_bands, tokens.size)
-    parameters[0] = symbols.scale[:, tokens]
-    parameters[1] = symbols.shift[:, tokens]
-    _pack_codes(symbols.codes, layout.table, tokens, out[parameters.nbytes :])
+    planes = out[: 4 * layout.coded_bands * tokens.size]
+    planes = planes.reshape(2, 2, layout.coded_bands, tokens.size)
+    for pair, values in zip(planes, (symbols.scale, symbols.shift), strict=True):
+        bits = values[:, tokens].view(np.uint16)
+        pair[0] = bits & 0xFF
+        pair[1] = bits >> 8
+    _pack_codes(symbols.codes, layout.table, tokens, out[planes.size :])
     return out.tobytes()
 
 
 def unpack(data: bytes | memoryview, tokens: int, bands: tuple[Band, ...]) -> Symbols:
-    """The inverse of :func:`pack`.
+    """The inverse of :func:`pack`; every token is representable.
 
     Raises
     ------
     FormatError
-        If ``data`` has another size than this many tokens of these bands take.
+        If ``data`` has another size than this many tokens of these bands take, or bytes that
+        :func:`pack` never makes.
     """
     layout = _layout(bands)
     packed = np.frombuffer(data, np.uint8)
@@ -168,10 +187,16 @@ def unpack(data: bytes | memoryview, tokens: int, bands: tuple[Band, ...]) -> Sy
             f"coded payload has {packed.size} bytes, but {tokens} tokens of its plan take "
             f"{layout.packed_size(tokens)}; the stream is damaged or its plan is another"
         )
-    parameters = packed[: 4 * layout.coded_bands * tokens].view("<f2")
-    scale, shift = parameters.reshape(2, layout.coded_bands, tokens).astype(np.float16)
+    planes = packed[: 4 * layout.coded_bands * tokens].astype(np.uint16)
+    planes = planes.reshape(2, 2, layout.coded_bands, tokens)
+    scale, shift = (planes[:, 0] | planes[:, 1] << 8).view(np.float16)
     codes = np.empty((tokens, layout.coded_components), np.uint8)
-    _unpack_codes(packed[parameters.nbytes :], layout.table, codes)
+    valid = _unpack_codes(packed[planes.size :], layout.table, codes)
+    if not (valid and np.isfinite(scale).all() and np.isfinite(shift).all()):
+        raise FormatError(
+            "coded payload has a scale, a shift or a code that is not finite, or bits after the "
+            "last code; its writer does not follow the format"
+        )
     return Symbols(codes, scale, shift, np.ones(tokens, np.bool_))
 
 
@@ -179,8 +204,8 @@ def unpack(data: bytes | memoryview, tokens: int, bands: tuple[Band, ...]) -> Sy
 class _Layout:
     """The bands as a table for the kernels.
 
-    ``table`` is int64 [coded bands, 4]: first component, size, bits of a code, first
-    column of codes.
+    ``table`` is int64 [coded bands, 4]: first component, size, bits of a code, first column of
+    codes.
     """
 
     table: npt.NDArray[np.int64]
@@ -189,12 +214,12 @@ class _Layout:
 
     @property
     def coded_bands(self) -> int:
-        return self.table.shape[0]
+        return len(self.table)
 
     def packed_size(self, tokens: int) -> int:
         size = 4 * self.coded_bands * tokens
         for _, band_size, bits, _ in self.table.tolist():
-            size += band_size * -(-tokens * bits // 8)
+            size += band_size * _bytes_of(tokens, bits)
         return size
 
 
@@ -203,8 +228,6 @@ def _layout(bands: tuple[Band, ...]) -> _Layout:
     entries = []
     component = column = 0
     for band in bands:
-        if band.size < 1:
-            raise ValueError(f"a band must have at least one component, found {band}")
         if band.quantiser is not Quantiser.NONE:
             entries.append((component, band.size, band.quantiser.bits, column))
             column += band.size
@@ -253,17 +276,17 @@ def _indices(
 
 
 @_jit
-def _bits(x: float) -> Any:
+def _bits(x: _Scalar) -> _Scalar:
     return _F32(x).view(_I32)
 
 
 @_jit
-def _from_bits(bits: int) -> Any:
+def _from_bits(bits: _Scalar) -> _Scalar:
     return _I32(bits).view(_F32)
 
 
 @_jit
-def round_to_binary16(x: float) -> Any:
+def round_to_binary16(x: _Scalar) -> _Scalar:
     """Binary32 to the nearest binary16 (ties to even), kept as binary32; overflow is infinite."""
     magnitude = _bits(x) & 0x7FFFFFFF
     # Normal range: round away 13 bits of the significand; a carry moves into the exponent.
@@ -277,59 +300,53 @@ def round_to_binary16(x: float) -> Any:
 
 
 @_jit
-def affine_code(x: float, shift: float, divisor: float, levels: float) -> Any:
+def affine_code(x: _Scalar, shift: _Scalar, divisor: _Scalar, levels: _Scalar) -> _Scalar:
     """The code, as binary32; ``divisor`` is the scale, or infinity for a scale of 0."""
     code = np.rint((x - shift) / divisor)
     return min(max(code, _F32(0.0)), levels)
 
 
 @_jit
-def e4m3_encode(y: float) -> Any:
-    """E4M3 byte (OCP 8-bit floating point, finite variant) of a finite binary32, as an integer.
+def e4m3_encode(y: _Scalar) -> _Scalar:
+    """E4M3 byte (OCP 8-bit floating point, finite variant) of a finite binary32, as int32.
 
     To nearest, ties to even; magnitudes above 448 become 448.
     """
+    # Every step is cast: Numba would widen to int64 and halve the vector code.
     bits = _bits(y)
-    magnitude = bits & 0x7FFFFFFF
-    rounded = (magnitude + 0x7FFFF + ((magnitude >> 20) & 1)) >> 20
-    code = min(rounded - (120 << 3), 0x7E)
-    if magnitude < 0x3C800000:  # 2⁻⁶: subnormal, steps of 2⁻⁹, the last place of 2¹⁴
-        code = _bits(_from_bits(magnitude) + _F32(16384.0)) - 0x46800000
-    return code | ((bits >> 24) & 0x80)
+    magnitude = _I32(bits & 0x7FFFFFFF)
+    rounded = _I32(_I32(magnitude + 0x7FFFF + ((magnitude >> 20) & 1)) >> 20)
+    code = min(_I32(rounded - (120 << 3)), _I32(0x7E))
+    # Subnormals have steps of 2⁻⁹, the last place of 2¹⁴.
+    subnormal = _I32(_bits(_from_bits(magnitude) + _F32(16384.0)) - 0x46800000)
+    code = subnormal if magnitude < 0x3C800000 else code  # 2⁻⁶
+    return _I32(code | ((bits >> 24) & 0x80))
 
 
 @_jit
-def e4m3_decode(code: int) -> Any:
+def e4m3_decode(code: _Scalar) -> _Scalar:
     """Binary32 value of an E4M3 byte; 0x7F and 0xFF are NaN."""
-    magnitude = code & 0x7F
+    magnitude = _I32(code & 0x7F)
     value = _from_bits((magnitude << 20) + 0x3C000000)
-    if magnitude < 8:
-        value = _F32(magnitude) * _F32(2.0**-9)
-    if magnitude == 0x7F:
-        value = _F32(np.nan)
+    value = _F32(magnitude) * _F32(2.0**-9) if magnitude < 8 else value
+    value = _F32(np.nan) if magnitude == 0x7F else value
     return -value if code & 0x80 else value
 
 
 @_jit
-def band_parameters(lo: float, hi: float, bits: int) -> Any:
+def band_parameters(lo: _Scalar, hi: _Scalar, bits: _Scalar) -> tuple[_Scalar, _Scalar]:
     """Scale and shift of a band with these extremes: binary16 values, kept as binary32."""
-    extent = hi - lo
-    shift = lo
-    if bits == _INT2:
-        scale = extent / _F32(3.0)
-    elif bits == _INT4:
-        scale = extent / _F32(15.0)
-    else:
-        scale = extent / _F32(896.0)
-        shift = _F32(0.5) * lo + _F32(0.5) * hi
-    return round_to_binary16(scale), round_to_binary16(shift)
+    if bits == _FP8:
+        return round_to_binary16(max(abs(lo), abs(hi)) / _F32(448.0)), _F32(0.0)
+    levels = _F32(3.0) if bits == _INT2 else _F32(15.0)
+    return round_to_binary16((hi - lo) / levels), round_to_binary16(lo)
 
 
 # --- kernels ------------------------------------------------------------------------------------
 
 
 @_jit
-def _order_key(bits: int) -> Any:
+def _order_key(bits: _Scalar) -> _Scalar:
     """Binary32 bits to an int32 of the same order, NaN outside the infinities; its own inverse."""
     return _I32(bits ^ ((bits >> 31) & 0x7FFFFFFF))
 
@@ -405,32 +422,61 @@ def _dequantise_tokens(codes, scale, shift, table, rows, out):  # type: ignore[n
 
 
 @_jit
+def _bytes_of(tokens: int, bits: int) -> int:
+    """Bytes of the codes of one component."""
+    return (tokens * bits + 7) // 8
+
+
+@_jit
 def _pack_codes(codes, table, tokens, out):  # type: ignore[no-untyped-def]
+    # A byte's tokens are merged for all components at once, in vector code, then spread.
+    merged = np.empty(codes.shape[1], np.uint8)
     position = 0
     for g in range(table.shape[0]):
         _, size, bits, column = table[g]
+        stride = _bytes_of(tokens.size, bits)
+        band = out[position : position + size * stride].reshape(size, stride)
+        position += band.size
         per_byte = 8 // bits
-        for first in range(0, tokens.size, per_byte):
-            packed = out[position : position + size]
-            packed[:] = 0
+        for i in range(stride):
+            first = i * per_byte
+            merged[:size] = 0
             for k in range(min(per_byte, tokens.size - first)):
-                band_codes = codes[tokens[first + k], column : column + size]
+                token_codes = codes[tokens[first + k], column : column + size]
                 for j in range(size):
-                    packed[j] |= band_codes[j] << np.uint8(bits * k)
-            position += size
+                    merged[j] |= token_codes[j] << np.uint8(bits * k)
+            for j in range(size):
+                band[j, i] = merged[j]
 
 
 @_jit
 def _unpack_codes(packed, table, codes):  # type: ignore[no-untyped-def]
+    """Fill ``codes``; whether there is no NaN among them and only zero bits after them."""
+    tokens = codes.shape[0]
+    merged = np.empty(codes.shape[1], np.uint8)
+    nan_codes = np.uint8(0)
+    stray_bits = np.uint8(0)
     position = 0
     for g in range(table.shape[0]):
         _, size, bits, column = table[g]
         mask = np.uint8((1 << bits) - 1)
+        stride = _bytes_of(tokens, bits)
+        band = packed[position : position + size * stride].reshape(size, stride)
+        position += band.size
         per_byte = 8 // bits
-        for first in range(0, codes.shape[0], per_byte):
-            source = packed[position : position + size]
-            for k in range(min(per_byte, codes.shape[0] - first)):
-                band_codes = codes[first + k, column : column + size]
+        for i in range(stride):
+            first = i * per_byte
+            for j in range(size):
+                merged[j] = band[j, i]
+            for k in range(per_byte):
+                if first + k < tokens:
+                    token_codes = codes[first + k, column : column + size]
+                    for j in range(size):
+                        token_codes[j] = (merged[j] >> np.uint8(bits * k)) & mask
+                else:
+                    for j in range(size):
+                        stray_bits |= (merged[j] >> np.uint8(bits * k)) & mask
+            if bits == _FP8:
                 for j in range(size):
-                    band_codes[j] = (source[j] >> np.uint8(bits * k)) & mask
-            position += size
+                    nan_codes |= np.uint8((merged[j] & 0x7F) == 0x7F)
+    return nan_codes == 0 and stray_bits == 0
