@@ -9,6 +9,7 @@ import threading
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, BinaryIO, Literal, Self, overload
 
@@ -233,23 +234,46 @@ class Reader:
         Only the blocks that hold the tokens are read, and only the layers' columns of the basis
         take part. Slices have step 1 and follow Python's rules.
         """
-        entries = self._entries(section)
-        geometry = self.header.geometry.sections[section]
-        total = self.tokens(section)
-        first, last = _span(tokens, total, "tokens")
-        chosen = range(*_span(layers, len(geometry.layers), "layers"))
+        first, last = _span(tokens, self.tokens(section), "tokens")
+        geometry = self._header.geometry.sections[section]
+        count = len(range(*_span(layers, len(geometry.layers), "layers")))
         dtype = numpy_dtype(self.header.out_dtype)
-        k = np.empty((len(chosen), *geometry.k_shape(last - first)[1:]), dtype)
-        v = np.empty((len(chosen), *geometry.v_shape(last - first)[1:]), dtype)
-        for entry in entries:
-            begin, end = max(first, entry.start), min(last, entry.start + entry.tokens)
-            if begin < end:
-                block = self._decode(entry, chosen)
-                source = slice(begin - entry.start, end - entry.start)
-                target = slice(begin - first, end - first)
-                k[:, :, target] = block.k[:, :, source]
-                v[:, :, target] = block.v[:, :, source]
+        k = np.empty((count, *geometry.k_shape(last - first)[1:]), dtype)
+        v = np.empty((count, *geometry.v_shape(last - first)[1:]), dtype)
+        for block in self.blocks(slice(first, last), layers, section):
+            target = slice(block.start - first, block.start - first + block.tokens)
+            k[:, :, target] = block.k
+            v[:, :, target] = block.v
         return as_kv_array(k), as_kv_array(v)
+
+    def blocks(
+        self,
+        tokens: slice | None = None,
+        layers: slice | None = None,
+        section: int | None = None,
+    ) -> Iterator[KVBlock]:
+        """The blocks of some tokens and layers of one or of every section, cut to them, in order.
+
+        As :meth:`read`, piece by piece and with positions. A pipe works too: it is read to its
+        end, and token slices may not count from there. ``errors`` are those of the whole blocks.
+        """
+        sections = self._header.geometry.sections
+        chosen = range(len(sections)) if section is None else [self._checked(section)]
+        spans = {
+            i: _span(tokens, None if self._stream is None else self.tokens(i), "tokens")
+            for i in chosen
+        }
+        indices = {i: range(*_span(layers, len(sections[i].layers), "layers")) for i in chosen}
+
+        def wanted(item: KVBlock | IndexEntry) -> bool:
+            first, last = spans.get(item.section, (0, 0))
+            return item.start < last and first < item.start + item.tokens
+
+        if self._stream is None:
+            blocks = (_some_layers(b, indices[b.section]) for b in self._pipe if wanted(b))
+        else:
+            blocks = (self._decode(e, indices[e.section]) for e in self._stream.index if wanted(e))
+        return (_some_tokens(b, *spans[b.section]) for b in blocks)
 
     def close(self) -> None:
         """Close the file if a path was opened."""
@@ -269,10 +293,13 @@ class Reader:
     def _entries(self, section: int) -> list[IndexEntry]:
         if self._stream is None:
             raise UnsupportedError("a pipe has no random access: iterate, or read from a file")
+        return [e for e in self._stream.index if e.section == self._checked(section)]
+
+    def _checked(self, section: int) -> int:
         sections = len(self._header.geometry.sections)
         if not 0 <= section < sections:
             raise ValueError(f"section must be from 0 to {sections - 1}, found {section}")
-        return [entry for entry in self._stream.index if entry.section == section]
+        return section
 
 
 class _PipeBlocks:
@@ -300,15 +327,42 @@ class _PipeBlocks:
         return self._decoder.decode(data)
 
 
-def _span(chosen: slice | None, count: int, name: str) -> tuple[int, int]:
+def _span(chosen: slice | None, count: int | None, name: str) -> tuple[int, int]:
+    """First and last of a slice of ``count`` things, or of as many as a pipe may hold."""
     if chosen is None:
-        return 0, count
+        chosen = slice(None)
     if not isinstance(chosen, slice):
         raise TypeError(f"{name} must be a slice, found {type(chosen).__name__}")
+    if count is None:
+        if min(chosen.start or 0, chosen.stop or 0) < 0:
+            raise UnsupportedError(
+                f"{name} {chosen.start}:{chosen.stop} count from the end, which a pipe does not "
+                f"tell: count from the front, or read from a file"
+            )
+        count = sys.maxsize
     start, stop, step = chosen.indices(count)
     if step != 1:
         raise ValueError(f"{name} must be a slice of step 1, found step {step}")
     return start, max(start, stop)
+
+
+def _some_layers(block: KVBlock, layers: range) -> KVBlock:
+    keep = slice(layers.start, layers.stop)
+    return replace(block, k=as_kv_array(block.k[keep]), v=as_kv_array(block.v[keep]))
+
+
+def _some_tokens(block: KVBlock, first: int, last: int) -> KVBlock:
+    """The part of a block between two ordinals of the section."""
+    keep = slice(max(first - block.start, 0), last - block.start)
+    if keep.start == 0 and keep.stop >= block.tokens:
+        return block
+    return replace(
+        block,
+        start=block.start + keep.start,
+        positions=block.positions[keep],
+        k=as_kv_array(block.k[:, :, keep]),
+        v=as_kv_array(block.v[:, :, keep]),
+    )
 
 
 def encode(k: Any, v: Any, *, codec: Codec, positions: Any = None, **stream: Any) -> bytes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from kvtc_stream.formats import Block, Measure, Role
+from kvtc_stream.formats import Block, BlockErrors, Measure, Role, StreamFile
 
 
 @dataclass
@@ -26,6 +26,8 @@ class StreamStatistics:
 
     header_bytes: int = 0
     index_bytes: int = 0
+    #: Records that are not blocks: the user's, and kinds that this version does not know.
+    other_bytes: int = 0
     roles: dict[Role, RoleStatistics] = field(
         default_factory=lambda: {role: RoleStatistics() for role in Role}
     )
@@ -38,19 +40,42 @@ class StreamStatistics:
 
     def add_block(self, block: Block, record_bytes: int, cache_bytes: int) -> None:
         """Count a block; ``cache_bytes`` is what its tokens took uncompressed."""
-        role = self.roles[block.role]
-        role.blocks += 1
-        role.tokens += block.tokens
-        role.verbatim_tokens += len(block.verbatim_tokens)
-        role.cache_bytes += cache_bytes
-        role.stream_bytes += record_bytes
-        if block.coded_tokens:
-            errors = block.errors
+        verbatim = len(block.verbatim_tokens)
+        self._add(block.role, block.tokens, verbatim, block.errors, record_bytes, cache_bytes)
+
+    @classmethod
+    def of(cls, stream: StreamFile) -> StreamStatistics:
+        """Those of a stream in a file; its index suffices, no block is read."""
+        statistics = cls(header_bytes=stream.sizes.header, index_bytes=stream.sizes.index)
+        header = stream.header
+        for e in stream.index:
+            cache_bytes = header.verbatim_size(e.section, e.tokens)
+            statistics._add(e.role, e.tokens, e.verbatim_tokens, e.errors, e.length, cache_bytes)
+        statistics.other_bytes = stream.sizes.total - statistics.stream_bytes
+        return statistics
+
+    def _add(
+        self,
+        role: Role,
+        tokens: int,
+        verbatim_tokens: int,
+        errors: BlockErrors,
+        record_bytes: int,
+        cache_bytes: int,
+    ) -> None:
+        counted = self.roles[role]
+        counted.blocks += 1
+        counted.tokens += tokens
+        counted.verbatim_tokens += verbatim_tokens
+        counted.cache_bytes += cache_bytes
+        counted.stream_bytes += record_bytes
+        coded = tokens - verbatim_tokens
+        if coded:
             self.measure = errors.measure
             self.k_error_worst = max(self.k_error_worst, errors.k_worst)
             self.v_error_worst = max(self.v_error_worst, errors.v_worst)
-            self._k_error_sum += errors.k_mean * block.coded_tokens
-            self._v_error_sum += errors.v_mean * block.coded_tokens
+            self._k_error_sum += errors.k_mean * coded
+            self._v_error_sum += errors.v_mean * coded
 
     @property
     def tokens(self) -> int:
@@ -73,6 +98,7 @@ class StreamStatistics:
         return (
             self.header_bytes
             + self.index_bytes
+            + self.other_bytes
             + sum(r.stream_bytes for r in self.roles.values())
         )
 
