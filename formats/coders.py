@@ -131,16 +131,16 @@ def _unzstd(data: bytes, size: int) -> bytes:
     return decompressor.decompress(data, max_output_size=size, allow_extra_data=False)
 
 
-def split_planes(data: bytes, itemsize: int) -> bytes:
+def split_planes(data: bytes, itemsize: int) -> list[bytes]:
     """Byte planes: the first bytes of all items, then the second bytes, and so on.
 
     High bytes of floating-point values are alike, low bytes are noise: apart, they compress.
     """
-    return b"".join(data[i::itemsize] for i in range(itemsize))
+    return [data[i::itemsize] for i in range(itemsize)]
 
 
 def join_planes(data: bytes, itemsize: int) -> bytes:
-    """Undo :func:`split_planes`; ``len(data)`` must be a multiple of ``itemsize``."""
+    """Undo :func:`split_planes`, planes joined; ``len(data)`` must be a multiple of ``itemsize``."""
     items, rest = divmod(len(data), itemsize)
     if rest:
         raise ValueError(f"{len(data)} bytes are not whole items of {itemsize} bytes")

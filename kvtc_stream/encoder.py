@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from kvtc_stream.backend import Backend, get_backend
 from kvtc_stream.codec import Codec
-from kvtc_stream.cpu.values import stored_positions, verbatim_bytes
+from kvtc_stream.cpu.values import stored_positions, verbatim_planes
 from kvtc_stream.errors import KVTCWarning, StateError
 from kvtc_stream.formats import (
     Block,
@@ -342,7 +342,7 @@ class _SectionState:
 
     def _verbatim(self, role: Role, tokens: int) -> Block:
         k, v, positions, start = self._pop(tokens)
-        coder, verbatim = compress(self._header.coder, verbatim_bytes(k, v))
+        coder, verbatim = compress(self._header.coder, *verbatim_planes(k, v))
         return Block(
             section=self._index,
             role=role,

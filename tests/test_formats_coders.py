@@ -130,7 +130,7 @@ def test_a_frame_that_lies_about_its_size():
 
 
 def test_planes():
-    assert split_planes(b"aAbBcC", 2) == b"abcABC"
+    assert split_planes(b"aAbBcC", 2) == [b"abc", b"ABC"]
     assert join_planes(b"abcABC", 2) == b"aAbBcC"
     with pytest.raises(ValueError, match="not whole items of 4"):
         join_planes(b"12345", 4)
@@ -139,4 +139,12 @@ def test_planes():
 @given(st.binary(max_size=64), st.sampled_from((1, 2, 4)))
 def test_planes_round_trip(data, itemsize):
     data = data * itemsize
-    assert join_planes(split_planes(data, itemsize), itemsize) == data
+    assert join_planes(b"".join(split_planes(data, itemsize)), itemsize) == data
+
+
+@pytest.mark.parametrize("coder", list(Coder))
+def test_segments_decode_to_their_concatenation(coder: Coder) -> None:
+    segments = [bytes(3000), b"", b"ab" * 800, b"x"]
+    used, coded = compress(coder, *segments)
+    assert used is coder
+    assert decompress(used, coded, 4601) == b"".join(segments)

@@ -179,7 +179,7 @@ def test_packing_is_lossless_for_any_choice_of_tokens(
     symbols = cpu.quantise(rng.standard_normal((tokens, width)).astype(np.float32), bands)
     kept = np.flatnonzero(data.draw(npst.arrays(np.bool_, tokens)))
     packed = cpu.pack(symbols, bands, kept)
-    assert len(packed) == cpu.packed_size(kept.size, bands)
+    assert tuple(map(len, packed)) == cpu.segment_sizes(kept.size, bands)
     back = cpu.unpack(packed, kept.size, bands)
     np.testing.assert_array_equal(back.codes, symbols.codes[kept])
     np.testing.assert_array_equal(back.scale, symbols.scale[:, kept])
@@ -194,38 +194,49 @@ def test_packing_is_lossless_for_any_choice_of_tokens(
 
 
 def test_layout_of_the_bytes() -> None:
-    bands = (Band(2, Quantiser.INT2), Band(1, Quantiser.NONE), Band(1, Quantiser.FP8))
+    bands = (
+        Band(1, Quantiser.INT4),
+        Band(2, Quantiser.INT2),
+        Band(1, Quantiser.NONE),
+        Band(1, Quantiser.FP8),
+    )
+    codes = [[9, 0, 3, 0x38], [8, 1, 2, 0x81], [7, 2, 1, 0], [6, 3, 0, 1], [5, 1, 1, 2]]
     symbols = cpu.Symbols(
-        codes=np.array([[0, 3, 0x38], [1, 2, 0x81], [2, 1, 0], [3, 0, 1], [1, 1, 2]], np.uint8),
-        scale=np.array([[1, 2, 3, 4, 5], [6, 7, 8, 9, 10]], np.uint16).view(np.float16),
-        shift=np.array([[0x0102] * 5, [0x0304] * 5], np.uint16).view(np.float16),
+        codes=np.array(codes, np.uint8),
+        scale=np.array([[1, 2, 3, 4, 5], [6, 7, 8, 9, 10], [0] * 5], np.uint16).view(np.float16),
+        shift=np.array([[0x0102] * 5, [0x0304] * 5, [0] * 5], np.uint16).view(np.float16),
         representable=np.ones(5, np.bool_),
     )
-    scale = [*range(1, 11), *[0] * 10]
-    shift = [*[2] * 5, *[4] * 5, *[1] * 5, *[3] * 5]
-    codes = [0b11100100, 0b01, 0b00011011, 0b01, 0x38, 0x81, 0, 1, 2]
-    assert cpu.pack(symbols, bands) == bytes([*scale, *shift, *codes])
+    assert [segment.tolist() for segment in cpu.pack(symbols, bands)] == [
+        [*range(1, 11), *[0] * 5, *[2] * 5, *[4] * 5, *[0] * 5],
+        [*[0] * 15, *[1] * 5, *[3] * 5, *[0] * 5],
+        [0b11100100, 0b01, 0b00011011, 0b01],
+        [0x89, 0x67, 0x05],
+        [0x38, 0x81, 0, 1, 2],
+    ]
 
 
 @pytest.mark.parametrize(
-    ("position", "byte"),
-    [(7, 0x7C), (15, 0xFC), (17, 0b01000000), (18, 0x7F), (19, 0xFF)],
+    ("segment", "position", "byte"),
+    [(1, 3, 0x7C), (1, 7, 0xFC), (2, 1, 0b01000000), (4, 0, 0x7F), (4, 1, 0xFF)],
     ids=["scale", "shift", "filling", "code", "negative code"],
 )
-def test_bytes_that_pack_never_makes_are_refused(position: int, byte: int) -> None:
+def test_bytes_that_pack_never_makes_are_refused(segment: int, position: int, byte: int) -> None:
     bands = (Band(2, Quantiser.INT2), Band(1, Quantiser.FP8))
-    packed = bytearray(cpu.packed_size(2, bands))
-    cpu.unpack(bytes(packed), 2, bands)
-    packed[position] = byte
+    packed = [bytearray(size) for size in cpu.segment_sizes(2, bands)]
+    cpu.unpack(packed, 2, bands)
+    packed[segment][position] = byte
     with pytest.raises(FormatError, match="does not follow the format"):
-        cpu.unpack(bytes(packed), 2, bands)
+        cpu.unpack(packed, 2, bands)
 
 
 @pytest.mark.parametrize("change", [-1, 1])
-def test_a_payload_of_another_size_is_refused(change: int) -> None:
-    size = cpu.packed_size(3, BANDS)
-    with pytest.raises(FormatError, match=f"has {size + change} bytes.*take {size}"):
-        cpu.unpack(bytes(size + change), 3, BANDS)
+@pytest.mark.parametrize("segment", range(5))
+def test_a_payload_of_another_size_is_refused(segment: int, change: int) -> None:
+    sizes = list(cpu.segment_sizes(3, BANDS))
+    sizes[segment] += change
+    with pytest.raises(FormatError, match="segments of .* bytes, but 3 tokens of its plan take"):
+        cpu.unpack([bytes(size) for size in sizes], 3, BANDS)
 
 
 def test_wrong_arguments_are_refused_before_a_kernel_runs() -> None:

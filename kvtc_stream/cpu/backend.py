@@ -19,7 +19,7 @@ from kvtc_stream.cpu.values import (
     stored_positions,
     to_float32,
     verbatim_arrays,
-    verbatim_bytes,
+    verbatim_planes,
 )
 from kvtc_stream.errors import FormatError, UnsupportedError
 from kvtc_stream.formats import Block, BlockErrors, PartPlan, Role, StreamHeader
@@ -60,10 +60,6 @@ class _Part:
         # One fixed shape for every product: however the input is cut, the sums are the same.
         self.rows = np.zeros((block_tokens, part.width), np.float32)
         self.coefficients = np.zeros((block_tokens, plan.components), np.float32)
-
-    def packed_size(self, tokens: int) -> int:
-        return quantise.packed_size(tokens, self.bands)
-
 
 class CpuSectionCoder:
     """See :class:`kvtc_stream.backend.SectionCoder`."""
@@ -187,13 +183,16 @@ class CpuSectionCoder:
         v_error: NDArray[np.float64],
     ) -> Block:
         kept, verbatim = np.flatnonzero(codable), np.flatnonzero(~codable)
-        packed = b"".join(
+        packed = [
             quantise.pack(symbol, part.bands, kept)
             for part, symbol in zip(self._parts, symbols, strict=True)
+        ]
+        # Segments of a kind lie side by side, so that the coder sees them as one.
+        segments = [b"".join(kind) for kind in zip(*packed, strict=True)]
+        coder, coded = compress(self._header.coder, *segments)
+        verbatim_coder, verbatim_coded = compress(
+            self._header.coder, *verbatim_planes(k[:, :, verbatim], v[:, :, verbatim])
         )
-        coder, coded = compress(self._header.coder, packed)
-        raw = verbatim_bytes(k[:, :, verbatim], v[:, :, verbatim])
-        verbatim_coder, verbatim_coded = compress(self._header.coder, raw)
         errors = BlockErrors(
             MeasureId.RECONSTRUCTION if self._measure == "full" else MeasureId.COEFFICIENTS,
             *(_statistics(k_error[kept]) + _statistics(v_error[kept])),
@@ -207,7 +206,7 @@ class CpuSectionCoder:
             verbatim_tokens=tuple(verbatim.tolist()),
             coder=coder,
             coded=coded,
-            coded_size=len(packed),
+            coded_size=sum(map(len, segments)),
             verbatim_coder=verbatim_coder,
             verbatim=verbatim_coded,
             errors=errors,
@@ -230,20 +229,24 @@ class CpuSectionCoder:
         return as_kv_array(k), as_kv_array(v)
 
     def _unpack(self, block: Block, kept: NDArray[np.int64]) -> None:
-        sizes = [part.packed_size(len(kept)) for part in self._parts]
-        if block.coded_size != sum(sizes):
+        sizes = [quantise.segment_sizes(len(kept), part.bands) for part in self._parts]
+        needed = sum(map(sum, sizes))
+        if block.coded_size != needed:
             raise FormatError(
                 f"block at token {block.start}: coded payload of {block.coded_size} bytes, the "
-                f"plan needs {sum(sizes)} for {len(kept)} tokens"
+                f"plan needs {needed} for {len(kept)} tokens"
             )
-        data = decompress(block.coder, block.coded, block.coded_size)
-        offset = 0
-        for part, size in zip(self._parts, sizes, strict=True):
-            symbols = quantise.unpack(data[offset : offset + size], len(kept), part.bands)
+        data = memoryview(decompress(block.coder, block.coded, block.coded_size))
+        segments: list[list[memoryview]] = [[] for _ in self._parts]
+        for kind in zip(*sizes, strict=True):
+            for segment, size in zip(segments, kind, strict=True):
+                segment.append(data[:size])
+                data = data[size:]
+        for part, segment in zip(self._parts, segments, strict=True):
+            symbols = quantise.unpack(segment, len(kept), part.bands)
             # Tokens stay at their row, so that the product sums as the encoder's did.
             part.coefficients[:] = 0
             quantise.dequantise(symbols, part.bands, part.coefficients, kept)
-            offset += size
 
     def _synthesise(
         self, positions: NDArray[np.int64], layers: Sequence[int]

@@ -43,8 +43,8 @@ def convert(x: Array, dtype: DType, scale: Float | None) -> Array:
     return from_float32(to_float32(x, scale), dtype, scale)
 
 
-def verbatim_bytes(k: Array, v: Array) -> bytes:
-    """K then V, each [layers, heads, tokens, dim] in C order, split into byte planes.
+def verbatim_planes(k: Array, v: Array) -> list[bytes]:
+    """K then V, each [layers, heads, tokens, dim] in C order, as byte planes, low bytes first.
 
     Planes put the bytes with sign and exponent together, where a byte coder finds redundancy.
     """
@@ -54,7 +54,7 @@ def verbatim_bytes(k: Array, v: Array) -> bytes:
 def verbatim_arrays(
     data: bytes, k_shape: tuple[int, ...], v_shape: tuple[int, ...], dtype: DType
 ) -> tuple[Array, Array]:
-    """What :func:`verbatim_bytes` was given."""
+    """What :func:`verbatim_planes` was given."""
     values = np.frombuffer(join_planes(data, dtype.itemsize), numpy_dtype(dtype))
     count = int(np.prod(k_shape))
     return values[:count].reshape(k_shape), values[count:].reshape(v_shape)
