@@ -114,6 +114,10 @@ class Calibration:
     def __hash__(self) -> int:
         return hash(self.digest)
 
+    def __repr__(self) -> str:
+        model = self.model.name or "unnamed"
+        return f"Calibration(model={model!r}, tokens={self.tokens}, digest={self.digest.hex()!r})"
+
     def cached(self, key: Any, make: Any) -> Any:
         """A value derived from this calibration, made once (plans, binary32 bases)."""
         with self._lock:
