@@ -125,9 +125,7 @@ class Calibration:
                 self._cache[key] = make()
             return self._cache[key]
 
-    def components32(
-        self, section: int, basis: str, part: int, count: int
-    ) -> NDArray[np.float32]:
+    def components32(self, section: int, basis: str, part: int, count: int) -> NDArray[np.float32]:
         """The leading components of a part in binary32, [at least ``count``, width], made once."""
         key = ("components32", section, basis, part)
         with self._lock:
@@ -175,7 +173,14 @@ class Calibration:
             calibration = _parse(json.loads(metadata[_METADATA_KEY]), arrays)
         except VersionError:
             raise
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        except (
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            IndexError,
+            RecursionError,
+        ) as error:
             raise FormatError(f"{name}: malformed calibration: {error!r}") from None
         found, expected = calibration.digest.hex(), metadata.get(_DIGEST_KEY)
         if found != expected:
@@ -248,14 +253,11 @@ def _parse(description: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> Cali
     geometry, sections = [], []
     for i, entry in enumerate(description["sections"]):
         section = Section(
-            layers=tuple(entry["layers"]),
-            kv_heads=entry["kv_heads"],
-            k_dim=entry["k_dim"],
-            v_dim=entry["v_dim"],
-            rope=tuple(
-                rope and Rope(tuple(rope["inv_freq"]), rope["interleaved"], rope["scale"])
-                for rope in entry["rope"]
-            ),
+            layers=_layers(entry["layers"]),
+            kv_heads=_count(entry["kv_heads"]),
+            k_dim=_count(entry["k_dim"]),
+            v_dim=_count(entry["v_dim"]),
+            rope=tuple(None if rope is None else _parse_rope(rope) for rope in entry["rope"]),
         )
         bases = {
             name: tuple(
@@ -265,51 +267,82 @@ def _parse(description: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> Cali
             for name, parts in entry["bases"].items()
         }
         geometry.append(section)
-        sections.append(SectionCalibration(bases, int(entry["tokens"])))
+        sections.append(SectionCalibration(bases, _count(entry["tokens"])))
     if arrays:
         raise FormatError(f"unexpected arrays {sorted(arrays)}")
     model = description["model"]
     return Calibration(
         Geometry(tuple(geometry)),
         tuple(sections),
-        int(description["sinks"]),
+        _count(description["sinks"]),
         ModelIdentity(model["name"], model["revision"], bytes.fromhex(model["fingerprint"])),
     )
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise FormatError(f"expected a number from 0, found {value!r}")
+    return value
+
+
+def _energy(value: Any) -> float:
+    if type(value) not in (int, float) or not 0 <= value < float("inf"):
+        raise FormatError(f"expected a finite energy from 0, found {value!r}")
+    return float(value)
+
+
+def _layers(values: list[Any]) -> tuple[int, ...]:
+    return tuple(_count(value) for value in values)
+
+
+def _parse_rope(entry: dict[str, Any]) -> Rope:
+    if type(entry["interleaved"]) is not bool:
+        raise FormatError(f"interleaved must be true or false, found {entry['interleaved']!r}")
+    return Rope(tuple(entry["inv_freq"]), entry["interleaved"], entry["scale"])
 
 
 def _parse_part(
     section: Section, entry: dict[str, Any], arrays: dict[str, NDArray[Any]], prefix: str
 ) -> Part:
-    k_layers, v_layers = tuple(entry["k_layers"]), tuple(entry["v_layers"])
+    k_layers, v_layers = _layers(entry["k_layers"]), _layers(entry["v_layers"])
     count = len(section.layers)
     for layers in (k_layers, v_layers):
-        if list(layers) != sorted(set(layers)) or not all(0 <= i < count for i in layers):
+        if list(layers) != sorted(set(layers)) or not all(i < count for i in layers):
             raise FormatError(f"{prefix}: layers {layers} of a section of {count}")
     width = section.kv_heads * (len(k_layers) * section.k_dim + len(v_layers) * section.v_dim)
     rank = arrays[prefix + "components"].shape[0]
 
-    def take(name: str, dtype: type[np.generic], *shape: int) -> NDArray[Any]:
+    def take(
+        name: str, dtype: type[np.generic], *shape: int, least: float = -np.inf, finite: bool = True
+    ) -> NDArray[Any]:
         array = arrays.pop(prefix + name)
         if array.dtype != dtype or array.shape != shape:
             raise FormatError(
                 f"{prefix}{name}: found {array.dtype} {array.shape}, expected "
                 f"{np.dtype(dtype)} {shape}"
             )
+        # Extremes are NaN where anything is.
+        if not array.min() >= least or (
+            finite and not np.isfinite([array.min(), array.max()]).all()
+        ):
+            raise FormatError(f"{prefix}{name} has values that no calibration makes")
         array.setflags(write=False)
         return array
 
     tables = ErrorTables(
-        errors=take("errors", np.float32, rank, len(BAND_SIZES), len(BAND_TYPES)),
-        energy=take("drop_errors", np.float64, rank),
-        dropped=float(entry["dropped"]),
-        rows=int(entry["sampled_rows"]),
+        errors=take(
+            "errors", np.float32, rank, len(BAND_SIZES), len(BAND_TYPES), least=0, finite=False
+        ),
+        energy=take("drop_errors", np.float64, rank, least=0),
+        dropped=_energy(entry["dropped"]),
+        rows=_count(entry["sampled_rows"]),
     )
     return Part(
         k_layers,
         v_layers,
         take("mean", np.float32, width),
         take("components", np.float16, rank, width),
-        take("spectrum", np.float32, rank),
-        float(entry["energy"]),
+        take("spectrum", np.float32, rank, least=0),
+        _energy(entry["energy"]),
         tables,
     )

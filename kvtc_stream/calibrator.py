@@ -118,6 +118,10 @@ class Calibrator:
 
         Tokens with NaN or Inf are left out.
         """
+        if not 0 <= section < len(self._sections):
+            raise ValueError(
+                f"section must be from 0 to {len(self._sections) - 1}, found {section}"
+            )
         moments = self._sections[section]
         s = moments.section
         k_layers, _ = layer_list(k, "k", len(s.layers), s.kv_heads, s.k_dim)
