@@ -123,8 +123,9 @@ class Encoder:
         """
         with self._exclusive("encode"):
             dtype, chunk = self._check(k, v, positions, section)
+            start = self._start(dtype)
             with self._failing():
-                return b"".join([*self._start(dtype), *self._take(section, chunk)])
+                return b"".join([*start, *self._take(section, chunk)])
 
     def finish(self) -> bytes:
         """Code what is pending, and end the stream; return its last bytes."""
