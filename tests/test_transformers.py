@@ -1,0 +1,833 @@
+"""The transformers adapter, on tiny models with random weights."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from transformers.cache_utils import (  # noqa: E402
+    DynamicCache,
+    DynamicSlidingWindowLayer,
+    EncoderDecoderCache,
+    StaticCache,
+)
+
+import kvtc_stream as kvtc  # noqa: E402
+from kvtc_stream.cpu.layout import Rotations, gather  # noqa: E402
+from kvtc_stream.formats import Geometry, Role  # noqa: E402
+from kvtc_stream.integrations.transformers import (  # noqa: E402
+    calibrate,
+    capture,
+    decode_cache,
+    encode_cache,
+    geometry_of,
+    model_identity,
+    token_digest,
+)
+
+VOCABULARY = 97
+WINDOW = 24
+SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 4096,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 512,
+}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "factor": 4.0,
+    "original_max_position_embeddings": 1024,
+}
+LAYER_TYPES = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
+
+
+def llama(**changes: Any) -> Any:
+    config = transformers.LlamaConfig(**{**SIZES, "rope_parameters": LLAMA3, **changes})
+    return transformers.LlamaForCausalLM(config)
+
+
+def yarn() -> Any:
+    return llama(rope_parameters=YARN)
+
+
+def qwen3() -> Any:
+    return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**SIZES, head_dim=16))
+
+
+def stablelm() -> Any:
+    config = transformers.StableLmConfig(
+        **SIZES, rope_parameters={"rope_type": "default", "partial_rotary_factor": 0.5}
+    )
+    return transformers.StableLmForCausalLM(config)
+
+
+def cohere() -> Any:
+    return transformers.CohereForCausalLM(transformers.CohereConfig(**SIZES))
+
+
+def smollm3() -> Any:
+    config = transformers.SmolLM3Config(**SIZES, no_rope_layer_interval=4)
+    return transformers.SmolLM3ForCausalLM(config)
+
+
+def gemma3_config() -> Any:
+    changes = {"num_key_value_heads": 1, "head_dim": 8}
+    return transformers.Gemma3TextConfig(
+        **{**SIZES, **changes}, sliding_window=WINDOW, layer_types=LAYER_TYPES
+    )
+
+
+def gemma3() -> Any:
+    return transformers.Gemma3ForCausalLM(gemma3_config())
+
+
+MODELS = {make.__name__: make for make in (llama, yarn, qwen3, stablelm, cohere, smollm3, gemma3)}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Threads only cost time on models this small."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def built() -> Callable[[str], Any]:
+    """Models by name, made once."""
+    models: dict[str, Any] = {}
+
+    def get(name: str) -> Any:
+        if name not in models:
+            torch.manual_seed(sum(name.encode()))
+            model = MODELS[name]().eval()
+            with torch.no_grad():  # norms at their initial weight hide mistakes about them
+                for key, parameter in model.named_parameters():
+                    if "norm" in key:
+                        parameter.add_(0.3 * torch.rand_like(parameter))
+            models[name] = model
+        return models[name]
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def calibrated(built: Callable[[str], Any]) -> Callable[[str], kvtc.Calibration]:
+    """Calibrations by model name, made once."""
+    made: dict[str, kvtc.Calibration] = {}
+
+    def get(name: str) -> kvtc.Calibration:
+        if name not in made:
+            texts = [drawn_ids(160, seed) for seed in range(2, 5)]
+            made[name] = calibrate(built(name), texts, tokens=400)
+        return made[name]
+
+    return get
+
+
+def drawn_ids(tokens: int, seed: int = 0) -> np.ndarray[Any, Any]:
+    return np.random.default_rng(seed).integers(2, VOCABULARY, tokens)
+
+
+def prefill(model: Any, ids: np.ndarray[Any, Any]) -> DynamicCache:
+    cache = DynamicCache(config=model.config)
+    with torch.inference_mode():
+        model(input_ids=torch.from_numpy(ids)[None], past_key_values=cache, use_cache=True)
+    return cache
+
+
+def generate(model: Any, ids: np.ndarray[Any, Any], cache: DynamicCache) -> Any:
+    """Greedy continuation and its scores."""
+    inputs = torch.from_numpy(ids)[None]
+    return model.generate(
+        inputs,
+        attention_mask=torch.ones_like(inputs),
+        past_key_values=cache,
+        max_new_tokens=6,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+
+
+def verbatim(calibration: kvtc.Calibration) -> kvtc.Codec:
+    """A codec that loses nothing on short prompts."""
+    return kvtc.Codec(calibration, ratio=4, window=1024)
+
+
+def unrotated(section: kvtc.Section, rope: Any, x: Any) -> np.ndarray[Any, Any]:
+    """Rows [tokens, layers * heads * dim] of keys from position 0, without RoPE."""
+    layers, heads, tokens, dim = x.shape
+    rows = np.empty((tokens, layers * heads * dim), np.float32)
+    rotations = Rotations.of(replace(section, rope=rope), np.arange(tokens), inverse=True)
+    gather(np.ascontiguousarray(x), np.arange(layers), rotations, rows)
+    return rows
+
+
+# --- Geometry ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_keys_without_rope_are_the_models_own(name: str, built: Callable[[str], Any]) -> None:
+    model = built(name)
+    before: dict[int, np.ndarray[Any, Any]] = {}
+
+    def hook(layer: int) -> Callable[..., None]:
+        def take(_module: Any, _inputs: Any, output: Any) -> None:
+            before[layer] = output.detach().numpy()
+
+        return take
+
+    attentions = [layer.self_attn for layer in model.model.layers]
+    handles = [
+        getattr(a, "k_norm", a.k_proj).register_forward_hook(hook(i))
+        for i, a in enumerate(attentions)
+    ]
+    captured = capture(model, drawn_ids(60))
+    for handle in handles:
+        handle.remove()
+
+    sections = geometry_of(model).sections
+    assert [index for index, _, _ in captured] == list(range(len(sections)))
+    for section, (_, k, _) in zip(sections, captured, strict=True):
+        rows = unrotated(section, section.rope, torch.cat(k).numpy())
+        ours = rows.reshape(60, len(k), section.kv_heads, section.k_dim)
+        for i, layer in enumerate(section.layers):
+            # k_proj gives [1, tokens, heads * dim]; norms per head before or after the transpose.
+            expected = before[layer][0]
+            if expected.shape[:1] != (60,):
+                expected = expected.swapaxes(0, 1)
+            expected = expected.reshape(60, section.kv_heads, section.k_dim)
+            scale = np.abs(expected).max()
+            np.testing.assert_allclose(ours[:, i], expected, rtol=0, atol=3e-6 * scale)
+
+
+def test_geometry_of_each_family(built: Callable[[str], Any]) -> None:
+    [section] = geometry_of(built("llama")).sections
+    assert (section.layers, section.kv_heads, section.k_dim, section.v_dim) == (
+        (0, 1, 2, 3),
+        2,
+        8,
+        8,
+    )
+    assert len(set(section.rope)) == 1
+    assert section.rope[0] != kvtc.Rope.from_theta(5e5, 8)  # llama3 scaling is in the table
+
+    [section] = geometry_of(built("yarn")).sections
+    assert section.rope[0].scale == pytest.approx(0.1 * np.log(4) + 1)
+
+    [section] = geometry_of(built("stablelm")).sections
+    assert section.rope[0].rotary_dim == 4
+
+    [section] = geometry_of(built("cohere")).sections
+    assert section.rope[0].interleaved
+
+    [section] = geometry_of(built("smollm3")).sections
+    assert section.rope[:3] == (section.rope[0],) * 3
+    assert section.rope[0] is not None
+    assert section.rope[3] is None
+
+    sliding, full = geometry_of(built("gemma3")).sections
+    assert (sliding.layers, full.layers) == ((0, 1, 3), (2,))
+    assert sliding.rope[0].inv_freq[1] == pytest.approx(1e4 ** (-2 / 8))
+    assert full.rope[0].inv_freq[1] == pytest.approx(1e6 ** (-2 / 8))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_geometry_in_half_precision(dtype: Any, built: Callable[[str], Any]) -> None:
+    model = gemma3().to(dtype)
+    assert [s.layers for s in geometry_of(model).sections] == [(0, 1, 3), (2,)]
+
+
+def test_geometry_of_a_multimodal_wrapper(built: Callable[[str], Any]) -> None:
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+    }
+    config = transformers.Gemma3Config(
+        text_config=gemma3_config().to_dict(), vision_config=vision, mm_tokens_per_image=4
+    )
+    wrapper = transformers.Gemma3ForConditionalGeneration(config)
+    text = built("gemma3")
+    wrapper.model.language_model.load_state_dict(text.model.state_dict())
+    assert geometry_of(wrapper) == geometry_of(text)
+    assert model_identity(wrapper).fingerprint == model_identity(text).fingerprint
+
+
+def test_learned_positions_are_no_rope() -> None:
+    config = transformers.GPT2Config(
+        n_embd=16,
+        n_layer=2,
+        n_head=2,
+        n_positions=100,
+        vocab_size=VOCABULARY,
+        bos_token_id=1,
+        eos_token_id=1,
+    )
+    [section] = geometry_of(transformers.GPT2LMHeadModel(config)).sections
+    assert section.rope == ()
+
+
+def longrope() -> Any:
+    parameters = {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "short_factor": [1.0] * 4,
+        "long_factor": [2.0] * 4,
+        "original_max_position_embeddings": 512,
+    }
+    return llama(rope_parameters=parameters)
+
+
+def gptj() -> Any:
+    ids = {"bos_token_id": 1, "eos_token_id": 1}
+    config = transformers.GPTJConfig(
+        n_embd=16, n_layer=2, n_head=2, rotary_dim=4, vocab_size=VOCABULARY, **ids
+    )
+    return transformers.GPTJForCausalLM(config)
+
+
+def t5() -> Any:
+    config = transformers.T5Config(d_model=16, d_ff=16, num_layers=1, vocab_size=VOCABULARY)
+    return transformers.T5ForConditionalGeneration(config)
+
+
+def mamba() -> Any:
+    config = transformers.MambaConfig(
+        hidden_size=16, num_hidden_layers=1, vocab_size=VOCABULARY, state_size=4
+    )
+    return transformers.MambaForCausalLM(config)
+
+
+def deepseek3() -> Any:
+    config = transformers.DeepseekV3Config(
+        **{**SIZES, "num_key_value_heads": 4},
+        kv_lora_rank=8,
+        q_lora_rank=8,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=8,
+        v_head_dim=8,
+        first_k_dense_replace=4,
+    )
+    return transformers.DeepseekV3ForCausalLM(config)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (deepseek3, "DeepseekV3ForCausalLM: the values of layer 0 depend on the position"),
+        (longrope, "LlamaForCausalLM uses 'longrope' RoPE"),
+        (gptj, "GPTJForCausalLM: no rotary table of the model explains the keys of layer 0"),
+        (t5, "T5ForConditionalGeneration is an encoder-decoder"),
+        (mamba, "layer 0 of MambaForCausalLM is a LinearAttentionLayer"),
+    ],
+)
+def test_unsupported_models(make: Callable[[], Any], message: str) -> None:
+    with pytest.raises(kvtc.UnsupportedError, match=message):
+        geometry_of(make())
+
+
+def test_a_module_is_not_a_model() -> None:
+    with pytest.raises(TypeError, match="PreTrainedModel"):
+        geometry_of(torch.nn.Linear(2, 2))
+
+
+def test_training_mode_is_kept() -> None:
+    model = llama().train()
+    geometry_of(model)
+    assert model.training
+    assert model.model.training
+
+
+# --- Identity ------------------------------------------------------------------------------------
+
+
+def recipe(decoder: Any, config: dict[str, Any]) -> bytes:
+    """The documented fingerprint, the slow way."""
+    data = json.dumps(config, sort_keys=True, separators=(",", ":")).encode() + b"\n"
+    for name, parameter in sorted(decoder.named_parameters(), key=lambda p: p[0].encode()):
+        shape = ",".join(str(n) for n in parameter.shape)
+        data += f"{name} [{shape}]\n".encode()
+        values = parameter.detach().reshape(-1)
+        n = len(values)
+        m = min(n, 64)
+        for i in range(m):
+            bits = values[i * (n - 1) // (m - 1) if m > 1 else 0].bfloat16().view(torch.int16)
+            data += int(bits).to_bytes(2, "little", signed=True)
+    return hashlib.sha256(data).digest()
+
+
+def test_fingerprint_follows_its_recipe() -> None:
+    config = {
+        "head_dim": 8,
+        "hidden_act": "silu",
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "model_type": "llama",
+        "num_attention_heads": 4,
+        "num_hidden_layers": 4,
+        "num_key_value_heads": 2,
+        "rms_norm_eps": (1e-6).hex(),
+        "rope_parameters": {
+            "factor": 8,
+            "high_freq_factor": 4,
+            "low_freq_factor": 1,
+            "original_max_position_embeddings": 512,
+            "rope_theta": 500000,
+            "rope_type": "llama3",
+        },
+        "vocab_size": VOCABULARY,
+    }
+    model = llama()
+    assert model_identity(model).fingerprint == recipe(model.model, config)
+
+
+def test_fingerprint_survives_saving_and_dtype(tmp_path: Any, built: Callable[[str], Any]) -> None:
+    model = built("gemma3")
+    folder = tmp_path / "tiny-gemma"
+    model.save_pretrained(folder)
+    expected = model_identity(model).fingerprint
+    for dtype in (torch.float32, torch.bfloat16):
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        identity = model_identity(loaded)
+        assert identity == kvtc.ModelIdentity("tiny-gemma", "", expected)
+    body = transformers.AutoModel.from_pretrained(folder)
+    assert model_identity(body, name="x", revision="y") == kvtc.ModelIdentity("x", "y", expected)
+
+
+def test_fingerprint_changes_with_weights_and_configuration() -> None:
+    model = llama()
+    state = model.state_dict()
+    first = model_identity(model).fingerprint
+    # The head does not take part in the cache.
+    model.lm_head.weight.data.mul_(2)
+    assert model_identity(model).fingerprint == first
+    for parameter in (model.model.norm.weight, model.model.layers[3].self_attn.k_proj.weight):
+        parameter.data.mul_(1.5)
+        assert model_identity(model).fingerprint != first
+        parameter.data.div_(1.5)
+    assert model_identity(model).fingerprint == first
+    for change in ({"rope_parameters": YARN}, {"rms_norm_eps": 1e-5}):
+        other = llama(**change)
+        other.load_state_dict(state)
+        assert model_identity(other).fingerprint != first
+
+
+def test_fingerprint_needs_weights() -> None:
+    with torch.device("meta"):
+        model = llama()
+    with pytest.raises(kvtc.UnsupportedError, match="not loaded"):
+        model_identity(model)
+
+
+def test_token_digest() -> None:
+    expected = hashlib.sha256(b"".join(n.to_bytes(8, "little") for n in (3, 1, 70000))).digest()
+    for ids in ([3, 1, 70000], np.array([[3, 1, 70000]], np.int32), torch.tensor([3, 1, 70000])):
+        assert token_digest(ids) == expected
+    for bad in ([0.5], np.zeros((2, 3), np.int64)):
+        with pytest.raises(ValueError, match="token_ids must be integers"):
+            token_digest(bad)
+
+
+# --- Calibration ---------------------------------------------------------------------------------
+
+
+def test_capture_keeps_all_tokens_of_sliding_layers(built: Callable[[str], Any]) -> None:
+    model = built("gemma3")
+    ids = drawn_ids(3 * WINDOW)
+    cache = prefill(model, ids)
+    for section, (_, k, v) in zip(geometry_of(model).sections, capture(model, ids), strict=True):
+        for i, layer in enumerate(section.layers):
+            held = cache.layers[layer].keys.shape[2]
+            assert k[i].shape == v[i].shape == (1, 1, 3 * WINDOW, 8)
+            torch.testing.assert_close(k[i][:, :, -held:], cache.layers[layer].keys)
+            torch.testing.assert_close(v[i][:, :, -held:], cache.layers[layer].values)
+
+
+class Letters:
+    """A tokenizer: BOS, then a token per letter."""
+
+    bos_token_id = 1
+
+    def __call__(self, text: str) -> dict[str, list[int]]:
+        return {"input_ids": [1] + [2 + ord(c) % 90 for c in text]}
+
+
+def test_calibrate_cuts_texts_into_documents(
+    built: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = built("llama")
+    module = kvtc.integrations.transformers
+    seen: list[list[int]] = []
+
+    def record(model: Any, document: np.ndarray[Any, Any]) -> Any:
+        seen.append(document.tolist())
+        return capture(model, document)
+
+    monkeypatch.setattr(module, "capture", record)
+    steps: list[tuple[int, int]] = []
+    calibration = calibrate(
+        model,
+        ["ab" * 100, "", "c" * 300],
+        tokenizer=Letters(),
+        tokens=300,
+        document_tokens=120,
+        progress=lambda done, total: steps.append((done, total)),
+        sinks=2,
+    )
+    assert [len(document) for document in seen] == [120, 82, 98]
+    assert all(document[0] == 1 for document in seen)
+    assert seen[0][1:3] == [2 + ord("a") % 90, 2 + ord("b") % 90]
+    assert 1 not in seen[1][1:]
+    assert steps == [(120, 300), (202, 300), (300, 300)]
+    assert calibration.geometry == geometry_of(model)
+    assert calibration.model == model_identity(model)
+    assert calibration.tokens == 300 - 3 * 2
+
+
+def test_calibrate_refuses(built: Callable[[str], Any]) -> None:
+    model = built("llama")
+    with pytest.raises(TypeError, match="pass the model's tokenizer"):
+        calibrate(model, ["text"])
+    with pytest.raises(TypeError, match="found one string"):
+        calibrate(model, "text", tokenizer=Letters())
+    with pytest.raises(ValueError, match="document_tokens at least 2"):
+        calibrate(model, [[1, 2]], document_tokens=1)
+
+
+@pytest.mark.parametrize("name", ["stablelm", "gemma3"])
+def test_calibration_is_of_keys_before_rope(name: str, built: Callable[[str], Any]) -> None:
+    model = built(name)
+    documents = [drawn_ids(150, seed) for seed in (7, 8)]
+    calibration = calibrate(model, documents)
+    for index, section in enumerate(geometry_of(model).sections):
+        rows = []
+        for document in documents:
+            _, k, v = capture(model, document)[index]
+            for x, part, rope in ((k, 0, section.rope), (v, 1, ())):
+                rows.append((part, unrotated(section, rope, torch.cat(x).numpy())[4:]))
+        for part, calibrated_part in enumerate(calibration.sections[index].basis("separate")):
+            expected = np.concatenate([r for p, r in rows if p == part]).mean(axis=0)
+            np.testing.assert_allclose(calibrated_part.mean, expected, rtol=0, atol=1e-5)
+
+
+# --- Caches --------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:the stream is only:kvtc_stream.errors.KVTCWarning")
+@pytest.mark.parametrize("name", ["llama", "qwen3", "stablelm", "cohere", "gemma3"])
+def test_verbatim_cache_continues_identically(
+    name: str, built: Callable[[str], Any], calibrated: Callable[[str], kvtc.Calibration]
+) -> None:
+    model, calibration = built(name), calibrated(name)
+    ids = drawn_ids(3 * WINDOW, seed=1)
+    prompt = ids[:-5]  # the rest is prefilled after decoding
+    cache = prefill(model, prompt)
+    data = encode_cache(cache, verbatim(calibration), model=model, token_ids=prompt)
+    assert data is not None
+    decoded = decode_cache(data, calibration, model=model, token_ids=ids)
+
+    assert [type(layer) for layer in decoded.layers] == [type(layer) for layer in cache.layers]
+    for mine, theirs in zip(decoded.layers, cache.layers, strict=True):
+        assert mine.get_seq_length() == theirs.get_seq_length() == len(prompt)
+        assert torch.equal(mine.keys, theirs.keys)
+        assert torch.equal(mine.values, theirs.values)
+    mine, theirs = generate(model, ids, decoded), generate(model, ids, cache)
+    assert torch.equal(mine.sequences, theirs.sequences)
+    assert all(map(torch.equal, mine.logits, theirs.logits))
+
+
+@pytest.mark.filterwarnings("ignore:the stream is only:kvtc_stream.errors.KVTCWarning")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_verbatim_cache_in_half_precision(
+    dtype: Any, calibrated: Callable[[str], kvtc.Calibration]
+) -> None:
+    calibration = calibrated("gemma3")
+    cache = DynamicCache(config=gemma3_config())
+    for number in range(4):
+        shape = (1, 1, 40, 8)
+        cache.update(torch.randn(shape).to(dtype), torch.randn(shape).to(dtype), number)
+    decoded = decode_cache(encode_cache(cache, verbatim(calibration)), calibration)
+    for mine, theirs in zip(decoded.layers, cache.layers, strict=True):
+        assert mine.keys.dtype == dtype
+        assert torch.equal(mine.keys, theirs.keys)
+        assert torch.equal(mine.values, theirs.values)
+    wide = decode_cache(
+        encode_cache(cache, verbatim(calibration)), calibration, dtype=torch.float32
+    )
+    assert wide.layers[0].keys.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_coded_cache_is_as_close_as_the_stream_says(
+    name: str, built: Callable[[str], Any], calibrated: Callable[[str], kvtc.Calibration]
+) -> None:
+    model, calibration = built(name), calibrated(name)
+    ids = drawn_ids(300, seed=1)
+    cache = DynamicCache() if name == "llama" else DynamicCache(config=model.config)
+    with torch.inference_mode():
+        model(input_ids=torch.from_numpy(ids)[None], past_key_values=cache)
+    codec = kvtc.Codec(calibration, ratio=4, window=8, block_tokens=16)
+    data = encode_cache(cache, codec, model=model)
+    assert data is not None
+    decoded = decode_cache(data, calibration, model=model)
+
+    coded = 0
+    with kvtc.open(io.BytesIO(data), calibration=calibration) as reader:
+        for block in reader:
+            section = calibration.geometry.sections[block.section]
+            first = len(ids) - cache.layers[section.layers[0]].keys.shape[2]
+            span = slice(int(block.positions[0]) - first, int(block.positions[-1]) + 1 - first)
+            for kind, worst in (("keys", block.errors.k_worst), ("values", block.errors.v_worst)):
+                theirs, mine = (
+                    torch.cat([getattr(c.layers[n], kind)[:, :, span] for n in section.layers])
+                    .transpose(0, 2)
+                    .flatten(1)
+                    for c in (cache, decoded)
+                )
+                errors = (mine - theirs).norm(dim=1) / theirs.norm(dim=1)
+                assert torch.isfinite(mine).all()
+                assert errors.max() <= worst * (1 + 1e-4)
+                if block.role is Role.DATA:
+                    coded += block.tokens
+                    assert errors.max() > 0
+    assert coded > 0
+    assert torch.isfinite(torch.stack(generate(model, np.append(ids, 5), decoded).logits)).all()
+
+
+@pytest.mark.filterwarnings("ignore:the stream is only:kvtc_stream.errors.KVTCWarning")
+def test_files_pipes_and_metadata(
+    tmp_path: Any,
+    built: Callable[[str], Any],
+    calibrated: Callable[[str], kvtc.Calibration],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, calibration = built("llama"), calibrated("llama")
+    cache = prefill(model, drawn_ids(40))
+    codec = verbatim(calibration)
+    path = tmp_path / "prompt.kvtc"
+    assert encode_cache(cache, codec, path, metadata={"user": 7}) is None
+    data = path.read_bytes()
+    monkeypatch.setattr(kvtc.integrations.transformers, "_CHUNK", 17)
+    assert data == encode_cache(cache, codec, metadata={"user": 7})
+    with kvtc.open(path, calibration=calibration) as reader:
+        assert json.loads(reader.header.metadata) == {"user": 7}
+        assert reader.header.model == model_identity(model)
+
+    read, write = os.pipe()
+    os.write(write, data)
+    os.close(write)
+    with os.fdopen(read, "rb") as pipe:
+        for source in (path, pipe, io.BytesIO(data)):
+            decoded = decode_cache(source, calibration)
+            assert torch.equal(decoded.layers[3].keys, cache.layers[3].keys)
+
+
+@pytest.mark.filterwarnings("ignore:the stream is only:kvtc_stream.errors.KVTCWarning")
+@pytest.mark.parametrize("tokens", [10, 3 * WINDOW])
+def test_without_a_model_the_layers_still_continue(
+    tokens: int, built: Callable[[str], Any], calibrated: Callable[[str], kvtc.Calibration]
+) -> None:
+    model, calibration = built("gemma3"), calibrated("gemma3")
+    ids = drawn_ids(tokens)
+    cache = prefill(model, ids[:-1])
+    decoded = decode_cache(encode_cache(cache, verbatim(calibration)), calibration)
+    sliding = [isinstance(layer, DynamicSlidingWindowLayer) for layer in decoded.layers]
+    assert sliding == ([True, True, False, True] if tokens > WINDOW else [False] * 4)
+    mine, theirs = generate(model, ids, decoded), generate(model, ids, cache)
+    torch.testing.assert_close(mine.logits, theirs.logits)
+
+
+@pytest.mark.filterwarnings("ignore:the stream is only:kvtc_stream.errors.KVTCWarning")
+def test_a_full_cache_is_cut_to_the_models_window(
+    built: Callable[[str], Any], calibrated: Callable[[str], kvtc.Calibration]
+) -> None:
+    model, calibration = built("gemma3"), calibrated("gemma3")
+    ids = drawn_ids(2 * WINDOW)
+    full = DynamicCache()
+    with torch.inference_mode():
+        model(input_ids=torch.from_numpy(ids)[None], past_key_values=full)
+    data = encode_cache(full, verbatim(calibration))
+    decoded = decode_cache(data, calibration, model=model)
+    for mine, theirs in zip(decoded.layers, prefill(model, ids).layers, strict=True):
+        torch.testing.assert_close(mine.keys, theirs.keys)
+        assert mine.get_seq_length() == len(ids)
+
+
+@pytest.mark.filterwarnings("ignore:the stream is only:kvtc_stream.errors.KVTCWarning")
+def test_wrong_prompt_model_or_window(
+    built: Callable[[str], Any], calibrated: Callable[[str], kvtc.Calibration]
+) -> None:
+    model, calibration = built("gemma3"), calibrated("gemma3")
+    codec = verbatim(calibration)
+    ids = drawn_ids(40)
+    cache = prefill(model, ids)
+    data = encode_cache(cache, codec, token_ids=ids)
+    with pytest.raises(ValueError, match="holds 40 tokens, found 39 token_ids"):
+        encode_cache(cache, codec, token_ids=ids[:-1])
+
+    wrong = ids.copy()
+    wrong[7] += 1
+    with pytest.raises(kvtc.CalibrationMismatchError, match="another prompt"):
+        decode_cache(data, calibration, token_ids=wrong)
+    with pytest.raises(kvtc.CalibrationMismatchError, match="found only 39"):
+        decode_cache(data, calibration, token_ids=ids[:-1])
+
+    stranger = gemma3()
+    for call in (
+        lambda: encode_cache(cache, codec, model=stranger),
+        lambda: decode_cache(data, calibration, model=stranger),
+    ):
+        with pytest.raises(kvtc.CalibrationMismatchError) as caught:
+            call()
+        for identity in (model_identity(stranger), calibration.model):
+            assert identity.fingerprint.hex()[:16] in str(caught.value)
+    with pytest.raises(kvtc.CalibrationMismatchError, match="written with calibration"):
+        decode_cache(data, calibrated("llama"))
+
+    layers = DynamicCache(config=model.config)
+    for layer in layers.layers[:2] + layers.layers[3:]:
+        layer.sliding_window = WINDOW // 2
+    for number in range(4):
+        layers.update(cache.layers[2].keys, cache.layers[2].values, number)
+    with pytest.raises(kvtc.CalibrationMismatchError, match="another window"):
+        decode_cache(encode_cache(layers, codec), calibration, model=model)
+
+
+def test_geometry_is_compared_when_the_calibration_has_no_fingerprint(
+    built: Callable[[str], Any],
+) -> None:
+    model = built("llama")
+    [section] = geometry_of(model).sections
+    other = Geometry.uniform(layers=4, kv_heads=2, head_dim=8, rope=kvtc.Rope.from_theta(1e4, 8))
+    calibrations = []
+    for geometry in (other, Geometry((section,))):
+        calibrator = kvtc.Calibrator(geometry)
+        for index, k, v in capture(model, drawn_ids(200)):
+            calibrator.update(k, v, section=index)
+        calibrations.append(calibrator.finish())
+    cache = prefill(model, drawn_ids(300))
+    with pytest.raises(kvtc.CalibrationMismatchError, match=r"half-split RoPE over 8 channels"):
+        encode_cache(cache, kvtc.Codec(calibrations[0], window=16), model=model)
+    assert encode_cache(cache, kvtc.Codec(calibrations[1], window=16), model=model)
+
+
+def static(model: Any) -> Any:
+    return StaticCache(config=model.config, max_cache_len=64)
+
+
+def encoder_decoder(model: Any) -> Any:
+    return EncoderDecoderCache(prefill(model, drawn_ids(9)), DynamicCache())
+
+
+def offloaded(model: Any) -> Any:
+    cache = prefill(model, drawn_ids(9))
+    cache.offloading = True
+    return cache
+
+
+def batched(model: Any) -> Any:
+    cache = prefill(model, drawn_ids(9))
+    cache.batch_repeat_interleave(2)
+    return cache
+
+
+def recurrent(model: Any) -> Any:
+    return DynamicCache(config=mamba().config)
+
+
+@pytest.mark.parametrize(
+    ("make", "found"),
+    [
+        (static, "StaticCache"),
+        (encoder_decoder, "EncoderDecoderCache"),
+        (offloaded, "offloaded"),
+        (batched, "2 sequences"),
+        (recurrent, "LinearAttentionLayer"),
+    ],
+)
+def test_unsupported_caches(
+    make: Callable[[Any], Any],
+    found: str,
+    built: Callable[[str], Any],
+    calibrated: Callable[[str], kvtc.Calibration],
+) -> None:
+    cache = make(built("llama"))
+    with pytest.raises(kvtc.UnsupportedError, match=rf"{found}.*supported is a DynamicCache"):
+        encode_cache(cache, kvtc.Codec(calibrated("llama")))
+
+
+def test_mismatched_caches(
+    built: Callable[[str], Any], calibrated: Callable[[str], kvtc.Calibration]
+) -> None:
+    codec = kvtc.Codec(calibrated("llama"))
+    with pytest.raises(ValueError, match="no tokens"):
+        encode_cache(DynamicCache(), codec)
+    with pytest.raises(kvtc.CalibrationMismatchError, match=r"K \[1, 1, 9, 8\]"):
+        encode_cache(prefill(built("gemma3"), drawn_ids(9)), codec)
+    short = prefill(built("llama"), drawn_ids(9))
+    short.layers.pop()
+    with pytest.raises(kvtc.CalibrationMismatchError, match=r"layers \[0, 1, 2\]"):
+        encode_cache(short, codec)
+    uneven = prefill(built("llama"), drawn_ids(9))
+    uneven.layers[2].crop(-3)
+    with pytest.raises(kvtc.CalibrationMismatchError, match="layer 2 of the cache"):
+        encode_cache(uneven, codec)
+
+
+def test_streams_that_no_dynamic_cache_can_hold(
+    calibrated: Callable[[str], kvtc.Calibration],
+) -> None:
+    calibration = calibrated("gemma3")
+    sections = calibration.geometry.sections
+
+    def stream(*positions: np.ndarray[Any, Any]) -> bytes:
+        encoder = verbatim(calibration).encoder()
+        data = b""
+        for i, (section, where) in enumerate(zip(sections, positions, strict=False)):
+            k = np.ones(section.k_shape(len(where)), np.float32)
+            data += encoder.encode(k, k, positions=where, section=i)
+        return data + encoder.finish()
+
+    with pytest.warns(kvtc.KVTCWarning):
+        gap, uneven, missing = (
+            stream(np.array([0, 1, 5]), np.arange(6)),
+            stream(np.arange(5), np.arange(6)),
+            stream(np.arange(5)),
+        )
+    with pytest.raises(kvtc.UnsupportedError, match="3 of the tokens 0 to 5"):
+        decode_cache(gap, calibration)
+    for data in (uneven, missing):
+        with pytest.raises(kvtc.UnsupportedError, match="expected all to end at the same"):
+            decode_cache(data, calibration)
