@@ -88,8 +88,8 @@ class Writer:
     object then holds a stream without an end, which readers refuse.
     """
 
-    #: File objects that a writer has in hand.
-    _busy: weakref.WeakSet[BinaryIO] = weakref.WeakSet()
+    #: Writers of file objects, by the object's id while they live.
+    _writers: weakref.WeakValueDictionary[int, Writer] = weakref.WeakValueDictionary()
 
     def __init__(self, file: File, codec: Codec, **stream: Any) -> None:
         self._encoder = codec.encoder(**stream)
@@ -98,10 +98,10 @@ class Writer:
         if isinstance(file, str | os.PathLike):
             self._file = self._cleanup.enter_context(atomic_write(file))
         else:
-            if file in Writer._busy:
+            if id(file) in Writer._writers:
                 raise StateError("another writer is writing to this file object: close it first")
-            Writer._busy.add(file)
-            self._cleanup.callback(Writer._busy.discard, file)
+            Writer._writers[id(file)] = self
+            self._cleanup.callback(Writer._writers.pop, id(file), None)
             self._file = file
 
     @property
@@ -154,7 +154,8 @@ class Writer:
             # A raw file may take less than it is given.
             rest = memoryview(data)
             while rest:
-                rest = rest[self._file.write(rest) :]
+                written = self._file.write(rest)
+                rest = rest[len(rest) if written is None else written :]
         except BaseException:
             self._state = "failed by an earlier exception"
             raise
@@ -365,7 +366,7 @@ def _some_tokens(block: KVBlock, first: int, last: int) -> KVBlock:
     )
 
 
-def encode(k: Any, v: Any, *, codec: Codec, positions: Any = None, **stream: Any) -> bytes:
+def encode(k: Any, v: Any, codec: Codec, *, positions: Any = None, **stream: Any) -> bytes:
     """A whole cache to a whole stream.
 
     Equivalent to one :meth:`Encoder.encode` and :meth:`Encoder.finish` of
