@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvtc_stream.errors import ChecksumError, FormatError, UnsupportedError, VersionError
-from kvtc_stream.formats import Geometry, ModelIdentity, Rope, Section
+from kvtc_stream.formats import Geometry, ModelIdentity, Rope, Section, SectionPlan
 from kvtc_stream.planning.tables import BAND_SIZES, BAND_TYPES, ErrorTables
 from kvtc_stream.storage import atomic_write
 
@@ -85,6 +85,19 @@ class SectionCalibration:
                 f"the calibration has no basis {name!r}, only {', '.join(sorted(self.bases))}: "
                 f"choose a preset that uses one of these, or calibrate again"
             ) from None
+
+    def parts(self, plan: SectionPlan) -> tuple[Part, ...]:
+        """The parts that a plan deals with, or ``FormatError`` when it was made for others."""
+        parts = self.basis(plan.basis)
+        layers = [(p.k_layers, p.v_layers) for p in parts]
+        if layers != [(p.k_layers, p.v_layers) for p in plan.parts] or any(
+            part.rank < dealt.components for part, dealt in zip(parts, plan.parts, strict=True)
+        ):
+            raise FormatError(
+                f"the plan does not fit the calibration's basis {plan.basis!r}: its layers or "
+                f"components are others; make a plan from this calibration"
+            )
+        return parts
 
 
 @dataclass(frozen=True, eq=False)

@@ -136,6 +136,9 @@ class Codec:
                 lambda: make_plan(self.calibration, self.preset, preset.basis, name, value, progress),
             )
             object.__setattr__(self, "plan", plan)
+        self.plan.check(self.calibration.geometry)
+        for section, dealt in zip(self.calibration.sections, self.plan.sections, strict=True):
+            section.parts(dealt)
 
     def encoder(
         self,

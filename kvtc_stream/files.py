@@ -7,7 +7,7 @@ import os
 import sys
 import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from types import TracebackType
@@ -77,6 +77,8 @@ def open(
     if mode == "wb":
         if codec is None:
             raise TypeError("writing takes codec=kvtc_stream.Codec(calibration, ...)")
+        if calibration is not None or backend != "auto" or limits is not None:
+            raise TypeError("calibration=, backend= and limits= are for reading: the codec has them")
         return Writer(file, codec, **stream)
     raise ValueError(f"mode must be 'rb' or 'wb', found {mode!r}")
 
@@ -161,6 +163,15 @@ class Writer:
             raise
         return len(data)
 
+    def _taken(self, data: memoryview) -> int:
+        """How much the file took: a raw one may take less than it is given."""
+        taken: int | None = self._file.write(data)
+        if taken is not None:
+            return taken
+        if isinstance(self._file, io.RawIOBase):
+            raise BlockingIOError("the file does not block and took nothing: give a blocking one")
+        return len(data)  # file objects of other makes do not say
+
     def _release(
         self,
         kind: type[BaseException] | None,
@@ -194,6 +205,7 @@ class Reader:
         limits = limits or Limits()
         self._cleanup = ExitStack()
         self._lock = threading.Lock()
+        self._closed = False
         self._stream: StreamFile | None = None
         if isinstance(file, str | os.PathLike):
             file = self._cleanup.enter_context(io.open(file, "rb"))
@@ -218,6 +230,7 @@ class Reader:
 
     def __iter__(self) -> Iterator[KVBlock]:
         """Blocks in token order, verbatim tokens included."""
+        self._check_open()
         if self._stream is None:
             yield from self._pipe
         else:
@@ -258,6 +271,7 @@ class Reader:
         As :meth:`read`, piece by piece and with positions. A pipe works too: it is read to its
         end, and token slices may not count from there. ``errors`` are those of the whole blocks.
         """
+        self._check_open()
         sections = self._header.geometry.sections
         chosen = range(len(sections)) if section is None else [self._checked(section)]
         spans = {
@@ -277,7 +291,8 @@ class Reader:
         return (_some_tokens(b, *spans[b.section]) for b in blocks)
 
     def close(self) -> None:
-        """Close the file if a path was opened."""
+        """End the reader, and close the file if a path was opened. Again does nothing."""
+        self._closed = True
         self._cleanup.close()
 
     def __enter__(self) -> Self:
@@ -289,12 +304,18 @@ class Reader:
     def _decode(self, entry: IndexEntry, layers: Sequence[int] | None) -> KVBlock:
         assert self._stream is not None
         with self._lock:
+            self._check_open()
             return self._blocks.decode(self._stream.read_block(entry), layers)
 
     def _entries(self, section: int) -> list[IndexEntry]:
         if self._stream is None:
             raise UnsupportedError("a pipe has no random access: iterate, or read from a file")
-        return [e for e in self._stream.index if e.section == self._checked(section)]
+        section = self._checked(section)
+        return [e for e in self._stream.index if e.section == section]
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise StateError("the reader is closed: open the stream again")
 
     def _checked(self, section: int) -> int:
         sections = len(self._header.geometry.sections)
@@ -307,7 +328,9 @@ class _PipeBlocks:
     """Blocks from a file object that cannot seek; reads up to the header at once."""
 
     def __init__(self, file: BinaryIO, decoder: Decoder) -> None:
-        self._file, self._decoder = file, decoder
+        # What has arrived, rather than wait for as much as was asked for.
+        self._read: Callable[[int], bytes] = getattr(file, "read1", file.read)
+        self._decoder = decoder
         self._ready: list[KVBlock] = []
         while decoder.header is None:
             self._ready += self._more()
@@ -322,7 +345,7 @@ class _PipeBlocks:
             self._ready = self._more()
 
     def _more(self) -> list[KVBlock]:
-        data = self._file.read(_READ_SIZE)
+        data = self._read(_READ_SIZE)
         if not data:
             self._decoder.close()
         return self._decoder.decode(data)

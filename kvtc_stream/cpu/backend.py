@@ -29,6 +29,8 @@ from kvtc_stream.interop import as_kv_array, numpy_dtype
 
 Float = NDArray[np.float32]
 
+_GREATEST = float(np.finfo(np.float32).max)
+
 
 class CpuBackend:
     """See :class:`kvtc_stream.backend.Backend`."""
@@ -83,11 +85,7 @@ class CpuSectionCoder:
             self._k_scale = np.array(header.scales[section].k_scale, np.float32).reshape(shape)
             self._v_scale = np.array(header.scales[section].v_scale, np.float32).reshape(shape)
         plan = header.plan.sections[section]
-        basis = calibration.sections[section].basis(plan.basis)
-        if [(p.k_layers, p.v_layers) for p in basis] != [
-            (p.k_layers, p.v_layers) for p in plan.parts
-        ] or any(p.rank < q.components for p, q in zip(basis, plan.parts, strict=True)):
-            raise FormatError(f"the plan does not fit the calibration's basis {plan.basis!r}")
+        basis = calibration.sections[section].parts(plan)
         self._parts = [
             _Part(
                 part,
@@ -114,10 +112,10 @@ class CpuSectionCoder:
             k_error, v_error = self._reconstruction_errors(k32, v32, positions, symbols)
         else:
             k_error, v_error = self._coefficient_errors(k32, v32, symbols)
-        # A token that is not finite, or whose relative error is undefined, is never coded.
-        bound = np.inf if self._max_error is None else self._max_error
+        # A token that is not finite, or whose relative error is undefined or beyond the binary32
+        # that records it, is never coded.
+        bound = min(_GREATEST, math.inf if self._max_error is None else self._max_error)
         with np.errstate(invalid="ignore"):
-            codable &= np.isfinite(k_error) & np.isfinite(v_error)
             codable &= (k_error <= bound) & (v_error <= bound)
         return self._block(k, v, positions, start, symbols, codable, k_error, v_error)
 

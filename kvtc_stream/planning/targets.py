@@ -7,7 +7,7 @@ import math
 from kvtc_stream.calibration import Calibration, Part
 from kvtc_stream.calibrator import Progress
 from kvtc_stream.errors import UnsupportedError
-from kvtc_stream.formats import Band, PartPlan, Plan, SectionPlan
+from kvtc_stream.formats import Band, PartPlan, Plan, Quantiser, SectionPlan
 from kvtc_stream.planning.dynamic import allocate, allocate_for_error
 
 #: Bits per value that a ratio is relative to, whatever the cache's dtype (as published).
@@ -36,7 +36,8 @@ def make_plan(
         if target == "max_relative_error":
             return _bands_for_error(part, value, progress)
         bits = RATIO_BITS * part.width / value if target == "ratio" else value * part.width / width
-        return allocate(part.tables, int(bits), progress=progress).bands
+        most = part.rank * Band(1, Quantiser.FP8).bits  # no plan can spend more
+        return allocate(part.tables, int(min(bits, most)), progress=progress).bands
 
     return Plan(
         preset,

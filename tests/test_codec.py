@@ -1,0 +1,451 @@
+"""Targets, options, and what an encoder or decoder does when it is misused."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Iterator
+from dataclasses import FrozenInstanceError
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from strategies import HOSTILE, calibrate, geometries
+
+import kvtc_stream as kvtc
+from kvtc_stream.calibration import Part
+from kvtc_stream.formats import Band, PartPlan, Quantiser, Role, SectionPlan
+from kvtc_stream.interop import numpy_dtype
+from kvtc_stream.planning.dynamic import allocate
+
+Array = NDArray[Any]
+Cache = tuple[Array, Array]
+
+# Short drawn streams gain little, and say so.
+poor = pytest.mark.filterwarnings("ignore:the stream is only:kvtc_stream.KVTCWarning")
+
+
+def bits(codec: kvtc.Codec) -> int:
+    return sum(section.bits for section in codec.plan.sections)
+
+
+def predicted(codec: kvtc.Codec) -> list[float]:
+    """Relative error of every part, from the calibration's tables."""
+    errors = []
+    for section, learnt in zip(codec.plan.sections, codec.calibration.sections, strict=True):
+        for plan, part in zip(section.parts, learnt.basis(section.basis), strict=True):
+            tables, first, error = part.tables, 0, part.tables.dropped
+            for band in plan.bands:
+                if band.quantiser is Quantiser.NONE:
+                    error += tables.energy[first : first + band.size].sum()
+                else:
+                    size, kind = tables.sizes.index(band.size), tables.types.index(band.quantiser)
+                    error += float(tables.errors[first, size, kind])
+                first += band.size
+            errors.append(np.sqrt((error + tables.energy[first:].sum()) / part.energy))
+    return errors
+
+
+# --- targets ---
+
+
+@given(geometries(), st.floats(0.5, 200))
+def test_budgets_are_kept(geometry: kvtc.Geometry, ratio: float) -> None:
+    calibration = calibrate(geometry)
+    codec = kvtc.Codec(calibration, ratio=ratio)
+    for plan, section in zip(codec.plan.sections, geometry.sections, strict=True):
+        for part in plan.parts:
+            assert part.bits <= 16 * part.width(section) / ratio
+    budget = sum(16 * (s.k_width + s.v_width) for s in geometry.sections) / ratio
+    assert bits(kvtc.Codec(calibration, bits_per_token=budget)) <= budget
+
+
+@given(geometries(), st.lists(st.floats(1, 100), min_size=2, max_size=4))
+def test_more_bits_never_cost_accuracy(geometry: kvtc.Geometry, ratios: list[float]) -> None:
+    calibration = calibrate(geometry)
+    errors = [
+        predicted(kvtc.Codec(calibration, ratio=ratio)) for ratio in sorted(ratios, reverse=True)
+    ]
+    for more, less in itertools.pairwise(errors):
+        assert all(a >= b - 1e-9 for a, b in zip(more, less, strict=True))
+
+
+@given(geometries(), st.floats(0.02, 0.9))
+def test_error_targets_are_predicted(geometry: kvtc.Geometry, error: float) -> None:
+    """With the fewest bits: less would not do. What 16 bits per value cannot do is refused."""
+    calibration = calibrate(geometry)
+    parts = [part for s in calibration.sections for part in s.basis("separate")]
+    try:
+        codec = kvtc.Codec(calibration, max_relative_error=error)
+    except kvtc.UnsupportedError:
+        assert max(least_error(part, 16 * part.width) for part in parts) > error
+        return
+    assert max(predicted(codec)) <= error * (1 + 1e-6)
+    plans = [plan for s in codec.plan.sections for plan in s.parts]
+    for part, plan in zip(parts, plans, strict=True):
+        if plan.bits:
+            assert least_error(part, plan.bits - 2) > error
+
+
+def least_error(part: Part, budget: int) -> float:
+    """Relative error of the best plan within a budget."""
+    return float(np.sqrt(allocate(part.tables, budget).error / part.energy))
+
+
+@pytest.mark.parametrize("error", [0.05, 0.2, 0.5])
+def test_error_targets_are_measured(calibration: kvtc.Calibration, error: float) -> None:
+    """On a cache like the calibration's, root mean square over tokens."""
+    k, v = kvtc.testing.drawn_cache(calibration.geometry, 1000, seed=5)
+    codec = kvtc.Codec(calibration, max_relative_error=error, sinks=0, window=0)
+    back = kvtc.decode(kvtc.encode(k, v, codec=codec), calibration)
+    for x, y, promised in zip((k, v), back, predicted(codec), strict=True):
+        measured = np.linalg.norm(x - np.asarray(y)) / np.linalg.norm(x)
+        assert measured == pytest.approx(promised, rel=0.1)
+        assert measured < error * 1.1
+
+
+def test_unreachable_error(calibration: kvtc.Calibration) -> None:
+    with pytest.raises(kvtc.UnsupportedError, match=r"max_relative_error=1e-09 cannot be met"):
+        kvtc.Codec(calibration, max_relative_error=1e-9)
+    calibrator = kvtc.Calibrator(calibration.geometry, rank=1)
+    calibrator.update(*kvtc.testing.drawn_cache(calibration.geometry, 400))
+    with pytest.raises(kvtc.UnsupportedError, match="higher rank"):
+        kvtc.Codec(calibrator.finish(), max_relative_error=0.1)
+
+
+@pytest.mark.parametrize("target", ["ratio", "bits_per_token", "max_relative_error"])
+@pytest.mark.parametrize("value", [0, -1, np.nan, np.inf])
+def test_targets_are_positive(calibration: kvtc.Calibration, target: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"{target} must be positive and finite"):
+        kvtc.Codec(calibration, **{target: value})
+
+
+def test_generous_budgets_cost_nothing(calibration: kvtc.Calibration) -> None:
+    """A budget beyond what the best plan takes is not paid for in memory."""
+    best = kvtc.Codec(calibration, ratio=1e-12)
+    assert predicted(best) == predicted(kvtc.Codec(calibration, bits_per_token=1e15))
+    assert max(predicted(best)) < 0.01
+
+
+def test_two_targets(calibration: kvtc.Calibration) -> None:
+    with pytest.raises(ValueError, match="one target or a plan"):
+        kvtc.Codec(calibration, ratio=8, bits_per_token=30)
+
+
+# --- the codec is a value ---
+
+
+def test_codecs_are_values(calibration: kvtc.Calibration) -> None:
+    a, b = (kvtc.Codec(calibration, ratio=8, window=32) for _ in range(2))
+    assert a == b
+    assert hash(a) == hash(b)
+    assert a != kvtc.Codec(calibration, ratio=8)
+    assert kvtc.Codec(calibration) == kvtc.Codec(calibration, ratio=16)
+    with pytest.raises(FrozenInstanceError):
+        a.window = 3  # type: ignore[misc]
+    assert len(repr(a)) < 5000
+
+
+def test_plans_are_values(codec: kvtc.Codec, cache: Cache, stream: bytes) -> None:
+    plan = kvtc.Plan.from_bytes(codec.plan.to_bytes())
+    assert plan == codec.plan
+    again = kvtc.Codec(codec.calibration, plan=plan, window=24, block_tokens=16)
+    assert kvtc.encode(*cache, codec=again) == stream
+
+
+def test_plans_of_other_calibrations(calibration: kvtc.Calibration) -> None:
+    other = calibrate(kvtc.Geometry.uniform(layers=3, kv_heads=2, head_dim=8))
+    plan = kvtc.Codec(other, ratio=8).plan
+    with pytest.raises(ValueError, match="layers"):
+        kvtc.Codec(calibration, plan=plan)
+    low = kvtc.Calibrator(calibration.geometry, rank=2)
+    low.update(*kvtc.testing.drawn_cache(calibration.geometry, 400))
+    with pytest.raises(ValueError, match="does not fit the calibration"):
+        kvtc.Codec(low.finish(), plan=kvtc.Codec(calibration, ratio=2).plan)
+    parts = (PartPlan((0, 1), (0, 1), (Band(1, Quantiser.FP8),)),)
+    with pytest.raises(kvtc.UnsupportedError, match="no basis 'joint'"):
+        kvtc.Codec(calibration, plan=kvtc.Plan("paper", (SectionPlan("joint", parts),)))
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("preset", "best", "preset must be one of paper"),
+        ("coder", "gzip", "coder must be one of"),
+        ("out_dtype", "float64", "out_dtype must be one of"),
+        ("measure", "some", "measure must be one of"),
+        ("backend", "tpu", "backend must be one of"),
+        ("max_error", -0.1, "max_error must be at least 0"),
+        ("max_error", np.nan, "max_error must be at least 0"),
+        ("sinks", -1, "sinks must be from 0"),
+        ("window", -1, "window must be from 0"),
+        ("block_tokens", 0, "block_tokens must be from 1"),
+        ("block_tokens", 2**40, "block_tokens must be from 1"),
+    ],
+)
+def test_wrong_options(
+    calibration: kvtc.Calibration, option: str, value: Any, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        kvtc.Codec(calibration, **{option: value})
+
+
+def test_max_error_needs_the_full_measure(calibration: kvtc.Calibration) -> None:
+    with pytest.raises(ValueError, match="needs measure='full'"):
+        kvtc.Codec(calibration, max_error=0.1, measure="coefficients")
+
+
+# --- hostile values ---
+
+
+@poor
+@pytest.mark.parametrize("dtype", list(kvtc.DType))
+@pytest.mark.parametrize("ratio", [2, 10**6])
+@pytest.mark.parametrize("measure", ["full", "coefficients"])
+def test_hostile_tokens(
+    calibration: kvtc.Calibration, dtype: kvtc.DType, ratio: float, measure: Any
+) -> None:
+    """Each hostile value in a token of its own, in K, in V, and in one channel."""
+    k, v = kvtc.testing.drawn_cache(calibration.geometry, 4 * len(HOSTILE))
+    for i, value in enumerate(HOSTILE.values()):
+        k[:, :, 4 * i] = value
+        v[:, :, 4 * i + 1] = value
+        k[0, 0, 4 * i + 2, 0] = value
+    with np.errstate(over="ignore", invalid="ignore"):
+        k, v = (x.astype(numpy_dtype(dtype)) for x in (k, v))
+    codec = kvtc.Codec(
+        calibration, ratio=ratio, sinks=0, window=0, block_tokens=16, measure=measure
+    )
+    encoder = codec.encoder()
+    back = kvtc.decode(encoder.encode(k, v) + encoder.finish(), calibration)
+    for x, y in ((k, back[0]), (v, back[1])):
+        wide, got = x.astype(np.float32), np.asarray(y).astype(np.float32)
+        finite = np.isfinite(wide).all(axis=(0, 1, 3))
+        np.testing.assert_array_equal(got[:, :, ~finite], wide[:, :, ~finite])
+        if measure == "full":
+            assert np.isfinite(got[:, :, finite]).all()
+
+
+def test_max_error_is_a_bound(calibration: kvtc.Calibration) -> None:
+    k, v = kvtc.testing.drawn_cache(calibration.geometry, 400)
+    v[:, :, 100:120] = kvtc.testing.drawn_cache(calibration.geometry, 20, seed=3)[0][:, ::-1]
+    loose = kvtc.Codec(calibration, ratio=4, window=0)
+    back = kvtc.decode(kvtc.encode(k, v, codec=loose), calibration)
+    assert errors(v, back[1]).max() > 0.6
+    encoder = kvtc.Codec(calibration, ratio=4, window=0, max_error=0.6).encoder()
+    back = kvtc.decode(encoder.encode(k, v) + encoder.finish(), calibration)
+    assert max(errors(k, back[0]).max(), errors(v, back[1]).max()) <= 0.6
+    data = encoder.statistics.roles[Role.DATA]
+    assert 0 < data.verbatim_tokens < data.tokens / 2
+
+
+def errors(x: Array, y: Any) -> NDArray[np.float64]:
+    difference = np.square(np.asarray(y, np.float64) - x).sum(axis=(0, 1, 3))
+    return np.sqrt(difference / np.square(x.astype(np.float64)).sum(axis=(0, 1, 3)))
+
+
+# --- the encoder's rules ---
+
+
+def wrong_chunks(k: Array, v: Array) -> Iterator[tuple[type[Exception], str, Any, Any, dict]]:
+    """Chunks that do not fit a stream of float32 tokens 0 to 99, and what is said of them."""
+    yield ValueError, "k has shape", k[:, :1], v, {}
+    yield ValueError, "v has shape", k, v[..., :3], {}
+    yield ValueError, "transpose those two axes", k.transpose(0, 2, 1, 3), v, {}
+    yield ValueError, "a list of 1 tensors", [k[0]], v, {}
+    yield ValueError, "k has 50 tokens, v has 49", k, v[:, :, 1:], {}
+    yield TypeError, "k is float16, expected float32", k.astype(np.float16), v, {}
+    yield TypeError, "v is float16, expected float32", k, v.astype(np.float16), {}
+    yield TypeError, "float64", k.astype(np.float64), v.astype(np.float64), {}
+    yield ValueError, "positions start at 99", k, v, {"positions": np.arange(99, 149)}
+    yield ValueError, "strictly rising", k, v, {"positions": np.full(50, 200)}
+    yield ValueError, "positions have shape", k, v, {"positions": np.arange(100, 149)}
+    yield ValueError, "expected integers", k, v, {"positions": np.arange(100.0, 150)}
+    yield ValueError, "section must be from 0 to 0", k, v, {"section": 1}
+    yield ValueError, "section must be from 0 to 0", k, v, {"section": -1}
+    yield TypeError, "k", None, v, {}
+
+
+def test_wrong_chunks_leave_the_stream_valid(codec: kvtc.Codec, cache: Cache) -> None:
+    k, v = cache
+    expected = kvtc.encode(k[:, :, :150], v[:, :, :150], codec=codec)
+    encoder = codec.encoder()
+    with pytest.raises(TypeError, match="v is float16, expected float32 as the k beside it"):
+        encoder.encode(k, v.astype(np.float16))
+    data = encoder.encode(k[:, :, :100], v[:, :, :100])
+    for error, message, bad_k, bad_v, options in wrong_chunks(k[:, :, 100:150], v[:, :, 100:150]):
+        with pytest.raises(error, match=message):
+            encoder.encode(bad_k, bad_v, **options)
+    data += encoder.encode(k[:, :, 100:150], v[:, :, 100:150])
+    assert data + encoder.finish() == expected
+
+
+@poor
+def test_a_refused_output_type_leaves_the_stream_valid(
+    calibration: kvtc.Calibration, cache: Cache
+) -> None:
+    codec = kvtc.Codec(calibration, ratio=4, window=0, out_dtype="float8_e4m3fn")
+    encoder = codec.encoder()
+    with pytest.raises(TypeError, match="needs fp8 input, found float32"):
+        encoder.encode(*cache)
+    k, v = (x.astype(numpy_dtype(kvtc.DType.FLOAT8_E4M3FN)) for x in cache)
+    data = encoder.encode(k, v) + encoder.finish()
+    assert kvtc.decode(data, calibration)[0].dtype == k.dtype
+
+
+def test_scales_are_for_fp8(codec: kvtc.Codec, cache: Cache) -> None:
+    with pytest.raises(TypeError, match="are for fp8 caches, found float32"):
+        codec.encoder(k_scale=2.0).encode(*cache)
+    for scale in (0.0, -1.0, np.nan, np.inf):
+        with pytest.raises(ValueError, match="v_scale must be positive and finite"):
+            codec.encoder(v_scale=scale)
+    with pytest.raises(ValueError, match=r"k_scale must be a scalar.*found \[3, 1\]"):
+        codec.encoder(k_scale=np.ones(3))
+
+
+def test_metadata(codec: kvtc.Codec) -> None:
+    encoder = codec.encoder(metadata={"prompt": "größer", "n": [1, None]}, token_digest=b"\1" * 32)
+    decoder = codec.decoder()
+    decoder.decode(encoder.finish())
+    header = decoder.header
+    assert header is not None
+    assert header.metadata == '{"prompt":"gr\\u00f6\\u00dfer","n":[1,null]}'
+    assert header.token_digest == b"\1" * 32
+    with pytest.raises(ValueError, match="JSON compliant"):
+        codec.encoder(metadata={"a": float("nan")})
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        codec.encoder(metadata={"a": b""})
+
+
+def test_use_after_finish(codec: kvtc.Codec, cache: Cache) -> None:
+    encoder = codec.encoder()
+    encoder.encode(*cache)
+    encoder.finish()
+    with pytest.raises(kvtc.StateError, match="cannot encode: the encoder is finished"):
+        encoder.encode(*cache)
+    with pytest.raises(kvtc.StateError, match="cannot finish: the encoder is finished"):
+        encoder.finish()
+
+
+def test_finish_after_a_failure(
+    codec: kvtc.Codec, cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = codec.encoder()
+    encoder.encode(*cache)
+    with monkeypatch.context() as patch:
+        patch.setattr("kvtc_stream.cpu.backend.quantise.quantise", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            encoder.encode(*cache)
+    for use in (lambda: encoder.encode(*cache), encoder.finish):
+        with pytest.raises(kvtc.StateError, match="failed by an earlier exception; make a new one"):
+            use()
+
+
+class Slow:
+    """Positions that take their time: whoever reads them holds the encoder."""
+
+    def __init__(self, positions: Array) -> None:
+        self.positions = positions
+        self.reading, self.go_on = threading.Event(), threading.Event()
+
+    def __array__(self, *_: Any, **__: Any) -> Array:
+        self.reading.set()
+        assert self.go_on.wait(10)
+        return self.positions
+
+
+def test_two_threads(codec: kvtc.Codec, cache: Cache, stream: bytes) -> None:
+    encoder, slow, results = codec.encoder(), Slow(np.arange(200)), []
+    thread = threading.Thread(target=lambda: results.append(encoder.encode(*cache, positions=slow)))
+    thread.start()
+    assert slow.reading.wait(10)
+    try:
+        for use in (lambda: encoder.encode(*cache), encoder.finish):
+            with pytest.raises(kvtc.StateError, match="another thread is using this encoder"):
+                use()
+    finally:
+        slow.go_on.set()
+        thread.join()
+    assert results[0] + encoder.finish() == stream
+
+
+def test_many_threads_with_an_encoder_each(codec: kvtc.Codec, cache: Cache, stream: bytes) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    def there_and_back(_: int) -> bool:
+        data = kvtc.encode(*cache, codec=codec)
+        k, _v = kvtc.decode(data, codec.calibration)
+        return data == stream and np.array_equal(k, expected)
+
+    expected = kvtc.decode(stream, codec.calibration)[0]
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(there_and_back, range(12)))
+
+
+# --- the decoder's rules ---
+
+
+def test_a_damaged_stream_fails_the_decoder(codec: kvtc.Codec, stream: bytes) -> None:
+    whole = codec.decoder().decode(stream)
+    damaged = bytearray(stream)
+    damaged[len(stream) // 2] ^= 1
+    decoder, blocks = codec.decoder(), []
+    with pytest.raises(kvtc.ChecksumError):
+        for i in range(0, len(stream), 50):
+            blocks += decoder.decode(damaged[i : i + 50])
+    assert 0 < len(blocks) < len(whole)
+    for block, expected in zip(blocks, whole, strict=False):
+        np.testing.assert_array_equal(block.k, expected.k)
+    with pytest.raises(kvtc.StateError, match="failed before"):
+        decoder.decode(stream)
+
+
+def test_the_end_of_the_input(codec: kvtc.Codec, stream: bytes) -> None:
+    decoder = codec.decoder()
+    with pytest.raises(kvtc.TruncatedError):
+        decoder.close()
+    decoder = codec.decoder()
+    decoder.decode(stream[:-1])
+    assert not decoder.eof
+    with pytest.raises(kvtc.TruncatedError):
+        decoder.close()
+    decoder = codec.decoder()
+    decoder.decode(memoryview(stream))
+    decoder.close()
+    assert decoder.eof
+    assert decoder.decode(b"more") == []
+    assert decoder.unused_data == b"more"
+
+
+def test_decoder_limits(calibration: kvtc.Calibration, stream: bytes) -> None:
+    with pytest.raises(kvtc.LimitError, match="max_layers"):
+        kvtc.Decoder(calibration, limits=kvtc.Limits(max_layers=1)).decode(stream)
+
+
+# --- statistics and warnings ---
+
+
+def test_statistics_count_every_byte(codec: kvtc.Codec, cache: Cache) -> None:
+    encoder = codec.encoder()
+    data = encoder.encode(*cache)
+    assert encoder.statistics.stream_bytes == len(data)
+    data += encoder.finish()
+    s = encoder.statistics
+    assert s.stream_bytes == len(data)
+    assert s.cache_bytes == sum(x.nbytes for x in cache)
+    assert s.ratio == s.cache_bytes / len(data)
+    assert s.tokens == 200
+    assert s.roles[Role.SINKS].tokens == 4
+    assert s.roles[Role.DATA].tokens == s.coded_tokens == 160
+    assert s.roles[Role.TAIL].tokens == 36
+    assert s.coded_ratio > s.ratio
+
+
+def test_a_poor_ratio_warns(codec: kvtc.Codec, cache: Cache) -> None:
+    k, v = (x[:, :, :20] for x in cache)
+    with pytest.warns(kvtc.KVTCWarning, match=r"only 1\.\d\d times smaller.*20 of 20 tokens") as w:
+        kvtc.encode(k, v, codec=codec)
+    assert len(w) == 1
