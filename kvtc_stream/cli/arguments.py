@@ -1,0 +1,232 @@
+"""The arguments of every command. Imports nothing heavy, so that ``kvtc --help`` is quick."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from kvtc_stream import __version__
+
+_PLAIN_FILES = """\
+Files of uncompressed caches are .npz or .safetensors with arrays k and v of shape
+[layers, kv_heads, tokens, head_dim], float32, float16, bfloat16 or fp8; optional: positions
+[tokens], and k_scale and v_scale ([], [layers] or [layers, kv_heads]) for fp8. A cache of several
+sections has k.0, v.0, k.1, v.1, ... instead. An .npz file holds bfloat16 as float32 values beside
+an entry dtype="bfloat16": any numpy user can read it, and kvtc gets bfloat16 back bit for bit.
+"""
+
+_PIPES = "The name - is standard input or output; then --format tells the format of plain files."
+
+
+class UsageError(Exception):
+    """Arguments that do not go together."""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of ``kvtc``; each command's own is in the namespace as ``parser``."""
+    parser = argparse.ArgumentParser(
+        prog="kvtc",
+        description="Compress the key/value caches of language models, and get them back.",
+        epilog="kvtc COMMAND --help tells more.",
+    )
+    parser.add_argument("--version", action="version", version=f"kvtc-stream {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for add in (_calibrate, _encode, _decode, _info, _verify, _demo):
+        command = add(commands)
+        command.add_argument(
+            "--json", action="store_true", help="print one JSON object, and nothing else"
+        )
+        command.add_argument("--debug", action="store_true", help="show tracebacks of errors")
+        command.set_defaults(parser=command)
+    return parser
+
+
+def _add(commands: Any, name: str, help: str, *notes: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=help,
+        description=f"{help[0].upper()}{help[1:]}.",
+        epilog="\n".join(notes),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    return parser
+
+
+def _calibrate(commands: Any) -> argparse.ArgumentParser:
+    parser = _add(commands, "calibrate", "learn a model's cache, once for all ratios", _PLAIN_FILES)
+    parser.add_argument("inputs", nargs="*", metavar="IN", help="plain caches, a document each")
+    parser.add_argument("-o", "--output", required=True, metavar="CAL", help=".safetensors to make")
+    rope = parser.add_argument_group("what the keys in IN carry (one of the first two is needed)")
+    rope.add_argument("--rope-theta", type=float, metavar="THETA", help="RoPE of this base")
+    rope.add_argument("--rope", choices=["none"], help="no RoPE, or keys from before it")
+    rope.add_argument(
+        "--rope-interleaved", action="store_true", help="channel pairs 2i, 2i+1 (GPT-J)"
+    )
+    rope.add_argument(
+        "--rotary-dim", type=int, metavar="N", help="channels that rotate (default: all)"
+    )
+    model = parser.add_argument_group("or run a model (pip install 'kvtc-stream[transformers]')")
+    model.add_argument(
+        "--model", metavar="PATH", help="a transformers model, or the .gguf file of one"
+    )
+    model.add_argument("--text", nargs="+", metavar="FILE", help="UTF-8 texts for it to read")
+    model.add_argument("--tokens", type=int, metavar="N", help="read this many (default: 160000)")
+    model.add_argument(
+        "--document-tokens", type=int, metavar="N", help="most at a time (default: 2048)"
+    )
+    parser.add_argument(
+        "--sinks", type=int, default=4, metavar="N", help="leave out positions below N (default: 4)"
+    )
+    parser.add_argument(
+        "--layer-groups",
+        type=int,
+        default=1,
+        metavar="N",
+        help="a basis for each of N runs of layers: quicker, needs more bits (default: 1)",
+    )
+    parser.add_argument(
+        "--rank", type=int, metavar="N", help="keep at most N components (default: all)"
+    )
+    parser.add_argument("--name", metavar="NAME", help="the model's name, to record")
+    return parser
+
+
+def _encode(commands: Any) -> argparse.ArgumentParser:
+    parser = _add(commands, "encode", "compress a cache", _PLAIN_FILES, _PIPES)
+    parser.add_argument("input", metavar="IN", help="the cache, .npz or .safetensors")
+    _calibration(parser, required=True)
+    parser.add_argument("-o", "--output", required=True, metavar="OUT", help="the stream to make")
+    parser.add_argument("--preset", default="paper", help="how to code (default: paper)")
+    target = parser.add_mutually_exclusive_group()
+    target.add_argument(
+        "--ratio", type=float, help="16 bits per value over the plan's bits (default: 16)"
+    )
+    target.add_argument(
+        "--bits-per-token", type=float, metavar="BITS", help="the plan's bits, of all layers"
+    )
+    target.add_argument(
+        "--max-relative-error",
+        type=float,
+        metavar="ERROR",
+        help="cheapest plan whose predicted error, K and V each, stays below this",
+    )
+    parser.add_argument(
+        "--max-error",
+        type=float,
+        metavar="ERROR",
+        help="tokens whose measured error would exceed this go verbatim; with any target",
+    )
+    parser.add_argument(
+        "--sinks",
+        type=int,
+        default=4,
+        metavar="N",
+        help="positions below N go verbatim (default: 4)",
+    )
+    parser.add_argument(
+        "--window",
+        type=int,
+        default=128,
+        metavar="N",
+        help="the last N tokens go verbatim (default: 128)",
+    )
+    parser.add_argument(
+        "--block-tokens", type=int, default=128, metavar="N", help="tokens a block (default: 128)"
+    )
+    parser.add_argument("--coder", help="deflate, zstd, lz4 or stored (default: the preset's)")
+    _backend(parser)
+    parser.add_argument(
+        "--metadata", type=_json_object, default={}, metavar="JSON", help="an object to record"
+    )
+    parser.add_argument("--format", help="format of IN: npz or safetensors (default: its suffix)")
+    return parser
+
+
+def _decode(commands: Any) -> argparse.ArgumentParser:
+    parser = _add(commands, "decode", "restore a cache, or a part of it", _PLAIN_FILES, _PIPES)
+    parser.add_argument("input", metavar="IN", help="the stream")
+    _calibration(parser, required=True)
+    parser.add_argument(
+        "-o", "--output", required=True, metavar="BACK", help="the cache, .npz or .safetensors"
+    )
+    for name in ("tokens", "layers"):
+        parser.add_argument(
+            f"--{name}",
+            type=_range,
+            metavar="A:B",
+            help=f"only these {name}, as Python slices them (negative: --{name}=-A:)",
+        )
+    parser.add_argument("--section", type=int, metavar="N", help="only this section (default: all)")
+    _backend(parser)
+    parser.add_argument("--format", help="format of BACK: npz or safetensors (default: its suffix)")
+    return parser
+
+
+def _info(commands: Any) -> argparse.ArgumentParser:
+    parser = _add(commands, "info", "describe a stream or a calibration; reads no block")
+    parser.add_argument("input", metavar="FILE", help="a stream, - for standard input, or CAL")
+    return parser
+
+
+def _verify(commands: Any) -> argparse.ArgumentParser:
+    parser = _add(
+        commands,
+        "verify",
+        "tell whether a stream is whole; exit status 1 if not",
+        "Without CAL every checksum, every coded piece, the index and the structure are checked;",
+        "with it every block is decoded; with IN the result is compared with the original:",
+        "verbatim tokens bit for bit, the others against the errors that the stream records.",
+    )
+    parser.add_argument("input", metavar="FILE", help="the stream, or - for standard input")
+    _calibration(parser, required=False)
+    parser.add_argument("--against", metavar="IN", help="the cache that was encoded; needs -c")
+    _backend(parser)
+    parser.add_argument("--format", help="format of IN: npz or safetensors (default: its suffix)")
+    return parser
+
+
+def _demo(commands: Any) -> argparse.ArgumentParser:
+    parser = _add(
+        commands,
+        "demo",
+        "compress and restore the cache of a real model, and let it go on",
+        "Needs pip install 'kvtc-stream[demo]'.",
+    )
+    parser.add_argument("--ratio", type=float, default=16.0, help="target (default: 16)")
+    parser.add_argument("--tokens", type=int, metavar="N", help="tokens to calibrate on")
+    parser.add_argument("--context", type=int, metavar="N", help="tokens of the cache")
+    return parser
+
+
+def _calibration(parser: argparse.ArgumentParser, *, required: bool) -> None:
+    parser.add_argument(
+        "-c", "--calibration", required=required, metavar="CAL", help="made by kvtc calibrate"
+    )
+
+
+def _backend(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--backend", choices=["auto", "cpu", "cuda"], default="auto", help="(default: auto)"
+    )
+
+
+def _range(text: str) -> slice:
+    parts = text.split(":")
+    try:
+        start, stop = (int(part) if part else None for part in parts)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"expected A:B with whole numbers, either may be missing, found {text!r}"
+        ) from None
+    return slice(start, stop)
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"no JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"expected a JSON object, found {text[:40]!r}")
+    return value

@@ -1,0 +1,166 @@
+"""``kvtc calibrate``."""
+
+from __future__ import annotations
+
+import os
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from rich.progress import Progress
+
+import kvtc_stream as kvtc
+from kvtc_stream import plain
+from kvtc_stream.cli import report, terminal
+from kvtc_stream.cli.arguments import UsageError
+from kvtc_stream.cpu.values import to_float32
+from kvtc_stream.errors import KVTCError
+
+#: Tokens handed to the calibrator at a time.
+_CHUNK = 512
+
+
+def run(args: Namespace) -> int:
+    """Learn a model's cache; see ``kvtc calibrate --help``."""
+    _check(args)
+    if not Path(args.output).parent.is_dir():
+        raise FileNotFoundError(f"no directory {Path(args.output).parent} for {args.output}")
+    options = {"sinks": args.sinks, "layer_groups": args.layer_groups, "rank": args.rank}
+    with terminal.progress() as bars:
+        learn = _from_model if args.model else _from_files
+        calibration = learn(args, options, bars)
+        bars.add_task(f"Writing {args.output}", total=None)
+        calibration.save(args.output)
+    if args.json:
+        terminal.print_json({"output": args.output, **report.calibration_json(calibration)})
+    else:
+        terminal.show(report.calibration_tables(args.output, calibration))
+    return 0
+
+
+def _check(args: Namespace) -> None:
+    rope = {
+        "--rope-theta": args.rope_theta is not None,
+        "--rope": args.rope is not None,
+        "--rope-interleaved": args.rope_interleaved,
+        "--rotary-dim": args.rotary_dim is not None,
+    }
+    reading = {
+        "--text": args.text is not None,
+        "--tokens": args.tokens is not None,
+        "--document-tokens": args.document_tokens is not None,
+    }
+    if args.model:
+        unfit = [name for name, given in rope.items() if given]
+        if args.inputs or unfit:
+            raise UsageError(
+                f"--model runs the model to get its cache and finds its RoPE: leave out "
+                f"{', '.join([*args.inputs[:1], *unfit])}"
+            )
+        if not args.text:
+            raise UsageError("--model needs --text FILE...: what shall the model read?")
+        return
+    if unfit := [name for name, given in reading.items() if given]:
+        raise UsageError(f"{', '.join(unfit)} goes with --model")
+    if not args.inputs:
+        raise UsageError("give plain caches IN..., or --model and --text")
+    if rope["--rope-theta"] == rope["--rope"]:
+        raise UsageError(
+            "say what the keys in IN carry: --rope-theta THETA if they were captured after RoPE "
+            "of that base (rope_theta in the model's config.json; caches of most frameworks), "
+            "--rope none if before it or if the model has none. Scaled RoPE: use --model, or the "
+            "library"
+        )
+    if args.rope and (args.rope_interleaved or args.rotary_dim is not None):
+        raise UsageError("--rope-interleaved and --rotary-dim go with --rope-theta")
+
+
+def _from_files(args: Namespace, options: dict[str, Any], bars: Progress) -> kvtc.Calibration:
+    calibrator: kvtc.Calibrator | None = None
+    reading = bars.add_task("Reading", total=len(args.inputs))
+    for name in args.inputs:
+        sections = plain.read(name)
+        if len(sections) != 1:
+            raise ValueError(
+                f"{name} has {len(sections)} sections, expected one, with arrays k and v: "
+                f"calibrate with --model, or with the library"
+            )
+        [section] = sections
+        if calibrator is None:
+            model = kvtc.ModelIdentity(args.name or "")
+            calibrator = kvtc.Calibrator(_geometry(args, section), model=model, **options)
+        try:
+            for start in range(0, section.tokens, _CHUNK):
+                tokens = range(start, min(start + _CHUNK, section.tokens))
+                _update(calibrator, section, tokens)
+                bars.advance(reading, len(tokens) / section.tokens)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+    assert calibrator is not None
+    return calibrator.finish(terminal.bar(bars, "Solving"))
+
+
+def _geometry(args: Namespace, section: plain.PlainSection) -> kvtc.Geometry:
+    layers, kv_heads, _, head_dim = section.k.shape
+    rope = None
+    if args.rope_theta is not None:
+        rotary_dim = head_dim if args.rotary_dim is None else args.rotary_dim
+        rope = kvtc.Rope.from_theta(args.rope_theta, rotary_dim, interleaved=args.rope_interleaved)
+    return kvtc.Geometry.uniform(
+        layers=layers,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        v_head_dim=section.v.shape[3],
+        rope=rope,
+    )
+
+
+def _update(calibrator: kvtc.Calibrator, section: plain.PlainSection, tokens: range) -> None:
+    span = slice(tokens.start, tokens.stop)
+    k, v = section.k[:, :, span], section.v[:, :, span]
+    if section.dtype.is_fp8:
+        k, v = to_float32(k, section.k_scale), to_float32(v, section.v_scale)
+    positions = tokens if section.positions is None else section.positions[span]
+    calibrator.update(k, v, positions=positions)
+
+
+def _from_model(args: Namespace, options: dict[str, Any], bars: Progress) -> kvtc.Calibration:
+    loading = bars.add_task(f"Loading {args.model}", total=None)
+    texts = [Path(name).read_text(encoding="utf-8") for name in args.text]
+    model, tokenizer = _load(args.model)
+    from kvtc_stream.integrations.transformers import calibrate
+
+    bars.remove_task(loading)
+    reading = terminal.bar(bars, "Reading")
+    limits = {"tokens": args.tokens, "document_tokens": args.document_tokens}
+    given = {name: value for name, value in limits.items() if value is not None}
+    return calibrate(
+        model, texts, tokenizer=tokenizer, progress=reading, name=args.name, **given, **options
+    )
+
+
+def _load(name: str) -> tuple[Any, Any]:
+    """Model and tokenizer, on the GPU if there is one."""
+    # transformers' bar for GGUF files heeds nothing else, and this only before its first import.
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    import torch
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    path = Path(name)
+    source, options = name, {}
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise FileNotFoundError(f"no model at {name}")
+        source, options = str(path.parent), {"gguf_file": path.name}
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(source, **options)
+    except ImportError as error:
+        # transformers asks for gguf and accelerate only when it meets a file that needs them.
+        raise KVTCError(
+            f"loading {name} needs more packages: pip install 'kvtc-stream[transformers]' ({error})"
+        ) from error
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return model.to(device), tokenizer

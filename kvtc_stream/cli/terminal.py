@@ -1,0 +1,121 @@
+"""What all commands share: standard streams, progress, JSON and tables."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, BinaryIO, cast
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from kvtc_stream.cli.arguments import UsageError
+
+STANDARD = "-"
+
+#: Columns of a table when the output is not a terminal.
+_WIDTH = 120
+
+
+@contextlib.contextmanager
+def open_input(name: str, *, seekable: bool = False) -> Iterator[BinaryIO]:
+    """A file, or standard input; what cannot seek and must is copied to a temporary file."""
+    with contextlib.ExitStack() as stack:
+        if name == STANDARD:
+            file: BinaryIO = sys.stdin.buffer
+        else:
+            file = stack.enter_context(open(name, "rb"))
+        if seekable and not file.seekable():
+            copy = cast(BinaryIO, stack.enter_context(tempfile.TemporaryFile()))
+            shutil.copyfileobj(file, copy)
+            copy.seek(0)
+            file = copy
+        yield file
+
+
+def plain_input(name: str) -> str | BinaryIO:
+    """What ``plain.read`` takes."""
+    return sys.stdin.buffer if name == STANDARD else name
+
+
+def output(args: Any) -> str | BinaryIO:
+    """What ``kvtc_stream.open`` and ``plain.write`` take."""
+    if args.output != STANDARD:
+        return str(args.output)
+    if args.json:
+        raise UsageError("--json and -o - both want standard output")
+    if sys.stdout.isatty():
+        raise UsageError("standard output is a terminal: redirect it, or name a file")
+    return sys.stdout.buffer
+
+
+@contextlib.contextmanager
+def progress() -> Iterator[Progress]:
+    """Bars on standard error that vanish when done; none where that is not a terminal."""
+    console = Console(stderr=True)
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    ) as bars:
+        yield bars
+
+
+def bar(bars: Progress, description: str) -> Callable[[int, int], None]:
+    """A bar that moves when it is called with work done and work in all."""
+    task = bars.add_task(description, total=None)
+
+    def update(done: int, total: int) -> None:
+        bars.update(task, completed=done, total=total)
+
+    return update
+
+
+def print_json(value: Mapping[str, Any]) -> None:
+    """The one object on standard output."""
+    print(json.dumps(value, indent=2, allow_nan=False))
+
+
+def show(tables: Iterable[Table], *, stderr: bool = False) -> None:
+    """Print tables, an empty line between them."""
+    console = Console(stderr=stderr, highlight=False)
+    if not console.is_terminal:
+        console.width = _WIDTH
+    for i, made in enumerate(tables):
+        console.print(made, new_line_start=i > 0)
+
+
+def facts(rows: Iterable[tuple[str, str]]) -> Table:
+    """Names and values, side by side; a value that is empty is left out."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        if value:
+            table.add_row(name, Text(printable(value)))
+    return table
+
+
+def table(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]]) -> Table:
+    """A table whose first column is text and whose others are aligned to the right."""
+    made = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
+    for i, column in enumerate(columns):
+        made.add_column(column, justify="right" if i else "left")
+    for row in rows:
+        made.add_row(*(Text(printable(cell)) for cell in row))
+    return made
+
+
+def printable(text: str) -> str:
+    """``text`` without what could steer a terminal: streams come from anywhere."""
+    return "".join(c if c.isprintable() or c == "\n" else f"\\x{ord(c):02x}" for c in text)

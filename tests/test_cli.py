@@ -1,0 +1,706 @@
+"""The command line, run in this process, and through real pipes where that matters."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+import kvtc_stream as kvtc
+from kvtc_stream import plain
+from kvtc_stream.cli import main
+from kvtc_stream.formats import DType, Geometry, Rope, StreamFile
+from kvtc_stream.plain import PlainSection
+
+GEOMETRY = Geometry.uniform(layers=3, kv_heads=2, head_dim=8, rope=Rope.from_theta(1e4, 8))
+TOKENS = 300
+
+
+@dataclass
+class Run:
+    status: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+@pytest.fixture
+def kvtc_command(capsys: pytest.CaptureFixture[str]):
+    def run(*arguments: object) -> Run:
+        try:
+            status = main([str(a) for a in arguments])
+        except SystemExit as exit:
+            status = int(exit.code or 0)
+        return Run(status, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """A calibration, a bfloat16 cache, and its stream."""
+    folder = tmp_path_factory.mktemp("files")
+    made = SimpleNamespace(
+        calibration=folder / "cal.safetensors",
+        cache=folder / "in.safetensors",
+        stream=folder / "in.kvtc",
+    )
+    calibrator = kvtc.Calibrator(GEOMETRY, model=kvtc.ModelIdentity("tiny"))
+    calibrator.update(*kvtc.testing.drawn_cache(GEOMETRY, 600, seed=1))
+    calibration = calibrator.finish()
+    calibration.save(made.calibration)
+    made.k, made.v = kvtc.testing.drawn_cache(GEOMETRY, TOKENS, seed=2, dtype=DType.BFLOAT16)
+    plain.write(made.cache, [PlainSection(made.k, made.v)])
+    codec = kvtc.Codec(calibration, ratio=6, window=16, block_tokens=64)
+    with kvtc.open(made.stream, "wb", codec=codec, metadata={"prompt": "x\x1b[2J"}) as writer:
+        writer.write(made.k, made.v)
+    return made
+
+
+def equal_bits(a: np.ndarray, b: np.ndarray) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+
+
+# The whole way.
+
+
+@pytest.mark.parametrize("suffix", ["npz", "safetensors"])
+def test_calibrate_encode_decode_verify(tmp_path: Path, kvtc_command, suffix: str):
+    paths = []
+    for seed in range(3):
+        paths.append(tmp_path / f"{seed}.{suffix}")
+        cache = kvtc.testing.drawn_cache(GEOMETRY, 300, seed=seed, dtype=DType.BFLOAT16)
+        plain.write(paths[-1], [PlainSection(*cache)])
+    cal, out, back = tmp_path / "cal.safetensors", tmp_path / "x.kvtc", tmp_path / f"back.{suffix}"
+
+    run = kvtc_command(
+        "calibrate", *paths[:2], "-o", cal, "--rope-theta", 10000, "--name", "m", "--json"
+    )
+    assert (run.status, run.err) == (0, "")
+    assert run.json["model"]["name"] == "m"
+    assert run.json["digest"] == kvtc.Calibration.load(cal).digest.hex()
+    assert kvtc.Calibration.load(cal).geometry == GEOMETRY
+    assert kvtc.Calibration.load(cal).tokens == 2 * (300 - 4)
+
+    run = kvtc_command("encode", paths[2], "-c", cal, "-o", out, "--ratio", 8, "--window", 32)
+    assert (run.status, run.err) == (0, "")
+    assert "every one counted" in run.out
+
+    run = kvtc_command("decode", out, "-c", cal, "-o", back, "--json")
+    assert (run.status, run.err) == (0, "")
+    assert run.json["dtype"] == "bfloat16"
+    assert run.json["sections"][0]["k_shape"] == [3, 2, 300, 8]
+    [found] = plain.read(back)
+    [expected] = plain.read(paths[2])
+    assert found.dtype is DType.BFLOAT16
+    assert equal_bits(found.k[:, :, :4], expected.k[:, :, :4])
+    assert equal_bits(found.v[:, :, -32:], expected.v[:, :, -32:])
+    assert found.positions is not None
+    assert found.positions.tolist() == list(range(300))
+
+    run = kvtc_command("verify", out, "-c", cal, "--against", paths[2], "--json")
+    assert (run.status, run.err) == (0, "")
+    comparison = run.json["comparison"]
+    assert comparison["verbatim_tokens"] + comparison["coded_tokens"] == 300
+    info = kvtc_command("info", out, "--json").json
+    for name in ("k_mean", "k_worst", "v_mean", "v_worst"):
+        assert comparison[name] == pytest.approx(info["errors"][name], rel=1e-5)
+
+
+def test_pipes(tmp_path: Path, files: SimpleNamespace):
+    """IN, OUT and the stream between them through real pipes."""
+
+    def run(*arguments: object, data: bytes) -> subprocess.CompletedProcess[bytes]:
+        command = [
+            sys.executable,
+            "-c",
+            "from kvtc_stream.cli import main; raise SystemExit(main())",
+        ]
+        return subprocess.run(
+            [*command, *map(str, arguments)], input=data, capture_output=True, timeout=120
+        )
+
+    cal = files.calibration
+    options = ("--ratio", 6, "--window", 16, "--block-tokens", 64)
+    options = (*options, "--metadata", json.dumps({"prompt": "x\x1b[2J"}))
+    encoded = run(
+        "encode", "-", "--format", "safetensors", "-c", cal, "-o", "-", *options,
+        data=files.cache.read_bytes(),
+    )  # fmt: skip
+    assert encoded.returncode == 0, encoded.stderr
+    assert encoded.stdout == files.stream.read_bytes()
+    assert b"every one counted" in encoded.stderr
+
+    decoded = run(
+        "decode", "-", "-c", cal, "-o", "-", "--format", "npz",
+        "--tokens", "100:200", "--layers", "1:", data=encoded.stdout,
+    )  # fmt: skip
+    assert decoded.returncode == 0, decoded.stderr
+    [found] = plain.read(io.BytesIO(decoded.stdout), "npz")
+    k, v = kvtc.decode(encoded.stdout, kvtc.Calibration.load(cal))
+    assert equal_bits(found.k, k[1:, :, 100:200])
+    assert equal_bits(found.v, v[1:, :, 100:200])
+
+    assert run("verify", "-", data=encoded.stdout).returncode == 0
+    cut = run("verify", "-", data=encoded.stdout[:-100])
+    assert cut.returncode == 1
+    assert b"kvtc: error: -: the stream ends after" in cut.stderr
+    negative = run("decode", "-", "-c", cal, "-o", "-", "--format", "npz", "--tokens=-5:",
+                   data=encoded.stdout)  # fmt: skip
+    assert negative.returncode == 1
+    assert b"count from the end, which a pipe does not tell" in negative.stderr
+
+
+def test_start_up_loads_nothing_heavy():
+    code = (
+        "import sys\n"
+        "from kvtc_stream.cli import main\n"
+        "try:\n    main(['--help'])\n"
+        "except SystemExit:\n    pass\n"
+        "heavy = {'numpy', 'numba', 'torch', 'rich'} & set(sys.modules)\n"
+        "raise SystemExit(f'loaded {heavy}' if heavy else 0)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+# calibrate
+
+
+def write_cache(
+    path: Path, geometry: Geometry = GEOMETRY, tokens: int = 300, **others: Any
+) -> Path:
+    plain.write(path, [PlainSection(*kvtc.testing.drawn_cache(geometry, tokens), **others)])
+    return path
+
+
+@pytest.mark.parametrize(
+    ("options", "rope"),
+    [
+        (["--rope", "none"], None),
+        (["--rope-theta", "500"], Rope.from_theta(500, 8)),
+        (
+            ["--rope-theta", "500", "--rotary-dim", "4", "--rope-interleaved"],
+            Rope.from_theta(500, 4, interleaved=True),
+        ),
+    ],
+)
+def test_calibrate_records_what_the_keys_carry(tmp_path, kvtc_command, options, rope):
+    cache, cal = write_cache(tmp_path / "x.npz"), tmp_path / "cal.safetensors"
+    options = [*options, "--rank", "20", "--layer-groups", "3", "--sinks", "10"]
+    run = kvtc_command("calibrate", cache, "-o", cal, *options)
+    assert (run.status, run.err) == (0, "")
+    made = kvtc.Calibration.load(cal)
+    assert made.geometry == Geometry.uniform(layers=3, kv_heads=2, head_dim=8, rope=rope)
+    assert made.tokens == 290
+    parts = made.sections[0].basis("separate")
+    assert len(parts) == 6
+    assert {part.rank for part in parts} == {min(20, 16)}
+
+
+def test_calibrate_takes_positions_and_scales(tmp_path, kvtc_command):
+    """Bytes with scales calibrate as their values do."""
+    geometry = Geometry.uniform(layers=2, kv_heads=2, head_dim=8)
+    k, v = kvtc.testing.drawn_cache(geometry, 200, dtype=DType.FLOAT8_E4M3FN)
+    positions, scale = np.arange(200) * 2, np.array([[1, 2], [4, 8]], np.float32)
+    values = [a.astype(np.float32) * scale[:, :, None, None] for a in (k, v)]
+    plain.write(tmp_path / "8.safetensors", [PlainSection(k, v, positions, scale, scale)])
+    plain.write(tmp_path / "32.safetensors", [PlainSection(*values, positions)])
+    digests = set()
+    for name in ("8", "32"):
+        cal = tmp_path / f"cal{name}.safetensors"
+        run = kvtc_command(
+            "calibrate", tmp_path / f"{name}.safetensors", "-o", cal, "--rope-theta", 100
+        )
+        assert run.status == 0
+        digests.add(kvtc.Calibration.load(cal).digest)
+    assert len(digests) == 1
+
+
+def test_calibrate_warns_in_one_line(tmp_path, kvtc_command):
+    cache = write_cache(tmp_path / "x.npz", tokens=50)
+    run = kvtc_command("calibrate", cache, "-o", tmp_path / "c.safetensors", "--rope", "none")
+    assert run.status == 0
+    assert run.err.startswith("kvtc: warning: calibrated on 46 tokens")
+    assert run.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["x.npz"], "say what the keys in IN carry: --rope-theta THETA"),
+        (["x.npz", "--rope", "none", "--rope-theta", "1"], "say what the keys in IN carry"),
+        (["x.npz", "--rope", "none", "--rotary-dim", "4"], "go with --rope-theta"),
+        (["--rope", "none"], "give plain caches IN"),
+        (["x.npz", "--rope", "none", "--text", "t"], "--text goes with --model"),
+        (["--model", "m"], "--model needs --text"),
+        (["--model", "m", "--text", "t", "--rope", "none"], "leave out --rope"),
+        (["x.npz", "--model", "m"], r"leave out x.npz"),
+    ],
+)
+def test_calibrate_explains_wrong_use(kvtc_command, arguments, message):
+    run = kvtc_command("calibrate", *arguments, "-o", "cal.safetensors")
+    assert run.status == 2
+    assert run.err.startswith("usage: kvtc calibrate")
+    assert message in run.err
+
+
+def test_calibrate_refuses_caches_that_differ(tmp_path, kvtc_command):
+    one = write_cache(tmp_path / "1.npz")
+    other = write_cache(tmp_path / "2.npz", Geometry.uniform(layers=3, kv_heads=1, head_dim=8))
+    run = kvtc_command(
+        "calibrate", one, other, "-o", tmp_path / "cal.safetensors", "--rope", "none"
+    )
+    assert run.status == 1
+    assert "2.npz: k has shape [3, 1, 300, 8]; expected [layers=3, kv_heads=2" in run.err
+    assert not (tmp_path / "cal.safetensors").exists()
+
+
+def test_calibrate_a_model(tmp_path, kvtc_command):
+    transformers = pytest.importorskip("transformers")
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = ["the", "cache", "of", "a", "model", "is", "large"]
+    vocabulary = {word: i for i, word in enumerate(["<unk>", *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    config = transformers.LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+    )
+    folder = tmp_path / "tiny"
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>"
+    ).save_pretrained(folder)
+    rng = np.random.default_rng(0)
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text(" ".join(rng.choice(words, 100)), encoding="utf-8")
+
+    cal = tmp_path / "cal.safetensors"
+    run = kvtc_command(
+        "calibrate", "--model", folder, "--text", tmp_path / "a.txt", tmp_path / "b.txt",
+        "-o", cal, "--tokens", 150, "--document-tokens", 50, "--sinks", 2, "--json",
+    )  # fmt: skip
+    assert run.status == 0, run.err
+    made = kvtc.Calibration.load(cal)
+    assert made.tokens == 3 * (50 - 2)
+    assert made.model.name == "tiny"
+    assert made.geometry.sections[0].k_shape(1) == (2, 2, 1, 8)
+    assert run.json["digest"] == made.digest.hex()
+
+
+def test_a_missing_gguf_file_says_so(tmp_path, kvtc_command):
+    pytest.importorskip("transformers")
+    (tmp_path / "t").write_text("x")
+    run = kvtc_command(
+        "calibrate", "--model", tmp_path / "m.gguf", "--text", tmp_path / "t", "-o", tmp_path / "c"
+    )
+    assert run.status == 1
+    assert "no model at" in run.err
+
+
+def test_a_missing_extra_names_the_remedy(tmp_path, kvtc_command, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    (tmp_path / "t").write_text("x")
+    run = kvtc_command(
+        "calibrate", "--model", "m", "--text", tmp_path / "t", "-o", tmp_path / "c.safetensors"
+    )
+    assert run.status == 1
+    assert "torch is not installed: pip install 'kvtc-stream[transformers]'" in run.err
+
+
+# encode
+
+
+@pytest.mark.parametrize(
+    "target",
+    [["--ratio", 4], ["--bits-per-token", 500], ["--max-relative-error", 0.3], []],
+    ids=lambda t: t[0] if t else "default",
+)
+def test_encode_takes_every_target_with_a_bound(tmp_path, kvtc_command, files, target):
+    out = tmp_path / "x.kvtc"
+    run = kvtc_command(
+        "encode", files.cache, "-c", files.calibration, "-o", out, *target,
+        "--max-error", 0.2, "--sinks", 7, "--window", 9, "--block-tokens", 50, "--coder", "zstd",
+        "--backend", "cpu", "--metadata", '{"a": [1]}', "--json",
+    )  # fmt: skip
+    assert run.status == 0, run.err
+    report = run.json
+    assert report["stream_bytes"] == out.stat().st_size
+    assert report["ratio"] == pytest.approx(files.k.nbytes * 2 / out.stat().st_size)
+    assert max(report["errors"]["k_worst"], report["errors"]["v_worst"]) <= 0.2
+    with out.open("rb") as file:
+        header = StreamFile(file).header
+    assert (header.sinks, header.window, header.block_tokens) == (7, 9, 50)
+    assert header.coder.name == "ZSTD"
+    assert json.loads(header.metadata) == {"a": [1]}
+    name, value = target or ("--ratio", 16)
+    calibration = kvtc.Calibration.load(files.calibration)
+    assert header.plan == kvtc.Codec(calibration, **{name[2:].replace("-", "_"): value}).plan
+
+
+def test_encode_several_sections_with_positions(tmp_path, kvtc_command):
+    """Layers of a sliding window hold other tokens than those of full attention."""
+    one = kvtc.Section((0, 2), 2, 8, 8)
+    other = kvtc.Section((1,), 1, 16, 8)
+    geometry = Geometry((one, other))
+    calibrator = kvtc.Calibrator(geometry)
+    for i in range(2):
+        cache = kvtc.testing.drawn_cache(geometry, 200, section=i)
+        calibrator.update(*cache, section=i)
+    cal, cache, out = (tmp_path / name for name in ("c.safetensors", "in.safetensors", "x.kvtc"))
+    calibrator.finish().save(cal)
+    positions = [np.arange(200), np.arange(130, 200)]
+    sections = [
+        PlainSection(*kvtc.testing.drawn_cache(geometry, len(p), seed=3, section=i), p)
+        for i, p in enumerate(positions)
+    ]
+    plain.write(cache, sections)
+    run = kvtc_command("encode", cache, "-c", cal, "-o", out, "--ratio", 4, "--window", 8)
+    assert run.status == 0, run.err
+    assert kvtc_command("verify", out, "-c", cal, "--against", cache).status == 0
+
+    back = tmp_path / "back.npz"
+    assert kvtc_command("decode", out, "-c", cal, "-o", back).status == 0
+    found = plain.read(back)
+    assert [s.k.shape for s in found] == [(2, 2, 200, 8), (1, 1, 70, 16)]
+    assert [s.positions.tolist() for s in found] == [p.tolist() for p in positions]
+    run = kvtc_command("decode", out, "-c", cal, "-o", back, "--section", 1, "--tokens", "60:")
+    assert run.status == 0
+    [section] = plain.read(back)
+    assert section.v.shape == (1, 1, 10, 8)
+    assert section.positions.tolist() == list(range(190, 200))
+    info = kvtc_command("info", out).out
+    assert "section 0" in info
+    assert "70 tokens at positions 130 to 199; layers 1, 1 KV heads of 16 (K) and 8 (V)" in info
+    assert kvtc_command("info", cal).status == 0
+
+    one_section = write_cache(tmp_path / "one.npz", Geometry((one,)))
+    run = kvtc_command("encode", one_section, "-c", cal, "-o", out)
+    assert run.status == 1
+    assert "has 1 sections, the calibration is for 2" in run.err
+
+
+def test_encode_fp8_with_scales(tmp_path, kvtc_command, files):
+    k, v = kvtc.testing.drawn_cache(GEOMETRY, 200, seed=4, dtype=DType.FLOAT8_E4M3FN)
+    scale = np.array([[0.5, 1], [2, 3], [1, 1]], np.float32)
+    cache, out, back = (tmp_path / name for name in ("in.safetensors", "x.kvtc", "back.npz"))
+    plain.write(cache, [PlainSection(k, v, None, scale, None)])
+    run = kvtc_command("encode", cache, "-c", files.calibration, "-o", out, "--ratio", 4)
+    assert run.status == 0, run.err
+    run = kvtc_command("verify", out, "-c", files.calibration, "--against", cache)
+    assert run.status == 0, run.err
+    assert kvtc_command("decode", out, "-c", files.calibration, "-o", back).status == 0
+    with np.load(back) as archive:
+        expected = k.astype(np.float32) * scale[:, :, None, None]
+        np.testing.assert_allclose(archive["k"][:, :, -100:], expected[:, :, -100:], rtol=2**-8)
+    plain.write(cache, [PlainSection(k, v, None, scale * 1.5, None)])
+    run = kvtc_command("verify", out, "-c", files.calibration, "--against", cache)
+    assert run.status == 1
+    assert "K of verbatim tokens differs" in run.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["--ratio", "4", "--bits-per-token", "9"], 2, "not allowed with argument"),
+        (["--metadata", "[1]"], 2, "expected a JSON object"),
+        (["--metadata", "{"], 2, "no JSON"),
+        (["--ratio", "0"], 1, "ratio must be positive"),
+        (["--preset", "best"], 1, "preset must be one of"),
+        (["--coder", "zip"], 1, "coder must be one of"),
+        (["--format", "pt"], 1, "the format must be one of npz, safetensors, found 'pt'"),
+        (["--format", "npz"], 1, "is not a readable .npz file"),
+        (["-c", "nothing.safetensors"], 1, "no calibration file at nothing.safetensors"),
+        (["-o", "no/such/folder/x"], 1, "no directory no/such/folder"),
+        (["-o", "-", "--json"], 2, "--json and -o - both want standard output"),
+    ],
+)
+def test_encode_says_what_is_wrong(
+    tmp_path, kvtc_command, files, monkeypatch, arguments, status, message
+):
+    monkeypatch.chdir(tmp_path)
+    run = kvtc_command("encode", files.cache, "-c", files.calibration, "-o", "x.kvtc", *arguments)
+    assert run.status == status
+    assert message in run.err
+    assert run.out == ""
+    assert not list(tmp_path.iterdir())
+
+
+def test_encode_warns_of_a_poor_ratio(tmp_path, kvtc_command, files):
+    run = kvtc_command(
+        "encode", files.cache, "-c", files.calibration, "-o", tmp_path / "x", "--window", 1000
+    )
+    assert run.status == 0
+    assert run.err.startswith("kvtc: warning: the stream is only")
+    assert run.err.count("\n") == 1
+
+
+def test_binary_output_does_not_go_to_a_terminal(kvtc_command, files, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    run = kvtc_command("decode", files.stream, "-c", files.calibration, "-o", "-")
+    assert run.status == 2
+    assert "standard output is a terminal" in run.err
+
+
+# decode
+
+
+@pytest.mark.parametrize("tokens", [None, slice(10, 20), slice(-30, None), slice(0, 0)])
+@pytest.mark.parametrize("layers", [None, slice(1, 3), slice(None, -1)])
+def test_decode_ranges(tmp_path, kvtc_command, files, tokens, layers):
+    def text(name: str, part: slice | None) -> list[str]:
+        ends = (
+            [] if part is None else ["" if n is None else str(n) for n in (part.start, part.stop)]
+        )
+        return [f"--{name}={':'.join(ends)}"] if ends else []
+
+    back = tmp_path / "back.safetensors"
+    run = kvtc_command(
+        "decode", files.stream, "-c", files.calibration, "-o", back,
+        *text("tokens", tokens), *text("layers", layers),
+    )  # fmt: skip
+    assert (run.status, run.err) == (0, "")
+    [found] = plain.read(back)
+    with kvtc.open(files.stream, calibration=kvtc.Calibration.load(files.calibration)) as reader:
+        k, v = reader.read(tokens, layers)
+    assert equal_bits(found.k, np.asarray(k))
+    assert equal_bits(found.v, np.asarray(v))
+    assert found.positions is not None
+    assert found.positions.tolist() == list(range(TOKENS))[tokens or slice(None)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["--tokens", "5"], 2, "expected A:B"),
+        (["--tokens", "a:b"], 2, "expected A:B"),
+        (["--section", "1"], 1, "section must be from 0 to 0, found 1"),
+        (["-o", "back.txt"], 1, "the format must be one of npz, safetensors, found 'txt'"),
+        (["-o", "-"], 1, "the format must be one of npz, safetensors, found 'none'"),
+    ],
+)
+def test_decode_says_what_is_wrong(
+    tmp_path, kvtc_command, files, monkeypatch, arguments, status, message
+):
+    monkeypatch.chdir(tmp_path)
+    run = kvtc_command(
+        "decode", files.stream, "-c", files.calibration, "-o", "back.npz", *arguments
+    )
+    assert run.status == status
+    assert message in run.err
+    assert not list(tmp_path.iterdir())
+
+
+# info
+
+
+def test_info_needs_no_calibration(kvtc_command, files):
+    info = kvtc_command("info", files.stream, "--json").json
+    size = files.stream.stat().st_size
+    assert info["kind"] == "stream"
+    assert sum(part["bytes"] for part in info["sizes"].values()) == info["stream_bytes"] == size
+    assert info["cache_bytes"] == files.k.nbytes + files.v.nbytes
+    assert info["ratio"] == pytest.approx(info["cache_bytes"] / size)
+    assert info["coded_ratio"] > info["ratio"]
+    assert info["tokens"] == TOKENS == sum(p.get("tokens", 0) for p in info["sizes"].values())
+    assert info["sections"][0]["layers"] == [0, 1, 2]
+    assert info["sections"][0]["rope"][0]["rotary_dim"] == 8
+    assert info["calibration"] == kvtc.Calibration.load(files.calibration).digest.hex()
+    assert info["metadata"] == {"prompt": "x\x1b[2J"}
+    assert 0 < info["errors"]["k_mean"] <= info["errors"]["k_worst"] < 1
+    [plan] = info["plan"]["sections"]
+    assert [part["k_layers"] for part in plan["parts"]] == [[0, 1, 2], []]
+    for part in plan["parts"]:
+        assert part["width"] == 48
+        assert sum(band["size"] for band in part["bands"]) == part["components"]
+    assert plan["ratio"] >= 6
+
+
+def test_info_tables_are_complete_and_harmless(kvtc_command, files):
+    run = kvtc_command("info", files.stream)
+    assert (run.status, run.err) == (0, "")
+    assert "\x1b" not in run.out
+    info = kvtc_command("info", files.stream, "--json").json
+    for text in (
+        info["plan"]["digest"], info["calibration"], "tiny", "sinks 4, window 16",
+        "300 tokens at positions 0 to 299", f"{info['stream_bytes']:,} bytes",
+        f"{info['ratio']:.2f}×", f"{info['coded_ratio']:.2f}×", "RoPE over 8 channels (half-split",
+        f"K {info['errors']['k_mean']:.4f} mean", "prompt",
+    ):  # fmt: skip
+        assert text in run.out, text
+
+
+def test_info_on_a_calibration(kvtc_command, files):
+    run = kvtc_command("info", files.calibration)
+    assert run.status == 0
+    assert kvtc.Calibration.load(files.calibration).digest.hex() in run.out
+    info = kvtc_command("info", files.calibration, "--json").json
+    assert info["kind"] == "calibration"
+    [part, _] = info["sections"][0]["bases"]["separate"]
+    assert part["rank"] == part["width"] == 48
+    assert part["components_for_90_percent"] <= part["components_for_99_percent"] <= 48
+
+
+def test_info_on_anything_else_is_an_error(tmp_path, kvtc_command, files):
+    (tmp_path / "x").write_text("neither")
+    run = kvtc_command("info", tmp_path / "x")
+    assert run.status == 1
+    assert "this is no kvtc stream" in run.err
+    run = kvtc_command("info", files.cache)
+    assert run.status == 1
+    assert "is a safetensors file but not a calibration" in run.err
+    run = kvtc_command("info", tmp_path / "missing")
+    assert run.status == 1
+    assert "No such file" in run.err
+
+
+# verify
+
+
+def block_offsets(path: Path) -> list[tuple[int, int]]:
+    with path.open("rb") as file:
+        return [(entry.offset, entry.length) for entry in StreamFile(file).index]
+
+
+def test_verify_names_place_and_reason_of_damage(tmp_path, kvtc_command, files):
+    data = files.stream.read_bytes()
+    blocks = block_offsets(files.stream)
+    damaged = tmp_path / "x.kvtc"
+    for number, (offset, length) in enumerate(blocks):
+        changed = bytearray(data)
+        changed[offset + length // 2] ^= 1
+        damaged.write_bytes(changed)
+        run = kvtc_command("verify", damaged)
+        assert run.status == 1
+        assert run.out == ""
+        assert run.err.startswith(
+            f"kvtc: error: {damaged}: record {number} (BLOCK) at byte {offset}"
+        )
+        report = kvtc_command("verify", damaged, "--json")
+        assert report.status == 1
+        assert report.json["whole"] is False
+        assert report.json["error"] == "ChecksumError"
+        assert f"byte {offset}" in report.json["reason"]
+
+
+@pytest.mark.parametrize("place", [0, 9, 30, 60, -1, -9, -60])
+def test_verify_finds_a_flipped_bit_anywhere(tmp_path, kvtc_command, files, place):
+    changed = bytearray(files.stream.read_bytes())
+    changed[place] ^= 4
+    (tmp_path / "x.kvtc").write_bytes(changed)
+    assert kvtc_command("verify", tmp_path / "x.kvtc").status == 1
+
+
+@pytest.mark.parametrize("change", [lambda d: d[:-1], lambda d: d[:500], lambda d: d + b"\0"])
+def test_verify_finds_missing_and_added_bytes(tmp_path, kvtc_command, files, change):
+    (tmp_path / "x.kvtc").write_bytes(change(files.stream.read_bytes()))
+    assert kvtc_command("verify", tmp_path / "x.kvtc").status == 1
+
+
+def test_verify_with_the_wrong_calibration(tmp_path, kvtc_command, files):
+    other = tmp_path / "other.safetensors"
+    calibrator = kvtc.Calibrator(GEOMETRY)
+    calibrator.update(*kvtc.testing.drawn_cache(GEOMETRY, 600, seed=9))
+    calibrator.finish().save(other)
+    run = kvtc_command("verify", files.stream, "-c", other)
+    assert run.status == 1
+    assert "the stream was written with calibration" in run.err
+
+
+def alter(files: SimpleNamespace, **changes: Any) -> PlainSection:
+    whole: dict[str, Any] = {"k": files.k.copy(), "v": files.v.copy(), **changes}
+    return PlainSection(**whole)
+
+
+def with_changed(array: np.ndarray, token: int) -> np.ndarray:
+    changed = array.copy()
+    changed[0, 0, token] *= -100
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda f: {"k": with_changed(f.k, 1)}, "section 0, tokens 0 to 3: K of verbatim tokens"),
+        (lambda f: {"v": with_changed(f.v, 299)}, "V of verbatim tokens differs"),
+        (lambda f: {"k": with_changed(f.k, 70)}, "tokens 68 to 131: K of token 70 differs"),
+        (lambda f: {"v": with_changed(f.v, 200)}, "V of token 200 differs"),
+        (lambda f: {"positions": np.arange(1, 301)}, "the positions differ from those in"),
+        (lambda f: {"k": f.k[:, :, :9], "v": f.v[:, :, :9]}, "it is not what was encoded"),
+        (
+            lambda f: {"k": f.k.astype(np.float32), "v": f.v.astype(np.float32)},
+            "of float32, the stream",
+        ),
+    ],
+)
+def test_verify_against_another_cache(tmp_path, kvtc_command, files, change, message):
+    other = tmp_path / "other.npz"
+    plain.write(other, [alter(files, **change(files))])
+    run = kvtc_command("verify", files.stream, "-c", files.calibration, "--against", other)
+    assert run.status == 1
+    assert message in run.err
+    plain.write(other, [alter(files)])
+    run = kvtc_command("verify", files.stream, "-c", files.calibration, "--against", other)
+    assert run.status == 0
+    assert "equal bit for bit" in run.out
+
+
+def test_verify_knows_errors_of_coefficients(tmp_path, kvtc_command, files):
+    codec = kvtc.Codec(kvtc.Calibration.load(files.calibration), ratio=6, measure="coefficients")
+    with kvtc.open(tmp_path / "x.kvtc", "wb", codec=codec) as writer:
+        writer.write(files.k, files.v)
+    run = kvtc_command(
+        "verify", tmp_path / "x.kvtc", "-c", files.calibration, "--against", files.cache
+    )
+    assert run.status == 0, run.err
+
+
+def test_verify_against_needs_a_calibration(kvtc_command, files):
+    run = kvtc_command("verify", files.stream, "--against", files.cache)
+    assert run.status == 2
+    assert "--against needs -c" in run.err
+
+
+# All commands.
+
+
+def test_version(kvtc_command):
+    assert kvtc_command("--version").out == f"kvtc-stream {kvtc.__version__}\n"
+
+
+def test_without_a_command_the_use_is_shown(kvtc_command):
+    run = kvtc_command()
+    assert run.status == 2
+    assert run.err.startswith("usage: kvtc")
+
+
+def test_debug_shows_the_traceback(kvtc_command):
+    with pytest.raises(FileNotFoundError):
+        kvtc_command("info", "missing", "--debug")
+
+
+def test_demo_passes_its_arguments(kvtc_command, monkeypatch):
+    called = []
+    fake = SimpleNamespace(run=lambda **arguments: called.append(arguments))
+    monkeypatch.setitem(sys.modules, "kvtc_stream.demo", fake)
+    monkeypatch.setattr(kvtc, "demo", fake, raising=False)
+    assert kvtc_command("demo", "--json", "--context", 100).status == 0
+    assert called == [{"json": True, "ratio": 16.0, "context": 100}]
