@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -130,10 +130,11 @@ def edits(tokens: int) -> st.SearchStrategy[list[Edit]]:
 class Tokens:
     """What goes into one section: the cache in its dtype, its positions, the pieces it comes in."""
 
-    k: Array
-    v: Array
+    k: Array = field(repr=False)
+    v: Array = field(repr=False)
     positions: NDArray[np.int64] | None
     pieces: list[slice]
+    edits: list[Edit]
 
     @property
     def count(self) -> int:
@@ -156,12 +157,13 @@ def section_tokens(
 ) -> Tokens:
     """A cache of one section."""
     count = draw(st.sampled_from([0, 1]) | st.integers(0, max_tokens))
-    k, v = kvtc.testing.drawn_cache(geometry, count, seed=draw(st.integers(0, 9)), section=section)
-    for edit in draw(edits(count)) if hostile else []:
+    k, v = kvtc.testing.drawn_cache(geometry, count, seed=count, section=section)
+    spoilt = draw(edits(count)) if hostile else []
+    for edit in spoilt:
         edit.apply(k, v)
     with np.errstate(over="ignore", invalid="ignore"):
         k, v = (x.astype(numpy_dtype(dtype)) for x in (k, v))
-    return Tokens(k, v, draw(positions(count)), draw(cuts(count)))
+    return Tokens(k, v, draw(positions(count)), draw(cuts(count)), spoilt)
 
 
 @dataclass(frozen=True)

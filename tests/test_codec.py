@@ -393,7 +393,7 @@ def test_a_damaged_stream_fails_the_decoder(codec: kvtc.Codec, stream: bytes) ->
     damaged = bytearray(stream)
     damaged[len(stream) // 2] ^= 1
     decoder, blocks = codec.decoder(), []
-    with pytest.raises(kvtc.ChecksumError):
+    with pytest.raises(kvtc.ChecksumError):  # noqa: PT012
         for i in range(0, len(stream), 50):
             blocks += decoder.decode(damaged[i : i + 50])
     assert 0 < len(blocks) < len(whole)

@@ -111,7 +111,7 @@ class CpuSectionCoder:
         if self._measure == "full":
             k_error, v_error = self._reconstruction_errors(k32, v32, positions, symbols)
         else:
-            k_error, v_error = self._coefficient_errors(k32, v32, symbols)
+            k_error, v_error = self._coefficient_errors(symbols)
         # A token that is not finite, or whose relative error is undefined or beyond the binary32
         # that records it, is never coded.
         bound = min(_GREATEST, math.inf if self._max_error is None else self._max_error)
@@ -152,22 +152,23 @@ class CpuSectionCoder:
         )
 
     def _coefficient_errors(
-        self, k: Float, v: Float, symbols: list[quantise.Symbols]
+        self, symbols: list[quantise.Symbols]
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Error from the coefficients: what quantisation lost plus what the basis leaves out."""
-        tokens = k.shape[2]
+        tokens = len(symbols[0].codes)
+        # Relative to the rows, which like the coefficients have no RoPE and none of its scale.
         lost = {"k": np.zeros(tokens), "v": np.zeros(tokens)}
+        energy = {"k": np.zeros(tokens), "v": np.zeros(tokens)}
         for part, symbol in zip(self._parts, symbols, strict=True):
-            exact = part.coefficients[:tokens].astype(np.float64)
-            left_out = np.square(part.rows[:tokens], dtype=np.float64).sum(axis=1)
-            left_out -= np.square(exact).sum(axis=1)
-            quantise.dequantise(symbol, part.bands, part.coefficients[:tokens])
-            exact -= part.coefficients[:tokens]
-            lost["k" if len(part.k_layers) else "v"] += left_out.clip(0) + np.square(exact).sum(1)
-        return (
-            _relative(lost["k"], squared_errors(k, k)[1]),
-            _relative(lost["v"], squared_errors(v, v)[1]),
-        )
+            kind = "k" if len(part.k_layers) else "v"
+            rows, exact = part.rows[:tokens], part.coefficients[:tokens].astype(np.float64)
+            with np.errstate(invalid="ignore"):
+                left_out = np.square(rows, dtype=np.float64).sum(axis=1) - np.square(exact).sum(1)
+                quantise.dequantise(symbol, part.bands, part.coefficients[:tokens])
+                exact -= part.coefficients[:tokens]
+                lost[kind] += left_out.clip(0) + np.square(exact).sum(axis=1)
+                energy[kind] += np.square(rows + part.mean, dtype=np.float64).sum(axis=1)
+        return _relative(lost["k"], energy["k"]), _relative(lost["v"], energy["v"])
 
     def _block(
         self,

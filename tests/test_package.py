@@ -1,0 +1,150 @@
+"""The package as a whole: what it imports, what it installs, and that its examples run."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import json
+import pkgutil
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+import kvtc_stream as kvtc
+
+ROOT = Path(__file__).parents[1]
+
+#: Modules that need what the package's core does not depend on.
+OPTIONAL = ("torch", "transformers", "cupy", "matplotlib", "gguf")
+
+
+def python(code: str) -> str:
+    """What a fresh interpreter prints."""
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+def test_import_is_quick() -> None:
+    code = """
+import sys, json, time
+start = time.perf_counter()
+import kvtc_stream
+took = time.perf_counter() - start
+print(json.dumps([took, sorted(sys.modules)]))
+"""
+    took, modules = json.loads(python(code))
+    heavy = {"numba", "torch", "cupy", "numpy", "transformers", "jax", "rich", "ml_dtypes"}
+    assert not heavy & set(modules)
+    assert took < 0.5
+
+
+def test_core_needs_no_framework() -> None:
+    """Calibrating, encoding and decoding import nothing optional."""
+    code = f"""
+import sys
+for name in {OPTIONAL!r}:
+    sys.modules[name] = None
+import kvtc_stream as kvtc
+calibration = kvtc.testing.tiny_calibration()
+k, v = kvtc.testing.drawn_cache(calibration.geometry, tokens=300)
+data = kvtc.encode(k, v, codec=kvtc.Codec(calibration, ratio=4, window=16))
+print(kvtc.decode(data, calibration)[0].shape)
+"""
+    assert python(code) == "(2, 2, 300, 8)\n"
+
+
+def test_public_names() -> None:
+    assert kvtc.__all__ == sorted(kvtc.__all__, key=lambda n: (n.islower(), not n.isupper(), n))
+    for name in kvtc.__all__:
+        assert getattr(kvtc, name) is not None
+    assert set(kvtc.__all__) <= set(dir(kvtc))
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        kvtc.nothing  # noqa: B018
+
+
+def test_every_module_imports() -> None:
+    for module in pkgutil.walk_packages(kvtc.__path__, "kvtc_stream."):
+        importlib.import_module(module.name)
+
+
+def test_without_cuda(calibration: kvtc.Calibration) -> None:
+    """``auto`` works, and ``cuda`` says what is missing and what to do."""
+    assert kvtc.Codec(calibration, backend="auto").encoder().finish()
+    codec = kvtc.Codec(calibration, backend="cuda")
+    missing = [name for name in ("numba_cuda", "cupy") if find_spec(name) is None]
+    with pytest.raises(kvtc.BackendUnavailableError, match="backend='cpu'") as refusal:
+        codec.encoder()
+    for name in missing:
+        assert name in str(refusal.value)
+    data = kvtc.Codec(calibration).encoder().finish()
+    with pytest.raises(kvtc.BackendUnavailableError):
+        kvtc.decode(data, calibration, backend="cuda")
+
+
+@pytest.mark.slow
+def test_wheel(tmp_path: Path) -> None:
+    """One top-level name, with everything under it."""
+    source = tmp_path / "source"
+    # A copy, because a build leaves its traces.
+    shutil.copytree(
+        ROOT,
+        source,
+        ignore=shutil.ignore_patterns(
+            ".*", "build", "*.egg-info", "tests", "benchmarks", "__pycache__", "*.kvtc"
+        ),
+    )
+    build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--quiet"]
+    subprocess.run([*build, "-w", str(tmp_path), str(source)], check=True, timeout=120)
+    [wheel] = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    assert {n.split("/")[0] for n in names if ".dist-info/" not in n} == {"kvtc_stream"}
+    for name in ("py.typed", "formats/SPEC.md", "formats/reader.py", "gpu/__init__.py"):
+        assert f"kvtc_stream/{name}" in names
+    packages = {p.parent for p in (ROOT / "kvtc_stream").rglob("__init__.py")}
+    for package in packages:
+        assert f"{package.relative_to(ROOT)}/__init__.py" in names
+    assert any(n.endswith("licenses/LICENSE") for n in names)
+
+
+MODULES = sorted(
+    m.name
+    for m in pkgutil.walk_packages(kvtc.__path__, "kvtc_stream.")
+    if not m.name.startswith("kvtc_stream.integrations")
+)
+
+
+def test_examples_in_docstrings() -> None:
+    attempted = 0
+    for name in MODULES:
+        result = doctest.testmod(importlib.import_module(name))
+        assert result.failed == 0, name
+        attempted += result.attempted
+    assert attempted > 20
+
+
+def code_blocks(path: Path) -> list[str]:
+    text = path.read_text(encoding="utf-8")
+    return re.findall(r"^```python\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+
+
+README = code_blocks(ROOT / "README.md")
+
+
+@pytest.mark.filterwarnings("ignore::kvtc_stream.KVTCWarning")
+@pytest.mark.skipif(not README, reason="README.md has no Python blocks")
+def test_examples_in_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The blocks in order, as one program."""
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for block in README:
+        exec(compile(block, "README.md", "exec"), names)
