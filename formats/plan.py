@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from kvtc_stream.errors import FormatError, VersionError
-from kvtc_stream.formats.geometry import Geometry, Section
+from kvtc_stream.formats.geometry import Geometry, Section, binary32
 from kvtc_stream.formats.limits import Limits
 from kvtc_stream.formats.wire import ByteReader, ByteWriter, located
 
@@ -89,10 +89,23 @@ class PartPlan:
 
 @dataclass(frozen=True, slots=True)
 class SectionPlan:
-    """The plan of one section: the name of a basis in the calibration, and a plan per part."""
+    """The plan of one section: the name of a basis in the calibration, and a plan per part.
+
+    The expected errors are what the planner predicts for a cache like the calibration's, as the
+    blocks measure them: ‖x̂−x‖/‖x‖ of K and of V, rounded to binary32; 0 where it cannot tell.
+    """
 
     basis: str
     parts: tuple[PartPlan, ...]
+    expected_k_error: float = 0.0
+    expected_v_error: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("expected_k_error", "expected_v_error"):
+            value = binary32(getattr(self, name))
+            if not 0 <= value < float("inf"):
+                raise ValueError(f"{name} must be finite and not negative, found {value}")
+            object.__setattr__(self, name, value)
 
     @property
     def bits(self) -> int:
@@ -151,6 +164,7 @@ class Plan:
         writer.pack("H", len(self.sections))
         for section in self.sections:
             writer.text(section.basis)
+            writer.pack("ff", section.expected_k_error, section.expected_v_error)
             writer.pack("H", len(section.parts))
             for part in section.parts:
                 _write_layers(writer, part.k_layers)
@@ -211,9 +225,12 @@ class _Budget:
 
 def _read_section(reader: ByteReader, budget: _Budget) -> SectionPlan:
     basis = reader.text("basis")
+    place, expected = reader.place("expected errors"), reader.unpack("ff", "expected errors")
     count = reader.integer("H", "part count")
     budget.spend("max_bands", count, reader.place("parts"))
-    return SectionPlan(basis, tuple(_read_part(reader, budget) for _ in range(count)))
+    parts = tuple(_read_part(reader, budget) for _ in range(count))
+    with located(place):
+        return SectionPlan(basis, parts, *expected)
 
 
 def _read_part(reader: ByteReader, budget: _Budget) -> PartPlan:

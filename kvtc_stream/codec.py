@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, InitVar, dataclass
 from typing import TYPE_CHECKING, Any
@@ -46,7 +47,8 @@ class Codec:
         error ‖x̂−x‖/‖x‖ (root mean square over calibration rows) stays below it, K and V each.
     max_error
         A bound, not a target: a token whose measured relative error in K or in V would exceed it
-        is stored verbatim. Implies ``measure="full"``.
+        is stored verbatim. Implies ``measure="full"``. Without it the bound is 2: what lies beyond
+        is no reconstruction at all.
     sinks
         Tokens at positions below this travel verbatim (attention sinks).
     window
@@ -63,7 +65,8 @@ class Codec:
     backend
         ``"auto"``, ``"cpu"`` or ``"cuda"``.
     plan
-        A plan made before, instead of a target.
+        A plan made before, instead of a target. ``dataclasses.replace`` with a new target takes
+        ``plan=None`` as well.
     progress
         Called with rows of the dynamic program done and in all, while planning.
 
@@ -114,7 +117,7 @@ class Codec:
             ("window", self.window, 0, 2**32 - 1),
             ("block_tokens", self.block_tokens, 1, Limits().max_block_tokens),
         ):
-            if not least <= count <= most:
+            if not least <= operator.index(count) <= most:
                 raise ValueError(f"{name} must be from {least} to {most}, found {count}")
         if self.coder is None:
             object.__setattr__(self, "coder", preset.coder.name.lower())
@@ -124,17 +127,21 @@ class Codec:
             "max_relative_error": self.max_relative_error,
         }
         given = {name: value for name, value in targets.items() if value is not None}
-        if len(given) + (self.plan is not None) > 1:
-            raise ValueError(f"give one target or a plan, found {[*given, *['plan'] * (self.plan is not None)]}")
-        if self.plan is None:
-            if not given:
-                given = {"ratio": 16.0}
-                object.__setattr__(self, "ratio", 16.0)
-            [(name, value)] = given.items()
+        if len(given) > 1:
+            raise ValueError(f"give one target, found {' and '.join(given)}")
+        if self.plan is None and not given:
+            given = {"ratio": 16.0}
+            object.__setattr__(self, "ratio", 16.0)
+        for target, value in given.items():
             plan = self.calibration.cached(
-                ("plan", self.preset, name, value),
-                lambda: make_plan(self.calibration, self.preset, preset.basis, name, value, progress),
+                ("plan", self.preset, target, value),
+                lambda t=target, v=value: make_plan(
+                    self.calibration, self.preset, preset.basis, t, v, progress
+                ),
             )
+            # Both are there when ``dataclasses.replace`` changes another option.
+            if self.plan not in (None, plan):
+                raise ValueError(f"the plan is not the one for {target}={value}: give one of them")
             object.__setattr__(self, "plan", plan)
         self.plan.check(self.calibration.geometry)
         for section, dealt in zip(self.calibration.sections, self.plan.sections, strict=True):

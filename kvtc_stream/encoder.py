@@ -138,11 +138,13 @@ class Encoder:
             out.append(self._writer.finish())
             self._statistics.index_bytes = len(out[-1])
             self._state = "finished"
-        self._warn_if_poor()
+        self._warn()
         return b"".join(out)
 
-    def _warn_if_poor(self) -> None:
+    def _warn(self) -> None:
         s = self._statistics
+        for surprise in s.surprises(self._codec.plan):
+            warnings.warn(surprise, KVTCWarning, stacklevel=3)
         if 0 < s.ratio < _POOR_RATIO:
             verbatim = s.tokens - s.coded_tokens
             warnings.warn(

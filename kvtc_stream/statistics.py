@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from kvtc_stream.formats import Block, BlockErrors, Measure, Role, StreamFile
+from kvtc_stream.formats import Block, IndexEntry, Measure, Plan, Role, StreamFile
+
+#: A mean error this many times what the plan expects says that the calibration does not fit.
+_SURPRISE = 2.0
 
 
 @dataclass
@@ -18,6 +21,15 @@ class RoleStatistics:
     cache_bytes: int = 0
     #: Bytes of the records, headers and checksums included.
     stream_bytes: int = 0
+
+
+@dataclass
+class _ErrorSums:
+    """Coded tokens of one section and the sums of their errors."""
+
+    tokens: int = 0
+    k: float = 0.0
+    v: float = 0.0
 
 
 @dataclass
@@ -35,13 +47,12 @@ class StreamStatistics:
     measure: Measure = Measure.NONE
     k_error_worst: float = 0.0
     v_error_worst: float = 0.0
-    _k_error_sum: float = field(default=0.0, repr=False)
-    _v_error_sum: float = field(default=0.0, repr=False)
+    _sections: dict[int, _ErrorSums] = field(default_factory=dict, repr=False)
 
     def add_block(self, block: Block, record_bytes: int, cache_bytes: int) -> None:
         """Count a block; ``cache_bytes`` is what its tokens took uncompressed."""
         verbatim = len(block.verbatim_tokens)
-        self._add(block.role, block.tokens, verbatim, block.errors, record_bytes, cache_bytes)
+        self._add(block, verbatim, record_bytes, cache_bytes)
 
     @classmethod
     def of(cls, stream: StreamFile) -> StreamStatistics:
@@ -50,32 +61,46 @@ class StreamStatistics:
         header = stream.header
         for e in stream.index:
             cache_bytes = header.verbatim_size(e.section, e.tokens)
-            statistics._add(e.role, e.tokens, e.verbatim_tokens, e.errors, e.length, cache_bytes)
+            statistics._add(e, e.verbatim_tokens, e.length, cache_bytes)
         statistics.other_bytes = stream.sizes.total - statistics.stream_bytes
         return statistics
 
     def _add(
         self,
-        role: Role,
-        tokens: int,
+        block: Block | IndexEntry,
         verbatim_tokens: int,
-        errors: BlockErrors,
         record_bytes: int,
         cache_bytes: int,
     ) -> None:
-        counted = self.roles[role]
+        counted = self.roles[block.role]
         counted.blocks += 1
-        counted.tokens += tokens
+        counted.tokens += block.tokens
         counted.verbatim_tokens += verbatim_tokens
         counted.cache_bytes += cache_bytes
         counted.stream_bytes += record_bytes
-        coded = tokens - verbatim_tokens
+        coded = block.tokens - verbatim_tokens
         if coded:
+            errors = block.errors
             self.measure = errors.measure
             self.k_error_worst = max(self.k_error_worst, errors.k_worst)
             self.v_error_worst = max(self.v_error_worst, errors.v_worst)
-            self._k_error_sum += errors.k_mean * coded
-            self._v_error_sum += errors.v_mean * coded
+            sums = self._sections.setdefault(block.section, _ErrorSums())
+            sums.tokens += coded
+            sums.k += errors.k_mean * coded
+            sums.v += errors.v_mean * coded
+
+    def surprises(self, plan: Plan) -> list[str]:
+        """Where errors are far above what the plan expects: a cache unlike the calibration's."""
+        return [
+            f"section {i}: the mean error of {name} is {total / sums.tokens:.3f} where the "
+            f"calibration expects {expected:.3f}: the cache is unlike those it learnt from"
+            for i, sums in sorted(self._sections.items())
+            for name, total, expected in (
+                ("K", sums.k, plan.sections[i].expected_k_error),
+                ("V", sums.v, plan.sections[i].expected_v_error),
+            )
+            if expected and total > _SURPRISE * expected * sums.tokens
+        ]
 
     @property
     def tokens(self) -> int:
@@ -116,9 +141,9 @@ class StreamStatistics:
     @property
     def k_error_mean(self) -> float:
         """Mean over coded tokens of ‖k̂−k‖/‖k‖."""
-        return self._k_error_sum / self.coded_tokens if self.coded_tokens else 0.0
+        return sum(s.k for s in self._sections.values()) / max(self.coded_tokens, 1)
 
     @property
     def v_error_mean(self) -> float:
         """Mean over coded tokens of ‖v̂−v‖/‖v‖."""
-        return self._v_error_sum / self.coded_tokens if self.coded_tokens else 0.0
+        return sum(s.v for s in self._sections.values()) / max(self.coded_tokens, 1)

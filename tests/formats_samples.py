@@ -210,7 +210,8 @@ def section_plans(draw: st.DrawFn, section: Section) -> SectionPlan:
             bands.append(Band(size, draw(st.sampled_from(Quantiser))))
             left -= size
         parts.append(replace(part, bands=tuple(bands)))
-    return SectionPlan(draw(names), tuple(parts))
+    expected = st.floats(0, width=32, allow_nan=False, allow_infinity=False)
+    return SectionPlan(draw(names), tuple(parts), draw(expected), draw(expected))
 
 
 @st.composite

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+import pickle
 import threading
 from collections.abc import Iterator
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
 from typing import Any
 
 import numpy as np
@@ -26,6 +28,7 @@ Cache = tuple[Array, Array]
 
 # Short drawn streams gain little, and say so.
 poor = pytest.mark.filterwarnings("ignore:the stream is only:kvtc_stream.KVTCWarning")
+unlike = pytest.mark.filterwarnings("ignore:section .* the mean error:kvtc_stream.KVTCWarning")
 
 
 def bits(codec: kvtc.Codec) -> int:
@@ -131,8 +134,13 @@ def test_generous_budgets_cost_nothing(calibration: kvtc.Calibration) -> None:
 
 
 def test_two_targets(calibration: kvtc.Calibration) -> None:
-    with pytest.raises(ValueError, match="one target or a plan"):
+    with pytest.raises(ValueError, match="give one target, found ratio and bits_per_token"):
         kvtc.Codec(calibration, ratio=8, bits_per_token=30)
+    plan = kvtc.Codec(calibration, ratio=8).plan
+    with pytest.raises(ValueError, match="not the one for ratio=4: give one of them"):
+        kvtc.Codec(calibration, ratio=4, plan=plan)
+    with pytest.raises(TypeError, match="interpreted as an integer"):
+        kvtc.Codec(calibration, window=1.5)  # type: ignore[arg-type]
 
 
 # --- the codec is a value ---
@@ -147,6 +155,9 @@ def test_codecs_are_values(calibration: kvtc.Calibration) -> None:
     with pytest.raises(FrozenInstanceError):
         a.window = 3  # type: ignore[misc]
     assert len(repr(a)) < 5000
+    assert replace(a, window=0) == kvtc.Codec(calibration, ratio=8, window=0)
+    assert replace(a, ratio=4, plan=None) == kvtc.Codec(calibration, ratio=4, window=32)
+    assert pickle.loads(pickle.dumps(a)) == copy.deepcopy(a) == a
 
 
 def test_plans_are_values(codec: kvtc.Codec, cache: Cache, stream: bytes) -> None:
@@ -202,6 +213,7 @@ def test_max_error_needs_the_full_measure(calibration: kvtc.Calibration) -> None
 
 
 @poor
+@unlike
 @pytest.mark.parametrize("dtype", list(kvtc.DType))
 @pytest.mark.parametrize("ratio", [2, 10**6])
 @pytest.mark.parametrize("measure", ["full", "coefficients"])
@@ -229,6 +241,7 @@ def test_hostile_tokens(
             assert np.isfinite(got[:, :, finite]).all()
 
 
+@unlike
 def test_max_error_is_a_bound(calibration: kvtc.Calibration) -> None:
     k, v = kvtc.testing.drawn_cache(calibration.geometry, 400)
     v[:, :, 100:120] = kvtc.testing.drawn_cache(calibration.geometry, 20, seed=3)[0][:, ::-1]
@@ -449,3 +462,17 @@ def test_a_poor_ratio_warns(codec: kvtc.Codec, cache: Cache) -> None:
     with pytest.warns(kvtc.KVTCWarning, match=r"only 1\.\d\d times smaller.*20 of 20 tokens") as w:
         kvtc.encode(k, v, codec=codec)
     assert len(w) == 1
+
+
+def test_a_cache_unlike_the_calibration_warns(codec: kvtc.Codec, cache: Cache) -> None:
+    expected = codec.plan.sections[0]
+    encoder = codec.encoder()
+    encoder.encode(*cache)
+    encoder.finish()
+    s = encoder.statistics
+    assert 0.7 < s.k_error_mean / expected.expected_k_error < 1.3
+    assert 0.7 < s.v_error_mean / expected.expected_v_error < 1.3
+    assert s.surprises(codec.plan) == []
+    k, v = cache
+    with pytest.warns(kvtc.KVTCWarning, match=r"mean error of V is \d\.\d+ where .* expects 0\.\d+"):
+        kvtc.encode(k, v[:, ::-1], codec=codec)

@@ -62,7 +62,8 @@ def test_plan_round_trip(sections, preset):
 
 
 def test_the_bytes_of_a_plan_do_not_change():
-    plan = HEADER.plan
+    section = replace(HEADER.plan.sections[0], expected_k_error=0.125)
+    plan = replace(HEADER.plan, sections=(section,))
     assert (
         plan.to_bytes().hex()
         == (
@@ -71,6 +72,7 @@ def test_the_bytes_of_a_plan_do_not_change():
             "0100" + "70"  # preset
             "0100"  # sections
             "0100" + "62"  # basis
+            "0000003e" + "00000000"  # expected errors of K and V
             "0200"  # parts
             "0100" + "0000" + "0000"  # K of layer 0
             "01000000" + "01000000" + "02"  # one component as int4
@@ -78,7 +80,7 @@ def test_the_bytes_of_a_plan_do_not_change():
             "01000000" + "02000000" + "01"  # two components as int2
         )
     )
-    assert plan.digest.hex() == "4afc2a4f659f347ef456659bc444e5ed4f618ad15623a9859d95a7b8cbf5e22c"
+    assert plan.digest.hex() == "386d42342c70dc8dfcafcda591acadbedefcbfb454da1e64cd0bd31cae04b934"
 
 
 def test_a_rotary_table_is_stored_once():

@@ -54,7 +54,7 @@ def statistics_json(s: StreamStatistics) -> dict[str, Any]:
 
 def stream_json(stream: StreamFile) -> dict[str, Any]:
     """Everything that a stream tells without its calibration."""
-    header = stream.header
+    header, statistics = stream.header, StreamStatistics.of(stream)
     return {
         "kind": "stream",
         "format_version": ".".join(map(str, FORMAT_VERSION)),
@@ -73,7 +73,8 @@ def stream_json(stream: StreamFile) -> dict[str, Any]:
             for i, section in enumerate(header.geometry.sections)
         ],
         "plan": plan_json(header),
-        **statistics_json(StreamStatistics.of(stream)),
+        **statistics_json(statistics),
+        "warnings": statistics.surprises(header.plan),
     }
 
 
@@ -116,6 +117,7 @@ def plan_json(header: StreamHeader) -> dict[str, Any]:
             {
                 "basis": plan.basis,
                 "bits_per_token": plan.bits,
+                "expected_errors": {"k": plan.expected_k_error, "v": plan.expected_v_error},
                 "ratio": _plan_ratio(section.k_width + section.v_width, plan.bits),
                 "parts": [
                     {
@@ -202,7 +204,9 @@ def stream_tables(name: str, stream: StreamFile) -> Iterator[Table]:
         ]
     )
     yield from plan_tables(header)
-    yield from statistics_tables(StreamStatistics.of(stream))
+    statistics = StreamStatistics.of(stream)
+    yield from statistics_tables(statistics)
+    yield terminal.facts(("warning", text) for text in statistics.surprises(header.plan))
 
 
 def plan_tables(header: StreamHeader) -> Iterator[Table]:

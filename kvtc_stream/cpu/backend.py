@@ -29,7 +29,9 @@ from kvtc_stream.interop import as_kv_array, numpy_dtype
 
 Float = NDArray[np.float32]
 
-_GREATEST = float(np.finfo(np.float32).max)
+#: A token whose relative error is beyond this is stored verbatim whatever was asked for: what
+#: would come back has nothing to do with it (a vanishing token, say, would become the mean).
+_HOPELESS = 2.0
 
 
 class CpuBackend:
@@ -112,9 +114,8 @@ class CpuSectionCoder:
             k_error, v_error = self._reconstruction_errors(k32, v32, positions, symbols)
         else:
             k_error, v_error = self._coefficient_errors(symbols)
-        # A token that is not finite, or whose relative error is undefined or beyond the binary32
-        # that records it, is never coded.
-        bound = min(_GREATEST, math.inf if self._max_error is None else self._max_error)
+        # Comparisons are false for tokens that are not finite or have no relative error.
+        bound = _HOPELESS if self._max_error is None else min(_HOPELESS, self._max_error)
         with np.errstate(invalid="ignore"):
             codable &= (k_error <= bound) & (v_error <= bound)
         return self._block(k, v, positions, start, symbols, codable, k_error, v_error)

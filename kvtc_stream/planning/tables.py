@@ -22,7 +22,7 @@ from kvtc_stream.cpu.quantise import (
     e4m3_decode,
     e4m3_encode,
 )
-from kvtc_stream.formats.plan import Quantiser
+from kvtc_stream.formats.plan import Band, Quantiser
 
 #: Sizes and types of coded bands (KVTC, arXiv 2511.01815, section 3).
 BAND_SIZES = (1, 16, 64, 256, 1024)
@@ -75,6 +75,19 @@ class ErrorTables:
     def components(self) -> int:
         """Number of components."""
         return len(self.energy)
+
+    def error(self, bands: tuple[Band, ...]) -> float:
+        """Mean squared error per token of bands from component 0, each of a kind in the tables."""
+        total, component = self.dropped, 0
+        for band in bands:
+            if band.quantiser is Quantiser.NONE:
+                total += float(self.energy[component : component + band.size].sum())
+            else:
+                kind = self.sizes.index(band.size), self.types.index(band.quantiser)
+                total += float(self.errors[component, *kind])
+            component += band.size
+        return total + float(self.energy[component:].sum())
+
 
 
 def sampled_rows(size: int, rows: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from kvtc_stream.calibration import Calibration, Part
 from kvtc_stream.calibrator import Progress
@@ -42,7 +43,12 @@ def make_plan(
     return Plan(
         preset,
         tuple(
-            SectionPlan(basis, tuple(PartPlan(p.k_layers, p.v_layers, bands(p)) for p in parts))
+            _expecting(
+                parts,
+                SectionPlan(
+                    basis, tuple(PartPlan(p.k_layers, p.v_layers, bands(p)) for p in parts)
+                ),
+            )
             for parts in bases
         ),
     )
@@ -62,3 +68,16 @@ def _bands_for_error(
             f"max_relative_error={relative_error} cannot be met within {RATIO_BITS} bits per "
             f"value ({error}): ask for a larger error, or calibrate with a higher rank"
         ) from None
+
+
+def _expecting(parts: tuple[Part, ...], plan: SectionPlan) -> SectionPlan:
+    """The plan with the errors that the parts' tables predict for it."""
+    error, energy = {"k": 0.0, "v": 0.0}, {"k": 0.0, "v": 0.0}
+    for part, dealt in zip(parts, plan.parts, strict=True):
+        if part.k_layers and part.v_layers:
+            return plan  # the tables do not tell K and V apart
+        kind = "k" if part.k_layers else "v"
+        error[kind] += part.tables.error(dealt.bands)
+        energy[kind] += part.energy
+    expected = {n: math.sqrt(error[n] / energy[n]) if energy[n] else 0.0 for n in error}
+    return replace(plan, expected_k_error=expected["k"], expected_v_error=expected["v"])
