@@ -127,6 +127,9 @@ class Calibration:
     def __hash__(self) -> int:
         return hash(self.digest)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Calibration, (self.geometry, self.sections, self.sinks, self.model)
+
     def __repr__(self) -> str:
         model = self.model.name or "unnamed"
         return f"Calibration(model={model!r}, tokens={self.tokens}, digest={self.digest.hex()!r})"

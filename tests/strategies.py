@@ -156,7 +156,7 @@ def section_tokens(
     hostile: bool = True,
 ) -> Tokens:
     """A cache of one section."""
-    count = draw(st.sampled_from([0, 1]) | st.integers(0, max_tokens))
+    count = draw(st.integers(2, max_tokens) | st.integers(0, max_tokens))
     k, v = kvtc.testing.drawn_cache(geometry, count, seed=count, section=section)
     spoilt = draw(edits(count)) if hostile else []
     for edit in spoilt:
