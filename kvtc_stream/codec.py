@@ -47,7 +47,8 @@ class Codec:
         error ‖x̂−x‖/‖x‖ (root mean square over calibration rows) stays below it, K and V each.
     max_error
         A bound, not a target: a token whose measured relative error in K or in V would exceed it
-        is stored verbatim. Implies ``measure="full"``.
+        is stored verbatim. Implies ``measure="full"``. Without it the bound is 2: what lies beyond
+        is no reconstruction at all.
     sinks
         Tokens at positions below this travel verbatim (attention sinks).
     window

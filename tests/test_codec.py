@@ -241,6 +241,7 @@ def test_hostile_tokens(
             assert np.isfinite(got[:, :, finite]).all()
 
 
+@unlike
 def test_max_error_is_a_bound(calibration: kvtc.Calibration) -> None:
     k, v = kvtc.testing.drawn_cache(calibration.geometry, 400)
     v[:, :, 100:120] = kvtc.testing.drawn_cache(calibration.geometry, 20, seed=3)[0][:, ::-1]
@@ -461,3 +462,17 @@ def test_a_poor_ratio_warns(codec: kvtc.Codec, cache: Cache) -> None:
     with pytest.warns(kvtc.KVTCWarning, match=r"only 1\.\d\d times smaller.*20 of 20 tokens") as w:
         kvtc.encode(k, v, codec=codec)
     assert len(w) == 1
+
+
+def test_a_cache_unlike_the_calibration_warns(codec: kvtc.Codec, cache: Cache) -> None:
+    expected = codec.plan.sections[0]
+    encoder = codec.encoder()
+    encoder.encode(*cache)
+    encoder.finish()
+    s = encoder.statistics
+    assert 0.7 < s.k_error_mean / expected.expected_k_error < 1.3
+    assert 0.7 < s.v_error_mean / expected.expected_v_error < 1.3
+    assert s.surprises(codec.plan) == []
+    k, v = cache
+    with pytest.warns(kvtc.KVTCWarning, match=r"mean error of V is \d\.\d+ where .* expects 0\.\d+"):
+        kvtc.encode(k, v[:, ::-1], codec=codec)
