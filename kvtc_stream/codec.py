@@ -132,16 +132,16 @@ class Codec:
         if self.plan is None and not given:
             given = {"ratio": 16.0}
             object.__setattr__(self, "ratio", 16.0)
-        for target, value in given.items():
+        for target, goal in given.items():
             plan = self.calibration.cached(
-                ("plan", self.preset, target, value),
-                lambda t=target, v=value: make_plan(
-                    self.calibration, self.preset, preset.basis, t, v, progress
+                ("plan", self.preset, target, goal),
+                lambda t=target, g=goal: make_plan(
+                    self.calibration, self.preset, preset.basis, t, g, progress
                 ),
             )
             # Both are there when ``dataclasses.replace`` changes another option.
             if self.plan not in (None, plan):
-                raise ValueError(f"the plan is not the one for {target}={value}: give one of them")
+                raise ValueError(f"the plan is not the one for {target}={goal}: give one of them")
             object.__setattr__(self, "plan", plan)
         self.plan.check(self.calibration.geometry)
         for section, dealt in zip(self.calibration.sections, self.plan.sections, strict=True):
