@@ -93,6 +93,15 @@ def test_error_targets_are_predicted(geometry: kvtc.Geometry, error: float) -> N
             assert least_error(part, plan.bits - 2) > error
 
 
+def test_error_targets_leave_little_unused(calibration: kvtc.Calibration) -> None:
+    """Predictions stay below their targets, and over many targets come close to them."""
+    targets = np.linspace(0.05, 0.9, 60)
+    reached = [max(predicted(kvtc.Codec(calibration, max_relative_error=e))) for e in targets]
+    used = np.array(reached) / targets
+    assert used.max() <= 1 + 1e-6
+    assert used.mean() > 0.8
+
+
 def least_error(part: Part, budget: int) -> float:
     """Relative error of the best plan within a budget."""
     return float(np.sqrt(allocate(part.tables, budget).error / part.energy))
