@@ -483,5 +483,7 @@ def test_a_cache_unlike_the_calibration_warns(codec: kvtc.Codec, cache: Cache) -
     assert 0.7 < s.v_error_mean / expected.expected_v_error < 1.3
     assert s.surprises(codec.plan) == []
     k, v = cache
-    with pytest.warns(kvtc.KVTCWarning, match=r"mean error of V is \d\.\d+ where .* expects 0\.\d+"):
+    with pytest.warns(
+        kvtc.KVTCWarning, match=r"mean error of V is \d\.\d+ where .* expects 0\.\d+"
+    ):
         kvtc.encode(k, v[:, ::-1], codec=codec)
