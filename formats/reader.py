@@ -72,6 +72,11 @@ class StreamParser:
         return self._eof
 
     @property
+    def error(self) -> KVTCError | None:
+        """The fault that was met, even if it is yet to be raised."""
+        return self._error
+
+    @property
     def unused_data(self) -> bytes:
         """Bytes that follow the trailer; empty before :attr:`eof`."""
         return bytes(self._buffer) if self._eof else b""

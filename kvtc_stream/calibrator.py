@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 
 from kvtc_stream.calibration import Calibration, Part, SectionCalibration
 from kvtc_stream.cpu.layout import Rotations, gather
+from kvtc_stream.cpu.values import scale_grid, to_float32
 from kvtc_stream.errors import KVTCWarning
 from kvtc_stream.formats import Geometry, ModelIdentity, Section
 from kvtc_stream.interop import check_positions, layer_list
@@ -103,7 +105,16 @@ class Calibrator:
             for section in geometry.sections
         ]
 
-    def update(self, k: Any, v: Any, *, positions: Any = None, section: int = 0) -> None:
+    def update(
+        self,
+        k: Any,
+        v: Any,
+        *,
+        positions: Any = None,
+        section: int = 0,
+        k_scale: Any = None,
+        v_scale: Any = None,
+    ) -> None:
         """Learn from one document, or a piece of one.
 
         Parameters
@@ -115,6 +126,8 @@ class Calibrator:
             position 0; give the positions of later pieces.
         section
             Which section of the geometry.
+        k_scale, v_scale
+            For fp8 caches: a scalar, [layers] or [layers, kv_heads]; value = fp8 × scale.
 
         Tokens with NaN or Inf are left out.
         """
@@ -131,15 +144,17 @@ class Calibrator:
             raise ValueError(f"k has {tokens} tokens, v has {v_layers[0].shape[1]}")
         where = check_positions(positions, tokens, -1)
         first = int(np.searchsorted(where, self._options["sinks"]))
+        grids = [
+            None if scale is None else scale_grid(scale, name, len(s.layers), s.kv_heads)
+            for name, scale in (("k_scale", k_scale), ("v_scale", v_scale))
+        ]
         for start in range(first, tokens, _CHUNK):
             stop = min(start + _CHUNK, tokens)
-            moments.add(
-                *(
-                    np.stack([x[:, start:stop] for x in layers]).astype(np.float32)
-                    for layers in (k_layers, v_layers)
-                ),
-                where[start:stop],
+            k_rows, v_rows = (
+                to_float32(np.stack([x[:, start:stop] for x in layers]), grid)
+                for layers, grid in zip((k_layers, v_layers), grids, strict=True)
             )
+            moments.add(k_rows, v_rows, where[start:stop])
 
     def merge(self, other: Calibrator) -> None:
         """Take in what ``other`` learnt, as if this calibrator had seen its documents too.
@@ -342,7 +357,7 @@ class _Moments:
         """Take in a count and mean; return the vector whose outer product the scatter lacks."""
         total = self.count + count
         delta = mean - self.mean
-        weight = np.sqrt(self.count * count / total)
+        weight = math.sqrt(self.count * count / total)
         self.mean += delta * (count / total)
         self.count = total
         return delta * weight

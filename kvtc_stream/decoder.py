@@ -136,7 +136,8 @@ class Decoder:
         Raises
         ------
         FormatError
-            The bytes are not a valid stream, see its subclasses. The decoder stays failed.
+            The bytes are not a valid stream, see its subclasses. The decoder stays failed; whole
+            blocks that came with the damage are not returned.
         CalibrationMismatchError
             The stream was written with another calibration.
         StateError
@@ -147,7 +148,10 @@ class Decoder:
         try:
             if self._failure is not None:
                 raise StateError(f"the decoder failed before: {self._failure}")
-            return [block for item in self._parser.feed(data) if (block := self._take(item))]
+            items = self._parser.feed(data)
+            if self._parser.error is not None:
+                raise self._parser.error
+            return [block for item in items if (block := self._take(item))]
         except KVTCError as error:
             self._failure = self._failure or error
             raise

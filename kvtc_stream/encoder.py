@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from kvtc_stream.backend import Backend, get_backend
 from kvtc_stream.codec import Codec
-from kvtc_stream.cpu.values import stored_positions, verbatim_planes
+from kvtc_stream.cpu.values import scale_grid, stored_positions, verbatim_planes
 from kvtc_stream.errors import KVTCWarning, StateError
 from kvtc_stream.formats import (
     Block,
@@ -40,8 +40,8 @@ _POOR_RATIO = 2.0
 class Encoder:
     """Takes a cache in chunks, in token order, and gives back the bytes of a stream.
 
-    Single use, one thread at a time; memory is bounded by ``window`` plus two blocks of tokens,
-    whatever the length. The bytes do not depend on how the input is cut. Make one with
+    Single use, one thread at a time; memory is bounded by twice ``window`` and a few blocks of
+    tokens, whatever the length. The bytes do not depend on how the input is cut. Make one with
     :meth:`kvtc_stream.Codec.encoder`.
 
     Parameters
@@ -276,11 +276,8 @@ class _SectionState:
         self._coder = backend.section_coder(
             header, index, codec.calibration, max_error=codec.max_error, measure=codec.measure
         )
-        capacity = header.window + 2 * header.block_tokens
-        dtype = numpy_dtype(header.dtype)
-        self._k = np.empty(section.k_shape(capacity), dtype)
-        self._v = np.empty(section.v_shape(capacity), dtype)
-        self._positions = np.empty(capacity, np.int64)
+        self._section = section
+        self._allocate(min(4, header.window // header.block_tokens + 2) * header.block_tokens)
         self._begin = self._end = 0
         self._coded = 0
 
@@ -293,12 +290,7 @@ class _SectionState:
     ) -> int:
         """Copy tokens from ``first`` on, as many as fit; return how many."""
         if self._end == len(self._positions):
-            pending = slice(self._begin, self._end)
-            count = self._end - self._begin
-            for array in (self._k, self._v):
-                array[:, :, :count] = array[:, :, pending].copy()
-            self._positions[:count] = self._positions[pending].copy()
-            self._begin, self._end = 0, count
+            self._make_room()
         count = min(len(self._positions) - self._end, len(positions) - first)
         source, target = slice(first, first + count), slice(self._end, self._end + count)
         for layer, (k, v) in enumerate(zip(k_layers, v_layers, strict=True)):
@@ -308,6 +300,26 @@ class _SectionState:
         self._end += count
         self.last_position = int(self._positions[self._end - 1])
         return count
+
+    def _make_room(self) -> None:
+        """Move pending tokens to the front, of larger buffers if a block cannot fit behind them.
+
+        Large windows may never fill, so buffers grow with what is pending; twice that at most.
+        """
+        pending, count = slice(self._begin, self._end), self._end - self._begin
+        k, v, positions = self._k, self._v, self._positions
+        if count + self._header.block_tokens > len(positions):
+            self._allocate(2 * len(positions))
+        self._k[:, :, :count] = k[:, :, pending].copy()
+        self._v[:, :, :count] = v[:, :, pending].copy()
+        self._positions[:count] = positions[pending].copy()
+        self._begin, self._end = 0, count
+
+    def _allocate(self, tokens: int) -> None:
+        dtype = numpy_dtype(self.dtype)
+        self._k = np.empty(self._section.k_shape(tokens), dtype)
+        self._v = np.empty(self._section.v_shape(tokens), dtype)
+        self._positions = np.empty(tokens, np.int64)
 
     def ready_blocks(self) -> Iterator[Block]:
         """Blocks that no later token can change."""
@@ -386,20 +398,8 @@ def _scales(geometry: Geometry, k_scale: Any, v_scale: Any) -> tuple[SectionScal
     def of(scale: Any, name: str, index: int) -> tuple[float, ...]:
         section = sections[index]
         value = scale[index] if isinstance(scale, list) and len(sections) > 1 else scale
-        array = np.asarray(1.0 if value is None else value, np.float32)
-        if array.ndim == 1:
-            array = array[:, None]
-        shape = (len(section.layers), section.kv_heads)
-        try:
-            array = np.broadcast_to(array, shape)
-        except ValueError:
-            raise ValueError(
-                f"{name} must be a scalar, [layers] or [layers, kv_heads] with "
-                f"[layers, kv_heads] = {list(shape)}, found {list(array.shape)}"
-            ) from None
-        if not (np.isfinite(array) & (array > 0)).all():
-            raise ValueError(f"{name} must be positive and finite")
-        return tuple(array.ravel().tolist())
+        grid = scale_grid(value, name, len(section.layers), section.kv_heads)
+        return tuple(grid.ravel().tolist())
 
     return tuple(
         SectionScales(of(k_scale, "k_scale", i), of(v_scale, "v_scale", i))

@@ -8,6 +8,8 @@ from kvtc_stream.formats import Block, IndexEntry, Measure, Plan, Role, StreamFi
 
 #: A mean error this many times what the plan expects says that the calibration does not fit.
 _SURPRISE = 2.0
+#: Fewer coded tokens than this say nothing about it.
+_SURPRISE_TOKENS = 16
 
 
 @dataclass
@@ -99,7 +101,9 @@ class StreamStatistics:
                 ("K", sums.k, plan.sections[i].expected_k_error),
                 ("V", sums.v, plan.sections[i].expected_v_error),
             )
-            if expected and total > _SURPRISE * expected * sums.tokens
+            if expected
+            and sums.tokens >= _SURPRISE_TOKENS
+            and total > _SURPRISE * expected * sums.tokens
         ]
 
     @property

@@ -539,3 +539,17 @@ def test_the_wrong_calibration(stream: bytes, calibration: kvtc.Calibration) -> 
         decoder.decode(stream)
     with pytest.raises(kvtc.StateError, match="failed before"):
         decoder.decode(b"")
+
+
+def test_fp8_with_scales_calibrates_as_its_values() -> None:
+    geometry = kvtc.Geometry.uniform(layers=2, kv_heads=2, head_dim=4)
+    k, v = kvtc.testing.drawn_cache(geometry, 200, dtype=kvtc.DType.FLOAT8_E4M3FN)
+    scale = np.array([0.5, 2.0], np.float32)
+    scaled, plain = kvtc.Calibrator(geometry), kvtc.Calibrator(geometry)
+    scaled.update(k, v, k_scale=scale, v_scale=3.0)
+    plain.update(
+        k.astype(np.float32) * scale[:, None, None, None], v.astype(np.float32) * np.float32(3)
+    )
+    assert scaled.finish() == plain.finish()
+    with pytest.raises(ValueError, match=r"k_scale must be a scalar, \[layers\] or"):
+        scaled.update(k, v, k_scale=np.ones(3))

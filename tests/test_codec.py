@@ -487,3 +487,25 @@ def test_a_cache_unlike_the_calibration_warns(codec: kvtc.Codec, cache: Cache) -
         kvtc.KVTCWarning, match=r"mean error of V is \d\.\d+ where .* expects 0\.\d+"
     ):
         kvtc.encode(k, v[:, ::-1], codec=codec)
+
+
+def test_a_window_that_never_fills_costs_no_memory(
+    calibration: kvtc.Calibration, cache: Cache
+) -> None:
+    codec = kvtc.Codec(calibration, window=2**32 - 1, block_tokens=16)
+    encoder = codec.encoder()
+    k, v = cache
+    data = b"".join(encoder.encode(k[:, :, i : i + 7], v[:, :, i : i + 7]) for i in range(0, 200, 7))
+    with pytest.warns(kvtc.KVTCWarning, match="200 of 200 tokens are verbatim"):
+        data += encoder.finish()
+    for given, back in zip(cache, kvtc.decode(data, calibration), strict=True):
+        np.testing.assert_array_equal(back, given)
+
+
+def test_damage_is_an_error_of_the_call_that_meets_it(
+    calibration: kvtc.Calibration, stream: bytes
+) -> None:
+    damaged = bytearray(stream)
+    damaged[-200] ^= 1
+    with pytest.raises(kvtc.FormatError):
+        kvtc.Decoder(calibration).decode(damaged)

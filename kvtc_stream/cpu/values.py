@@ -33,7 +33,8 @@ def from_float32(x: Float, dtype: DType, scale: Float | None) -> Array:
         limit = float(ml_dtypes.finfo(numpy_dtype(dtype)).max)
         x = np.clip(x / scale[:, :, None, None], -limit, limit)
     with np.errstate(over="ignore", invalid="ignore"):
-        return x.astype(numpy_dtype(dtype), copy=False)
+        cast: Array = x.astype(numpy_dtype(dtype), copy=False)
+    return cast
 
 
 def convert(x: Array, dtype: DType, scale: Float | None) -> Array:
@@ -41,6 +42,23 @@ def convert(x: Array, dtype: DType, scale: Float | None) -> Array:
     if x.dtype == numpy_dtype(dtype):
         return x
     return from_float32(to_float32(x, scale), dtype, scale)
+
+
+def scale_grid(scale: Any, name: str, layers: int, kv_heads: int) -> Float:
+    """fp8 scales, given as a scalar, [layers] or [layers, kv_heads], as [layers, kv_heads]."""
+    grid = np.asarray(1.0 if scale is None else scale, np.float32)
+    if grid.ndim == 1:
+        grid = grid[:, None]
+    try:
+        grid = np.broadcast_to(grid, (layers, kv_heads))
+    except ValueError:
+        raise ValueError(
+            f"{name} must be a scalar, [layers] or [layers, kv_heads] with [layers, kv_heads] = "
+            f"[{layers}, {kv_heads}], found {list(grid.shape)}"
+        ) from None
+    if not (np.isfinite(grid) & (grid > 0)).all():
+        raise ValueError(f"{name} must be positive and finite")
+    return grid
 
 
 def verbatim_planes(k: Array, v: Array) -> list[bytes]:
