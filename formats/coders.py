@@ -140,7 +140,7 @@ def split_planes(data: bytes, itemsize: int) -> list[bytes]:
 
 
 def join_planes(data: bytes, itemsize: int) -> bytes:
-    """Undo :func:`split_planes`, planes joined; ``len(data)`` must be a multiple of ``itemsize``."""
+    """Undo :func:`split_planes`; ``data``, the planes joined, has whole items."""
     items, rest = divmod(len(data), itemsize)
     if rest:
         raise ValueError(f"{len(data)} bytes are not whole items of {itemsize} bytes")

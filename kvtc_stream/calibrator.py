@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -208,7 +209,7 @@ class _Columns:
         k, v = section.kv_heads * section.k_dim, section.kv_heads * section.v_dim
         spans = [(i * k, (i + 1) * k) for i in self.k_layers]
         spans += [(section.k_width + i * v, section.k_width + (i + 1) * v) for i in self.v_layers]
-        if all(a[1] == b[0] for a, b in zip(spans, spans[1:], strict=False)):
+        if all(a[1] == b[0] for a, b in pairwise(spans)):
             return rows[:, spans[0][0] : spans[-1][1]]
         return np.concatenate([rows[:, a:b] for a, b in spans], axis=1)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import io
 import os
 import sys
@@ -11,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from types import TracebackType
-from typing import Any, BinaryIO, Literal, Self, overload
+from typing import Any, BinaryIO, ClassVar, Literal, Self, overload
 
 import numpy as np
 
@@ -78,7 +79,7 @@ def open(
         if codec is None:
             raise TypeError("writing takes codec=kvtc_stream.Codec(calibration, ...)")
         if calibration is not None or backend != "auto" or limits is not None:
-            raise TypeError("calibration=, backend= and limits= are for reading: the codec has them")
+            raise TypeError("calibration=, backend= and limits= are for reading; see Codec")
         return Writer(file, codec, **stream)
     raise ValueError(f"mode must be 'rb' or 'wb', found {mode!r}")
 
@@ -91,7 +92,7 @@ class Writer:
     """
 
     #: Writers of file objects, by the object's id while they live.
-    _writers: weakref.WeakValueDictionary[int, Writer] = weakref.WeakValueDictionary()
+    _writers: ClassVar[weakref.WeakValueDictionary[int, Writer]] = weakref.WeakValueDictionary()
 
     def __init__(self, file: File, codec: Codec, **stream: Any) -> None:
         self._encoder = codec.encoder(**stream)
@@ -208,7 +209,7 @@ class Reader:
         self._closed = False
         self._stream: StreamFile | None = None
         if isinstance(file, str | os.PathLike):
-            file = self._cleanup.enter_context(io.open(file, "rb"))
+            file = self._cleanup.enter_context(builtins.open(file, "rb"))  # noqa: SIM115
         with self._cleanup.pop_all() as cleanup:  # closes the file if the stream is refused
             if file.seekable():
                 self._stream = StreamFile(file, limits)

@@ -495,11 +495,13 @@ def test_a_window_that_never_fills_costs_no_memory(
     codec = kvtc.Codec(calibration, window=2**32 - 1, block_tokens=16)
     encoder = codec.encoder()
     k, v = cache
-    data = b"".join(encoder.encode(k[:, :, i : i + 7], v[:, :, i : i + 7]) for i in range(0, 200, 7))
+    data = b"".join(
+        encoder.encode(k[:, :, i : i + 7], v[:, :, i : i + 7]) for i in range(0, 200, 7)
+    )
     with pytest.warns(kvtc.KVTCWarning, match="200 of 200 tokens are verbatim"):
         data += encoder.finish()
-    for given, back in zip(cache, kvtc.decode(data, calibration), strict=True):
-        np.testing.assert_array_equal(back, given)
+    for before, after in zip(cache, kvtc.decode(data, calibration), strict=True):
+        np.testing.assert_array_equal(after, before)
 
 
 def test_damage_is_an_error_of_the_call_that_meets_it(

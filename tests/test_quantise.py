@@ -235,7 +235,7 @@ def test_bytes_that_pack_never_makes_are_refused(segment: int, position: int, by
 def test_a_payload_of_another_size_is_refused(segment: int, change: int) -> None:
     sizes = list(cpu.segment_sizes(3, BANDS))
     sizes[segment] += change
-    with pytest.raises(FormatError, match="segments of .* bytes, but 3 tokens of its plan take"):
+    with pytest.raises(FormatError, match=r"segments of .* bytes, but 3 tokens of its plan take"):
         cpu.unpack([bytes(size) for size in sizes], 3, BANDS)
 
 

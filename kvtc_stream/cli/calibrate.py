@@ -13,7 +13,6 @@ import kvtc_stream as kvtc
 from kvtc_stream import plain
 from kvtc_stream.cli import report, terminal
 from kvtc_stream.cli.arguments import UsageError
-from kvtc_stream.cpu.values import to_float32
 from kvtc_stream.errors import KVTCError
 
 #: Tokens handed to the calibrator at a time.
@@ -117,11 +116,13 @@ def _geometry(args: Namespace, section: plain.PlainSection) -> kvtc.Geometry:
 
 def _update(calibrator: kvtc.Calibrator, section: plain.PlainSection, tokens: range) -> None:
     span = slice(tokens.start, tokens.stop)
-    k, v = section.k[:, :, span], section.v[:, :, span]
-    if section.dtype.is_fp8:
-        k, v = to_float32(k, section.k_scale), to_float32(v, section.v_scale)
-    positions = tokens if section.positions is None else section.positions[span]
-    calibrator.update(k, v, positions=positions)
+    calibrator.update(
+        section.k[:, :, span],
+        section.v[:, :, span],
+        positions=tokens if section.positions is None else section.positions[span],
+        k_scale=section.k_scale,
+        v_scale=section.v_scale,
+    )
 
 
 def _from_model(args: Namespace, options: dict[str, Any], bars: Progress) -> kvtc.Calibration:

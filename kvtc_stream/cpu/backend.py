@@ -65,6 +65,7 @@ class _Part:
         self.rows = np.zeros((block_tokens, part.width), np.float32)
         self.coefficients = np.zeros((block_tokens, plan.components), np.float32)
 
+
 class CpuSectionCoder:
     """See :class:`kvtc_stream.backend.SectionCoder`."""
 
@@ -120,9 +121,7 @@ class CpuSectionCoder:
             codable &= (k_error <= bound) & (v_error <= bound)
         return self._block(k, v, positions, start, symbols, codable, k_error, v_error)
 
-    def _analyse(
-        self, k: Float, v: Float, positions: NDArray[np.int64]
-    ) -> list[quantise.Symbols]:
+    def _analyse(self, k: Float, v: Float, positions: NDArray[np.int64]) -> list[quantise.Symbols]:
         tokens = k.shape[2]
         take_off = Rotations.of(self._section, positions, inverse=True)
         straight = Rotations.none(len(self._section.layers))
@@ -313,9 +312,7 @@ def _runs(own: NDArray[np.int64], wanted: Sequence[int]) -> list[tuple[int, int,
     return runs
 
 
-def _relative(
-    error: NDArray[np.float64], energy: NDArray[np.float64]
-) -> NDArray[np.float64]:
+def _relative(error: NDArray[np.float64], energy: NDArray[np.float64]) -> NDArray[np.float64]:
     """‖x̂−x‖/‖x‖ per token; 0 where nothing was lost, else infinite where ‖x‖ is 0."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(error == 0, 0.0, np.sqrt(error / energy))

@@ -60,15 +60,11 @@ class Rotations:
     def none(cls, layers: int) -> Rotations:
         """For V, and for keys without RoPE."""
         empty = np.zeros((0, 0, 0), np.float32)
-        return cls(
-            empty, empty, np.full(layers, -1), np.zeros(0, np.int64), np.zeros(0, np.bool_)
-        )
+        return cls(empty, empty, np.full(layers, -1), np.zeros(0, np.int64), np.zeros(0, np.bool_))
 
     def select(self, layers: Sequence[int]) -> Rotations:
         """The rotations of some layers only."""
-        return Rotations(
-            self.cos, self.sin, self.table[list(layers)], self.pairs, self.interleaved
-        )
+        return Rotations(self.cos, self.sin, self.table[list(layers)], self.pairs, self.interleaved)
 
 
 def gather(x: Float, layers: NDArray[np.int64], rotations: Rotations, rows: Float) -> None:

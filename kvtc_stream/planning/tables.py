@@ -89,7 +89,6 @@ class ErrorTables:
         return total + float(self.energy[component:].sum())
 
 
-
 def sampled_rows(size: int, rows: int) -> int:
     """How many of ``rows`` sampled rows a table for bands of this size measures.
 
