@@ -30,7 +30,7 @@ def from_float32(x: Float, dtype: DType, scale: Float | None) -> Array:
     if dtype.is_fp8:
         if scale is None:
             raise ValueError(f"{dtype.label} needs a scale")
-        limit = float(ml_dtypes.finfo(numpy_dtype(dtype)).max)
+        limit = float(ml_dtypes.finfo(numpy_dtype(dtype)).max)  # type: ignore[no-untyped-call]
         x = np.clip(x / scale[:, :, None, None], -limit, limit)
     with np.errstate(over="ignore", invalid="ignore"):
         cast: Array = x.astype(numpy_dtype(dtype), copy=False)
