@@ -29,6 +29,7 @@ import kvtc_stream as kvtc
 from kvtc_stream import demo
 from kvtc_stream.cpu.layout import Rotations, gather
 from kvtc_stream.formats import Section, StreamFile
+from kvtc_stream.integrations.loading import load_model
 from kvtc_stream.integrations.transformers import decode_cache, encode_cache
 from kvtc_stream.statistics import StreamStatistics
 
@@ -47,7 +48,7 @@ def main() -> None:
     result: dict[str, Any] = environment()
     with steps.step("Loading the model"):
         path = args.model or demo.bundled_model()
-        model, tokenizer = demo.load_model(path)
+        model, tokenizer = load_model(path, dtype="float32")
         texts = {Path(name).stem: Path(name).read_text(encoding="utf-8") for name in args.text}
     if args.calibration:
         calibration = kvtc.Calibration.load(args.calibration)

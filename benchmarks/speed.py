@@ -35,6 +35,7 @@ from rich.table import Table
 
 import kvtc_stream as kvtc
 from kvtc_stream import calibrator, demo, plain
+from kvtc_stream.integrations.loading import load_model
 from kvtc_stream.interop import to_numpy
 
 MEASUREMENTS = ("codec", "memory", "calibration")
@@ -279,7 +280,7 @@ def _capture(args: argparse.Namespace, folder: Path, steps: demo.Steps) -> tuple
     import torch
 
     with steps.step("Loading the model"):
-        model, tokenizer = demo.load_model(args.model)
+        model, tokenizer = load_model(args.model, dtype="float32")
     documents = [
         document
         for name in args.text

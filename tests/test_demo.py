@@ -21,6 +21,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
 from transformers.cache_utils import DynamicCache  # noqa: E402
 
 from kvtc_stream import KVTCError, demo  # noqa: E402
+from kvtc_stream.integrations.loading import load_model  # noqa: E402
 
 CONTEXT = 600
 
@@ -62,7 +63,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def loaded(folder: Path) -> tuple[Any, Any]:
-    return demo.load_model(folder)
+    return load_model(folder, dtype="float32")
 
 
 @pytest.fixture
@@ -142,6 +143,22 @@ def test_predictions_from_a_cache_are_those_of_the_whole_text(loaded: tuple[Any,
         expected = model(input_ids=torch.from_numpy(ids)[None]).logits[0, 20:].log_softmax(-1)
     torch.testing.assert_close(found, expected)
     assert cache.get_seq_length() == 20
+
+
+def test_continuation_is_that_of_the_whole_text(loaded: tuple[Any, Any]) -> None:
+    model, tokenizer = loaded
+    ids = demo.token_ids(tokenizer, "The most likely tokens, one after the other.")
+    cache = demo.prefill(model, ids[:-1])
+
+    found = demo._continue(model, cache, ids, 12)
+
+    expected = ids
+    with torch.inference_mode():
+        for _ in range(12):
+            likely = model(input_ids=torch.from_numpy(expected)[None]).logits[0, -1].argmax()
+            expected = np.append(expected, int(likely))
+    np.testing.assert_array_equal(found, expected[len(ids) :])
+    assert cache.get_seq_length() == len(ids) - 1
 
 
 def test_cast_cache_copies(loaded: tuple[Any, Any]) -> None:

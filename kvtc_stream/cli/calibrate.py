@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import kvtc_stream as kvtc
 from kvtc_stream import plain
 from kvtc_stream.cli import report, terminal
 from kvtc_stream.cli.arguments import UsageError
-from kvtc_stream.errors import KVTCError
+from kvtc_stream.integrations.loading import load_model
 
 #: Tokens handed to the calibrator at a time.
 _CHUNK = 512
@@ -128,9 +127,13 @@ def _update(calibrator: kvtc.Calibrator, section: plain.PlainSection, tokens: ra
 def _from_model(args: Namespace, options: dict[str, Any], bars: Progress) -> kvtc.Calibration:
     loading = bars.add_task(f"Loading {args.model}", total=None)
     texts = [Path(name).read_text(encoding="utf-8") for name in args.text]
-    model, tokenizer = _load(args.model)
+    model, tokenizer = load_model(args.model)
+    import torch
+
     from kvtc_stream.integrations.transformers import calibrate
 
+    if torch.cuda.is_available():
+        model = model.to("cuda")  # type: ignore[arg-type]
     bars.remove_task(loading)
     reading = terminal.bar(bars, "Reading")
     limits = {"tokens": args.tokens, "document_tokens": args.document_tokens}
@@ -138,30 +141,3 @@ def _from_model(args: Namespace, options: dict[str, Any], bars: Progress) -> kvt
     return calibrate(
         model, texts, tokenizer=tokenizer, progress=reading, name=args.name, **given, **options
     )
-
-
-def _load(name: str) -> tuple[Any, Any]:
-    """Model and tokenizer, on the GPU if there is one."""
-    # transformers' bar for GGUF files heeds nothing else, and this only before its first import.
-    os.environ.setdefault("TQDM_DISABLE", "1")
-    import torch
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    path = Path(name)
-    source, options = name, {}
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise FileNotFoundError(f"no model at {name}")
-        source, options = str(path.parent), {"gguf_file": path.name}
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
-        model: Any = transformers.AutoModelForCausalLM.from_pretrained(source, **options)
-    except ImportError as error:
-        # transformers asks for gguf and accelerate only when it meets a file that needs them.
-        raise KVTCError(
-            f"loading {name} needs more packages: pip install 'kvtc-stream[transformers]' ({error})"
-        ) from error
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return model.to(device), tokenizer
