@@ -37,6 +37,7 @@ def load_model(source: str | os.PathLike[str], **options: Any) -> tuple[PreTrain
             raise FileNotFoundError(f"no model at {name}")
         name, file = str(path.parent), {"gguf_file": path.name}
     try:
+        import torch  # noqa: F401  (transformers would go on without)
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         with _quiet():
