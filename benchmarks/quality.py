@@ -85,7 +85,7 @@ def main() -> None:
                 judged[ratio].append({"text": name, **measured})
                 advance(i + 1, len(codecs))
     result |= {
-        "model": {"name": calibration.model.name, "path": str(path)},
+        "model": {"name": calibration.model.name, "file": Path(path).name},
         "calibration": {
             "tokens": calibration.tokens,
             "digest": calibration.digest.hex(),
