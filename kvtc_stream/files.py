@@ -20,7 +20,7 @@ from kvtc_stream.backend import BackendName
 from kvtc_stream.calibration import Calibration
 from kvtc_stream.codec import Codec
 from kvtc_stream.decoder import BlockDecoder, Decoder, KVBlock
-from kvtc_stream.errors import StateError, UnsupportedError
+from kvtc_stream.errors import KVTCError, StateError, UnsupportedError
 from kvtc_stream.formats import IndexEntry, Limits, Rope, StreamFile, StreamHeader
 from kvtc_stream.interop import KVArray, as_kv_array, numpy_dtype
 from kvtc_stream.statistics import StreamStatistics
@@ -40,6 +40,7 @@ def open(
     calibration: Calibration,
     backend: BackendName = "auto",
     limits: Limits | None = None,
+    recover: bool = False,
 ) -> Reader: ...
 @overload
 def open(
@@ -61,25 +62,27 @@ def open(
     codec: Codec | None = None,
     backend: BackendName = "auto",
     limits: Limits | None = None,
+    recover: bool = False,
     **stream: Any,
 ) -> Reader | Writer:
     """Open a stream for reading (``"rb"``, with ``calibration``) or writing (``"wb"``, ``codec``).
 
     ``file`` is a path or a binary file object; pipes work both ways. A path is written
     atomically: it appears when the writer closes without an exception. File objects are left open.
-    The other arguments are those of :class:`kvtc_stream.Encoder`.
+    ``recover`` reads what a file object or copy that was cut off still holds, up to its last whole
+    block. The other arguments are those of :class:`kvtc_stream.Encoder`.
     """
     if mode == "rb":
         if codec is not None and calibration is None:
             calibration = codec.calibration
         if calibration is None or stream:
             raise TypeError(f"reading takes calibration=, found {sorted(stream) or 'none'}")
-        return Reader(file, calibration, backend=backend, limits=limits)
+        return Reader(file, calibration, backend=backend, limits=limits, recover=recover)
     if mode == "wb":
         if codec is None:
             raise TypeError("writing takes codec=kvtc_stream.Codec(calibration, ...)")
-        if calibration is not None or backend != "auto" or limits is not None:
-            raise TypeError("calibration=, backend= and limits= are for reading; see Codec")
+        if calibration is not None or backend != "auto" or limits is not None or recover:
+            raise TypeError("calibration=, backend=, limits= and recover= are for reading")
         return Writer(file, codec, **stream)
     raise ValueError(f"mode must be 'rb' or 'wb', found {mode!r}")
 
@@ -202,6 +205,7 @@ class Reader:
         *,
         backend: BackendName = "auto",
         limits: Limits | None = None,
+        recover: bool = False,
     ) -> None:
         limits = limits or Limits()
         self._cleanup = ExitStack()
@@ -212,7 +216,7 @@ class Reader:
             file = self._cleanup.enter_context(builtins.open(file, "rb"))  # noqa: SIM115
         with self._cleanup.pop_all() as cleanup:  # closes the file if the stream is refused
             if file.seekable():
-                self._stream = StreamFile(file, limits)
+                self._stream = StreamFile(file, limits, recover=recover)
                 self._header = self._stream.header
                 self._blocks = BlockDecoder(self._header, calibration, backend)
             else:
@@ -224,6 +228,11 @@ class Reader:
     def header(self) -> StreamHeader:
         """The stream's header."""
         return self._header
+
+    @property
+    def fault(self) -> KVTCError | None:
+        """With ``recover``, what was met after the last whole block; ``None`` if nothing was."""
+        return self._stream.fault if self._stream else None
 
     def tokens(self, section: int = 0) -> int:
         """Tokens of a section. Seekable files only."""

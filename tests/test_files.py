@@ -357,3 +357,21 @@ def test_readers_in_threads(codec: kvtc.Codec, stream: bytes) -> None:
 
         with ThreadPoolExecutor(4) as pool:
             assert all(pool.map(check, range(0, 160, 7)))
+
+
+def test_a_stream_that_was_cut_off_gives_its_whole_blocks(
+    calibration: kvtc.Calibration, stream: bytes
+) -> None:
+    k, v = kvtc.decode(stream, calibration)
+    cut = io.BytesIO(stream[: len(stream) * 2 // 3])
+    with pytest.raises(kvtc.TruncatedError):
+        kvtc.open(cut, calibration=calibration)
+    with kvtc.open(cut, calibration=calibration, recover=True) as reader:
+        assert isinstance(reader.fault, kvtc.TruncatedError)
+        count = reader.tokens()
+        assert 0 < count < k.shape[2]
+        for whole, part in zip((k, v), reader.read(), strict=True):
+            np.testing.assert_array_equal(part, whole[:, :, :count])
+    with kvtc.open(io.BytesIO(stream), calibration=calibration, recover=True) as reader:
+        assert reader.fault is None
+        assert reader.tokens() == k.shape[2]
