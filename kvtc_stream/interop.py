@@ -151,7 +151,7 @@ def _check_device(device_type: int, name: str) -> None:
     found = _DEVICE_NAMES.get(device_type, f"DLPack type {device_type}")
     raise BufferError(
         f"{name}: found {found} device tensor; the CPU backend reads host memory: "
-        "move it with .cpu()/.get(), or use backend='cuda'"
+        "move it there with .cpu() or .get()"
     )
 
 

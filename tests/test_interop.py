@@ -228,7 +228,7 @@ class TestToNumpy:
     @pytest.mark.parametrize(("device", "label"), [(2, "CUDA"), (13, "CUDA managed"), (99, "99")])
     def test_device_memory_is_refused_before_export(self, device: int, label: str) -> None:
         producer = Producer(np.zeros(4, np.uint16), device=device)
-        with pytest.raises(BufferError, match=rf"v: found .*{label} device.*\.cpu\(\)/\.get\(\)"):
+        with pytest.raises(BufferError, match=rf"v: found .*{label} device.*\.cpu\(\) or"):
             to_numpy(producer, "v")
         assert producer.exports == 0
 
@@ -237,7 +237,7 @@ class TestToNumpy:
         a = np.zeros(4, np.uint16)
         alive = weakref.ref(a)
         producer = Producer(a, kind=kind, patch={DEVICE: 2})
-        with pytest.raises(BufferError, match=r"found CUDA device tensor; .*backend='cuda'"):
+        with pytest.raises(BufferError, match=r"found CUDA device tensor; .*\.cpu\(\) or"):
             to_numpy(producer)
         del a, producer
         gc.collect()
@@ -309,11 +309,12 @@ class TestToNumpy:
 
     def test_jax(self) -> None:
         jax = pytest.importorskip("jax")
-        for dtype in DType:
-            x = jax.numpy.asarray(numbers(dtype, 2, 3, 4))
-            assert bits(to_numpy(x)) == bits(numbers(dtype, 2, 3, 4))
-            y = jax.dlpack.from_dlpack(as_kv_array(numbers(dtype, 2, 3, 4)))
-            assert bits(np.asarray(y)) == bits(numbers(dtype, 2, 3, 4))
+        with jax.default_device(jax.devices("cpu")[0]):
+            for dtype in DType:
+                x = jax.numpy.asarray(numbers(dtype, 2, 3, 4))
+                assert bits(to_numpy(x)) == bits(numbers(dtype, 2, 3, 4))
+                y = jax.dlpack.from_dlpack(as_kv_array(numbers(dtype, 2, 3, 4)))
+                assert bits(np.asarray(y)) == bits(numbers(dtype, 2, 3, 4))
 
     def test_importing_does_not_import_frameworks(self) -> None:
         script = "import sys, kvtc_stream.interop; print({'torch', 'cupy', 'jax'} & {*sys.modules})"

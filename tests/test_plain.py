@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import struct
 import zipfile
@@ -257,6 +258,7 @@ def tensor(**changes: Any) -> dict[str, Any]:
         ("safetensors", with_header({"k": tensor(shape=4)})),
         ("safetensors", with_header({"k": tensor(shape=[1 << 62, 1 << 62])})),
     ],
+    ids=itertools.count(),  # a zip file holds the time it was made
 )
 def test_damaged_files_are_format_errors(tmp_path: Path, format: str, content: bytes):
     path = tmp_path / f"x.{format}"
