@@ -8,14 +8,10 @@ from kvtc_stream.errors import BackendUnavailableError
 
 
 def require_cuda() -> None:
-    """Raise ``BackendUnavailableError`` that names what the CUDA backend lacks here."""
+    """Raise ``BackendUnavailableError`` that says what the CUDA backend lacks."""
     missing = [name for name in ("numba_cuda", "cupy") if find_spec(name) is None]
-    if missing:
-        raise BackendUnavailableError(
-            f"the CUDA backend needs {' and '.join(missing)}: pip install 'kvtc-stream[cuda]', "
-            f"or use backend='cpu'"
-        )
+    also = f", and {' and '.join(missing)} (needed then) cannot be found" if missing else ""
     raise BackendUnavailableError(
-        "this version of kvtc-stream has no CUDA kernels yet: use backend='cpu', which reads and "
-        "writes the same streams"
+        f"this version of kvtc-stream has no CUDA kernels yet{also}: use backend='cpu', which "
+        f"reads and writes the same streams"
     )
