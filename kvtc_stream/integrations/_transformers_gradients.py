@@ -1,0 +1,136 @@
+"""How much a model's output depends on its cache: what importance weights are made of.
+
+:func:`capture_gradients` samples the Fisher information: with labels drawn from the model's own
+distribution, the second moment of the gradients is the curvature of the Kullback-Leibler
+divergence between the outputs of the exact and of a changed cache (Martens, "New insights and
+perspectives on the natural gradient method", JMLR 21, 2020).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache
+
+from kvtc_stream.cpu.layout import Rotations, gather
+from kvtc_stream.errors import UnsupportedError
+from kvtc_stream.formats import Section
+from kvtc_stream.integrations._transformers_model import attention_layers, geometry_of, inference
+
+TokenIds: TypeAlias = "Sequence[int] | NDArray[np.integer[Any]] | Tensor"
+
+#: Tokens whose probabilities are in memory at once, in float32.
+_CHUNK = 128
+
+
+def capture_gradients(
+    model: PreTrainedModel, token_ids: TokenIds, *, seed: int
+) -> list[tuple[int, list[Tensor], list[Tensor], list[Tensor], list[Tensor]]]:
+    """Run a causal language model over one document, and its loss back into what it caches.
+
+    The loss is the sum over tokens of ``-log p(label | tokens so far)``, with a label for each
+    token drawn from the model's own distribution. Parameters get no gradients, and the model is
+    left as it was.
+
+    Parameters
+    ----------
+    model
+        With its head. Gradients are computed in its dtype; beside what its layers keep for them,
+        logits and their gradient, [tokens, vocabulary] each, are in memory.
+    token_ids
+        [tokens], from position 0.
+    seed
+        Of the labels; documents of one calibration should have different ones.
+
+    Returns
+    -------
+    list of (section, k, v, grad_k, grad_v)
+        ``section``, ``k`` and ``v`` as :func:`~kvtc_stream.integrations.transformers.capture`
+        gives them. ``grad_k`` and ``grad_v`` are per layer the gradients of the loss with respect
+        to K *before* RoPE and V: [1, kv_heads, tokens, head_dim], float32, on the CPU.
+
+    Raises
+    ------
+    UnsupportedError
+        The model has no head, or :func:`geometry_of` does not support it.
+    """
+    geometry = geometry_of(model)
+    if not model.can_generate():
+        raise UnsupportedError(
+            f"{type(model).__name__} has no language model head, which gradients start from: load "
+            f"the model with AutoModelForCausalLM"
+        )
+    # Without a configuration the cache keeps every token of sliding layers; masks still slide.
+    cache = DynamicCache()
+    with _differentiable(model):
+        ids = torch.as_tensor(token_ids, device=model.device)
+        logits = model(input_ids=ids[None], past_key_values=cache, use_cache=True).logits[0]
+        layers = attention_layers(cache, "the cache")
+        # What a layer's update returned, and attention used.
+        held = [x for layer in layers.values() for x in (layer.keys, layer.values)]
+        flat = torch.autograd.grad(logits, held, _loss_gradient(logits.detach(), seed))
+    gradients = dict(zip(layers, zip(flat[::2], flat[1::2], strict=True), strict=True))
+    captured = []
+    for i, section in enumerate(geometry.sections):
+        grad_k = _onto_unrotated(section, [gradients[n][0] for n in section.layers])
+        captured.append(
+            (
+                i,
+                [layers[n].keys.detach() for n in section.layers],
+                [layers[n].values.detach() for n in section.layers],
+                [torch.from_numpy(x[None]) for x in grad_k],
+                [gradients[n][1].float().cpu() for n in section.layers],
+            )
+        )
+    return captured
+
+
+@contextmanager
+def _differentiable(model: PreTrainedModel) -> Iterator[None]:
+    """With gradients of activations, from the embeddings on, and none of parameters."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    embeddings = model.get_input_embeddings()
+    hook = embeddings.register_forward_hook(lambda _module, _inputs, x: x.requires_grad_())
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        # Of inference, only the evaluation mode stays.
+        with inference(model), torch.inference_mode(False), torch.enable_grad():
+            yield
+    finally:
+        hook.remove()
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+def _loss_gradient(logits: Tensor, seed: int) -> Tensor:
+    """The loss' gradient with respect to ``logits`` [tokens, vocabulary]: softmax − one-hot."""
+    generator = torch.Generator(logits.device).manual_seed(seed)
+    gradient = torch.empty_like(logits)
+    for start in range(0, len(logits), _CHUNK):
+        p = logits[start : start + _CHUNK].float().softmax(dim=-1)
+        labels = p.multinomial(1, generator=generator)
+        gradient[start : start + _CHUNK] = p.scatter_add_(-1, labels, -torch.ones_like(p[:, :1]))
+    return gradient
+
+
+def _onto_unrotated(section: Section, x: Sequence[Tensor]) -> NDArray[np.float32]:
+    """Gradients with respect to K as cached, brought to K before RoPE.
+
+    ``x`` is [1, heads, tokens, k_dim] a layer, of any heads; the result [layers, heads, tokens,
+    k_dim]. A key is cached as ``R k``, so its gradient is multiplied by the transpose of ``R``:
+    the rotation by the negative angle, times (not divided by) the scale.
+    """
+    keys = torch.cat([layer.float().cpu() for layer in x]).numpy()
+    layers, heads, tokens, dim = keys.shape
+    rows = np.empty((tokens, layers * heads * dim), np.float32)
+    transposed = Rotations.of(section, -np.arange(tokens), inverse=False)
+    gather(np.ascontiguousarray(keys), np.arange(layers), transposed, rows)
+    return rows.reshape(tokens, layers, heads, dim).transpose(1, 2, 0, 3)

@@ -1,0 +1,251 @@
+"""Gradients with respect to what a model caches, on tiny models with random weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from test_transformers import MODELS, SIZES, VOCABULARY, WINDOW, drawn_ids, llama  # noqa: E402
+from transformers.cache_utils import DynamicCache  # noqa: E402
+
+import kvtc_stream as kvtc  # noqa: E402
+from kvtc_stream.cpu.layout import Rotations, gather  # noqa: E402
+from kvtc_stream.integrations._transformers_gradients import (  # noqa: E402
+    _loss_gradient,
+    capture_gradients,
+)
+from kvtc_stream.integrations.transformers import capture, geometry_of  # noqa: E402
+
+TOKENS = 3 * WINDOW
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Threads only cost time on models this small."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def made(make: Callable[[], Any]) -> Any:
+    """A model in float64 whose attention is far from uniform and whose norms are not 1."""
+    torch.manual_seed(7)
+    model = make().eval().double()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.add_(0.3 * torch.rand_like(parameter))
+            else:
+                parameter.mul_(5)
+    return model
+
+
+def gpt_neox() -> Any:
+    config = transformers.GPTNeoXConfig(
+        **SIZES, rope_parameters={"rope_type": "default", "partial_rotary_factor": 0.25}
+    )
+    return transformers.GPTNeoXForCausalLM(config)
+
+
+def gpt2() -> Any:
+    config = transformers.GPT2Config(
+        n_embd=16,
+        n_layer=2,
+        n_head=2,
+        n_positions=100,
+        vocab_size=VOCABULARY,
+        bos_token_id=1,
+        eos_token_id=1,
+    )
+    return transformers.GPT2LMHeadModel(config)
+
+
+def drawn_labels(model: Any, ids: np.ndarray[Any, Any], seed: int) -> Any:
+    with torch.no_grad():
+        logits = model(input_ids=torch.from_numpy(ids)[None]).logits[0]
+    return _loss_gradient(logits, seed).argmin(dim=-1)  # the only negative one of a token
+
+
+def loss(
+    model: Any, ids: np.ndarray[Any, Any], labels: Any, cache: DynamicCache | None = None
+) -> Any:
+    logits = model(input_ids=torch.from_numpy(ids)[None], past_key_values=cache).logits[0]
+    return torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", MODELS)
+def test_gradients_are_those_of_the_models_own_keys_and_values(name: str, attention: str) -> None:
+    model = made(MODELS[name])
+    model.set_attn_implementation(attention)
+    ids = drawn_ids(TOKENS)
+    captured = capture_gradients(model, ids, seed=3)
+
+    # Autograd through the model's own RoPE, to what enters it, and to the values.
+    before: dict[tuple[str, int], Any] = {}
+
+    def keep(kind: str, layer: int) -> Callable[..., None]:
+        def hook(_module: Any, _inputs: Any, output: Any) -> None:
+            output.retain_grad()
+            before[kind, layer] = output
+
+        return hook
+
+    labels = drawn_labels(model, ids, seed=3)
+    with ExitStack() as hooks:
+        for i, layer in enumerate(model.model.layers):
+            attention_module = layer.self_attn
+            keys = getattr(attention_module, "k_norm", attention_module.k_proj)
+            hooks.enter_context(keys.register_forward_hook(keep("k", i)))
+            hooks.enter_context(attention_module.v_proj.register_forward_hook(keep("v", i)))
+        loss(model, ids, labels).backward()
+
+    sections = geometry_of(model).sections
+    assert [entry[0] for entry in captured] == list(range(len(sections)))
+    for section, (_, _, _, grad_k, grad_v) in zip(sections, captured, strict=True):
+        for i, layer in enumerate(section.layers):
+            for kind, ours in (("k", grad_k[i]), ("v", grad_v[i])):
+                assert ours.dtype == torch.float32
+                # v_proj gives [1, tokens, heads * dim], a norm per head before or after transposing
+                expected = before[kind, layer].grad[0]
+                if expected.shape[0] != TOKENS:
+                    expected = expected.transpose(0, 1)
+                expected = expected.reshape(TOKENS, section.kv_heads, -1).transpose(0, 1)
+                scale = float(expected.abs().max())
+                assert scale > 1e-3
+                torch.testing.assert_close(ours[0].double(), expected, rtol=0, atol=1e-5 * scale)
+
+
+class Changed(DynamicCache):
+    """Adds to what a layer caches."""
+
+    def __init__(self, layer: int, delta_k: Any, delta_v: Any) -> None:
+        super().__init__()
+        self.changes = {layer: (delta_k, delta_v)}
+
+    def update(self, k: Any, v: Any, layer: int, *args: Any, **kwargs: Any) -> Any:
+        delta_k, delta_v = self.changes.get(layer, (0, 0))
+        return super().update(k + delta_k, v + delta_v, layer, *args, **kwargs)
+
+
+@pytest.mark.parametrize("make", [llama, MODELS["yarn"], MODELS["gemma3"], gpt_neox, gpt2])
+def test_gradients_predict_what_a_changed_cache_does_to_the_loss(make: Callable[[], Any]) -> None:
+    model = made(make)
+    ids = drawn_ids(TOKENS)
+    rng = np.random.default_rng(1)
+    labels = drawn_labels(model, ids, seed=5)
+    geometry = geometry_of(model)
+    for index, _, _, grad_k, grad_v in capture_gradients(model, ids, seed=5):
+        section = geometry.sections[index]
+        x = rng.standard_normal(section.k_shape(TOKENS)).astype(np.float32)
+        rows = np.empty((TOKENS, section.k_width), np.float32)
+        put_on = Rotations.of(section, np.arange(TOKENS), inverse=False)
+        gather(x, np.arange(len(x)), put_on, rows)
+        rotated = rows.reshape(TOKENS, *x.shape[:2], -1).transpose(1, 2, 0, 3)
+        y = rng.standard_normal(section.v_shape(TOKENS)).astype(np.float32)
+        for i, layer in enumerate(section.layers):
+            for kind, gradient, change in (("k", grad_k, x), ("v", grad_v, y)):
+                direction = torch.from_numpy(
+                    np.ascontiguousarray((rotated if kind == "k" else y)[i])
+                )
+                with torch.no_grad():
+                    losses = []
+                    for step in (1e-3, -1e-3):
+                        delta = step * direction.double()
+                        cache = Changed(layer, *((delta, 0) if kind == "k" else (0, delta)))
+                        losses.append(float(loss(model, ids, labels, cache)))
+                slope = (losses[0] - losses[1]) / 2e-3
+                expected = float((gradient[i][0] * torch.from_numpy(change[i])).sum())
+                typical = float(gradient[i].norm())  # of a random direction's slope
+                # Norms compute in float32, even in a float64 model.
+                assert slope == pytest.approx(expected, abs=5e-3 * typical)
+
+
+def test_cache_is_that_of_the_same_run() -> None:
+    model = made(MODELS["gemma3"])
+    ids = drawn_ids(TOKENS)
+    for (i, k, v), (j, *ours, _, _) in zip(
+        capture(model, ids), capture_gradients(model, ids, seed=0), strict=True
+    ):
+        assert i == j
+        for mine, theirs in zip(ours, (k, v), strict=True):
+            assert not any(x.requires_grad for x in mine)
+            torch.testing.assert_close(mine, theirs)
+
+
+def test_labels_follow_the_models_distribution() -> None:
+    torch.manual_seed(0)
+    one = 2 * torch.randn(12)
+    tokens = 20_000
+    p = one.softmax(0)
+    residual = _loss_gradient(one.expand(tokens, -1), 11) - p
+    labels = residual.argmin(dim=-1)
+    assert torch.equal(-residual.round(), torch.nn.functional.one_hot(labels, 12).float())
+    counts = torch.bincount(labels, minlength=12)
+    assert float(((counts - tokens * p) ** 2 / (tokens * p)).sum()) < 32  # χ² of 11, p < 0.001
+    assert torch.equal(residual, _loss_gradient(one.expand(tokens, -1), 11) - p)
+    assert not torch.equal(residual, _loss_gradient(one.expand(tokens, -1), 12) - p)
+
+
+@pytest.mark.parametrize("surrounding", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_same_seed_same_gradients_whatever_surrounds(surrounding: Callable[[], Any]) -> None:
+    model = made(llama)
+    ids = drawn_ids(9)
+    expected = capture_gradients(model, ids, seed=1)
+    with surrounding():
+        found = capture_gradients(model, ids.tolist(), seed=1)
+    assert torch.equal(found[0][3][0], expected[0][3][0])
+    assert not torch.equal(capture_gradients(model, ids, seed=2)[0][3][0], expected[0][3][0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_gradients_in_the_models_dtype(dtype: Any) -> None:
+    model = made(llama)
+    ids = drawn_ids(40)
+    exact = capture_gradients(model, ids, seed=1)
+    rounded = capture_gradients(model.to(dtype), ids, seed=1)
+    for mine, theirs in zip(rounded[0][3] + rounded[0][4], exact[0][3] + exact[0][4], strict=True):
+        assert mine.dtype == torch.float32
+        # Rounded logits may draw another label.
+        assert float((mine - theirs).norm() / theirs.norm()) < (0.5 if dtype.itemsize < 4 else 1e-3)
+
+
+def state(model: Any) -> Any:
+    return (
+        [part.training for part in model.modules()],
+        [parameter.requires_grad for parameter in model.parameters()],
+        [parameter.grad for parameter in model.parameters()],
+        [len(part._forward_hooks) for part in model.modules()],
+    )
+
+
+def test_model_is_left_as_it_was() -> None:
+    model = made(llama).train()
+    model.model.layers[1].eval()
+    model.model.norm.weight.requires_grad_(False)
+    before = state(model)
+    capture_gradients(model, drawn_ids(9), seed=0)
+    assert state(model) == before
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("in the head")
+
+    with (
+        model.lm_head.register_forward_hook(fail),
+        pytest.raises(RuntimeError, match="in the head"),
+    ):
+        capture_gradients(model, drawn_ids(9), seed=0)
+    assert state(model) == before
+
+
+def test_a_model_without_a_head() -> None:
+    with pytest.raises(kvtc.UnsupportedError, match="LlamaModel has no language model head"):
+        capture_gradients(made(llama).model, drawn_ids(9), seed=0)
