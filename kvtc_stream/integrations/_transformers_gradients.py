@@ -112,12 +112,18 @@ def _differentiable(model: PreTrainedModel) -> Iterator[None]:
 
 def _loss_gradient(logits: Tensor, seed: int) -> Tensor:
     """The loss' gradient with respect to ``logits`` [tokens, vocabulary]: softmax − one-hot."""
-    generator = torch.Generator(logits.device).manual_seed(seed)
+    tokens, vocabulary = logits.shape
+    # Numbers of the CPU's generator make labels the same on every device, but for rounding.
+    uniform = torch.rand(tokens, 1, generator=torch.Generator().manual_seed(seed)).to(logits.device)
     gradient = torch.empty_like(logits)
-    for start in range(0, len(logits), _CHUNK):
-        p = logits[start : start + _CHUNK].float().softmax(dim=-1)
-        labels = p.multinomial(1, generator=generator)
-        gradient[start : start + _CHUNK] = p.scatter_add_(-1, labels, -torch.ones_like(p[:, :1]))
+    for start in range(0, tokens, _CHUNK):
+        chunk = slice(start, start + _CHUNK)
+        p = logits[chunk].float().softmax(dim=-1)
+        # By the inverse distribution function: torch.multinomial draws a number per entry.
+        below = p.cumsum(dim=-1)
+        labels = torch.searchsorted(below, uniform[chunk] * below[:, -1:], right=True)
+        labels.clamp_(max=vocabulary - 1)  # where logits are NaN
+        gradient[chunk] = p.scatter_add_(-1, labels, -torch.ones_like(labels, dtype=p.dtype))
     return gradient
 
 
