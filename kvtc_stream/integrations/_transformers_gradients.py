@@ -22,7 +22,12 @@ from transformers.cache_utils import DynamicCache
 from kvtc_stream.cpu.layout import Rotations, gather
 from kvtc_stream.errors import UnsupportedError
 from kvtc_stream.formats import Section
-from kvtc_stream.integrations._transformers_model import attention_layers, geometry_of, inference
+from kvtc_stream.integrations._transformers_model import (
+    attention_layers,
+    decoder_of,
+    geometry_of,
+    inference,
+)
 
 TokenIds: TypeAlias = "Sequence[int] | NDArray[np.integer[Any]] | Tensor"
 
@@ -31,21 +36,28 @@ _CHUNK = 128
 
 
 def capture_gradients(
-    model: PreTrainedModel, token_ids: TokenIds, *, seed: int
+    model: PreTrainedModel, token_ids: TokenIds, *, after: int | None = None, seed: int
 ) -> list[tuple[int, list[Tensor], list[Tensor], list[Tensor], list[Tensor]]]:
-    """Run a causal language model over one document, and its loss back into what it caches.
+    """Run a causal language model over one document, and its loss back into a part of its cache.
 
-    The loss is the sum over tokens of ``-log p(label | tokens so far)``, with a label for each
-    token drawn from the model's own distribution. Parameters get no gradients, and the model is
-    left as it was.
+    The cache is of the tokens before ``after``, and the loss the sum over the others of
+    ``-log p(label | tokens so far)``, with a label for each token drawn from the model's own
+    distribution. This is how a restored cache is used: later tokens attend to it, its own tokens
+    are not computed again. Hence a change of one layer's keys changes no other layer's, and
+    outputs at the cache's own tokens do not count: a weight made of them would spend bits on what
+    nobody reads.
+
+    Parameters get no gradients, and the model is left as it was.
 
     Parameters
     ----------
     model
         With its head. Gradients are computed in its dtype; beside what its layers keep for them,
-        logits and their gradient, [tokens, vocabulary] each, are in memory.
+        logits and their gradient, [tokens - after, vocabulary] each, are in memory.
     token_ids
         [tokens], from position 0.
+    after
+        From 1 to ``tokens - 1``; half of the document's tokens by default.
     seed
         Of the labels; documents of one calibration should have different ones.
 
@@ -53,11 +65,14 @@ def capture_gradients(
     -------
     list of (section, k, v, grad_k, grad_v)
         ``section``, ``k`` and ``v`` as :func:`~kvtc_stream.integrations.transformers.capture`
-        gives them. ``grad_k`` and ``grad_v`` are per layer the gradients of the loss with respect
-        to K *before* RoPE and V: [1, kv_heads, tokens, head_dim], float32, on the CPU.
+        gives them, but of the tokens before ``after`` only. ``grad_k`` and ``grad_v`` are per
+        layer the gradients of the loss with respect to K *before* RoPE and V: [1, kv_heads,
+        after, head_dim], float32, on the CPU.
 
     Raises
     ------
+    ValueError
+        No token is before ``after``, or none from there on.
     UnsupportedError
         The model has no head, or :func:`geometry_of` does not support it.
     """
@@ -67,15 +82,24 @@ def capture_gradients(
             f"{type(model).__name__} has no language model head, which gradients start from: load "
             f"the model with AutoModelForCausalLM"
         )
+    ids = torch.as_tensor(token_ids, device=model.device)
+    if after is None:
+        after = len(ids) // 2
+    if not 1 <= after < len(ids):
+        raise ValueError(
+            f"after must be from 1 to tokens - 1, found {after} of {len(ids)} tokens: gradients "
+            f"are of tokens before it, the loss is of those from it on"
+        )
     # Without a configuration the cache keeps every token of sliding layers; masks still slide.
     cache = DynamicCache()
-    with _differentiable(model):
-        ids = torch.as_tensor(token_ids, device=model.device)
-        logits = model(input_ids=ids[None], past_key_values=cache, use_cache=True).logits[0]
+    with _frozen(model):
+        with torch.no_grad():
+            decoder_of(model)(input_ids=ids[None, :after], past_key_values=cache, use_cache=True)
         layers = attention_layers(cache, "the cache")
-        # What a layer's update returned, and attention used.
-        held = [x for layer in layers.values() for x in (layer.keys, layer.values)]
-        flat = torch.autograd.grad(logits, held, _loss_gradient(logits.detach(), seed))
+        cached = {n: (layer.keys, layer.values) for n, layer in layers.items()}
+        leaves = [x.requires_grad_() for pair in cached.values() for x in pair]
+        logits = model(input_ids=ids[None, after:], past_key_values=cache, use_cache=True).logits[0]
+        flat = torch.autograd.grad(logits, leaves, _loss_gradient(logits.detach(), seed))
     gradients = dict(zip(layers, zip(flat[::2], flat[1::2], strict=True), strict=True))
     captured = []
     for i, section in enumerate(geometry.sections):
@@ -83,8 +107,8 @@ def capture_gradients(
         captured.append(
             (
                 i,
-                [layers[n].keys.detach() for n in section.layers],
-                [layers[n].values.detach() for n in section.layers],
+                [cached[n][0].detach() for n in section.layers],
+                [cached[n][1].detach() for n in section.layers],
                 [torch.from_numpy(x[None]) for x in grad_k],
                 [gradients[n][1].float().cpu() for n in section.layers],
             )
@@ -93,11 +117,9 @@ def capture_gradients(
 
 
 @contextmanager
-def _differentiable(model: PreTrainedModel) -> Iterator[None]:
-    """With gradients of activations, from the embeddings on, and none of parameters."""
+def _frozen(model: PreTrainedModel) -> Iterator[None]:
+    """In evaluation mode, with gradients of activations and none of parameters."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    embeddings = model.get_input_embeddings()
-    hook = embeddings.register_forward_hook(lambda _module, _inputs, x: x.requires_grad_())
     try:
         for parameter in trained:
             parameter.requires_grad_(False)
@@ -105,7 +127,6 @@ def _differentiable(model: PreTrainedModel) -> Iterator[None]:
         with inference(model), torch.inference_mode(False), torch.enable_grad():
             yield
     finally:
-        hook.remove()
         for parameter in trained:
             parameter.requires_grad_(True)
 
