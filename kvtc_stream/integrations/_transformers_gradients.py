@@ -103,7 +103,7 @@ def capture_gradients(
     gradients = dict(zip(layers, zip(flat[::2], flat[1::2], strict=True), strict=True))
     captured = []
     for i, section in enumerate(geometry.sections):
-        grad_k = _onto_unrotated(section, [gradients[n][0] for n in section.layers])
+        grad_k = onto_unrotated(section, [gradients[n][0] for n in section.layers])
         captured.append(
             (
                 i,
@@ -148,7 +148,7 @@ def _loss_gradient(logits: Tensor, seed: int) -> Tensor:
     return gradient
 
 
-def _onto_unrotated(section: Section, x: Sequence[Tensor]) -> NDArray[np.float32]:
+def onto_unrotated(section: Section, x: Sequence[Tensor]) -> NDArray[np.float32]:
     """Gradients with respect to K as cached, brought to K before RoPE.
 
     ``x`` is [1, heads, tokens, k_dim] a layer, of any heads; the result [layers, heads, tokens,
