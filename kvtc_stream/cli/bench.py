@@ -1,0 +1,398 @@
+"""``kvtc bench``."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+from argparse import Namespace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from statistics import fmean, harmonic_mean
+from typing import TYPE_CHECKING, Any
+
+from rich.progress import Progress
+from rich.table import Table
+
+import kvtc_stream as kvtc
+from kvtc_stream import quality
+from kvtc_stream.cli import terminal
+from kvtc_stream.cli.arguments import UsageError
+from kvtc_stream.integrations.loading import load_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+#: Shares of a text, where it both calibrates and is judged.
+CALIBRATED_UNTIL, JUDGED_FROM = 0.7, 0.8
+#: What other presets are compared with, unless another one is named first.
+_BASELINE = "paper"
+_TOKENS = 160_000
+_PACKAGES = ("kvtc-stream", "numpy", "numba", "torch", "transformers")
+
+
+def run(args: Namespace) -> int:
+    """Measure; see ``kvtc bench quality --help``."""
+    presets = _check(args)
+    with terminal.progress() as bars:
+        result = _measure(args, presets, bars)
+    if args.output:
+        text = json.dumps(result, indent=2, allow_nan=False) + "\n"
+        Path(args.output).write_text(text, encoding="utf-8")
+    if args.plot:
+        draw(result, args.plot)
+    if args.json:
+        terminal.print_json(result)
+    else:
+        terminal.show(_tables(result))
+    return 0
+
+
+def _check(args: Namespace) -> list[str]:
+    """What would only fail late; returns the presets."""
+    if not (args.text or args.judge_text):
+        raise UsageError("give --text FILE...: what shall the model read?")
+    if not (args.text or args.calibration):
+        raise UsageError("--judge-text needs --text to calibrate on, or --calibration")
+    if args.calibration and (args.tokens is not None or (args.text and args.judge_text)):
+        raise UsageError("--calibration is made already: leave out --tokens, and the texts for it")
+    presets = args.presets or sorted(kvtc.PRESETS, key=lambda name: name != _BASELINE)
+    if unknown := [name for name in presets if name not in kvtc.PRESETS]:
+        raise UsageError(f"--presets must be among {', '.join(kvtc.PRESETS)}, found {unknown[0]}")
+    if not all(ratio > 0 for ratio in args.ratios):
+        raise UsageError("--ratios must be positive")
+    for name in ("following", "tokens"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise UsageError(f"--{name} must be at least 1, found {getattr(args, name)}")
+    if args.context < (least := kvtc.Codec.sinks + args.window + kvtc.Codec.block_tokens):
+        raise UsageError(
+            f"--context must be at least {least}, sinks, window and a block, found {args.context}"
+        )
+    for path in (args.output, args.plot, args.save_calibration):
+        if path and not Path(path).parent.is_dir():
+            raise FileNotFoundError(f"no directory {Path(path).parent} for {path}")
+    if args.plot:
+        importlib.import_module("matplotlib")
+    return presets
+
+
+# Texts.
+
+
+def _texts(args: Namespace) -> tuple[list[str], dict[str, str]]:
+    """Texts to calibrate on, and texts to judge by name."""
+    learnt, judged = _read(args.text), _read(args.judge_text)
+    if known := [path for path, text in judged.items() if text in learnt.values()]:
+        raise UsageError(
+            f"{known[0]} is among the texts to calibrate on: judge on a text that is not, or leave "
+            f"out --judge-text to judge on the last part of each"
+        )
+    if not judged:
+        judged = {path: text[int(len(text) * JUDGED_FROM) :] for path, text in learnt.items()}
+        learnt = {path: text[: int(len(text) * CALIBRATED_UNTIL)] for path, text in learnt.items()}
+    names = [path.name for path in judged]
+    if len(set(names)) < len(names):
+        root = os.path.commonpath([path.parent for path in judged])
+        names = [path.relative_to(root).as_posix() for path in judged]
+    return list(learnt.values()), dict(zip(names, judged.values(), strict=True))
+
+
+def _read(names: Iterable[str]) -> dict[Path, str]:
+    """Texts by path; those in a folder, at any depth, but for what is hidden."""
+    texts = {}
+    for path in map(Path, names):
+        files = [path]
+        if path.is_dir():
+            inside = sorted(file.relative_to(path) for file in path.rglob("*") if file.is_file())
+            files = [path / x for x in inside if not any(p.startswith(".") for p in x.parts)]
+            if not files:
+                raise ValueError(f"{path} is a folder without files")
+        for file in files:
+            try:
+                texts[file.resolve()] = file.read_text(encoding="utf-8")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{file} is no UTF-8 text: {error}") from error
+    return texts
+
+
+# Measuring.
+
+
+def _measure(args: Namespace, presets: Sequence[str], bars: Progress) -> dict[str, Any]:
+    to_learn, to_judge = _texts(args)
+    model, tokenizer, name = _load(args, bars)
+    prompts, needed = {}, args.context + args.following + 1
+    for number, (title, text) in enumerate(to_judge.items()):
+        ids = quality.token_ids(tokenizer, text)
+        if len(ids) < needed:
+            raise ValueError(
+                f"{title} has {len(ids)} tokens to judge on, expected {needed}: give a longer one, "
+                f"or ask for a shorter --context"
+            )
+        planted = None
+        if args.retrieval:
+            planted = quality.plant_facts(tokenizer, ids[: args.context], seed=[args.seed, number])
+        prompts[title] = (ids[:needed], planted)
+    calibration = _calibration(args, model, tokenizer, to_learn, name, bars)
+    codecs = [
+        kvtc.Codec(
+            calibration,
+            preset,
+            ratio=ratio,
+            window=args.window,
+            progress=terminal.bar(bars, f"Planning {preset} for {ratio:g}×"),
+        )
+        for preset in presets
+        for ratio in args.ratios
+    ]
+    points: list[dict[str, Any]] = [
+        {"preset": codec.preset, "target_ratio": codec.ratio, "texts": []} for codec in codecs
+    ]
+    texts = []
+    task = bars.add_task("Judging", total=len(prompts) * len(codecs))
+    for title, (ids, planted) in prompts.items():
+        exact: dict[str, Any] = {"text": title}
+        answers = None
+        if planted:
+            answers = quality.measure_retrieval(model, *planted, codecs)
+            exact |= _retrieval(next(answers))
+        for point, measured in zip(
+            points, quality.measure(model, ids, codecs, context=args.context), strict=True
+        ):
+            row = {"text": title, **_row(measured)}
+            exact["loss"] = row.pop("loss")
+            if answers:
+                row |= _retrieval(next(answers))
+            point["texts"].append(row)
+            bars.advance(task)
+        texts.append(exact)
+    for point in points:
+        point["mean"] = _mean(point["texts"])
+    return {
+        "command": _command(args),
+        "device": _device(model),
+        "versions": {"python": platform.python_version()}
+        | {package: importlib.metadata.version(package) for package in _PACKAGES},
+        "model": {"name": name, "dtype": args.dtype},
+        "calibration": {"tokens": calibration.tokens, "digest": calibration.digest.hex()},
+        "judged": {
+            "context": args.context,
+            "following": args.following,
+            "sinks": codecs[0].sinks,
+            "window": args.window,
+            "cache_dtype": "bfloat16",
+            "texts": texts,
+            "mean": _mean(texts),
+        },
+        "points": points,
+        "at_equal_kl": [row for of in ("coded_ratio", "ratio") for row in at_equal_kl(points, of)],
+    }
+
+
+def _load(args: Namespace, bars: Progress) -> tuple[PreTrainedModel, Any, str]:
+    source = args.model
+    if source is None:
+        from kvtc_stream.demo import bundled_model
+
+        source = bundled_model()
+    task = bars.add_task("Loading the model", total=None)
+    model, tokenizer = load_model(source, dtype=args.dtype)
+    import torch
+
+    if torch.cuda.is_available():
+        model = model.to("cuda")  # type: ignore[arg-type]
+    bars.remove_task(task)
+    path = Path(source)
+    name = path.stem if path.suffix == ".gguf" else path.name if path.is_dir() else str(source)
+    return model, tokenizer, name
+
+
+def _calibration(
+    args: Namespace,
+    model: PreTrainedModel,
+    tokenizer: Any,
+    texts: Sequence[str],
+    name: str,
+    bars: Progress,
+) -> kvtc.Calibration:
+    if args.calibration:
+        return kvtc.Calibration.load(args.calibration)
+    from kvtc_stream.integrations.transformers import calibrate
+
+    documents = quality.calibration_documents(tokenizer, texts, args.tokens or _TOKENS)
+    made = calibrate(
+        model,
+        documents,
+        tokenizer=tokenizer,
+        tokens=max(sum(map(len, documents)), 1),
+        progress=terminal.bar(bars, "Calibrating"),
+        name=name,
+    )
+    if args.save_calibration:
+        made.save(args.save_calibration)
+    return made
+
+
+def _row(measured: quality.Measurement) -> dict[str, Any]:
+    s, judgement = measured.statistics, measured.judgement
+    return {
+        "cache_bytes": s.cache_bytes,
+        "stream_bytes": s.stream_bytes,
+        "ratio": s.ratio,
+        "coded_ratio": s.coded_ratio,
+        "k_error": s.k_error_mean,
+        "v_error": s.v_error_mean,
+        "k_centred": measured.k_centred,
+        "v_centred": measured.v_centred,
+        **asdict(judgement),
+        "loss_rise": judgement.loss_rise,
+    }
+
+
+def _retrieval(found: quality.Retrieval) -> dict[str, float]:
+    return {"facts_found": found.found, "fact_log_probability": found.log_probability}
+
+
+def _mean(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Over texts. They are equally long: the harmonic mean of ratios is that of summed bytes."""
+    means: dict[str, Callable[[list[float]], float]] = {
+        "ratio": harmonic_mean,
+        "coded_ratio": harmonic_mean,
+        "kl_worst": max,
+    }
+    return {
+        name: means.get(name, fmean)([row[name] for row in rows])
+        for name in rows[0]
+        if name != "text"
+    }
+
+
+def at_equal_kl(points: Sequence[dict[str, Any]], of: str) -> list[dict[str, Any]]:
+    """Ratios, ``of`` a kind, that other presets reach at the mean KL of the first one's points."""
+    baseline = points[0]["preset"]
+    rows = []
+    for preset in dict.fromkeys(p["preset"] for p in points if p["preset"] != baseline):
+        curve = [
+            (p["mean"][of], p["mean"]["kl_divergence"]) for p in points if p["preset"] == preset
+        ]
+        for mean in (p["mean"] for p in points if p["preset"] == baseline):
+            found = quality.ratio_at_kl(curve, mean["kl_divergence"])
+            rows.append(
+                {
+                    "preset": preset,
+                    "of": of,
+                    "kl_divergence": mean["kl_divergence"],
+                    "baseline_ratio": mean[of],
+                    "ratio": found,
+                    "gain": None if isinstance(found, str) else found / mean[of],
+                }
+            )
+    return rows
+
+
+def _command(args: Namespace) -> str:
+    """As it was given; files by name, wherever they are."""
+    words = [
+        Path(word).name if os.path.exists(word) or os.path.isabs(word) else word
+        for word in args.words
+    ]
+    return shlex.join(["kvtc", *words])
+
+
+def _device(model: PreTrainedModel) -> str:
+    if model.device.type == "cuda":
+        import torch
+
+        return torch.cuda.get_device_name(model.device)
+    return f"CPU, {platform.machine()}"
+
+
+# Results.
+
+
+def _tables(result: dict[str, Any]) -> Iterable[Table]:
+    judged, points = result["judged"], result["points"]
+    exact, retrieval = judged["mean"], "facts_found" in judged["mean"]
+    yield terminal.facts(
+        [
+            (
+                "model",
+                f"{result['model']['name']} in {result['model']['dtype']}, calibrated on "
+                f"{result['calibration']['tokens']:,} tokens",
+            ),
+            (
+                "judged on",
+                f"{', '.join(text['text'] for text in judged['texts'])}: {judged['context']:,} "
+                f"tokens of context, {judged['sinks']} sinks and a window of {judged['window']} "
+                f"kept; the next {judged['following']} tokens predicted",
+            ),
+        ]
+    )
+    heads = ["preset", "target", "coded", "stream", "KL", "worst", "loss", "same top"]
+    heads += ["K error", "V error", "K centred", "V centred"]
+    heads += ["found", "log p"] * retrieval
+    rows = [["exact cache", *[""] * 5, f"{exact['loss']:.4f}", *[""] * 5]]
+    rows += [
+        [
+            point["preset"],
+            f"{point['target_ratio']:g}",
+            *(f"{mean[name]:.2f}×" for name in ("coded_ratio", "ratio")),
+            f"{mean['kl_divergence']:.5f}",
+            f"{mean['kl_worst']:.3f}",
+            f"{mean['loss_rise']:+.4f}",
+            f"{mean['same_top_token']:.1%}",
+            *(f"{mean[f'{kind}_{name}']:.4f}" for name in ("error", "centred") for kind in "kv"),
+        ]
+        for point, mean in ((point, point["mean"]) for point in points)
+    ]
+    if retrieval:
+        for row, mean in zip(rows, [exact, *(point["mean"] for point in points)], strict=True):
+            row += [f"{mean['facts_found']:.0%}", f"{mean['fact_log_probability']:.2f}"]
+    yield terminal.table("Means over texts; nats", heads, rows)
+    if result["at_equal_kl"]:
+        yield terminal.table(
+            f"Ratio at the KL divergence of {points[0]['preset']}",
+            ["preset", "ratio of", "KL", points[0]["preset"], "ratio", "gain"],
+            [
+                [
+                    row["preset"],
+                    "coded tokens" if row["of"] == "coded_ratio" else "stream",
+                    f"{row['kl_divergence']:.5f}",
+                    f"{row['baseline_ratio']:.2f}×",
+                    *(
+                        [row["ratio"], ""]
+                        if row["gain"] is None
+                        else [f"{row['ratio']:.2f}×", f"{row['gain'] - 1:+.1%}"]
+                    ),
+                ]
+                for row in result["at_equal_kl"]
+            ],
+        )
+
+
+def draw(result: dict[str, Any], path: str) -> None:
+    """Plot KL divergence over ratio, a colour per preset."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(7, 4.4), layout="constrained")
+    for i, preset in enumerate(dict.fromkeys(point["preset"] for point in result["points"])):
+        means = [point["mean"] for point in result["points"] if point["preset"] == preset]
+        for of, style, what in (("coded_ratio", "o-", "coded tokens"), ("ratio", "o:", "stream")):
+            line = sorted((mean[of], mean["kl_divergence"]) for mean in means)
+            axis.loglog(*zip(*line, strict=True), style, color=f"C{i}", label=f"{preset}, {what}")
+    axis.set(
+        title=f"{result['model']['name']}, {result['judged']['context']:,} tokens of context",
+        xlabel="ratio to bfloat16, every byte counted",
+        ylabel="KL divergence of the next token, nats",
+    )
+    axis.grid(alpha=0.3)
+    axis.legend(frameon=False)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
