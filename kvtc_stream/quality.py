@@ -384,14 +384,14 @@ class Retrieval:
 
     Attributes
     ----------
-    found
+    facts_found
         Share of facts whose answer is, token by token, what the model thinks likeliest.
-    log_probability
+    fact_log_probability
         Of the right answer, all its tokens together: mean over facts, nats.
     """
 
-    found: float
-    log_probability: float
+    facts_found: float
+    fact_log_probability: float
 
 
 def retrieve(model: PreTrainedModel, cache: DynamicCache, facts: Sequence[Fact]) -> Retrieval:
@@ -444,6 +444,7 @@ def ratio_at_kl(
         return "below range"
     for (r0, k0), (r1, k1) in pairwise([*curve[:1], *curve]):
         if min(k0, k1) <= kl <= max(k0, k1):
-            share = np.log(kl / k0) / np.log(k1 / k0) if k0 != k1 else 0.0
+            rise = np.log(k1) - np.log(k0)
+            share = (np.log(kl) - np.log(k0)) / rise if rise else 0.0
             return float(r0 * (r1 / r0) ** share)
     return "above range"

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
-pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")
 
 from tiny_model import save_tiny_model  # noqa: E402
 from transformers.cache_utils import DynamicCache  # noqa: E402
@@ -165,7 +165,7 @@ def test_an_exact_copy_diverges_by_nothing(
     loaded: tuple[Any, Any], learnt: kvtc.Calibration
 ) -> None:
     # A bound that no coded token meets: all of them travel verbatim.
-    codec = kvtc.Codec(learnt, ratio=8, max_error=0, block_tokens=16, window=100)
+    codec = kvtc.Codec(learnt, "paper", ratio=8, max_error=0, block_tokens=16, window=100)
     model, ids = loaded[0], ids_of(loaded)[:200]
     cache = quality.prefill(model, ids[:150], torch.bfloat16)
 
@@ -186,7 +186,9 @@ def test_measurement_counts_every_byte_and_measures_coded_tokens(
     loaded: tuple[Any, Any], learnt: kvtc.Calibration
 ) -> None:
     model, ids = loaded[0], ids_of(loaded)[: CONTEXT + 41]
-    codecs = [kvtc.Codec(learnt, ratio=ratio, window=32, block_tokens=64) for ratio in (4, 16)]
+    codecs = [
+        kvtc.Codec(learnt, "paper", ratio=ratio, window=32, block_tokens=64) for ratio in (4, 16)
+    ]
 
     fine, coarse = quality.measure(model, ids, codecs, context=CONTEXT)
 
@@ -201,10 +203,37 @@ def test_measurement_counts_every_byte_and_measures_coded_tokens(
     assert fine.judgement.loss == coarse.judgement.loss
 
 
+def test_sliding_layers_are_measured_by_what_they_hold() -> None:
+    config = transformers.Gemma3TextConfig(
+        vocab_size=256,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        layer_types=["sliding_attention", "full_attention"],
+        sliding_window=100,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        initializer_range=0.3,
+    )
+    torch.manual_seed(0)
+    model, ids = transformers.Gemma3ForCausalLM(config).eval(), np.frombuffer(TEXT.encode(), "u1")
+    learnt = calibrate(model, [ids[5000:7000].astype(np.int64)])
+    codecs = [kvtc.Codec(learnt, "paper", ratio=r, window=0, block_tokens=64) for r in (3, 6)]
+
+    fine, coarse = quality.measure(model, ids[:241].astype(np.int64), codecs, context=200)
+
+    # Layers with K and V of 2 heads of 8 channels in bfloat16; the next token sees 99 before it.
+    assert fine.statistics.cache_bytes == (99 + 200) * 2 * 2 * 8 * 2
+    assert 0 < fine.k_centred < coarse.k_centred < 1
+    assert 0 < fine.v_centred < coarse.v_centred < 1
+    assert fine.judgement.kl_divergence > 0
+
+
 def test_errors_are_centred_before_rope(loaded: tuple[Any, Any], learnt: kvtc.Calibration) -> None:
     model, ids = loaded[0], ids_of(loaded)[:196]
     cache = quality.prefill(model, ids, torch.bfloat16)
-    codec = kvtc.Codec(learnt, ratio=8, window=0, block_tokens=32)
+    codec = kvtc.Codec(learnt, "paper", ratio=8, window=0, block_tokens=32)
     restored, stream = quality.round_trip(model, cache, codec, ids)
 
     centred = dict(zip("kv", quality.centred_errors(cache, restored, stream, learnt), strict=True))
@@ -227,7 +256,7 @@ def test_errors_are_centred_before_rope(loaded: tuple[Any, Any], learnt: kvtc.Ca
 
 def test_too_short_texts_say_so(loaded: tuple[Any, Any], learnt: kvtc.Calibration) -> None:
     model, ids = loaded[0], ids_of(loaded)
-    codec = kvtc.Codec(learnt, ratio=8)
+    codec = kvtc.Codec(learnt, "paper", ratio=8)
 
     with pytest.raises(ValueError, match="found 101 tokens, expected 100 and at least two more"):
         next(quality.measure(model, ids[:101], [codec], context=100))
@@ -279,14 +308,14 @@ def test_an_answer_counts_when_greedy_decoding_gives_it(loaded: tuple[Any, Any])
 
     found = quality.retrieve(model, cache, [quality.Fact(question, x) for x in (greedy, off)])
 
-    assert found.found == 0.5
+    assert found.facts_found == 0.5
     expected = []
     for answer in (greedy, off):
         whole = torch.from_numpy(np.concatenate([ids, question, answer]))
         with torch.inference_mode():
             logits = model(input_ids=whole[None]).logits[0, -7:-1].log_softmax(-1)
         expected.append(float(logits.gather(1, torch.from_numpy(answer)[:, None]).sum()))
-    assert found.log_probability == pytest.approx(np.mean(expected), rel=1e-4)
+    assert found.fact_log_probability == pytest.approx(np.mean(expected), rel=1e-4)
 
 
 # Comparison.
@@ -317,6 +346,14 @@ def test_points_without_divergence_have_no_logarithm() -> None:
     assert quality.ratio_at_kl(curve, 0.005) == "below range"
     assert quality.ratio_at_kl(curve, 0.0) == quality.ratio_at_kl(curve, -1e-9) == "below range"
     assert quality.ratio_at_kl([(5.0, 0.0)], 0.01) == "above range"
+
+
+def test_divergences_of_equal_logarithms_give_the_lower_ratio() -> None:
+    above = float(np.nextafter(1e-5, 1))
+    assert np.log(above) == np.log(1e-5)
+
+    assert quality.ratio_at_kl([(5.0, 1e-5), (9.0, above)], above) == 5
+    assert quality.ratio_at_kl([(5.0, 5e-324), (9.0, 1.0)], 1.0) == pytest.approx(9)
 
 
 @given(

@@ -159,14 +159,14 @@ def _measure(args: Namespace, presets: Sequence[str], bars: Progress) -> dict[st
         answers = None
         if planted:
             answers = quality.measure_retrieval(model, *planted, codecs)
-            exact |= _retrieval(next(answers))
+            exact |= asdict(next(answers))
         for point, measured in zip(
             points, quality.measure(model, ids, codecs, context=args.context), strict=True
         ):
             row = {"text": title, **_row(measured)}
             exact["loss"] = row.pop("loss")
             if answers:
-                row |= _retrieval(next(answers))
+                row |= asdict(next(answers))
             point["texts"].append(row)
             bars.advance(task)
         texts.append(exact)
@@ -253,10 +253,6 @@ def _row(measured: quality.Measurement) -> dict[str, Any]:
     }
 
 
-def _retrieval(found: quality.Retrieval) -> dict[str, float]:
-    return {"facts_found": found.found, "fact_log_probability": found.log_probability}
-
-
 def _mean(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Over texts. They are equally long: the harmonic mean of ratios is that of summed bytes."""
     means: dict[str, Callable[[list[float]], float]] = {
@@ -335,14 +331,13 @@ def _tables(result: dict[str, Any]) -> Iterable[Table]:
     heads = ["preset", "target", "coded", "stream", "KL", "worst", "loss", "same top"]
     heads += ["K error", "V error", "K centred", "V centred"]
     heads += ["found", "log p"] * retrieval
-    rows = [["exact cache", *[""] * 5, f"{exact['loss']:.4f}", *[""] * 5]]
+    rows = [["exact", *[""] * 5, f"{exact['loss']:.4f}", *[""] * 5]]
     rows += [
         [
             point["preset"],
             f"{point['target_ratio']:g}",
             *(f"{mean[name]:.2f}×" for name in ("coded_ratio", "ratio")),
-            f"{mean['kl_divergence']:.5f}",
-            f"{mean['kl_worst']:.3f}",
+            *(f"{mean[name]:.3g}" for name in ("kl_divergence", "kl_worst")),
             f"{mean['loss_rise']:+.4f}",
             f"{mean['same_top_token']:.1%}",
             *(f"{mean[f'{kind}_{name}']:.4f}" for name in ("error", "centred") for kind in "kv"),
@@ -361,7 +356,7 @@ def _tables(result: dict[str, Any]) -> Iterable[Table]:
                 [
                     row["preset"],
                     "coded tokens" if row["of"] == "coded_ratio" else "stream",
-                    f"{row['kl_divergence']:.5f}",
+                    f"{row['kl_divergence']:.3g}",
                     f"{row['baseline_ratio']:.2f}×",
                     *(
                         [row["ratio"], ""]
@@ -380,6 +375,7 @@ def draw(result: dict[str, Any], path: str) -> None:
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
     figure, axis = plt.subplots(figsize=(7, 4.4), layout="constrained")
     for i, preset in enumerate(dict.fromkeys(point["preset"] for point in result["points"])):
@@ -392,6 +388,12 @@ def draw(result: dict[str, Any], path: str) -> None:
         xlabel="ratio to bfloat16, every byte counted",
         ylabel="KL divergence of the next token, nats",
     )
+    for side in (axis.xaxis, axis.yaxis):
+        side.set(
+            major_locator=LogLocator(subs=(1, 2, 5)),
+            major_formatter=StrMethodFormatter("{x:g}"),
+            minor_locator=NullLocator(),
+        )
     axis.grid(alpha=0.3)
     axis.legend(frameon=False)
     figure.savefig(path, dpi=130)
