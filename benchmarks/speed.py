@@ -35,7 +35,7 @@ from rich.console import Console
 from rich.table import Table
 
 import kvtc_stream as kvtc
-from kvtc_stream import calibrator, demo, plain
+from kvtc_stream import calibrator, demo, plain, quality
 from kvtc_stream.integrations.loading import load_model
 from kvtc_stream.interop import to_numpy
 
@@ -141,7 +141,7 @@ def _products(
     for section, plan in enumerate(codec.plan.sections):
         for i, part in enumerate(plan.parts):
             count = part.components
-            basis = codec.calibration.components32(section, plan.basis, i, count)[:count]
+            basis = codec.calibration.transforms(section, plan.basis, i, count)[0][:count]
             rows = rng.standard_normal((size, basis.shape[1]), np.float32)
             operands.append((rows, basis, rng.standard_normal((size, count), np.float32)))
     outputs = [(np.empty_like(c), np.empty_like(r)) for r, _, c in operands]
@@ -283,23 +283,27 @@ def _capture(args: argparse.Namespace, folder: Path, steps: demo.Steps) -> tuple
     """Run a model over texts: a calibration, and caches in bfloat16 in files."""
     import torch
 
+    from kvtc_stream.integrations.transformers import calibrate
+
     with steps.step("Loading the model"):
         model, tokenizer = load_model(args.model, dtype="float32")
     documents = [
         document
         for name in args.text
-        for document in demo.spread_documents(
-            demo.token_ids(tokenizer, Path(name).read_text(encoding="utf-8")),
+        for document in quality.spread_documents(
+            quality.token_ids(tokenizer, Path(name).read_text(encoding="utf-8")),
             args.tokens // len(args.text),
-            demo.DOCUMENT_TOKENS,
+            quality.DOCUMENT_TOKENS,
         )
     ]
     calibration = folder / "calibration.safetensors"
-    demo.learn(model, documents, steps=steps).save(calibration)
+    total = sum(map(len, documents))
+    with steps.step(f"Calibrating on {total:,} tokens") as advance:
+        calibrate(model, documents, tokens=total, progress=advance).save(calibration)
     caches = []
     with steps.step("Capturing caches") as advance:
         for i, document in enumerate(documents):
-            cache = demo.cast_cache(demo.prefill(model, document), torch.bfloat16)
+            cache = quality.prefill(model, document, torch.bfloat16)
             k, v = (
                 to_numpy(torch.cat(tensors))
                 for tensors in ([x.keys for x in cache.layers], [x.values for x in cache.layers])

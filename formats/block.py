@@ -78,7 +78,8 @@ class Block:
     verbatim_tokens
         Indices in the block, rising, of tokens that are not coded.
     coder, coded, coded_size
-        Symbols of the other tokens: compressed with ``coder``, their size before that.
+        Symbols of the other tokens: compressed with ``coder``, their size before that; the number
+        of symbols if it is ``RANS``.
     verbatim_coder, verbatim
         Compressed byte planes of the verbatim values, K as [layers, kv_heads, n, k_dim] and then
         V as [layers, kv_heads, n, v_dim] in the header's dtype, in C order.
@@ -122,7 +123,10 @@ class Block:
             raise ValueError(f"{self.role.name} must be verbatim, found {self.coded_tokens} coded")
         if self.coded_size and not self.coded_tokens:
             raise ValueError(f"no token is coded, yet there are {self.coded_size} bytes of symbols")
-        check_coded(self.coder, len(self.coded), self.coded_size, "symbols")
+        if self.coder is not Coder.RANS:
+            check_coded(self.coder, len(self.coded), self.coded_size, "symbols")
+        elif not self.coded_size:
+            raise ValueError("RANS codes at least one symbol, found none")
 
     @property
     def coded_tokens(self) -> int:

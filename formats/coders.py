@@ -1,4 +1,4 @@
-"""Byte coders: what shrinks packed symbols and verbatim values."""
+"""Coders: what shrinks symbols and verbatim values. rANS is in the backends."""
 
 from __future__ import annotations
 
@@ -12,12 +12,18 @@ from kvtc_stream.errors import FormatError
 
 
 class Coder(enum.IntEnum):
-    """Byte coders. The numbers are those of the stream."""
+    """Coders, all but ``RANS`` of bytes. The numbers are those of the stream."""
 
     STORED = 0
     DEFLATE = 1
     ZSTD = 2
     LZ4 = 3
+    RANS = 4
+
+    @property
+    def of_bytes(self) -> Coder:
+        """The coder of bytes beside it: itself, or ``DEFLATE`` beside ``RANS``."""
+        return Coder.DEFLATE if self is Coder.RANS else self
 
 
 # Packed symbols have skewed frequencies and hardly any repeats. Looking for matches at distance 1
@@ -61,6 +67,8 @@ def compress(coder: Coder, *segments: bytes) -> tuple[Coder, bytes]:
             coded = zstandard.ZstdCompressor(level=_ZSTD_LEVEL).compress(data)
         case Coder.LZ4:
             coded = lz4.block.compress(data, store_size=False)
+        case Coder.RANS:
+            raise ValueError("RANS codes symbols, not bytes")
     return (coder, coded) if len(coded) < len(data) else (Coder.STORED, data)
 
 
@@ -69,6 +77,8 @@ def check_coded(coder: Coder, coded: int, size: int, what: str) -> None:
 
     Stored data have their own size, coded data are shorter than what they stand for.
     """
+    if coder is Coder.RANS:
+        raise ValueError(f"{what}: RANS codes symbols of uniform bands, not bytes")
     if coded != size if coder is Coder.STORED else coded >= size:
         relation = "exactly" if coder is Coder.STORED else "fewer than"
         raise ValueError(f"{what}: {coder.name} needs {relation} {size} bytes, found {coded}")
@@ -98,6 +108,8 @@ def decompress(coder: Coder, data: bytes, size: int) -> bytes:
                 found = _unzstd(data, size)
             case Coder.LZ4:
                 found = lz4.block.decompress(data, uncompressed_size=size)
+            case Coder.RANS:
+                raise AssertionError("check_coded refuses it")
     except (ValueError, _DeflateError, zstandard.ZstdError, lz4.block.LZ4BlockError) as error:
         raise FormatError(f"{coder.name} data of {len(data)} bytes are corrupt: {error}") from error
     if len(found) != size:

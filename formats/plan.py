@@ -3,7 +3,8 @@
 A *basis* turns a section's row (one token) into coefficients. It is a list of *parts*, each a set
 of K layers and V layers coded with one orthonormal matrix: two parts (all of K, all of V) in the
 published method, one part in a joint basis, more with layer groups. The plan deals out *bands*,
-runs of consecutive components of a part with one quantiser.
+runs of consecutive components of a part with one quantiser: in a section, either kinds with a
+scale per token, or the uniform one, whose steps suit an entropy coder.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from kvtc_stream.formats.limits import Limits
 from kvtc_stream.formats.wire import ByteReader, ByteWriter, located
 
 _MAGIC = b"KVTP"
-_VERSION = 1
+_VERSION = 2
 
 
 class Quantiser(enum.IntEnum):
@@ -29,11 +30,12 @@ class Quantiser(enum.IntEnum):
     INT2 = 1
     INT4 = 2
     FP8 = 3
+    UNIFORM = 4
 
     @property
     def bits(self) -> int:
-        """Bits of one symbol before entropy coding."""
-        return (0, 2, 4, 8)[self.value]
+        """Bits of one symbol before entropy coding; 0 of ``UNIFORM``, which only coding tells."""
+        return (0, 2, 4, 8, 0)[self.value]
 
 
 #: Scale and shift of a coded band, binary16 each, per token.
@@ -42,19 +44,28 @@ BAND_PARAMETER_BITS = 32
 
 @dataclass(frozen=True, slots=True)
 class Band:
-    """``size`` consecutive components with one quantiser."""
+    """``size`` consecutive components with one quantiser.
+
+    ``step``, of ``UNIFORM`` alone, 0…255, is the base step in quarter octaves.
+    """
 
     size: int
     quantiser: Quantiser
+    step: int = 0
 
     def __post_init__(self) -> None:
         if self.size < 1:
             raise ValueError(f"a band needs at least one component, found {self.size}")
+        if not 0 <= self.step <= (255 if self.quantiser is Quantiser.UNIFORM else 0):
+            raise ValueError(
+                f"a band's step must be from 0 to 255, and 0 unless it is UNIFORM, found "
+                f"{self.step} of {self.quantiser.name}"
+            )
 
     @property
     def bits(self) -> int:
-        """Bits per token before entropy coding."""
-        if self.quantiser is Quantiser.NONE:
+        """Bits per token before entropy coding; 0 if uniform, see ``Quantiser.bits``."""
+        if self.quantiser in (Quantiser.NONE, Quantiser.UNIFORM):
             return 0
         return self.size * self.quantiser.bits + BAND_PARAMETER_BITS
 
@@ -93,24 +104,36 @@ class SectionPlan:
 
     The expected errors are what the planner predicts for a cache like the calibration's, as the
     blocks measure them: ‖x̂−x‖/‖x‖ of K and of V, rounded to binary32; 0 where it cannot tell.
+    The expected bits are those of a token after entropy coding, 0 where bands tell them before.
     """
 
     basis: str
     parts: tuple[PartPlan, ...]
     expected_k_error: float = 0.0
     expected_v_error: float = 0.0
+    expected_bits: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("expected_k_error", "expected_v_error"):
+        for name in ("expected_k_error", "expected_v_error", "expected_bits"):
             value = binary32(getattr(self, name))
             if not 0 <= value < float("inf"):
                 raise ValueError(f"{name} must be finite and not negative, found {value}")
             object.__setattr__(self, name, value)
 
     @property
+    def expected(self) -> tuple[float, float, float]:
+        """Expected error of K, of V, and bits, in the order of the stream."""
+        return self.expected_k_error, self.expected_v_error, self.expected_bits
+
+    @property
+    def uniform(self) -> bool:
+        """Whether bands are uniform: then there are base steps, step classes and rANS."""
+        return any(b.quantiser is Quantiser.UNIFORM for p in self.parts for b in p.bands)
+
+    @property
     def bits(self) -> int:
-        """Bits per token before entropy coding."""
-        return sum(p.bits for p in self.parts)
+        """Bits per token before entropy coding; those expected after it if uniform."""
+        return round(self.expected_bits) if self.uniform else sum(p.bits for p in self.parts)
 
     def check(self, section: Section) -> None:
         """Raise ``ValueError`` unless the plan deals out exactly this section."""
@@ -131,6 +154,12 @@ class SectionPlan:
                 raise ValueError(
                     f"bands cover {part.components} components of a part that has {width}"
                 )
+        kinds = {b.quantiser for p in self.parts for b in p.bands} - {Quantiser.NONE}
+        if Quantiser.UNIFORM in kinds and len(kinds) > 1:
+            raise ValueError(
+                f"UNIFORM bands cannot stand beside others in a section, found "
+                f"{', '.join(k.name for k in sorted(kinds))}"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +193,7 @@ class Plan:
         writer.pack("H", len(self.sections))
         for section in self.sections:
             writer.text(section.basis)
-            writer.pack("ff", section.expected_k_error, section.expected_v_error)
+            writer.pack("fff", *section.expected)
             writer.pack("H", len(section.parts))
             for part in section.parts:
                 _write_layers(writer, part.k_layers)
@@ -172,6 +201,8 @@ class Plan:
                 writer.pack("I", len(part.bands))
                 for band in part.bands:
                     writer.pack("IB", band.size, band.quantiser)
+                    if band.quantiser is Quantiser.UNIFORM:
+                        writer.pack("B", band.step)
         return writer.getvalue()
 
     @classmethod
@@ -225,7 +256,7 @@ class _Budget:
 
 def _read_section(reader: ByteReader, budget: _Budget) -> SectionPlan:
     basis = reader.text("basis")
-    place, expected = reader.place("expected errors"), reader.unpack("ff", "expected errors")
+    place, expected = reader.place("expectations"), reader.unpack("fff", "expectations")
     count = reader.integer("H", "part count")
     budget.spend("max_bands", count, reader.place("parts"))
     parts = tuple(_read_part(reader, budget) for _ in range(count))
@@ -244,8 +275,9 @@ def _read_part(reader: ByteReader, budget: _Budget) -> PartPlan:
 def _read_band(reader: ByteReader) -> Band:
     size = reader.integer("I", "band size")
     quantiser = reader.enum(Quantiser, "quantiser")
+    step = reader.integer("B", "step") if quantiser is Quantiser.UNIFORM else 0
     with located(reader.place("band")):
-        return Band(size, quantiser)
+        return Band(size, quantiser, step)
 
 
 def _write_layers(writer: ByteWriter, layers: Iterable[int]) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvtc_stream.calibration import Calibration
+from kvtc_stream.control import Target
 from kvtc_stream.formats import Block, StreamHeader
 
 BackendName = Literal["auto", "cpu", "cuda"]
@@ -46,8 +47,12 @@ class Backend(Protocol):
         *,
         max_error: float | None = None,
         measure: Measure = "full",
+        target: Target | None = None,
     ) -> SectionCoder:
-        """A coder for one section of the stream that ``header`` describes."""
+        """A coder for one section of the stream that ``header`` describes.
+
+        ``target`` is what an encoder with uniform bands keeps to.
+        """
         ...
 
 

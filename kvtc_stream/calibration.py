@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,15 +18,43 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kvtc_stream.cpu.rans import CLASSES, Families
 from kvtc_stream.errors import ChecksumError, FormatError, UnsupportedError, VersionError
 from kvtc_stream.formats import Geometry, ModelIdentity, Rope, Section, SectionPlan
+from kvtc_stream.importance import TokenImportance
+from kvtc_stream.planning.families import FamilyTables
 from kvtc_stream.planning.tables import BAND_SIZES, BAND_TYPES, ErrorTables
 from kvtc_stream.storage import atomic_write
+from kvtc_stream.weights import apply_blocks
 
 #: Version of the calibration file's layout.
-CALIBRATION_VERSION = 1
+CALIBRATION_VERSION = 2
 _METADATA_KEY = "kvtc_calibration"
 _DIGEST_KEY = "sha256"
+
+
+@dataclass(frozen=True, eq=False)
+class UniformTables:
+    """What the uniform quantiser of a part needs.
+
+    Attributes
+    ----------
+    unit
+        The step of base step 0 and class 0, the same in all parts of a section.
+    families
+        Frequency tables, and costs of every base step.
+    k_errors, v_errors
+        float32 [steps]: mean over sampled tokens of ‖x̂−x‖/‖x‖ of the part's K, and of its V, when
+        every component is coded with a base step; 0 where the part has none.
+    importance
+        Predicts the step class of a token; without it all are of the middle one.
+    """
+
+    unit: float
+    families: FamilyTables
+    k_errors: NDArray[np.float32]
+    v_errors: NDArray[np.float32]
+    importance: TokenImportance | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,13 +69,19 @@ class Part:
     mean
         float32 [width].
     components
-        float16 [rank, width]: the leading principal directions, strongest first.
+        float16 [rank, width]: the leading principal directions, strongest first. Orthonormal; of
+        weighted rows, where there are weights.
     spectrum
         float32 [rank]: variance along each.
     energy
         Mean squared norm of a row, mean included: what a relative error is relative to.
-    tables
-        Quantisation error of every band the planner may choose.
+    errors
+        What bands with a scale per token would lose; ``None`` in a basis not made for them.
+    uniform
+        What the uniform quantiser needs; ``None`` in a basis not made for it.
+    k_weights, v_weights
+        float32 [layers, kv_heads, dim, dim] for ``k_layers`` and ``v_layers``, or ``None``: the
+        symmetric matrices that a row less its mean is multiplied by before the components.
     """
 
     k_layers: tuple[int, ...]
@@ -56,7 +90,15 @@ class Part:
     components: NDArray[np.float16]
     spectrum: NDArray[np.float32]
     energy: float
-    tables: ErrorTables
+    errors: ErrorTables | None = None
+    uniform: UniformTables | None = None
+    k_weights: NDArray[np.float32] | None = None
+    v_weights: NDArray[np.float32] | None = None
+
+    @property
+    def weighted(self) -> bool:
+        """Whether channels count differently: then errors of coefficients are not those of rows."""
+        return self.k_weights is not None
 
     @property
     def width(self) -> int:
@@ -141,13 +183,27 @@ class Calibration:
                 self._cache[key] = make()
             return self._cache[key]
 
-    def components32(self, section: int, basis: str, part: int, count: int) -> NDArray[np.float32]:
-        """The leading components of a part in binary32, [at least ``count``, width], made once."""
-        key = ("components32", section, basis, part)
+    def transforms(
+        self, section: int, basis: str, part: int, count: int
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Analysis and synthesis of a part, float32 [at least ``count``, width] each, made once.
+
+        A row less its mean, times the transposed analysis, gives coefficients; these times the
+        synthesis give the row less its mean. Without weights they are the same array.
+        """
+        key = ("transforms", section, basis, part)
         with self._lock:
-            if key not in self._cache or len(self._cache[key]) < count:
-                stored = self.sections[section].basis(basis)[part].components
-                self._cache[key] = stored[:count].astype(np.float32)
+            if key not in self._cache or len(self._cache[key][0]) < count:
+                stored = self.sections[section].basis(basis)[part]
+                components = stored.components[:count].astype(np.float32)
+                if stored.k_weights is None or stored.v_weights is None:
+                    self._cache[key] = components, components
+                else:
+                    weights = (stored.k_weights, stored.v_weights)
+                    self._cache[key] = (
+                        apply_blocks(components, weights),
+                        apply_blocks(components, weights, inverse=True),
+                    )
             return self._cache[key]  # type: ignore[no-any-return]
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -223,8 +279,18 @@ class Calibration:
                                     "k_layers": part.k_layers,
                                     "v_layers": part.v_layers,
                                     "energy": part.energy,
-                                    "dropped": part.tables.dropped,
-                                    "sampled_rows": part.tables.rows,
+                                    "weighted": part.weighted,
+                                    "errors": part.errors
+                                    and {
+                                        "dropped": part.errors.dropped,
+                                        "rows": part.errors.rows,
+                                    },
+                                    "uniform": part.uniform
+                                    and {
+                                        "unit": part.uniform.unit,
+                                        "class_bits": part.uniform.families.class_bits,
+                                        "importance": part.uniform.importance is not None,
+                                    },
                                 }
                                 for part in parts
                             ]
@@ -248,8 +314,15 @@ class Calibration:
                     yield prefix + "mean", part.mean
                     yield prefix + "components", part.components
                     yield prefix + "spectrum", part.spectrum
-                    yield prefix + "errors", part.tables.errors
-                    yield prefix + "drop_errors", part.tables.energy
+                    if part.errors is not None:
+                        yield prefix + "errors", part.errors.errors
+                        yield prefix + "drop_errors", part.errors.energy
+                    if part.uniform is not None:
+                        for array, value in _uniform_arrays(part.uniform).items():
+                            yield f"{prefix}uniform.{array}", value
+                    if part.k_weights is not None and part.v_weights is not None:
+                        yield prefix + "k_weights", part.k_weights
+                        yield prefix + "v_weights", part.v_weights
 
     def _digest(self) -> bytes:
         digest = hashlib.sha256(self._description().encode())
@@ -345,14 +418,28 @@ def _parse_part(
         array.setflags(write=False)
         return array
 
-    tables = ErrorTables(
-        errors=take(
-            "errors", np.float32, rank, len(BAND_SIZES), len(BAND_TYPES), least=0, finite=False
-        ),
-        energy=take("drop_errors", np.float64, rank, least=0),
-        dropped=_energy(entry["dropped"]),
-        rows=_count(entry["sampled_rows"]),
-    )
+    errors = uniform = None
+    if entry["errors"] is not None:
+        errors = ErrorTables(
+            errors=take(
+                "errors", np.float32, rank, len(BAND_SIZES), len(BAND_TYPES), least=0, finite=False
+            ),
+            energy=take("drop_errors", np.float64, rank, least=0),
+            dropped=_energy(entry["errors"]["dropped"]),
+            rows=_count(entry["errors"]["rows"]),
+        )
+    if entry["uniform"] is not None:
+        uniform = _parse_uniform(entry["uniform"], arrays, prefix + "uniform.", rank, take)
+    if type(entry["weighted"]) is not bool:
+        raise FormatError(f"weighted must be true or false, found {entry['weighted']!r}")
+    weights = {}
+    if entry["weighted"]:
+        for name, layers, dim in (
+            ("k_weights", k_layers, section.k_dim),
+            ("v_weights", v_layers, section.v_dim),
+        ):
+            weights[name] = take(name, np.float32, len(layers), section.kv_heads, dim, dim)
+            _check_invertible(prefix + name, weights[name])
     return Part(
         k_layers,
         v_layers,
@@ -360,5 +447,75 @@ def _parse_part(
         take("components", np.float16, rank, width),
         take("spectrum", np.float32, rank, least=0),
         _energy(entry["energy"]),
-        tables,
+        errors,
+        uniform,
+        **weights,
     )
+
+
+def _uniform_arrays(uniform: UniformTables) -> dict[str, NDArray[Any]]:
+    families = uniform.families
+    arrays: dict[str, NDArray[Any]] = {
+        "frequencies": families.frequencies,
+        "classes": families.classes,
+        "ids": families.ids,
+        "rate": families.rate,
+        "distortion": families.distortion,
+        "energy": families.energy,
+        "k_errors": uniform.k_errors,
+        "v_errors": uniform.v_errors,
+    }
+    if uniform.importance is not None:
+        named = uniform.importance.arrays().items()
+        arrays |= {f"importance.{name}": array for name, array in named}
+    return arrays
+
+
+def _parse_uniform(
+    entry: dict[str, Any],
+    arrays: dict[str, NDArray[Any]],
+    prefix: str,
+    rank: int,
+    take: Callable[..., NDArray[Any]],
+) -> UniformTables:
+    count = arrays[prefix + "frequencies"].shape[0]
+    steps = arrays[prefix + "ids"].shape[0]
+    if not 2 <= steps <= 256 or not _energy(entry["unit"]) > 0:
+        raise FormatError(f"{prefix}: found {steps} steps of unit {entry['unit']!r}")
+    if type(entry["importance"]) is not bool:
+        raise FormatError(f"importance must be true or false, found {entry['importance']!r}")
+
+    def costs(name: str, dtype: type[np.generic], *shape: int) -> NDArray[Any]:
+        return take("uniform." + name, dtype, *shape, least=0)
+
+    families = FamilyTables(
+        frequencies=costs("frequencies", np.uint16, count, 256),
+        classes=costs("classes", np.uint16, CLASSES),
+        ids=costs("ids", np.uint8, steps, CLASSES, rank),
+        rate=costs("rate", np.float32, steps, rank),
+        class_bits=_energy(entry["class_bits"]),
+        distortion=costs("distortion", np.float32, steps, rank),
+        energy=costs("energy", np.float64, rank),
+    )
+    Families(families.frequencies, families.classes)  # raises ValueError where they are none
+    if families.ids.max() >= count:
+        raise FormatError(f"{prefix}ids has family {families.ids.max()} of {count}")
+    importance = None
+    if entry["importance"]:
+        start = prefix + "importance."
+        names = [name for name in arrays if name.startswith(start)]
+        found = {name.removeprefix(start): arrays.pop(name) for name in names}
+        importance = TokenImportance.from_arrays(found)
+    return UniformTables(
+        _energy(entry["unit"]),
+        families,
+        costs("k_errors", np.float32, steps),
+        costs("v_errors", np.float32, steps),
+        importance,
+    )
+
+
+def _check_invertible(name: str, weights: NDArray[np.float32]) -> None:
+    symmetric = (weights == weights.swapaxes(2, 3)).all()
+    if not symmetric or (np.linalg.eigvalsh(weights.astype(np.float64)) <= 0).any():
+        raise FormatError(f"{name} has matrices that are not symmetric and positive definite")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import xxhash
@@ -20,6 +20,13 @@ from kvtc_stream.errors import KVTCWarning
 from kvtc_stream.formats import Geometry, ModelIdentity, Section
 from kvtc_stream.interop import check_positions, layer_list
 from kvtc_stream.planning.tables import error_tables
+from kvtc_stream.planning.uniform import uniform_tables, unit_of
+from kvtc_stream.weights import (
+    SectionWeights,
+    apply_blocks,
+    importance_matrices,
+    scaling_matrices,
+)
 
 #: Called with work done and work in all, in any unit.
 Progress = Callable[[int, int], None]
@@ -30,6 +37,17 @@ _CHUNK = 512
 _BATCH = 2048
 #: Below this many tokens per column the trailing components are noise.
 _TOKENS_PER_COLUMN = 2
+#: Sampled rows that tables of bands are measured on.
+_BAND_ROWS = 2048
+#: Components of a joint basis that are kept unless the user says otherwise.
+_RANK = 3072
+#: Sizes of matrices up to here are solved in full.
+_DENSE = 2048
+_OVERSAMPLING, _POWER_ITERATIONS = 128, 3
+#: Most rows with gradients that are kept, and about the most memory for them.
+_GRADIENT_ROWS, _GRADIENT_BYTES = 16_384, 1 << 30
+_BINARY16_MAX = 65504.0
+_Pair: TypeAlias = tuple[NDArray[Any], NDArray[Any]]
 
 
 class Calibrator:
@@ -44,16 +62,24 @@ class Calibrator:
     geometry
         The cache. Sections whose ``rope`` is set take keys after RoPE.
     bases
-        ``"separate"`` (K and V apart, as published) and ``"joint"`` (one basis for both).
+        ``"separate"`` (K and V apart, as published, for the preset ``paper``) and ``"joint"`` (one
+        basis for both, of weighted rows, for the preset ``default``).
     layer_groups
         Cut each section's layers into this many runs with a basis each: a cheaper transform that
         needs more bits. 1 is the published method.
     rank
-        Keep at most this many components of each part (the paper keeps 10,000). ``None``: all.
+        Keep at most this many components of each part (the paper keeps 10,000). ``None``: all of
+        a separate basis, 3,072 of a joint one; those behind are rarely worth their bits.
     sinks
         Tokens at positions below this are left out (KVTC, arXiv 2511.01815, section 3).
     sample_rows
         Tokens kept to measure quantisation error on.
+    weights
+        How much an error matters to the model in each channel of each head: per section a pair
+        for K (before RoPE) and V, of arrays [layers, kv_heads], [layers, kv_heads, head_dim] for
+        squared errors of channels, or [layers, kv_heads, head_dim, head_dim] for quadratic forms:
+        symmetric, positive semidefinite. Only proportions count, those between K and V too. One
+        pair suffices for one section. ``None``: from :meth:`update_gradients`, else all alike.
     model
         Identity to record, see :class:`ModelIdentity`.
 
@@ -74,11 +100,12 @@ class Calibrator:
         self,
         geometry: Geometry,
         *,
-        bases: Sequence[str] = ("separate",),
+        bases: Sequence[str] = ("separate", "joint"),
         layer_groups: int = 1,
         rank: int | None = None,
         sinks: int = 4,
-        sample_rows: int = 2048,
+        sample_rows: int = 4096,
+        weights: SectionWeights | Sequence[SectionWeights] | None = None,
         model: ModelIdentity | None = None,
     ) -> None:
         unknown = set(bases) - {"separate", "joint"}
@@ -101,6 +128,9 @@ class Calibrator:
             "sample_rows": sample_rows,
             "model": model or ModelIdentity(),
         }
+        self._weights = None
+        if weights is not None:
+            self._weights = importance_matrices(weights, geometry.sections)
         self._sections = [
             _SectionMoments(section, self._options["bases"], layer_groups, sample_rows)
             for section in geometry.sections
@@ -132,30 +162,99 @@ class Calibrator:
 
         Tokens with NaN or Inf are left out.
         """
-        if not 0 <= section < len(self._sections):
-            raise ValueError(
-                f"section must be from 0 to {len(self._sections) - 1}, found {section}"
-            )
-        moments = self._sections[section]
+        moments = self._section(section)
+        k_layers, v_layers, where = self._document(moments.section, k, v, positions)
+        for rows in self._rows(moments.section, k_layers, v_layers, where, k_scale, v_scale):
+            moments.add(rows[np.isfinite(rows).all(axis=1)])
+
+    def update_gradients(
+        self,
+        k: Any,
+        v: Any,
+        grad_k: Any,
+        grad_v: Any,
+        *,
+        positions: Any = None,
+        section: int = 0,
+        k_scale: Any = None,
+        v_scale: Any = None,
+    ) -> None:
+        """Learn from one document what matters to the model.
+
+        The second moments of gradients over tokens are importance weights: with labels drawn from
+        the model, the Fisher information. Norms of gradients teach which tokens matter. A few
+        dozen documents suffice. The bases' moments are not touched: :meth:`update` takes those.
+
+        Parameters
+        ----------
+        k, v, positions, section, k_scale, v_scale
+            As for :meth:`update`.
+        grad_k, grad_v
+            float32 or narrower, of the shapes of ``k`` and ``v``: gradients of a loss with respect
+            to K *before* RoPE, and V.
+
+        Raises
+        ------
+        ValueError
+            The calibrator was given ``weights``; or wrong shapes.
+        """
+        if self._weights is not None:
+            raise ValueError("weights were given, gradients would be others: use one of them")
+        moments = self._section(section)
         s = moments.section
+        k_layers, v_layers, where = self._document(s, k, v, positions)
+        grads = self._document(s, grad_k, grad_v, where)[:2]
+        if grads[0][0].shape[1] != len(where):
+            raise ValueError(f"found {len(where)} tokens, gradients of {grads[0][0].shape[1]}")
+        straight = replace(s, rope=())
+        for rows, gradients in zip(
+            self._rows(s, k_layers, v_layers, where, k_scale, v_scale),
+            self._rows(straight, *grads, where, None, None),
+            strict=True,
+        ):
+            sound = np.isfinite(rows).all(axis=1) & np.isfinite(gradients).all(axis=1)
+            moments.importance.add(rows[sound], gradients[sound])
+
+    def _section(self, index: int) -> _SectionMoments:
+        if not 0 <= index < len(self._sections):
+            raise ValueError(f"section must be from 0 to {len(self._sections) - 1}, found {index}")
+        return self._sections[index]
+
+    def _document(
+        self, s: Section, k: Any, v: Any, positions: Any
+    ) -> tuple[list[NDArray[Any]], list[NDArray[Any]], NDArray[np.int64]]:
         k_layers, _ = layer_list(k, "k", len(s.layers), s.kv_heads, s.k_dim)
         v_layers, _ = layer_list(v, "v", len(s.layers), s.kv_heads, s.v_dim)
         tokens = k_layers[0].shape[1]
         if v_layers[0].shape[1] != tokens:
             raise ValueError(f"k has {tokens} tokens, v has {v_layers[0].shape[1]}")
-        where = check_positions(positions, tokens, -1)
-        first = int(np.searchsorted(where, self._options["sinks"]))
+        return k_layers, v_layers, check_positions(positions, tokens, -1)
+
+    def _rows(
+        self,
+        s: Section,
+        k_layers: list[NDArray[Any]],
+        v_layers: list[NDArray[Any]],
+        where: NDArray[np.int64],
+        k_scale: Any,
+        v_scale: Any,
+    ) -> Iterator[NDArray[np.float32]]:
+        """Rows [tokens, k_width + v_width] of all tokens but sinks, a chunk at a time."""
+        layers = np.arange(len(s.layers))
         grids = [
             None if scale is None else scale_grid(scale, name, len(s.layers), s.kv_heads)
             for name, scale in (("k_scale", k_scale), ("v_scale", v_scale))
         ]
-        for start in range(first, tokens, _CHUNK):
-            stop = min(start + _CHUNK, tokens)
-            k_rows, v_rows = (
-                to_float32(np.stack([x[:, start:stop] for x in layers]), grid)
-                for layers, grid in zip((k_layers, v_layers), grids, strict=True)
+        for start in range(int(np.searchsorted(where, self._options["sinks"])), len(where), _CHUNK):
+            stop = min(start + _CHUNK, len(where))
+            k, v = (
+                to_float32(np.stack([x[:, start:stop] for x in held]), grid)
+                for held, grid in zip((k_layers, v_layers), grids, strict=True)
             )
-            moments.add(k_rows, v_rows, where[start:stop])
+            rows = np.empty((stop - start, s.k_width + s.v_width), np.float32)
+            gather(k, layers, Rotations.of(s, where[start:stop], inverse=True), rows)
+            gather(v, layers, Rotations.none(len(layers)), rows[:, s.k_width :])
+            yield rows
 
     def merge(self, other: Calibrator) -> None:
         """Take in what ``other`` learnt, as if this calibrator had seen its documents too.
@@ -165,6 +264,8 @@ class Calibrator:
         if self._options != other._options:
             differing = [k for k, v in self._options.items() if other._options[k] != v]
             raise ValueError(f"calibrators differ in {', '.join(differing)}: cannot merge them")
+        if not _same_weights(self._weights, other._weights):
+            raise ValueError("calibrators differ in weights: cannot merge them")
         for mine, theirs in zip(self._sections, other._sections, strict=True):
             mine.merge(theirs)
 
@@ -179,6 +280,8 @@ class Calibrator:
             A section saw no tokens but sinks.
         """
         steps = sum(len(m.parts) for m in self._sections)
+        given = self._weights or [m.importance.matrices() for m in self._sections]
+        scaling: Sequence[_Pair | None] = scaling_matrices(given) or [None] * len(given)
         done = 0
 
         def advance() -> None:
@@ -187,7 +290,10 @@ class Calibrator:
             if progress is not None:
                 progress(done, steps)
 
-        sections = tuple(m.solve(self._options["rank"], advance) for m in self._sections)
+        rank = self._options["rank"]
+        sections = tuple(
+            m.solve(rank, pair, advance) for m, pair in zip(self._sections, scaling, strict=True)
+        )
         options = self._options
         return Calibration(options["geometry"], sections, options["sinks"], options["model"])
 
@@ -229,23 +335,22 @@ class _SectionMoments:
         self, section: Section, bases: Sequence[str], layer_groups: int, sample_rows: int
     ) -> None:
         self.section = section
-        self.parts = {
-            (name, columns): _Moments(columns.width(section))
+        self.parts = [
+            (name, columns)
             for name in bases
             for columns in _basis_columns(name, section, layer_groups)
+        ]
+        # The moments of K and of V apart are blocks of those of both.
+        kept = "joint" if "joint" in bases else "separate"
+        self.moments = {
+            columns: _Moments(columns.width(section))
+            for columns in _basis_columns(kept, section, layer_groups)
         }
         self.sample = _RowSample(sample_rows)
+        self.importance = _Importance(section)
         self._pending: list[NDArray[np.float32]] = []
 
-    def add(
-        self, k: NDArray[np.float32], v: NDArray[np.float32], positions: NDArray[np.int64]
-    ) -> None:
-        section = self.section
-        rows = np.empty((k.shape[2], section.k_width + section.v_width), np.float32)
-        layers = np.arange(len(section.layers))
-        gather(k, layers, Rotations.of(section, positions, inverse=True), rows)
-        gather(v, layers, Rotations.none(len(layers)), rows[:, section.k_width :])
-        rows = rows[np.isfinite(rows).all(axis=1)]
+    def add(self, rows: NDArray[np.float32]) -> None:
         self.sample.add(rows)
         self._pending.append(rows)
         if sum(map(len, self._pending)) >= _BATCH:
@@ -255,20 +360,33 @@ class _SectionMoments:
         if self._pending:
             rows = np.concatenate(self._pending)
             self._pending.clear()
-            for (_, columns), moments in self.parts.items():
+            for columns, moments in self.moments.items():
                 moments.add(columns.take(self.section, rows))
 
     def merge(self, other: _SectionMoments) -> None:
         self._flush()
         other._flush()
-        for key, moments in self.parts.items():
-            moments.merge(other.parts[key])
+        for columns, moments in self.moments.items():
+            moments.merge(other.moments[columns])
         self.sample.merge(other.sample)
+        self.importance.merge(other.importance)
 
-    def solve(self, rank: int | None, advance: Callable[[], None]) -> SectionCalibration:
+    def _moments_of(self, columns: _Columns) -> _Moments:
+        if columns in self.moments:
+            return self.moments[columns]
+        for both, moments in self.moments.items():
+            split = _Columns(both.k_layers, ()).width(self.section)
+            if columns == _Columns(both.k_layers, ()):
+                return moments.block(slice(0, split))
+            if columns == _Columns((), both.v_layers):
+                return moments.block(slice(split, None))
+        raise AssertionError(columns)
+
+    def solve(
+        self, rank: int | None, scaling: _Pair | None, advance: Callable[[], None]
+    ) -> SectionCalibration:
         self._flush()
-        bases: dict[str, list[Part]] = {}
-        tokens = next(iter(self.parts.values())).count
+        tokens = next(iter(self.moments.values())).count
         width = max(self.section.k_width, self.section.v_width)
         if tokens == 0:
             raise ValueError(
@@ -283,14 +401,48 @@ class _SectionMoments:
                 KVTCWarning,
                 stacklevel=3,
             )
-        for (name, columns), moments in self.parts.items():
+        bases: dict[str, list[Part]] = {}
+        for name, columns in self.parts:
+            moments = self._moments_of(columns)
             rows = columns.take(self.section, self.sample.rows)
-            bases.setdefault(name, []).append(_solve(columns, moments, rows, rank))
-            advance()
+            if name == "joint":
+                weights = None
+                if scaling is not None:
+                    k, v = scaling
+                    weights = k[list(columns.k_layers)], v[list(columns.v_layers)]
+                part = _weighted_basis(columns, moments, weights, rank)
+            else:
+                part = _separate_part(columns, moments, rows[:_BAND_ROWS], rank)
+                advance()
+            bases.setdefault(name, []).append(part)
+        if "joint" in bases:
+            unit = unit_of(bases["joint"])
+            for i, part in enumerate(bases["joint"]):
+                columns = _Columns(part.k_layers, part.v_layers)
+                rows = columns.take(self.section, self.sample.rows)
+                pairs = self.importance.pairs(columns)
+                split = _Columns(part.k_layers, ()).width(self.section)
+                uniform = uniform_tables(part, rows, unit, split, pairs)
+                bases["joint"][i] = replace(part, uniform=uniform)
+                advance()
         return SectionCalibration({name: tuple(parts) for name, parts in bases.items()}, tokens)
 
 
-def _solve(
+def _components(vectors: NDArray[np.floating]) -> NDArray[np.float16]:
+    """Eigenvectors as rows, with fixed signs, so that merged calibrations compare."""
+    components = vectors.T
+    strongest = np.abs(components).argmax(axis=1)
+    signs = np.sign(components[np.arange(len(components)), strongest])
+    return np.ascontiguousarray(components * signs[:, None], np.float16)
+
+
+def _rank_of(variance: NDArray[np.floating], width: int, most: int) -> int:
+    """How many components have more variance than rounding noise, of ``most``."""
+    floor = variance[0] * width * np.finfo(np.float64).eps
+    return max(1, min(int((variance > floor).sum()), most))
+
+
+def _separate_part(
     columns: _Columns, moments: _Moments, sample: NDArray[np.float32], rank: int | None
 ) -> Part:
     """Principal components from the covariance, and error tables from the sampled rows."""
@@ -298,14 +450,8 @@ def _solve(
     variance, vectors = np.linalg.eigh(covariance)
     del covariance
     variance, vectors = variance[::-1], vectors[:, ::-1]
-    # Directions that calibration never saw have no variance but rounding noise.
-    floor = variance[0] * len(variance) * np.finfo(np.float64).eps
-    keep = max(1, min(int((variance > floor).sum()), rank or len(variance)))
-    components = vectors[:, :keep].T
-    # An eigenvector's sign is arbitrary: fix it, so that merged calibrations compare.
-    strongest = np.abs(components).argmax(axis=1)
-    components = components * np.sign(components[np.arange(keep), strongest])[:, None]
-    stored = np.ascontiguousarray(components, np.float16)
+    keep = _rank_of(variance, len(variance), rank or len(variance))
+    stored = _components(vectors[:, :keep])
     mean = moments.mean.astype(np.float32)
     coefficients = (sample - mean) @ stored.T.astype(np.float32)
     total = max(float(variance.sum()), 0.0)
@@ -316,11 +462,105 @@ def _solve(
         stored,
         variance[:keep].clip(0).astype(np.float32),
         total + float(moments.mean @ moments.mean),
-        error_tables(
+        errors=error_tables(
             np.ascontiguousarray(coefficients),
             dropped=max(total - float(variance[:keep].sum()), 0.0),
         ),
     )
+
+
+def _weighted_basis(
+    columns: _Columns, moments: _Moments, weights: _Pair | None, rank: int | None
+) -> Part:
+    """Leading principal components of weighted rows; tables are still lacking."""
+    covariance = (moments.scatter / moments.count).astype(np.float32)
+    energy = float(np.trace(covariance, dtype=np.float64) + moments.mean @ moments.mean)
+    if weights is not None:
+        covariance = apply_blocks(covariance, weights)
+        covariance = apply_blocks(np.ascontiguousarray(covariance.T), weights)
+    variance, vectors = leading_eigenvectors(covariance, min(rank or _RANK, len(covariance)))
+    keep = _rank_of(variance, len(covariance), len(variance))
+    k_weights, v_weights = weights or (None, None)
+    return Part(
+        columns.k_layers,
+        columns.v_layers,
+        moments.mean.astype(np.float32),
+        _components(vectors[:, :keep]),
+        variance[:keep].clip(0).astype(np.float32),
+        energy,
+        k_weights=k_weights,
+        v_weights=v_weights,
+    )
+
+
+def leading_eigenvectors(
+    matrix: NDArray[np.float32], count: int
+) -> tuple[NDArray[np.floating], NDArray[np.floating]]:
+    """The largest eigenvalues, falling, and their vectors [n, count] of a covariance matrix.
+
+    Of few of a large matrix by randomised subspace iteration (N. Halko, P.-G. Martinsson and
+    J. A. Tropp, SIAM Review 53(2), 2011, algorithm 4.4): vectors at the far end come out mixed
+    with their neighbours, which have almost the same variance.
+    """
+    size = len(matrix)
+    if size <= _DENSE or 2 * count > size:
+        values, vectors = np.linalg.eigh(matrix.astype(np.float64))
+        return values[::-1][:count], vectors[:, ::-1][:, :count]
+    rng = np.random.default_rng(0)
+    basis = rng.standard_normal((size, min(count + _OVERSAMPLING, size)), dtype=np.float32)
+    for _ in range(_POWER_ITERATIONS):
+        basis, _ = np.linalg.qr(matrix @ basis)
+    values, rotation = np.linalg.eigh(basis.T @ (matrix @ basis))
+    return values[::-1][:count], basis @ rotation[:, ::-1][:, :count]
+
+
+class _Importance:
+    """Second moments of gradients per layer and head, and a sample of rows with gradients."""
+
+    def __init__(self, section: Section) -> None:
+        shape = (len(section.layers), section.kv_heads)
+        self._section = section
+        self._k = np.zeros((*shape, section.k_dim, section.k_dim))
+        self._v = np.zeros((*shape, section.v_dim, section.v_dim))
+        bytes_per_row = 4 * (section.k_width + section.v_width)
+        self._sample = _RowSample(min(_GRADIENT_ROWS, max(512, _GRADIENT_BYTES // bytes_per_row)))
+
+    def add(self, rows: NDArray[np.float32], gradients: NDArray[np.float32]) -> None:
+        for part, total in self._split(gradients):
+            by_head = part.transpose(1, 2, 0, 3).astype(np.float64)
+            total += by_head.swapaxes(2, 3) @ by_head
+        # In half the memory: gradients are tiny, so each row has an exponent.
+        _, exponents = np.frexp(np.abs(gradients).max(axis=1, initial=0))
+        scaled = np.ldexp(gradients, -exponents[:, None])
+        pairs = [rows.clip(-_BINARY16_MAX, _BINARY16_MAX), scaled, exponents[:, None]]
+        self._sample.add(np.concatenate(pairs, axis=1).astype(np.float16))
+
+    def _split(
+        self, rows: NDArray[np.float32]
+    ) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float64]]]:
+        split = self._section.k_width
+        for part, total in ((rows[:, :split], self._k), (rows[:, split:], self._v)):
+            yield part.reshape(len(rows), *total.shape[:3]), total
+
+    def merge(self, other: _Importance) -> None:
+        self._k += other._k
+        self._v += other._v
+        self._sample.merge(other._sample)
+
+    def matrices(self) -> _Pair:
+        return self._k, self._v
+
+    def pairs(self, columns: _Columns) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:
+        """Rows and gradients [rows, width] of the columns; ``None`` without gradients."""
+        sample = self._sample.rows
+        if not len(sample):
+            return None
+        width = self._section.k_width + self._section.v_width
+        rows, gradients = (
+            columns.take(self._section, sample[:, first : first + width]).astype(np.float32)
+            for first in (0, width)
+        )
+        return rows, np.ldexp(gradients, sample[:, -1:].astype(np.int32))
 
 
 class _Moments:
@@ -346,6 +586,13 @@ class _Moments:
         centred[-1] = self._combine(count, mean)
         self.scatter += centred.T @ centred
 
+    def block(self, columns: slice) -> _Moments:
+        """The moments of some columns; shares memory."""
+        moments = _Moments(0)
+        moments.count, moments.mean = self.count, self.mean[columns]
+        moments.scatter = self.scatter[columns, columns]
+        return moments
+
     def merge(self, other: _Moments) -> None:
         if other.count == 0:
             return
@@ -362,6 +609,12 @@ class _Moments:
         self.mean += delta * (count / total)
         self.count = total
         return delta * weight
+
+
+def _same_weights(a: Sequence[_Pair] | None, b: Sequence[_Pair] | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    return all(np.array_equal(x, y) for x, y in zip(sum(a, ()), sum(b, ()), strict=True))
 
 
 class _RowSample:

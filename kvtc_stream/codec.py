@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from kvtc_stream.backend import BackendName, Measure
 from kvtc_stream.calibration import Calibration
 from kvtc_stream.calibrator import Progress
+from kvtc_stream.control import Target
 from kvtc_stream.formats import Coder, DType, Limits, Plan, Rope
 from kvtc_stream.planning.targets import make_plan
 
@@ -20,14 +21,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Preset:
-    """A named way to code: which basis of the calibration, and which entropy coder."""
+    """A named way to code: a basis, and an entropy coder; with ``RANS`` bands are uniform."""
 
     basis: str
     coder: Coder
 
+    @property
+    def uniform(self) -> bool:
+        """Whether bands are uniform, and a target is one for the coded size of each stream."""
+        return self.coder is Coder.RANS
+
 
 #: ``paper`` is the published KVTC (arXiv 2511.01815); it departs from it only where SPEC says so.
-PRESETS: Mapping[str, Preset] = {"paper": Preset(basis="separate", coder=Coder.DEFLATE)}
+#: ``default`` codes K and V together, weighted by what errors cost the model, with uniform bands.
+PRESETS: Mapping[str, Preset] = {
+    "paper": Preset(basis="separate", coder=Coder.DEFLATE),
+    "default": Preset(basis="joint", coder=Coder.RANS),
+}
 
 
 @dataclass(frozen=True)
@@ -41,10 +51,18 @@ class Codec:
     preset
         A name from :data:`PRESETS`.
     ratio, bits_per_token, max_relative_error
-        The target, at most one; 16 times if none is given. ``ratio``: 16 bits per value over the
-        plan's bits before entropy coding, as published. ``bits_per_token``: the plan's bits for
-        one token of all sections. ``max_relative_error``: the cheapest plan whose *predicted*
-        error ‖x̂−x‖/‖x‖ (root mean square over calibration rows) stays below it, K and V each.
+        The target, at most one; 16 times if none is given.
+
+        With ``default`` it is one for what each stream really takes, of the tokens that are coded
+        and in every section, met within 2 %: the encoder adapts its step from block to block.
+        ``ratio``: bytes of the cache, in its dtype, over bytes of the stream.
+        ``bits_per_token``: of all sections together. ``max_relative_error``: the mean over tokens
+        of ‖x̂−x‖/‖x‖, the larger of K's and V's.
+
+        With ``paper`` it is one for the plan. ``ratio``: 16 bits per value over the plan's bits
+        before entropy coding, as published. ``bits_per_token``: the plan's bits for one token of
+        all sections. ``max_relative_error``: the cheapest plan whose *predicted* error (root mean
+        square over calibration rows) stays below it, K and V each.
     max_error
         A bound, not a target: a token whose measured relative error in K or in V would exceed it
         is stored verbatim. Implies ``measure="full"``. Without it the bound is 2: what lies beyond
@@ -56,7 +74,8 @@ class Codec:
     block_tokens
         Tokens per block: the unit of random access and of memory.
     coder
-        Entropy coder: a name of :class:`Coder`, lower case; the preset's by default.
+        Entropy coder: a name of :class:`Coder`, lower case; the preset's by default. ``default``
+        has no other than ``"rans"``.
     out_dtype
         Element type of the decoded cache; by default as encoded, bfloat16 for fp8 input.
     measure
@@ -65,8 +84,8 @@ class Codec:
     backend
         ``"auto"``, ``"cpu"`` or ``"cuda"``.
     plan
-        A plan made before, instead of a target. ``dataclasses.replace`` with a new target takes
-        ``plan=None`` as well.
+        A plan made before, instead of a target: steps then stay as planned.
+        ``dataclasses.replace`` with a new target takes ``plan=None`` as well.
     progress
         Called with rows of the dynamic program done and in all, while planning.
 
@@ -75,12 +94,12 @@ class Codec:
     >>> import kvtc_stream as kvtc
     >>> calibration = kvtc.testing.tiny_calibration()
     >>> codec = kvtc.Codec(calibration, ratio=8, window=32)
-    >>> codec.plan.sections[0].bits  # a token has 64 values of 16 bits
-    128
+    >>> codec.target
+    Target(name='ratio', value=8)
     """
 
     calibration: Calibration
-    preset: str = "paper"
+    preset: str = "default"
     _: KW_ONLY
     ratio: float | None = None
     bits_per_token: float | None = None
@@ -121,6 +140,11 @@ class Codec:
                 raise ValueError(f"{name} must be from {least} to {most}, found {count}")
         if self.coder is None:
             object.__setattr__(self, "coder", preset.coder.name.lower())
+        if preset.uniform != (self.coder == "rans"):
+            raise ValueError(
+                f"preset {self.preset!r} codes with {preset.coder.name.lower()}, found "
+                f"coder={self.coder!r}: rans is for uniform bands, which need it"
+            )
         targets = {
             "ratio": self.ratio,
             "bits_per_token": self.bits_per_token,
@@ -136,7 +160,13 @@ class Codec:
             plan = self.calibration.cached(
                 ("plan", self.preset, target, goal),
                 lambda t=target, g=goal: make_plan(
-                    self.calibration, self.preset, preset.basis, t, g, progress
+                    self.calibration,
+                    self.preset,
+                    preset.basis,
+                    t,
+                    g,
+                    uniform=preset.uniform,
+                    progress=progress,
                 ),
             )
             # Both are there when ``dataclasses.replace`` changes another option.
@@ -144,8 +174,23 @@ class Codec:
                 raise ValueError(f"the plan is not the one for {target}={goal}: give one of them")
             object.__setattr__(self, "plan", plan)
         self.plan.check(self.calibration.geometry)
+        for dealt in self.plan.sections:
+            if dealt.uniform != preset.uniform and any(p.bands for p in dealt.parts):
+                raise ValueError(
+                    f"the plan {'has' if dealt.uniform else 'lacks'} uniform bands, it is not for "
+                    f"preset {self.preset!r}: choose the preset that it was made with"
+                )
         for section, dealt in zip(self.calibration.sections, self.plan.sections, strict=True):
             section.parts(dealt)
+
+    @property
+    def target(self) -> Target | None:
+        """What encoders adapt to; ``None`` if bands are not uniform, or the plan was given."""
+        if PRESETS[self.preset].uniform:
+            for name in ("ratio", "bits_per_token", "max_relative_error"):
+                if (value := getattr(self, name)) is not None:
+                    return Target(name, value)
+        return None
 
     def encoder(
         self,

@@ -274,7 +274,12 @@ class _SectionState:
         self.last_position = -1
         self._header, self._index = header, index
         self._coder = backend.section_coder(
-            header, index, codec.calibration, max_error=codec.max_error, measure=codec.measure
+            header,
+            index,
+            codec.calibration,
+            max_error=codec.max_error,
+            measure=codec.measure,
+            target=codec.target,
         )
         self._section = section
         self._allocate(min(4, header.window // header.block_tokens + 2) * header.block_tokens)
@@ -357,7 +362,7 @@ class _SectionState:
 
     def _verbatim(self, role: Role, tokens: int) -> Block:
         k, v, positions, start = self._pop(tokens)
-        coder, verbatim = compress(self._header.coder, *verbatim_planes(k, v))
+        coder, verbatim = compress(self._header.coder.of_bytes, *verbatim_planes(k, v))
         return Block(
             section=self._index,
             role=role,

@@ -194,6 +194,8 @@ def section_plans(draw: st.DrawFn, section: Section) -> SectionPlan:
     deal = st.integers(0, count - 1)
     k = [draw(deal) for _ in section.layers]
     v = [draw(deal) for _ in section.layers]
+    scaled = [q for q in Quantiser if q is not Quantiser.UNIFORM]
+    kinds = draw(st.sampled_from([scaled, [Quantiser.NONE, Quantiser.UNIFORM]]))
     parts = []
     for i in range(count):
         part = PartPlan(
@@ -206,12 +208,13 @@ def section_plans(draw: st.DrawFn, section: Section) -> SectionPlan:
             continue
         bands = []
         while left and draw(st.booleans()):
-            size = draw(st.integers(1, left))
-            bands.append(Band(size, draw(st.sampled_from(Quantiser))))
+            size, quantiser = draw(st.integers(1, left)), draw(st.sampled_from(kinds))
+            step = draw(st.integers(0, 255)) if quantiser is Quantiser.UNIFORM else 0
+            bands.append(Band(size, quantiser, step))
             left -= size
         parts.append(replace(part, bands=tuple(bands)))
     expected = st.floats(0, width=32, allow_nan=False, allow_infinity=False)
-    return SectionPlan(draw(names), tuple(parts), draw(expected), draw(expected))
+    return SectionPlan(draw(names), tuple(parts), *(draw(expected) for _ in range(3)))
 
 
 @st.composite
@@ -277,7 +280,7 @@ def streams(draw: st.DrawFn) -> tuple[StreamHeader, list[Block]]:
                 role=role,
                 verbatim_tokens=tuple(sorted(verbatim)),
                 symbols=draw(st.binary(max_size=60)) * draw(st.integers(1, 9)) if coded else b"",
-                coder=draw(st.sampled_from(Coder)),
+                coder=draw(st.sampled_from([c for c in Coder if c is not Coder.RANS])),
                 errors=BlockErrors(Measure.COEFFICIENTS, *(draw(binary32) for _ in range(4))),
             )
         )

@@ -202,6 +202,9 @@ def scales(section: kvtc.Section) -> st.SearchStrategy[Any]:
     )
 
 
+BYTE_CODERS = ("deflate", "zstd", "lz4", "stored")
+
+
 @st.composite
 def cases(draw: st.DrawFn, *, hostile: bool = True) -> Case:
     """Everything that a stream depends on."""
@@ -210,13 +213,17 @@ def cases(draw: st.DrawFn, *, hostile: bool = True) -> Case:
     options: dict[str, Any] = {}
     if dtype.is_fp8 and len(geometry.sections) == 1:
         options = {name: draw(scales(geometry.sections[0])) for name in ("k_scale", "v_scale")}
+    preset, coder = draw(
+        st.sampled_from([("default", "rans"), *(("paper", c) for c in BYTE_CODERS)])
+    )
     codec = kvtc.Codec(
         calibrate(geometry),
+        preset,
         ratio=draw(st.sampled_from([1.5, 3, 8, 1000])),
         sinks=draw(st.integers(0, 20)),
         window=draw(st.sampled_from([0, 1, 20])),
         block_tokens=draw(st.sampled_from([1, 7, 16])),
-        coder=draw(st.sampled_from(["deflate", "zstd", "lz4", "stored"])),
+        coder=coder,
         max_error=draw(st.sampled_from([None, None, 0.0, 0.05, 0.5])),
     )
     tokens = [

@@ -41,7 +41,7 @@ def documents(geometry: kvtc.Geometry, count: int, tokens: int = 60) -> list[lis
 
 def moments(calibrator: kvtc.Calibrator) -> list[Any]:
     """The running moments of every part: the public surface rounds them."""
-    return [m for s in calibrator._sections for m in s.parts.values()]
+    return [m for s in calibrator._sections for m in s.moments.values()]
 
 
 def samples(calibrator: kvtc.Calibrator) -> list[tuple[bytes, bytes]]:
@@ -83,7 +83,7 @@ def test_merging_equals_one_pass(geometry: kvtc.Geometry, data: st.DataObject) -
         assert mine.tokens == theirs.tokens
         for name, parts_of in mine.bases.items():
             for p, q in zip(parts_of, theirs.basis(name), strict=True):
-                assert p.tables.rows == q.tables.rows
+                assert (p.errors and p.errors.rows) == (q.errors and q.errors.rows)
                 np.testing.assert_allclose(p.spectrum, q.spectrum, rtol=1e-4, atol=1e-6)
                 assert p.energy == pytest.approx(q.energy, rel=1e-6)
 
@@ -100,7 +100,7 @@ def test_wide_rows_merge_too() -> None:
         )
         for _ in range(3)
     ]
-    whole, a, b = (kvtc.Calibrator(geometry, sinks=0) for _ in range(3))
+    whole, a, b = (kvtc.Calibrator(geometry, bases=("separate",), sinks=0) for _ in range(3))
     for k, v in texts:
         whole.update(k, v)
     a.update(*texts[2])
@@ -174,9 +174,11 @@ def test_parts_are_principal_components(
                     projected.var(axis=0), part.spectrum, rtol=2e-2, atol=1e-4
                 )
                 assert part.energy == pytest.approx(np.square(rows).sum(axis=1).mean(), rel=1e-5)
-                assert part.tables.dropped == pytest.approx(
-                    variance[::-1][part.rank :].sum(), rel=1e-4, abs=1e-5
-                )
+                assert (part.errors is None) is (part.uniform is not None) is (name == "joint")
+                if part.errors is not None:
+                    assert part.errors.dropped == pytest.approx(
+                        variance[::-1][part.rank :].sum(), rel=1e-4, abs=1e-5
+                    )
 
 
 @pytest.mark.parametrize(
@@ -189,7 +191,7 @@ def test_options_of_the_basis_serve_a_stream(options: dict[str, int]) -> None:
     calibrator = kvtc.Calibrator(geometry, **options)
     calibrator.update(*kvtc.testing.drawn_cache(geometry, 500, seed=1))
     calibration = calibrator.finish()
-    codec = kvtc.Codec(calibration, ratio=2, window=0, sinks=0)
+    codec = kvtc.Codec(calibration, ratio=4, window=0, sinks=0)
     k, v = kvtc.testing.drawn_cache(geometry, 100)
     encoder = codec.encoder()
     stream = encoder.encode(k, v) + encoder.finish()
@@ -201,32 +203,24 @@ def test_options_of_the_basis_serve_a_stream(options: dict[str, int]) -> None:
         difference = np.square(x.astype(np.float64) - np.asarray(y)).sum(axis=(0, 1, 3))
         true = np.sqrt(difference / np.square(x.astype(np.float64)).sum(axis=(0, 1, 3)))
         assert true.max() == pytest.approx(worst, rel=1e-5)
-        assert true.mean() < 0.8
+        assert true.mean() < 0.85
 
 
-def test_a_joint_basis_serves_a_stream(
-    monkeypatch: pytest.MonkeyPatch, calibration: kvtc.Calibration
-) -> None:
-    from kvtc_stream import codec as module
-    from kvtc_stream.formats import Coder
-
-    presets = {**kvtc.PRESETS, "joint": module.Preset("joint", Coder.ZSTD)}
-    monkeypatch.setattr(module, "PRESETS", presets)
+def test_a_joint_basis_serves_a_stream(calibration: kvtc.Calibration) -> None:
     calibrator = kvtc.Calibrator(calibration.geometry, bases=("joint",), layer_groups=2)
     calibrator.update(*kvtc.testing.drawn_cache(calibration.geometry, 500, seed=1))
     joint = calibrator.finish()
     with pytest.raises(kvtc.UnsupportedError, match="no basis 'separate', only joint"):
-        kvtc.Codec(joint)
-    codec = kvtc.Codec(joint, "joint", ratio=2, window=0, sinks=0)
+        kvtc.Codec(joint, "paper")
+    codec = kvtc.Codec(joint, ratio=4, window=0, sinks=0)
+    assert len(codec.plan.sections[0].parts) == 2
     k, v = kvtc.testing.drawn_cache(calibration.geometry, 100)
     encoder = codec.encoder()
     back = kvtc.decode(encoder.encode(k, v) + encoder.finish(), joint)
     for x, y in ((k, back[0]), (v, back[1])):
         assert np.linalg.norm(x - np.asarray(y)) < 0.3 * np.linalg.norm(x)
     with pytest.raises(kvtc.UnsupportedError, match="measure='full'"):
-        kvtc.encode(
-            k, v, codec=kvtc.Codec(joint, "joint", ratio=2, window=0, measure="coefficients")
-        )
+        kvtc.encode(k, v, codec=kvtc.Codec(joint, window=0, measure="coefficients"))
 
 
 def same(a: kvtc.Calibration, b: kvtc.Calibration) -> bool:
@@ -443,7 +437,7 @@ def rewrite(path: Path, change: Any) -> None:
 
 def test_another_version(saved: Path) -> None:
     rewrite(saved, lambda description, _: description.update(version=99))
-    with pytest.raises(kvtc.VersionError, match="version 99, expected 1"):
+    with pytest.raises(kvtc.VersionError, match="version 99, expected 2"):
         kvtc.Calibration.load(saved)
 
 
@@ -460,6 +454,7 @@ def put(*keys: Any, value: Any) -> Any:
 
 SECTION = ("sections", 0)
 PART = (*SECTION, "bases", "separate", 0)
+JOINT = (*SECTION, "bases", "joint", 0)
 HOSTILE = {
     "not json": lambda *_: "{",
     "a list": lambda *_: "[]",
@@ -497,8 +492,8 @@ HOSTILE = {
     "energy of text": put(*PART, "energy", value="much"),
     "energy not finite": put(*PART, "energy", value=math.nan),
     "negative energy": put(*PART, "energy", value=-1.0),
-    "negative rows": put(*PART, "sampled_rows", value=-5),
-    "dropped not finite": put(*PART, "dropped", value=math.inf),
+    "negative rows": put(*PART, "errors", "rows", value=-5),
+    "dropped not finite": put(*PART, "errors", "dropped", value=math.inf),
     "negative tokens": put(*SECTION, "tokens", value=-1),
     "sinks of text": put("sinks", value="four"),
     "negative sinks": put("sinks", value=-4),
@@ -514,6 +509,16 @@ HOSTILE = {
     ),
     "basis not finite": lambda _, a: a["0.separate.0.components"].__setitem__(0, np.nan),
     "mean not finite": lambda _, a: a["0.separate.1.mean"].__setitem__(0, np.inf),
+    "unit of zero": put(*JOINT, "uniform", "unit", value=0.0),
+    "unit not finite": put(*JOINT, "uniform", "unit", value=math.inf),
+    "importance maybe": put(*JOINT, "uniform", "importance", value=1),
+    "importance that lacks": put(*JOINT, "uniform", "importance", value=True),
+    "weighted maybe": put(*JOINT, "weighted", value=1),
+    "weights that lack": put(*JOINT, "weighted", value=True),
+    "frequencies that do not sum": lambda _, a: a["0.joint.0.uniform.frequencies"].__iadd__(1),
+    "families that are not there": lambda _, a: a["0.joint.0.uniform.ids"].__ior__(255),
+    "short ids": lambda _, a: a.update({"0.joint.0.uniform.ids": np.zeros((56, 16, 3), np.uint8)}),
+    "no steps": lambda _, a: a.update({"0.joint.0.uniform.ids": np.zeros((0, 16, 32), np.uint8)}),
 }
 
 

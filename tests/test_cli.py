@@ -62,7 +62,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     calibration.save(made.calibration)
     made.k, made.v = kvtc.testing.drawn_cache(GEOMETRY, TOKENS, seed=2, dtype=DType.BFLOAT16)
     plain.write(made.cache, [PlainSection(made.k, made.v)])
-    codec = kvtc.Codec(calibration, ratio=6, window=16, block_tokens=64)
+    codec = kvtc.Codec(calibration, "paper", ratio=6, window=16, block_tokens=64)
     with kvtc.open(made.stream, "wb", codec=codec, metadata={"prompt": "x\x1b[2J"}) as writer:
         writer.write(made.k, made.v)
     return made
@@ -132,7 +132,7 @@ def test_pipes(tmp_path: Path, files: SimpleNamespace):
         )
 
     cal = files.calibration
-    options = ("--ratio", 6, "--window", 16, "--block-tokens", 64)
+    options = ("--preset", "paper", "--ratio", 6, "--window", 16, "--block-tokens", 64)
     options = (*options, "--metadata", json.dumps({"prompt": "x\x1b[2J"}))
     encoded = run(
         "encode", "-", "--format", "safetensors", "-c", cal, "-o", "-", *options,
@@ -342,6 +342,7 @@ def test_encode_takes_every_target_with_a_bound(tmp_path, kvtc_command, files, t
     run = kvtc_command(
         "encode", files.cache, "-c", files.calibration, "-o", out, *target,
         "--max-error", 0.2, "--sinks", 7, "--window", 9, "--block-tokens", 50, "--coder", "zstd",
+        "--preset", "paper",
         "--backend", "cpu", "--metadata", '{"a": [1]}', "--json",
     )  # fmt: skip
     assert run.status == 0, run.err
@@ -356,7 +357,8 @@ def test_encode_takes_every_target_with_a_bound(tmp_path, kvtc_command, files, t
     assert json.loads(header.metadata) == {"a": [1]}
     name, value = target or ("--ratio", 16)
     calibration = kvtc.Calibration.load(files.calibration)
-    assert header.plan == kvtc.Codec(calibration, **{name[2:].replace("-", "_"): value}).plan
+    target = {name[2:].replace("-", "_"): value}
+    assert header.plan == kvtc.Codec(calibration, "paper", **target).plan
 
 
 def test_encode_several_sections_with_positions(tmp_path, kvtc_command):
@@ -667,7 +669,8 @@ def test_verify_against_another_cache(tmp_path, kvtc_command, files, change, mes
 
 
 def test_verify_knows_errors_of_coefficients(tmp_path, kvtc_command, files):
-    codec = kvtc.Codec(kvtc.Calibration.load(files.calibration), ratio=6, measure="coefficients")
+    calibration = kvtc.Calibration.load(files.calibration)
+    codec = kvtc.Codec(calibration, "paper", ratio=6, measure="coefficients")
     with kvtc.open(tmp_path / "x.kvtc", "wb", codec=codec) as writer:
         writer.write(files.k, files.v)
     run = kvtc_command(

@@ -17,11 +17,12 @@ from hypothesis import strategies as st
 from kvtc_stream.errors import FormatError
 from kvtc_stream.formats import Coder, compress, decompress, join_planes, split_planes
 
-CODED = [c for c in Coder if c is not Coder.STORED]
+BYTES = [c for c in Coder if c is not Coder.RANS]
+CODED = [c for c in BYTES if c is not Coder.STORED]
 SKEWED = bytes(random.Random(1).choices(range(256), [2 ** -(i % 9) for i in range(256)], k=5000))
 
 
-@pytest.mark.parametrize("coder", Coder)
+@pytest.mark.parametrize("coder", BYTES)
 @given(st.binary(max_size=200), st.integers(1, 40))
 def test_round_trip(coder, piece, repeats):
     data = piece * repeats
@@ -67,7 +68,7 @@ def test_deflate_gains_what_the_statistics_offer():
     assert 0.75 <= len(coded) / len(packed) <= 0.78
 
 
-@pytest.mark.parametrize("coder", Coder)
+@pytest.mark.parametrize("coder", BYTES)
 def test_any_other_size_is_an_error(coder):
     data = SKEWED + bytes(3000)
     used, coded = compress(coder, data)
@@ -77,7 +78,7 @@ def test_any_other_size_is_an_error(coder):
             decompress(coder, coded, size)
 
 
-@pytest.mark.parametrize("coder", Coder)
+@pytest.mark.parametrize("coder", BYTES)
 def test_missing_and_added_bytes_are_errors(coder):
     data = SKEWED + bytes(3000)
     coded = compress(coder, data)[1]
@@ -142,7 +143,7 @@ def test_planes_round_trip(data, itemsize):
     assert join_planes(b"".join(split_planes(data, itemsize)), itemsize) == data
 
 
-@pytest.mark.parametrize("coder", list(Coder))
+@pytest.mark.parametrize("coder", BYTES)
 def test_segments_decode_to_their_concatenation(coder: Coder) -> None:
     segments = [bytes(3000), b"", b"ab" * 800, b"x"]
     used, coded = compress(coder, *segments)

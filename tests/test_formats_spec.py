@@ -90,7 +90,7 @@ def test_fixed_fields_follow_one_another(heading, number, fields, size):
     [
         ("18.1 Element types", DType),
         ("18.2 Quantisers", Quantiser),
-        ("18.3 Byte coders", Coder),
+        ("18.3 Coders", Coder),
         ("18.4 Record types", RecordType),
         ("18.5 Roles", Role),
         ("18.6 Checksum algorithms", Checksum),

@@ -68,11 +68,11 @@ def test_the_bytes_of_a_plan_do_not_change():
         plan.to_bytes().hex()
         == (
             "4b565450"  # KVTP
-            "0100"  # version
+            "0200"  # version
             "0100" + "70"  # preset
             "0100"  # sections
             "0100" + "62"  # basis
-            "0000003e" + "00000000"  # expected errors of K and V
+            "0000003e" + "00000000" + "00000000"  # expected errors of K and V, bits
             "0200"  # parts
             "0100" + "0000" + "0000"  # K of layer 0
             "01000000" + "01000000" + "02"  # one component as int4
@@ -80,7 +80,7 @@ def test_the_bytes_of_a_plan_do_not_change():
             "01000000" + "02000000" + "01"  # two components as int2
         )
     )
-    assert plan.digest.hex() == "386d42342c70dc8dfcafcda591acadbedefcbfb454da1e64cd0bd31cae04b934"
+    assert plan.digest.hex() == "8d2f2556863a603e1aef8fdd152cb42d35b71c98d05da5de1a2c030007c8c368"
 
 
 def test_a_rotary_table_is_stored_once():
@@ -171,7 +171,7 @@ def test_layers_of_a_part_must_rise():
     ("at", "value", "kind", "message"),
     [
         (0, b"X", FormatError, "this is no plan"),
-        (4, b"\2", VersionError, "version at byte 4 is 2, this reader knows 1"),
+        (4, b"\1", VersionError, "version at byte 4 is 1, this reader knows 2"),
         (6, b"\xff\xff", FormatError, "preset .*needs 65535 bytes"),
         (6 + 2, b"\xff", FormatError, "preset.*can't decode"),
         (9, b"\xff\xff", LimitError, "section count at byte .*Limits.max_sections=65535"),

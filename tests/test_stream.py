@@ -422,7 +422,7 @@ def test_measure_coefficients(scale: float) -> None:
     k, v = kvtc.testing.drawn_cache(geometry, 200)
     options = {"ratio": 4, "block_tokens": 16, "window": 24}
     codec, cheap = (
-        kvtc.Codec(calibrate(geometry), measure=measure, **options)
+        kvtc.Codec(calibrate(geometry), "paper", measure=measure, **options)
         for measure in ("full", "coefficients")
     )
     for full, coefficients in zip(
@@ -443,7 +443,9 @@ TINY = kvtc.Geometry.uniform(layers=2, kv_heads=2, head_dim=8, rope=kvtc.Rope.fr
 @given(section_tokens(TINY, 0, kvtc.DType.FLOAT32))
 def test_measure_coefficients_survives_hostile_values(tokens: Tokens) -> None:
     calibration = calibrate(TINY)
-    codec = kvtc.Codec(calibration, ratio=3, window=0, block_tokens=16, measure="coefficients")
+    codec = kvtc.Codec(
+        calibration, "paper", ratio=3, window=0, block_tokens=16, measure="coefficients"
+    )
     encoder = codec.encoder()
     data = encoder.encode(tokens.k, tokens.v, positions=tokens.positions) + encoder.finish()
     k, v = kvtc.decode(data, calibration)
@@ -494,7 +496,9 @@ def test_real_cache(real_sample: RealSample) -> None:
     calibration = calibrator.finish()
     k, v = real_sample.k[:, :, test], real_sample.v[:, :, test]
     for ratio, least_coded, most_k, most_v in REAL_BOUNDS:
-        encoder = kvtc.Codec(calibration, ratio=ratio, window=0, block_tokens=100).encoder()
+        encoder = kvtc.Codec(
+            calibration, "paper", ratio=ratio, window=0, block_tokens=100
+        ).encoder()
         data = encoder.encode(k, v, positions=np.arange(320, 520)) + encoder.finish()
         s = encoder.statistics
         assert s.stream_bytes == len(data)

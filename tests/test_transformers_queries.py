@@ -203,7 +203,7 @@ def test_attention_that_cannot_be_seen() -> None:
     for run in (lambda: query_second_moments(model, drawn_ids(9)), lambda: output_norms(model)):
         with pytest.raises(
             kvtc.UnsupportedError,
-            match=r"FalconForCausalLM: the attention of layers \[0, 1\] .* another kind",
+            match=r"FalconForCausalLM: the attention of layers \[0, 1\] .* another importance",
         ):
             run()
 

@@ -98,7 +98,7 @@ def _encode(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("input", metavar="IN", help="the cache, .npz or .safetensors")
     _calibration(parser, required=True)
     parser.add_argument("-o", "--output", required=True, metavar="OUT", help="the stream to make")
-    parser.add_argument("--preset", default="paper", help="how to code (default: paper)")
+    parser.add_argument("--preset", default="default", help="how to code: default or paper")
     target = parser.add_mutually_exclusive_group()
     target.add_argument(
         "--ratio", type=float, help="16 bits per value over the plan's bits (default: 16)"
@@ -135,7 +135,7 @@ def _encode(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "--block-tokens", type=int, default=128, metavar="N", help="tokens a block (default: 128)"
     )
-    parser.add_argument("--coder", help="deflate, zstd, lz4 or stored (default: the preset's)")
+    parser.add_argument("--coder", help="of paper: deflate, zstd, lz4 or stored")
     _backend(parser)
     parser.add_argument(
         "--metadata", type=_json_object, default={}, metavar="JSON", help="an object to record"

@@ -157,7 +157,8 @@ def calibration_json(calibration: Calibration) -> dict[str, Any]:
                             "v_layers": list(part.v_layers),
                             "width": part.width,
                             "rank": part.rank,
-                            "sampled_rows": part.tables.rows,
+                            "weighted": part.weighted,
+                            "token_importance": bool(part.uniform and part.uniform.importance),
                             "components_for_90_percent": _components_for(part, 0.9),
                             "components_for_99_percent": _components_for(part, 0.99),
                         }
@@ -295,7 +296,7 @@ def calibration_tables(name: str, calibration: Calibration) -> Iterator[Table]:
     )
     yield terminal.table(
         "Bases",
-        ("part", "values", "components", "for 90% of variance", "for 99%", "sampled rows"),
+        ("part", "values", "components", "for 90% of variance", "for 99%", "weighted"),
         [
             (
                 f"{f'{i}: ' if several else ''}{basis}, {_part_name(part)}",
@@ -303,13 +304,19 @@ def calibration_tables(name: str, calibration: Calibration) -> Iterator[Table]:
                 str(part.rank),
                 str(_components_for(part, 0.9)),
                 str(_components_for(part, 0.99)),
-                str(part.tables.rows),
+                _weighted(part),
             )
             for i, (_, learnt) in enumerate(sections)
             for basis, parts in learnt.bases.items()
             for part in parts
         ],
     )
+
+
+def _weighted(part: Part) -> str:
+    by = ["channels"] * part.weighted
+    by += ["tokens"] * bool(part.uniform and part.uniform.importance)
+    return ", ".join(by) or "no"
 
 
 def describe_model(model: ModelIdentity) -> str:

@@ -20,7 +20,15 @@ from kvtc_stream.cpu.layout import squared_errors
 from kvtc_stream.cpu.values import convert, to_float32
 from kvtc_stream.decoder import BlockDecoder
 from kvtc_stream.errors import FormatError, KVTCError
-from kvtc_stream.formats import Block, Measure, StreamFile, StreamHeader, StreamParser, decompress
+from kvtc_stream.formats import (
+    Block,
+    Coder,
+    Measure,
+    StreamFile,
+    StreamHeader,
+    StreamParser,
+    decompress,
+)
 from kvtc_stream.interop import numpy_dtype
 
 _READ_SIZE = 1 << 20
@@ -100,7 +108,8 @@ def _check_bytes(file: BinaryIO, bars: Progress) -> StreamFile:
 
 def _check_coded(block: Block, header: StreamHeader) -> None:
     try:
-        decompress(block.coder, block.coded, block.coded_size)
+        if block.coder is not Coder.RANS:  # its tables are in the calibration
+            decompress(block.coder, block.coded, block.coded_size)
         size = header.verbatim_size(block.section, len(block.verbatim_tokens))
         decompress(block.verbatim_coder, block.verbatim, size)
     except FormatError as error:

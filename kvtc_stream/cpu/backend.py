@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from kvtc_stream.backend import Measure
 from kvtc_stream.calibration import Calibration, Part
-from kvtc_stream.cpu import quantise
+from kvtc_stream.control import Target
+from kvtc_stream.cpu.coding import BandCoding, Quantised, UniformCoding
 from kvtc_stream.cpu.layout import Rotations, gather, scatter, squared_errors
 from kvtc_stream.cpu.values import (
     convert,
@@ -21,13 +22,15 @@ from kvtc_stream.cpu.values import (
     verbatim_arrays,
     verbatim_planes,
 )
-from kvtc_stream.errors import FormatError, UnsupportedError
+from kvtc_stream.errors import UnsupportedError
 from kvtc_stream.formats import Block, BlockErrors, PartPlan, Role, StreamHeader
 from kvtc_stream.formats import Measure as MeasureId
 from kvtc_stream.formats.coders import compress, decompress
 from kvtc_stream.interop import as_kv_array, numpy_dtype
 
 Float = NDArray[np.float32]
+#: Of K and of V, float64 [tokens].
+_Errors = tuple[NDArray[np.float64], NDArray[np.float64]]
 
 #: A token whose relative error is beyond this is stored verbatim whatever was asked for: what
 #: would come back has nothing to do with it (a vanishing token, say, would become the mean).
@@ -47,20 +50,22 @@ class CpuBackend:
         *,
         max_error: float | None = None,
         measure: Measure = "full",
+        target: Target | None = None,
     ) -> CpuSectionCoder:
         """See :meth:`kvtc_stream.backend.Backend.section_coder`."""
-        return CpuSectionCoder(header, section, calibration, max_error, measure)
+        return CpuSectionCoder(header, section, calibration, max_error, measure, target)
 
 
 class _Part:
-    """A part of the basis, ready for products: its components in binary32."""
+    """A part of the basis, ready for products."""
 
-    def __init__(self, part: Part, plan: PartPlan, components: Float, block_tokens: int) -> None:
+    def __init__(
+        self, part: Part, plan: PartPlan, transforms: tuple[Float, Float], block_tokens: int
+    ) -> None:
         self.k_layers = np.array(part.k_layers, np.int64)
         self.v_layers = np.array(part.v_layers, np.int64)
         self.mean = part.mean
-        self.bands = plan.bands
-        self.components = components[: plan.components]
+        self.analysis, self.synthesis = (x[: plan.components] for x in transforms)
         # One fixed shape for every product: however the input is cut, the sums are the same.
         self.rows = np.zeros((block_tokens, part.width), np.float32)
         self.coefficients = np.zeros((block_tokens, plan.components), np.float32)
@@ -76,6 +81,7 @@ class CpuSectionCoder:
         calibration: Calibration,
         max_error: float | None,
         measure: Measure,
+        target: Target | None,
     ) -> None:
         self._header = header
         self._index = section
@@ -93,39 +99,79 @@ class CpuSectionCoder:
             _Part(
                 part,
                 part_plan,
-                calibration.components32(section, plan.basis, i, part_plan.components),
+                calibration.transforms(section, plan.basis, i, part_plan.components),
                 header.block_tokens,
             )
             for i, (part, part_plan) in enumerate(zip(basis, plan.parts, strict=True))
         ]
-        if measure == "coefficients" and any(p.k_layers and p.v_layers for p in basis):
+        if measure == "coefficients" and any(
+            p.weighted or (p.k_layers and p.v_layers) for p in basis
+        ):
             raise UnsupportedError(
-                f"basis {plan.basis!r} codes K and V together, so the coefficients' error cannot "
-                f"be told apart for K and V: use measure='full'"
+                f"basis {plan.basis!r} codes K and V together, or weighted, so the coefficients' "
+                f"error is not that of K or of V: use measure='full'"
             )
+        self._coding: BandCoding | UniformCoding = BandCoding(plan.parts, header.coder)
+        if plan.uniform:
+            self._coding = UniformCoding(basis, plan.parts)
+        self._control = None if target is None else target.control(header, section)
 
     def encode(
         self, k: NDArray[Any], v: NDArray[Any], positions: NDArray[np.int64], start: int
     ) -> Block:
         """See :meth:`kvtc_stream.backend.SectionCoder.encode`."""
         k32, v32 = to_float32(k, self._k_scale), to_float32(v, self._v_scale)
-        symbols = self._analyse(k32, v32, positions)
-        codable = np.logical_and.reduce([s.representable for s in symbols])
-        if self._measure == "full":
-            k_error, v_error = self._reconstruction_errors(k32, v32, positions, symbols)
+        coefficients = self._analyse(k32, v32, positions)
+
+        def full(quantised: Quantised) -> _Errors:
+            self._coding.dequantise(quantised, coefficients)
+            return self._reconstruction_errors(k32, v32, positions)
+
+        offset = 0.0
+        if isinstance(self._coding, UniformCoding):
+            quantised, offset = self._uniform(coefficients, full)
+            k_error, v_error = full(quantised)
         else:
-            k_error, v_error = self._coefficient_errors(symbols)
+            quantised = self._coding.quantise(coefficients)
+            if self._measure == "full":
+                k_error, v_error = full(quantised)
+            else:
+                exact = [array.copy() for array in coefficients]
+                self._coding.dequantise(quantised, coefficients)
+                k_error, v_error = self._coefficient_errors(exact)
+        codable = quantised.representable.copy()
         # Comparisons are false for tokens that are not finite or have no relative error.
         bound = _HOPELESS if self._max_error is None else min(_HOPELESS, self._max_error)
         with np.errstate(invalid="ignore"):
             codable &= (k_error <= bound) & (v_error <= bound)
-        return self._block(k, v, positions, start, symbols, codable, k_error, v_error)
+        kept = np.flatnonzero(codable)
+        block = self._block(k, v, positions, start, quantised, kept, k_error, v_error)
+        if self._control is not None:
+            self._control.record(offset, block)
+        return block
 
-    def _analyse(self, k: Float, v: Float, positions: NDArray[np.int64]) -> list[quantise.Symbols]:
+    def _uniform(
+        self, coefficients: list[Float], errors: Callable[[Quantised], _Errors]
+    ) -> tuple[Quantised, float]:
+        """Symbols at the offset to the plan's step that the target asks for, and that offset."""
+        coding = self._coding
+        assert isinstance(coding, UniformCoding)
+        exact = [array.copy() for array in coefficients]  # measuring errors overwrites them
+        classes = coding.classify(exact)
+        offset = 0.0
+        if self._control is not None:
+            offset = self._control.choose(
+                len(exact[0]),
+                lambda offset: coding.size(exact, classes, offset),
+                lambda offset: errors(coding.quantise(exact, classes, offset)),
+            )
+        return coding.quantise(exact, classes, offset), offset
+
+    def _analyse(self, k: Float, v: Float, positions: NDArray[np.int64]) -> list[Float]:
+        """Coefficients [tokens, components] a part, views of what the parts hold."""
         tokens = k.shape[2]
         take_off = Rotations.of(self._section, positions, inverse=True)
         straight = Rotations.none(len(self._section.layers))
-        symbols = []
         for part in self._parts:
             split = len(part.k_layers) * self._section.kv_heads * self._section.k_dim
             gather(k, part.k_layers, take_off, part.rows[:, :split])
@@ -133,17 +179,13 @@ class CpuSectionCoder:
             with np.errstate(over="ignore", invalid="ignore"):
                 part.rows[:tokens] -= part.mean
                 part.rows[tokens:] = 0
-                np.matmul(part.rows, part.components.T, out=part.coefficients)
-            symbols.append(quantise.quantise(part.coefficients[:tokens], part.bands))
-        return symbols
+                np.matmul(part.rows, part.analysis.T, out=part.coefficients)
+        return [part.coefficients[:tokens] for part in self._parts]
 
-    def _reconstruction_errors(
-        self, k: Float, v: Float, positions: NDArray[np.int64], symbols: list[quantise.Symbols]
-    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        tokens = k.shape[2]
-        for part, symbol in zip(self._parts, symbols, strict=True):
-            quantise.dequantise(symbol, part.bands, part.coefficients[:tokens])
-            part.coefficients[tokens:] = 0
+    def _reconstruction_errors(self, k: Float, v: Float, positions: NDArray[np.int64]) -> _Errors:
+        """Errors of K and V from the parts' coefficients, decoded."""
+        for part in self._parts:
+            part.coefficients[k.shape[2] :] = 0
         layers = range(len(self._section.layers))
         k_out, v_out = self._synthesise(positions, layers)
         return (
@@ -151,22 +193,20 @@ class CpuSectionCoder:
             _relative(*squared_errors(v, to_float32(v_out, self._out_scale(self._v_scale)))),
         )
 
-    def _coefficient_errors(
-        self, symbols: list[quantise.Symbols]
-    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    def _coefficient_errors(self, exact: list[Float]) -> _Errors:
         """Error from the coefficients: what quantisation lost plus what the basis leaves out."""
-        tokens = len(symbols[0].codes)
+        tokens = len(exact[0])
         # Relative to the rows, which like the coefficients have no RoPE and none of its scale.
         lost = {"k": np.zeros(tokens), "v": np.zeros(tokens)}
         energy = {"k": np.zeros(tokens), "v": np.zeros(tokens)}
-        for part, symbol in zip(self._parts, symbols, strict=True):
+        for part, coefficients in zip(self._parts, exact, strict=True):
             kind = "k" if len(part.k_layers) else "v"
-            rows, exact = part.rows[:tokens], part.coefficients[:tokens].astype(np.float64)
+            rows = part.rows[:tokens]
             with np.errstate(invalid="ignore"):
-                left_out = np.square(rows, dtype=np.float64).sum(axis=1) - np.square(exact).sum(1)
-                quantise.dequantise(symbol, part.bands, part.coefficients[:tokens])
-                exact -= part.coefficients[:tokens]
-                lost[kind] += left_out.clip(0) + np.square(exact).sum(axis=1)
+                left_out = np.square(rows, dtype=np.float64).sum(axis=1)
+                left_out -= np.square(coefficients, dtype=np.float64).sum(axis=1)
+                difference = coefficients.astype(np.float64) - part.coefficients[:tokens]
+                lost[kind] += left_out.clip(0) + np.square(difference).sum(axis=1)
                 energy[kind] += np.square(rows + part.mean, dtype=np.float64).sum(axis=1)
         return _relative(lost["k"], energy["k"]), _relative(lost["v"], energy["v"])
 
@@ -176,21 +216,15 @@ class CpuSectionCoder:
         v: NDArray[Any],
         positions: NDArray[np.int64],
         start: int,
-        symbols: list[quantise.Symbols],
-        codable: NDArray[np.bool_],
+        quantised: Quantised,
+        kept: NDArray[np.int64],
         k_error: NDArray[np.float64],
         v_error: NDArray[np.float64],
     ) -> Block:
-        kept, verbatim = np.flatnonzero(codable), np.flatnonzero(~codable)
-        packed = [
-            quantise.pack(symbol, part.bands, kept)
-            for part, symbol in zip(self._parts, symbols, strict=True)
-        ]
-        # Segments of a kind lie side by side, so that the coder sees them as one.
-        segments = [b"".join(kind) for kind in zip(*packed, strict=True)]
-        coder, coded = compress(self._header.coder, *segments)
+        verbatim = np.delete(np.arange(len(positions)), kept)
+        coder, coded, coded_size = self._coding.pack(quantised, kept)
         verbatim_coder, verbatim_coded = compress(
-            self._header.coder, *verbatim_planes(k[:, :, verbatim], v[:, :, verbatim])
+            self._header.coder.of_bytes, *verbatim_planes(k[:, :, verbatim], v[:, :, verbatim])
         )
         errors = BlockErrors(
             MeasureId.RECONSTRUCTION if self._measure == "full" else MeasureId.COEFFICIENTS,
@@ -205,7 +239,7 @@ class CpuSectionCoder:
             verbatim_tokens=tuple(verbatim.tolist()),
             coder=coder,
             coded=coded,
-            coded_size=sum(map(len, segments)),
+            coded_size=coded_size,
             verbatim_coder=verbatim_coder,
             verbatim=verbatim_coded,
             errors=errors,
@@ -217,7 +251,11 @@ class CpuSectionCoder:
         positions = np.array(block.positions, np.int64)
         chosen = list(layers)
         if len(verbatim) < block.tokens:
-            self._unpack(block, np.delete(np.arange(block.tokens), verbatim))
+            kept = np.delete(np.arange(block.tokens), verbatim)
+            # Tokens stay at their row, so that the product sums as the encoder's did.
+            for part in self._parts:
+                part.coefficients[:] = 0
+            self._coding.unpack(block, kept, [part.coefficients for part in self._parts])
             k, v = self._synthesise(positions, chosen)
         else:
             k, v = self._empty(block.tokens, len(chosen))
@@ -226,26 +264,6 @@ class CpuSectionCoder:
             k[:, :, verbatim] = convert(k_raw, self._header.out_dtype, self._k_scale)[chosen]
             v[:, :, verbatim] = convert(v_raw, self._header.out_dtype, self._v_scale)[chosen]
         return as_kv_array(k), as_kv_array(v)
-
-    def _unpack(self, block: Block, kept: NDArray[np.int64]) -> None:
-        sizes = [quantise.segment_sizes(len(kept), part.bands) for part in self._parts]
-        needed = sum(map(sum, sizes))
-        if block.coded_size != needed:
-            raise FormatError(
-                f"block at token {block.start}: coded payload of {block.coded_size} bytes, the "
-                f"plan needs {needed} for {len(kept)} tokens"
-            )
-        data = memoryview(decompress(block.coder, block.coded, block.coded_size))
-        segments: list[list[memoryview]] = [[] for _ in self._parts]
-        for kind in zip(*sizes, strict=True):
-            for segment, size in zip(segments, kind, strict=True):
-                segment.append(data[:size])
-                data = data[size:]
-        for part, segment in zip(self._parts, segments, strict=True):
-            symbols = quantise.unpack(segment, len(kept), part.bands)
-            # Tokens stay at their row, so that the product sums as the encoder's did.
-            part.coefficients[:] = 0
-            quantise.dequantise(symbols, part.bands, part.coefficients, kept)
 
     def _synthesise(
         self, positions: NDArray[np.int64], layers: Sequence[int]
@@ -266,7 +284,7 @@ class CpuSectionCoder:
                 for source, target, count in _runs(own, layers):
                     columns = slice(first + source * width, first + (source + count) * width)
                     with np.errstate(over="ignore", invalid="ignore"):
-                        rows = np.matmul(part.coefficients, part.components[:, columns])
+                        rows = np.matmul(part.coefficients, part.synthesis[:, columns])
                         rows += part.mean[columns]
                     wanted = layers[target : target + count]
                     scatter(rows, rotations.select(wanted), out[target : target + count])

@@ -80,7 +80,7 @@ def capture_gradients(
     if not model.can_generate():
         raise UnsupportedError(
             f"{type(model).__name__} has no language model head, which gradients start from: load "
-            f"the model with AutoModelForCausalLM"
+            f"the model with AutoModelForCausalLM, or choose another importance"
         )
     ids = torch.as_tensor(token_ids, device=model.device)
     if after is None:

@@ -137,7 +137,7 @@ def output_norms(model: PreTrainedModel) -> list[NDArray[np.float32]]:
             raise UnsupportedError(
                 f"{type(model).__name__}: no linear layer takes the output of "
                 f"{type(read.module).__name__}'s attention to layer {read.layer} as it is, so its "
-                f"output projection is unknown; give importance weights of another kind"
+                f"output projection is unknown; choose another importance"
             )
         i, row, section = places[read.layer]
         # Whatever its class and however it stores weights, a linear layer maps the unit vectors
@@ -223,6 +223,6 @@ def _run(model: PreTrainedModel, ids: Tensor, see: Callable[[_Read], None]) -> N
     if unseen:
         raise UnsupportedError(
             f"{type(model).__name__}: the attention of layers {sorted(unseen)} does not go through "
-            f"transformers' AttentionInterface, where queries are seen: give importance weights "
-            f"of another kind"
+            f"transformers' AttentionInterface, where queries are seen: choose another "
+            f"importance"
         )

@@ -22,7 +22,7 @@ import io
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, BinaryIO, TypeAlias
+from typing import Any, BinaryIO, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -40,6 +40,7 @@ from transformers.cache_utils import (
 import kvtc_stream as kvtc
 from kvtc_stream.errors import CalibrationMismatchError, UnsupportedError
 from kvtc_stream.formats import Geometry, ModelIdentity, Rope, Section
+from kvtc_stream.integrations._transformers_gradients import capture_gradients
 from kvtc_stream.integrations._transformers_model import (
     SUPPORTED_CACHES,
     attention_layers,
@@ -48,6 +49,7 @@ from kvtc_stream.integrations._transformers_model import (
     inference,
     model_identity,
 )
+from kvtc_stream.integrations._transformers_queries import output_norms, query_second_moments
 
 __all__ = [
     "calibrate",
@@ -113,6 +115,9 @@ def calibrate(
     tokenizer: Callable[..., Any] | None = None,
     tokens: int = 160_000,
     document_tokens: int = 2048,
+    importance: Literal["gradients", "queries", "none"] = "gradients",
+    importance_documents: int = 24,
+    seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
     name: str | None = None,
     revision: str | None = None,
@@ -133,8 +138,18 @@ def calibrate(
         Stop after this many. The published method uses 160,000.
     document_tokens
         Longest document: what the model sees at once.
+    importance
+        Where importance weights come from, which say what an error costs the model.
+        ``"gradients"``: the model's loss is run back into its cache, with labels drawn from the
+        model; takes memory for a backward pass, and several times as long as reading. ``"queries"``
+        needs none: the second moments of queries for K, and norms behind the output projection for
+        V. ``"none"``: errors of all channels count alike.
+    importance_documents
+        How many documents importance is learnt from, spread over all.
+    seed
+        Of the labels.
     progress
-        Called with tokens done and ``tokens``; fewer are done when the texts run out.
+        Called with tokens done and tokens in all, those read again for importance included.
     name, revision
         As for :func:`model_identity`.
     options
@@ -144,25 +159,85 @@ def calibrate(
     ------
     ValueError
         The texts hold no tokens but sinks.
+    UnsupportedError
+        The model has no head for gradients, or hides the queries: choose another ``importance``.
     """
+    if importance not in ("gradients", "queries", "none"):
+        raise ValueError(
+            f"importance must be 'gradients', 'queries' or 'none', found {importance!r}"
+        )
     if tokens < 1 or document_tokens < 2:
         raise ValueError(
             f"tokens must be at least 1 and document_tokens at least 2, found {tokens} and "
             f"{document_tokens}"
         )
     identity = model_identity(model, name=name, revision=revision)
-    calibrator = kvtc.Calibrator(geometry_of(model), model=identity, **options)
-    done = 0
-    for document in _documents(texts, tokenizer, document_tokens):
-        document = document[: tokens - done]
-        for section, k, v in capture(model, document):
-            calibrator.update([x.cpu() for x in k], [x.cpu() for x in v], section=section)
+    documents = list(_first(_documents(texts, tokenizer, document_tokens), tokens))
+    # A loss needs a token after those that it is run back into.
+    judged = [d for d in documents if len(d) > 1] if importance != "none" else []
+    count = min(importance_documents, len(judged))
+    judged = [judged[i * len(judged) // count] for i in range(count)]
+    total, done = sum(map(len, documents)) + sum(map(len, judged)), 0
+
+    def advance(document: NDArray[np.int64]) -> None:
+        nonlocal done
         done += len(document)
         if progress is not None:
-            progress(done, tokens)
-        if done == tokens:
-            break
+            progress(done, total)
+
+    if importance == "queries" and judged:
+        options["weights"] = _query_weights(model, judged, advance)
+    calibrator = kvtc.Calibrator(geometry_of(model), model=identity, **options)
+    if importance == "gradients":
+        for i, document in enumerate(judged):
+            for section, *tensors in capture_gradients(model, document, seed=seed + i):
+                k, v, grad_k, grad_v = ([x.cpu() for x in layers] for layers in tensors)
+                calibrator.update_gradients(k, v, grad_k, grad_v, section=section)
+            advance(document)
+    for document in documents:
+        for section, k, v in capture(model, document):
+            calibrator.update([x.cpu() for x in k], [x.cpu() for x in v], section=section)
+        advance(document)
     return calibrator.finish()
+
+
+def _first(documents: Iterable[NDArray[np.int64]], tokens: int) -> Iterator[NDArray[np.int64]]:
+    """Documents up to so many tokens, the last one cut."""
+    for document in documents:
+        yield document[:tokens]
+        tokens -= len(document)
+        if tokens <= 0:
+            return
+
+
+def _query_weights(
+    model: PreTrainedModel,
+    documents: Sequence[NDArray[np.int64]],
+    advance: Callable[[NDArray[np.int64]], None],
+) -> list[tuple[NDArray[np.float64], NDArray[np.float64]]]:
+    """Importance of K and V by section, without gradients.
+
+    A score that is off moves attention between tokens, and what enters the residual stream by
+    their difference in value: so the weights of K are ``E[q qᵀ]`` times the variance of what the
+    head's values contribute, and those of V, ``W_Oᵀ W_O``, are in the same unit.
+    """
+    norms = [x.astype(np.float64) for x in output_norms(model)]
+    moments = [np.zeros(1)] * len(norms)
+    variances = [np.zeros(1)] * len(norms)
+    for document in documents:
+        for i, moment in enumerate(query_second_moments(model, document)):
+            moments[i] = moments[i] + moment / len(documents)
+        for i, _, v in capture(model, document):
+            values = torch.cat(v).double().cpu().numpy()
+            centred = values - values.mean(axis=2, keepdims=True)
+            covariance = centred.swapaxes(2, 3) @ centred / values.shape[2]
+            spread = np.einsum("lhij,lhij->lh", norms[i], covariance)
+            variances[i] = variances[i] + spread / len(documents)
+        advance(document)
+    return [
+        (moment * variance[..., None, None], norm)
+        for moment, variance, norm in zip(moments, variances, norms, strict=True)
+    ]
 
 
 def encode_cache(

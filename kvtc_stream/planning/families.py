@@ -29,6 +29,8 @@ _FITTED = 64
 #: Components that are measured together; they need 1 MiB each with 48 steps and 16 classes.
 _CHUNK = 16
 _ITERATIONS = 12
+#: Most histograms that the families are fitted to, spread over components, steps and classes.
+_HISTOGRAMS = 8192
 #: A column below this frequency escapes. Its escapes take 16 bits more than frequency 1 would,
 #: while a frequency costs all other symbols 1 / (4096 · ln 2) bits.
 _LEAST = 1 / (16 * np.log(2))
@@ -135,7 +137,8 @@ def fit_families(
     # Denser at the front: the first components, of most variance, differ most and cost most.
     fitted = min(components, _FITTED)
     counts, _ = measure(np.unique(np.arange(fitted) ** 2 * components // fitted**2))
-    frequencies = _fit(_of_classes(counts, present, steps, rows).reshape(-1, 256), families)
+    histograms = _of_classes(counts, present, steps, rows)[:, :, present].reshape(-1, 256)
+    frequencies = _fit(histograms[:: -(-len(histograms) // _HISTOGRAMS)], families)
     class_frequencies = _normalise(
         np.add(class_rows, 0.5, dtype=np.float64), np.ones(CLASSES, np.bool_)
     )

@@ -5,14 +5,22 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import numpy as np
+
 from kvtc_stream.calibration import Calibration, Part
 from kvtc_stream.calibrator import Progress
 from kvtc_stream.errors import UnsupportedError
 from kvtc_stream.formats import Band, PartPlan, Plan, Quantiser, SectionPlan
 from kvtc_stream.planning.dynamic import allocate, allocate_for_error
+from kvtc_stream.planning.families import FamilyTables
+from kvtc_stream.planning.tables import ErrorTables
 
 #: Bits per value that a ratio is relative to, whatever the cache's dtype (as published).
 RATIO_BITS = 16
+
+#: What a uniform band's component costs that is not coded, as a part of its energy: its squared
+#: error, and as much again because it is lacking from all tokens alike (see ``FamilyTables``).
+_LEFT_OUT = 2.0
 
 
 def make_plan(
@@ -21,24 +29,29 @@ def make_plan(
     basis: str,
     target: str,
     value: float,
+    *,
+    uniform: bool,
     progress: Progress | None = None,
 ) -> Plan:
     """Deal out bits to every part of every section.
 
     ``target`` is ``"ratio"``, ``"bits_per_token"`` (shared among parts by their width, so that K
-    and V get the same ratio, as published) or ``"max_relative_error"`` (met by every part).
+    and V get the same ratio, as published; with uniform bands among sections) or
+    ``"max_relative_error"`` (met by every part).
     """
     if not (math.isfinite(value) and value > 0):
         raise ValueError(f"{target} must be positive and finite, found {value}")
     bases = [section.basis(basis) for section in calibration.sections]
     width = sum(part.width for parts in bases for part in parts)
+    if uniform:
+        return Plan(preset, tuple(_uniform_section(basis, p, target, value, width) for p in bases))
 
     def bands(part: Part) -> tuple[Band, ...]:
         if target == "max_relative_error":
             return _bands_for_error(part, value, progress)
         bits = RATIO_BITS * part.width / value if target == "ratio" else value * part.width / width
         most = part.rank * Band(1, Quantiser.FP8).bits  # no plan can spend more
-        return allocate(part.tables, int(min(bits, most)), progress=progress).bands
+        return allocate(_tables(part), int(min(bits, most)), progress=progress).bands
 
     return Plan(
         preset,
@@ -54,6 +67,77 @@ def make_plan(
     )
 
 
+def _tables(part: Part) -> ErrorTables:
+    if part.errors is None:
+        raise UnsupportedError(
+            "this basis of the calibration has no tables of bands, only of uniform ones: choose "
+            "the preset that it is made for"
+        )
+    return part.errors
+
+
+def _uniform_section(
+    basis: str, parts: tuple[Part, ...], target: str, value: float, width: int
+) -> SectionPlan:
+    """One base step for a section, and how many of each part's components to code with it.
+
+    What a component costs does not depend on its neighbours, so the dynamic program of bands with
+    parameters of their own comes down to a choice for each component: it is coded where the error
+    that this saves is worth the bits, at the price where the next finer step would save as much.
+    Components fall in variance, so those that are coded come first. (Steps that differ from band
+    to band were tried, and gained nothing.) To meet an error all are coded: a cache unlike the
+    calibration's may need any of them.
+    """
+    tables = [p.uniform for p in parts]
+    families = [t.families for t in tables if t is not None]
+    if len(families) < len(parts):
+        raise UnsupportedError(
+            f"basis {basis!r} of the calibration has no tables of uniform bands: choose the preset "
+            f"that it is made for, or calibrate again"
+        )
+    steps = families[0].rate.shape[0]
+    gained, spent = (
+        np.gradient(sum(costs.sum(axis=1, dtype=np.float64) for costs in of_parts))
+        for of_parts in ([f.distortion for f in families], [f.rate for f in families])
+    )
+    price = np.divide(-gained, spent, out=np.zeros(steps), where=spent < 0).clip(0)
+
+    def coded(family: FamilyTables, j: int) -> int:
+        saved = _LEFT_OUT * family.energy - family.distortion[j] - price[j] * family.rate[j]
+        return int(np.cumsum(saved).argmax()) + 1 if target != "max_relative_error" else len(saved)
+
+    def bits(j: int) -> float:
+        return sum(
+            float(f.rate[j, : coded(f, j)].sum(dtype=np.float64)) + f.class_bits for f in families
+        )
+
+    errors = np.array(
+        [[e[j] for j in range(steps)] for t in tables if t for e in (t.k_errors, t.v_errors)]
+    )
+    if target == "max_relative_error":
+        met = np.flatnonzero(errors.max(axis=0) <= value)
+        if not met.size:
+            raise UnsupportedError(
+                f"max_relative_error={value} cannot be met: the finest step is expected to lose "
+                f"{errors[:, 0].max():.3g}; ask for a larger error, or calibrate with a higher rank"
+            )
+        step = int(met[-1])
+    else:
+        own = sum(p.width for p in parts)
+        goal = RATIO_BITS * own / value if target == "ratio" else value * own / width
+        step = int(np.argmin([abs(math.log(max(bits(j), 1e-9) / goal)) for j in range(steps)]))
+    return SectionPlan(
+        basis,
+        tuple(
+            PartPlan(p.k_layers, p.v_layers, (Band(coded(f, step), Quantiser.UNIFORM, step),))
+            for p, f in zip(parts, families, strict=True)
+        ),
+        float(errors[::2, step].max()),
+        float(errors[1::2, step].max()),
+        bits(step),
+    )
+
+
 def _bands_for_error(
     part: Part, relative_error: float, progress: Progress | None
 ) -> tuple[Band, ...]:
@@ -61,7 +145,7 @@ def _bands_for_error(
     allowed = relative_error**2 * part.energy
     try:
         return allocate_for_error(
-            part.tables, allowed, RATIO_BITS * part.width, progress=progress
+            _tables(part), allowed, RATIO_BITS * part.width, progress=progress
         ).bands
     except ValueError as error:
         raise UnsupportedError(
@@ -77,7 +161,7 @@ def _expecting(parts: tuple[Part, ...], plan: SectionPlan) -> SectionPlan:
         if part.k_layers and part.v_layers:
             return plan  # the tables do not tell K and V apart
         kind = "k" if part.k_layers else "v"
-        error[kind] += part.tables.error(dealt.bands)
+        error[kind] += _tables(part).error(dealt.bands)
         energy[kind] += part.energy
     expected = {n: math.sqrt(error[n] / energy[n]) if energy[n] else 0.0 for n in error}
     return replace(plan, expected_k_error=expected["k"], expected_v_error=expected["v"])

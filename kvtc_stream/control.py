@@ -1,0 +1,164 @@
+"""Rate control: the step that meets a target on this stream, not only on the calibration's text.
+
+One step for the whole stream would serve it best: errors of equal size wherever they cost the same
+bits. But which one meets the target is known only at the end. So every block takes the step that
+would have met it on the blocks before, unless that leaves the sum so far outside a corridor around
+the target; then the nearest step that does not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvtc_stream.formats import Block, StreamHeader
+
+#: Half the width of the corridor, as a part of the target. Users are promised 2 %.
+_CORRIDOR = 0.015
+#: How much finer than the finest base step, and coarser than the plan's, in quarter octaves. The
+#: former is beyond what a basis in binary16 resolves, and leaves room below the largest symbol.
+_FINER, _COARSER = 16.0, 100.0
+_EVALUATIONS = 8
+#: Of a block's record, besides payload and verbatim values.
+_RECORD_BYTES = 112
+#: Errors of tokens count up to here; such tokens end up verbatim.
+_MOST_ERROR = 2.0
+
+_Amounts: TypeAlias = NDArray[np.float64] | float
+_Errors: TypeAlias = tuple[NDArray[np.float64], NDArray[np.float64]]
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a stream with uniform bands keeps to: ``ratio``, ``bits_per_token`` or
+    ``max_relative_error``, of the tokens that are coded, in each section by itself."""
+
+    name: str
+    value: float
+
+    def control(self, header: StreamHeader, section: int) -> SectionControl:
+        """Of one section of a new stream."""
+        plan = header.plan.sections[section]
+        least = -_FINER - min((b.step for p in plan.parts for b in p.bands), default=0)
+        if self.name == "max_relative_error":
+            return SectionControl(RateControl(self.value, 0.14, least), of_errors=True)
+        sizes = [s.k_width + s.v_width for s in header.geometry.sections]
+        share = self.value / 8 * sizes[section] / sum(sizes)
+        if self.name == "ratio":
+            share = header.verbatim_size(section, 1) / self.value
+        return SectionControl(RateControl(share, -0.08, least), of_errors=False)
+
+
+class SectionControl:
+    """Rate control of a section's bytes or errors, one block after the other."""
+
+    def __init__(self, control: RateControl, *, of_errors: bool) -> None:
+        self._control, self._of_errors = control, of_errors
+
+    def choose(
+        self,
+        tokens: int,
+        bytes_at: Callable[[float], float],
+        errors_at: Callable[[float], _Errors],
+    ) -> float:
+        """The offset for a block; the functions give its payload and its tokens' errors at one."""
+
+        def errors(offset: float) -> _Amounts:
+            found = errors_at(offset)
+            return np.array(
+                [np.nan_to_num(x, nan=_MOST_ERROR).clip(max=_MOST_ERROR).sum() for x in found]
+            )
+
+        def size(offset: float) -> _Amounts:
+            return bytes_at(offset) + _RECORD_BYTES
+
+        return self._control.choose(tokens, errors if self._of_errors else size)
+
+    def record(self, offset: float, block: Block) -> None:
+        """Count a block that was coded with an offset."""
+        tokens, errors = block.coded_tokens, block.errors
+        means = np.array([errors.k_mean, errors.v_mean])
+        amounts = means * tokens if self._of_errors else float(len(block.coded) + _RECORD_BYTES)
+        self._control.record(offset, tokens, amounts)
+
+
+class RateControl:
+    """Chooses the offset to the plan's step for the blocks of a section, one after the other.
+
+    Parameters
+    ----------
+    target
+        Of the amounts per token: none may exceed it, and one should reach it.
+    slope
+        By how much the logarithm of an amount changes from one quarter octave of the step to the
+        next: negative for bytes, positive for errors. A first guess.
+    least
+        The finest offset.
+    """
+
+    def __init__(self, target: float, slope: float, least: float) -> None:
+        self._target, self._least = target, least
+        self._slope = slope
+        self._tokens = 0
+        self._amounts: _Amounts = 0.0
+        self._mean = 0.0
+
+    def choose(self, tokens: int, amounts: Callable[[float], _Amounts]) -> float:
+        """The offset for a block, in quarter octaves; ``amounts`` are the block's at an offset."""
+
+        def excess(x: float) -> float:
+            """Logarithm of how far the sum would be above the target."""
+            total = float(np.max(self._amounts + amounts(x)))
+            return math.log(max(total, 1e-300) / (self._target * (self._tokens + tokens)))
+
+        x = self._best()
+        found = excess(x)
+        if abs(found) <= _CORRIDOR:
+            return x
+        # Regula falsi towards just inside the corridor; a share of the block in the sum makes the
+        # slope smaller than that of the block alone.
+        aim = math.copysign(0.75 * _CORRIDOR, found)
+        share = tokens / (self._tokens + tokens)
+        slope = self._slope * share
+        low, high = self._least, _COARSER
+        for _ in range(_EVALUATIONS):
+            if (found > aim) == (self._slope > 0):
+                high = x
+            else:
+                low = x
+            new = x - (found - aim) / slope
+            if not low < new < high:
+                new = (low + high) / 2 if high - low < 40 else min(max(new, low), high)
+            if new == x:
+                break
+            before, x_before = found, x
+            x = new
+            found = excess(x)
+            if abs(found - aim) <= 0.25 * _CORRIDOR:
+                break
+            measured = (found - before) / (x - x_before)
+            if measured * self._slope > 0:
+                slope = measured
+        if 0.2 < slope / share / self._slope < 5:
+            self._slope += 0.25 * (slope / share - self._slope)
+        return x
+
+    def _best(self) -> float:
+        """The offset that would have met the target on all blocks so far."""
+        if not self._tokens:
+            return 0.0
+        total = float(np.max(self._amounts))
+        excess = math.log(max(total, 1e-300) / (self._target * self._tokens))
+        return min(max(self._mean - excess / self._slope, self._least), _COARSER)
+
+    def record(self, x: float, tokens: int, amounts: _Amounts) -> None:
+        """What a block of ``tokens`` coded tokens took in the end."""
+        if tokens:
+            self._tokens += tokens
+            self._amounts = self._amounts + amounts
+            self._mean += (x - self._mean) * tokens / self._tokens

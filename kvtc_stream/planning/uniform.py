@@ -1,0 +1,119 @@
+"""What the uniform quantiser of a part needs, from sampled rows: families, errors, importance."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvtc_stream.calibration import Part, UniformTables
+from kvtc_stream.importance import MIDDLE, TokenImportance, classes_of, fit
+from kvtc_stream.planning.families import STEPS_PER_OCTAVE, fit_families
+from kvtc_stream.weights import apply_blocks
+
+#: Base steps. In the middle class the coarsest is twice the strongest component's deviation.
+STEPS = 56
+_COARSEST = 2.0
+#: Rows that errors of K and V are measured on, at every so many-th step.
+_ERROR_ROWS, _ERROR_STEPS = 256, 4
+#: Components that a token's importance is summed over: the others are hardly ever coded.
+_IMPORTANT = 1500
+_WEIGHT_LOG = 4.0
+
+
+def unit_of(parts: Sequence[Part]) -> float:
+    """The step of base step 0 and class 0, one for the parts of a section."""
+    deviation = float(np.sqrt(max(float(part.spectrum[0]) for part in parts)))
+    octaves = (STEPS - 1 + MIDDLE) / STEPS_PER_OCTAVE
+    # Units within what steps can be made of; a part that never varies has any.
+    return float(np.clip(_COARSEST * deviation, 1e-20, 1e20)) / 2**octaves
+
+
+def uniform_tables(
+    part: Part,
+    rows: NDArray[np.float32],
+    unit: float,
+    split: int,
+    pairs: tuple[NDArray[np.float32], NDArray[np.float32]] | None,
+) -> UniformTables:
+    """Measure the tables of a part.
+
+    Parameters
+    ----------
+    part
+        With components, and weights if there are any.
+    rows
+        float32 [rows, width]: a sample, means included.
+    unit
+        See :func:`unit_of`.
+    split
+        Columns before this are of K, the others of V.
+    pairs
+        Rows [n, width] and gradients of a loss with respect to them, if there are any.
+    """
+    components = part.components.astype(np.float32)
+    analysis = synthesis = components
+    if part.k_weights is not None and part.v_weights is not None:
+        weights = (part.k_weights, part.v_weights)
+        analysis = apply_blocks(components, weights)
+        synthesis = apply_blocks(components, weights, inverse=True)
+    with np.errstate(over="ignore", invalid="ignore"):
+        projected = (rows - part.mean) @ analysis.T
+        sound = np.isfinite(projected).all(axis=1)
+    rows, coefficients = rows[sound], np.ascontiguousarray(projected[sound], np.float32)
+    importance = None
+    if pairs is not None:
+        importance = _importance(part, analysis, synthesis, *pairs)
+    weights_of_rows = None
+    classes = np.full(len(rows), MIDDLE, np.uint8)
+    if importance is not None:
+        logarithm = importance.predict(coefficients)
+        classes = classes_of(logarithm)
+        weights_of_rows = np.exp(logarithm.clip(-_WEIGHT_LOG, _WEIGHT_LOG))
+        weights_of_rows /= weights_of_rows.mean()
+    families = fit_families(coefficients, classes, unit=unit, steps=STEPS, weights=weights_of_rows)
+    few = slice(0, _ERROR_ROWS)
+    errors = _errors(rows[few], part.mean, coefficients[few], classes[few], synthesis, unit, split)
+    return UniformTables(unit, families, *errors, importance)
+
+
+def _importance(
+    part: Part,
+    analysis: NDArray[np.float32],
+    synthesis: NDArray[np.float32],
+    rows: NDArray[np.float32],
+    gradients: NDArray[np.float32],
+) -> TokenImportance | None:
+    # A coefficient's gradient is that of its direction in the synthesis.
+    with np.errstate(over="ignore", invalid="ignore"):
+        norms = np.square(gradients @ synthesis[:_IMPORTANT].T, dtype=np.float64).sum(axis=1)
+        coefficients = (rows - part.mean) @ analysis.T
+        sound = np.isfinite(norms) & np.isfinite(coefficients).all(axis=1)
+    return fit(coefficients[sound], part.spectrum, norms[sound])
+
+
+def _errors(
+    rows: NDArray[np.float32],
+    mean: NDArray[np.float32],
+    coefficients: NDArray[np.float32],
+    classes: NDArray[np.uint8],
+    synthesis: NDArray[np.float32],
+    unit: float,
+    split: int,
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Relative errors of K and of V at every base step: measured at some, else interpolated."""
+    measured = np.unique(np.append(np.arange(0, STEPS, _ERROR_STEPS), STEPS - 1))
+    exact = rows - mean
+    found = np.zeros((2, len(measured)))
+    for i, j in enumerate(measured):
+        steps = unit * np.exp2((j + classes[:, None].astype(np.float32)) / STEPS_PER_OCTAVE)
+        decoded = (np.rint(coefficients / steps) * steps).astype(np.float32) @ synthesis
+        difference = np.square(decoded - exact, dtype=np.float64)
+        energy = np.square(rows, dtype=np.float64)
+        for kind, columns in enumerate((slice(0, split), slice(split, None))):
+            lost, of = difference[:, columns].sum(axis=1), energy[:, columns].sum(axis=1)
+            found[kind, i] = np.sqrt(lost[of > 0] / of[of > 0]).sum() / max(len(rows), 1)
+    found = np.maximum.accumulate(np.nan_to_num(found), axis=1)
+    k, v = (np.interp(np.arange(STEPS), measured, errors).astype(np.float32) for errors in found)
+    return k, v

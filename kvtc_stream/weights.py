@@ -1,0 +1,124 @@
+"""Importance weights: how much an error in each channel of each head matters to the model.
+
+An importance is a quadratic form per layer and KV head: the error ``e`` of a key or value counts
+as ``eᵀ G e``. The coder quantises ``W x`` with a symmetric ``W = (G + regularisation)^power``,
+and so spreads its error where it matters least.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from kvtc_stream.formats import Section
+
+#: Importances of K and of V of a section; see :class:`kvtc_stream.Calibrator`.
+SectionWeights: TypeAlias = tuple[ArrayLike, ArrayLike]
+_Pair: TypeAlias = tuple[NDArray[Any], NDArray[Any]]
+
+#: One half would make the expected loss the plain squared error of ``W x``, if the errors of
+#: tokens were independent. They are not quite, and 0.35 serves models better: on SmolLM2-135M the
+#: ratio at equal KL divergence was 7 to 11 % higher.
+POWER = 0.35
+
+#: Of a head's own mean importance, added to each of its channels; and of the mean of all heads,
+#: so that a head without any is not divided by zero.
+_OWN, _COMMON = 1e-2, 1e-4
+
+
+def importance_matrices(
+    weights: SectionWeights | Sequence[SectionWeights], sections: Sequence[Section]
+) -> list[_Pair]:
+    """What a user gives, as float64 [layers, kv_heads, dim, dim] for K and V of every section.
+
+    Raises
+    ------
+    ValueError
+        Wrong shape; or values that are not finite, not symmetric, or not positive semidefinite.
+    """
+    given: Sequence[Any] = [weights] if len(sections) == 1 and len(weights) == 2 else weights
+    if len(given) != len(sections):
+        raise ValueError(
+            f"weights must be a pair (k, v) for each of {len(sections)} sections, found "
+            f"{len(given)} of them"
+        )
+    matrices = []
+    for i, (section, pair) in enumerate(zip(sections, given, strict=True)):
+        if len(pair) != 2:
+            raise ValueError(f"weights of section {i} must be a pair (k, v), found {len(pair)}")
+        k, v = (
+            _matrices(name, value, (len(section.layers), section.kv_heads, dim))
+            for name, value, dim in zip("kv", pair, (section.k_dim, section.v_dim), strict=True)
+        )
+        matrices.append((k, v))
+    return matrices
+
+
+def _matrices(name: str, value: ArrayLike, shape: tuple[int, int, int]) -> NDArray[np.float64]:
+    array = np.asarray(value, np.float64)
+    layers, heads, dim = shape
+    full = (layers, heads, dim, dim)
+    if array.shape not in (shape[:2], shape, full):
+        raise ValueError(
+            f"weights of {name} must be [layers, kv_heads] = {list(shape[:2])}, with a number per "
+            f"channel {list(shape)}, or with a matrix per head {list(full)}; found "
+            f"{list(array.shape)}"
+        )
+    if not np.isfinite(array).all():
+        raise ValueError(f"weights of {name} must be finite")
+    if array.shape == full:
+        scale = np.abs(array).max(axis=(2, 3), keepdims=True)
+        if (np.abs(array - array.swapaxes(2, 3)) > 1e-4 * scale).any():
+            raise ValueError(f"weights of {name} must be symmetric matrices")
+        array = (array + array.swapaxes(2, 3)) / 2
+        if (np.linalg.eigvalsh(array) < -1e-4 * scale[..., 0]).any():
+            raise ValueError(f"weights of {name} must be positive semidefinite matrices")
+        return array
+    if (array < 0).any():
+        raise ValueError(f"weights of {name} must not be negative")
+    return np.broadcast_to(array.reshape(*array.shape, *(1,) * (3 - array.ndim), 1), full) * np.eye(
+        dim
+    )
+
+
+def scaling_matrices(importances: Sequence[_Pair]) -> list[_Pair] | None:
+    """The matrices ``W`` of every section, float32 [layers, kv_heads, dim, dim] for K and V.
+
+    Scaled together so that their mean diagonal is 1: a step means the same in every section.
+    ``None`` where nothing has any importance.
+    """
+    matrices = [g for pair in importances for g in pair]
+    own = [np.trace(g, axis1=2, axis2=3) / g.shape[-1] for g in matrices]
+    common = float(np.concatenate([o.ravel() for o in own]).mean())
+    if not common > 0:
+        return None
+    powers = []
+    for g, mean in zip(matrices, own, strict=True):
+        floor = _OWN * mean / common + _COMMON
+        values, vectors = np.linalg.eigh(g / common)
+        values = (values.clip(0) + floor[..., None]) ** POWER
+        powers.append((vectors * values[..., None, :]) @ vectors.swapaxes(2, 3))
+    diagonal = np.concatenate([np.diagonal(w, axis1=2, axis2=3).ravel() for w in powers]).mean()
+    scaled = [((w + w.swapaxes(2, 3)) / (2 * diagonal)).astype(np.float32) for w in powers]
+    return list(zip(scaled[::2], scaled[1::2], strict=True))
+
+
+def apply_blocks(
+    x: NDArray[np.float32], blocks: Sequence[NDArray[np.float32]], *, inverse: bool = False
+) -> NDArray[np.float32]:
+    """``x`` [rows, width] times the block-diagonal matrix of ``blocks`` [..., dim, dim]."""
+    out = np.empty_like(x)
+    first = 0
+    for part in blocks:
+        dim = part.shape[-1]
+        matrices = part.reshape(-1, dim, dim)
+        if inverse:
+            matrices = np.linalg.inv(matrices.astype(np.float64)).astype(np.float32)
+        for matrix in matrices:
+            columns = slice(first, first + dim)
+            np.matmul(x[:, columns], matrix, out=out[:, columns])
+            first += dim
+    return out
