@@ -28,7 +28,7 @@ from kvtc_stream.storage import atomic_write
 from kvtc_stream.weights import apply_blocks
 
 #: Version of the calibration file's layout.
-CALIBRATION_VERSION = 2
+CALIBRATION_VERSION = 3
 _METADATA_KEY = "kvtc_calibration"
 _DIGEST_KEY = "sha256"
 
@@ -288,7 +288,6 @@ class Calibration:
                                     "uniform": part.uniform
                                     and {
                                         "unit": part.uniform.unit,
-                                        "class_bits": part.uniform.families.class_bits,
                                         "importance": part.uniform.importance is not None,
                                     },
                                 }
@@ -457,7 +456,6 @@ def _uniform_arrays(uniform: UniformTables) -> dict[str, NDArray[Any]]:
     families = uniform.families
     arrays: dict[str, NDArray[Any]] = {
         "frequencies": families.frequencies,
-        "classes": families.classes,
         "ids": families.ids,
         "rate": families.rate,
         "distortion": families.distortion,
@@ -490,14 +488,12 @@ def _parse_uniform(
 
     families = FamilyTables(
         frequencies=costs("frequencies", np.uint16, count, 256),
-        classes=costs("classes", np.uint16, CLASSES),
         ids=costs("ids", np.uint8, steps, CLASSES, rank),
         rate=costs("rate", np.float32, steps, rank),
-        class_bits=_energy(entry["class_bits"]),
         distortion=costs("distortion", np.float32, steps, rank),
         energy=costs("energy", np.float64, rank),
     )
-    Families(families.frequencies, families.classes)  # raises ValueError where they are none
+    Families(families.frequencies)  # raises ValueError where they are none
     if families.ids.max() >= count:
         raise FormatError(f"{prefix}ids has family {families.ids.max()} of {count}")
     importance = None

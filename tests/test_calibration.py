@@ -437,7 +437,7 @@ def rewrite(path: Path, change: Any) -> None:
 
 def test_another_version(saved: Path) -> None:
     rewrite(saved, lambda description, _: description.update(version=99))
-    with pytest.raises(kvtc.VersionError, match="version 99, expected 2"):
+    with pytest.raises(kvtc.VersionError, match="version 99, expected 3"):
         kvtc.Calibration.load(saved)
 
 

@@ -27,12 +27,10 @@ def _coded_bits(
     x: Rows, classes: Classes, unit: float, tables: FamilyTables, j: int
 ) -> tuple[int, int]:
     """Bits of the rows at a base step, in one tile, which must decode; bits of its states."""
-    families = Families(tables.frequencies, tables.classes)
+    families = Families(tables.frequencies)
     symbols = _symbols(x, classes, unit, j)[0].astype(np.int32)
     data = encode(symbols, classes, tables.ids[j], families)
-    decoded, decoded_classes = decode(data, len(x), tables.ids[j], families)
-    assert np.array_equal(decoded, symbols)
-    assert np.array_equal(decoded_classes, classes)
+    assert np.array_equal(decode(data, classes, tables.ids[j], families), symbols)
     return 8 * len(data), 32 * min(32, len(x))
 
 
@@ -58,7 +56,7 @@ def test_tables_are_valid_and_as_measured(
 ) -> None:
     x, classes, weights = sample
     tables = fit_families(x, classes, unit=unit, steps=steps, families=families, weights=weights)
-    coder = Families(tables.frequencies, tables.classes)
+    coder = Families(tables.frequencies)
     assert len(tables.frequencies) <= families
     assert tables.frequencies[:, [ZERO, ESCAPE]].all()
     assert tables.frequencies[0, ZERO] == TOTAL - 1
@@ -79,8 +77,6 @@ def test_tables_are_valid_and_as_measured(
         )
         expected = np.mean(w * (x - decoded) ** 2, axis=0) + (1 - gain) ** 2 * energy
         np.testing.assert_allclose(tables.distortion[j], expected, rtol=1e-4, atol=1e-30)
-    expected_bits = -np.log2(tables.classes[classes] / TOTAL).mean()
-    assert tables.class_bits == pytest.approx(expected_bits)
     _coded_bits(x, classes, unit, tables, steps - 1)
 
 
@@ -92,7 +88,7 @@ def test_the_rate_is_that_of_the_coder() -> None:
     assert np.mean(abs(symbols[:, -1]) > ZERO) > 0.5  # escapes are a part of this
     for j in (0, 5, 11):
         coded, states = _coded_bits(x, classes, 0.2, tables, j)
-        rate = len(x) * (tables.rate[j].sum(dtype=np.float64) + tables.class_bits)
+        rate = len(x) * tables.rate[j].sum(dtype=np.float64)
         assert abs(coded - states - rate) < 0.02 * rate + 32 * 16
         assert coded - states > 0.99 * rate - 32 * 16
 
@@ -123,7 +119,7 @@ def test_a_class_with_few_rows_borrows_from_all_rows() -> None:
     x[0], classes[0] = 0, 2  # the only row of its class, and all zero
     tables = fit_families(x, classes, unit=0.5, steps=4)
     fresh, _ = _laplacian(1500, np.geomspace(0.1, 10, 8), seed=1)
-    coder = Families(tables.frequencies, tables.classes)
+    coder = Families(tables.frequencies)
 
     def bits(klass: int, j: int) -> float:
         """Of the fresh rows at the step of base step 3 of class 2."""
@@ -139,7 +135,7 @@ def test_equal_arguments_give_equal_tables() -> None:
     x, classes = _laplacian(300, np.geomspace(0.1, 10, 100))
     one = fit_families(x, classes, unit=0.3, steps=5)
     two = fit_families(x.copy(order="F"), classes, unit=0.3, steps=5, weights=np.ones(300, "f4"))
-    for name in ("frequencies", "classes", "ids", "rate", "class_bits", "distortion", "energy"):
+    for name in ("frequencies", "ids", "rate", "distortion", "energy"):
         assert np.array_equal(getattr(one, name), getattr(two, name)), name
 
 

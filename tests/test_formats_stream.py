@@ -365,8 +365,8 @@ END = len(STREAM) - TRAILER
 PATCHES = {
     "magic": (0, "B", 0x0B, FormatError, "no kvtc stream"),
     "line ends": (4, "4s", b"\n\x1a\n\0", FormatError, "copied as text"),
-    "major version": (8, "H", 1, VersionError, r"is 1\.2, this reader knows 0\.2"),
-    "minor version": (10, "H", 1, VersionError, r"is 0\.1, this reader knows 0\.2"),
+    "major version": (8, "H", 1, VersionError, r"is 1\.3, this reader knows 0\.3"),
+    "minor version": (10, "H", 1, VersionError, r"is 0\.1, this reader knows 0\.3"),
     "feature": (12, "I", 4, VersionError, "required features at byte 12 are 0x4"),
     "checksum algorithm": (20, "I", 2, VersionError, "checksum algorithm at byte 20 is 2"),
     "dtype": (PREAMBLE, "B", 77, VersionError, r"header, dtype at byte 40 is 77"),

@@ -18,14 +18,14 @@ Bytes = npt.NDArray[np.uint8]
 Tile = tuple[Symbols, Bytes, Bytes, Families]
 
 
-def _reference(data: bytes, tokens: int, ids: Bytes, families: Families) -> tuple[list, list]:
+def _reference(data: bytes, classes: Bytes, ids: Bytes, families: Families) -> list[list[int]]:
     """The format as it is described, one lane, one bit of arithmetic at a time."""
+    tokens = len(classes)
     lanes = min(32, tokens)
     x = [int.from_bytes(data[4 * j : 4 * j + 4], "little") for j in range(lanes)]
     tail = data[4 * lanes :]
     words = iter([int.from_bytes(tail[i : i + 2], "little") for i in range(0, len(tail), 2)])
     symbols = [[0] * ids.shape[1] for _ in range(tokens)]
-    classes = [0] * tokens
 
     def columns(frequencies: list[list[int]]) -> list[int]:
         found = []
@@ -46,7 +46,6 @@ def _reference(data: bytes, tokens: int, ids: Bytes, families: Families) -> tupl
 
     for first in range(0, tokens, 32):
         group = range(first, min(first + 32, tokens))
-        classes[first : group.stop] = columns([families.classes.tolist() for _ in group])
         for component in range(ids.shape[1]):
             of_group = [families.frequencies[ids[classes[t], component]].tolist() for t in group]
             values = [column - 127 for column in columns(of_group)]
@@ -58,7 +57,7 @@ def _reference(data: bytes, tokens: int, ids: Bytes, families: Families) -> tupl
                 symbols[t][component] = value
     assert x == [65536] * lanes
     assert next(words, None) is None
-    return symbols, classes
+    return symbols
 
 
 def _one_lane(steps: list[tuple[int, int, list[int]]]) -> bytes:
@@ -83,7 +82,6 @@ def _family(frequencies: dict[int, int]) -> npt.NDArray[np.uint16]:
     return family
 
 
-UNIFORM = np.full(16, 256, np.uint16)
 #: One value of everything; escapes only; nothing is certain but almost; a usual one.
 FAMILIES = Families(
     np.stack(
@@ -94,7 +92,6 @@ FAMILIES = Families(
             _family({-127: 1, -2: 200, -1: 900, 1: 900, 2: 200, 127: 1, 128: 5}),
         ]
     ),
-    UNIFORM,
 )
 EDGES = [0, 1, -1, 126, 127, 128, -127, -128, 32767, 32768, -32767, -32768, -32769, 65536]
 
@@ -117,8 +114,7 @@ def tiles(draw: st.DrawFn) -> Tile:
     if draw(st.booleans()):
         drawn = rng.multinomial(4095, rng.dirichlet(np.full(256, 0.02), 256))
         drawn[:, 255] += 1
-        weights = rng.multinomial(4080, rng.dirichlet(np.full(16, 0.1))) + 1
-        families = Families(drawn.astype(np.uint16), weights.astype(np.uint16))
+        families = Families(drawn.astype(np.uint16))
     classes = rng.integers(0, draw(st.integers(1, 16)), tokens, dtype=np.uint8)
     ids = rng.integers(0, len(families.frequencies), (16, components), dtype=np.uint8)
     return symbols, classes, ids, families
@@ -128,28 +124,18 @@ def tiles(draw: st.DrawFn) -> Tile:
 def test_every_tile_comes_back_here_and_from_the_definition(tile: Tile) -> None:
     symbols, classes, ids, families = tile
     data = encode(*tile)
-    found, found_classes = decode(data, len(symbols), ids, families)
-    np.testing.assert_array_equal(found, symbols)
-    np.testing.assert_array_equal(found_classes, classes)
-    assert _reference(data, len(symbols), ids, families) == (symbols.tolist(), classes.tolist())
-
-
-def test_a_class_alone_in_bytes() -> None:
-    # 2¹⁶ // 256 · 4096 + 3 · 256: class 3 of 16 alike.
-    ids = np.zeros((16, 0), np.uint8)
-    tile = np.zeros((1, 0), np.int32), np.array([3], np.uint8), ids, FAMILIES
-    assert encode(*tile).hex() == "00031000"
-    assert decode(bytes.fromhex("00031000"), 1, ids, FAMILIES)[1] == [3]
+    np.testing.assert_array_equal(decode(data, classes, ids, families), symbols)
+    assert _reference(data, classes, ids, families) == symbols.tolist()
 
 
 def test_known_bytes() -> None:
     symbols = np.array([[0, -1, 5], [2, 40_000, -300], [-2, 127, 0]], np.int32)
     classes = np.array([0, 15, 1], np.uint8)
     ids = np.full((16, 3), 3, np.uint8)
-    data = bytes.fromhex("94f00100c1ff1e0d37012c00cd94fabffc3f0080409c00000500d4fe")
-    assert _reference(data, 3, ids, FAMILIES) == (symbols.tolist(), classes.tolist())
+    data = bytes.fromhex("cd94941fc1efd10037c00200fabffc3f0080409c00000500d4fe")
+    assert _reference(data, classes, ids, FAMILIES) == symbols.tolist()
     assert encode(symbols, classes, ids, FAMILIES) == data
-    np.testing.assert_array_equal(decode(data, 3, ids, FAMILIES)[0], symbols)
+    np.testing.assert_array_equal(decode(data, classes, ids, FAMILIES), symbols)
 
 
 def test_most_tokens() -> None:
@@ -157,9 +143,8 @@ def test_most_tokens() -> None:
     symbols = rng.integers(-2, 3, (65_536, 1), dtype=np.int32)
     classes = rng.integers(0, 16, 65_536, dtype=np.uint8)
     ids = np.full((16, 1), 3, np.uint8)
-    found, found_classes = decode(encode(symbols, classes, ids, FAMILIES), 65_536, ids, FAMILIES)
-    np.testing.assert_array_equal(found, symbols)
-    np.testing.assert_array_equal(found_classes, classes)
+    data = encode(symbols, classes, ids, FAMILIES)
+    np.testing.assert_array_equal(decode(data, classes, ids, FAMILIES), symbols)
 
 
 def test_decodes_into_a_part_of_an_array() -> None:
@@ -168,8 +153,9 @@ def test_decodes_into_a_part_of_an_array() -> None:
     whole = np.full((5, 7), 9, np.int32)
     expected = whole.copy()
     expected[1:4, 2:6] = symbols
-    data = encode(symbols, np.zeros(3, np.uint8), ids, FAMILIES)
-    decode(memoryview(data), 3, ids, FAMILIES, out=whole[1:4, 2:6])
+    classes = np.zeros(3, np.uint8)
+    data = encode(symbols, classes, ids, FAMILIES)
+    decode(memoryview(data), classes, ids, FAMILIES, out=whole[1:4, 2:6])
     np.testing.assert_array_equal(whole, expected)
 
 
@@ -178,7 +164,6 @@ def test_ideal_bits_are_the_sum_over_the_frequencies(tile: Tile) -> None:
     symbols, classes, ids, families = tile
     bits = 0.0
     for row, step_class in zip(symbols.tolist(), classes.tolist(), strict=True):
-        bits -= math.log2(families.classes[step_class] / 4096)
         for value, family in zip(row, ids[step_class], strict=True):
             frequencies = families.frequencies[family]
             if abs(value) <= 127 and frequencies[value + 127]:
@@ -198,7 +183,7 @@ def test_size_is_within_a_hundredth_of_the_ideal() -> None:
 
 @given(tiles(), st.data())
 def test_damage_is_found_or_gives_the_tile_of_these_bytes(tile: Tile, data: st.DataObject) -> None:
-    symbols, _, ids, families = tile
+    _, classes, ids, families = tile
     whole = encode(*tile)
     kind = data.draw(st.sampled_from(["flip", "cut", "more", "random"]))
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
@@ -213,14 +198,14 @@ def test_damage_is_found_or_gives_the_tile_of_these_bytes(tile: Tile, data: st.D
     else:
         spoilt = np.frombuffer(rng.bytes(len(whole)), np.uint8)
     try:
-        found = decode(spoilt, len(symbols), ids, families)
+        found = decode(spoilt, classes, ids, families)
     except FormatError:
         assert spoilt.tobytes() != whole
     else:
-        assert encode(*found, ids, families) == spoilt.tobytes()
+        assert encode(found, classes, ids, families) == spoilt.tobytes()
 
 
-CLASS = (0, 256, [])
+ONE = np.zeros(1, np.uint8)
 
 
 @pytest.mark.parametrize(
@@ -236,8 +221,8 @@ CLASS = (0, 256, [])
 )
 def test_escapes_as_short_as_they_can_be(escape: list[int], value: int) -> None:
     ids = np.full((16, 1), 3, np.uint8)
-    data = _one_lane([CLASS, (4091, 5, escape)])
-    assert decode(data, 1, ids, FAMILIES)[0] == [[value]]
+    data = _one_lane([(4091, 5, escape)])
+    assert decode(data, ONE, ids, FAMILIES) == [[value]]
 
 
 @pytest.mark.parametrize(
@@ -255,50 +240,52 @@ def test_escapes_as_short_as_they_can_be(escape: list[int], value: int) -> None:
 def test_longer_escapes_are_refused(escape: list[int]) -> None:
     ids = np.full((16, 1), 3, np.uint8)
     with pytest.raises(FormatError, match="escaped"):
-        decode(_one_lane([CLASS, (4091, 5, escape)]), 1, ids, FAMILIES)
+        decode(_one_lane([(4091, 5, escape)]), ONE, ids, FAMILIES)
 
 
 @pytest.mark.parametrize(
     "data",
-    ["", "000310", "0003100000", "000310000000", "ffff0000", "01031000", "00000000"],
+    ["", "000001", "0000010000", "000001000000", "ffff0000", "01000100", "00000000"],
 )
 def test_bytes_that_no_tile_has(data: str) -> None:
     with pytest.raises(FormatError):
-        decode(bytes.fromhex(data), 1, np.zeros((16, 0), np.uint8), FAMILIES)
+        decode(bytes.fromhex(data), ONE, np.zeros((16, 0), np.uint8), FAMILIES)
 
 
 def test_no_tokens_have_no_bytes() -> None:
     ids = np.zeros((16, 3), np.uint8)
-    assert encode(np.zeros((0, 3), np.int32), np.zeros(0, np.uint8), ids, FAMILIES) == b""
-    assert decode(b"", 0, ids, FAMILIES)[0].shape == (0, 3)
+    none = np.zeros(0, np.uint8)
+    assert encode(np.zeros((0, 3), np.int32), none, ids, FAMILIES) == b""
+    assert decode(b"", none, ids, FAMILIES).shape == (0, 3)
     with pytest.raises(FormatError):
-        decode(b"\0\0", 0, ids, FAMILIES)
+        decode(b"\0\0", none, ids, FAMILIES)
+
+
+def test_no_components_have_states_alone() -> None:
+    ids = np.zeros((16, 0), np.uint8)
+    assert encode(np.zeros((1, 0), np.int32), ONE, ids, FAMILIES).hex() == "00000100"
+    assert decode(bytes.fromhex("00000100"), ONE, ids, FAMILIES).shape == (1, 0)
 
 
 @pytest.mark.parametrize(
-    ("frequencies", "classes"),
+    "frequencies",
     [
-        (np.full((1, 256), 16, np.int64), UNIFORM),
-        (np.full((0, 256), 16, np.uint16), UNIFORM),
-        (np.full((257, 256), 16, np.uint16), UNIFORM),
-        (np.full((1, 255), 16, np.uint16), UNIFORM),
-        (np.full((1, 256), 17, np.uint16), UNIFORM),
-        (_family({})[None], UNIFORM),
-        (_family({128: 1})[None], UNIFORM[:15]),
-        (_family({128: 1})[None], UNIFORM + np.uint16(1)),
-        (_family({128: 1})[None], np.array([0, 512, *[256] * 14], np.uint16)),
+        np.full((1, 256), 16, np.int64),
+        np.full((0, 256), 16, np.uint16),
+        np.full((257, 256), 16, np.uint16),
+        np.full((1, 255), 16, np.uint16),
+        np.full((1, 256), 17, np.uint16),
+        _family({})[None],
     ],
 )
-def test_families_that_cannot_be(
-    frequencies: npt.NDArray[np.uint16], classes: npt.NDArray[np.uint16]
-) -> None:
+def test_families_that_cannot_be(frequencies: npt.NDArray[np.uint16]) -> None:
     with pytest.raises(ValueError, match="must"):
-        Families(frequencies, classes)
+        Families(frequencies)
 
 
 def test_families_do_not_follow_the_arrays_that_they_were_made_of() -> None:
     frequencies = _family({128: 1})[None]
-    families = Families(frequencies, UNIFORM)
+    families = Families(frequencies)
     frequencies[:] = 0
     assert families.frequencies.sum() == 4096
 
@@ -326,11 +313,16 @@ def test_arguments_that_do_not_fit(wrong: dict[str, npt.NDArray[np.generic]]) ->
 
 
 @pytest.mark.parametrize(
-    ("tokens", "out"), [(-1, None), (65_537, None), (1, np.zeros((1, 3), np.int64))]
+    ("classes", "out"),
+    [
+        (np.zeros(65_537, np.uint8), None),
+        (np.full(1, 16, np.uint8), None),
+        (ONE, np.zeros((1, 3), np.int64)),
+    ],
 )
 def test_arguments_of_decode_that_do_not_fit(
-    tokens: int, out: npt.NDArray[np.int32] | None
+    classes: Bytes, out: npt.NDArray[np.int32] | None
 ) -> None:
     with pytest.raises(ValueError, match="found") as error:
-        decode(b"", tokens, np.zeros((16, 3), np.uint8), FAMILIES, out)
+        decode(b"", classes, np.zeros((16, 3), np.uint8), FAMILIES, out)
     assert not isinstance(error.value, FormatError)

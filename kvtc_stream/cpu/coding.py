@@ -21,8 +21,12 @@ from kvtc_stream.formats.coders import compress, decompress
 Float = NDArray[np.float32]
 #: Class of a token where nothing predicts it.
 _MIDDLE = 8
-#: What begins the payload of uniform parts: the step, the level, reserved bytes.
-_HEAD = struct.Struct("<fb3x")
+#: What begins the payload of uniform bands: the step, the level, a reserved byte, and components
+#: of a tile.
+_HEAD = struct.Struct("<fbBH")
+#: Components of a tile: its lanes' final states are 0.1 to 0.4 % of it, and a GPU decodes as many
+#: tiles at a time as there are.
+_TILE_COMPONENTS = 1024
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,7 @@ class UniformCoding:
                     "from this calibration"
                 )
             families = part.uniform.families
-            coder = rans.Families(families.frequencies, families.classes)
+            coder = rans.Families(families.frequencies)
             self._bands.append(UniformBands(plan.bands, coder, families.ids))
             self._importances.append(part.uniform.importance)
             self._unit = part.uniform.unit
@@ -136,9 +140,12 @@ class UniformCoding:
             bands.bits(array, own, step, level)
             for bands, array, own in zip(self._bands, coefficients, classes, strict=True)
         )
+        tokens = len(classes[0])
+        tiles = sum(len(_tiles(bands, _TILE_COMPONENTS)) for bands in self._bands)
         # The lanes' final states say about half of what they take.
-        lanes = min(rans.LANES, len(classes[0]))
-        return bits / 8 + _HEAD.size + len(self._bands) * (4 + 2 * lanes)
+        lanes = min(rans.LANES, tokens)
+        overhead = _HEAD.size + tiles * (4 + 2 * lanes) + len(self._bands) * _nibbles(tokens)
+        return bits / 8 + overhead
 
     def dequantise(self, quantised: Quantised, out: Sequence[Float]) -> None:
         """Their values, into float32 [tokens, components] a part; 0 of those without."""
@@ -153,15 +160,21 @@ class UniformCoding:
         """Coder, payload and coded size (the number of symbols) of the ``kept`` tokens."""
         if not len(kept):
             return Coder.STORED, b"", 0
-        tiles = [
-            rans.encode(symbols[kept], classes[kept], bands.ids(quantised.level), bands.families)
-            for bands, symbols, classes in zip(
-                self._bands, quantised.symbols, quantised.classes, strict=True
-            )
+        tiles = []
+        for bands, symbols, classes in zip(
+            self._bands, quantised.symbols, quantised.classes, strict=True
+        ):
+            chosen, ids = symbols[kept], bands.ids(quantised.level)
+            for tile in _tiles(bands, _TILE_COMPONENTS):
+                own = np.ascontiguousarray(chosen[:, tile]), np.ascontiguousarray(ids[:, tile])
+                tiles.append(rans.encode(own[0], classes[kept], own[1], bands.families))
+        payload = [
+            _HEAD.pack(quantised.step, quantised.level, 0, _TILE_COMPONENTS),
+            np.array([len(tile) for tile in tiles], "<u4").tobytes(),
+            *tiles,
+            *(_pack_classes(classes[kept]) for classes in quantised.classes),
         ]
-        lengths = np.array([len(tile) for tile in tiles], "<u4").tobytes()
-        payload = _HEAD.pack(quantised.step, quantised.level) + lengths + b"".join(tiles)
-        return Coder.RANS, payload, len(kept) * self._symbols
+        return Coder.RANS, b"".join(payload), len(kept) * self._symbols
 
     @property
     def _symbols(self) -> int:
@@ -178,23 +191,63 @@ class UniformCoding:
                 f"needs {needed} of RANS for {len(kept)} tokens"
             )
         data = memoryview(block.coded)
-        head = _HEAD.size + 4 * len(self._bands)
-        if len(data) < head:
-            raise FormatError(f"{where}: a payload of {len(data)} bytes, expected {head} at least")
-        step, level = _HEAD.unpack_from(data)
-        if not (math.isfinite(step) and step > 0) or any(data[5:8]):
+        if len(data) < _HEAD.size:
+            raise FormatError(f"{where}: a payload of {len(data)} bytes, expected {_HEAD.size}")
+        step, level, reserved, per_tile = _HEAD.unpack_from(data)
+        if not (math.isfinite(step) and step > 0) or reserved or not per_tile:
             raise FormatError(
-                f"{where}: step {step}, reserved bytes {bytes(data[5:8])!r}; expected a positive "
-                f"number and zeros: the writer is at fault"
+                f"{where}: step {step}, reserved byte {reserved}, {per_tile} components a tile; "
+                f"expected a positive number, 0, and 1 at least: the writer is at fault"
+            )
+        tiles = [_tiles(bands, per_tile) for bands in self._bands]
+        count = sum(map(len, tiles))
+        head = _HEAD.size + 4 * count
+        tail = len(self._bands) * _nibbles(len(kept))
+        if len(data) < head + tail:
+            raise FormatError(
+                f"{where}: a payload of {len(data)} bytes, expected {head + tail} at least for "
+                f"{count} tiles"
             )
         lengths = np.frombuffer(data[_HEAD.size : head], "<u4").tolist()
-        if head + sum(lengths) != len(data):
+        if head + sum(lengths) + tail != len(data):
             raise FormatError(
-                f"{where}: tiles of {sum(lengths)} bytes in a payload that has {len(data) - head}"
+                f"{where}: tiles of {sum(lengths)} bytes in a payload that has "
+                f"{len(data) - head - tail} for them"
             )
-        first = head
-        for bands, length, array in zip(self._bands, lengths, out, strict=True):
-            tile = data[first : first + length]
-            symbols, classes = rans.decode(tile, len(kept), bands.ids(level), bands.families)
+        class_data = data[len(data) - tail :]
+        first, ends = head, iter(np.cumsum([head, *lengths])[1:].tolist())
+        for i, (bands, array) in enumerate(zip(self._bands, out, strict=True)):
+            of_part = class_data[i * _nibbles(len(kept)) : (i + 1) * _nibbles(len(kept))]
+            classes, ids = _unpack_classes(of_part, len(kept), where), bands.ids(level)
+            symbols = np.empty((len(kept), ids.shape[1]), np.int32)
+            for tile in tiles[i]:
+                end = next(ends)
+                own = np.ascontiguousarray(ids[:, tile])
+                symbols[:, tile] = rans.decode(data[first:end], classes, own, bands.families)
+                first = end
             bands.dequantise(symbols, classes, step, array, kept)
-            first += length
+
+
+def _tiles(bands: UniformBands, per_tile: int) -> list[slice]:
+    """The components of each tile, among those that are coded."""
+    coded = len(bands.components)
+    return [slice(i, min(i + per_tile, coded)) for i in range(0, coded, per_tile)]
+
+
+def _nibbles(tokens: int) -> int:
+    """Bytes of the classes of so many tokens."""
+    return (tokens + 1) // 2
+
+
+def _pack_classes(classes: NDArray[np.uint8]) -> bytes:
+    padded = np.zeros(2 * _nibbles(len(classes)), np.uint8)
+    padded[: len(classes)] = classes
+    return (padded[::2] | padded[1::2] << 4).tobytes()
+
+
+def _unpack_classes(data: memoryview, tokens: int, where: str) -> NDArray[np.uint8]:
+    packed = np.frombuffer(data, np.uint8)
+    classes = np.stack([packed & 15, packed >> 4], axis=1).ravel()
+    if classes[tokens:].any():
+        raise FormatError(f"{where}: the bits after its last class are not 0")
+    return classes[:tokens]

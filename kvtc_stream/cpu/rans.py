@@ -1,8 +1,7 @@
 """The entropy coder on the CPU: static rANS with 32 interleaved lanes.
 
-A tile is the symbols of some tokens, and the class of each token. A symbol is coded with the
-frequencies of its family, which the token's class and the component choose, a class with
-frequencies of its own. All frequencies are of 4096.
+A tile is the symbols of some components of some tokens. A symbol is coded with the frequencies of
+its family, which the token's class and the component choose. All frequencies are of 4096.
 
 Range asymmetric numeral systems are J. Duda's (arXiv 1311.2540), here with states of 32 bits in
 [2¹⁶, 2³²) that take in words of 16 bits, so that a symbol needs one word at most. Lane ``j`` of 32
@@ -11,8 +10,7 @@ symbol each a step, and take their words from one sequence in the order of the l
 arXiv 1402.3392), as the threads of a warp can do.
 
 A tile is ``u32`` states of the min(32, tokens) lanes, then ``u16`` words, little-endian. For every
-32 tokens the steps are: classes, component 0, component 1, …. The lanes beyond the last token sit
-out. In a step
+32 tokens there is a step for each component. The lanes beyond the last token sit out. In a step
 
 1. every lane splits its state ``x`` into ``x >> 12`` and the slot ``x & 4095``, finds the symbol
    whose range of slots, from ``start`` on, has it, and goes on with the state
@@ -43,8 +41,8 @@ from kvtc_stream.errors import FormatError
 LANES = 32
 #: Most tokens of a tile.
 MAX_TOKENS = 65_536
-#: Number of classes.
-CLASSES = 16
+#: Number of classes, and bits of one.
+CLASSES, CLASS_BITS = 16, 4
 #: What the frequencies of a family sum to.
 TOTAL = 4096
 #: Columns of a family are the values -ZERO…ZERO, then the escape.
@@ -74,7 +72,7 @@ _FAULTS = {
 
 @dataclass(frozen=True, eq=False)
 class Families:
-    """Frequencies of symbols, and of classes.
+    """Frequencies of symbols.
 
     Attributes
     ----------
@@ -82,32 +80,25 @@ class Families:
         uint16 [families, 256], 1 to 256 families. Column ``v + 127`` is the value ``v`` of
         -127…127, column 255 the escape, which stands for every value without a frequency and is
         at least 1. Rows sum to 4096.
-    classes
-        uint16 [16], of the classes, each at least 1; they sum to 4096.
     """
 
     frequencies: npt.NDArray[np.uint16]
-    classes: npt.NDArray[np.uint16]
 
     def __post_init__(self) -> None:
-        f, c = self.frequencies, self.classes
+        f = self.frequencies
         if f.dtype != np.uint16 or f.ndim != 2 or f.shape[1] != 256 or not 1 <= len(f) <= 256:
             raise ValueError(
                 f"frequencies must be uint16 [1…256, 256], found {f.dtype} {list(f.shape)}"
             )
-        if c.dtype != np.uint16 or c.shape != (CLASSES,):
-            raise ValueError(f"classes must be uint16 [{CLASSES}], found {c.dtype} {list(c.shape)}")
-        sums = np.append(f.sum(axis=1), c.sum())
-        if (sums != TOTAL).any() or not (f[:, ESCAPE].all() and c.all()):
+        sums = f.sum(axis=1)
+        if (sums != TOTAL).any() or not f[:, ESCAPE].all():
             raise ValueError(
-                f"frequencies of a family, and of the classes, must sum to {TOTAL}, those of "
-                f"escapes and classes must be at least 1; found sums {sums.min()}…{sums.max()}, "
-                f"least escape {f[:, ESCAPE].min()}, least class {c.min()}"
+                f"frequencies of a family must sum to {TOTAL}, those of escapes must be at least "
+                f"1; found sums {sums.min()}…{sums.max()}, least escape {f[:, ESCAPE].min()}"
             )
-        for name, array in (("frequencies", f), ("classes", c)):
-            array = array.copy()
-            array.flags.writeable = False
-            object.__setattr__(self, name, array)
+        f = f.copy()
+        f.flags.writeable = False
+        object.__setattr__(self, "frequencies", f)
 
     @cached_property
     def bits(self) -> npt.NDArray[np.float32]:
@@ -119,13 +110,12 @@ class Families:
 
     @cached_property
     def _rows(self) -> npt.NDArray[np.uint32]:
-        """uint32 [families + 2, 256]: the frequencies; then of the classes; then of idle lanes.
+        """uint32 [families + 1, 256]: the frequencies; then of idle lanes.
 
         An idle lane has a symbol that is certain, which leaves its state as it is.
         """
-        rows = np.zeros((len(self.frequencies) + 2, 256), np.uint32)
-        rows[:-2] = self.frequencies
-        rows[-2, :CLASSES] = self.classes
+        rows = np.zeros((len(self.frequencies) + 1, 256), np.uint32)
+        rows[:-1] = self.frequencies
         rows[-1, 0] = TOTAL
         return rows
 
@@ -162,8 +152,7 @@ def ideal_bits(
     _check_tile(symbols, classes, ids, families)
     columns = np.where((symbols < -ZERO) | (symbols > ZERO), ESCAPE - ZERO, symbols) + ZERO
     wide = np.count_nonzero((symbols <= _WIDE) | (symbols > -_WIDE - 1))
-    bits = families.bits[ids[classes], columns].sum(dtype=np.float64) + 32 * wide
-    return float(bits - np.log2(families.classes[classes] / TOTAL).sum())
+    return float(families.bits[ids[classes], columns].sum(dtype=np.float64) + 32 * wide)
 
 
 def encode(
@@ -188,7 +177,7 @@ def encode(
     _check_tile(symbols, classes, ids, families)
     tokens, components = symbols.shape
     # Filled from the end, and only as far as needed. One more word: see _push.
-    words = np.empty(tokens * (1 + 4 * components) + 1, np.uint16)
+    words = np.empty(4 * tokens * components + 1, np.uint16)
     states = np.full(LANES, _LEAST_STATE, np.uint32)
     start = _encode(symbols, classes, ids, families._encoder, states, words)
     return states[:tokens].astype("<u4").tobytes() + words[start:].astype("<u2").tobytes()
@@ -196,30 +185,26 @@ def encode(
 
 def decode(
     data: bytes | memoryview | npt.NDArray[np.uint8],
-    tokens: int,
+    classes: npt.NDArray[np.uint8],
     ids: npt.NDArray[np.uint8],
     families: Families,
     out: npt.NDArray[np.int32] | None = None,
-) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.uint8]]:
+) -> npt.NDArray[np.int32]:
     """The inverse of :func:`encode`.
 
     Parameters
     ----------
     data
         The tile.
-    tokens
-        How many tokens it has.
-    ids, families
+    classes, ids, families
         Those that it was encoded with.
     out
         int32 [tokens, components]: where the symbols go; a new array by default.
 
     Returns
     -------
-    symbols
-        int32 [tokens, components]: ``out``.
-    classes
-        uint8 [tokens].
+    int32 [tokens, components]
+        The symbols: ``out``.
 
     Raises
     ------
@@ -227,9 +212,8 @@ def decode(
         If no tile encodes to these bytes; ``out`` is then undefined.
     """
     _check_ids(ids, families)
-    if not 0 <= tokens <= MAX_TOKENS:
-        raise ValueError(f"a tile has 0…{MAX_TOKENS} tokens, found {tokens}")
-    shape = (tokens, ids.shape[1])
+    _check_classes(classes, len(classes))
+    tokens, shape = len(classes), (len(classes), ids.shape[1])
     if out is None:
         out = np.empty(shape, np.int32)
     elif out.shape != shape or out.dtype != np.int32 or not out.flags.writeable:
@@ -248,13 +232,12 @@ def decode(
     # Words after the last let the kernel check once a step that there were enough.
     words = np.zeros((packed.size - head) // 2 + _STEP_WORDS, np.uint16)
     words[:-_STEP_WORDS] = packed[head:].view("<u2")
-    classes = np.empty(tokens, np.uint8)
-    fault = _decode(words, states, ids, families._decoder, families._encoder, out, classes)
+    fault = _decode(words, states, classes, ids, families._decoder, families._encoder, out)
     if fault:
         raise FormatError(
             f"a tile of {tokens} tokens and {shape[1]} components is damaged: {_FAULTS[fault]}"
         )
-    return out, classes
+    return out
 
 
 def _check_ids(ids: npt.NDArray[np.uint8], families: Families) -> None:
@@ -278,7 +261,10 @@ def _check_tile(
             f"symbols must be int32 [tokens, {ids.shape[1]}], found {symbols.dtype} "
             f"{list(symbols.shape)}"
         )
-    tokens = len(symbols)
+    _check_classes(classes, len(symbols))
+
+
+def _check_classes(classes: npt.NDArray[np.uint8], tokens: int) -> None:
     if tokens > MAX_TOKENS:
         raise ValueError(f"a tile has 0…{MAX_TOKENS} tokens, found {tokens}")
     if classes.dtype != np.uint8 or classes.shape != (tokens,) or (classes >= CLASSES).any():
@@ -320,9 +306,6 @@ def _encode(symbols, classes, ids, table, states, words):  # type: ignore[no-unt
                 if any_entry >> _U32(31):
                     position = _push_escapes(words, position, entries, values[i])
                 position = _push(words, position, states, entries)
-        for j in range(active):
-            entries[j] = table[len(table) - 2, group[j]]
-        position = _push(words, position, states, entries)
     return position
 
 
@@ -358,8 +341,8 @@ def _push_escapes(words, position, entries, values):  # type: ignore[no-untyped-
 
 
 @_jit
-def _decode(words, states, ids, table, encoder, out, classes):  # type: ignore[no-untyped-def]
-    """Fill ``out`` and ``classes``; 0, or what is wrong."""
+def _decode(words, states, classes, ids, table, encoder, out):  # type: ignore[no-untyped-def]
+    """Fill ``out``; 0, or what is wrong."""
     tokens, components = out.shape
     end = _U64(words.size - _STEP_WORDS)
     position = _U64(0)
@@ -371,12 +354,6 @@ def _decode(words, states, ids, table, encoder, out, classes):  # type: ignore[n
         active = min(LANES, tokens - first)
         group = classes[first : first + active]
         rows[:] = len(encoder) - 1
-        rows[:active] = len(encoder) - 2
-        position, _ = _step(words, position, states, rows, table, values[0])
-        if position > end:
-            return 1
-        for j in range(active):
-            group[j] = values[0, j] + ZERO
         for chunk in range(0, components, _CHUNK):
             size = min(_CHUNK, components - chunk)
             for i in range(size):

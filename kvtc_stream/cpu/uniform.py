@@ -18,7 +18,7 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-from kvtc_stream.cpu.rans import CLASSES, ESCAPE, TOTAL, ZERO, Families
+from kvtc_stream.cpu.rans import CLASSES, ESCAPE, ZERO, Families
 from kvtc_stream.errors import FormatError
 from kvtc_stream.formats.plan import Band, Quantiser
 
@@ -100,8 +100,7 @@ class UniformBands:
     ) -> float:
         """What these tokens would take; arguments as for :meth:`quantise`."""
         arguments = (coefficients, classes, self.components, self.base, steps(step))
-        bits = _measure(*arguments, self.ids(level), self.families.bits)
-        return float(bits - np.log2(self.families.classes[classes] / TOTAL).sum())
+        return float(_measure(*arguments, self.ids(level), self.families.bits))
 
     def dequantise(
         self,

@@ -49,14 +49,10 @@ class FamilyTables:
     frequencies
         uint16 [families, 256]: of the columns of :class:`~kvtc_stream.cpu.rans.Families`. All
         families code 0, and all escape; the first is that of components that are always 0.
-    classes
-        uint16 [16]: frequencies of the classes.
     ids
         uint8 [steps, 16, components]: the family of each base step, class and component.
     rate
-        float32 [steps, components]: bits, escapes with all their words, the class not counted.
-    class_bits
-        Bits of a token's class.
+        float32 [steps, components]: bits, escapes with all their words.
     distortion
         float32 [steps, components]: weighted squared error plus ``(1 - g)² · energy``, where
         ``g = E[w x x̂] / E[w x²]``. The error that is left when ``x̂`` is scaled averages out over
@@ -66,10 +62,8 @@ class FamilyTables:
     """
 
     frequencies: npt.NDArray[np.uint16]
-    classes: npt.NDArray[np.uint16]
     ids: npt.NDArray[np.uint8]
     rate: npt.NDArray[np.float32]
-    class_bits: float
     distortion: npt.NDArray[np.float32]
     energy: npt.NDArray[np.float64]
 
@@ -139,10 +133,7 @@ def fit_families(
     counts, _ = measure(np.unique(np.arange(fitted) ** 2 * components // fitted**2))
     histograms = _of_classes(counts, present, steps, rows)[:, :, present].reshape(-1, 256)
     frequencies = _fit(histograms[:: -(-len(histograms) // _HISTOGRAMS)], families)
-    class_frequencies = _normalise(
-        np.add(class_rows, 0.5, dtype=np.float64), np.ones(CLASSES, np.bool_)
-    )
-    bits = Families(frequencies, class_frequencies).bits.T.copy()
+    bits = Families(frequencies).bits.T.copy()
 
     ids = np.empty((steps, CLASSES, components), np.uint8)
     rate = np.empty((steps, components), np.float32)
@@ -171,8 +162,7 @@ def fit_families(
     distortion = sums[..., 0] / rows + np.square(1 - gain) * energy[:, None]
     with np.errstate(over="ignore"):
         distortion = distortion.T.astype(np.float32)
-    class_bits = float(class_rows @ -np.log2(class_frequencies / TOTAL)) / rows
-    return FamilyTables(frequencies, class_frequencies, ids, rate, class_bits, distortion, energy)
+    return FamilyTables(frequencies, ids, rate, distortion, energy)
 
 
 def _checked(
@@ -234,9 +224,8 @@ def _fit(histograms: npt.NDArray[np.float32], families: int) -> npt.NDArray[np.u
     count = min(order.size, families - 1)
     seeds = order[np.arange(count) * order.size // max(count, 1)]
     tables = np.concatenate([zero, _tables(histograms[seeds])])
-    one_class = np.full(CLASSES, TOTAL // CLASSES, np.uint16)
     for _ in range(_ITERATIONS):
-        family = (histograms @ Families(tables, one_class).bits.T).argmin(axis=1)
+        family = (histograms @ Families(tables).bits.T).argmin(axis=1)
         members = (np.arange(1, len(tables))[:, None] == family).astype(np.float32)
         members = members[members.any(axis=1)]
         tables = np.concatenate([zero, _tables(members @ histograms)])

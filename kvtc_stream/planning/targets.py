@@ -9,6 +9,7 @@ import numpy as np
 
 from kvtc_stream.calibration import Calibration, Part
 from kvtc_stream.calibrator import Progress
+from kvtc_stream.cpu.rans import CLASS_BITS
 from kvtc_stream.errors import UnsupportedError
 from kvtc_stream.formats import Band, PartPlan, Plan, Quantiser, SectionPlan
 from kvtc_stream.planning.dynamic import allocate, allocate_for_error
@@ -108,7 +109,7 @@ def _uniform_section(
 
     def bits(j: int) -> float:
         return sum(
-            float(f.rate[j, : coded(f, j)].sum(dtype=np.float64)) + f.class_bits for f in families
+            float(f.rate[j, : coded(f, j)].sum(dtype=np.float64)) + CLASS_BITS for f in families
         )
 
     errors = np.array(
