@@ -31,6 +31,8 @@ if config.ENABLE_CUDASIM:
         f16_bits,
         f16_value,
         f32_at,
+        f32_bits,
+        f32_from_bits,
         popc,
         round_to_int,
         shuffle_down,
@@ -64,6 +66,9 @@ else:
     f16_value = _assembly("f16_value", "cvt.f32.f16 $0, $1;", "=f,h", f32, types.uint16)
     #: Bits of a binary32 as bfloat16, to nearest even.
     bf16_bits = _assembly("bf16_bits", "cvt.rn.bf16.f32 $0, $1;", "=h,f", types.uint16, f32)
+    #: What a bfloat16's bits, moved to the upper half of 32, are as binary32.
+    f32_from_bits = _assembly("f32_from_bits", "mov.b32 $0, $1;", "=f,r", f32, u32)
+    f32_bits = _assembly("f32_bits", "mov.b32 $0, $1;", "=r,f", u32, f32)
     #: The nearest integer, ties to even; saturates, and is 0 for NaN.
     round_to_int = _assembly("round_to_int", "cvt.rni.s32.f32 $0, $1;", "=r,f", i32, f32)
 
