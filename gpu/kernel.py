@@ -11,6 +11,9 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+from numba import types
+
 _ENTRY = re.compile(r"\.visible \.entry (\w+)")
 #: CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES; and what needs no permission.
 _MAX_SHARED, _FREE_SHARED = 8, 48 * 1024
@@ -29,13 +32,14 @@ class Kernel:
 
     def __init__(self, function: Callable[..., None], signature: Sequence[Any]) -> None:
         self.function, self.signature = function, tuple(signature)
+        self._scalars = list(map(_scalar, signature))
         self._loaded: dict[int, Any] = {}
         self._lock = threading.Lock()
         self.__name__, self.__doc__ = function.__name__, function.__doc__
 
     def ptx(self, capability: tuple[int, int]) -> str:
         """PTX for a compute capability. Needs no device."""
-        from numba import cuda, types
+        from numba import cuda
 
         code, _ = cuda.compile_ptx(self.function, types.void(*self.signature), cc=capability)
         return str(code)
@@ -62,8 +66,8 @@ class Kernel:
                 cupy.cuda.driver.funcSetAttribute(function.ptr, _MAX_SHARED, shared)
                 self._loaded[device] = function, shared
         typed = [
-            x if isinstance(x, cupy.ndarray) else _scalar(t, x)
-            for t, x in zip(self.signature, arguments, strict=True)
+            x if isinstance(x, cupy.ndarray) else make(x)
+            for make, x in zip(self._scalars, arguments, strict=True)
         ]
         function((*grid, 1, 1)[:3], (block, 1, 1), typed, shared_mem=shared)
 
@@ -78,13 +82,9 @@ class Kernel:
         return module.get_function(name), _FREE_SHARED
 
 
-def _scalar(kind: Any, value: Any) -> Any:
-    import numpy as np
-    from numba import types
-
-    if isinstance(kind, types.CPointer):
-        return np.uint64(value)
-    return getattr(np, str(kind))(value)
+def _scalar(kind: Any) -> Any:
+    """What makes an argument of a number; of an address, for a pointer."""
+    return np.uint64 if isinstance(kind, types.CPointer) else getattr(np, str(kind))
 
 
 def kernel(*signature: Any) -> Callable[[Callable[..., None]], Any]:

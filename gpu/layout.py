@@ -26,7 +26,6 @@ from kvtc_stream.gpu.intrinsics import (
     f32_at,
     f32_from_bits,
     f32p,
-    f64,
     f64p,
     i32,
     i32p,
@@ -160,11 +159,12 @@ def gather(dtype: DType) -> Kernel:
     load = _LOADS[dtype]
 
     @kernel(
-        u64p, i32, i64p, i64, i64, i32, i32, i32, f32p, f32p,
+        u64p, i32p, i32, i64p, i64, i64, i32, i32, i32, f32p, f32p,
         i32p, i32p, i32p, i32, i64, f32p, f32p, f32p, u16p, i64,
     )  # fmt: skip
     def gather(  # type: ignore[no-untyped-def]
         addresses,
+        layers,
         heads,
         slots,
         token_stride,
@@ -187,11 +187,12 @@ def gather(dtype: DType) -> Kernel:
     ):
         """``rows[t, (l, h, d)] = unrotate(x[l, h, t, d]) - mean[(l, h, d)]``.
 
-        ``tables`` int32 [layers]: the layer's rotations, or -1; these begin at token
-        ``table_token`` of ``table_tokens``. ``values`` float32 [256]: of fp8. ``scales`` float32
-        [layers, heads].
+        l counts ``layers``, int32 indices into what is per layer: ``addresses``; ``tables`` int32,
+        the layer's rotations or -1, which begin at token ``table_token`` of ``table_tokens``;
+        ``scales`` float32 [layers, heads]. ``values`` float32 [256]: of fp8.
         """
-        layer = _I32(cuda.blockIdx.y) // heads
+        place = _I32(cuda.blockIdx.y) // heads
+        layer = layers[place]
         head = _I32(cuda.blockIdx.y) % heads
         table = tables[layer]
         paired, woven = _I32(0), False
@@ -201,7 +202,7 @@ def gather(dtype: DType) -> Kernel:
         thread = _I32(cuda.threadIdx.x)
         first = _I32(cuda.blockIdx.x) * _I32(TOKENS)
         last = min(first + _I32(TOKENS), tokens)
-        scale = scales[_I32(cuda.blockIdx.y)]
+        scale = scales[layer * heads + head]
         column = _I64(cuda.blockIdx.y) * dim
         for i in range(thread, (last - first) * units, _I32(THREADS)):
             token, unit = first + _I32(i) // units, _I32(i) % units
@@ -232,11 +233,12 @@ def scatter(dtype: DType) -> Kernel:
     store = _STORES[dtype]
 
     @kernel(
-        u64p, i32, i64p, i64, i64, i32, i32, i32, f32p, f32p,
-        i32p, i32p, i32p, i32, i64, i32p, f32p, f32p, u16p, i64, i32p,
+        u64p, i32p, i32, i64p, i64, i64, i32, i32, i32, f32p, f32p,
+        i32p, i32p, i32p, i32, i64, i32p, f32p, f32, f32p, u16p, i64, i32p,
     )  # fmt: skip
     def scatter(  # type: ignore[no-untyped-def]
         addresses,
+        layers,
         heads,
         slots,
         token_stride,
@@ -253,17 +255,19 @@ def scatter(dtype: DType) -> Kernel:
         table_token,
         columns,
         steps,
+        scale,
         mean,
         rows,
         width,
         overflow,
     ):
-        """``x[l, h, t, d] = rotate(rows[t, (l, h, d)] · steps[t] + mean[(l, h, d)])``.
+        """``x[l, h, t, d] = rotate(rows[t, (l, h, d)] · steps[t] · scale + mean[(l, h, d)])``.
 
-        ``columns`` int32 [layers]: where a layer's channels begin in rows and mean. ``steps`` is
-        float32 [tokens]. ``overflow`` int32 [1] becomes 1 where a row is not finite.
+        ``columns`` int32, as many as ``layers``: where a layer's channels begin in rows and mean.
+        ``steps`` is float32 [tokens]. ``overflow`` int32 [1] becomes 1 where a row is not finite.
         """
-        layer = _I32(cuda.blockIdx.y) // heads
+        place = _I32(cuda.blockIdx.y) // heads
+        layer = layers[place]
         head = _I32(cuda.blockIdx.y) % heads
         table = tables[layer]
         paired, woven = _I32(0), False
@@ -273,7 +277,7 @@ def scatter(dtype: DType) -> Kernel:
         thread = _I32(cuda.threadIdx.x)
         first = _I32(cuda.blockIdx.x) * _I32(TOKENS)
         last = min(first + _I32(TOKENS), tokens)
-        column = _I64(columns[layer] + head * dim)
+        column = _I64(columns[place] + head * dim)
         for i in range(thread, (last - first) * units, _I32(THREADS)):
             token, unit = first + _I32(i) // units, _I32(i) % units
             slot = slots[token]
@@ -282,7 +286,7 @@ def scatter(dtype: DType) -> Kernel:
             a = _first_channel(unit, paired, woven)
             b = _second_channel(unit, paired, woven, dim)
             source = token * width + column
-            step = steps[token]
+            step = steps[token] * scale
             x = f16_value(rows[source + a]) * step + mean[column + a]
             y = _F32(0)
             if b < dim:
@@ -306,11 +310,12 @@ def errors(dtype: DType, out_dtype: DType) -> Kernel:
     load, round_to = _LOADS[dtype], _ROUNDS[out_dtype]
 
     @kernel(
-        u64p, i32, i64p, i64, i64, i32, i32, i32, f32p, f32p,
-        i32p, i32p, i32p, i32, i64, f32p, f32p, f32p, f32p, u16p, i64, f32p, f32p, i64,
+        u64p, i32p, i32, i64p, i64, i64, i32, i32, i32, f32p, f32p,
+        i32p, i32p, i32p, i32, i64, f32p, f32p, f32p, f32, f32p, u16p, i64, f32p, f32p, i64,
     )  # fmt: skip
     def errors(  # type: ignore[no-untyped-def]
         addresses,
+        layers,
         heads,
         slots,
         token_stride,
@@ -328,6 +333,7 @@ def errors(dtype: DType, out_dtype: DType) -> Kernel:
         values,
         scales,
         steps,
+        step_scale,
         mean,
         rows,
         width,
@@ -339,7 +345,8 @@ def errors(dtype: DType, out_dtype: DType) -> Kernel:
 
         x̂ is what :func:`scatter` would write; a warp sums up a token.
         """
-        layer = _I32(cuda.blockIdx.y) // heads
+        place = _I32(cuda.blockIdx.y) // heads
+        layer = layers[place]
         head = _I32(cuda.blockIdx.y) % heads
         table = tables[layer]
         paired, woven = _I32(0), False
@@ -350,12 +357,12 @@ def errors(dtype: DType, out_dtype: DType) -> Kernel:
         first = _I32(cuda.blockIdx.x) * _I32(TOKENS)
         last = min(first + _I32(TOKENS), tokens)
         column = _I64(cuda.blockIdx.y) * dim
-        scale = scales[_I32(cuda.blockIdx.y)]
+        scale = scales[layer * heads + head]
         begin = first + _I32(cuda.threadIdx.x) // _I32(WARP)
         for token in range(begin, last, _I32(THREADS // WARP)):
             slot = slots[token]
             difference, total = _F32(0), _F32(0)
-            step = steps[token]
+            step = steps[token] * step_scale
             at = slot * token_stride + head * head_stride
             source = token * width + column
             if slot >= 0:
@@ -382,7 +389,7 @@ def errors(dtype: DType, out_dtype: DType) -> Kernel:
                 difference += shuffle_down(difference, _I32(by))
                 total += shuffle_down(total, _I32(by))
             if lane == 0:
-                to = _I64(cuda.blockIdx.y) * stride + token
+                to = _I64(layer * heads + head) * stride + token
                 lost[to] = difference
                 energy[to] = total
 

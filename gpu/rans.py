@@ -30,7 +30,7 @@ from kvtc_stream.gpu.intrinsics import (
 from kvtc_stream.gpu.kernel import kernel
 
 #: Tiles, and so warps, of a block of threads.
-TILES = 16
+TILES = 8
 #: Fields of a task.
 (
     PART,
@@ -208,7 +208,9 @@ def decode(  # type: ignore[no-untyped-def]
         faults[block] = LARGE
 
 
-@kernel(i64p, u32p, i32p, u8p, u8p, i32, i32, i32p, f32p, f32p, i64, i32p, u8p, u16p, i32p, i32p)
+@kernel(
+    i64p, u32p, i32p, u8p, u8p, i32, i32, i32p, f32p, f32p, i64, i32p, u8p, i32p, u16p, i32p, i32p
+)
 def encode(  # type: ignore[no-untyped-def]
     tasks,
     entries,
@@ -223,6 +225,7 @@ def encode(  # type: ignore[no-untyped-def]
     stride,
     levels,
     classes,
+    kept,
     words,
     lengths,
     faults,
@@ -237,7 +240,7 @@ def encode(  # type: ignore[no-untyped-def]
         uint32 [families, 256]: ``start | frequency << 12 | escaped << 31``, those of the escape
         where a column has no frequency.
     factors
-        float32 [blocks, 256 + 16]: what a coefficient is multiplied by, at each sum of base step
+        float32 [blocks, 272]: what a coefficient is multiplied by, at each sum of base step
         and class.
     coefficients
         float32 [components, stride].
@@ -245,6 +248,8 @@ def encode(  # type: ignore[no-untyped-def]
         int32 [blocks].
     classes
         uint8 [parts, stride].
+    kept
+        int32 [blocks]: tokens of ``columns`` that are coded, instead of the task's.
     words
         Room for the tiles.
     lengths
@@ -264,7 +269,9 @@ def encode(  # type: ignore[no-untyped-def]
         table[_U32(i)] = entries[(first_family << _U32(8)) + _U32(i)]
     cuda.syncthreads()
 
-    tokens = _U32(tasks[task + TOKENS])
+    if tasks[task + TOKENS] == 0:
+        return
+    tokens = _U32(kept[tasks[task + BLOCK]])
     if tokens == 0:
         return
     count = _I32(tasks[task + COUNT])

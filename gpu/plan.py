@@ -1,0 +1,193 @@
+"""What the kernels need of a plan and a calibration, on the device. Made once, immutable."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import cupy
+import numpy as np
+
+from kvtc_stream import importance
+from kvtc_stream.calibration import Calibration
+from kvtc_stream.cpu.rans import CLASSES, Families
+from kvtc_stream.cpu.uniform import UniformBands
+from kvtc_stream.errors import UnsupportedError
+from kvtc_stream.formats import SectionPlan
+from kvtc_stream.gpu import tables
+
+#: Rows of binary16 are scaled so that so many deviations of the widest channel, at the step of
+#: offset 0 and class 0, have this size. Binary16 ends at 65,504.
+_DEVIATIONS, _SIZE = 64.0, 8192.0
+
+
+@dataclass(frozen=True, eq=False)
+class DevicePart:
+    """A part of the basis.
+
+    Attributes
+    ----------
+    k_layers, v_layers
+        Indices into the section's layers.
+    width
+        Values of a row.
+    first, count
+        Its coded components among those of all parts.
+    mean
+        float32 [width].
+    analysis, synthesis
+        Bits of binary16 [count, width]: what rows are multiplied by, and what symbols are, times
+        powers of two.
+    analysis_scale, synthesis_scale
+        What products are multiplied by.
+    k_index, v_index
+        int32: the layers again.
+    """
+
+    k_layers: tuple[int, ...]
+    v_layers: tuple[int, ...]
+    width: int
+    first: int
+    count: int
+    mean: Any
+    analysis: Any
+    synthesis: Any
+    analysis_scale: float
+    synthesis_scale: float
+    k_index: Any
+    v_index: Any
+
+
+class DevicePlan:
+    """A section's plan with uniform bands.
+
+    Attributes
+    ----------
+    parts
+        Of the basis.
+    coded
+        Components that are coded, of each part.
+    components
+        Of all parts.
+    unit
+        The step of base step 0 and class 0 at offset 0.
+    ids, base, rows, families, entries, codes, buckets, bits
+        Tables of the coder, see :mod:`kvtc_stream.gpu.rans`; ``codes`` are the encoder's entries.
+    fields, scale, weights, groups, base_factors, per_class
+        Of the predictor of importance, see :func:`kvtc_stream.gpu.uniform.classify`.
+    """
+
+    def __init__(self, calibration: Calibration, section: int, plan: SectionPlan) -> None:
+        parts = calibration.sections[section].parts(plan)
+        bands = []
+        for part, dealt in zip(parts, plan.parts, strict=True):
+            assert part.uniform is not None
+            families = part.uniform.families
+            coder = Families(families.frequencies)
+            bands.append(UniformBands(dealt.bands, coder, families.ids))
+            self.unit = part.uniform.unit
+        self.coded = [len(b.components) for b in bands]
+        self.components = sum(self.coded)
+        self.leading = all((b.components == np.arange(len(b.components))).all() for b in bands)
+        firsts = np.concatenate([[0], np.cumsum(self.coded)]).tolist()
+        self.parts = []
+        for i, (part, dealt, own) in enumerate(zip(parts, plan.parts, bands, strict=True)):
+            analysis, synthesis = calibration.transforms(section, plan.basis, i, dealt.components)
+            analysis, synthesis = analysis[own.components], synthesis[own.components]
+            deviation = float(
+                np.sqrt(
+                    (part.spectrum[own.components, None] * synthesis**2).sum(axis=0).max(initial=0)
+                )
+            )
+            synthesis = synthesis * np.exp2(own.base[:, None] / np.float32(4))
+            size = _DEVIATIONS * max(deviation, 1e-30) / self.unit
+            down = _power_of_two(size / _SIZE)
+            up = _power_of_two(float(np.abs(analysis).max(initial=0)))
+            self.parts.append(
+                DevicePart(
+                    part.k_layers,
+                    part.v_layers,
+                    part.width,
+                    firsts[i],
+                    self.coded[i],
+                    cupy.asarray(part.mean),
+                    _half(analysis / up),
+                    _half(synthesis / down),
+                    up,
+                    down,
+                    cupy.asarray(np.array(part.k_layers, np.int32)),
+                    cupy.asarray(np.array(part.v_layers, np.int32)),
+                )
+            )
+        self._coder_tables(bands)
+        self._importance(parts, bands, firsts)
+
+    def _coder_tables(self, bands: list[UniformBands]) -> None:
+        steps = max(len(b._ids) for b in bands)
+        ids = np.empty((steps, self.components, CLASSES), np.uint8)
+        at = 0
+        for b in bands:
+            own = tables.packed_ids(b._ids[:, :, b.components])
+            ids[: len(own), at : at + own.shape[1]] = own
+            ids[len(own) :, at : at + own.shape[1]] = own[-1]
+            at += own.shape[1]
+        frequencies = [b.families.frequencies for b in bands]
+        self.most_families = max(map(len, frequencies))
+        self.rows = steps
+        self.ids = cupy.asarray(ids)
+        self.host_base = np.concatenate([b.base for b in bands])
+        self.base = cupy.asarray(self.host_base)
+        self.families = cupy.asarray(
+            np.concatenate([[0], np.cumsum(list(map(len, frequencies)))]).astype(np.int32)
+        )
+        whole = np.concatenate(frequencies)
+        self.entries = cupy.asarray(tables.decode_entries(whole))
+        self.codes = cupy.asarray(tables.encode_entries(whole))
+        self.buckets = cupy.asarray(tables.buckets(whole))
+        self.bits = cupy.asarray(np.concatenate([b.families.bits for b in bands]))
+
+    def _importance(self, parts: Any, bands: list[UniformBands], firsts: list[int]) -> None:
+        fields = np.zeros((len(parts), 6), np.int32)
+        groups = np.zeros((len(parts), 8), np.int32)
+        scale = np.zeros(max(self.components, 1), np.float32)
+        weights: list[np.ndarray[Any, Any]] = []
+        at = 0
+        for i, part in enumerate(parts):
+            predictor = part.uniform.importance
+            fields[i] = firsts[i], self.coded[i], -1, 0, 0, 0
+            if predictor is None:
+                continue
+            read = min(self.coded[i], len(predictor.scale))
+            edges = importance.group_edges(len(predictor.scale))
+            features = len(predictor.centre)
+            leading = (features - len(edges) + 1) // 2
+            fields[i] = firsts[i], self.coded[i], read, leading, len(edges) - 1, at
+            groups[i, : len(edges)] = edges
+            scale[firsts[i] : firsts[i] + read] = predictor.scale[:read]
+            weights += [
+                predictor.weights[-1:], predictor.weights[:-1], predictor.centre, predictor.spread,
+            ]  # fmt: skip
+            at += 1 + 3 * features
+        self.fields, self.groups = cupy.asarray(fields), cupy.asarray(groups)
+        self.scale = cupy.asarray(scale)
+        self.weights = cupy.asarray(np.concatenate([*weights, np.zeros(1, np.float32)]))
+        self.base_factors = cupy.asarray(
+            np.exp2(self.host_base / np.float32(-4)).astype(np.float32)
+        )
+        self.per_class = -4 * importance.ALPHA / np.log(2)
+
+    def check_encodable(self) -> None:
+        """Raise ``UnsupportedError`` where the encoder's predictor would lack components."""
+        if not self.leading:
+            raise UnsupportedError(
+                "the CUDA backend encodes plans whose coded components come first, this plan has "
+                "bands without bits before them: use backend='cpu'"
+            )
+
+
+def _power_of_two(x: float) -> float:
+    return float(np.exp2(np.round(np.log2(x)))) if x > 0 else 1.0
+
+
+def _half(x: np.ndarray[Any, Any]) -> Any:
+    return cupy.asarray(np.ascontiguousarray(x, np.float16))
