@@ -16,13 +16,13 @@ import cupy
 import numpy as np
 from numpy.typing import NDArray
 
-from kvtc_stream.formats import Block, Section
+from kvtc_stream.formats import Block, DType, Section
 from kvtc_stream.gpu import layout, rans
-from kvtc_stream.gpu.plan import DevicePart, DevicePlan
+from kvtc_stream.gpu.plan import DevicePlan
 from kvtc_stream.gpu.products import synthesise
-from kvtc_stream.gpu.rope import DeviceRopes
-from kvtc_stream.gpu.tensors import Tensors
-from kvtc_stream.payload import UniformPayload, nibbles, tiles
+from kvtc_stream.gpu.rope import DeviceRopes, Rotations
+from kvtc_stream.gpu.tensors import Column, Tensors, entries
+from kvtc_stream.payload import UniformPayload, tiles
 
 #: Tokens of a batch, and bytes of rows between a product and its scatter (half an H100's cache).
 BATCH_TOKENS, PIECE_BYTES = 16_384, 24 << 20
@@ -47,19 +47,41 @@ class Batch:
         Bits of binary16 [components, stride], float32 [parts, stride].
     tokens, stride
         Tokens in all, and from component to component.
-    slots, ropes
+    slots, rotations
         Of the tokens.
+    faults, overflow
+        int32 [blocks] and [1]: what went wrong.
     """
 
-    blocks: Sequence[Placed]
     symbols: Any
     scales: Any
     tokens: int
     stride: int
     slots: Any
-    ropes: DeviceRopes
+    rotations: Rotations
     faults: Any
     overflow: Any
+
+
+@dataclass(frozen=True)
+class Target:
+    """Tensors that values go to.
+
+    Attributes
+    ----------
+    entries
+        int64 [entries, layout.FIELDS] on the device, part after part.
+    parts
+        Of each part: its first entry, how many, and the columns that they take from begin to end.
+    dtype, wide
+        Element type, and whether the wide kernel serves.
+    """
+
+    entries: Any
+    parts: list[tuple[int, int, int, int]]
+    dtype: DType
+    wide: bool
+    _owners: tuple[Any, ...]
 
 
 def batches(blocks: Sequence[Placed]) -> Iterator[Sequence[Placed]]:
@@ -96,68 +118,86 @@ def upload(blocks: Sequence[Block]) -> tuple[Any, NDArray[np.int64]]:
     return data, begins
 
 
-def tile_tasks(
-    plan: DevicePlan, payloads: Sequence[UniformPayload], tokens: NDArray[np.int64],
-    firsts: NDArray[np.int64], begins: NDArray[np.int64],
-) -> NDArray[np.int64]:  # fmt: skip
-    """int64 [tiles, FIELDS]: see :mod:`kvtc_stream.gpu.rans`.
+class TileTasks:
+    """Makes the tasks of tiles, see :mod:`kvtc_stream.gpu.rans`; keeps what repeats."""
 
-    ``tokens`` and ``firsts`` [blocks]: coded tokens, and the first one among all; ``begins`` where
-    payloads begin.
-    """
-    rows = []
-    number = np.arange(len(payloads))
-    for size in sorted({p.tile_components for p in payloads}):
-        own = number[[p.tile_components == size for p in payloads]]
-        of_parts = [tiles(count, size) for count in plan.coded]
-        parts = np.repeat(np.arange(len(of_parts)), list(map(len, of_parts)))
-        first = [plan.parts[i].first + t.start for i, ts in enumerate(of_parts) for t in ts]
-        count = [t.stop - t.start for ts in of_parts for t in ts]
-        leading = np.array([t.start == 0 for ts in of_parts for t in ts], np.bool_)
-        lengths = np.array([payloads[b].lengths for b in own], np.int64).reshape(len(own), -1)
-        ends = np.cumsum(lengths, axis=1)
-        task = np.zeros((len(own), len(parts), rans.FIELDS), np.int64)
-        task[:, :, rans.PART] = parts
-        task[:, :, rans.TOKENS] = tokens[own, None]
-        task[:, :, rans.TOKEN] = firsts[own, None]
-        task[:, :, rans.FIRST] = first
-        task[:, :, rans.COUNT] = count
-        task[:, :, rans.BLOCK] = own[:, None]
-        of_tiles = np.array([payloads[b].tiles for b in own])
-        task[:, :, rans.WORDS] = (begins[own, None] + of_tiles[:, None] + ends - lengths) // 2
-        task[:, :, rans.LENGTH] = lengths // 2
-        of_classes = np.array([payloads[b].classes for b in own])
-        halves = np.array([nibbles(int(n)) for n in tokens[own]])
-        classes = begins[own, None] + of_classes[:, None] + halves[:, None] * parts
-        task[:, :, rans.CLASSES] = np.where(leading, classes, -1 - classes)
-        task[:, :, rans.LEVEL] = np.array([payloads[b].level for b in own])[:, None]
-        rows.append(task.reshape(-1, rans.FIELDS))
-    return by_part(np.concatenate(rows), len(plan.parts))
+    def __init__(self, plan: DevicePlan) -> None:
+        self._plan = plan
+        self._of_sizes: dict[int, tuple[NDArray[np.int64], NDArray[np.bool_]]] = {}
+        self._orders: dict[tuple[int, int], NDArray[np.int64]] = {}
 
+    def template(self, size: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """int64 [tiles, FIELDS] of a block whose tiles have ``size`` components, and whether each
+        is its part's first one."""
+        if size not in self._of_sizes:
+            found = [
+                (part, self._plan.parts[part].first + t.start, t.stop - t.start, t.start == 0)
+                for part, coded in enumerate(self._plan.coded)
+                for t in tiles(coded, size)
+            ]
+            columns = np.array(found, np.int64).reshape(-1, 4)
+            task = np.zeros((len(found), rans.FIELDS), np.int64)
+            task[:, [rans.PART, rans.FIRST, rans.COUNT]] = columns[:, :3]
+            self._of_sizes[size] = task, columns[:, 3] != 0
+        return self._of_sizes[size]
 
-def by_part(tasks: NDArray[np.int64], parts: int) -> NDArray[np.int64]:
-    """Tasks of a part side by side, filled up to whole blocks of threads."""
-    sorted_tasks = []
-    for part in range(parts):
-        own = tasks[tasks[:, rans.PART] == part]
-        filled = np.zeros((-(-len(own) // rans.TILES) * rans.TILES, rans.FIELDS), np.int64)
-        filled[:, rans.PART] = part
-        filled[: len(own)] = own
-        sorted_tasks.append(filled)
-    return np.concatenate(sorted_tasks) if sorted_tasks else np.zeros((0, rans.FIELDS), np.int64)
+    def order(self, size: int, blocks: int) -> NDArray[np.int64]:
+        """Which of the blocks' tiles, block after block, is at each place when those of a part lie
+        side by side, filled up to whole blocks of threads; -1 - part where none is."""
+        if (size, blocks) not in self._orders:
+            parts = np.tile(self.template(size)[0][:, rans.PART], blocks)
+            places = []
+            for part in range(len(self._plan.parts)):
+                own = np.flatnonzero(parts == part)
+                filled = np.full(-(-len(own) // rans.TILES) * rans.TILES, -1 - part, np.int64)
+                filled[: len(own)] = own
+                places.append(filled)
+            self._orders[size, blocks] = np.concatenate(places)
+        return self._orders[size, blocks]
 
+    def arranged(self, tasks: NDArray[np.int64], size: int, blocks: int) -> NDArray[np.int64]:
+        """``tasks`` [blocks, tiles, FIELDS] in that order."""
+        order = self.order(size, blocks)
+        flat = tasks.reshape(-1, rans.FIELDS)
+        out = np.zeros((len(order), rans.FIELDS), np.int64)
+        real = order >= 0
+        out[real] = flat[order[real]]
+        out[~real, rans.PART] = -1 - order[~real]
+        return out
 
-@dataclass(frozen=True)
-class _Columns:
-    """Columns of a part's rows that are wanted, from the first to the last.
-
-    ``k`` and ``v`` are int32 arrays: layers, and where each begins among these columns.
-    """
-
-    begin: int
-    end: int
-    k: tuple[Any, Any]
-    v: tuple[Any, Any]
+    def decoding(
+        self,
+        payloads: Sequence[UniformPayload],
+        tokens: NDArray[np.int64],
+        firsts: NDArray[np.int64],
+        begins: NDArray[np.int64],
+    ) -> NDArray[np.int64]:
+        """int64 [tiles, FIELDS]: of payloads that begin at ``begins``; ``tokens`` and ``firsts``
+        [blocks] are coded tokens, and the first one among all."""
+        out = []
+        sizes = np.array([p.tile_components for p in payloads])
+        for size in np.unique(sizes).tolist():
+            own = np.flatnonzero(sizes == size)
+            template, leading = self.template(size)
+            task = np.tile(template, (len(own), 1, 1))
+            lengths = np.stack([payloads[b].lengths for b in own]).astype(np.int64)
+            of_tiles = np.array([payloads[b].tiles for b in own])
+            of_classes = np.array([payloads[b].classes for b in own])
+            levels = np.array([payloads[b].level for b in own])
+            plan = self._plan
+            task[:, :, rans.TOKENS] = tokens[own, None]
+            task[:, :, rans.TOKEN] = firsts[own, None]
+            task[:, :, rans.BLOCK] = own[:, None]
+            ends = (begins[own] + of_tiles)[:, None] + np.cumsum(lengths, axis=1)
+            task[:, :, rans.WORDS] = (ends - lengths) // 2
+            task[:, :, rans.LENGTH] = lengths // 2
+            halves = (tokens[own, None] + 1) // 2 * template[:, rans.PART]
+            classes = (begins[own] + of_classes)[:, None] + halves
+            task[:, :, rans.CLASSES] = np.where(leading, classes, -1 - classes)
+            level = levels.clip(plan.lowest, plan.highest) - plan.lowest
+            task[:, :, rans.LEVEL] = level[:, None]
+            out.append(self.arranged(task, size, len(own)))
+        return np.concatenate(out)
 
 
 class BlockDecoder:
@@ -165,7 +205,8 @@ class BlockDecoder:
 
     def __init__(self, section: Section, plan: DevicePlan) -> None:
         self._section, self._plan = section, plan
-        self._columns: dict[Any, list[_Columns | None]] = {}
+        self._ropes = DeviceRopes(section)
+        self._tasks = TileTasks(plan)
 
     def symbols(self, blocks: Sequence[Placed]) -> Batch:
         """Payloads of a batch of blocks, all of which have coded tokens, to symbols.
@@ -186,19 +227,19 @@ class BlockDecoder:
         """As :meth:`symbols`, of payloads that are on the device already."""
         plan = self._plan
         counts = np.array([p.block.tokens for p in blocks])
+        coded = np.array([p.block.coded_tokens for p in blocks])
         starts = np.concatenate([[0], np.cumsum(counts)])
+        firsts = np.concatenate([[0], np.cumsum(coded)[:-1]])
         tokens = int(starts[-1])
         stride = -(-tokens // 64) * 64
-        coded = np.array([p.block.coded_tokens for p in blocks])
-        firsts = np.concatenate([[0], np.cumsum(coded)[:-1]])
-        columns = np.concatenate(
-            [
-                first + np.delete(np.arange(p.block.tokens), p.block.verbatim_tokens)
-                for first, p in zip(starts.tolist(), blocks, strict=False)
-            ]
-        ).astype(np.int32)
+        kept = np.ones(tokens, np.bool_)
+        for first, p in zip(starts.tolist(), blocks, strict=False):
+            if p.block.verbatim_tokens:
+                kept[first + np.array(p.block.verbatim_tokens)] = False
         steps = np.array([p.step for p in payloads])[:, None] * np.exp2(np.arange(16) / 4)
-        tasks = cupy.asarray(tile_tasks(plan, payloads, coded, firsts, begins))
+        with np.errstate(over="ignore"):
+            block_steps = cupy.asarray(steps.astype(np.float32))
+        tasks = cupy.asarray(self._tasks.decoding(payloads, coded, firsts, begins))
         symbols = cupy.empty((plan.components, stride), np.uint16)
         scales = cupy.zeros((len(plan.parts), stride), np.float32)
         faults = cupy.zeros(len(blocks), np.int32)
@@ -213,11 +254,9 @@ class BlockDecoder:
                 plan.buckets,
                 plan.families,
                 plan.ids,
-                plan.base,
-                plan.rows,
                 plan.components,
-                cupy.asarray(columns),
-                cupy.asarray(steps.astype(np.float32)),
+                cupy.asarray(np.flatnonzero(kept).astype(np.int32)),
+                block_steps,
                 scales,
                 symbols,
                 stride,
@@ -225,104 +264,93 @@ class BlockDecoder:
             ),
             shared=plan.most_families * 256 * 5,
         )
-        positions = np.concatenate([np.array(p.block.positions, np.int64) for p in blocks])
+        positions = np.concatenate([np.asarray(p.block.positions, np.int64) for p in blocks])
         return Batch(
-            blocks, symbols, scales, tokens, stride,
+            symbols,
+            scales,
+            tokens,
+            stride,
             cupy.asarray(np.concatenate([p.slots for p in blocks])),
-            DeviceRopes(self._section, positions, sign=1), faults, cupy.zeros(1, np.int32),
-        )  # fmt: skip
+            self._ropes.at(cupy.asarray(positions), sign=1),
+            faults,
+            cupy.zeros(1, np.int32),
+        )
 
-    def values(
-        self, batch: Batch, layers: Sequence[int], k_out: Tensors | None, v_out: Tensors | None
-    ) -> None:
-        """Symbols to K and V of ``layers`` (indices into the section's, as those of the tensors'
-        addresses are); ``None`` is not wanted."""
-        wanted = tuple(layers), k_out is not None, v_out is not None
-        if wanted not in self._columns:
-            self._columns[wanted] = [self._columns_of(part, *wanted) for part in self._plan.parts]
-        for i, columns in enumerate(self._columns[wanted]):
-            if columns is not None:
-                self._part(batch, i, columns, k_out, v_out)
-
-    def _columns_of(
-        self, part: DevicePart, layers: tuple[int, ...], with_k: bool, with_v: bool
-    ) -> _Columns | None:
-        """Where the wanted layers lie in a part's rows."""
+    def target(self, layers: Sequence[int], k_out: Tensors | None, v_out: Tensors | None) -> Target:
+        """Where values of ``layers`` go: indices into the section's, as those of the tensors'
+        addresses are; ``None`` is not wanted."""
         s = self._section
-        k_size, v_size = s.kv_heads * s.k_dim, s.kv_heads * s.v_dim
+        sizes = s.kv_heads * s.k_dim, s.kv_heads * s.v_dim
         chosen = frozenset(layers)
-        k = [(x, i * k_size) for i, x in enumerate(part.k_layers) if with_k and x in chosen]
-        split = len(part.k_layers) * k_size
-        v = [(x, split + i * v_size) for i, x in enumerate(part.v_layers) if with_v and x in chosen]
-        if not k and not v:
-            return None
-        begin = min(at for _, at in (*k, *v))
-        end = max([*(at + k_size for _, at in k), *(at + v_size for _, at in v)])
+        parts, rows = [], []
+        for part in self._plan.parts:
+            columns: list[Column] = []
+            first = 0
+            for kind, own, out in ((0, part.k_layers, k_out), (1, part.v_layers, v_out)):
+                if out is not None:
+                    columns += [
+                        (kind, x, first + i * sizes[kind]) for i, x in enumerate(own) if x in chosen
+                    ]
+                first += len(own) * sizes[kind]
+            begin = min((c for _, _, c in columns), default=0)
+            end = max((c + sizes[kind] for kind, _, c in columns), default=0)
+            parts.append((len(rows), len(columns), begin, end))
+            rows += [(kind, x, c - begin) for kind, x, c in columns]
+        wanted = [t for t in (k_out, v_out) if t is not None]
+        return Target(
+            cupy.asarray(entries(k_out, v_out, rows, self._ropes)),
+            parts,
+            wanted[0].dtype,
+            all(t.wide for t in wanted) and self._ropes.halves,
+            (k_out, v_out),
+        )
 
-        def on_device(found: list[tuple[int, int]]) -> tuple[Any, Any]:
-            pairs = np.array(found, np.int32).reshape(-1, 2)
-            return cupy.asarray(pairs[:, 0].copy()), cupy.asarray(pairs[:, 1] - np.int32(begin))
-
-        return _Columns(begin, end, on_device(k), on_device(v))
-
-    def _part(
-        self,
-        batch: Batch,
-        index: int,
-        columns: _Columns,
-        k_out: Tensors | None,
-        v_out: Tensors | None,
-    ) -> None:
-        part, r = self._plan.parts[index], batch.ropes
-        width = columns.end - columns.begin
-        piece = min(max(64, PIECE_BYTES // (2 * width) // 64 * 64), batch.tokens)
-        rows = cupy.empty((piece, width), np.uint16)
-        if part.count == 0:
-            rows[...] = 0
-        first_symbol = batch.symbols.data.ptr + 2 * part.first * batch.stride
-        scales = batch.scales.data.ptr + 4 * index * batch.stride
-        for at in range(0, batch.tokens, piece):
-            count = min(piece, batch.tokens - at)
-            synthesise(
-                first_symbol + 2 * at,
-                batch.stride,
-                part.synthesis,
-                slice(columns.begin, columns.end),
-                count,
-                rows.data.ptr,
-                width,
-            )
-            for out, (layers, places), tables in (
-                (k_out, columns.k, r.tables),
-                (v_out, columns.v, r.none),
-            ):
-                if out is None or not len(layers):
-                    continue
-                layout.scatter(out.dtype)(
-                    (-(-count // layout.TOKENS), len(layers) * out.heads),
+    def values(self, batch: Batch, target: Target) -> None:
+        """Symbols to K and V."""
+        ropes, found = self._ropes, batch.rotations
+        scatter = layout.scatter(target.dtype, target.wide)
+        for i, (part, (row, count, begin, end)) in enumerate(
+            zip(self._plan.parts, target.parts, strict=True)
+        ):
+            if not count:
+                continue
+            width = end - begin
+            piece = min(max(64, PIECE_BYTES // (2 * width) // 64 * 64), batch.tokens)
+            rows = cupy.empty((piece, width), np.uint16)
+            if part.count == 0:
+                rows[...] = 0
+            symbols = batch.symbols.data.ptr + 2 * part.first * batch.stride
+            scales = batch.scales.data.ptr + 4 * i * batch.stride
+            own = target.entries.data.ptr + 8 * layout.FIELDS * row
+            for at in range(0, batch.tokens, piece):
+                tokens = min(piece, batch.tokens - at)
+                synthesise(
+                    symbols + 2 * at,
+                    batch.stride,
+                    part.synthesis,
+                    slice(begin, end),
+                    tokens,
+                    rows.data.ptr,
+                    width,
+                )
+                scatter(
+                    (-(-tokens // layout.TOKENS), count),
                     layout.THREADS,
                     (
-                        out.addresses,
-                        layers,
-                        out.heads,
+                        own,
                         batch.slots.data.ptr + 8 * at,
-                        out.token_stride,
-                        out.head_stride,
-                        out.dim,
-                        count,
-                        r.most,
-                        r.cosines,
-                        r.sines,
-                        tables,
-                        r.pairs,
-                        r.interleaved,
-                        r.tokens,
+                        tokens,
+                        found.cosines.data.ptr,
+                        found.sines.data.ptr,
+                        ropes.pairs,
+                        ropes.interleaved,
+                        ropes.most,
+                        found.tokens,
                         at,
-                        places,
                         scales + 4 * at,
                         part.synthesis_scale,
-                        part.mean.data.ptr + 4 * columns.begin,
-                        rows,
+                        part.mean.data.ptr + 4 * begin,
+                        rows.data.ptr,
                         width,
                         batch.overflow,
                     ),
@@ -342,9 +370,10 @@ def decode(
     ``on_cpu`` decodes and places a block that the device could not.
     """
     done = []
+    target = decoder.target(layers, k_out, v_out)
     for some in batches(blocks):
         batch = decoder.symbols(some)
-        decoder.values(batch, layers, k_out, v_out)
+        decoder.values(batch, target)
         done.append((some, batch.faults, batch.overflow))
     for some, faults, overflow in done:
         found = cupy.asnumpy(faults)

@@ -14,16 +14,15 @@ import cupy
 import numpy as np
 from numpy.typing import NDArray
 
-from kvtc_stream.control import Target
 from kvtc_stream.formats import DType, Section
 from kvtc_stream.gpu import layout, rans, uniform
-from kvtc_stream.gpu.decoding import PIECE_BYTES, by_part
+from kvtc_stream.gpu.decoding import PIECE_BYTES, TileTasks
 from kvtc_stream.gpu.plan import DevicePlan
 from kvtc_stream.gpu.products import analyse, synthesise
-from kvtc_stream.gpu.rope import DeviceRopes
-from kvtc_stream.gpu.tensors import Tensors
+from kvtc_stream.gpu.rope import DeviceRopes, Rotations
+from kvtc_stream.gpu.tensors import Column, Tensors, entries
 from kvtc_stream.interop import numpy_dtype
-from kvtc_stream.payload import TILE_COMPONENTS, tiles
+from kvtc_stream.payload import TILE_COMPONENTS
 
 #: Tokens of a batch, and most bytes of its gathered rows of one part.
 BATCH_TOKENS, ROW_BYTES = 8192, 128 << 20
@@ -32,6 +31,8 @@ BATCH_TOKENS, ROW_BYTES = 8192, 128 << 20
 _ESCAPING, _SLACK = 64, 1024
 #: Bytes of a block's record besides its payload, see :mod:`kvtc_stream.control`.
 RECORD_BYTES = 112
+#: By how much the logarithm of a size changes with a quarter octave: a first guess.
+_SLOPE = -0.08
 
 
 @dataclass(frozen=True)
@@ -53,25 +54,72 @@ class Encoded:
     errors: NDArray[np.float32] | None
 
 
-class RateStates:
-    """Rate control of some streams, on the device."""
+@dataclass(frozen=True)
+class OnDevice:
+    """The same before anybody waits for it: uint8 payloads; their places int64 [blocks, 2], begin
+    and bytes; uint8 [tokens]; int32 [blocks] faults; errors."""
 
-    def __init__(self, streams: int, target: Target | None, share: float, least: float) -> None:
-        self.share = share if target is not None else 0.0
-        self.least = least
-        state = np.tile(np.array([0, 0, 0, -0.08]), (streams, 1))
-        self.states = cupy.asarray(state)
+    payloads: Any
+    places: Any
+    verbatim: Any
+    faults: Any
+    errors: Any
+
+
+class RateStates:
+    """Rate control of some streams, on the device.
+
+    Parameters
+    ----------
+    streams
+        How many.
+    share
+        Bytes of a coded token that they keep to; 0 keeps to the plan's steps.
+    least
+        The finest offset to those, in quarter octaves.
+    """
+
+    def __init__(self, streams: int, share: float, least: float) -> None:
+        self.share, self.least = share, least
+        self.states = cupy.asarray(np.tile(np.array([0, 0, 0, _SLOPE]), (streams, 1)))
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where the tokens of a batch are: entries of each part, and what they have in common."""
+
+    entries: Any
+    parts: list[tuple[int, int]]
+    slots: Any
+    positions: Any
+    tokens: int
+    dtype: DType
+    wide: bool
 
 
 class BatchEncoder:
-    """Encodes blocks of one kind of stream. One thread and one CUDA stream at a time."""
+    """Encodes blocks of one kind of stream. One thread and one CUDA stream at a time.
+
+    Parameters
+    ----------
+    section, plan
+        What of.
+    out_dtype
+        What errors are measured after the cast to.
+    scales
+        float32 [2 · layers, heads] of K and then V: of fp8; ``None``: 1.
+    measure
+        Whether errors of the reconstruction are measured, on every token.
+    bound
+        Tokens with a larger one are left out.
+    """
 
     def __init__(
         self,
         section: Section,
         plan: DevicePlan,
         out_dtype: DType,
-        scales: tuple[Any, Any] | None,
+        scales: NDArray[np.float32] | None,
         *,
         measure: bool,
         bound: float,
@@ -79,87 +127,12 @@ class BatchEncoder:
         plan.check_encodable()
         self._section, self._plan, self._out_dtype = section, plan, out_dtype
         self._measure, self._bound = measure, bound
-        layers, heads = len(section.layers), section.kv_heads
-        ones = cupy.ones((layers, heads), np.float32)
-        self._scales = scales or (ones, ones)
-        self._of_parts = [tiles(count, TILE_COMPONENTS) for count in plan.coded]
-        self._tiles = sum(map(len, self._of_parts))
+        shape = (2 * len(section.layers), section.kv_heads)
+        self._scales = cupy.asarray(np.ones(shape, np.float32) if scales is None else scales)
+        self._ropes = DeviceRopes(section)
+        self._tasks = TileTasks(plan)
+        self._tiles = len(self._tasks.template(TILE_COMPONENTS)[0])
         self._values: dict[DType, Any] = {}
-
-    def coefficients(
-        self, k: Tensors, v: Tensors, slots: Any, ropes: DeviceRopes, tokens: int, stride: int
-    ) -> Any:
-        """float32 [components, stride] of some tokens."""
-        s, plan = self._section, self._plan
-        out = cupy.empty((max(plan.components, 1), stride), np.float32)
-        for part in plan.parts:
-            piece = max(64, min(tokens, ROW_BYTES // (2 * part.width) // 64 * 64))
-            rows = cupy.empty((piece, part.width), np.uint16)
-            split = len(part.k_layers) * s.kv_heads * s.k_dim
-            for at in range(0, tokens, piece):
-                count = min(piece, tokens - at)
-                for t, layers, tables, scales, first in (
-                    (k, part.k_index, ropes.tables, self._scales[0], 0),
-                    (v, part.v_index, ropes.none, self._scales[1], split),
-                ):
-                    layout.gather(t.dtype)(
-                        (-(-count // layout.TOKENS), len(layers) * t.heads),
-                        layout.THREADS,
-                        (
-                            *self._source(t, layers, slots, count, ropes, tables, at),
-                            self._fp8(t.dtype),
-                            scales,
-                            part.mean.data.ptr + 4 * first,
-                            rows.data.ptr + 2 * first,
-                            part.width,
-                        ),
-                    )
-                analyse(
-                    rows[:count],
-                    part.analysis,
-                    part.analysis_scale,
-                    out.data.ptr + 4 * (part.first * stride + at),
-                    stride,
-                )
-        return out
-
-    def _source(
-        self,
-        t: Tensors,
-        layers: Any,
-        slots: Any,
-        count: int,
-        ropes: DeviceRopes,
-        tables: Any,
-        at: int,
-    ) -> tuple[Any, ...]:
-        """What kernels that read tensors have in common: ``count`` tokens from ``at`` on."""
-        return (
-            t.addresses,
-            layers,
-            t.heads,
-            slots.data.ptr + 8 * at,
-            t.token_stride,
-            t.head_stride,
-            t.dim,
-            count,
-            ropes.most,
-            ropes.cosines,
-            ropes.sines,
-            tables,
-            ropes.pairs,
-            ropes.interleaved,
-            ropes.tokens,
-            at,
-        )
-
-    def _fp8(self, dtype: DType) -> Any:
-        """float32 [256]: the values of an fp8 type."""
-        if dtype not in self._values:
-            bits = np.arange(256, dtype=np.uint8)
-            values = bits.view(numpy_dtype(dtype)) if dtype.is_fp8 else bits
-            self._values[dtype] = cupy.asarray(values.astype(np.float32))
-        return self._values[dtype]
 
     def encode(
         self,
@@ -186,21 +159,17 @@ class BatchEncoder:
         states
             Of the streams.
         """
-        data, places, verbatim, faults, errors = self.encode_on_device(
-            k, v, slots, positions, starts, first_blocks, states
-        )
-        host_places = cupy.asnumpy(places)
-        host = cupy.asnumpy(data[: int((host_places[:, 0] + host_places[:, 1]).max(initial=0))])
-        full = cupy.asnumpy(faults) != 0
+        found = self.encode_on_device(k, v, slots, positions, starts, first_blocks, states)
+        places, full = cupy.asnumpy(found.places), cupy.asnumpy(found.faults) != 0
+        data = cupy.asnumpy(found.payloads[: int(places.sum(axis=1).max(initial=0))])
         payloads = [
-            None if bad or begin + size > data.size else host[begin : begin + size].tobytes()
-            for (begin, size), bad in zip(host_places.tolist(), full, strict=True)
+            None if bad else data[begin : begin + size].tobytes()
+            for (begin, size), bad in zip(places.tolist(), full, strict=True)
         ]
-        return Encoded(
-            payloads,
-            cupy.asnumpy(verbatim).astype(np.bool_),
-            None if errors is None else cupy.asnumpy(errors),
-        )
+        errors = None
+        if found.errors is not None:
+            errors = cupy.asnumpy(found.errors)[:, : len(positions)]
+        return Encoded(payloads, cupy.asnumpy(found.verbatim).astype(np.bool_), errors)
 
     def encode_on_device(
         self,
@@ -211,20 +180,13 @@ class BatchEncoder:
         starts: NDArray[np.int64],
         first_blocks: NDArray[np.int64],
         states: RateStates,
-        out: Any = None,
-    ) -> tuple[Any, Any, Any, Any, Any]:
-        """As :meth:`encode` without waiting.
-
-        Returns payloads uint8, their places int64 [blocks, 2], ``verbatim`` uint8 [tokens], faults
-        int32 [blocks], and errors float32 [2, tokens] or ``None``. ``out`` takes the payloads.
-        """
+    ) -> OnDevice:
+        """As :meth:`encode` without waiting."""
         plan = self._plan
-        blocks, tokens = len(starts) - 1, len(positions)
+        blocks, tokens, parts = len(starts) - 1, len(positions), len(plan.parts)
         stride = -(-tokens // 64) * 64
-        parts = len(plan.parts)
-        on_device = cupy.asarray(np.asarray(slots, np.int64))
-        ropes = DeviceRopes(self._section, positions, sign=-1)
-        c = self.coefficients(k, v, on_device, ropes, tokens, stride)
+        source = self._source(k, v, slots, positions)
+        c = self._coefficients(source, stride)
 
         classes = cupy.empty((parts, stride), np.uint8)
         peaks = cupy.empty((parts, stride), np.float32)
@@ -239,7 +201,6 @@ class BatchEncoder:
                 plan.scale,
                 plan.weights,
                 plan.groups,
-                plan.base_factors,
                 plan.per_class,
                 classes,
                 peaks,
@@ -248,21 +209,30 @@ class BatchEncoder:
         starts_d = cupy.asarray(starts.astype(np.int32))
         firsts_d = cupy.asarray(first_blocks.astype(np.int32))
         counts = np.diff(first_blocks)
-        offsets, levels = self._offsets(c, stride, classes, starts_d, firsts_d, counts, states)
+        offsets = self._offsets(c, stride, classes, starts_d, firsts_d, counts, states)
 
-        block_steps = cupy.empty((blocks, 16), np.float32)
-        factors = cupy.empty((blocks, uniform.STEPS), np.float32)
+        block_steps, factors = cupy.empty((2, blocks, 16), np.float32)
         heads = cupy.empty(blocks, np.float32)
+        levels, indices = cupy.empty((2, blocks), np.int32)
         uniform.steps(
-            -(-blocks * uniform.STEPS // uniform.THREADS),
+            -(-blocks * 16 // uniform.THREADS),
             uniform.THREADS,
-            (blocks, offsets, plan.unit, block_steps, factors, levels, heads),
+            (
+                blocks,
+                offsets,
+                plan.unit,
+                plan.lowest,
+                plan.highest,
+                block_steps,
+                factors,
+                levels,
+                indices,
+                heads,
+            ),
         )
         errors = None
         if self._measure:
-            errors = self._errors(
-                k, v, on_device, positions, c, stride, classes, factors, block_steps, starts
-            )
+            errors = self._errors(source, c, stride, classes, factors, block_steps, starts)
         columns = cupy.empty(tokens, np.int32)
         kept = cupy.empty(blocks, np.int32)
         verbatim = cupy.empty(tokens, np.uint8)
@@ -277,7 +247,7 @@ class BatchEncoder:
                 peaks,
                 factors,
                 peaks if errors is None else errors,
-                self._bound if errors is not None else -1.0,
+                -1.0 if errors is None else self._bound,
                 columns,
                 kept,
                 verbatim,
@@ -296,14 +266,12 @@ class BatchEncoder:
                 plan.codes,
                 plan.families,
                 plan.ids,
-                plan.base,
-                plan.rows,
                 plan.components,
                 columns,
                 factors,
                 c,
                 stride,
-                levels,
+                indices,
                 classes,
                 kept,
                 room,
@@ -314,9 +282,10 @@ class BatchEncoder:
         )
         places = cupy.empty((blocks, 2), np.int64)
         uniform.lay_out(1, 1, (blocks, self._tiles, parts, kept, lengths, of_blocks_d, places, 0))
-        if out is None:
-            bound = 2 * words + blocks * (24 + 4 * self._tiles) + parts * tokens
-            out = cupy.empty(bound, np.uint8)
+        # The coefficients are done with, and larger than what they became.
+        bound = 2 * words + blocks * (24 + 4 * self._tiles) + parts * tokens
+        data = c.view(np.uint8).ravel()
+        out = data if data.size >= bound else cupy.empty(bound, np.uint8)
         uniform.assemble(
             (blocks, self._tiles + 1),
             uniform.THREADS,
@@ -341,37 +310,118 @@ class BatchEncoder:
                 out,
             ),
         )
-        streams = len(first_blocks) - 1
-        uniform.record(
-            1, streams, (firsts_d, kept, places, offsets, float(RECORD_BYTES), states.states)
+        if states.share > 0:
+            uniform.record(
+                1,
+                len(counts),
+                (firsts_d, kept, places, offsets, float(RECORD_BYTES), states.states),
+            )
+        return OnDevice(out, places, verbatim, faults, errors)
+
+    def _source(
+        self, k: Tensors, v: Tensors, slots: NDArray[np.int64], positions: NDArray[np.int64]
+    ) -> _Source:
+        s = self._section
+        k_size, v_size = s.kv_heads * s.k_dim, s.kv_heads * s.v_dim
+        parts, rows = [], []
+        for part in self._plan.parts:
+            columns: list[Column] = [(0, x, i * k_size) for i, x in enumerate(part.k_layers)]
+            split = len(columns) * k_size
+            columns += [(1, x, split + i * v_size) for i, x in enumerate(part.v_layers)]
+            parts.append((len(rows), len(columns)))
+            rows += columns
+        return _Source(
+            cupy.asarray(entries(k, v, rows, self._ropes)),
+            parts,
+            cupy.asarray(slots),
+            cupy.asarray(positions),
+            len(positions),
+            k.dtype,
+            k.wide and v.wide and self._ropes.halves,
         )
-        return out, places, verbatim, faults, errors
+
+    def _common(self, source: _Source, part: int, at: int, tokens: int, r: Rotations) -> list[Any]:
+        """What kernels that read tensors have in common: ``tokens`` from ``at`` on."""
+        return [
+            source.entries.data.ptr + 8 * layout.FIELDS * source.parts[part][0],
+            source.slots.data.ptr + 8 * at,
+            tokens,
+            r.cosines.data.ptr,
+            r.sines.data.ptr,
+            self._ropes.pairs,
+            self._ropes.interleaved,
+            self._ropes.most,
+            r.tokens,
+            at,
+            self._fp8(source.dtype),
+            self._scales,
+        ]
+
+    def _fp8(self, dtype: DType) -> Any:
+        """float32 [256]: the values of an fp8 type."""
+        if dtype not in self._values:
+            bits = np.arange(256, dtype=np.uint8)
+            values = bits.view(numpy_dtype(dtype)) if dtype.is_fp8 else bits
+            self._values[dtype] = cupy.asarray(values.astype(np.float32))
+        return self._values[dtype]
+
+    def _coefficients(self, source: _Source, stride: int) -> Any:
+        """float32 [components, stride]."""
+        plan, tokens = self._plan, source.tokens
+        rotations = self._ropes.at(source.positions, sign=-1)
+        gather = layout.gather(source.dtype, source.wide)
+        out = cupy.empty((max(plan.components, 1), stride), np.float32)
+        for i, part in enumerate(plan.parts):
+            piece = max(64, min(tokens, ROW_BYTES // (2 * part.width) // 64 * 64))
+            rows = cupy.empty((piece, part.width), np.uint16)
+            for at in range(0, tokens, piece):
+                count = min(piece, tokens - at)
+                gather(
+                    (-(-count // layout.TOKENS), source.parts[i][1]),
+                    layout.THREADS,
+                    [
+                        *self._common(source, i, at, count, rotations),
+                        part.mean.data.ptr,
+                        rows.data.ptr,
+                        part.width,
+                    ],
+                )
+                first = out.data.ptr + 4 * (part.first * stride + at)
+                analyse(rows[:count], part.analysis, part.analysis_scale, first, stride)
+        return out
 
     def _offsets(
-        self, c: Any, stride: int, classes: Any, starts: Any, firsts: Any,
-        counts: NDArray[np.int64], states: RateStates,
-    ) -> tuple[Any, Any]:  # fmt: skip
-        """float64 [blocks]: offsets to the plan's step; room for the levels."""
+        self,
+        c: Any,
+        stride: int,
+        classes: Any,
+        starts: Any,
+        firsts: Any,
+        counts: NDArray[np.int64],
+        states: RateStates,
+    ) -> Any:
+        """float64 [blocks]: offsets to the plan's step."""
         plan = self._plan
         blocks, parts, streams = int(counts.sum()), len(plan.parts), len(counts)
-        levels = cupy.empty(blocks, np.int32)
         offsets = cupy.zeros(blocks, np.float64)
         if states.share <= 0:
-            return offsets, levels
-        of_blocks = cupy.asarray(np.repeat(np.arange(streams), counts).astype(np.int32))
-        factors = cupy.empty((blocks, uniform.SIZES, uniform.STEPS), np.float32)
-        at_levels = cupy.empty((blocks, uniform.SIZES), np.int32)
+            return offsets
+        factors = cupy.empty((blocks, uniform.SIZES, 16), np.float32)
+        levels, indices = cupy.empty((2, blocks, uniform.SIZES), np.int32)
         uniform.offset_factors(
             -(-factors.size // uniform.THREADS),
             uniform.THREADS,
             (
-                of_blocks,
+                cupy.asarray(np.repeat(np.arange(streams), counts).astype(np.int32)),
                 blocks,
                 states.states,
                 cupy.asarray(np.array(uniform.OFFSETS)),
                 plan.unit,
+                plan.lowest,
+                plan.highest,
                 factors,
-                at_levels,
+                levels,
+                indices,
             ),
         )
         sizes = cupy.empty((blocks, parts, uniform.SIZES), np.float32)
@@ -383,12 +433,10 @@ class BatchEncoder:
                 stride,
                 plan.fields,
                 plan.ids,
-                plan.base,
-                plan.rows,
                 plan.components,
                 classes,
                 factors,
-                at_levels,
+                indices,
                 plan.bits,
                 plan.families,
                 sizes,
@@ -397,13 +445,13 @@ class BatchEncoder:
             shared=max(plan.most_families * 1024, 1024),
         )
         uniform.control(
-            1,
             streams,
+            32,
             (
                 firsts,
                 starts,
                 sizes,
-                at_levels,
+                levels,
                 parts,
                 self._tiles,
                 float(RECORD_BYTES + 8),
@@ -413,20 +461,29 @@ class BatchEncoder:
                 offsets,
             ),
         )
-        return offsets, levels
+        return offsets
 
     def _errors(
-        self, k: Tensors, v: Tensors, slots: Any, positions: NDArray[np.int64], c: Any,
-        stride: int, classes: Any, factors: Any, block_steps: Any, starts: NDArray[np.int64],
-    ) -> Any:  # fmt: skip
+        self,
+        source: _Source,
+        c: Any,
+        stride: int,
+        classes: Any,
+        factors: Any,
+        block_steps: Any,
+        starts: NDArray[np.int64],
+    ) -> Any:
         """float32 [2, stride]: of each token's K and V, after the cast to the output's dtype."""
-        s, plan = self._section, self._plan
-        tokens, parts = len(positions), len(plan.parts)
+        s, plan, tokens = self._section, self._plan, source.tokens
         symbols = cupy.empty((plan.components, stride), np.uint16)
-        scales = cupy.zeros((parts, stride), np.float32)
+        scales = cupy.zeros((len(plan.parts), stride), np.float32)
         of_tokens = np.repeat(np.arange(len(starts) - 1), np.diff(starts)).astype(np.int32)
         uniform.quantise(
-            (-(-tokens // uniform.THREADS), plan.components),
+            (
+                -(-tokens // uniform.THREADS),
+                -(-max(plan.coded, default=0) // uniform.TOGETHER),
+                len(plan.parts),
+            ),
             uniform.THREADS,
             (
                 c,
@@ -434,8 +491,6 @@ class BatchEncoder:
                 tokens,
                 plan.fields,
                 cupy.asarray(of_tokens),
-                parts,
-                plan.base,
                 classes,
                 factors,
                 block_steps,
@@ -443,16 +498,16 @@ class BatchEncoder:
                 scales,
             ),
         )
-        ropes = DeviceRopes(s, positions, sign=1)
-        out = cupy.zeros((2, stride), np.float32)
-        shape = (2, len(s.layers) * s.kv_heads, stride)
-        of_kinds = [cupy.zeros(shape, np.float32) for _ in range(2)]
-        for index, part in enumerate(plan.parts):
+        rotations = self._ropes.at(source.positions, sign=1)
+        dims = s.k_dim // 16, s.v_dim // 16
+        wide = source.wide and all(d <= 32 and d & (d - 1) == 0 for d in dims)
+        compare = layout.errors(source.dtype, self._out_dtype, wide)
+        lost, energy = cupy.zeros((2, 2 * len(s.layers), stride), np.float32)
+        for i, part in enumerate(plan.parts):
             piece = min(max(64, PIECE_BYTES // (2 * part.width) // 64 * 64), tokens)
             rows = cupy.empty((piece, part.width), np.uint16)
             if part.count == 0:
                 rows[...] = 0
-            split = len(part.k_layers) * s.kv_heads * s.k_dim
             for at in range(0, tokens, piece):
                 count = min(piece, tokens - at)
                 synthesise(
@@ -464,57 +519,50 @@ class BatchEncoder:
                     rows.data.ptr,
                     part.width,
                 )
-                for t, layers, tables, of_scales, first, (lost, energy) in (
-                    (k, part.k_index, ropes.tables, self._scales[0], 0, of_kinds[0]),
-                    (v, part.v_index, ropes.none, self._scales[1], split, of_kinds[1]),
-                ):
-                    layout.errors(t.dtype, self._out_dtype)(
-                        (-(-count // layout.TOKENS), len(layers) * t.heads),
-                        layout.THREADS,
-                        (
-                            *self._source(t, layers, slots, count, ropes, tables, at),
-                            self._fp8(t.dtype),
-                            of_scales,
-                            scales.data.ptr + 4 * (index * stride + at),
-                            part.synthesis_scale,
-                            part.mean.data.ptr + 4 * first,
-                            rows.data.ptr + 2 * first,
-                            part.width,
-                            lost.data.ptr + 4 * at,
-                            energy.data.ptr + 4 * at,
-                            stride,
-                        ),
-                    )
-        for kind, (lost, energy) in enumerate(of_kinds):
+                compare(
+                    (-(-count // layout.TOKENS), source.parts[i][1]),
+                    layout.THREADS,
+                    [
+                        *self._common(source, i, at, count, rotations),
+                        scales.data.ptr + 4 * (i * stride + at),
+                        part.synthesis_scale,
+                        part.mean.data.ptr,
+                        rows.data.ptr,
+                        part.width,
+                        lost.data.ptr + 4 * at,
+                        energy.data.ptr + 4 * at,
+                        stride,
+                    ],
+                )
+        out = cupy.zeros((2, stride), np.float32)
+        layers = len(s.layers)
+        for kind in range(2):
+            own = slice(kind * layers, (kind + 1) * layers)
             layout.relative_errors(
                 -(-tokens // layout.THREADS),
                 layout.THREADS,
-                (lost, energy, len(lost), stride, tokens, out[kind]),
+                (lost[own], energy[own], layers, stride, tokens, out[kind]),
             )
         return out
 
-    def _room(self, starts: NDArray[np.int64]) -> tuple[Any, Any, int]:
+    def _room(self, starts: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int32], int]:
         """Tasks, int32 [blocks, tiles] where each tile's is, and words of room in all."""
-        plan, blocks = self._plan, len(starts) - 1
-        tokens = np.diff(starts)
-        counts = np.array([t.stop - t.start for ts in self._of_parts for t in ts], np.int64)
-        first = [plan.parts[i].first + t.start for i, ts in enumerate(self._of_parts) for t in ts]
-        parts = np.repeat(np.arange(len(plan.parts)), list(map(len, self._of_parts)))
-        escaping = np.minimum(counts, _ESCAPING)
-        words = tokens[:, None] * (3 * counts // 4 + escaping) + _SLACK
-        ends = np.cumsum(words.ravel()).reshape(words.shape)
-        task = np.zeros((blocks, self._tiles, rans.FIELDS), np.int64)
-        task[:, :, rans.PART] = parts
+        blocks, tokens = len(starts) - 1, np.diff(starts)
+        template, _ = self._tasks.template(TILE_COMPONENTS)
+        counts = template[:, rans.COUNT]
+        words = tokens[:, None] * (3 * counts // 4 + np.minimum(counts, _ESCAPING)) + _SLACK
+        task = np.tile(template, (blocks, 1, 1))
         task[:, :, rans.TOKENS] = tokens[:, None]
         task[:, :, rans.TOKEN] = starts[:-1, None]
-        task[:, :, rans.FIRST] = first
-        task[:, :, rans.COUNT] = counts
         task[:, :, rans.BLOCK] = np.arange(blocks)[:, None]
-        task[:, :, rans.WORDS] = ends
+        task[:, :, rans.WORDS] = np.cumsum(words.ravel()).reshape(words.shape)
         task[:, :, rans.LENGTH] = words
-        task[:, :, rans.CLASSES] = np.arange(blocks * self._tiles).reshape(blocks, -1)
-        tasks = by_part(task.reshape(-1, rans.FIELDS), len(plan.parts))
+        order = self._tasks.order(TILE_COMPONENTS, blocks)
         of_blocks = np.empty(blocks * self._tiles, np.int32)
-        real = np.flatnonzero(tasks[:, rans.TOKENS])
-        of_blocks[tasks[real, rans.CLASSES]] = real
-        return tasks, of_blocks, int(ends[-1, -1]) if ends.size else 0
+        real = np.flatnonzero(order >= 0)
+        of_blocks[order[real]] = real
+        return (
+            self._tasks.arranged(task, TILE_COMPONENTS, blocks),
+            of_blocks,
+            int(words.sum()) if words.size else 0,
+        )

@@ -71,9 +71,11 @@ class DevicePlan:
         Of all parts.
     unit
         The step of base step 0 and class 0 at offset 0.
-    ids, base, rows, families, entries, codes, buckets, bits
+    ids, families, entries, codes, buckets, bits
         Tables of the coder, see :mod:`kvtc_stream.gpu.rans`; ``codes`` are the encoder's entries.
-    fields, scale, weights, groups, base_factors, per_class
+    lowest, highest
+        Levels that ``ids`` has rows for, those below and above share the first and the last.
+    fields, scale, weights, groups, per_class
         Of the predictor of importance, see :func:`kvtc_stream.gpu.uniform.classify`.
     """
 
@@ -99,7 +101,9 @@ class DevicePlan:
                     (part.spectrum[own.components, None] * synthesis**2).sum(axis=0).max(initial=0)
                 )
             )
-            synthesis = synthesis * np.exp2(own.base[:, None] / np.float32(4))
+            # Coefficients on the device are without the factors of base steps.
+            factors = np.exp2(own.base[:, None] / np.float32(4))
+            analysis, synthesis = analysis / factors, synthesis * factors
             size = _DEVIATIONS * max(deviation, 1e-30) / self.unit
             down = _power_of_two(size / _SIZE)
             up = _power_of_two(float(np.abs(analysis).max(initial=0)))
@@ -123,20 +127,21 @@ class DevicePlan:
         self._importance(parts, bands, firsts)
 
     def _coder_tables(self, bands: list[UniformBands]) -> None:
-        steps = max(len(b._ids) for b in bands)
-        ids = np.empty((steps, self.components, CLASSES), np.uint8)
-        at = 0
-        for b in bands:
-            own = tables.packed_ids(b._ids[:, :, b.components])
-            ids[: len(own), at : at + own.shape[1]] = own
-            ids[len(own) :, at : at + own.shape[1]] = own[-1]
-            at += own.shape[1]
+        base = np.concatenate([b.base for b in bands]).astype(np.int64)
+        self.steps = 2.0 ** (base / 4)
+        most = max(len(b._ids) for b in bands)
+        self.lowest = -int(base.max(initial=0))
+        self.highest = most - 1 - int(base.min(initial=0))
+        levels = range(self.lowest, self.highest + 1)
+        ids = np.zeros((len(levels) * self.components + 4) * CLASSES, np.uint8)
+        shaped = ids[: len(levels) * self.components * CLASSES].reshape(
+            len(levels), self.components, CLASSES
+        )
+        for i, level in enumerate(levels):
+            shaped[i] = np.concatenate([b.ids(level) for b in bands], axis=1).T
+        self.ids = cupy.asarray(ids)
         frequencies = [b.families.frequencies for b in bands]
         self.most_families = max(map(len, frequencies))
-        self.rows = steps
-        self.ids = cupy.asarray(ids)
-        self.host_base = np.concatenate([b.base for b in bands])
-        self.base = cupy.asarray(self.host_base)
         self.families = cupy.asarray(
             np.concatenate([[0], np.cumsum(list(map(len, frequencies)))]).astype(np.int32)
         )
@@ -163,7 +168,8 @@ class DevicePlan:
             leading = (features - len(edges) + 1) // 2
             fields[i] = firsts[i], self.coded[i], read, leading, len(edges) - 1, at
             groups[i, : len(edges)] = edges
-            scale[firsts[i] : firsts[i] + read] = predictor.scale[:read]
+            own = slice(firsts[i], firsts[i] + read)
+            scale[own] = predictor.scale[:read] * self.steps[own]
             weights += [
                 predictor.weights[-1:], predictor.weights[:-1], predictor.centre, predictor.spread,
             ]  # fmt: skip
@@ -171,9 +177,6 @@ class DevicePlan:
         self.fields, self.groups = cupy.asarray(fields), cupy.asarray(groups)
         self.scale = cupy.asarray(scale)
         self.weights = cupy.asarray(np.concatenate([*weights, np.zeros(1, np.float32)]))
-        self.base_factors = cupy.asarray(
-            np.exp2(self.host_base / np.float32(-4)).astype(np.float32)
-        )
         self.per_class = -4 * importance.ALPHA / np.log(2)
 
     def check_encodable(self) -> None:

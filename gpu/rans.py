@@ -23,6 +23,7 @@ from kvtc_stream.gpu.intrinsics import (
     i64p,
     popc,
     round_to_int,
+    shuffle,
     u8p,
     u16p,
     u32p,
@@ -41,8 +42,8 @@ TILES = 8
     BLOCK,
     WORDS,  # where the tile begins in the payloads, in words; when encoding, where its room ends
     LENGTH,  # of the tile, or of the room for it, in words
-    CLASSES,  # where the part's classes begin, in bytes, for the tile that unpacks them; else -1
-    LEVEL,
+    CLASSES,  # where the part's classes begin, in bytes: c in its first tile, -1 - c in others
+    LEVEL,  # index into the families' ids; when encoding, the block's instead
 ) = range(10)
 FIELDS = 10
 
@@ -50,14 +51,14 @@ FIELDS = 10
 DAMAGED, LARGE, FULL = 1, 2, 4
 
 _ESCAPE, _ZERO = 255, 127
-_U32, _I32, _I64 = np.uint32, np.int32, np.int64
+_U32, _I32, _I64, _F32 = np.uint32, np.int32, np.int64, np.float32
 _LEAST = np.uint32(1 << 16)
 _WIDE = -0x8000
 #: Words that a step gives off at most: one a state, one an escape, two a wide value.
 _STEP_WORDS = 4 * WARP
 
 
-@kernel(i64p, u16p, u8p, u32p, u8p, i32p, u8p, u8p, i32, i32, i32p, f32p, f32p, u16p, i64, i32p)
+@kernel(i64p, u16p, u8p, u32p, u8p, i32p, u8p, i32, i32p, f32p, f32p, u16p, i64, i32p)
 def decode(  # type: ignore[no-untyped-def]
     tasks,
     words,
@@ -66,8 +67,6 @@ def decode(  # type: ignore[no-untyped-def]
     buckets,
     families,
     ids,
-    base,
-    rows,
     components,
     columns,
     block_steps,
@@ -90,15 +89,14 @@ def decode(  # type: ignore[no-untyped-def]
     families
         int32 [parts + 1]: where each part's families begin.
     ids
-        uint8 [rows, components, 16]: see ``uniform.ids`` of the specification.
-    base
-        uint8 [components]: base steps.
+        uint8 [levels, components, 16]: the family of each component and class. Up to 32 bytes
+        behind the last are read, whatever they are.
     columns
         int32 [tokens]: where each token goes.
     block_steps
         float32 [blocks, 16]: of each class.
     scales
-        float32 [parts, stride]: becomes the step of each token at base step 0.
+        float32 [parts, stride]: becomes the step of each token.
     out
         Bits of binary16 [components, stride]: becomes the symbols.
     faults
@@ -124,11 +122,11 @@ def decode(  # type: ignore[no-untyped-def]
     first = _I32(tasks[task + FIRST])
     begin = tasks[task + WORDS]
     length = _U32(tasks[task + LENGTH])
-    level = _I32(tasks[task + LEVEL])
+    of_level = tasks[task + LEVEL] * components
     classes = tasks[task + CLASSES]
     own_classes = classes
     if classes < 0:
-        own_classes = -classes - 1
+        own_classes = -1 - classes
     block = tasks[task + BLOCK]
     lanes = min(tokens, _U32(WARP))
     below = (_U32(1) << lane) - _U32(1)
@@ -136,9 +134,13 @@ def decode(  # type: ignore[no-untyped-def]
     state = _LEAST
     if lane < lanes:
         state = _U32(words[begin + 2 * lane]) | _U32(words[begin + 2 * lane + 1]) << _U32(16)
-    fault = ballot(state < _LEAST) != _U32(0)
+    fault = state < _LEAST
     position = _U32(2) * lanes
     last = length - _U32(1)
+    # Words to come: 32 from ``window`` on and the 32 behind them, a word a lane.
+    window = position
+    near = _I32(words[begin + min(_U32(window + lane), last)])
+    far = _I32(words[begin + min(_U32(window + lane + _U32(WARP)), last)])
     large = False
     for group in range(_U32(0), tokens, _U32(WARP)):
         token = _U32(group) + lane
@@ -152,9 +154,13 @@ def decode(  # type: ignore[no-untyped-def]
             if classes >= 0:
                 scales[part * stride + column] = block_steps[block * 16 + klass]
         target = _I64(first) * stride + column
-        for c in range(first, first + count):
-            row = min(max(_I32(base[c]) + level, _I32(0)), rows - _I32(1))
-            family = _U32(ids[(row * components + _I32(c)) * _I32(16) + _I32(klass)])
+        # Families are read two steps ahead: nothing else hides the way to memory.
+        source = (of_level + first) * 16 + klass
+        family_1, family_2 = _U32(ids[source]), _U32(ids[source + 16])
+        for _ in range(count):
+            family, family_1 = family_1, family_2
+            family_2 = _U32(ids[source + 32])
+            source += 16
             slot = state & _U32(0xFFF)
             symbol = _U32(bytes_table[(size << _U32(2)) + (family << _U32(8)) + (slot >> _U32(4))])
             entry = table[(family << _U32(8)) + symbol]
@@ -167,9 +173,13 @@ def decode(  # type: ignore[no-untyped-def]
                 state = _U32((entry >> _U32(12)) * (state >> _U32(12)) + offset)
             needs = state < _LEAST
             mask = ballot(needs)
+            at = _U32(position - window + popc(mask & below))
+            word = shuffle(near, _I32(at & _U32(WARP - 1)))
+            other = shuffle(far, _I32(at & _U32(WARP - 1)))
+            if at >= _U32(WARP):
+                word = other
             if needs:
-                at = min(_U32(position + popc(mask & below)), last)
-                state = state << _U32(16) | _U32(words[begin + at])
+                state = state << _U32(16) | _U32(word)
             position += popc(mask)
             value = _I32(symbol) - _I32(_ZERO)
             escaped = active and symbol == _U32(_ESCAPE)
@@ -195,8 +205,12 @@ def decode(  # type: ignore[no-untyped-def]
                 large |= value > _I32(65504) or value < _I32(-65504)
                 if position > length:
                     break
+            while position - window >= _U32(WARP):
+                near = far
+                window += _U32(WARP)
+                far = _I32(words[begin + min(_U32(window + lane + _U32(WARP)), last)])
             if active:
-                out[target] = f16_bits(np.float32(value))
+                out[target] = f16_bits(_F32(value))
             target += stride
         if position > length:
             break
@@ -208,16 +222,12 @@ def decode(  # type: ignore[no-untyped-def]
         faults[block] = LARGE
 
 
-@kernel(
-    i64p, u32p, i32p, u8p, u8p, i32, i32, i32p, f32p, f32p, i64, i32p, u8p, i32p, u16p, i32p, i32p
-)
+@kernel(i64p, u32p, i32p, u8p, i32, i32p, f32p, f32p, i64, i32p, u8p, i32p, u16p, i32p, i32p)
 def encode(  # type: ignore[no-untyped-def]
     tasks,
     entries,
     families,
     ids,
-    base,
-    rows,
     components,
     columns,
     factors,
@@ -234,18 +244,17 @@ def encode(  # type: ignore[no-untyped-def]
 
     Parameters
     ----------
-    tasks, families, ids, base, rows, components, columns
+    tasks, families, ids, columns
         As for :func:`decode`.
     entries
         uint32 [families, 256]: ``start | frequency << 12 | escaped << 31``, those of the escape
         where a column has no frequency.
     factors
-        float32 [blocks, 272]: what a coefficient is multiplied by, at each sum of base step
-        and class.
+        float32 [blocks, 16]: what coefficients of a token of a class are multiplied by.
     coefficients
         float32 [components, stride].
     levels
-        int32 [blocks].
+        int32 [blocks]: indices into ``ids``.
     classes
         uint8 [parts, stride].
     kept
@@ -271,13 +280,13 @@ def encode(  # type: ignore[no-untyped-def]
 
     if tasks[task + TOKENS] == 0:
         return
-    tokens = _U32(kept[tasks[task + BLOCK]])
+    block = tasks[task + BLOCK]
+    tokens = _U32(kept[block])
     if tokens == 0:
         return
     count = _I32(tasks[task + COUNT])
-    first = _I32(tasks[task + FIRST])
-    block = tasks[task + BLOCK]
-    level = levels[block]
+    final = _I64(_I32(tasks[task + FIRST]) + count - _I32(1))
+    of_level = _I64(levels[block]) * components
     length = _I32(tasks[task + LENGTH])
     begin = tasks[task + WORDS] - length
     below = (_U32(1) << lane) - _U32(1)
@@ -288,21 +297,26 @@ def encode(  # type: ignore[no-untyped-def]
         token = group + lane
         active = token < tokens
         klass = _I32(0)
-        source = _I64(0)
+        column = _I64(0)
+        factor = _F32(0)
         if active:
             column = _I64(columns[tasks[task + TOKEN] + token])
             klass = _I32(classes[part * stride + column])
-            source = _I64(first + count - _I32(1)) * stride + column
-        for i in range(_I32(0), count):
-            c = first + count - _I32(1) - _I32(i)
-            step = _I32(base[c])
-            row = min(max(step + level, _I32(0)), rows - _I32(1))
-            family = _U32(ids[(row * components + c) * _I32(16) + klass])
-            value = _I32(0)
-            if active:
-                factor = factors[block * 272 + step + klass]
-                value = round_to_int(coefficients[source] * factor)
-            source -= stride
+            factor = factors[block * 16 + klass]
+        source = final * stride + column
+        of_family = (of_level + final) * 16 + klass
+        x_1, family_1 = coefficients[source], _U32(ids[of_family])
+        source = max(source - stride, column)
+        of_family = max(of_family - 16, _I64(0))
+        x_2, family_2 = coefficients[source], _U32(ids[of_family])
+        for _ in range(count):
+            # Two steps ahead: nothing else hides the way to memory.
+            x, x_1 = x_1, x_2
+            family, family_1 = family_1, family_2
+            source = max(source - stride, column)
+            of_family = max(of_family - 16, _I64(0))
+            x_2, family_2 = coefficients[source], _U32(ids[of_family])
+            value = round_to_int(x * factor)
             place = min(_U32(value + _I32(_ZERO)), _U32(_ESCAPE))
             entry = table[(family << _U32(8)) + place]
             escaped = active and (entry >> _U32(31)) != _U32(0)
@@ -334,7 +348,7 @@ def encode(  # type: ignore[no-untyped-def]
                 state = state >> _U32(16)
             if active:
                 # Exact to one: a quotient is below 2²⁰.
-                quotient = _U32(np.float32(state) * (np.float32(1) / np.float32(frequency)))
+                quotient = _U32(_F32(state) * (_F32(1) / _F32(frequency)))
                 rest = _I32(state - quotient * frequency)
                 if rest < 0:
                     quotient -= _U32(1)
