@@ -24,8 +24,8 @@ from kvtc_stream.gpu.rope import DeviceRopes, Rotations
 from kvtc_stream.gpu.tensors import Column, Tensors, entries
 from kvtc_stream.payload import UniformPayload, tiles
 
-#: Tokens of a batch, and bytes of rows between a product and its scatter (half an H100's cache).
-BATCH_TOKENS, PIECE_BYTES = 16_384, 24 << 20
+#: Tokens of a batch, and bytes of rows between a product and its scatter: an H100 caches 50 MB.
+BATCH_TOKENS, PIECE_BYTES = 16_384, 32 << 20
 _ALIGNMENT = 16
 
 
@@ -250,9 +250,11 @@ class BlockDecoder:
                 tasks,
                 data,
                 data,
-                plan.entries,
                 plan.buckets,
+                plan.symbols,
+                plan.codes,
                 plan.families,
+                len(plan.parts),
                 plan.ids,
                 plan.components,
                 cupy.asarray(np.flatnonzero(kept).astype(np.int32)),
@@ -262,9 +264,9 @@ class BlockDecoder:
                 stride,
                 faults,
             ),
-            shared=plan.most_families * 256 * 5,
+            shared=plan.decode_shared,
         )
-        positions = np.concatenate([np.asarray(p.block.positions, np.int64) for p in blocks])
+        positions = np.concatenate([_positions(p.block) for p in blocks])
         return Batch(
             symbols,
             scales,
@@ -355,6 +357,13 @@ class BlockDecoder:
                         batch.overflow,
                     ),
                 )
+
+
+def _positions(block: Block) -> NDArray[np.int64]:
+    found = block.positions
+    if isinstance(found, range):
+        return np.arange(found.start, found.stop, dtype=np.int64)
+    return np.frombuffer(found, np.int64)
 
 
 def decode(

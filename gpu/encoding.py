@@ -278,7 +278,7 @@ class BatchEncoder:
                 lengths,
                 faults,
             ),
-            shared=plan.most_families * 1024,
+            shared=plan.encode_shared,
         )
         places = cupy.empty((blocks, 2), np.int64)
         uniform.lay_out(1, 1, (blocks, self._tiles, parts, kept, lengths, of_blocks_d, places, 0))
@@ -442,7 +442,7 @@ class BatchEncoder:
                 sizes,
                 starts,
             ),
-            shared=max(plan.most_families * 1024, 1024),
+            shared=max(plan.encode_shared, 1024),
         )
         uniform.control(
             streams,

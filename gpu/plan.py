@@ -71,8 +71,10 @@ class DevicePlan:
         Of all parts.
     unit
         The step of base step 0 and class 0 at offset 0.
-    ids, families, entries, codes, buckets, bits
+    ids, families, buckets, symbols, codes, bits
         Tables of the coder, see :mod:`kvtc_stream.gpu.rans`; ``codes`` are the encoder's entries.
+    decode_shared, encode_shared
+        Bytes of shared memory for them.
     lowest, highest
         Levels that ``ids`` has rows for, those below and above share the first and the last.
     fields, scale, weights, groups, per_class
@@ -141,14 +143,15 @@ class DevicePlan:
             shaped[i] = np.concatenate([b.ids(level) for b in bands], axis=1).T
         self.ids = cupy.asarray(ids)
         frequencies = [b.families.frequencies for b in bands]
-        self.most_families = max(map(len, frequencies))
-        self.families = cupy.asarray(
-            np.concatenate([[0], np.cumsum(list(map(len, frequencies)))]).astype(np.int32)
-        )
-        whole = np.concatenate(frequencies)
-        self.entries = cupy.asarray(tables.decode_entries(whole))
-        self.codes = cupy.asarray(tables.encode_entries(whole))
-        self.buckets = cupy.asarray(tables.buckets(whole))
+        found = [tables.decode_tables(f) for f in frequencies]
+        counts = [[len(f) for f in frequencies], [len(symbols) for _, symbols in found]]
+        begins = np.concatenate([np.zeros((2, 1), np.int64), np.cumsum(counts, axis=1)], axis=1)
+        self.families = cupy.asarray(begins.astype(np.int32))
+        self.buckets = cupy.asarray(np.concatenate([buckets for buckets, _ in found]))
+        self.symbols = cupy.asarray(np.concatenate([symbols for _, symbols in found]))
+        self.codes = cupy.asarray(tables.encode_entries(np.concatenate(frequencies)))
+        self.decode_shared = 4 * max(256 * f + s for f, s in zip(*counts, strict=True))
+        self.encode_shared = 1024 * max(counts[0])
         self.bits = cupy.asarray(np.concatenate([b.families.bits for b in bands]))
 
     def _importance(self, parts: Any, bands: list[UniformBands], firsts: list[int]) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 _R_16F, _R_32F, _COMPUTE_32F = 2, 0, 68
 _NONE, _TRANSPOSED = 0, 1
 _DEFAULT = -1
+_ZERO = np.zeros((), np.float32)
 
 
 def _gemm(
@@ -18,11 +19,11 @@ def _gemm(
     from cupy.cuda import device
     from cupy_backends.cuda.libs import cublas
 
-    alpha, beta = np.array(scale, np.float32), np.array(0, np.float32)
+    alpha = np.array(scale, np.float32)
     cublas.gemmEx(
         device.get_cublas_handle(), a_op, b_op, m, n, k,
         alpha.ctypes.data, a, _R_16F, a_stride, b, _R_16F, b_stride,
-        beta.ctypes.data, c, c_type, c_stride, _COMPUTE_32F, _DEFAULT,
+        _ZERO.ctypes.data, c, c_type, c_stride, _COMPUTE_32F, _DEFAULT,
     )  # fmt: skip
 
 

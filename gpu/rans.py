@@ -58,14 +58,16 @@ _WIDE = -0x8000
 _STEP_WORDS = 4 * WARP
 
 
-@kernel(i64p, u16p, u8p, u32p, u8p, i32p, u8p, i32, i32p, f32p, f32p, u16p, i64, i32p)
+@kernel(i64p, u16p, u8p, u32p, u32p, u32p, i32p, i32, u8p, i32, i32p, f32p, f32p, u16p, i64, i32p)
 def decode(  # type: ignore[no-untyped-def]
     tasks,
     words,
     packed_classes,
-    entries,
     buckets,
+    symbols,
+    entries,
     families,
+    parts,
     ids,
     components,
     columns,
@@ -81,13 +83,17 @@ def decode(  # type: ignore[no-untyped-def]
     ----------
     tasks
         int64 [tiles, FIELDS].
+    parts
+        Number of them.
     words, packed_classes
         The payloads, as words and as bytes.
-    entries, buckets
-        Of all parts' families, uint32 and uint8 [families, 256]: ``start | frequency << 12`` of a
-        column, and the first column that slots from 16 · i on may be of.
+    buckets, symbols
+        From :func:`kvtc_stream.gpu.tables.decode_tables`, those of a part after those of another;
+        a part's indices count its own symbols.
+    entries
+        As for :func:`encode`.
     families
-        int32 [parts + 1]: where each part's families begin.
+        int32 [2, parts + 1]: where each part's families begin, and then its symbols.
     ids
         uint8 [levels, components, 16]: the family of each component and class. Up to 32 bytes
         behind the last are read, whatever they are.
@@ -103,7 +109,6 @@ def decode(  # type: ignore[no-untyped-def]
         int32 [blocks]: becomes the faults; 0 before.
     """
     table = cuda.shared.array(0, np.uint32)
-    bytes_table = cuda.shared.array(0, np.uint8)
     thread = _U32(cuda.threadIdx.x)
     lane = thread & _U32(WARP - 1)
     task = (_I64(cuda.blockIdx.x) * TILES + _I64(thread >> _U32(5))) * FIELDS
@@ -111,8 +116,11 @@ def decode(  # type: ignore[no-untyped-def]
     first_family = _U32(families[part])
     size = (_U32(families[part + 1]) - first_family) << _U32(8)
     for i in range(thread, size, _U32(TILES * WARP)):
-        table[_U32(i)] = entries[(first_family << _U32(8)) + _U32(i)]
-        bytes_table[(size << _U32(2)) + _U32(i)] = buckets[(first_family << _U32(8)) + _U32(i)]
+        table[_U32(i)] = buckets[(first_family << _U32(8)) + _U32(i)]
+    first_symbol = _U32(families[parts + 1 + part])
+    number = _U32(families[parts + 1 + part + 1]) - first_symbol
+    for i in range(thread, number, _U32(TILES * WARP)):
+        table[size + _U32(i)] = symbols[first_symbol + _U32(i)]
     cuda.syncthreads()
 
     tokens = _U32(tasks[task + TOKENS])
@@ -162,15 +170,13 @@ def decode(  # type: ignore[no-untyped-def]
             family_2 = _U32(ids[source + 32])
             source += 16
             slot = state & _U32(0xFFF)
-            symbol = _U32(bytes_table[(size << _U32(2)) + (family << _U32(8)) + (slot >> _U32(4))])
-            entry = table[(family << _U32(8)) + symbol]
-            offset = slot - (entry & _U32(0xFFF))
-            while offset >= entry >> _U32(12):
-                symbol += _U32(1)
-                entry = table[(family << _U32(8)) + symbol]
-                offset = slot - (entry & _U32(0xFFF))
+            bucket = table[(family << _U32(8)) + (slot >> _U32(4))]
+            begun = bucket & ((_U32(2) << (slot & _U32(15))) - _U32(1)) & _U32(0xFFFF)
+            entry = table[size + (bucket >> _U32(16)) + popc(begun)]
+            column_found = entry >> _U32(24)
             if active:
-                state = _U32((entry >> _U32(12)) * (state >> _U32(12)) + offset)
+                frequency = (entry >> _U32(12)) & _U32(0xFFF)
+                state = _U32(frequency * (state >> _U32(12)) + slot - (entry & _U32(0xFFF)))
             needs = state < _LEAST
             mask = ballot(needs)
             at = _U32(position - window + popc(mask & below))
@@ -181,8 +187,8 @@ def decode(  # type: ignore[no-untyped-def]
             if needs:
                 state = state << _U32(16) | _U32(word)
             position += popc(mask)
-            value = _I32(symbol) - _I32(_ZERO)
-            escaped = active and symbol == _U32(_ESCAPE)
+            value = _I32(column_found) - _I32(_ZERO)
+            escaped = active and column_found == _U32(_ESCAPE)
             mask = ballot(escaped)
             if mask:
                 if escaped:
@@ -190,8 +196,8 @@ def decode(  # type: ignore[no-untyped-def]
                     value = _I32(np.int16(words[begin + at]))
                     # A family that has a frequency for it would have been shorter.
                     if -_ZERO <= value <= _ZERO:
-                        own = table[(family << _U32(8)) + _U32(value + _I32(_ZERO))]
-                        fault |= own >> _U32(12) != _U32(0)
+                        own = (first_family + family) << _U32(8)
+                        fault |= entries[own + _U32(value + _I32(_ZERO))] >> _U32(31) == _U32(0)
                 position += popc(mask)
                 wide = escaped and value == _I32(_WIDE)
                 mask = ballot(wide)
