@@ -171,6 +171,8 @@ def calibrate(
             f"tokens must be at least 1 and document_tokens at least 2, found {tokens} and "
             f"{document_tokens}"
         )
+    if importance_documents < 1:
+        raise ValueError(f"importance_documents must be at least 1, found {importance_documents}")
     identity = model_identity(model, name=name, revision=revision)
     documents = list(_first(_documents(texts, tokenizer, document_tokens), tokens))
     # A loss needs a token after those that it is run back into.
