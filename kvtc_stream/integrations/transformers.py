@@ -46,6 +46,7 @@ from kvtc_stream.integrations._transformers_model import (
     attention_layers,
     decoder_of,
     geometry_of,
+    growing,
     inference,
     model_identity,
 )
@@ -100,7 +101,7 @@ def capture(
     cache = DynamicCache()
     ids = torch.from_numpy(_ids(token_ids)).to(decoder.device)
     with inference(decoder):
-        decoder(input_ids=ids[None], past_key_values=cache, use_cache=True)
+        decoder(input_ids=ids[None], **growing(decoder, cache))
     layers = attention_layers(cache, "the cache")
     return [
         (i, [layers[n].keys for n in section.layers], [layers[n].values for n in section.layers])
