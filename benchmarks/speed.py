@@ -29,15 +29,13 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
-from _common import environment, write_result
-from numpy.typing import NDArray
+from _common import capture_caches, environment, load_cache, write_result
 from rich.console import Console
 from rich.table import Table
 
 import kvtc_stream as kvtc
-from kvtc_stream import calibrator, demo, plain, quality
+from kvtc_stream import calibrator, demo, quality
 from kvtc_stream.integrations.loading import load_model
-from kvtc_stream.interop import to_numpy
 
 MEASUREMENTS = ("codec", "memory", "calibration")
 #: Targets: time over that of the products; bytes; seconds.
@@ -95,7 +93,7 @@ def _codec(
 ) -> dict[str, Any]:
     from threadpoolctl import threadpool_info
 
-    k, v = _load(cache_path)
+    k, v = load_cache(cache_path)
     kvtc.Codec(kvtc.testing.tiny_calibration(), preset, ratio=4)  # compiles the kernels
     calibration = kvtc.Calibration.load(calibration_path)
     start = time.perf_counter()
@@ -194,7 +192,7 @@ def measure_memory(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 def _encode_memory(
     calibration_path: str, stream: str, cache_path: str, preset: str, ratio: float, times: int
 ) -> tuple[int, int]:
-    k, v = _load(cache_path)
+    k, v = load_cache(cache_path)
     codec = kvtc.Codec(kvtc.Calibration.load(calibration_path), preset, ratio=ratio)
 
     # Keys that come again carry the RoPE of their first positions; memory does not mind.
@@ -270,7 +268,7 @@ def _calibration(calibration_path: str, cache_paths: list[str], basis: str) -> d
         return call
 
     for i, path in enumerate(cache_paths):
-        k, v = _load(path)
+        k, v = load_cache(path)
         timed("moments", learning.update)(k, v)
         if basis == "joint" and i < _IMPORTANCE_DOCUMENTS:
             halves = [x[:, :, : k.shape[2] // 2].astype(np.float32) for x in (k, v)]
@@ -292,15 +290,8 @@ def _calibration(calibration_path: str, cache_paths: list[str], basis: str) -> d
 # Inputs and results.
 
 
-def _load(path: str) -> tuple[NDArray[Any], NDArray[Any]]:
-    [section] = plain.read(path)
-    return np.array(section.k), np.array(section.v)  # in memory, not mapped
-
-
 def _capture(args: argparse.Namespace, folder: Path, steps: demo.Steps) -> tuple[str, list[str]]:
     """Run a model over texts: a calibration, and caches in bfloat16 in files."""
-    import torch
-
     from kvtc_stream.integrations.transformers import calibrate
 
     with steps.step("Loading the model"):
@@ -318,19 +309,8 @@ def _capture(args: argparse.Namespace, folder: Path, steps: demo.Steps) -> tuple
     total = sum(map(len, documents))
     with steps.step(f"Calibrating on {total:,} tokens") as advance:
         calibrate(model, documents, tokens=total, progress=advance).save(calibration)
-    caches = []
     with steps.step("Capturing caches") as advance:
-        for i, document in enumerate(documents):
-            cache = quality.prefill(model, document, torch.bfloat16)
-            k, v = (
-                to_numpy(torch.cat(tensors))
-                for tensors in ([x.keys for x in cache.layers], [x.values for x in cache.layers])
-            )
-            path = folder / f"{i}.safetensors"
-            plain.write(path, [plain.PlainSection(k, v)])
-            caches.append(str(path))
-            advance(i + 1, len(documents))
-    return str(calibration), caches
+        return str(calibration), capture_caches(model, documents, folder, "cache", advance)
 
 
 def _show(result: dict[str, Any], console: Console) -> None:
