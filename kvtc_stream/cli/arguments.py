@@ -88,7 +88,10 @@ def _calibrate(commands: Any) -> argparse.ArgumentParser:
         help="a basis for each of N runs of layers: quicker, needs more bits (default: 1)",
     )
     parser.add_argument(
-        "--rank", type=int, metavar="N", help="keep at most N components (default: all)"
+        "--rank",
+        type=int,
+        metavar="N",
+        help="keep at most N components (default: all of K and of V apart, 3072 of both together)",
     )
     parser.add_argument("--name", metavar="NAME", help="the model's name, to record")
     return parser
@@ -102,16 +105,23 @@ def _encode(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("--preset", default="default", help="how to code: default or paper")
     target = parser.add_mutually_exclusive_group()
     target.add_argument(
-        "--ratio", type=float, help="16 bits per value over the plan's bits (default: 16)"
+        "--ratio",
+        type=float,
+        help="how much smaller coded tokens get, every byte counted (default: 16); paper: 16 bits "
+        "per value over the plan's bits",
     )
     target.add_argument(
-        "--bits-per-token", type=float, metavar="BITS", help="the plan's bits, of all layers"
+        "--bits-per-token",
+        type=float,
+        metavar="BITS",
+        help="what a coded token takes, all layers together; paper: in the plan",
     )
     target.add_argument(
         "--max-relative-error",
         type=float,
         metavar="ERROR",
-        help="cheapest plan whose predicted error, K and V each, stays below this",
+        help="mean error of coded tokens, the larger of K's and V's; paper: cheapest plan whose "
+        "predicted error stays below this",
     )
     parser.add_argument(
         "--max-error",
