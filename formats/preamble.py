@@ -11,7 +11,7 @@ from kvtc_stream.formats.header import StreamHeader
 from kvtc_stream.formats.limits import Limits
 
 #: Version of the format, not of the package.
-FORMAT_VERSION = (0, 3)
+FORMAT_VERSION = (0, 4)
 
 # As in PNG: a byte above 127 that is no UTF-8, and line ends that text modes would change.
 MAGIC = b"\x8bKVT\r\n\x1a\n"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import xxhash
@@ -17,6 +17,7 @@ from kvtc_stream.formats.index import (
     IndexEntry,
     Order,
     Trailer,
+    live_blocks,
     pack_index,
     unpack_index,
 )
@@ -24,11 +25,13 @@ from kvtc_stream.formats.limits import Limits
 from kvtc_stream.formats.preamble import PREAMBLE_SIZE, Preamble, check_magic
 from kvtc_stream.formats.record import (
     RECORD_HEADER_SIZE,
+    RECORD_MAGIC,
     RECORD_OVERHEAD,
     RecordHeader,
     RecordType,
 )
 from kvtc_stream.formats.wire import ByteReader, located
+from kvtc_stream.formats.writer import StreamWriter
 
 _RECOVERY_CHUNK = 1 << 20
 
@@ -54,6 +57,9 @@ class StreamParser:
     so that the result does not depend on how the bytes were cut: when the call that meets the
     fault has something to return, the next call (:meth:`feed` or :meth:`close`) raises. Bytes are
     a whole stream only after :attr:`eof` is true or :meth:`close` returned.
+
+    A stream that was appended to goes on after its first trailer: then :attr:`eof` becomes false
+    again, and the header comes again. Blocks with role ``TAIL`` that came before are superseded.
     """
 
     def __init__(self, limits: Limits | None = None) -> None:
@@ -61,7 +67,7 @@ class StreamParser:
         self._buffer = bytearray()
         self._ready: list[_Item] = []
         self._offset = 0
-        self._eof = False
+        self._eof = self._done = False
         self._error: KVTCError | None = None
         self._steps = self._parse()
         self._needed = next(self._steps)
@@ -87,7 +93,8 @@ class StreamParser:
         Returns
         -------
         list
-            What became whole: the header first, then blocks in the order of the stream.
+            What became whole: the header first, then blocks in the order of the stream; a header
+            again where the stream was appended to.
 
         Raises
         ------
@@ -115,13 +122,15 @@ class StreamParser:
         try:
             if self._offset == 0:
                 check_magic(self._buffer)
-            while not self._eof and len(self._buffer) >= self._needed:
+            while not self._done and len(self._buffer) >= self._needed:
+                if self._eof and not self._buffer.startswith(RECORD_MAGIC):
+                    self._done = True  # what follows is not of this stream
+                    break
+                self._eof = False
                 piece = bytes(memoryview(self._buffer)[: self._needed])
                 del self._buffer[: self._needed]
                 self._offset += self._needed
                 self._needed = self._steps.send(piece)
-        except StopIteration:
-            self._eof = True
         except KVTCError as error:
             self._error = error
             self._buffer.clear()
@@ -151,24 +160,24 @@ class StreamParser:
                 limits=limits,
             )
             rest = yield record.length - RECORD_HEADER_SIZE
+            item, entry = _open_record(record, rest, order.offset, header, limits)
             if record.type == RecordType.INDEX:
-                break
-            block, entry = _open_record(record, rest, order.offset, header, limits)
+                payload = record.open(rest, order.offset)
+                start = len(pack_index(0, b""))
+                expected = pack_index(order.sequence, b"")
+                digest = xxhash.xxh3_128_digest(memoryview(payload)[start:])
+                if payload[:start] != expected or digest != entries.digest():
+                    raise FormatError(
+                        f"record {order.sequence} (INDEX) at byte {order.offset} does not list the "
+                        f"{order.sequence} records before it: the writer is at fault"
+                    )
+                trailer = Trailer.unpack((yield TRAILER_SIZE), seed, self._offset - TRAILER_SIZE)
+                _check_trailer(trailer, order, self._offset)
+                self._eof = True
             with located(f"record {order.sequence} at byte {order.offset}"):
                 order.accept(entry)
             entries.update(entry.pack())
-            self._ready.append((block, entry))
-        payload = record.open(rest, order.offset)
-        start = len(pack_index(0, b""))
-        expected = pack_index(order.sequence, b"")
-        digest = xxhash.xxh3_128_digest(memoryview(payload)[start:])
-        if payload[:start] != expected or digest != entries.digest():
-            raise FormatError(
-                f"record {order.sequence} (INDEX) at byte {order.offset} does not list the "
-                f"{order.sequence} records before it: the writer is at fault"
-            )
-        trailer = Trailer.unpack((yield TRAILER_SIZE), seed, self._offset - TRAILER_SIZE)
-        _check_trailer(trailer, order, self._offset)
+            self._ready.append((item, entry))
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,7 +210,7 @@ class StreamFile:
     header
         The stream's header.
     index
-        One entry a block, in the order of the stream.
+        One entry a block, in the order of the stream, without superseded ones.
     sizes
         Bytes of the stream's parts.
     fault
@@ -236,10 +245,16 @@ class StreamFile:
             if not recover:
                 raise
             self.fault = error
-            entries, index_size = self._scan(), 0
-        self.index = tuple(entry for entry in entries if entry.is_block)
-        self._user = tuple(entry for entry in entries if entry.type == RecordType.USER)
+            entries, index_size = self._scan(start), 0
+        self._entries = entries
+        self.index = tuple(live_blocks(entries))
         self.sizes = StreamSizes(start, index_size, total)
+        superseding = [e for e in entries if e.type == RecordType.SUPERSEDE]
+        if superseding:
+            record, data = self._read_record(superseding[-1])
+            self.header, _ = _open_record(
+                record, data, superseding[-1].offset, self.header, self._limits
+            )
 
     def read_block(self, entry: IndexEntry) -> Block:
         """Read one block that :attr:`index` lists.
@@ -253,7 +268,7 @@ class StreamFile:
             raise ValueError(f"entry {entry.sequence} is no block")
         record, data = self._read_record(entry)
         block, found = _open_record(record, data, entry.offset, self.header, self._limits)
-        if block is None or found != entry:
+        if not isinstance(block, Block) or found != entry:
             raise FormatError(
                 f"record {entry.sequence} at byte {entry.offset} differs from the index: "
                 f"{found.differences(entry)}: the writer is at fault"
@@ -262,9 +277,37 @@ class StreamFile:
 
     def user_records(self) -> Iterator[bytes]:
         """What the user wrote beside the blocks, in the order of the stream."""
-        for entry in self._user:
-            record, data = self._read_record(entry)
-            yield record.open(data, entry.offset)
+        for entry in self._entries:
+            if entry.type == RecordType.USER:
+                record, data = self._read_record(entry)
+                yield record.open(data, entry.offset)
+
+    def encoder_state(self) -> bytes:
+        """What the encoder that wrote the end left for one that continues; empty if nothing."""
+        *_, before, last = (None, None, *self._entries)
+        if before is None or last is None or (before.type, last.type) != _CONTINUABLE:
+            return b""
+        record, data = self._read_record(before)
+        return record.open(data, before.offset)
+
+    @property
+    def end(self) -> int:
+        """Where the stream ends; after recovery, what lies behind is no part of it."""
+        if not self._entries:
+            return self.sizes.header
+        last = self._entries[-1]
+        trailer = TRAILER_SIZE if last.type == RecordType.INDEX else 0
+        return last.offset + last.length + trailer
+
+    def continued(self, token_digest: bytes = b"") -> StreamWriter:
+        """A writer of what follows at :attr:`end` and supersedes tail, index and trailer."""
+        order = Order(self.header, self.sizes.header)
+        for entry in self._entries:
+            order.accept(entry)
+        entries = b"".join(entry.pack() for entry in self._entries)
+        writer = StreamWriter(replace(self.header, token_digest=token_digest))
+        writer.resume(order, entries, self._seed)
+        return writer
 
     def _read(self, offset: int, size: int) -> bytes:
         self._file.seek(offset)
@@ -327,11 +370,15 @@ class StreamFile:
         with located("index"):
             for entry in entries:
                 order.accept(entry)
-        _check_trailer(trailer, order, total)
-        return entries, total - trailer.index_offset
+            _check_trailer(trailer, order, total)
+            order.accept(where)
+        return [*entries, where], total - trailer.index_offset
 
-    def _scan(self) -> list[IndexEntry]:
-        """Entries of the whole records before the first fault."""
+    def _scan(self, start: int) -> list[IndexEntry]:
+        """Entries of the whole records before the first fault.
+
+        Records after a trailer count once they hold as many tokens as they superseded.
+        """
         parser = StreamParser(self._limits)
         entries: list[IndexEntry] = []
         self._file.seek(0)
@@ -341,20 +388,39 @@ class StreamFile:
             parser.close()
         except FormatError as error:
             self.fault = error
-        return entries
+        order = Order(self.header, start)
+        ended, tokens = len(entries), [0] * len(order.tokens)
+        for i, entry in enumerate(entries):
+            order.accept(entry)
+            if order.ended:
+                ended, tokens = i + 1, list(order.tokens)
+        lost = any(a < b for a, b in zip(order.tokens, tokens, strict=True))
+        return entries[:ended] if lost else entries
+
+
+_CONTINUABLE = (RecordType.ENCODER, RecordType.INDEX)
 
 
 def _open_record(
     record: RecordHeader, data: bytes, offset: int, header: StreamHeader, limits: Limits
-) -> tuple[Block | None, IndexEntry]:
-    """Check what follows a record's header; returns its entry, and its block if it is one."""
+) -> tuple[Block | StreamHeader | None, IndexEntry]:
+    """Check what follows a record's header; returns what it holds, and its entry.
+
+    A block, the header as it is from here on where the end was superseded, or nothing.
+    """
     payload = record.open(data, offset)
-    block = None
+    where = f"record {record.sequence} ({record.label}) at byte {offset}"
+    reader = ByteReader(payload, where, offset + RECORD_HEADER_SIZE)
     if record.type == RecordType.BLOCK:
-        where = f"record {record.sequence} (BLOCK) at byte {offset}"
-        reader = ByteReader(payload, where, offset + RECORD_HEADER_SIZE)
         block = Block.unpack(reader, record.section, header, limits)
-    return block, IndexEntry.of(record.sequence, offset, record.length, record.type, block)
+        return block, IndexEntry.of(record.sequence, offset, record.length, record.type, block)
+    entry = IndexEntry.of(record.sequence, offset, record.length, record.type, None)
+    if record.type != RecordType.SUPERSEDE:
+        return None, entry
+    digest = reader.digest("token digest")
+    reader.expect_end()
+    with located(where):
+        return replace(header, token_digest=digest), entry
 
 
 def _check_trailer(trailer: Trailer, order: Order, total: int) -> None:

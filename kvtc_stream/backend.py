@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvtc_stream.calibration import Calibration
-from kvtc_stream.control import Target
+from kvtc_stream.control import Controls
 from kvtc_stream.formats import Block, StreamHeader
 
 BackendName = Literal["auto", "cpu", "cuda"]
@@ -47,7 +47,7 @@ class Backend(Protocol):
         *,
         max_error: float | None = None,
         measure: Measure = "full",
-        target: Target | None = None,
+        target: Controls | None = None,
     ) -> SectionCoder:
         """A coder for one section of the stream that ``header`` describes.
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +25,7 @@ _CORRIDOR = 0.015
 _FINER, _COARSER = 16.0, 100.0
 _EVALUATIONS = 8
 #: Of a block's record, besides payload and verbatim values.
-_RECORD_BYTES = 112
+_RECORD_BYTES = 120
 #: Errors of tokens count up to here; such tokens end up verbatim.
 _MOST_ERROR = 2.0
 
@@ -52,6 +52,14 @@ class Target:
         if self.name == "ratio":
             share = header.verbatim_size(section, 1) / self.value
         return SectionControl(RateControl(share, -0.08, least), of_errors=False)
+
+
+class Controls(Protocol):
+    """What gives the sections of a stream their rate control: a target, or ones made before."""
+
+    def control(self, header: StreamHeader, section: int) -> SectionControl:
+        """Of one section."""
+        ...
 
 
 class SectionControl:
@@ -85,6 +93,14 @@ class SectionControl:
         means = np.array([errors.k_mean, errors.v_mean])
         amounts = means * tokens if self._of_errors else float(len(block.coded) + _RECORD_BYTES)
         self._control.record(offset, tokens, amounts)
+
+    def state(self) -> dict[str, Any]:
+        """What was learnt from the blocks so far, for JSON."""
+        return self._control.state()
+
+    def restore(self, state: Any) -> None:
+        """Go on where another was in :meth:`state`; ``ValueError`` if it cannot have been."""
+        self._control.restore(state, 2 if self._of_errors else 1)
 
 
 class RateControl:
@@ -162,3 +178,31 @@ class RateControl:
             self._tokens += tokens
             self._amounts = self._amounts + amounts
             self._mean += (x - self._mean) * tokens / self._tokens
+
+    def state(self) -> dict[str, Any]:
+        """See :meth:`SectionControl.state`."""
+        return {
+            "tokens": self._tokens,
+            "amounts": np.atleast_1d(self._amounts).tolist(),
+            "mean": self._mean,
+            "slope": self._slope,
+        }
+
+    def restore(self, state: Any, amounts: int) -> None:
+        """See :meth:`SectionControl.restore`; ``amounts`` is how many there are."""
+        if not isinstance(state, dict) or state.keys() != self.state().keys():
+            raise ValueError(f"expected an object of {', '.join(self.state())}, found {state!r}")
+        tokens, sums, mean, slope = state.values()
+        numbers = [mean, slope, *(sums if isinstance(sums, list) else [None])]
+        if (
+            type(tokens) is not int
+            or tokens < 0
+            or len(numbers) - 2 not in ({1, amounts} if tokens == 0 else {amounts})
+            or not all(type(x) in (int, float) and math.isfinite(x) for x in numbers)
+            or not all(x >= 0 for x in sums)
+            or not slope * self._slope > 0
+            or not self._least <= mean <= _COARSER
+        ):
+            raise ValueError(f"no rate control can have been in {state!r}")
+        self._tokens, self._mean, self._slope = tokens, float(mean), float(slope)
+        self._amounts = float(sums[0]) if amounts == 1 else np.array(sums, np.float64)

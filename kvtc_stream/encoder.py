@@ -15,7 +15,14 @@ from numpy.typing import NDArray
 
 from kvtc_stream.backend import Backend, get_backend
 from kvtc_stream.codec import Codec
-from kvtc_stream.cpu.values import scale_grid, stored_positions, verbatim_planes
+from kvtc_stream.control import Controls, SectionControl
+from kvtc_stream.cpu.values import (
+    scale_grid,
+    stored_positions,
+    verbatim_planes,
+    verbatim_tokens,
+)
+from kvtc_stream.decoder import check_calibration
 from kvtc_stream.errors import KVTCWarning, StateError
 from kvtc_stream.formats import (
     Block,
@@ -23,13 +30,16 @@ from kvtc_stream.formats import (
     Coder,
     DType,
     Geometry,
+    IndexEntry,
     Role,
     Rope,
     SectionScales,
+    StreamFile,
     StreamHeader,
     StreamWriter,
 )
 from kvtc_stream.formats.coders import compress
+from kvtc_stream.formats.wire import located
 from kvtc_stream.interop import check_positions, layer_list, numpy_dtype
 from kvtc_stream.statistics import StreamStatistics
 
@@ -59,6 +69,10 @@ class Encoder:
         Anything JSON can hold, kept in the header.
     token_digest
         SHA-256 of the token ids, checked by whoever restores the cache.
+    continues
+        A whole stream, or what was recovered of one, to write the continuation of: the bytes are
+        to follow it. The blocks are those of one uninterrupted run with the same codec. Not with
+        the arguments before, but for ``token_digest``, which is then that of all tokens.
 
     Examples
     --------
@@ -82,6 +96,7 @@ class Encoder:
         v_scale: Any = None,
         metadata: Mapping[str, Any] | None = None,
         token_digest: bytes = b"",
+        continues: StreamFile | None = None,
     ) -> None:
         self._codec = codec
         self._geometry = _with_rope(codec.calibration.geometry, rope)
@@ -94,6 +109,11 @@ class Encoder:
         self._writer: StreamWriter | None = None
         self._sections: list[_SectionState] = []
         self._statistics = StreamStatistics()
+        self._opening = b""
+        if continues is not None:
+            if not (rope is k_scale is v_scale is metadata is None):
+                raise TypeError("rope, k_scale, v_scale and metadata are in the stream already")
+            self._continue(continues)
 
     @property
     def statistics(self) -> StreamStatistics:
@@ -135,6 +155,9 @@ class Encoder:
             for state in self._sections:
                 out += map(self._record, state.last_blocks())
             assert self._writer is not None
+            if self._controls is not None:
+                out.append(self._writer.encoder(self._controls.state()))
+                self._statistics.other_bytes += len(out[-1])
             out.append(self._writer.finish())
             self._statistics.index_bytes = len(out[-1])
             self._state = "finished"
@@ -202,7 +225,8 @@ class Encoder:
     def _start(self, dtype: DType) -> list[bytes]:
         """The header, once the element type is known."""
         if self._sections:
-            return []
+            opening, self._opening = self._opening, b""
+            return [opening]
         codec = self._codec
         scales = self._scales
         if dtype.is_fp8 and not scales:
@@ -229,13 +253,54 @@ class Encoder:
             metadata=self._metadata,
         )
         self._writer = StreamWriter(header)
-        self._sections = [
-            _SectionState(header, i, codec, self._backend)
-            for i in range(len(self._geometry.sections))
-        ]
+        self._open_sections(header, None)
         start = self._writer.start()
         self._statistics.header_bytes = len(start)
         return [start]
+
+    def _open_sections(self, header: StreamHeader, states: Sequence[Any] | None) -> None:
+        self._controls = None if self._codec.target is None else _Controls(self._codec, states)
+        self._sections = [
+            _SectionState(header, i, self._codec, self._backend, self._controls)
+            for i in range(len(header.geometry.sections))
+        ]
+
+    def _continue(self, stream: StreamFile) -> None:
+        """Be where the encoder that wrote ``stream`` was before it wrote the tail."""
+        header, codec = stream.header, self._codec
+        check_calibration(header, codec.calibration)
+        assert codec.coder is not None
+        for name, found, expected in (
+            ("plan", header.plan, codec.plan),
+            ("sinks", header.sinks, codec.sinks),
+            ("window", header.window, codec.window),
+            ("block_tokens", header.block_tokens, codec.block_tokens),
+            ("coder", header.coder.name.lower(), codec.coder),
+            ("out_dtype", header.out_dtype.label, codec.out_dtype or header.out_dtype.label),
+        ):
+            if found != expected:
+                shown = "another" if name == "plan" else f"{found!r}, not {expected!r},"
+                raise ValueError(
+                    f"the stream was written with {shown} {name}: continue it with the codec that "
+                    "it was written with"
+                )
+        self._geometry, self._scales = header.geometry, header.scales
+        self._statistics = StreamStatistics.of(stream, superseded=True)
+        self._writer = stream.continued(self._token_digest)
+        self._open_sections(header, _control_states(stream, codec))
+        for entry in stream.index:
+            state = self._sections[entry.section]
+            if entry.role is Role.TAIL:
+                k, v, positions = verbatim_tokens(stream.read_block(entry), header)
+                taken = 0
+                while taken < len(positions):
+                    taken += state.append(list(k), list(v), positions, taken)
+            else:
+                state.coded_before(entry)
+        self._opening = self._writer.start()
+        self._statistics.other_bytes = (
+            stream.end + len(self._opening) - self._statistics.stream_bytes_of_blocks
+        )
 
     def _take(self, index: int, chunk: _Chunk) -> Iterator[bytes]:
         state = self._sections[index]
@@ -268,7 +333,14 @@ class _SectionState:
     Each rule looks at tokens alone, so the way the input is cut does not show.
     """
 
-    def __init__(self, header: StreamHeader, index: int, codec: Codec, backend: Backend) -> None:
+    def __init__(
+        self,
+        header: StreamHeader,
+        index: int,
+        codec: Codec,
+        backend: Backend,
+        controls: Controls | None,
+    ) -> None:
         section = header.geometry.sections[index]
         self.dtype = header.dtype
         self.last_position = -1
@@ -279,7 +351,7 @@ class _SectionState:
             codec.calibration,
             max_error=codec.max_error,
             measure=codec.measure,
-            target=codec.target,
+            target=controls,
         )
         self._section = section
         self._allocate(min(4, header.window // header.block_tokens + 2) * header.block_tokens)
@@ -305,6 +377,11 @@ class _SectionState:
         self._end += count
         self.last_position = int(self._positions[self._end - 1])
         return count
+
+    def coded_before(self, entry: IndexEntry) -> None:
+        """Count a block that another encoder wrote."""
+        self._coded = entry.start + entry.tokens
+        self.last_position = entry.last_position
 
     def _make_room(self) -> None:
         """Move pending tokens to the front, of larger buffers if a block cannot fit behind them.
@@ -377,6 +454,46 @@ class _SectionState:
             verbatim=verbatim,
             errors=BlockErrors(),
         )
+
+
+class _Controls:
+    """The rate controls of a stream's sections, to be saved for who continues it."""
+
+    def __init__(self, codec: Codec, states: Sequence[Any] | None) -> None:
+        assert codec.target is not None
+        self._target, self._states = codec.target, states
+        self._controls: list[SectionControl] = []
+
+    def control(self, header: StreamHeader, section: int) -> SectionControl:
+        """See :class:`kvtc_stream.control.Controls`; sections come in order."""
+        control = self._target.control(header, section)
+        if self._states is not None:
+            with located("the stream's ENCODER record"):
+                control.restore(self._states[section])
+        self._controls.append(control)
+        return control
+
+    def state(self) -> bytes:
+        """The payload of the ENCODER record."""
+        control = [control.state() for control in self._controls]
+        target = [self._target.name, self._target.value]
+        return json.dumps({"target": target, "control": control}, separators=(",", ":")).encode()
+
+
+def _control_states(stream: StreamFile, codec: Codec) -> Sequence[Any] | None:
+    """Where the rate controls were, if the stream tells and the target is the same."""
+    data = stream.encoder_state()
+    if not data or codec.target is None:
+        return None
+    with located("the stream's ENCODER record"):
+        try:
+            state = json.loads(data)
+            target, states = state["target"], state["control"]
+        except (KeyError, TypeError, RecursionError) as error:
+            raise ValueError(f"expected an object with target and control: {error!r}") from None
+        if not isinstance(states, list) or len(states) != len(stream.header.geometry.sections):
+            raise ValueError("expected a control for each section")
+    return states if target == [codec.target.name, codec.target.value] else None
 
 
 def _with_rope(geometry: Geometry, rope: Sequence[Rope | None] | Rope | None) -> Geometry:

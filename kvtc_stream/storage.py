@@ -23,7 +23,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     target = Path(path)
     if not target.parent.is_dir():
         raise FileNotFoundError(f"no directory {target.parent} to write {target.name} into")
-    partial = target.with_name(f".{target.name}.partial")
+    partial = _partial(target)
     with _open_locked(partial) as file:
         try:
             file.truncate()
@@ -34,6 +34,34 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
+
+
+@contextlib.contextmanager
+def append_to(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """An existing file, open to read and write; as long as it was if the block raises.
+
+    Meanwhile every other writer of the path gets ``StateError``, as with :func:`atomic_write`.
+    """
+    target = Path(path)
+    partial = _partial(target)
+    with open(target, "r+b") as file, _open_locked(partial) as claim:
+        size = file.seek(0, os.SEEK_END)
+        try:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        except BaseException:
+            with contextlib.suppress(OSError):  # what cannot be written is cut off all the same
+                file.flush()
+            file.truncate(size)
+            raise
+        finally:
+            if not os.fstat(claim.fileno()).st_size:  # what a crash left there stays
+                partial.unlink(missing_ok=True)
+
+
+def _partial(target: Path) -> Path:
+    return target.with_name(f".{target.name}.partial")
 
 
 def _open_locked(path: Path) -> BinaryIO:

@@ -72,7 +72,7 @@ def values(heading: str, data: bytes, start: int, number: int = 0) -> dict[str, 
         ("5. Header", 1, 3, 7),
         ("5. Header", 2, 4, 14),
         ("7. Records", 0, 8, 32),
-        ("8. Block", 0, 17, 72),
+        ("8. Block", 0, 19, 80),
         ("13. Index", 1, 16, 88),
         ("14. Trailer", 0, 6, 40),
     ],
@@ -160,17 +160,18 @@ def test_a_reader_made_of_the_tables_agrees(stream):
         assert fields["tokens"] == block.tokens
         assert fields["verbatim tokens"] == len(block.verbatim_tokens)
         assert fields["start"] == block.start
-        assert fields["first position"] == block.first_position
+        assert fields["first position"] == block.positions[0]
+        assert (fields["cut at the front"], fields["cut at the end"]) == block.cut
         assert (fields["role"], fields["measure"]) == (block.role, block.errors.measure)
         assert (fields["coder"], fields["verbatim coder"]) == (block.coder, block.verbatim_coder)
         assert fields["coded size"] == block.coded_size
         names = ("K mean error", "K worst error", "V mean error", "V worst error")
         assert tuple(fields[name] for name in names) == block.errors.values
-        at = offset + 32 + 72
+        at = offset + 32 + 80
         listed = fields["kind of positions"]
         if listed:
             rest = struct.unpack_from(f"<{block.tokens - 1}q", data, at)
-            assert (block.first_position, *rest) == tuple(block.positions)
+            assert (block.positions[0], *rest) == tuple(block.positions)
             at += 8 * len(rest)
         assert bool(listed) is not isinstance(block.positions, range)
         if 0 < fields["verbatim tokens"] < block.tokens:

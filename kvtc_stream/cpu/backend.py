@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from kvtc_stream.backend import Measure
 from kvtc_stream.calibration import Calibration, Part
-from kvtc_stream.control import Target
+from kvtc_stream.control import Controls
 from kvtc_stream.cpu.coding import BandCoding, Quantised, UniformCoding
 from kvtc_stream.cpu.layout import Rotations, gather, scatter, squared_errors
 from kvtc_stream.cpu.values import (
@@ -50,7 +50,7 @@ class CpuBackend:
         *,
         max_error: float | None = None,
         measure: Measure = "full",
-        target: Target | None = None,
+        target: Controls | None = None,
     ) -> CpuSectionCoder:
         """See :meth:`kvtc_stream.backend.Backend.section_coder`."""
         return CpuSectionCoder(header, section, calibration, max_error, measure, target)
@@ -81,7 +81,7 @@ class CpuSectionCoder:
         calibration: Calibration,
         max_error: float | None,
         measure: Measure,
-        target: Target | None,
+        target: Controls | None,
     ) -> None:
         self._header = header
         self._index = section
