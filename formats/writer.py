@@ -37,6 +37,11 @@ class StreamWriter:
         self._order, self._seed = order, seed
         self._entries[:] = entries
 
+    @property
+    def tokens(self) -> list[int]:
+        """Tokens of each section so far."""
+        return self._running().tokens
+
     def start(self) -> bytes:
         """Preamble and header; of a continued stream, what supersedes its end."""
         if self._started:

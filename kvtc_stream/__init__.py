@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from kvtc_stream.calibrator import Calibrator
     from kvtc_stream.codec import PRESETS, Codec
     from kvtc_stream.decoder import Decoder, KVBlock
+    from kvtc_stream.edit import Piece, cat, cut
     from kvtc_stream.encoder import Encoder
     from kvtc_stream.files import Reader, Writer, decode, encode, open
     from kvtc_stream.formats import DType, Geometry, Limits, ModelIdentity, Plan, Rope, Section
@@ -49,12 +50,15 @@ _HOME = {
     "KVBlock": "decoder",
     "Limits": "formats",
     "ModelIdentity": "formats",
+    "Piece": "edit",
     "Plan": "formats",
     "Reader": "files",
     "Rope": "formats",
     "Section": "formats",
     "StreamStatistics": "statistics",
     "Writer": "files",
+    "cat": "edit",
+    "cut": "edit",
     "decode": "files",
     "encode": "files",
     "open": "files",
@@ -80,6 +84,7 @@ __all__ = [
     "LimitError",
     "Limits",
     "ModelIdentity",
+    "Piece",
     "Plan",
     "Reader",
     "Rope",
@@ -90,6 +95,8 @@ __all__ = [
     "UnsupportedError",
     "VersionError",
     "Writer",
+    "cat",
+    "cut",
     "decode",
     "encode",
     "open",

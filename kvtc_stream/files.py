@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Any, BinaryIO, ClassVar, Literal, Self, TypeGuard, overload
+from typing import Any, BinaryIO, ClassVar, Literal, Self, overload
 
 import numpy as np
 
@@ -33,9 +33,7 @@ from kvtc_stream.formats import (
 )
 from kvtc_stream.interop import KVArray, as_kv_array, numpy_dtype
 from kvtc_stream.statistics import StreamStatistics
-from kvtc_stream.storage import append_to, atomic_write
-
-File = str | os.PathLike[str] | BinaryIO
+from kvtc_stream.storage import File, append_to, atomic_write, is_path, write_all
 
 #: Bytes asked of a pipe at a time.
 _READ_SIZE = 1 << 20
@@ -110,14 +108,10 @@ def open(
             raise TypeError("calibration= and backend= are for reading: the codec has its own")
         if mode == "wb" and (limits is not None or recover):
             raise TypeError("limits= and recover= are for reading and appending")
-        if mode == "ab" and not (_is_path(file) and not os.path.exists(file)):
+        if mode == "ab" and not (is_path(file) and not os.path.exists(file)):
             return Writer(file, codec, append=_Append(limits, recover), **stream)
         return Writer(file, codec, **stream)
     raise ValueError(f"mode must be 'rb', 'wb' or 'ab', found {mode!r}")
-
-
-def _is_path(file: File) -> TypeGuard[str | os.PathLike[str]]:
-    return isinstance(file, str | os.PathLike)
 
 
 @dataclass(frozen=True)
@@ -146,7 +140,7 @@ class Writer:
         with ExitStack() as cleanup:
             if append is None:
                 self._encoder = codec.encoder(**stream)
-            if _is_path(file):
+            if is_path(file):
                 claim = atomic_write if append is None else append_to
                 self._file: BinaryIO = cleanup.enter_context(claim(file))
             else:
@@ -217,22 +211,11 @@ class Writer:
 
     def _put(self, data: bytes) -> int:
         try:
-            rest = memoryview(data)
-            while rest:
-                rest = rest[self._taken(rest) :]
+            write_all(self._file, data)
         except BaseException:
             self._state = "failed by an earlier exception"
             raise
         return len(data)
-
-    def _taken(self, data: memoryview) -> int:
-        """How much the file took: a raw one may take less than it is given."""
-        taken: int | None = self._file.write(data)
-        if taken is not None:
-            return taken
-        if isinstance(self._file, io.RawIOBase):
-            raise BlockingIOError("the file does not block and took nothing: give a blocking one")
-        return len(data)  # file objects of other makes do not say
 
     def _release(
         self,
@@ -282,7 +265,7 @@ class Reader:
         self._lock = threading.Lock()
         self._closed = False
         self._stream: StreamFile | None = None
-        if isinstance(file, str | os.PathLike):
+        if is_path(file):
             file = self._cleanup.enter_context(builtins.open(file, "rb"))  # noqa: SIM115
         with self._cleanup.pop_all() as cleanup:  # closes the file if the stream is refused
             if file.seekable():

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeGuard
 
 from kvtc_stream.errors import StateError
+
+#: What can be opened: a path or a binary file object.
+File = str | os.PathLike[str] | BinaryIO
 
 
 @contextlib.contextmanager
@@ -58,6 +62,31 @@ def append_to(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         finally:
             if not os.fstat(claim.fileno()).st_size:  # what a crash left there stays
                 partial.unlink(missing_ok=True)
+
+
+def is_path(file: File) -> TypeGuard[str | os.PathLike[str]]:
+    """Whether it names a file."""
+    return isinstance(file, str | os.PathLike)
+
+
+def write_all(file: BinaryIO, data: bytes) -> None:
+    """Write everything; a raw file may take less than it is given at a time.
+
+    Raises
+    ------
+    BlockingIOError
+        The file does not block, and took nothing.
+    """
+    rest = memoryview(data)
+    while rest:
+        taken: int | None = file.write(rest)
+        if taken is None:
+            if isinstance(file, io.RawIOBase):
+                raise BlockingIOError(
+                    "the file does not block and took nothing: give a blocking one"
+                )
+            taken = len(rest)  # file objects of other makes do not say
+        rest = rest[taken:]
 
 
 def _partial(target: Path) -> Path:
