@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from kvtc_stream.files import Reader, Writer, decode, encode, open
     from kvtc_stream.formats import DType, Geometry, Limits, ModelIdentity, Plan, Rope, Section
     from kvtc_stream.interop import KVArray
+    from kvtc_stream.pages import PageCodec
     from kvtc_stream.statistics import StreamStatistics
 
 __version__ = "0.1.0"
@@ -50,6 +51,7 @@ _HOME = {
     "KVBlock": "decoder",
     "Limits": "formats",
     "ModelIdentity": "formats",
+    "PageCodec": "pages",
     "Piece": "edit",
     "Plan": "formats",
     "Reader": "files",
@@ -84,6 +86,7 @@ __all__ = [
     "LimitError",
     "Limits",
     "ModelIdentity",
+    "PageCodec",
     "Piece",
     "Plan",
     "Reader",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -31,6 +31,13 @@ class SectionCoder(Protocol):
 
     def decode(self, block: Block, layers: Sequence[int]) -> tuple[Any, Any]:
         """K and V of some layers (indices into the section's), in the header's ``out_dtype``."""
+        ...
+
+    def decode_layers(self, block: Block) -> Callable[[int], tuple[Any, Any]]:
+        """Decode the symbols once; the result gives K and V [1, …] of a layer when it is called.
+
+        Other blocks may be decoded in between.
+        """
         ...
 
 

@@ -24,6 +24,8 @@ _CORRIDOR = 0.015
 #: former is beyond what a basis in binary16 resolves, and leaves room below the largest symbol.
 _FINER, _COARSER = 16.0, 100.0
 _EVALUATIONS = 8
+#: Of a step that has to fit a size, in quarter octaves.
+_RESOLUTION = 1 / 16
 #: Of a block's record, besides payload and verbatim values.
 _RECORD_BYTES = 120
 #: Errors of tokens count up to here; such tokens end up verbatim.
@@ -43,8 +45,7 @@ class Target:
 
     def control(self, header: StreamHeader, section: int) -> SectionControl:
         """Of one section of a new stream."""
-        plan = header.plan.sections[section]
-        least = -_FINER - min((b.step for p in plan.parts for b in p.bands), default=0)
+        least = _least_offset(header, section)
         if self.name == "max_relative_error":
             return SectionControl(RateControl(self.value, 0.14, least), of_errors=True)
         sizes = [s.k_width + s.v_width for s in header.geometry.sections]
@@ -101,6 +102,65 @@ class SectionControl:
     def restore(self, state: Any) -> None:
         """Go on where another was in :meth:`state`; ``ValueError`` if it cannot have been."""
         self._control.restore(state, 2 if self._of_errors else 1)
+
+
+class IndependentControl(SectionControl):
+    """Keeps to a target in each block by itself."""
+
+    def __init__(self, target: Target, header: StreamHeader, section: int) -> None:
+        self._target, self._header, self._section = target, header, section
+
+    def choose(
+        self,
+        tokens: int,
+        bytes_at: Callable[[float], float],
+        errors_at: Callable[[float], _Errors],
+    ) -> float:
+        """See :meth:`SectionControl.choose`."""
+        control = self._target.control(self._header, self._section)
+        return control.choose(tokens, bytes_at, errors_at)
+
+    def record(self, offset: float, block: Block) -> None:
+        """Nothing: the next block does not depend on it."""
+
+
+class FittingControl(SectionControl):
+    """The finest step at which a block's payload fits ``budget``, in bytes.
+
+    ``fits`` tells whether there was one for the last block.
+    """
+
+    def __init__(self, header: StreamHeader, section: int) -> None:
+        self.budget = 0.0
+        self.fits = True
+        self._least = _least_offset(header, section)
+
+    def choose(
+        self,
+        tokens: int,
+        bytes_at: Callable[[float], float],
+        errors_at: Callable[[float], _Errors],
+    ) -> float:
+        """See :meth:`SectionControl.choose`; the coarsest step if none fits."""
+        low, high = self._least, _COARSER
+        self.fits = bytes_at(high) <= self.budget
+        if bytes_at(low) <= self.budget:
+            return low
+        while high - low > _RESOLUTION:
+            middle = (low + high) / 2
+            if bytes_at(middle) <= self.budget:
+                high = middle
+            else:
+                low = middle
+        return high
+
+    def record(self, offset: float, block: Block) -> None:
+        """Nothing: the next block does not depend on it."""
+
+
+def _least_offset(header: StreamHeader, section: int) -> float:
+    bands = [b for p in header.plan.sections[section].parts for b in p.bands]
+    return -_FINER - min((b.step for b in bands), default=0)
 
 
 class RateControl:

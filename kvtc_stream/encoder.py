@@ -227,28 +227,8 @@ class Encoder:
         if self._sections:
             opening, self._opening = self._opening, b""
             return [opening]
-        codec = self._codec
-        scales = self._scales
-        if dtype.is_fp8 and not scales:
-            scales = _scales(self._geometry, 1.0, 1.0)
-        out_dtype = DType.BFLOAT16 if dtype.is_fp8 else dtype
-        if codec.out_dtype is not None:
-            out_dtype = DType[codec.out_dtype.upper()]
-        if out_dtype.is_fp8 and not scales:
-            raise TypeError(f"out_dtype={out_dtype.label} needs fp8 input, found {dtype.label}")
-        assert codec.coder is not None
-        header = StreamHeader(
-            geometry=self._geometry,
-            dtype=dtype,
-            out_dtype=out_dtype,
-            scales=scales,
-            sinks=codec.sinks,
-            window=codec.window,
-            block_tokens=codec.block_tokens,
-            plan=codec.plan,
-            coder=Coder[codec.coder.upper()],
-            calibration=codec.calibration.digest,
-            model=codec.calibration.model,
+        header = replace(
+            _header(self._codec, dtype, self._geometry, self._scales),
             token_digest=self._token_digest,
             metadata=self._metadata,
         )
@@ -438,22 +418,75 @@ class _SectionState:
         return self._coder.encode(*self._pop(tokens))
 
     def _verbatim(self, role: Role, tokens: int) -> Block:
-        k, v, positions, start = self._pop(tokens)
-        coder, verbatim = compress(self._header.coder.of_bytes, *verbatim_planes(k, v))
-        return Block(
-            section=self._index,
-            role=role,
-            start=start,
-            tokens=tokens,
-            positions=stored_positions(positions),
-            verbatim_tokens=tuple(range(tokens)),
-            coder=Coder.STORED,
-            coded=b"",
-            coded_size=0,
-            verbatim_coder=coder,
-            verbatim=verbatim,
-            errors=BlockErrors(),
-        )
+        return verbatim_block(self._header, self._index, role, *self._pop(tokens))
+
+
+def verbatim_block(
+    header: StreamHeader,
+    section: int,
+    role: Role,
+    k: NDArray[Any],
+    v: NDArray[Any],
+    positions: NDArray[np.int64],
+    start: int,
+) -> Block:
+    """A block that holds k, v [layers, kv_heads, tokens, head_dim] bit for bit."""
+    coder, verbatim = compress(header.coder.of_bytes, *verbatim_planes(k, v))
+    return Block(
+        section=section,
+        role=role,
+        start=start,
+        tokens=len(positions),
+        positions=stored_positions(positions),
+        verbatim_tokens=tuple(range(len(positions))),
+        coder=Coder.STORED,
+        coded=b"",
+        coded_size=0,
+        verbatim_coder=coder,
+        verbatim=verbatim,
+        errors=BlockErrors(),
+    )
+
+
+def page_header(
+    codec: Codec,
+    dtype: DType,
+    rope: Sequence[Rope | None] | Rope | None,
+    k_scale: Any,
+    v_scale: Any,
+) -> StreamHeader:
+    """The header that pages belong under; arguments as those of :class:`Encoder`."""
+    geometry = _with_rope(codec.calibration.geometry, rope)
+    header = _header(codec, dtype, geometry, _scales(geometry, k_scale, v_scale))
+    return replace(header, sinks=0, window=0)
+
+
+def _header(
+    codec: Codec, dtype: DType, geometry: Geometry, scales: tuple[SectionScales, ...]
+) -> StreamHeader:
+    if scales and not dtype.is_fp8:
+        raise TypeError(f"k_scale and v_scale are for fp8 caches, found {dtype.label}")
+    if dtype.is_fp8 and not scales:
+        scales = _scales(geometry, 1.0, 1.0)
+    out_dtype = DType.BFLOAT16 if dtype.is_fp8 else dtype
+    if codec.out_dtype is not None:
+        out_dtype = DType[codec.out_dtype.upper()]
+    if out_dtype.is_fp8 and not scales:
+        raise TypeError(f"out_dtype={out_dtype.label} needs fp8 input, found {dtype.label}")
+    assert codec.coder is not None
+    return StreamHeader(
+        geometry=geometry,
+        dtype=dtype,
+        out_dtype=out_dtype,
+        scales=scales,
+        sinks=codec.sinks,
+        window=codec.window,
+        block_tokens=codec.block_tokens,
+        plan=codec.plan,
+        coder=Coder[codec.coder.upper()],
+        calibration=codec.calibration.digest,
+        model=codec.calibration.model,
+    )
 
 
 class _Controls:

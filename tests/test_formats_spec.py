@@ -75,6 +75,7 @@ def values(heading: str, data: bytes, start: int, number: int = 0) -> dict[str, 
         ("8. Block", 0, 19, 80),
         ("13. Index", 1, 16, 88),
         ("14. Trailer", 0, 6, 40),
+        ("23. Page", 0, 10, 72),
     ],
 )
 def test_fixed_fields_follow_one_another(heading, number, fields, size):
@@ -109,7 +110,7 @@ def test_magic_and_version():
     row = tables("4. Preamble")[0][0]
     assert bytes.fromhex(row[3].strip("`")) == MAGIC
     assert f"# The kvtc stream, format {FORMAT_VERSION[0]}.{FORMAT_VERSION[1]}\n" in SPEC
-    assert tables("23. Changes")[0][-1][0] == "{}.{}".format(*FORMAT_VERSION)
+    assert tables("24. Changes")[0][-1][0] == "{}.{}".format(*FORMAT_VERSION)
 
 
 def blocks_by_the_book(data: bytes) -> Iterator[tuple[dict[str, object], dict[str, object], int]]:
