@@ -1,0 +1,105 @@
+"""What kernels say to the machine: pointers, conversions, and what the lanes of a warp share.
+
+Kernels get memory as pointers, indexed like arrays without bounds: every kernel keeps its own.
+In Numba's simulator (``NUMBA_ENABLE_CUDASIM=1``) a pointer is a one-dimensional array.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import config, types
+
+u8p = types.CPointer(types.uint8)
+u16p = types.CPointer(types.uint16)
+u32p = types.CPointer(types.uint32)
+u64p = types.CPointer(types.uint64)
+i32p = types.CPointer(types.int32)
+i64p = types.CPointer(types.int64)
+f32p = types.CPointer(types.float32)
+f64p = types.CPointer(types.float64)
+i32, i64, u32, u64 = types.int32, types.int64, types.uint32, types.uint64
+f32, f64 = types.float32, types.float64
+
+WARP = 32
+
+if config.ENABLE_CUDASIM:
+    from kvtc_stream.gpu.simulator import (
+        ballot,
+        bf16_bits,
+        f16_bits,
+        f16_value,
+        f32_at,
+        f32_bits,
+        f32_from_bits,
+        popc,
+        round_to_int,
+        shuffle_down,
+        u8_at,
+        u16_at,
+        u32_at,
+    )
+else:
+    from llvmlite import ir
+    from numba import cuda
+    from numba.cuda.extending import intrinsic
+
+    def _assembly(name: str, code: str, constraints: str, result: Any, argument: Any) -> Any:
+        """A function of one value in one line of PTX."""
+
+        def typer(_context: Any, x: Any) -> Any:
+            def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+                value = context.cast(builder, arguments[0], x, argument)
+                of_result = context.get_value_type(result)
+                of_argument = context.get_value_type(argument)
+                line = ir.InlineAsm(ir.FunctionType(of_result, [of_argument]), code, constraints)
+                return builder.call(line, [value])
+
+            return result(x), generate
+
+        typer.__name__ = name
+        return intrinsic(typer)
+
+    #: Bits of a binary32 as binary16, to nearest even; and back.
+    f16_bits = _assembly("f16_bits", "cvt.rn.f16.f32 $0, $1;", "=h,f", types.uint16, f32)
+    f16_value = _assembly("f16_value", "cvt.f32.f16 $0, $1;", "=f,h", f32, types.uint16)
+    #: Bits of a binary32 as bfloat16, to nearest even.
+    bf16_bits = _assembly("bf16_bits", "cvt.rn.bf16.f32 $0, $1;", "=h,f", types.uint16, f32)
+    #: What a bfloat16's bits, moved to the upper half of 32, are as binary32.
+    f32_from_bits = _assembly("f32_from_bits", "mov.b32 $0, $1;", "=f,r", f32, u32)
+    f32_bits = _assembly("f32_bits", "mov.b32 $0, $1;", "=r,f", u32, f32)
+    #: The nearest integer, ties to even; saturates, and is 0 for NaN.
+    round_to_int = _assembly("round_to_int", "cvt.rni.s32.f32 $0, $1;", "=r,f", i32, f32)
+
+    def _pointer_at(name: str, pointer: Any) -> Any:
+        def typer(_context: Any, address: Any) -> Any:
+            def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+                value = context.cast(builder, arguments[0], address, u64)
+                return builder.inttoptr(value, context.get_value_type(pointer))
+
+            return pointer(address), generate
+
+        typer.__name__ = name
+        return intrinsic(typer)
+
+    #: A pointer from an address.
+    u8_at = _pointer_at("u8_at", u8p)
+    u16_at = _pointer_at("u16_at", u16p)
+    u32_at = _pointer_at("u32_at", u32p)
+    f32_at = _pointer_at("f32_at", f32p)
+
+    @cuda.jit(device=True)
+    def ballot(predicate):  # type: ignore[no-untyped-def]
+        """uint32: bit ``j`` is whether lane ``j`` says yes. All lanes take part."""
+        return np.uint32(cuda.ballot_sync(np.uint32(0xFFFFFFFF), predicate))
+
+    @cuda.jit(device=True)
+    def popc(mask):  # type: ignore[no-untyped-def]
+        """Number of bits set."""
+        return np.uint32(cuda.popc(mask))
+
+    @cuda.jit(device=True)
+    def shuffle_down(value, by):  # type: ignore[no-untyped-def]
+        """The value of the lane ``by`` further on. All lanes take part."""
+        return cuda.shfl_down_sync(np.uint32(0xFFFFFFFF), value, by)

@@ -1,0 +1,345 @@
+"""Static rANS on the GPU: a warp a tile, a lane of the tile a lane of the warp.
+
+The method and the bytes are those of :mod:`kvtc_stream.cpu.rans` and of the specification. Blocks
+of threads work on tiles of one part, whose tables lie in shared memory.
+
+A task is a row of int64, one a tile; rows of a block of threads are of one part, filled up with
+tiles of no tokens.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import cuda
+
+from kvtc_stream.gpu.intrinsics import (
+    WARP,
+    ballot,
+    f16_bits,
+    f32p,
+    i32,
+    i32p,
+    i64,
+    i64p,
+    popc,
+    round_to_int,
+    u8p,
+    u16p,
+    u32p,
+)
+from kvtc_stream.gpu.kernel import kernel
+
+#: Tiles, and so warps, of a block of threads.
+TILES = 16
+#: Fields of a task.
+(
+    PART,
+    TOKENS,  # coded tokens of the block; 0 in a task that fills up
+    TOKEN,  # the block's first one among all
+    FIRST,  # component, among those of all parts
+    COUNT,  # of components
+    BLOCK,
+    WORDS,  # where the tile begins in the payloads, in words; when encoding, where its room ends
+    LENGTH,  # of the tile, or of the room for it, in words
+    CLASSES,  # where the part's classes begin, in bytes, for the tile that unpacks them; else -1
+    LEVEL,
+) = range(10)
+FIELDS = 10
+
+#: Faults of a block, bits. LARGE is none of the stream's: binary16 has no room for a symbol.
+DAMAGED, LARGE, FULL = 1, 2, 4
+
+_ESCAPE, _ZERO = 255, 127
+_U32, _I32, _I64 = np.uint32, np.int32, np.int64
+_LEAST = np.uint32(1 << 16)
+_WIDE = -0x8000
+#: Words that a step gives off at most: one a state, one an escape, two a wide value.
+_STEP_WORDS = 4 * WARP
+
+
+@kernel(i64p, u16p, u8p, u32p, u8p, i32p, u8p, u8p, i32, i32, i32p, f32p, f32p, u16p, i64, i32p)
+def decode(  # type: ignore[no-untyped-def]
+    tasks,
+    words,
+    packed_classes,
+    entries,
+    buckets,
+    families,
+    ids,
+    base,
+    rows,
+    components,
+    columns,
+    block_steps,
+    scales,
+    out,
+    stride,
+    faults,
+):
+    """Tiles to symbols.
+
+    Parameters
+    ----------
+    tasks
+        int64 [tiles, FIELDS].
+    words, packed_classes
+        The payloads, as words and as bytes.
+    entries, buckets
+        Of all parts' families, uint32 and uint8 [families, 256]: ``start | frequency << 12`` of a
+        column, and the first column that slots from 16 · i on may be of.
+    families
+        int32 [parts + 1]: where each part's families begin.
+    ids
+        uint8 [rows, components, 16]: see ``uniform.ids`` of the specification.
+    base
+        uint8 [components]: base steps.
+    columns
+        int32 [tokens]: where each token goes.
+    block_steps
+        float32 [blocks, 16]: of each class.
+    scales
+        float32 [parts, stride]: becomes the step of each token at base step 0.
+    out
+        Bits of binary16 [components, stride]: becomes the symbols.
+    faults
+        int32 [blocks]: becomes the faults; 0 before.
+    """
+    table = cuda.shared.array(0, np.uint32)
+    bytes_table = cuda.shared.array(0, np.uint8)
+    thread = _U32(cuda.threadIdx.x)
+    lane = thread & _U32(WARP - 1)
+    task = (_I64(cuda.blockIdx.x) * TILES + _I64(thread >> _U32(5))) * FIELDS
+    part = tasks[_I64(cuda.blockIdx.x) * TILES * FIELDS + PART]
+    first_family = _U32(families[part])
+    size = (_U32(families[part + 1]) - first_family) << _U32(8)
+    for i in range(thread, size, _U32(TILES * WARP)):
+        table[_U32(i)] = entries[(first_family << _U32(8)) + _U32(i)]
+        bytes_table[(size << _U32(2)) + _U32(i)] = buckets[(first_family << _U32(8)) + _U32(i)]
+    cuda.syncthreads()
+
+    tokens = _U32(tasks[task + TOKENS])
+    if tokens == 0:
+        return
+    count = _I32(tasks[task + COUNT])
+    first = _I32(tasks[task + FIRST])
+    begin = tasks[task + WORDS]
+    length = _U32(tasks[task + LENGTH])
+    level = _I32(tasks[task + LEVEL])
+    classes = tasks[task + CLASSES]
+    own_classes = classes
+    if classes < 0:
+        own_classes = -classes - 1
+    block = tasks[task + BLOCK]
+    lanes = min(tokens, _U32(WARP))
+    below = (_U32(1) << lane) - _U32(1)
+
+    state = _LEAST
+    if lane < lanes:
+        state = _U32(words[begin + 2 * lane]) | _U32(words[begin + 2 * lane + 1]) << _U32(16)
+    fault = ballot(state < _LEAST) != _U32(0)
+    position = _U32(2) * lanes
+    last = length - _U32(1)
+    large = False
+    for group in range(_U32(0), tokens, _U32(WARP)):
+        token = _U32(group) + lane
+        active = token < tokens
+        klass = _U32(0)
+        column = _I64(0)
+        if active:
+            column = _I64(columns[tasks[task + TOKEN] + token])
+            klass = _U32(packed_classes[own_classes + (token >> _U32(1))])
+            klass = (klass >> ((token & _U32(1)) << _U32(2))) & _U32(15)
+            if classes >= 0:
+                scales[part * stride + column] = block_steps[block * 16 + klass]
+        target = _I64(first) * stride + column
+        for c in range(first, first + count):
+            row = min(max(_I32(base[c]) + level, _I32(0)), rows - _I32(1))
+            family = _U32(ids[(row * components + _I32(c)) * _I32(16) + _I32(klass)])
+            slot = state & _U32(0xFFF)
+            symbol = _U32(bytes_table[(size << _U32(2)) + (family << _U32(8)) + (slot >> _U32(4))])
+            entry = table[(family << _U32(8)) + symbol]
+            offset = slot - (entry & _U32(0xFFF))
+            while offset >= entry >> _U32(12):
+                symbol += _U32(1)
+                entry = table[(family << _U32(8)) + symbol]
+                offset = slot - (entry & _U32(0xFFF))
+            if active:
+                state = _U32((entry >> _U32(12)) * (state >> _U32(12)) + offset)
+            needs = state < _LEAST
+            mask = ballot(needs)
+            if needs:
+                at = min(_U32(position + popc(mask & below)), last)
+                state = state << _U32(16) | _U32(words[begin + at])
+            position += popc(mask)
+            value = _I32(symbol) - _I32(_ZERO)
+            escaped = active and symbol == _U32(_ESCAPE)
+            mask = ballot(escaped)
+            if mask:
+                if escaped:
+                    at = min(_U32(position + popc(mask & below)), last)
+                    value = _I32(np.int16(words[begin + at]))
+                    # A family that has a frequency for it would have been shorter.
+                    if -_ZERO <= value <= _ZERO:
+                        own = table[(family << _U32(8)) + _U32(value + _I32(_ZERO))]
+                        fault |= own >> _U32(12) != _U32(0)
+                position += popc(mask)
+                wide = escaped and value == _I32(_WIDE)
+                mask = ballot(wide)
+                if wide:
+                    at = _U32(position + _U32(2) * popc(mask & below))
+                    low = _U32(words[begin + min(at, last)])
+                    high = _U32(words[begin + min(_U32(at + _U32(1)), last)])
+                    value = _I32(low | high << _U32(16))
+                    fault |= -_I32(_WIDE) > value > _I32(_WIDE)
+                position += _U32(2) * popc(mask)
+                large |= value > _I32(65504) or value < _I32(-65504)
+                if position > length:
+                    break
+            if active:
+                out[target] = f16_bits(np.float32(value))
+            target += stride
+        if position > length:
+            break
+    fault |= position != length or state != _LEAST
+    if ballot(fault):
+        if lane == 0:
+            faults[block] = DAMAGED
+    elif ballot(large) and lane == 0:
+        faults[block] = LARGE
+
+
+@kernel(i64p, u32p, i32p, u8p, u8p, i32, i32, i32p, f32p, f32p, i64, i32p, u8p, u16p, i32p, i32p)
+def encode(  # type: ignore[no-untyped-def]
+    tasks,
+    entries,
+    families,
+    ids,
+    base,
+    rows,
+    components,
+    columns,
+    factors,
+    coefficients,
+    stride,
+    levels,
+    classes,
+    words,
+    lengths,
+    faults,
+):
+    """Coefficients to tiles, each at the end of the room for it.
+
+    Parameters
+    ----------
+    tasks, families, ids, base, rows, components, columns
+        As for :func:`decode`.
+    entries
+        uint32 [families, 256]: ``start | frequency << 12 | escaped << 31``, those of the escape
+        where a column has no frequency.
+    factors
+        float32 [blocks, 256 + 16]: what a coefficient is multiplied by, at each sum of base step
+        and class.
+    coefficients
+        float32 [components, stride].
+    levels
+        int32 [blocks].
+    classes
+        uint8 [parts, stride].
+    words
+        Room for the tiles.
+    lengths
+        int32 [tiles]: become their lengths in words.
+    faults
+        int32 [blocks]: becomes FULL where a tile has no room; 0 before.
+    """
+    table = cuda.shared.array(0, np.uint32)
+    thread = _U32(cuda.threadIdx.x)
+    lane = thread & _U32(WARP - 1)
+    tile = _I64(cuda.blockIdx.x) * TILES + _I64(thread >> _U32(5))
+    task = tile * FIELDS
+    part = tasks[_I64(cuda.blockIdx.x) * TILES * FIELDS + PART]
+    first_family = _U32(families[part])
+    size = (_U32(families[part + 1]) - first_family) << _U32(8)
+    for i in range(thread, size, _U32(TILES * WARP)):
+        table[_U32(i)] = entries[(first_family << _U32(8)) + _U32(i)]
+    cuda.syncthreads()
+
+    tokens = _U32(tasks[task + TOKENS])
+    if tokens == 0:
+        return
+    count = _I32(tasks[task + COUNT])
+    first = _I32(tasks[task + FIRST])
+    block = tasks[task + BLOCK]
+    level = levels[block]
+    length = _I32(tasks[task + LENGTH])
+    begin = tasks[task + WORDS] - length
+    below = (_U32(1) << lane) - _U32(1)
+    state = _LEAST
+    position = length
+    for g in range(_U32(0), (tokens + _U32(WARP - 1)) >> _U32(5)):
+        group = ((tokens - _U32(1)) & _U32(0xFFFFFFE0)) - _U32(g) * _U32(WARP)
+        token = group + lane
+        active = token < tokens
+        klass = _I32(0)
+        source = _I64(0)
+        if active:
+            column = _I64(columns[tasks[task + TOKEN] + token])
+            klass = _I32(classes[part * stride + column])
+            source = _I64(first + count - _I32(1)) * stride + column
+        for i in range(_I32(0), count):
+            c = first + count - _I32(1) - _I32(i)
+            step = _I32(base[c])
+            row = min(max(step + level, _I32(0)), rows - _I32(1))
+            family = _U32(ids[(row * components + c) * _I32(16) + klass])
+            value = _I32(0)
+            if active:
+                factor = factors[block * 272 + step + klass]
+                value = round_to_int(coefficients[source] * factor)
+            source -= stride
+            place = min(_U32(value + _I32(_ZERO)), _U32(_ESCAPE))
+            entry = table[(family << _U32(8)) + place]
+            escaped = active and (entry >> _U32(31)) != _U32(0)
+            mask = ballot(escaped)
+            if position < _I32(_STEP_WORDS + 2 * WARP):
+                if lane == 0:
+                    faults[block] = FULL
+                return
+            if mask:
+                wide = escaped and not -_I32(_WIDE) > value > _I32(_WIDE)
+                wides = ballot(wide)
+                position -= _I32(2) * _I32(popc(wides))
+                if wide:
+                    at = begin + position + _I32(2) * _I32(popc(wides & below))
+                    words[at] = np.uint16(value & _I32(0xFFFF))
+                    words[at + 1] = np.uint16((value >> _I32(16)) & _I32(0xFFFF))
+                position -= _I32(popc(mask))
+                if escaped:
+                    short = _I32(_WIDE) if wide else value
+                    words[begin + position + _I32(popc(mask & below))] = np.uint16(
+                        short & _I32(0xFFFF)
+                    )
+            frequency = (entry >> _U32(12)) & _U32(0xFFF)
+            spills = active and state >> _U32(20) >= frequency
+            mask = ballot(spills)
+            position -= _I32(popc(mask))
+            if spills:
+                words[begin + position + _I32(popc(mask & below))] = np.uint16(state & _U32(0xFFFF))
+                state = state >> _U32(16)
+            if active:
+                # Exact to one: a quotient is below 2²⁰.
+                quotient = _U32(np.float32(state) * (np.float32(1) / np.float32(frequency)))
+                rest = _I32(state - quotient * frequency)
+                if rest < 0:
+                    quotient -= _U32(1)
+                    rest += _I32(frequency)
+                elif rest >= _I32(frequency):
+                    quotient += _U32(1)
+                    rest -= _I32(frequency)
+                state = _U32(quotient << _U32(12)) + _U32(rest) + (entry & _U32(0xFFF))
+    lanes = _I32(min(tokens, _U32(WARP)))
+    position -= _I32(2) * lanes
+    if _I32(lane) < lanes:
+        words[begin + position + 2 * lane] = np.uint16(state & _U32(0xFFFF))
+        words[begin + position + 2 * lane + 1] = np.uint16(state >> _U32(16))
+    if lane == 0:
+        lengths[tile] = length - position
