@@ -180,6 +180,7 @@ class Order:
 
     def __init__(self, header: StreamHeader, offset: int) -> None:
         sections = len(header.geometry.sections)
+        self._block_tokens = header.block_tokens
         self.offset = offset
         self.sequence = 0
         self.tokens = [0] * sections
@@ -220,6 +221,10 @@ class Order:
             raise ValueError(
                 f"block of section {section} starts at token {entry.start}, "
                 f"expected {self.tokens[section]}"
+            )
+        if entry.role is Role.DATA and entry.tokens > self._block_tokens:
+            raise ValueError(
+                f"a data block may have {self._block_tokens} tokens, found {entry.tokens}"
             )
         if entry.first_position <= self._position[section]:
             raise ValueError(

@@ -20,7 +20,13 @@ from kvtc_stream.backend import BackendName
 from kvtc_stream.calibration import Calibration
 from kvtc_stream.codec import Codec
 from kvtc_stream.decoder import BlockDecoder, KVBlock
-from kvtc_stream.errors import FormatError, KVTCError, StateError, UnsupportedError
+from kvtc_stream.errors import (
+    FormatError,
+    KVTCError,
+    LimitError,
+    StateError,
+    UnsupportedError,
+)
 from kvtc_stream.formats import (
     Block,
     IndexEntry,
@@ -316,8 +322,14 @@ class Reader:
         geometry = self._header.geometry.sections[section]
         count = len(range(*_span(layers, len(geometry.layers), "layers")))
         dtype = numpy_dtype(self.header.out_dtype)
-        k = np.empty((count, *geometry.k_shape(last - first)[1:]), dtype)
-        v = np.empty((count, *geometry.v_shape(last - first)[1:]), dtype)
+        try:
+            k = np.empty((count, *geometry.k_shape(last - first)[1:]), dtype)
+            v = np.empty((count, *geometry.v_shape(last - first)[1:]), dtype)
+        except (MemoryError, ValueError):
+            raise LimitError(
+                f"the index lists {last - first} tokens, for which there is no memory: read fewer "
+                "at a time"
+            ) from None
         for block in self.blocks(slice(first, last), layers, section):
             target = slice(block.start - first, block.start - first + block.tokens)
             k[:, :, target] = block.k

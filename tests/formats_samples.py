@@ -127,7 +127,9 @@ def records(stream: bytes) -> list[int]:
     found = []
     while stream[offset : offset + 4] == b"KVTR":
         found.append(offset)
+        kind = stream[offset + 4]
         offset += RECORD_HEADER + struct.unpack_from("<Q", stream, offset + 16)[0] + 8
+        offset += TRAILER if kind == 2 else 0
     return found
 
 
@@ -148,7 +150,8 @@ def reseal(stream: bytes | bytearray) -> bytes:
         payload = offset + RECORD_HEADER
         end = payload + struct.unpack_from("<Q", data, offset + 16)[0]
         seal(payload, end, own, end)
-    seal(len(data) - TRAILER, len(data) - 16, seed, len(data) - 16)
+        if data[offset + 4] == 2:
+            seal(end + 8, end + 32, seed, end + 32)
     return bytes(data)
 
 
