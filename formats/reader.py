@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -34,6 +34,8 @@ from kvtc_stream.formats.wire import ByteReader, located
 from kvtc_stream.formats.writer import StreamWriter
 
 _RECOVERY_CHUNK = 1 << 20
+#: Most bytes of neighbouring blocks that are read at a time.
+_READ_AHEAD = 8 << 20
 
 
 # What the parser found: the header, or a record's entry with its block, if it is one.
@@ -266,8 +268,35 @@ class StreamFile:
         """
         if not entry.is_block:
             raise ValueError(f"entry {entry.sequence} is no block")
-        record, data = self._read_record(entry)
-        block, found = _open_record(record, data, entry.offset, self.header, self._limits)
+        return self._block(entry, self._read(entry.offset, entry.length))
+
+    def read_blocks(self, entries: Iterable[IndexEntry]) -> Iterator[Block]:
+        """Read blocks that :attr:`index` lists; those that lie side by side, in one go.
+
+        Raises as :meth:`read_block`.
+        """
+        run: list[IndexEntry] = []
+        size = 0
+        for entry in entries:
+            follows = run and entry.offset == run[-1].offset + run[-1].length
+            if run and not (follows and size + entry.length <= _READ_AHEAD):
+                yield from self._run(run, size)
+                run, size = [], 0
+            run.append(entry)
+            size += entry.length
+        if run:
+            yield from self._run(run, size)
+
+    def _run(self, entries: list[IndexEntry], size: int) -> Iterator[Block]:
+        start = entries[0].offset
+        data = memoryview(self._read(start, size))
+        for entry in entries:
+            at = entry.offset - start
+            yield self._block(entry, bytes(data[at : at + entry.length]))
+
+    def _block(self, entry: IndexEntry, data: bytes) -> Block:
+        record, rest = self._open(entry, data)
+        block, found = _open_record(record, rest, entry.offset, self.header, self._limits)
         if not isinstance(block, Block) or found != entry:
             raise FormatError(
                 f"record {entry.sequence} at byte {entry.offset} differs from the index: "
@@ -325,7 +354,9 @@ class StreamFile:
         return b"".join(pieces)
 
     def _read_record(self, entry: IndexEntry) -> tuple[RecordHeader, bytes]:
-        data = self._read(entry.offset, entry.length)
+        return self._open(entry, self._read(entry.offset, entry.length))
+
+    def _open(self, entry: IndexEntry, data: bytes) -> tuple[RecordHeader, bytes]:
         record = RecordHeader.unpack(
             data[:RECORD_HEADER_SIZE],
             sequence=entry.sequence,

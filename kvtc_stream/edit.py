@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import builtins
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
-from typing import BinaryIO
 
 from kvtc_stream.errors import UnsupportedError
 from kvtc_stream.formats import (
@@ -18,6 +16,7 @@ from kvtc_stream.formats import (
     StreamHeader,
     StreamWriter,
 )
+from kvtc_stream.sources import Source, open_source
 from kvtc_stream.storage import File, atomic_write, is_path, write_all
 
 #: Fields of a header in which streams that are joined may differ: the first's are kept.
@@ -31,20 +30,20 @@ class Piece:
     Parameters
     ----------
     source
-        A path, or a binary file object that can seek.
+        A path, a URL, memory, or a binary file object that can seek.
     tokens
         Ordinals to keep, a slice of step 1; all by default.
     positions
         Positions to keep, likewise; for streams whose sections hold different tokens.
     """
 
-    source: File
+    source: Source
     tokens: slice | None = None
     positions: slice | None = None
 
 
 def cat(
-    pieces: Sequence[Piece | File],
+    pieces: Sequence[Piece | Source],
     target: File,
     *,
     token_digest: bytes | None = None,
@@ -83,11 +82,8 @@ def cat(
     with ExitStack() as cleanup:
         streams = []
         for part in parts:
-            file = part.source
-            opened: BinaryIO = (
-                cleanup.enter_context(builtins.open(file, "rb")) if is_path(file) else file
-            )
-            streams.append(StreamFile(opened, limits, recover=recover))
+            file = cleanup.enter_context(open_source(part.source))
+            streams.append(StreamFile(file, limits, recover=recover))
         spans = [_span(s, p) for s, p in zip(streams, parts, strict=True)]
         header = streams[0].header
         for stream in streams[1:]:
@@ -119,7 +115,7 @@ def cat(
 
 
 def cut(
-    source: File,
+    source: Source,
     target: File,
     *,
     tokens: slice | None = None,
@@ -175,14 +171,17 @@ def _checked(chosen: slice, count: int) -> slice:
 
 def _blocks(stream: StreamFile, piece: Piece, span: slice | None) -> Iterator[Block]:
     """The blocks of a piece, those at its ends cut."""
+    wanted = []
     for entry in stream.index:
         numbers: Sequence[int] = range(entry.start, entry.start + entry.tokens)
         if piece.positions is not None:
             numbers = range(entry.first_position, entry.last_position + 1)
         if span is not None and (numbers[-1] < span.start or numbers[0] >= span.stop):
             continue
-        block = stream.read_block(entry)
+        wanted.append(entry)
+    for block in stream.read_blocks(wanted):
         if span is not None:
+            numbers = range(block.start, block.start + len(block.kept))
             if piece.positions is not None:
                 numbers = block.positions[block.kept.start : block.kept.stop]
             first, last = bisect_left(numbers, span.start), bisect_left(numbers, span.stop)

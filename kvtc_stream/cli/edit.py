@@ -9,6 +9,7 @@ from kvtc_stream.cli import terminal
 from kvtc_stream.cli.arguments import UsageError
 from kvtc_stream.errors import UnsupportedError
 from kvtc_stream.formats import StreamFile
+from kvtc_stream.sources import open_source
 
 
 def run(args: Namespace) -> int:
@@ -30,7 +31,7 @@ def run(args: Namespace) -> int:
                 raise UsageError(f"--tokens must be at least 0, found {args.tokens}")
             kvtc.cut(args.input, target, tokens=slice(None, args.tokens))
         case "repair":
-            with open(args.input, "rb") as file:
+            with open_source(args.input) as file:
                 fault = StreamFile(file, recover=True).fault
             kvtc.cat([args.input], target, recover=True)
     result = {"output": args.output}
