@@ -9,7 +9,15 @@ from typing import Protocol
 
 import xxhash
 
-from kvtc_stream.errors import FormatError, KVTCError, StateError, TruncatedError
+from kvtc_stream.errors import (
+    AuthenticationError,
+    FormatError,
+    KVTCError,
+    StateError,
+    TruncatedError,
+    UnsupportedError,
+)
+from kvtc_stream.formats.auth import check_digest, digest, open_auth
 from kvtc_stream.formats.block import Block
 from kvtc_stream.formats.header import StreamHeader
 from kvtc_stream.formats.index import (
@@ -206,6 +214,8 @@ class StreamFile:
     recover
         When the trailer is missing or wrong, as after a crash, read the file from the front and
         index the whole blocks before the first fault.
+    key
+        Refuse what was not written with this key. Not with ``recover``.
 
     Attributes
     ----------
@@ -222,12 +232,22 @@ class StreamFile:
     ------
     FormatError
         The file is not one whole stream; ``TruncatedError`` when its end is missing.
+    AuthenticationError
+        The stream was not written with the key.
     """
 
     def __init__(
-        self, file: SeekableFile, limits: Limits | None = None, *, recover: bool = False
+        self,
+        file: SeekableFile,
+        limits: Limits | None = None,
+        *,
+        recover: bool = False,
+        key: bytes = b"",
     ) -> None:
+        if key and recover:
+            raise UnsupportedError("what was cut off cannot be authenticated: recover without key=")
         self._file = file
+        self._key, self._digests = key, b""
         self._limits = limits or Limits()
         self.fault: KVTCError | None = None
         total = file.seek(0, io.SEEK_END)
@@ -249,6 +269,9 @@ class StreamFile:
             self.fault = error
             entries, index_size = self._scan(start), 0
         self._entries = entries
+        self._opening_digest = digest(opening + body) if key else b""
+        if key:
+            self._digests = self._authenticate()
         self.index = tuple(live_blocks(entries))
         self.sizes = StreamSizes(start, index_size, total)
         superseding = [e for e in entries if e.type == RecordType.SUPERSEDE]
@@ -313,11 +336,23 @@ class StreamFile:
 
     def encoder_state(self) -> bytes:
         """What the encoder that wrote the end left for one that continues; empty if nothing."""
-        *_, before, last = (None, None, *self._entries)
-        if before is None or last is None or (before.type, last.type) != _CONTINUABLE:
+        end = [e for e in self._entries[-3:] if e.type != RecordType.AUTH][-2:]
+        if [e.type for e in end] != [RecordType.ENCODER, RecordType.INDEX]:
             return b""
-        record, data = self._read_record(before)
-        return record.open(data, before.offset)
+        record, data = self._read_record(end[0])
+        return record.open(data, end[0].offset)
+
+    def _authenticate(self) -> bytes:
+        """The digests of the records before the AUTH record; it must be there."""
+        *before, auth = self._entries[:-1] or [None]
+        if auth is None or auth.type != RecordType.AUTH:
+            raise AuthenticationError(
+                "the stream was written without a key: do not use it if it should have one"
+            )
+        record, data = self._read_record(auth)
+        entries = b"".join(entry.pack() for entry in before)
+        payload = record.open(data, auth.offset)
+        return open_auth(payload, self._key, self._opening_digest, entries)
 
     @property
     def end(self) -> int:
@@ -334,8 +369,11 @@ class StreamFile:
         for entry in self._entries:
             order.accept(entry)
         entries = b"".join(entry.pack() for entry in self._entries)
-        writer = StreamWriter(replace(self.header, token_digest=token_digest))
-        writer.resume(order, entries, self._seed)
+        writer = StreamWriter(replace(self.header, token_digest=token_digest), self._key)
+        digests = self._digests
+        if self._key:  # the AUTH record and the index do not have their own
+            digests += b"".join(digest(self._read(e.offset, e.length)) for e in self._entries[-2:])
+        writer.resume(order, entries, self._seed, self._opening_digest, digests)
         return writer
 
     def _read(self, offset: int, size: int) -> bytes:
@@ -357,6 +395,8 @@ class StreamFile:
         return self._open(entry, self._read(entry.offset, entry.length))
 
     def _open(self, entry: IndexEntry, data: bytes) -> tuple[RecordHeader, bytes]:
+        if self._digests:
+            check_digest(self._digests, entry.sequence, data)
         record = RecordHeader.unpack(
             data[:RECORD_HEADER_SIZE],
             sequence=entry.sequence,
@@ -427,9 +467,6 @@ class StreamFile:
                 ended, tokens = i + 1, list(order.tokens)
         lost = any(a < b for a, b in zip(order.tokens, tokens, strict=True))
         return entries[:ended] if lost else entries
-
-
-_CONTINUABLE = (RecordType.ENCODER, RecordType.INDEX)
 
 
 def _open_record(

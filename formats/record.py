@@ -29,6 +29,7 @@ class RecordType(enum.IntEnum):
     SUPERSEDE = 4
     USER = 64
     ENCODER = 65
+    AUTH = 66
 
     @property
     def skippable(self) -> bool:

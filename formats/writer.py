@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from kvtc_stream.errors import StateError
+from kvtc_stream.formats.auth import digest, pack_auth
 from kvtc_stream.formats.block import Block
 from kvtc_stream.formats.header import StreamHeader
 from kvtc_stream.formats.index import IndexEntry, Order, Trailer, pack_index
@@ -17,12 +18,14 @@ class StreamWriter:
     Call :meth:`start` once, then :meth:`block` and :meth:`user` in any number, then
     :meth:`finish`. One from :meth:`StreamFile.continued` writes what follows a stream. A call
     that raises ``ValueError`` leaves the stream as it was. Keeps 88 bytes per record. Not
-    thread-safe.
+    thread-safe. With a ``key``, the stream can be authenticated by who has it.
     """
 
-    def __init__(self, header: StreamHeader) -> None:
-        self._header = header
+    def __init__(self, header: StreamHeader, key: bytes = b"") -> None:
+        self._header, self._key = header, key
         self._opening, self._seed = pack_opening(header)
+        self._opening_digest = digest(self._opening) if key else b""
+        self._digests = bytearray()
         self._order: Order | None = None
         self._entries = bytearray()
         self._started = self._finished = False
@@ -32,10 +35,13 @@ class StreamWriter:
         """Bytes produced so far."""
         return self._order.offset if self._order else 0
 
-    def resume(self, order: Order, entries: bytes, seed: int) -> None:
-        """Go on after the records that ``order`` and ``entries`` tell of."""
+    def resume(
+        self, order: Order, entries: bytes, seed: int, opening_digest: bytes, digests: bytes
+    ) -> None:
+        """Go on after the records that ``order``, ``entries`` and ``digests`` tell of."""
         self._order, self._seed = order, seed
-        self._entries[:] = entries
+        self._opening_digest = opening_digest
+        self._entries[:], self._digests[:] = entries, digests
 
     @property
     def tokens(self) -> list[int]:
@@ -52,9 +58,9 @@ class StreamWriter:
             return self._opening
         # What was recovered gets an end first: its tail may be all that holds some tokens.
         end = b"" if self._order.ended else self._end()
-        digest = ByteWriter()
-        digest.digest(self._header.token_digest)
-        return end + self._record(RecordType.SUPERSEDE, digest.getvalue(), None)
+        payload = ByteWriter()
+        payload.digest(self._header.token_digest)
+        return end + self._record(RecordType.SUPERSEDE, payload.getvalue(), None)
 
     def block(self, block: Block) -> bytes:
         """The record of a block, which must follow those of its section."""
@@ -77,9 +83,13 @@ class StreamWriter:
 
     def _end(self) -> bytes:
         order = self._running()
+        auth = b""
+        if self._key:
+            parts = self._opening_digest, bytes(self._entries), bytes(self._digests)
+            auth = self._record(RecordType.AUTH, pack_auth(self._key, *parts), None)
         start, records = order.offset, order.sequence + 1
         index = self._record(RecordType.INDEX, pack_index(order.sequence, self._entries), None)
-        return index + Trailer(start, order.offset, records).pack(self._seed)
+        return auth + index + Trailer(start, order.offset, records).pack(self._seed)
 
     def _record(self, kind: RecordType, payload: bytes, block: Block | None) -> bytes:
         order = self._running()
@@ -90,6 +100,8 @@ class StreamWriter:
         entry = IndexEntry.of(order.sequence, order.offset, len(record), kind, block)
         order.accept(entry)
         self._entries += entry.pack()
+        if self._key:
+            self._digests += digest(record)
         return record
 
     def _running(self) -> Order:

@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from kvtc_stream.errors import (
+    AuthenticationError,
     BackendUnavailableError,
     CalibrationMismatchError,
     ChecksumError,
@@ -68,6 +69,7 @@ _HOME = {
 
 __all__ = [
     "PRESETS",
+    "AuthenticationError",
     "BackendUnavailableError",
     "Calibration",
     "CalibrationMismatchError",

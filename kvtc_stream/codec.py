@@ -201,6 +201,7 @@ class Codec:
         metadata: Mapping[str, Any] | None = None,
         token_digest: bytes = b"",
         continues: StreamFile | None = None,
+        key: bytes = b"",
     ) -> Encoder:
         """A single-use encoder of one stream; see :class:`kvtc_stream.Encoder`."""
         from kvtc_stream.encoder import Encoder
@@ -213,6 +214,7 @@ class Codec:
             metadata=metadata,
             token_digest=token_digest,
             continues=continues,
+            key=key,
         )
 
     def decoder(self) -> Decoder:

@@ -49,6 +49,7 @@ def cat(
     token_digest: bytes | None = None,
     recover: bool = False,
     limits: Limits | None = None,
+    key: bytes = b"",
 ) -> None:
     """Join token ranges of streams into a new one; nothing is decoded, so it is as fast as a copy.
 
@@ -66,8 +67,8 @@ def cat(
         A path, written atomically (it may be one of the sources), or a binary file object.
     token_digest
         Of the result. By default that of a stream that is kept whole, otherwise unknown.
-    recover, limits
-        As in :func:`kvtc_stream.open`.
+    recover, limits, key
+        As in :func:`kvtc_stream.open`; the key is that of the sources and of the result.
 
     Raises
     ------
@@ -83,7 +84,7 @@ def cat(
         streams = []
         for part in parts:
             file = cleanup.enter_context(open_source(part.source))
-            streams.append(StreamFile(file, limits, recover=recover))
+            streams.append(StreamFile(file, limits, recover=recover, key=key))
         spans = [_span(s, p) for s, p in zip(streams, parts, strict=True)]
         header = streams[0].header
         for stream in streams[1:]:
@@ -91,7 +92,7 @@ def cat(
         whole = len(parts) == 1 and parts[0].tokens is None and parts[0].positions is None
         if token_digest is None:
             token_digest = header.token_digest if whole else b""
-        writer = StreamWriter(replace(header, token_digest=token_digest))
+        writer = StreamWriter(replace(header, token_digest=token_digest), key)
         out = cleanup.enter_context(atomic_write(target)) if is_path(target) else target
         write_all(out, writer.start())
         for i, (stream, part) in enumerate(zip(streams, parts, strict=True)):
@@ -122,12 +123,14 @@ def cut(
     positions: slice | None = None,
     token_digest: bytes = b"",
     limits: Limits | None = None,
+    key: bytes = b"",
 ) -> None:
     """Keep some tokens of a stream: ``slice(None, n)`` truncates it to *n*.
 
     Equivalent to :func:`cat` of one piece.
     """
-    cat([Piece(source, tokens, positions)], target, token_digest=token_digest, limits=limits)
+    piece = Piece(source, tokens, positions)
+    cat([piece], target, token_digest=token_digest, limits=limits, key=key)
 
 
 def _check_alike(first: StreamHeader, other: StreamHeader) -> None:

@@ -73,6 +73,8 @@ class Encoder:
         A whole stream, or what was recovered of one, to write the continuation of: the bytes are
         to follow it. The blocks are those of one uninterrupted run with the same codec. Not with
         the arguments before, but for ``token_digest``, which is then that of all tokens.
+    key
+        A secret: who has it can tell that the stream was written by somebody who has it.
 
     Examples
     --------
@@ -97,8 +99,9 @@ class Encoder:
         metadata: Mapping[str, Any] | None = None,
         token_digest: bytes = b"",
         continues: StreamFile | None = None,
+        key: bytes = b"",
     ) -> None:
-        self._codec = codec
+        self._codec, self._key = codec, key
         self._geometry = _with_rope(codec.calibration.geometry, rope)
         self._scales = _scales(self._geometry, k_scale, v_scale)
         self._metadata = json.dumps(dict(metadata or {}), separators=(",", ":"), allow_nan=False)
@@ -232,7 +235,7 @@ class Encoder:
             token_digest=self._token_digest,
             metadata=self._metadata,
         )
-        self._writer = StreamWriter(header)
+        self._writer = StreamWriter(header, self._key)
         self._open_sections(header, None)
         start = self._writer.start()
         self._statistics.header_bytes = len(start)

@@ -10,8 +10,9 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from mmap import mmap as MappedMemory  # noqa: N812
 from types import TracebackType
-from typing import Any, BinaryIO, ClassVar, Literal, Self, overload
+from typing import Any, BinaryIO, ClassVar, Literal, Self, cast, overload
 
 import numpy as np
 
@@ -56,6 +57,7 @@ def open(
     recover: bool = False,
     mmap: bool = False,
     follow: float | None = None,
+    key: bytes = b"",
 ) -> Reader: ...
 @overload
 def open(
@@ -66,6 +68,7 @@ def open(
     token_digest: bytes = b"",
     limits: Limits | None = None,
     recover: bool = False,
+    key: bytes = b"",
 ) -> Writer: ...
 @overload
 def open(
@@ -78,6 +81,7 @@ def open(
     v_scale: Any = None,
     metadata: Mapping[str, Any] | None = None,
     token_digest: bytes = b"",
+    key: bytes = b"",
 ) -> Writer: ...
 def open(
     file: Source,
@@ -90,6 +94,7 @@ def open(
     recover: bool = False,
     mmap: bool = False,
     follow: float | None = None,
+    key: bytes = b"",
     **stream: Any,
 ) -> Reader | Writer:
     """Open a stream for reading (``"rb"``, with ``calibration``) or writing (``codec``).
@@ -110,7 +115,8 @@ def open(
     off what was added. A file object must be one to read, write and seek in.
 
     ``recover`` reads or continues what a stream that was cut off still holds, up to its last whole
-    block. The other arguments are those of :class:`kvtc_stream.Encoder`.
+    block. With a ``key``, a reader of a file refuses what was not written with it
+    (``AuthenticationError``). The other arguments are those of :class:`kvtc_stream.Encoder`.
     """
     if mode == "rb":
         if codec is not None and calibration is None:
@@ -125,6 +131,7 @@ def open(
             recover=recover,
             mmap=mmap,
             follow=follow,
+            key=key,
         )
     if mode in ("wb", "ab"):
         if codec is None:
@@ -133,13 +140,13 @@ def open(
             raise TypeError("calibration= and backend= are for reading: the codec has its own")
         if mmap or follow is not None:
             raise TypeError("mmap= and follow= are for reading")
-        if not (is_path(file) or hasattr(file, "write")):
+        if isinstance(file, bytes | bytearray | memoryview | MappedMemory):
             raise TypeError(f"writing takes a path or a file object, found {type(file).__name__}")
         if mode == "wb" and (limits is not None or recover):
             raise TypeError("limits= and recover= are for reading and appending")
         if mode == "ab" and not (is_path(file) and not os.path.exists(file)):
-            return Writer(file, codec, append=_Append(limits, recover), **stream)
-        return Writer(file, codec, **stream)
+            return Writer(file, codec, append=_Append(limits, recover, key), key=key, **stream)
+        return Writer(file, codec, key=key, **stream)
     raise ValueError(f"mode must be 'rb', 'wb' or 'ab', found {mode!r}")
 
 
@@ -149,6 +156,7 @@ class _Append:
 
     limits: Limits | None
     recover: bool
+    key: bytes
 
 
 class Writer:
@@ -179,11 +187,13 @@ class Writer:
                     )
                 Writer._writers[id(file)] = self
                 cleanup.callback(Writer._writers.pop, id(file), None)
-                self._file = file
+                self._file = cast(BinaryIO, file)
                 if append is not None:
-                    cleanup.enter_context(_kept_on_failure(file))
+                    cleanup.enter_context(_kept_on_failure(self._file))
             if append is not None:
-                before = StreamFile(self._file, append.limits, recover=append.recover)
+                before = StreamFile(
+                    self._file, append.limits, recover=append.recover, key=append.key
+                )
                 self._encoder = codec.encoder(continues=before, **stream)
                 self._file.seek(before.end)
                 self._unchanged = before.fault is None
@@ -290,6 +300,7 @@ class Reader:
         recover: bool = False,
         mmap: bool = False,
         follow: float | None = None,
+        key: bytes = b"",
     ) -> None:
         limits = limits or Limits()
         self._lock = threading.Lock()
@@ -297,11 +308,16 @@ class Reader:
         self._stream: StreamFile | None = None
         with ExitStack() as cleanup:  # closes the file if the stream is refused
             opened = cleanup.enter_context(open_source(file, mapped=mmap))
+            if key and (follow is not None or not opened.seekable()):
+                raise UnsupportedError(
+                    "only the end of a stream tells whether it was written with the key: read it "
+                    "from a file that can seek"
+                )
             if follow is not None:
                 self._pipe = _PipeBlocks(Growing(opened, follow), limits)
                 self._header = self._pipe.header
             elif opened.seekable():
-                self._stream = StreamFile(opened, limits, recover=recover)
+                self._stream = StreamFile(opened, limits, recover=recover, key=key)
                 self._header = self._stream.header
             else:
                 self._pipe = _PipeBlocks(opened, limits)
@@ -385,6 +401,7 @@ class Reader:
             tokens = item.tokens if isinstance(item, IndexEntry) else len(item.kept)
             return item.start < last and first < item.start + tokens
 
+        blocks: Iterator[KVBlock]
         if self._stream is None:
             blocks = (self._blocks.decode(b, indices[b.section]) for b in self._pipe if wanted(b))
         else:
@@ -414,7 +431,8 @@ class Reader:
                 block = next(blocks, None)
                 if block is None:
                     return
-                decoded = self._blocks.decode(block, layers and layers[block.section])
+                chosen = None if layers is None else layers[block.section]
+                decoded = self._blocks.decode(block, chosen)
             yield decoded
 
     def _entries(self, section: int) -> list[IndexEntry]:
