@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvtc_stream.calibration import Calibration
-from kvtc_stream.control import Target
+from kvtc_stream.control import Controls
 from kvtc_stream.formats import Block, StreamHeader
 
 BackendName = Literal["auto", "cpu", "cuda"]
@@ -33,6 +33,13 @@ class SectionCoder(Protocol):
         """K and V of some layers (indices into the section's), in the header's ``out_dtype``."""
         ...
 
+    def decode_layers(self, block: Block) -> Callable[[int], tuple[Any, Any]]:
+        """Decode the symbols once; the result gives K and V [1, …] of a layer when it is called.
+
+        Other blocks may be decoded in between.
+        """
+        ...
+
 
 class Backend(Protocol):
     """A way to run the codec."""
@@ -47,7 +54,7 @@ class Backend(Protocol):
         *,
         max_error: float | None = None,
         measure: Measure = "full",
-        target: Target | None = None,
+        target: Controls | None = None,
     ) -> SectionCoder:
         """A coder for one section of the stream that ``header`` describes.
 

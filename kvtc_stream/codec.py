@@ -11,7 +11,7 @@ from kvtc_stream.backend import BackendName, Measure
 from kvtc_stream.calibration import Calibration
 from kvtc_stream.calibrator import Progress
 from kvtc_stream.control import Target
-from kvtc_stream.formats import Coder, DType, Limits, Plan, Rope
+from kvtc_stream.formats import Coder, DType, Limits, Plan, Rope, StreamFile
 from kvtc_stream.planning.targets import make_plan
 
 if TYPE_CHECKING:
@@ -200,6 +200,8 @@ class Codec:
         v_scale: Any = None,
         metadata: Mapping[str, Any] | None = None,
         token_digest: bytes = b"",
+        continues: StreamFile | None = None,
+        key: bytes = b"",
     ) -> Encoder:
         """A single-use encoder of one stream; see :class:`kvtc_stream.Encoder`."""
         from kvtc_stream.encoder import Encoder
@@ -211,6 +213,8 @@ class Codec:
             v_scale=v_scale,
             metadata=metadata,
             token_digest=token_digest,
+            continues=continues,
+            key=key,
         )
 
     def decoder(self) -> Decoder:

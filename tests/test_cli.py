@@ -729,6 +729,57 @@ def test_verify_against_needs_a_calibration(kvtc_command, files):
     assert "--against needs -c" in run.err
 
 
+# Streams of streams.
+
+
+def test_edit_streams(tmp_path, kvtc_command, files):
+    first, rest, whole = (tmp_path / f"{name}.kvtc" for name in ("first", "rest", "whole"))
+    run = kvtc_command("truncate", files.stream, "--tokens", 100, "-o", first, "--json")
+    assert (run.status, run.json["tokens"], run.err) == (0, 100, "")
+    assert kvtc_command("slice", files.stream, "--tokens", "100:", "-o", rest).status == 0
+    run = kvtc_command("cat", first, rest, "-o", whole)
+    assert (run.status, run.err) == (0, "")
+    assert f"{TOKENS} tokens" in run.out
+    for stream, tokens in ((files.stream, slice(None)), (whole, slice(None)), (first, slice(100))):
+        back = tmp_path / "back.npz"
+        run = kvtc_command("decode", stream, "-c", files.calibration, "-o", back)
+        assert (run.status, run.err) == (0, "")
+        (found,) = plain.read(back)
+        if stream == files.stream:
+            exact = found
+        assert equal_bits(found.k, np.ascontiguousarray(exact.k[:, :, tokens]))
+    run = kvtc_command("slice", first, "--positions", "2:9", "-o", first, "--json")
+    assert run.json["tokens"] == 7
+    assert kvtc_command("verify", first, "-c", files.calibration).status == 0
+    data = files.stream.read_bytes()
+    rest.write_bytes(data[: len(data) // 2])
+    assert kvtc_command("cat", rest, "-o", whole).status == 1
+    run = kvtc_command("repair", rest, "-o", whole)
+    assert (run.status, run.err) == (0, "")
+    assert "the stream ends after" in " ".join(run.out.split())
+    assert kvtc_command("verify", whole).status == 0
+    run = kvtc_command("slice", whole, "--layers", "0:1", "-o", first)
+    assert run.status == 1
+    assert "components of a block span all layers" in run.err
+    assert kvtc_command("truncate", whole, "--tokens", -1, "-o", first).status == 2
+
+
+def test_verify_reads_what_was_appended(tmp_path, kvtc_command, files):
+    path = tmp_path / "a.kvtc"
+    path.write_bytes(files.stream.read_bytes())
+    codec = kvtc.Codec(
+        kvtc.Calibration.load(files.calibration), "paper", ratio=6, window=16, block_tokens=64
+    )
+    with kvtc.open(path, "ab", codec=codec) as writer:
+        writer.write(files.k, files.v)
+    run = kvtc_command("verify", path, "-c", files.calibration, "--json")
+    assert (run.status, run.json["tokens"]) == (0, 2 * TOKENS)
+    data = bytearray(path.read_bytes())
+    data[files.stream.stat().st_size - 5] ^= 1  # the old trailer
+    path.write_bytes(data)
+    assert kvtc_command("verify", path).status == 1
+
+
 # All commands.
 
 

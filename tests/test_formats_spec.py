@@ -72,9 +72,10 @@ def values(heading: str, data: bytes, start: int, number: int = 0) -> dict[str, 
         ("5. Header", 1, 3, 7),
         ("5. Header", 2, 4, 14),
         ("7. Records", 0, 8, 32),
-        ("8. Block", 0, 17, 72),
+        ("8. Block", 0, 19, 80),
         ("13. Index", 1, 16, 88),
         ("14. Trailer", 0, 6, 40),
+        ("23. Page", 0, 10, 72),
     ],
 )
 def test_fixed_fields_follow_one_another(heading, number, fields, size):
@@ -109,7 +110,7 @@ def test_magic_and_version():
     row = tables("4. Preamble")[0][0]
     assert bytes.fromhex(row[3].strip("`")) == MAGIC
     assert f"# The kvtc stream, format {FORMAT_VERSION[0]}.{FORMAT_VERSION[1]}\n" in SPEC
-    assert tables("23. Changes")[0][-1][0] == "{}.{}".format(*FORMAT_VERSION)
+    assert tables("24. Changes")[0][-1][0] == "{}.{}".format(*FORMAT_VERSION)
 
 
 def blocks_by_the_book(data: bytes) -> Iterator[tuple[dict[str, object], dict[str, object], int]]:
@@ -160,17 +161,18 @@ def test_a_reader_made_of_the_tables_agrees(stream):
         assert fields["tokens"] == block.tokens
         assert fields["verbatim tokens"] == len(block.verbatim_tokens)
         assert fields["start"] == block.start
-        assert fields["first position"] == block.first_position
+        assert fields["first position"] == block.positions[0]
+        assert (fields["cut at the front"], fields["cut at the end"]) == block.cut
         assert (fields["role"], fields["measure"]) == (block.role, block.errors.measure)
         assert (fields["coder"], fields["verbatim coder"]) == (block.coder, block.verbatim_coder)
         assert fields["coded size"] == block.coded_size
         names = ("K mean error", "K worst error", "V mean error", "V worst error")
         assert tuple(fields[name] for name in names) == block.errors.values
-        at = offset + 32 + 72
+        at = offset + 32 + 80
         listed = fields["kind of positions"]
         if listed:
             rest = struct.unpack_from(f"<{block.tokens - 1}q", data, at)
-            assert (block.first_position, *rest) == tuple(block.positions)
+            assert (block.positions[0], *rest) == tuple(block.positions)
             at += 8 * len(rest)
         assert bool(listed) is not isinstance(block.positions, range)
         if 0 < fields["verbatim tokens"] < block.tokens:

@@ -33,13 +33,15 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"kvtc-stream {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for add in (_calibrate, _encode, _decode, _info, _verify, _bench, _demo):
+    edits = (_cat, _slice, _truncate, _repair)
+    for add in (_calibrate, _encode, _decode, _info, _verify, *edits, _bench, _demo):
         command = add(commands)
         command.add_argument(
             "--json", action="store_true", help="print one JSON object, and nothing else"
         )
         command.add_argument("--debug", action="store_true", help="show tracebacks of errors")
-        command.set_defaults(parser=command)
+        module = "edit" if add in edits else add.__name__[1:]
+        command.set_defaults(parser=command, module=module)
     return parser
 
 
@@ -195,6 +197,61 @@ def _verify(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("--against", metavar="IN", help="the cache that was encoded; needs -c")
     _backend(parser)
     parser.add_argument("--format", help="format of IN: npz or safetensors (default: its suffix)")
+    return parser
+
+
+def _cat(commands: Any) -> argparse.ArgumentParser:
+    parser = _add(
+        commands,
+        "cat",
+        "join streams, or reclaim what appending to one superseded",
+        "Nothing is decoded. Positions must rise, and calibration, plan, geometry, element types",
+        "and block size of all streams must be the same.",
+    )
+    parser.add_argument("inputs", nargs="+", metavar="FILE", help="streams, in order")
+    return _new_stream(parser)
+
+
+def _slice(commands: Any) -> argparse.ArgumentParser:
+    parser = _add(
+        commands,
+        "slice",
+        "cut a range of tokens out of a stream",
+        "Nothing is decoded: a range that ends inside a block keeps the block, and notes how many",
+        "of its tokens count.",
+    )
+    parser.add_argument("input", metavar="FILE", help="the stream")
+    chosen = parser.add_mutually_exclusive_group(required=True)
+    for name in ("tokens", "positions", "layers"):
+        chosen.add_argument(
+            f"--{name}", type=_range, metavar="A:B", help=f"keep these {name}, as Python slices"
+        )
+    return _new_stream(parser)
+
+
+def _truncate(commands: Any) -> argparse.ArgumentParser:
+    parser = _add(commands, "truncate", "keep the first tokens of a stream")
+    parser.add_argument("input", metavar="FILE", help="the stream")
+    parser.add_argument("--tokens", type=int, required=True, metavar="N", help="how many to keep")
+    return _new_stream(parser)
+
+
+def _repair(commands: Any) -> argparse.ArgumentParser:
+    parser = _add(
+        commands, "repair", "write out the whole blocks of a stream that was cut off or damaged"
+    )
+    parser.add_argument("input", metavar="FILE", help="the stream, up to its first fault")
+    return _new_stream(parser)
+
+
+def _new_stream(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    parser.add_argument(
+        "-o",
+        "--output",
+        required=True,
+        metavar="OUT",
+        help="the stream to make, FILE itself too",
+    )
     return parser
 
 

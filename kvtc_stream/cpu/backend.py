@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from kvtc_stream.backend import Measure
 from kvtc_stream.calibration import Calibration, Part
-from kvtc_stream.control import Target
+from kvtc_stream.control import Controls
 from kvtc_stream.cpu.coding import BandCoding, Quantised, UniformCoding
 from kvtc_stream.cpu.layout import Rotations, gather, scatter, squared_errors
 from kvtc_stream.cpu.values import (
@@ -50,7 +50,7 @@ class CpuBackend:
         *,
         max_error: float | None = None,
         measure: Measure = "full",
-        target: Target | None = None,
+        target: Controls | None = None,
     ) -> CpuSectionCoder:
         """See :meth:`kvtc_stream.backend.Backend.section_coder`."""
         return CpuSectionCoder(header, section, calibration, max_error, measure, target)
@@ -81,7 +81,7 @@ class CpuSectionCoder:
         calibration: Calibration,
         max_error: float | None,
         measure: Measure,
-        target: Target | None,
+        target: Controls | None,
     ) -> None:
         self._header = header
         self._index = section
@@ -247,22 +247,49 @@ class CpuSectionCoder:
 
     def decode(self, block: Block, layers: Sequence[int]) -> tuple[Any, Any]:
         """See :meth:`kvtc_stream.backend.SectionCoder.decode`."""
+        exact = self._unpack(block)
+        return self._join(block, exact, list(layers))
+
+    def decode_layers(self, block: Block) -> Callable[[int], tuple[Any, Any]]:
+        """See :meth:`kvtc_stream.backend.SectionCoder.decode_layers`."""
+        exact = self._unpack(block)
+        saved = [part.coefficients.copy() for part in self._parts]
+
+        def layer(index: int) -> tuple[Any, Any]:
+            for part, coefficients in zip(self._parts, saved, strict=True):
+                if index in part.k_layers or index in part.v_layers:
+                    part.coefficients[:] = coefficients
+            return self._join(block, exact, [index])
+
+        return layer
+
+    def _unpack(self, block: Block) -> tuple[NDArray[Any], NDArray[Any]] | None:
+        """The parts' coefficients of a block's coded tokens; returns its verbatim tokens."""
         verbatim = np.array(block.verbatim_tokens, np.int64)
-        positions = np.array(block.positions, np.int64)
-        chosen = list(layers)
         if len(verbatim) < block.tokens:
             kept = np.delete(np.arange(block.tokens), verbatim)
             # Tokens stay at their row, so that the product sums as the encoder's did.
             for part in self._parts:
                 part.coefficients[:] = 0
             self._coding.unpack(block, kept, [part.coefficients for part in self._parts])
-            k, v = self._synthesise(positions, chosen)
+        if not len(verbatim):
+            return None
+        k, v = self._verbatim(block)
+        dtype = self._header.out_dtype
+        return convert(k, dtype, self._k_scale), convert(v, dtype, self._v_scale)
+
+    def _join(
+        self, block: Block, exact: tuple[NDArray[Any], NDArray[Any]] | None, layers: list[int]
+    ) -> tuple[Any, Any]:
+        """K and V of some layers, once the block is unpacked."""
+        if block.coded_tokens:
+            k, v = self._synthesise(np.array(block.positions, np.int64), layers)
         else:
-            k, v = self._empty(block.tokens, len(chosen))
-        if len(verbatim):
-            k_raw, v_raw = self._verbatim(block)
-            k[:, :, verbatim] = convert(k_raw, self._header.out_dtype, self._k_scale)[chosen]
-            v[:, :, verbatim] = convert(v_raw, self._header.out_dtype, self._v_scale)[chosen]
+            k, v = self._empty(block.tokens, len(layers))
+        if exact is not None:
+            verbatim = np.array(block.verbatim_tokens, np.int64)
+            k[:, :, verbatim] = exact[0][layers]
+            v[:, :, verbatim] = exact[1][layers]
         return as_kv_array(k), as_kv_array(v)
 
     def _synthesise(
