@@ -23,8 +23,10 @@ from kvtc_stream.gpu.intrinsics import (
     i64p,
     popc,
     round_to_int,
+    u8,
     u8p,
     u16p,
+    u32,
     u32p,
 )
 from kvtc_stream.gpu.kernel import kernel
@@ -104,8 +106,8 @@ def decode(  # type: ignore[no-untyped-def]
     faults
         int32 [blocks]: becomes the faults; 0 before.
     """
-    table = cuda.shared.array(0, np.uint32)
-    bytes_table = cuda.shared.array(0, np.uint8)
+    table = cuda.shared.array(0, u32)
+    bytes_table = cuda.shared.array(0, u8)
     thread = _U32(cuda.threadIdx.x)
     lane = thread & _U32(WARP - 1)
     task = (_I64(cuda.blockIdx.x) * TILES + _I64(thread >> _U32(5))) * FIELDS
@@ -257,7 +259,7 @@ def encode(  # type: ignore[no-untyped-def]
     faults
         int32 [blocks]: becomes FULL where a tile has no room; 0 before.
     """
-    table = cuda.shared.array(0, np.uint32)
+    table = cuda.shared.array(0, u32)
     thread = _U32(cuda.threadIdx.x)
     lane = thread & _U32(WARP - 1)
     tile = _I64(cuda.blockIdx.x) * TILES + _I64(thread >> _U32(5))
@@ -325,7 +327,7 @@ def encode(  # type: ignore[no-untyped-def]
                     words[begin + position + _I32(popc(mask & below))] = np.uint16(
                         short & _I32(0xFFFF)
                     )
-            frequency = (entry >> _U32(12)) & _U32(0xFFF)
+            frequency = (entry >> _U32(12)) & _U32(0x1FFF)
             spills = active and state >> _U32(20) >= frequency
             mask = ballot(spills)
             position -= _I32(popc(mask))
