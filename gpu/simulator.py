@@ -156,6 +156,11 @@ def f32_from_bits(bits: Any) -> np.float32:
     return np.uint32(bits).view(np.float32)
 
 
+def f32_bits(x: Any) -> np.uint32:
+    """Bits of a binary32."""
+    return np.float32(x).view(np.uint32)
+
+
 def round_to_int(x: Any) -> np.int32:
     """The nearest integer, ties to even; saturates, and is 0 for NaN."""
     if np.isnan(x):
