@@ -43,7 +43,7 @@ TILES = 8
     BLOCK,
     WORDS,  # where the tile begins in the payloads, in words; when encoding, where its room ends
     LENGTH,  # of the tile, or of the room for it, in words
-    CLASSES,  # where the part's classes begin, in bytes, for the tile that unpacks them; else -1
+    CLASSES,  # where the part's classes begin, in bytes; -1 - that in all tiles but the first
     LEVEL,
 ) = range(10)
 FIELDS = 10
@@ -133,6 +133,10 @@ def decode(  # type: ignore[no-untyped-def]
         own_classes = -classes - 1
     block = tasks[task + BLOCK]
     lanes = min(tokens, _U32(WARP))
+    if length < _U32(2) * lanes:
+        if lane == 0:
+            faults[block] = DAMAGED
+        return
     below = (_U32(1) << lane) - _U32(1)
 
     state = _LEAST

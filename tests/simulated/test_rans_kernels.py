@@ -183,7 +183,7 @@ def _damaged(case: Case, seed: int) -> list[bytes]:
         data = bytearray(encoded[i])
         kind = rng.integers(4)
         if kind == 0:
-            data = data[:-2] if len(data) // 2 > 2 * min(32, case.tokens[block]) else data + b"\0\0"
+            data = data[:-2]
         elif kind == 1:
             data += b"\0\1"
         elif kind == 2:
@@ -211,6 +211,14 @@ def test_damage_is_a_fault_where_the_cpu_refuses(seed: int) -> None:
     np.testing.assert_array_equal((faults & rans.DAMAGED) != 0, expected)
     between = np.setdiff1d(np.arange(case.stride), case.columns)
     assert (out[:, between] == CANARY).all()
+
+
+def test_a_tile_shorter_than_its_states_is_a_fault() -> None:
+    case = Case(tokens=(3, 2), levels=(0, 0))
+    encoded = [cpu.encode(*case.of(tile)) for tile in case.tiles]
+    encoded[-1] = b""  # the payloads end here
+    _, _, faults = _decode(case, encoded)
+    assert faults.tolist() == [0, rans.DAMAGED]
 
 
 def test_escapes_longer_than_needed_are_faults() -> None:
