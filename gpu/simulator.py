@@ -62,10 +62,13 @@ def simulate(
     arguments: Sequence[Any],
     shared: int = 0,
 ) -> None:
-    """Run a kernel on NumPy arrays, C-contiguous, which it changes. As ``kernel(…)`` otherwise.
+    """Run a kernel on NumPy arrays, C-contiguous, or addresses. As ``kernel(…)`` otherwise.
 
-    Some tenths of a millisecond a thread, and more for each :func:`ballot`. One at a time.
+    Some hundredths of a millisecond a thread, and more for each :func:`ballot`. One at a time.
     """
+    grid = (grid,) if isinstance(grid, int) else grid
+    if min(grid) == 0:
+        return
     typed = [_typed(t, x) for t, x in zip(kernel.signature, arguments, strict=True)]
     launch = cuda.jit(kernel.function)[grid, block, 0, shared]
     with warnings.catch_warnings():
@@ -75,12 +78,17 @@ def simulate(
 
 
 def _typed(kind: Any, value: Any) -> Any:
-    name = str(getattr(kind, "dtype", kind))
+    dtype = np.dtype(str(getattr(kind, "dtype", kind)))
     if not isinstance(kind, types.CPointer):
-        return getattr(np, name)(value)
-    if not value.flags.c_contiguous or value.dtype != name:
-        raise TypeError(f"expected contiguous {name}, found {value.dtype} {value.strides}")
-    return Memory(value.reshape(-1))
+        return dtype.type(value)
+    if not isinstance(value, np.ndarray):
+        return _at(value, dtype)
+    flat = np.asarray(value).reshape(-1, copy=False)
+    if value.dtype == np.uint8:  # bytes, to be read as anything
+        flat = flat[: flat.size // dtype.itemsize * dtype.itemsize].view(dtype)
+    if flat.dtype != dtype:
+        raise TypeError(f"expected {dtype}, found {value.dtype}")
+    return Memory(flat)
 
 
 # --- what the lanes of a warp share -------------------------------------------------------------
@@ -132,6 +140,11 @@ def shuffle_down(value: Any, by: Any) -> Any:
     return values[lane + int(by)] if lane + int(by) < len(values) else value
 
 
+def shuffle(value: Any, lane: Any) -> Any:
+    """The value of a lane. All lanes take part."""
+    return _exchange(value)[1][int(lane)]
+
+
 # --- conversions --------------------------------------------------------------------------------
 
 
@@ -149,6 +162,16 @@ def bf16_bits(x: Any) -> np.uint16:
     """Bits of a binary32 as bfloat16, to nearest even."""
     bits: np.uint16 = np.float32(x).astype(ml_dtypes.bfloat16).view(np.uint16)
     return bits
+
+
+def f16_pair(low: Any, high: Any) -> np.uint32:
+    """Two binary32 as two binary16 in 32 bits."""
+    return np.uint32(int(f16_bits(low)) | int(f16_bits(high)) << 16)
+
+
+def bf16_pair(low: Any, high: Any) -> np.uint32:
+    """Two binary32 as two bfloat16 in 32 bits."""
+    return np.uint32(int(bf16_bits(low)) | int(bf16_bits(high)) << 16)
 
 
 def f32_from_bits(bits: Any) -> np.float32:
@@ -171,7 +194,7 @@ def round_to_int(x: Any) -> np.int32:
 # --- pointers from addresses --------------------------------------------------------------------
 
 
-def _at(address: Any, dtype: type) -> Memory:
+def _at(address: Any, dtype: npt.DTypeLike) -> Memory:
     kind = np.ctypeslib.as_ctypes_type(dtype) * (_UNKNOWN // np.dtype(dtype).itemsize)
     return Memory(np.ctypeslib.as_array(kind.from_address(int(address))))
 
@@ -194,3 +217,24 @@ def u32_at(address: Any) -> Memory:
 def f32_at(address: Any) -> Memory:
     """A pointer from an address."""
     return _at(address, np.float32)
+
+
+def _four_at(address: Any, dtype: type) -> npt.NDArray[Any]:
+    if int(address) % 16:
+        raise ValueError(f"address {int(address)} is no multiple of 16")
+    return _at(address, dtype).array[:4]
+
+
+def load_u32x4(address: Any) -> tuple[Any, ...]:
+    """Sixteen bytes at an address that is a multiple of 16."""
+    return tuple(_four_at(address, np.uint32))
+
+
+def load_f32x4(address: Any) -> tuple[Any, ...]:
+    """Sixteen bytes at an address that is a multiple of 16."""
+    return tuple(_four_at(address, np.float32))
+
+
+def store_u32x4(address: Any, a: Any, b: Any, c: Any, d: Any) -> None:
+    """Sixteen bytes to an address that is a multiple of 16."""
+    _four_at(address, np.uint32)[:] = a, b, c, d

@@ -181,7 +181,7 @@ def sizes(  # type: ignore[no-untyped-def]
     ``bits`` float32 [families, 256]; ``out`` float32 [blocks, parts, SIZES]; ``starts`` int32
     [blocks + 1]: first tokens.
     """
-    table = cuda.shared.array(0, np.float32)
+    table = cuda.shared.array(0, f32)
     block, part = _I32(cuda.blockIdx.x), _I32(cuda.blockIdx.y)
     thread = _I32(cuda.threadIdx.x)
     first_family = _U32(families[part])
@@ -334,7 +334,7 @@ def steps(blocks, offsets, unit, block_steps, factors, levels, heads):  # type: 
         power = 1.4142135623730951
     elif quarter == 3:
         power = 1.681792830507429
-    delta = _F32(math.ldexp(_F64(step) * power, sum_of // _I32(4)))
+    delta = _F32(math.ldexp(_F64(step) * power, int(sum_of // _I32(4))))
     factors[i] = _F32(1) / delta
     if sum_of < 16:
         block_steps[block * 16 + sum_of] = delta

@@ -261,6 +261,7 @@ def _encode(
         case.stride,
         np.array(case.levels, np.int32),
         classes,
+        np.array(case.tokens, np.int32),
         words,
         lengths,
         faults,
