@@ -20,11 +20,12 @@ i64p = types.CPointer(types.int64)
 f32p = types.CPointer(types.float32)
 f64p = types.CPointer(types.float64)
 i32, i64, u32, u64 = types.int32, types.int64, types.uint32, types.uint64
+u8 = types.uint8
 f32, f64 = types.float32, types.float64
 
 WARP = 32
 
-if config.ENABLE_CUDASIM:
+if config.ENABLE_CUDASIM:  # type: ignore[attr-defined]
     from kvtc_stream.gpu.simulator import (
         ballot,
         bf16_bits,

@@ -26,6 +26,7 @@ from kvtc_stream.gpu.intrinsics import (
     shuffle,
     u8p,
     u16p,
+    u32,
     u32p,
 )
 from kvtc_stream.gpu.kernel import kernel
@@ -108,7 +109,7 @@ def decode(  # type: ignore[no-untyped-def]
     faults
         int32 [blocks]: becomes the faults; 0 before.
     """
-    table = cuda.shared.array(0, np.uint32)
+    table = cuda.shared.array(0, u32)
     thread = _U32(cuda.threadIdx.x)
     lane = thread & _U32(WARP - 1)
     task = (_I64(cuda.blockIdx.x) * TILES + _I64(thread >> _U32(5))) * FIELDS
@@ -137,6 +138,10 @@ def decode(  # type: ignore[no-untyped-def]
         own_classes = -1 - classes
     block = tasks[task + BLOCK]
     lanes = min(tokens, _U32(WARP))
+    if length < _U32(2) * lanes:
+        if lane == 0:
+            faults[block] = DAMAGED
+        return
     below = (_U32(1) << lane) - _U32(1)
 
     state = _LEAST
@@ -175,7 +180,7 @@ def decode(  # type: ignore[no-untyped-def]
             entry = table[size + (bucket >> _U32(16)) + popc(begun)]
             column_found = entry >> _U32(24)
             if active:
-                frequency = (entry >> _U32(12)) & _U32(0xFFF)
+                frequency = ((entry >> _U32(12)) & _U32(0xFFF)) + _U32(1)
                 state = _U32(frequency * (state >> _U32(12)) + slot - (entry & _U32(0xFFF)))
             needs = state < _LEAST
             mask = ballot(needs)
@@ -272,7 +277,7 @@ def encode(  # type: ignore[no-untyped-def]
     faults
         int32 [blocks]: becomes FULL where a tile has no room; 0 before.
     """
-    table = cuda.shared.array(0, np.uint32)
+    table = cuda.shared.array(0, u32)
     thread = _U32(cuda.threadIdx.x)
     lane = thread & _U32(WARP - 1)
     tile = _I64(cuda.blockIdx.x) * TILES + _I64(thread >> _U32(5))
@@ -345,7 +350,7 @@ def encode(  # type: ignore[no-untyped-def]
                     words[begin + position + _I32(popc(mask & below))] = np.uint16(
                         short & _I32(0xFFFF)
                     )
-            frequency = (entry >> _U32(12)) & _U32(0xFFF)
+            frequency = (entry >> _U32(12)) & _U32(0x1FFF)
             spills = active and state >> _U32(20) >= frequency
             mask = ballot(spills)
             position -= _I32(popc(mask))

@@ -27,13 +27,14 @@ def decode_tables(
         but for that of the bucket's first slot.
     symbols
         uint32 [n], the columns that have a frequency, family after family:
-        ``start | frequency << 12 | column << 24``.
+        ``start | frequency - 1 << 12 | column << 24``.
     """
     wide = frequencies.astype(np.uint32)
     starts = np.cumsum(wide, axis=1, dtype=np.uint32) - wide
     family, column = np.nonzero(wide)
     start = starts[family, column]
-    symbols = start | wide[family, column] << np.uint32(12) | column.astype(np.uint32) << 24
+    frequency = wide[family, column]
+    symbols = start | frequency - 1 << 12 | column.astype(np.uint32) << 24
     begins = np.zeros((len(wide), TOTAL), np.uint32)
     begins[family, start] = 1
     index = begins.ravel().cumsum(dtype=np.uint32).reshape(len(wide), -1, BUCKET)[:, :, 0] - 1

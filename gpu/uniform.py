@@ -169,7 +169,7 @@ def sizes(  # type: ignore[no-untyped-def]
     ``bits`` float32 [families, 256]; ``out`` float32 [blocks, parts, SIZES]; ``starts`` int32
     [blocks + 1]: first tokens.
     """
-    table = cuda.shared.array(0, np.float32)
+    table = cuda.shared.array(0, f32)
     block, part = _I32(cuda.blockIdx.x), _I32(cuda.blockIdx.y)
     thread = _I32(cuda.threadIdx.x)
     first_family = _U32(families[part])
@@ -275,7 +275,7 @@ def control(  # type: ignore[no-untyped-def]
     """
     stream = _I32(cuda.blockIdx.x)
     lane = _I32(cuda.threadIdx.x)
-    logarithms = cuda.shared.array(SIZES, np.float64)
+    logarithms = cuda.shared.array(SIZES, f64)
     state = stream * _I32(STATE)
     tokens, bytes_so_far = states[state], states[state + 1]
     mean, slope = states[state + 2], states[state + 3]
@@ -336,7 +336,7 @@ def steps(  # type: ignore[no-untyped-def]
         power = 1.4142135623730951
     elif quarter == 3:
         power = 1.681792830507429
-    delta = _F32(math.ldexp(_F64(step) * power, klass // _I32(4)))
+    delta = _F32(math.ldexp(_F64(step) * power, int(klass // _I32(4))))
     factors[i] = _F32(1) / delta
     block_steps[i] = delta
     if klass == 0:
