@@ -28,6 +28,7 @@ from kvtc_stream.gpu.intrinsics import (
     f16_bits,
     f16_pair,
     f16_value,
+    f32,
     f32_at,
     f32_from_bits,
     f32p,
