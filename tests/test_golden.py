@@ -6,7 +6,9 @@ import ast
 import hashlib
 import io
 import json
+import os
 import random
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -149,6 +151,26 @@ def test_pages(version: str, case: dict[str, Any]) -> None:
     assert hashlib.sha256(decoder.symbols(other)[0]).hexdigest() == case["symbols"]
     values = b"".join(x.astype("<f4").tobytes() for x in decoder.values(other))
     assert close(values, (folder / case["values"]).read_bytes(), coarse=True)
+
+
+@pytest.mark.skipif("KVTC_KAITAI" not in os.environ, reason="KVTC_KAITAI names no node_modules")
+def test_the_kaitai_description_agrees() -> None:
+    """It compiles and reads every good stream; see ``tests/kaitai/check.js``."""
+    paths = [GOLDEN / version / case["file"] for version, case in GOOD if version == "1.0"]
+    run = subprocess.run(
+        ["node", str(GOLDEN.parent / "kaitai" / "check.js"), *map(str, paths)],
+        env={**os.environ, "NODE_PATH": os.environ["KVTC_KAITAI"]},
+        capture_output=True,
+        check=True,
+    )
+    found = json.loads(run.stdout)
+    for path in paths:
+        file = StreamFile(io.BytesIO(path.read_bytes()))
+        items = found[path.name]
+        assert [(i["type"], i["length"], i["tokens"]) for i in items] == [
+            (e.type, e.length, e.tokens) for e in file._entries
+        ]
+        assert items[-1]["total"] == file.sizes.total
 
 
 def test_the_second_reader_shares_nothing() -> None:
