@@ -1,7 +1,8 @@
 """Uniform bands on the GPU: classes of tokens, sizes, rate control, kept tokens, payloads.
 
 Coefficients are float32 [components, stride]: a component's tokens lie side by side. Components are
-those of all parts, one part after the other; tokens those of all blocks of a batch.
+those of all parts, one part after the other; tokens those of all blocks of a batch. Coefficients
+are divided by 2^(b/4) of their base steps b, so that a step is that of a token's class alone.
 """
 
 from __future__ import annotations
@@ -38,30 +39,20 @@ THREADS = 256
 OFFSETS = (-8.0, -4.0, 0.0, 4.0, 8.0)
 SIZES = len(OFFSETS)
 #: Components that sizes are measured on: one of so many. Neighbours take almost the same bits.
-SAMPLED = 2
+SAMPLED = 4
 #: Fields of a stream's state: tokens so far, bytes of them, mean offset, slope.
 STATE = 4
-#: Steps of a block: sums of a base step and a class.
-STEPS = 272
+#: Components that a thread quantises for a reconstruction.
+TOGETHER = 32
 
 _CORRIDOR, _CLIP_COEFFICIENT, _CLIP_FEATURE, _LEAST_ENERGY = 0.015, 6.0, 8.0, 1e-6
 _MIDDLE, _MOST_SYMBOL = 8, float(1 << 24)
 _I32, _I64, _U32, _F32, _F64 = np.int32, np.int64, np.uint32, np.float32, np.float64
 
 
-@kernel(f32p, i64, i32, i32p, f32p, f32p, i32p, f32p, f32, u8p, f32p)
+@kernel(f32p, i64, i32, i32p, f32p, f32p, i32p, f32, u8p, f32p)
 def classify(  # type: ignore[no-untyped-def]
-    coefficients,
-    stride,
-    tokens,
-    parts,
-    scale,
-    weights,
-    groups,
-    base_factors,
-    per_class,
-    classes,
-    peaks,
+    coefficients, stride, tokens, parts, scale, weights, groups, per_class, classes, peaks
 ):
     """The class of each token in each part, and its largest coefficient; blocks [tokens, parts].
 
@@ -77,8 +68,6 @@ def classify(  # type: ignore[no-untyped-def]
         coefficients, their magnitudes, energies (see ``kvtc_stream.importance``).
     groups
         int32 [parts, 8]: borders of the groups.
-    base_factors
-        float32 [components]: 2^(-base step / 4).
     per_class
         Classes for a unit of the logarithm of importance.
     classes, peaks
@@ -101,7 +90,7 @@ def classify(  # type: ignore[no-untyped-def]
     for i in range(_I32(0), count):
         x = coefficients[_I64(first + i) * stride + token]
         sound &= math.isfinite(x)
-        peak = max(peak, abs(x) * base_factors[first + i])
+        peak = max(peak, abs(x))
         if i < read:
             z = x * scale[first + i]
             if i < leading:
@@ -132,45 +121,44 @@ def classify(  # type: ignore[no-untyped-def]
     peaks[to] = peak if sound else _F32(math.inf)
 
 
-@kernel(i32p, i32, f64p, f64p, f64, f32p, i32p)
-def offset_factors(streams, blocks, states, offsets, unit, factors, levels):  # type: ignore[no-untyped-def]
+@kernel(i32p, i32, f64p, f64p, f64, i32, i32, f32p, i32p, i32p)
+def offset_factors(  # type: ignore[no-untyped-def]
+    streams, blocks, states, offsets, unit, lowest, highest, factors, levels, indices
+):
     """What coefficients are multiplied by at every offset that sizes are measured at.
 
-    ``streams`` int32 [blocks]; ``factors`` float32 [blocks, SIZES, STEPS] and ``levels`` int32
-    [blocks, SIZES] of the mean offset of the block's stream, rounded, plus ``offsets``.
+    ``streams`` int32 [blocks]; ``factors`` float32 [blocks, SIZES, 16], ``levels`` and ``indices``
+    int32 [blocks, SIZES]: of the mean offset of the block's stream, rounded, plus ``offsets``; an
+    index counts levels from ``lowest`` to ``highest``.
     """
     i = _I32(cuda.blockIdx.x) * _I32(THREADS) + _I32(cuda.threadIdx.x)
-    if i >= blocks * _I32(SIZES * STEPS):
+    if i >= blocks * _I32(SIZES * 16):
         return
-    row, step = i // _I32(STEPS), i % _I32(STEPS)
+    row, klass = i // _I32(16), i % _I32(16)
     block, which = row // _I32(SIZES), row % _I32(SIZES)
     level = math.floor(states[streams[block] * _I32(STATE) + 2] + 0.5) + offsets[which]
-    factors[i] = _F32(math.pow(2.0, -0.25 * (level + step)) / unit)
-    if step == 0:
+    factors[i] = _F32(math.pow(2.0, -0.25 * (level + klass)) / unit)
+    if klass == 0:
         levels[row] = _I32(level)
+        indices[row] = min(max(_I32(level), lowest), highest) - lowest
 
 
 @cuda.jit(device=True)
-def _cost(x, factor, row, rows, ids, at, table):  # type: ignore[no-untyped-def]
-    value = round_to_int(x * factor)
-    family = _U32(ids[min(max(row, _I32(0)), rows - _I32(1)) * at[0] + at[1]])
-    return table[(family << _U32(8)) + min(_U32(value + _I32(127)), _U32(255))]
+def _cost(x, factor, family, table):  # type: ignore[no-untyped-def]
+    place = min(_U32(round_to_int(x * factor) + _I32(127)), _U32(255))
+    return table[(_U32(family) << _U32(8)) + place]
 
 
-@kernel(
-    f32p, i64, i32p, u8p, u8p, i32, i32, u8p, f32p, i32p, f32p, i32p, f32p, i32p
-)  # fmt: skip
+@kernel(f32p, i64, i32p, u8p, i32, u8p, f32p, i32p, f32p, i32p, f32p, i32p)
 def sizes(  # type: ignore[no-untyped-def]
     coefficients,
     stride,
     parts,
     ids,
-    base,
-    rows,
     components,
     classes,
     factors,
-    levels,
+    indices,
     bits,
     families,
     out,
@@ -181,7 +169,7 @@ def sizes(  # type: ignore[no-untyped-def]
     ``bits`` float32 [families, 256]; ``out`` float32 [blocks, parts, SIZES]; ``starts`` int32
     [blocks + 1]: first tokens.
     """
-    table = cuda.shared.array(0, np.float32)
+    table = cuda.shared.array(0, f32)
     block, part = _I32(cuda.blockIdx.x), _I32(cuda.blockIdx.y)
     thread = _I32(cuda.threadIdx.x)
     first_family = _U32(families[part])
@@ -195,27 +183,28 @@ def sizes(  # type: ignore[no-untyped-def]
     across = min((end - begin + _I32(WARP - 1)) & ~_I32(WARP - 1), _I32(THREADS))
     together = _I32(THREADS) // across
     sum_0, sum_1, sum_2, sum_3, sum_4 = _F32(0), _F32(0), _F32(0), _F32(0), _F32(0)
-    per_row = components * _I32(16)
     at = block * _I32(SIZES)
+    level_0 = _I64(indices[at]) * components * 16
+    level_1 = _I64(indices[at + 1]) * components * 16
+    level_2 = _I64(indices[at + 2]) * components * 16
+    level_3 = _I64(indices[at + 3]) * components * 16
+    level_4 = _I64(indices[at + 4]) * components * 16
+    taken = (count + _I32(SAMPLED - 1)) // _I32(SAMPLED)
     if thread < together * across:
         for t in range(begin + thread % across, end, across):
             klass = _I32(classes[_I64(part) * stride + t])
-            for i in range(thread // across, (count + _I32(1)) // _I32(SAMPLED), together):
-                c = first + _I32(i) * _I32(SAMPLED)
+            f = at * _I32(16) + klass
+            f_0, f_1, f_2 = factors[f], factors[f + 16], factors[f + 32]
+            f_3, f_4 = factors[f + 48], factors[f + 64]
+            for i in range(thread // across, taken, together):
+                c = first + min(_I32(i) * _I32(SAMPLED) + _I32(SAMPLED // 2), count - _I32(1))
                 x = coefficients[_I64(c) * stride + t]
-                step = _I32(base[c])
-                f = at * _I32(STEPS) + step + klass
-                place = (per_row, c * _I32(16) + klass)
-                level = step + levels[at]
-                sum_0 += _cost(x, factors[f], level, rows, ids, place, table)
-                level = step + levels[at + 1]
-                sum_1 += _cost(x, factors[f + STEPS], level, rows, ids, place, table)
-                level = step + levels[at + 2]
-                sum_2 += _cost(x, factors[f + 2 * STEPS], level, rows, ids, place, table)
-                level = step + levels[at + 3]
-                sum_3 += _cost(x, factors[f + 3 * STEPS], level, rows, ids, place, table)
-                level = step + levels[at + 4]
-                sum_4 += _cost(x, factors[f + 4 * STEPS], level, rows, ids, place, table)
+                own = c * _I32(16) + klass
+                sum_0 += _cost(x, f_0, ids[level_0 + own], table)
+                sum_1 += _cost(x, f_1, ids[level_1 + own], table)
+                sum_2 += _cost(x, f_2, ids[level_2 + own], table)
+                sum_3 += _cost(x, f_3, ids[level_3 + own], table)
+                sum_4 += _cost(x, f_4, ids[level_4 + own], table)
     for by in (16, 8, 4, 2, 1):
         sum_0 += shuffle_down(sum_0, _I32(by))
         sum_1 += shuffle_down(sum_1, _I32(by))
@@ -235,25 +224,37 @@ def sizes(  # type: ignore[no-untyped-def]
         total = _F32(0)
         for i in range(THREADS // WARP):
             total += table[_U32(i * SIZES + thread)]
-        scale = _F32(count) / _F32(max((count + _I32(1)) // _I32(SAMPLED), _I32(1)))
+        scale = _F32(count) / _F32(max(taken, _I32(1)))
         to = (block * _I32(cuda.gridDim.y) + part) * _I32(SIZES) + thread
         out[to] = total * scale
 
 
 @cuda.jit(device=True)
 def _size_at(x, centre, logarithms):  # type: ignore[no-untyped-def]
-    """The logarithm of a block's size at an offset: linear between those that were measured."""
+    """A block's size at an offset: its logarithm is linear between those that were measured."""
     place = (x - centre) / 4.0 + 2.0
     i = min(max(_I32(math.floor(place)), _I32(0)), _I32(SIZES - 2))
     low, high = logarithms[i], logarithms[i + 1]
-    return low + (place - i) * (high - low)
+    return math.exp(low + (place - i) * (high - low))
+
+
+@cuda.jit(device=True)
+def _offset_of(size, centre, logarithms):  # type: ignore[no-untyped-def]
+    """The offset at which a block has a size."""
+    wanted = math.log(size)
+    i = _I32(0)
+    while i < SIZES - 2 and logarithms[i + 1] > wanted:
+        i += _I32(1)
+    low, high = logarithms[i], logarithms[i + 1]
+    place = (wanted - low) / min(high - low, -1e-9)
+    return centre + 4.0 * (i + place - 2.0)
 
 
 @kernel(i32p, i32p, f32p, i32p, i32, i32, f64, f64, f64, f64p, f64p)
 def control(  # type: ignore[no-untyped-def]
     first_blocks, starts, sizes, levels, parts, tiles, fixed, target, least, states, offsets
 ):
-    """The offset of every block, as :class:`kvtc_stream.control.RateControl`; a thread a stream.
+    """The offset of every block, as :class:`kvtc_stream.control.RateControl`; a warp a stream.
 
     Parameters
     ----------
@@ -264,16 +265,17 @@ def control(  # type: ignore[no-untyped-def]
     fixed
         Bytes of a block besides tiles and classes.
     target
-        Bytes a token; not positive: offsets are 0.
+        Bytes a token.
     least
         The finest offset.
     states
-        float64 [streams, STATE]; :func:`record` changes it.
+        float64 [streams, STATE]; :func:`record` changes it, but for the slope.
     offsets
         float64 [blocks].
     """
-    stream = _I32(cuda.threadIdx.x)
-    logarithms = cuda.local.array(SIZES, np.float64)
+    stream = _I32(cuda.blockIdx.x)
+    lane = _I32(cuda.threadIdx.x)
+    logarithms = cuda.shared.array(SIZES, f64)
     state = stream * _I32(STATE)
     tokens, bytes_so_far = states[state], states[state + 1]
     mean, slope = states[state + 2], states[state + 3]
@@ -281,52 +283,52 @@ def control(  # type: ignore[no-untyped-def]
         n = starts[b + 1] - starts[b]
         overhead = fixed + tiles * (4 + 2 * min(n, _I32(32))) + parts * ((n + 1) // 2)
         for m in range(SIZES):
-            total = 0.0
-            for p in range(parts):
-                total += _F64(sizes[(b * parts + p) * SIZES + m])
-            logarithms[m] = math.log(total / 8 + overhead)
-        centre = _F64(levels[b * SIZES + 2])
-        x = 0.0
-        if tokens > 0:
-            x = mean - math.log(max(bytes_so_far, 1e-300) / (target * tokens)) / slope
-            x = min(max(x, least), 100.0)
-        if target <= 0:
+            total = _F32(0)
+            for p in range(lane, parts, _I32(WARP)):
+                total += sizes[(_I32(b) * parts + _I32(p)) * _I32(SIZES) + _I32(m)]
+            for by in (16, 8, 4, 2, 1):
+                total += shuffle_down(total, _I32(by))
+            if lane == 0:
+                logarithms[m] = math.log(_F64(total) / 8 + overhead)
+        if lane == 0:
+            centre = _F64(levels[b * SIZES + 2])
             x = 0.0
-        else:
+            if tokens > 0:
+                x = mean - math.log(max(bytes_so_far, 1e-300) / (target * tokens)) / slope
+                x = min(max(x, least), 100.0)
             goal = target * (tokens + n)
-            excess = math.log((bytes_so_far + math.exp(_size_at(x, centre, logarithms))) / goal)
+            size = _size_at(x, centre, logarithms)
+            excess = math.log((bytes_so_far + size) / goal)
             if abs(excess) > _CORRIDOR:
-                aim = math.copysign(0.75 * _CORRIDOR, excess)
-                wanted = goal * math.exp(aim) - bytes_so_far
-                low, high = least, 100.0
-                for _ in range(40):
-                    x = 0.5 * (low + high)
-                    if math.exp(_size_at(x, centre, logarithms)) > wanted:
-                        low = x
-                    else:
-                        high = x
+                wanted = goal * math.exp(math.copysign(0.75 * _CORRIDOR, excess)) - bytes_so_far
+                x = min(max(_offset_of(max(wanted, 1.0), centre, logarithms), least), 100.0)
+                size = _size_at(x, centre, logarithms)
             measured = (logarithms[SIZES - 1] - logarithms[0]) / 16.0
             if measured < 0:
                 slope += 0.25 * (measured - slope)
-        offsets[b] = x
-        bytes_so_far += math.exp(_size_at(x, centre, logarithms))
-        tokens += n
-        mean += (x - mean) * n / tokens
-    states[state + 3] = slope
+            offsets[b] = x
+            bytes_so_far += size
+            tokens += n
+            mean += (x - mean) * n / tokens
+    if lane == 0:
+        states[state + 3] = slope
 
 
-@kernel(i32, f64p, f64, f32p, f32p, i32p, f32p)
-def steps(blocks, offsets, unit, block_steps, factors, levels, heads):  # type: ignore[no-untyped-def]
-    """Steps of a block: float32 [blocks, 16] of classes, and float32 [blocks, STEPS] factors.
+@kernel(i32, f64p, f64, i32, i32, f32p, f32p, i32p, i32p, f32p)
+def steps(  # type: ignore[no-untyped-def]
+    blocks, offsets, unit, lowest, highest, block_steps, factors, levels, indices, heads
+):
+    """Steps of the classes of each block, float32 [blocks, 16], and one over them.
 
-    ``levels`` int32 and ``heads`` float32 [blocks] are what its payload says.
+    ``heads`` float32 and ``levels`` int32 [blocks] are what payloads say; ``indices`` int32
+    [blocks] count levels from ``lowest`` to ``highest``.
     """
     i = _I32(cuda.blockIdx.x) * _I32(THREADS) + _I32(cuda.threadIdx.x)
-    if i >= blocks * _I32(STEPS):
+    if i >= blocks * _I32(16):
         return
-    block, sum_of = i // _I32(STEPS), i % _I32(STEPS)
+    block, klass = i // _I32(16), i % _I32(16)
     step = _F32(unit * math.pow(2.0, offsets[block] * 0.25))
-    quarter = sum_of % _I32(4)
+    quarter = klass % _I32(4)
     power = 1.0
     if quarter == 1:
         power = 1.189207115002721
@@ -334,48 +336,39 @@ def steps(blocks, offsets, unit, block_steps, factors, levels, heads):  # type: 
         power = 1.4142135623730951
     elif quarter == 3:
         power = 1.681792830507429
-    delta = _F32(math.ldexp(_F64(step) * power, sum_of // _I32(4)))
+    delta = _F32(math.ldexp(_F64(step) * power, int(klass // _I32(4))))
     factors[i] = _F32(1) / delta
-    if sum_of < 16:
-        block_steps[block * 16 + sum_of] = delta
-    if sum_of == 0:
+    block_steps[i] = delta
+    if klass == 0:
         heads[block] = step
-        levels[block] = _I32(min(max(math.floor(offsets[block] + 0.5), -128.0), 127.0))
+        level = _I32(min(max(math.floor(offsets[block] + 0.5), -128.0), 127.0))
+        levels[block] = level
+        indices[block] = min(max(level, lowest), highest) - lowest
 
 
-@kernel(f32p, i64, i32, i32p, i32p, i32, u8p, u8p, f32p, f32p, u16p, f32p)
+@kernel(f32p, i64, i32, i32p, i32p, u8p, f32p, f32p, u16p, f32p)
 def quantise(  # type: ignore[no-untyped-def]
-    coefficients,
-    stride,
-    tokens,
-    parts,
-    blocks,
-    number,
-    base,
-    classes,
-    factors,
-    block_steps,
-    symbols,
-    scales,
+    coefficients, stride, tokens, parts, blocks, classes, factors, block_steps, symbols, scales
 ):
     """Symbols as binary16 [components, stride] and steps [parts, stride], to reconstruct from.
 
-    Blocks of threads [tokens, components]. ``blocks`` int32 [tokens]: the block of a token.
+    Blocks of threads [tokens, TOGETHER components, parts]. ``blocks`` int32 [tokens]: the block of
+    a token.
     """
     token = _I32(cuda.blockIdx.x) * _I32(THREADS) + _I32(cuda.threadIdx.x)
     if token >= tokens:
         return
-    c = _I32(cuda.blockIdx.y)
-    part = _I32(0)
-    while part < number - _I32(1) and c >= parts[(part + _I32(1)) * 6]:
-        part += _I32(1)
+    part = _I32(cuda.blockIdx.z)
+    begin = _I32(cuda.blockIdx.y) * _I32(TOGETHER)
     klass = _I32(classes[_I64(part) * stride + token])
-    at = _I64(c) * stride + token
-    block = blocks[token]
-    value = round_to_int(coefficients[at] * factors[block * _I32(STEPS) + _I32(base[c]) + klass])
-    symbols[at] = f16_bits(_F32(value))
-    if c == parts[part * 6]:
-        scales[_I64(part) * stride + token] = block_steps[block * _I32(16) + klass]
+    own = blocks[token] * _I32(16) + klass
+    factor = factors[own]
+    at = _I64(parts[part * 6] + begin) * stride + token
+    for _ in range(begin, min(begin + _I32(TOGETHER), parts[part * 6 + 1])):
+        symbols[at] = f16_bits(_F32(round_to_int(coefficients[at] * factor)))
+        at += stride
+    if begin == 0:
+        scales[_I64(part) * stride + token] = block_steps[own]
 
 
 @kernel(i32p, i32, i64, u8p, f32p, f32p, f32p, f32, i32p, i32p, u8p)
@@ -398,7 +391,7 @@ def keep(starts, parts, stride, classes, peaks, factors, errors, bound, columns,
             for part in range(parts):
                 at = _I64(part) * stride + token
                 klass = _I32(classes[at])
-                largest = peaks[at] * factors[block * _I32(STEPS) + klass]
+                largest = peaks[at] * factors[block * _I32(16) + klass]
                 good &= largest < _F32(0.999 * _MOST_SYMBOL)
             if bound >= 0:
                 good &= errors[token] <= bound and errors[stride + token] <= bound

@@ -203,7 +203,7 @@ class Calibrator:
         moments = self._section(section)
         s = moments.section
         k_layers, v_layers, where = self._document(s, k, v, positions)
-        grads = self._document(s, grad_k, grad_v, where)[:2]
+        grads = self._layers(s, grad_k, grad_v, "grad_k", "grad_v")
         if grads[0][0].shape[1] != len(where):
             raise ValueError(f"found {len(where)} tokens, gradients of {grads[0][0].shape[1]}")
         straight = replace(s, rope=())
@@ -223,12 +223,18 @@ class Calibrator:
     def _document(
         self, s: Section, k: Any, v: Any, positions: Any
     ) -> tuple[list[NDArray[Any]], list[NDArray[Any]], NDArray[np.int64]]:
-        k_layers, _ = layer_list(k, "k", len(s.layers), s.kv_heads, s.k_dim)
-        v_layers, _ = layer_list(v, "v", len(s.layers), s.kv_heads, s.v_dim)
-        tokens = k_layers[0].shape[1]
-        if v_layers[0].shape[1] != tokens:
-            raise ValueError(f"k has {tokens} tokens, v has {v_layers[0].shape[1]}")
-        return k_layers, v_layers, check_positions(positions, tokens, -1)
+        k_layers, v_layers = self._layers(s, k, v, "k", "v")
+        return k_layers, v_layers, check_positions(positions, k_layers[0].shape[1], -1)
+
+    def _layers(
+        self, s: Section, k: Any, v: Any, k_name: str, v_name: str
+    ) -> tuple[list[NDArray[Any]], list[NDArray[Any]]]:
+        k_layers, _ = layer_list(k, k_name, len(s.layers), s.kv_heads, s.k_dim)
+        v_layers, _ = layer_list(v, v_name, len(s.layers), s.kv_heads, s.v_dim)
+        tokens = k_layers[0].shape[1], v_layers[0].shape[1]
+        if tokens[0] != tokens[1]:
+            raise ValueError(f"{k_name} has {tokens[0]} tokens, {v_name} has {tokens[1]}")
+        return k_layers, v_layers
 
     def _rows(
         self,
@@ -520,12 +526,14 @@ class _Importance:
     def __init__(self, section: Section) -> None:
         shape = (len(section.layers), section.kv_heads)
         self._section = section
+        self._tokens = 0
         self._k = np.zeros((*shape, section.k_dim, section.k_dim))
         self._v = np.zeros((*shape, section.v_dim, section.v_dim))
         bytes_per_row = 4 * (section.k_width + section.v_width)
         self._sample = _RowSample(min(_GRADIENT_ROWS, max(512, _GRADIENT_BYTES // bytes_per_row)))
 
     def add(self, rows: NDArray[np.float32], gradients: NDArray[np.float32]) -> None:
+        self._tokens += len(rows)
         for part, total in self._split(gradients):
             by_head = part.transpose(1, 2, 0, 3).astype(np.float64)
             total += by_head.swapaxes(2, 3) @ by_head
@@ -543,12 +551,15 @@ class _Importance:
             yield part.reshape(len(rows), *total.shape[:3]), total
 
     def merge(self, other: _Importance) -> None:
+        self._tokens += other._tokens
         self._k += other._k
         self._v += other._v
         self._sample.merge(other._sample)
 
     def matrices(self) -> _Pair:
-        return self._k, self._v
+        """Per token, so that sections compare however many gradients each was given."""
+        tokens = max(self._tokens, 1)
+        return self._k / tokens, self._v / tokens
 
     def pairs(self, columns: _Columns) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:
         """Rows and gradients [rows, width] of the columns; ``None`` without gradients."""

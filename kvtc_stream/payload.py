@@ -82,6 +82,11 @@ class UniformPayload:
                 f"{where}: tiles of {total} bytes in a payload that has {size - head - tail} for "
                 f"them"
             )
+        last = memoryview(block.coded)[size - tail :][nibbles(tokens) - 1 :: nibbles(tokens)]
+        if tokens % 2 and any(byte >> 4 for byte in last):
+            raise FormatError(
+                f"{where}: the bits after a part's last class are not 0: the writer is at fault"
+            )
         return cls(step, level, per_tile, lengths, head, size - tail)
 
 
@@ -109,9 +114,6 @@ def pack_classes(classes: NDArray[np.uint8]) -> bytes:
 
 
 def unpack_classes(data: bytes | memoryview, tokens: int) -> NDArray[np.uint8]:
-    """Undo :func:`pack_classes`; ``FormatError`` unless what fills the last byte is 0."""
+    """Undo :func:`pack_classes`."""
     packed = np.frombuffer(data, np.uint8)
-    classes = np.stack([packed & 15, packed >> 4], axis=1).ravel()
-    if classes[tokens:].any():
-        raise FormatError("the bits after the last class are not 0: the writer is at fault")
-    return classes[:tokens]
+    return np.stack([packed & 15, packed >> 4], axis=1).ravel()[:tokens]

@@ -246,6 +246,12 @@ def test_calibrate_warns_in_one_line(tmp_path, kvtc_command):
         (["x.npz", "--rope", "none", "--rotary-dim", "4"], "go with --rope-theta"),
         (["--rope", "none"], "give plain caches IN"),
         (["x.npz", "--rope", "none", "--text", "t"], "--text goes with --model"),
+        (["x.npz", "--rope", "none", "--importance", "none"], "--importance goes with --model"),
+        (["--model", "m", "--text", "t", "--importance-documents", "0"], "at least 1, found 0"),
+        (
+            ["--model", "m", "--text", "t", "--importance", "none", "--importance-documents", "1"],
+            "leave out --importance-documents",
+        ),
         (["--model", "m"], "--model needs --text"),
         (["--model", "m", "--text", "t", "--rope", "none"], "leave out --rope"),
         (["x.npz", "--model", "m"], r"leave out x.npz"),
@@ -269,7 +275,9 @@ def test_calibrate_refuses_caches_that_differ(tmp_path, kvtc_command):
     assert not (tmp_path / "cal.safetensors").exists()
 
 
-def test_calibrate_a_model(tmp_path, kvtc_command):
+@pytest.fixture
+def tiny(tmp_path: Path) -> tuple[Path, list[Path]]:
+    """A model with its tokenizer, and texts for it."""
     transformers = pytest.importorskip("transformers")
     from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -294,10 +302,14 @@ def test_calibrate_a_model(tmp_path, kvtc_command):
     rng = np.random.default_rng(0)
     for name in ("a.txt", "b.txt"):
         (tmp_path / name).write_text(" ".join(rng.choice(words, 100)), encoding="utf-8")
+    return folder, [tmp_path / name for name in ("a.txt", "b.txt")]
 
+
+def test_calibrate_a_model(tmp_path, tiny, kvtc_command):
+    folder, texts = tiny
     cal = tmp_path / "cal.safetensors"
     run = kvtc_command(
-        "calibrate", "--model", folder, "--text", tmp_path / "a.txt", tmp_path / "b.txt",
+        "calibrate", "--model", folder, "--text", *texts,
         "-o", cal, "--tokens", 150, "--document-tokens", 50, "--sinks", 2, "--json",
     )  # fmt: skip
     assert run.status == 0, run.err
@@ -306,6 +318,38 @@ def test_calibrate_a_model(tmp_path, kvtc_command):
     assert made.model.name == "tiny"
     assert made.geometry.sections[0].k_shape(1) == (2, 2, 1, 8)
     assert run.json["digest"] == made.digest.hex()
+
+
+@pytest.mark.parametrize(
+    ("importance", "documents"),
+    [(None, None), ("gradients", 1), ("queries", None), ("queries", 1), ("none", None)],
+)
+def test_calibrate_by_importance(tmp_path, tiny, kvtc_command, importance, documents):
+    """As the library does it; documents of 50 tokens, 4 in all."""
+    from kvtc_stream.integrations.loading import load_model
+    from kvtc_stream.integrations.transformers import calibrate
+
+    folder, texts = tiny
+    chosen = {"importance": importance, "importance_documents": documents}
+    chosen = {name: value for name, value in chosen.items() if value is not None}
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in chosen.items()]
+    cal = tmp_path / "cal.safetensors"
+    run = kvtc_command(
+        "calibrate", "--model", folder, "--text", *texts, "-o", cal, "--document-tokens", 50,
+        *options, "--json",
+    )  # fmt: skip
+    assert run.status == 0, run.err
+    [section] = run.json["sections"]
+    assert section["bases"]["joint"][0]["weighted"] is (importance != "none")
+    model, tokenizer = load_model(folder)
+    expected = calibrate(
+        model,
+        [text.read_text(encoding="utf-8") for text in texts],
+        tokenizer=tokenizer,
+        document_tokens=50,
+        **chosen,
+    )
+    assert run.json["digest"] == expected.digest.hex()
 
 
 def test_a_missing_gguf_file_says_so(tmp_path, kvtc_command):
