@@ -11,7 +11,7 @@ from kvtc_stream.formats.header import StreamHeader
 from kvtc_stream.formats.limits import Limits
 
 #: Version of the format, not of the package.
-FORMAT_VERSION = (0, 4)
+FORMAT_VERSION = (1, 0)
 
 # As in PNG: a byte above 127 that is no UTF-8, and line ends that text modes would change.
 MAGIC = b"\x8bKVT\r\n\x1a\n"
@@ -64,12 +64,12 @@ class Preamble:
 
 
 def check_version(major: int, minor: int, where: str) -> None:
-    """Raise ``VersionError`` unless this reader knows the version."""
-    if (major, minor) != FORMAT_VERSION:
+    """Raise ``VersionError`` unless this reader knows the major version."""
+    if major != FORMAT_VERSION[0]:
         raise VersionError(
             f"{where}, version at byte 8 is {major}.{minor}, this reader knows "
-            f"{FORMAT_VERSION[0]}.{FORMAT_VERSION[1]}, and versions before 1.0 do not mix; "
-            "read with the kvtc-stream that wrote it"
+            f"{FORMAT_VERSION[0]}.x; read with "
+            + ("the kvtc-stream that wrote it" if major == 0 else "a newer kvtc-stream")
         )
 
 

@@ -277,9 +277,10 @@ class StreamFile:
         superseding = [e for e in entries if e.type == RecordType.SUPERSEDE]
         if superseding:
             record, data = self._read_record(superseding[-1])
-            self.header, _ = _open_record(
-                record, data, superseding[-1].offset, self.header, self._limits
-            )
+            offset = superseding[-1].offset
+            header, _ = _open_record(record, data, offset, self.header, self._limits)
+            assert isinstance(header, StreamHeader)
+            self.header = header
 
     def read_block(self, entry: IndexEntry) -> Block:
         """Read one block that :attr:`index` lists.
@@ -344,13 +345,13 @@ class StreamFile:
 
     def _authenticate(self) -> bytes:
         """The digests of the records before the AUTH record; it must be there."""
-        *before, auth = self._entries[:-1] or [None]
-        if auth is None or auth.type != RecordType.AUTH:
+        if len(self._entries) < 2 or self._entries[-2].type != RecordType.AUTH:
             raise AuthenticationError(
                 "the stream was written without a key: do not use it if it should have one"
             )
+        auth = self._entries[-2]
         record, data = self._read_record(auth)
-        entries = b"".join(entry.pack() for entry in before)
+        entries = b"".join(entry.pack() for entry in self._entries[:-2])
         payload = record.open(data, auth.offset)
         return open_auth(payload, self._key, self._opening_digest, entries)
 

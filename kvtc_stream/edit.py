@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -17,7 +18,7 @@ from kvtc_stream.formats import (
     StreamWriter,
 )
 from kvtc_stream.sources import Source, open_source
-from kvtc_stream.storage import File, atomic_write, is_path, write_all
+from kvtc_stream.storage import File, atomic_write, write_all
 
 #: Fields of a header in which streams that are joined may differ: the first's are kept.
 _OWN = ("sinks", "window", "coder", "metadata", "token_digest")
@@ -93,7 +94,10 @@ def cat(
         if token_digest is None:
             token_digest = header.token_digest if whole else b""
         writer = StreamWriter(replace(header, token_digest=token_digest), key)
-        out = cleanup.enter_context(atomic_write(target)) if is_path(target) else target
+        if isinstance(target, str | os.PathLike):
+            out = cleanup.enter_context(atomic_write(target))
+        else:
+            out = target
         write_all(out, writer.start())
         for i, (stream, part) in enumerate(zip(streams, parts, strict=True)):
             for data in stream.user_records():

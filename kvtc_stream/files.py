@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from mmap import mmap as MappedMemory  # noqa: N812
 from types import TracebackType
-from typing import Any, BinaryIO, ClassVar, Literal, Self, cast, overload
+from typing import Any, BinaryIO, ClassVar, Literal, Self, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,7 +42,7 @@ from kvtc_stream.formats import (
 from kvtc_stream.interop import KVArray, as_kv_array
 from kvtc_stream.sources import Growing, Source, open_source
 from kvtc_stream.statistics import StreamStatistics
-from kvtc_stream.storage import File, append_to, atomic_write, is_path, write_all
+from kvtc_stream.storage import File, append_to, atomic_write, write_all
 
 #: Blocks that are decoded together.
 _BLOCKS_AT_A_TIME = 256
@@ -148,7 +148,7 @@ def open(
             raise TypeError(f"writing takes a path or a file object, found {type(file).__name__}")
         if mode == "wb" and (limits is not None or recover):
             raise TypeError("limits= and recover= are for reading and appending")
-        if mode == "ab" and not (is_path(file) and not os.path.exists(file)):
+        if mode == "ab" and not (isinstance(file, str | os.PathLike) and not os.path.exists(file)):
             return Writer(file, codec, append=_Append(limits, recover, key), key=key, **stream)
         return Writer(file, codec, key=key, **stream)
     raise ValueError(f"mode must be 'rb', 'wb' or 'ab', found {mode!r}")
@@ -181,7 +181,7 @@ class Writer:
         with ExitStack() as cleanup:
             if append is None:
                 self._encoder = codec.encoder(**stream)
-            if is_path(file):
+            if isinstance(file, str | os.PathLike):
                 claim = atomic_write if append is None else append_to
                 self._file: BinaryIO = cleanup.enter_context(claim(file))
             else:
@@ -191,7 +191,7 @@ class Writer:
                     )
                 Writer._writers[id(file)] = self
                 cleanup.callback(Writer._writers.pop, id(file), None)
-                self._file = cast(BinaryIO, file)
+                self._file = file
                 if append is not None:
                     cleanup.enter_context(_kept_on_failure(self._file))
             if append is not None:

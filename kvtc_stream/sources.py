@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from typing import Any, BinaryIO, cast
 
 from kvtc_stream.errors import TruncatedError
-from kvtc_stream.storage import is_path
 
 #: What a stream can be read from.
 Source = str | os.PathLike[str] | BinaryIO | bytes | bytearray | memoryview | mmap.mmap
@@ -29,7 +28,7 @@ def open_source(source: Source, *, mapped: bool = False) -> Iterator[BinaryIO]:
 
     ``mapped``: a path is mapped into memory, not read. Nobody may shorten the file meanwhile.
     """
-    if is_path(source):
+    if isinstance(source, str | os.PathLike):
         if "://" in os.fspath(source):
             with _Ranges.open(os.fspath(source)) as remote:
                 yield cast(BinaryIO, remote)

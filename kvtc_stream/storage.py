@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, TypeGuard
+from typing import BinaryIO
 
 from kvtc_stream.errors import StateError
 
@@ -62,11 +62,6 @@ def append_to(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         finally:
             if not os.fstat(claim.fileno()).st_size:  # what a crash left there stays
                 partial.unlink(missing_ok=True)
-
-
-def is_path(file: File) -> TypeGuard[str | os.PathLike[str]]:
-    """Whether it names a file."""
-    return isinstance(file, str | os.PathLike)
 
 
 def write_all(file: BinaryIO, data: bytes) -> None:

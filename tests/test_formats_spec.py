@@ -9,7 +9,9 @@ import struct
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+import second_reader
 import xxhash
 from formats_samples import records, small_stream, streams, write
 from hypothesis import given, settings
@@ -110,7 +112,26 @@ def test_magic_and_version():
     row = tables("4. Preamble")[0][0]
     assert bytes.fromhex(row[3].strip("`")) == MAGIC
     assert f"# The kvtc stream, format {FORMAT_VERSION[0]}.{FORMAT_VERSION[1]}\n" in SPEC
-    assert tables("24. Changes")[0][-1][0] == "{}.{}".format(*FORMAT_VERSION)
+    assert tables("25. Changes")[0][-1][0] == "{}.{}".format(*FORMAT_VERSION)
+
+
+def test_the_example():
+    """It is a stream, the one that its words tell of, and the second reader reads it too."""
+    text = SPEC.split("## 24. Example")[1].split("```")[1]
+    lines = re.findall(r"^ *(\d+)  ((?:[0-9a-f]{2} ?)+)", text, re.MULTILINE)
+    data = b""
+    for offset, digits in lines:
+        assert int(offset) == len(data)
+        data += bytes.fromhex(digits)
+    file = StreamFile(io.BytesIO(data))
+    block = file.read_block(file.index[0])
+    assert block.role is Role.SINKS
+    assert file.header.dtype is DType.BFLOAT16
+    (found,) = second_reader.read_stream(data).blocks
+    assert found.verbatim_bytes == block.verbatim == bytes.fromhex("800040403f3f3f3f")
+    planes = np.frombuffer(block.verbatim, np.uint8).reshape(2, 4)
+    values = second_reader.to_f32(np.frombuffer(planes.T.tobytes(), "<u2"), 3)
+    assert values.tolist() == [1.0, 0.5, 0.75, 0.75]
 
 
 def blocks_by_the_book(data: bytes) -> Iterator[tuple[dict[str, object], dict[str, object], int]]:

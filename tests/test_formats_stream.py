@@ -365,8 +365,8 @@ END = len(STREAM) - TRAILER
 PATCHES = {
     "magic": (0, "B", 0x0B, FormatError, "no kvtc stream"),
     "line ends": (4, "4s", b"\n\x1a\n\0", FormatError, "copied as text"),
-    "major version": (8, "H", 1, VersionError, r"is 1\.4, this reader knows 0\.4"),
-    "minor version": (10, "H", 1, VersionError, r"is 0\.1, this reader knows 0\.4"),
+    "major version": (8, "H", 2, VersionError, r"is 2\.0, this reader knows 1\.x; .* newer"),
+    "old version": (8, "HH", 0, 3, VersionError, r"is 0\.3, this reader knows 1\.x; .* wrote it"),
     "feature": (12, "I", 4, VersionError, "required features at byte 12 are 0x4"),
     "checksum algorithm": (20, "I", 2, VersionError, "checksum algorithm at byte 20 is 2"),
     "dtype": (PREAMBLE, "B", 77, VersionError, r"header, dtype at byte 40 is 77"),
@@ -472,6 +472,10 @@ def test_unknown_skippable_records_are_skipped(reader):
     changed = bytearray(data)
     changed[user + 4] = changed[index + RECORD_HEADER + 4 + 16] = 99
     assert reader(reseal(changed)) == [HEADER, BLOCKS[0]]
+
+
+def test_a_later_minor_version_is_read():
+    assert parse(patched(STREAM, 10, "H", 9)) == [HEADER, *BLOCKS]
 
 
 def test_features_that_may_be_ignored_are():

@@ -195,7 +195,7 @@ def test_the_table_of_the_specification(codec: kvtc.Codec, page: bytes) -> None:
     ("offset", "layout", "value", "kind", "message"),
     [
         (0, "B", 0, kvtc.FormatError, "this is no page"),
-        (10, "H", 99, kvtc.VersionError, r"page, version at byte 8 is 0\.99"),
+        (8, "H", 2, kvtc.VersionError, r"page, version at byte 8 is 2\.0"),
         (12, "I", 1, kvtc.VersionError, "required features 0x1"),
         (16, "B", 0, kvtc.CalibrationMismatchError, "made under header 00"),
         (48, "H", 1, kvtc.FormatError, "section 1 of 1"),
