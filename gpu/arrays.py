@@ -127,7 +127,7 @@ class DeviceArrays(HostArrays):
     ) -> Array:
         """See :meth:`HostArrays.rows`; the same values, bit by bit."""
         k, v = (self._float32(x, scale) for x, scale in zip(held, scales, strict=True))
-        self._take_rope_off(k, Rotations.of(section, positions, inverse=True))
+        self.rotate(k, Rotations.of(section, positions, inverse=True))
         return self.xp.concatenate(
             [x.transpose(2, 0, 1, 3).reshape(len(positions), -1) for x in (k, v)], axis=1
         )
@@ -144,8 +144,8 @@ class DeviceArrays(HostArrays):
             values *= self.put(scale)[:, :, None, None]
         return values
 
-    def _take_rope_off(self, k: Array, rotations: Rotations) -> None:
-        """From all layers of ``k``, in place; runs of layers with the same table at a time."""
+    def rotate(self, k: Array, rotations: Rotations) -> None:
+        """Rotate ``k`` [layers, heads, tokens, dim] in place, layers with one table at a time."""
         tables = enumerate(rotations.table.tolist())
         for table, run in groupby(tables, key=itemgetter(1)):
             if table < 0:
