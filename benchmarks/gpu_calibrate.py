@@ -188,7 +188,7 @@ class Caches:
         self._past = [
             xp.where(
                 distance >= 0,
-                xp.float32(c) ** distance.clip(0, None).astype(np.float32)
+                c ** distance.clip(0, None).astype(np.float32)
                 * xp.where(xp.arange(tokens) > 0, (1 - c * c) ** 0.5, 1.0),
                 0.0,
             ).astype(np.float32)
@@ -388,6 +388,10 @@ def ceilings(
             seconds = machine.median(lambda a=a: a.T @ a, 3)
             found[name + "_seconds"] = seconds
             found[name + "_tflops"] = 2e-12 * module._BATCH * part.width**2 / seconds
+            if part.width <= 8192:
+                a = a.astype(np.float64)
+                seconds = machine.median(lambda a=a: a.T @ a, 3)
+                found[name + "_float64_tflops"] = 2e-12 * module._BATCH * part.width**2 / seconds
             del a
         moments += batches * found[name + "_seconds"]
     found["moments_seconds"] = moments
@@ -402,7 +406,12 @@ def ceilings(
         b = rng.standard_normal((part.width, wide), dtype=np.float32)
         product = machine.median(lambda: a @ b, 2)
         found[f"product_{part.width}x{part.width}x{wide}_seconds"] = product
-        found[f"qr_{part.width}x{wide}_seconds"] = machine.median(lambda: xp.linalg.qr(b), 1)
+        for name, task in (
+            ("householder", xp.linalg.qr),
+            ("orthonormal", machine.device.orthonormal),
+        ):
+            seconds = machine.median(lambda task=task: task(b), 1)
+            found[f"{name}_{part.width}x{wide}_seconds"] = seconds
         c = b[:wide] + b[:wide].T
         found[f"eigh_float32_{wide}_seconds"] = machine.median(lambda: xp.linalg.eigh(c), 1)
     return found

@@ -76,6 +76,10 @@ class HostArrays:
         """uint64 [rows], in host memory: a hash of each row's bytes."""
         return np.array([xxhash.xxh3_64_intdigest(row) for row in rows], np.uint64)
 
+    def orthonormal(self, x: Array) -> Array:
+        """float32 [n, m ≤ n]: an orthonormal basis of what the columns of ``x`` span."""
+        return np.linalg.qr(x)[0]
+
     def put(self, x: NDArray[Any]) -> Array:
         """An array of ``xp`` with the values of one in host memory."""
         return x

@@ -509,7 +509,7 @@ def _separate_part(
         total = max(float(variance.sum()), 0.0)
     else:
         values, vectors = leading_eigenvectors(
-            moments.covariance(np.float32), most, xp, iterations=_SEPARATE_POWER_ITERATIONS
+            moments.covariance(np.float32), most, arrays, iterations=_SEPARATE_POWER_ITERATIONS
         )
         variance = arrays.get(values)
         total = max(float(xp.trace(moments.scatter)) / moments.count, 0.0)
@@ -546,7 +546,7 @@ def _weighted_basis(
     if weights is not None:
         covariance = apply_blocks(covariance, weights, xp=xp)
         covariance = apply_blocks(xp.ascontiguousarray(covariance.T), weights, xp=xp)
-    values, vectors = leading_eigenvectors(covariance, min(rank or _RANK, len(covariance)), xp)
+    values, vectors = leading_eigenvectors(covariance, min(rank or _RANK, len(covariance)), arrays)
     variance = arrays.get(values)
     keep = _rank_of(variance, len(covariance), len(variance))
     k_weights, v_weights = weights or (None, None)
@@ -568,7 +568,7 @@ def _in_full(size: int, count: int) -> bool:
 
 
 def leading_eigenvectors(
-    matrix: Array, count: int, xp: Any = np, *, iterations: int = _POWER_ITERATIONS
+    matrix: Array, count: int, arrays: HostArrays = HOST, *, iterations: int = _POWER_ITERATIONS
 ) -> tuple[Array, Array]:
     """The largest eigenvalues, falling, and their vectors [n, count] of a covariance matrix.
 
@@ -576,16 +576,16 @@ def leading_eigenvectors(
     J. A. Tropp, SIAM Review 53(2), 2011, algorithm 4.4): vectors at the far end come out mixed
     with their neighbours, which have almost the same variance.
 
-    ``matrix`` is a float32 array of the module ``xp``, and so are the results, or float64.
+    ``matrix`` is float32, and so are the results, or float64; all of ``arrays``.
     """
-    size = len(matrix)
+    xp, size = arrays.xp, len(matrix)
     if _in_full(size, count):
         values, vectors = xp.linalg.eigh(matrix.astype(np.float64))
         return values[::-1][:count], vectors[:, ::-1][:, :count]
     rng = xp.random.default_rng(0)
     basis = rng.standard_normal((size, min(count + _OVERSAMPLING, size)), dtype=np.float32)
     for _ in range(iterations):
-        basis, _ = xp.linalg.qr(matrix @ basis)
+        basis = arrays.orthonormal(matrix @ basis)
     values, rotation = xp.linalg.eigh(basis.T @ (matrix @ basis))
     return values[::-1][:count], basis @ rotation[:, ::-1][:, :count]
 

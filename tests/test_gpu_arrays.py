@@ -10,6 +10,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from device_stand_in import NumpyDevice
 
 import kvtc_stream as kvtc
 from kvtc_stream import calibrator as module
@@ -23,21 +24,6 @@ GB = 10**9
 HALVES = Rope.from_theta(1e4, 8)
 PAIRS = Rope.from_theta(1e4, 8, interleaved=True)
 PARTIAL = Rope.from_theta(5e5, 4)
-
-
-class NumpyDevice:
-    """NumPy with the few functions that CuPy has besides."""
-
-    def __init__(self, memory: int = 80 * GB) -> None:
-        stream = SimpleNamespace(ptr=0, synchronize=lambda: None)
-        self.cuda = SimpleNamespace(
-            get_current_stream=lambda: stream,
-            runtime=SimpleNamespace(memGetInfo=lambda: (memory, memory)),
-        )
-        self.asnumpy = np.asarray
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(np, name)
 
 
 @pytest.fixture(params=["numpy", pytest.param("cupy", marks=pytest.mark.gpu)])
@@ -212,7 +198,7 @@ def test_leading_eigenvectors(arrays: DeviceArrays, monkeypatch: pytest.MonkeyPa
     spectrum = np.arange(1, 401, dtype=np.float32) ** -1.5
     vectors, _ = np.linalg.qr(rng.standard_normal((400, 400), np.float32))
     matrix = (vectors * spectrum) @ vectors.T
-    values, found = leading_eigenvectors(arrays.put(matrix), 50, arrays.xp)
+    values, found = leading_eigenvectors(arrays.put(matrix), 50, arrays)
     values, found = arrays.get(values), arrays.get(found)
     assert found.shape == (400, 50)
     np.testing.assert_allclose(values, spectrum[:50], rtol=2e-3)
@@ -235,6 +221,26 @@ def test_a_separate_basis_of_few_components(
         np.testing.assert_allclose(f.spectrum[:40], e.spectrum[:40], rtol=1e-3)
         assert f.errors.dropped == pytest.approx(e.errors.dropped, rel=1e-2)
         assert f.energy == pytest.approx(e.energy, rel=1e-5)
+
+
+@pytest.mark.parametrize("condition", [1, 1e3, 1e7])
+def test_orthonormal_bases(arrays: DeviceArrays, condition: float) -> None:
+    rng = np.random.default_rng(0)
+    u, v = (np.linalg.qr(rng.standard_normal((n, 60)))[0] for n in (400, 60))
+    x = ((u * np.geomspace(condition, 1, 60)) @ v.T).astype(np.float32)
+    found = arrays.get(arrays.orthonormal(arrays.put(x)))
+    assert found.dtype == np.float32
+    assert abs(found.T @ found - np.eye(60)).max() < 2e-6
+    strong = u[:, : 30 if condition == 1e7 else 60]
+    assert abs(found @ (found.T @ strong) - strong).max() < 1e-3
+
+
+def test_orthonormal_bases_of_dependent_columns(arrays: DeviceArrays) -> None:
+    x = np.zeros((50, 20), np.float32)
+    x[:, :5] = np.random.default_rng(0).standard_normal((50, 5))
+    found = arrays.get(arrays.orthonormal(arrays.put(x)))
+    assert abs(found.T @ found - np.eye(20)).max() < 2e-6
+    assert abs(found @ (found.T @ x) - x).max() < 1e-5
 
 
 # Families.
