@@ -158,6 +158,11 @@ class Calibrator:
             for section in geometry.sections
         ]
 
+    @property
+    def backend(self) -> str:
+        """``"cpu"`` or ``"cuda"``."""
+        return self._arrays.name
+
     def _check_size(self, geometry: Geometry) -> None:
         """Raise ``ValueError`` now for what would not fit after all documents were read."""
         options = self._options

@@ -90,6 +90,7 @@ def _calibrate(commands: Any) -> argparse.ArgumentParser:
         "--rank", type=int, metavar="N", help="keep at most N components (default: all)"
     )
     parser.add_argument("--name", metavar="NAME", help="the model's name, to record")
+    _backend(parser, default="cpu")
     return parser
 
 
@@ -291,9 +292,12 @@ def _calibration(parser: argparse.ArgumentParser, *, required: bool) -> None:
     )
 
 
-def _backend(parser: argparse.ArgumentParser) -> None:
+def _backend(parser: argparse.ArgumentParser, default: str = "auto") -> None:
     parser.add_argument(
-        "--backend", choices=["auto", "cpu", "cuda"], default="auto", help="(default: auto)"
+        "--backend",
+        choices=["auto", "cpu", "cuda"],
+        default=default,
+        help=f"(default: {default})",
     )
 
 
