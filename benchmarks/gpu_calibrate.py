@@ -64,7 +64,11 @@ def main() -> None:
     caches = Caches(geometry, machine, args.document_tokens)
     with machine.timed(result.setdefault("seconds", {}), "first_calls"):
         small = kvtc.Geometry.uniform(layers=2, kv_heads=2, head_dim=64)
-        calibrate(Caches(small, machine, 256), args, 512, machine, {}, groups=1, rank=None)
+        of_small = Caches(small, machine, 256)
+        _, found = calibrate(of_small, args, 512, machine, {}, groups=1, rank=None)
+        for preset, of in kvtc.PRESETS.items():
+            if of.basis in args.bases:
+                kvtc.Codec(found, preset, ratio=args.ratio)
     machine.peaks.clear()
 
     seconds: dict[str, float] = {}

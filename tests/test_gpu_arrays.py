@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from device_stand_in import NumpyDevice
+from real_sample import RealSample
 
 import kvtc_stream as kvtc
 from kvtc_stream import calibrator as module
@@ -189,6 +190,23 @@ def test_calibrations_agree(arrays: DeviceArrays, with_gradients: bool, dtype: D
             assert (f.uniform.importance is None) == (e.uniform.importance is None)
     for preset in kvtc.PRESETS:
         kvtc.Codec(found, preset, ratio=4)
+
+
+def test_a_real_cache_codes_as_well(arrays: DeviceArrays, real_sample: RealSample) -> None:
+    """Streams of both calibrations take the same bytes and have the same errors, within 1 %."""
+    k, v = real_sample.k, real_sample.v
+    found = []
+    for calibrator in calibrators(real_sample.geometry):
+        calibrator.update(k, v)
+        codec = kvtc.Codec(calibrator.finish(), ratio=8, window=0)
+        data = kvtc.encode(k, v, codec=codec)
+        decoded = kvtc.decode(data, codec.calibration)
+        errors = [
+            relative(x.astype(np.float32), y.astype(np.float32))
+            for x, y in zip(decoded, (k, v), strict=True)
+        ]
+        found.append([len(data), *errors])
+    np.testing.assert_allclose(found[1], found[0], rtol=0.01)
 
 
 def test_leading_eigenvectors(arrays: DeviceArrays, monkeypatch: pytest.MonkeyPatch) -> None:
