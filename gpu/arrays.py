@@ -76,6 +76,9 @@ class DeviceArrays(HostArrays):
         self.counter = DeviceSymbolCounter(self.xp)
         self._keys: dict[int, Array] = {}
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return DeviceArrays, ()  # a module is not pickled: CuPy is found where this arrives
+
     def layers(self, x: Any, name: str, layers: int, kv_heads: int, dim: int) -> list[Array]:
         """K or V as arrays [kv_heads, tokens, dim] of each layer, on the device.
 

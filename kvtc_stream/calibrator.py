@@ -57,9 +57,11 @@ _Pair: TypeAlias = tuple[NDArray[Any], NDArray[Any]]
 class Calibrator:
     """Learns a model's cache from documents, in one pass.
 
-    Memory: a float64 covariance per part of every basis, ``sample_rows`` rows in float32, and a
-    few thousand rows in flight; on the device, with ``backend="cuda"``. Not thread-safe; calibrate
-    in parallel with one calibrator each and :meth:`merge`.
+    Memory: a float64 covariance per part of every basis (K and V of a joint one serve separate
+    ones too), ``sample_rows`` rows in float32, and a few thousand rows in flight; :meth:`finish`
+    takes about 12 bytes for each value of the widest covariance besides. With ``backend="cuda"``
+    that is memory of the device. Not thread-safe; calibrate in parallel with one calibrator each
+    and :meth:`merge`.
 
     Parameters
     ----------
@@ -398,7 +400,7 @@ class _SectionMoments:
         # The moments of K and of V apart are blocks of those of both.
         kept = "joint" if "joint" in bases else "separate"
         self.moments = {
-            columns: _Moments(columns.width(section), arrays.xp)
+            columns: _Moments(columns.width(section), arrays)
             for columns in _basis_columns(kept, section, layer_groups)
         }
         self.sample = _RowSample(sample_rows, arrays)
@@ -649,20 +651,20 @@ class _Importance:
 
 
 class _Moments:
-    """Count, mean and scatter matrix about the mean, in float64 arrays of the module ``xp``.
+    """Count, mean and scatter matrix about the mean, in float64.
 
     A batch is centred on its own mean, so that a binary32 product suffices, and combined by the
     pairwise update of Chan, Golub and LeVeque (1979), whose rank-1 term rides along as a row.
     """
 
-    def __init__(self, width: int, xp: Any = np) -> None:
-        self._xp = xp
+    def __init__(self, width: int, arrays: HostArrays = HOST) -> None:
+        self._arrays = arrays
         self.count = 0
-        self.mean = xp.zeros(width)
-        self.scatter = xp.zeros((width, width))
+        self.mean = arrays.xp.zeros(width)
+        self.scatter = arrays.xp.zeros((width, width))
 
     def add(self, rows: Array) -> None:
-        xp = self._xp
+        xp = self._arrays.xp
         count, width = rows.shape
         if count == 0:
             return
@@ -675,7 +677,7 @@ class _Moments:
 
     def covariance(self, dtype: type[np.floating]) -> Array:
         """Scatter over count, as a matrix of its own."""
-        out = self._xp.empty(self.scatter.shape, dtype)
+        out = self._arrays.xp.empty(self.scatter.shape, dtype)
         for first in range(0, len(out), _SLAB):
             slab = slice(first, first + _SLAB)
             out[slab] = self.scatter[slab] / self.count
@@ -683,7 +685,7 @@ class _Moments:
 
     def block(self, columns: slice) -> _Moments:
         """The moments of some columns; shares memory."""
-        moments = _Moments(0, self._xp)
+        moments = _Moments(0, self._arrays)
         moments.count, moments.mean = self.count, self.mean[columns]
         moments.scatter = self.scatter[columns, columns]
         return moments

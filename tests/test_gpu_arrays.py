@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import pickle
 import subprocess
 import sys
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import ml_dtypes
@@ -146,7 +147,7 @@ def test_moments_against_float64(arrays: DeviceArrays) -> None:
     rng = np.random.default_rng(0)
     deviation = np.exp2(-np.arange(600) / 60)
     rows = (rng.standard_normal((5000, 600)) * deviation + 30 * deviation[::-1]).astype(np.float32)
-    moments = module._Moments(600, arrays.xp)
+    moments = module._Moments(600, arrays)
     for first in range(0, 5000, 900):
         moments.add(arrays.put(rows[first : first + 900]))
     exact = rows - rows.mean(axis=0, dtype=np.float64)
@@ -259,6 +260,15 @@ def test_orthonormal_bases_of_dependent_columns(arrays: DeviceArrays) -> None:
     found = arrays.get(arrays.orthonormal(arrays.put(x)))
     assert abs(found.T @ found - np.eye(20)).max() < 2e-6
     assert abs(found @ (found.T @ x) - x).max() < 1e-5
+
+
+def test_calibrators_travel_between_processes(arrays: DeviceArrays) -> None:
+    """Pickled, as those are that were filled in parallel."""
+    geometry = Geometry.uniform(layers=2, kv_heads=2, head_dim=8)
+    for backend in ("cpu", "cuda") if isinstance(arrays.xp, ModuleType) else ("cpu",):
+        calibrator = kvtc.Calibrator(geometry, backend=backend)
+        calibrator.update(*kvtc.testing.drawn_cache(geometry, 300))
+        assert pickle.loads(pickle.dumps(calibrator)).finish() == calibrator.finish()
 
 
 # Families.
