@@ -25,14 +25,6 @@ def require_cuda() -> None:
         raise BackendUnavailableError(
             f"the CUDA backend needs {' and '.join(missing)}, not found here: {_REMEDY}"
         )
-    import cupy
+    from kvtc_stream.gpu.arrays import require_cupy
 
-    try:
-        devices = cupy.cuda.runtime.getDeviceCount()
-    except (cupy.cuda.runtime.CUDARuntimeError, ImportError, RuntimeError) as error:
-        raise BackendUnavailableError(
-            f"the CUDA backend found no usable driver or device ({error}): install an NVIDIA "
-            f"driver for CUDA 13, or use backend='cpu'"
-        ) from error
-    if not devices:
-        raise BackendUnavailableError("the CUDA backend found no device: use backend='cpu'")
+    require_cupy()

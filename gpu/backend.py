@@ -55,7 +55,7 @@ class CudaBackend:
         self, x: Any, name: str, layers: int, kv_heads: int, head_dim: int
     ) -> tuple[list[Any], DType]:
         """See :meth:`kvtc_stream.backend.Backend.layer_list`."""
-        arrays, dtype = layer_list(x, name, layers, kv_heads, head_dim, as_array=to_cupy)
+        arrays, dtype = layer_list(x, name, layers, kv_heads, head_dim, convert=to_cupy)
         return [a.view(_BITS[dtype.itemsize]) for a in arrays], dtype
 
     def array(self, x: NDArray[Any]) -> Any:

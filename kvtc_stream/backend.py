@@ -8,8 +8,10 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from kvtc_stream.arrays import HOST, HostArrays
 from kvtc_stream.calibration import Calibration
 from kvtc_stream.control import Controls
+from kvtc_stream.errors import BackendUnavailableError
 from kvtc_stream.formats import Block, BlockErrors, DType, StreamHeader
 from kvtc_stream.formats import Measure as MeasureId
 from kvtc_stream.interop import on_cuda
@@ -141,3 +143,25 @@ def block_errors(
             )
     kind = MeasureId.RECONSTRUCTION if measure == "full" else MeasureId.COEFFICIENTS
     return BlockErrors(kind, *found)
+
+
+def get_arrays(name: BackendName) -> HostArrays:
+    """Where calibration of that backend keeps its arrays; ``"auto"`` is CUDA if it can run here.
+
+    Raises
+    ------
+    BackendUnavailableError
+        ``"cuda"`` was asked for and cannot run here; the message says what is missing.
+    """
+    if name not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"backend must be 'auto', 'cpu' or 'cuda', found {name!r}")
+    if name == "cpu":
+        return HOST
+    from kvtc_stream.gpu.arrays import DeviceArrays
+
+    try:
+        return DeviceArrays()
+    except BackendUnavailableError:
+        if name == "cuda":
+            raise
+        return HOST

@@ -299,9 +299,9 @@ def layer_list(
     kv_heads: int,
     head_dim: int,
     *,
-    as_array: Callable[[Any, str], Any] = to_numpy,
+    convert: Callable[[Any, str], Any] = to_numpy,
 ) -> tuple[list[Any], DType]:
-    """K or V of one section as per-layer arrays, of the host unless ``as_array`` makes others.
+    """K or V of one section as per-layer host arrays.
 
     Parameters
     ----------
@@ -313,6 +313,9 @@ def layer_list(
         What error messages call it.
     layers, kv_heads, head_dim
         The shape expected.
+    convert
+        What makes an array of a tensor and its name: another than :func:`to_numpy` gives arrays
+        of another kind.
 
     Returns
     -------
@@ -333,10 +336,13 @@ def layer_list(
             raise ValueError(
                 f"{name} is a list of {len(x)} tensors; expected one for each of {layers} layers"
             )
-        named = [(as_array(t, f"{name}[{i}]"), f"{name}[{i}]") for i, t in enumerate(x)]
-        arrays = [_one_layer(t, own, kv_heads, head_dim) for t, own in named]
+        expected = {"kv_heads": kv_heads, "tokens": None, "head_dim": head_dim}
+        arrays = [
+            _drop_batch(convert(t, f"{name}[{i}]"), f"{name}[{i}]", expected, axis=0)
+            for i, t in enumerate(x)
+        ]
     else:
-        whole = as_array(x, name)
+        whole = convert(x, name)
         expected = {"layers": layers, "kv_heads": kv_heads, "tokens": None, "head_dim": head_dim}
         arrays = list(_drop_batch(whole, name, expected, axis=1))
     dtype = dtype_of(arrays[0].dtype, name)
@@ -352,11 +358,6 @@ def layer_list(
                 "layers that hold different tokens belong to different sections"
             )
     return arrays, dtype
-
-
-def _one_layer(array: Any, name: str, kv_heads: int, head_dim: int) -> Any:
-    expected = {"kv_heads": kv_heads, "tokens": None, "head_dim": head_dim}
-    return _drop_batch(array, name, expected, axis=0)
 
 
 def _drop_batch(array: Any, name: str, expected: dict[str, int | None], axis: int) -> Any:
