@@ -242,7 +242,7 @@ def measure(model: Model, streams: int, tokens: int, pinned_gbps: float) -> dict
             low, high = -40.0, 40.0
             for _ in range(20):
                 middle = (low + high) / 2
-                total = sum(sizes.at(b, middle) for b in range(len(starts) - 1))
+                total = sizes.at(slice(None), middle).sum()
                 low, high = (middle, high) if total > share * len(slots) else (low, middle)
             done = encoder.encode_on_device(batch, np.full(len(starts) - 1, high))
             # Copied, as a caller would, so that the coefficients' memory is free again.

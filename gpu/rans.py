@@ -150,10 +150,12 @@ def decode(  # type: ignore[no-untyped-def]
     fault = state < _LEAST
     position = _U32(2) * lanes
     last = length - _U32(1)
-    # Words to come: 32 from ``window`` on and the 32 behind them, a word a lane.
+    # Words to come: 32 from ``window`` on and the 64 behind them, a word a lane. A step looks at
+    # the first 64; the last 32 are still on their way.
     window = position
     near = _I32(words[begin + min(_U32(window + lane), last)])
     far = _I32(words[begin + min(_U32(window + lane + _U32(WARP)), last)])
+    farther = _I32(words[begin + min(_U32(window + lane + _U32(2 * WARP)), last)])
     large = False
     for group in range(_U32(0), tokens, _U32(WARP)):
         token = _U32(group) + lane
@@ -217,9 +219,10 @@ def decode(  # type: ignore[no-untyped-def]
                 if position > length:
                     break
             while position - window >= _U32(WARP):
-                near = far
+                near, far = far, farther
                 window += _U32(WARP)
-                far = _I32(words[begin + min(_U32(window + lane + _U32(WARP)), last)])
+                at = min(_U32(window + lane + _U32(2 * WARP)), last)
+                farther = _I32(words[begin + at])
             if active:
                 out[target] = f16_bits(_F32(value))
             target += stride
