@@ -1,4 +1,4 @@
-"""What the benchmarks share: where and how a result was measured, and the file it goes to."""
+"""What benchmarks share: caches; where and how a result was measured, and the file it goes to."""
 
 from __future__ import annotations
 
@@ -9,10 +9,16 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
+
+from kvtc_stream import plain, quality
+from kvtc_stream.interop import to_numpy
 
 _PACKAGES = (
     "kvtc-stream",
@@ -53,6 +59,35 @@ def write_result(path: Path, result: dict[str, Any], console: Console) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     console.print(f"written to {path}")
+
+
+def load_cache(path: str | Path) -> tuple[NDArray[Any], NDArray[Any]]:
+    """K and V of a plain file of one section, in memory, not mapped."""
+    [section] = plain.read(path)
+    return np.array(section.k), np.array(section.v)
+
+
+def capture_caches(
+    model: Any,
+    documents: Sequence[NDArray[np.int64]],
+    folder: Path,
+    name: str,
+    advance: Callable[[int, int], None] = lambda done, total: None,
+) -> list[str]:
+    """Run a model over token ids, and write its caches, in bfloat16, to plain files."""
+    import torch
+
+    paths = []
+    for i, document in enumerate(documents):
+        layers = quality.prefill(model, document, torch.bfloat16).layers
+        k, v = (
+            to_numpy(torch.cat(tensors))
+            for tensors in ([x.keys for x in layers], [x.values for x in layers])
+        )
+        paths.append(str(folder / f"{name}-{i}.safetensors"))
+        plain.write(paths[-1], [plain.PlainSection(k, v)])
+        advance(i + 1, len(documents))
+    return paths
 
 
 def _cpu() -> str:

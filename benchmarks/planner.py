@@ -1,4 +1,6 @@
-"""Time and memory of the planner: error tables, then bit allocation at a ratio of 16.
+"""Time and memory of the planner: tables, then bit allocation at a ratio of 16.
+
+Bands with parameters of their own (preset `paper`) and uniform bands (preset `default`).
 
     python benchmarks/planner.py [COEFFICIENTS.npz] [-o benchmarks/results/planner.json]
 
@@ -18,15 +20,22 @@ import sys
 import time
 import tracemalloc
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+from kvtc_stream.calibration import Part, SectionCalibration, UniformTables
+from kvtc_stream.importance import MIDDLE
 from kvtc_stream.planning.dynamic import frontier
+from kvtc_stream.planning.families import fit_families
 from kvtc_stream.planning.tables import error_tables
+from kvtc_stream.planning.targets import make_plan
+from kvtc_stream.planning.uniform import STEPS, unit_of
 
 WIDTHS = (5_760, 40_960)
 ROWS = 1024
@@ -52,6 +61,17 @@ def measure(path: Path | None, width: int) -> dict[str, Any]:
     rng = np.random.default_rng(0)
     rows = rng.laplace(size=(ROWS, width)).astype(np.float32)
     rows *= np.sqrt(variance / 2).astype(np.float32)
+    common = {
+        "components": width,
+        "spectrum": source,
+        "rows": ROWS,
+        "bits_per_token": 16 * width // RATIO,
+    }
+    return {**common, "paper": _bands(rows), "default": _uniform(rows, variance)}
+
+
+def _bands(rows: npt.NDArray[np.float32]) -> dict[str, Any]:
+    width = rows.shape[1]
     frontier(error_tables(rows[:2, :20].copy()), 100).allocation(100)
 
     tables, tables_cost = _measured(lambda: error_tables(rows))
@@ -59,15 +79,49 @@ def measure(path: Path | None, width: int) -> dict[str, Any]:
     plans, allocation_cost = _measured(lambda: frontier(tables, bits))
     allocation = plans.allocation(bits)
     return {
-        "components": width,
-        "spectrum": source,
-        "rows": ROWS,
-        "bits_per_token": bits,
         "tables": tables_cost,
         "allocation": allocation_cost,
         "bands": len(allocation.bands),
         "coded_components": sum(band.size for band in allocation.bands),
         "relative_error": round((allocation.error / float(tables.energy.sum())) ** 0.5, 4),
+    }
+
+
+def _uniform(rows: npt.NDArray[np.float32], variance: npt.NDArray[np.float64]) -> dict[str, Any]:
+    """A joint basis that keeps all of its components; tokens have classes around the middle one."""
+    width = rows.shape[1]
+    # The planner looks at tables only: one row stands for the matrix of components.
+    part = Part(
+        (0,),
+        (0,),
+        np.zeros(width, np.float32),
+        np.broadcast_to(np.float16(0), (width, width)),
+        variance.astype(np.float32),
+        float(variance.sum()),
+    )
+    classes = np.random.default_rng(0).normal(MIDDLE, 2, ROWS).round().clip(0, 15).astype(np.uint8)
+    unit = unit_of([part])
+    fit_families(rows[:20, :20].copy(), classes[:20], unit=unit, steps=STEPS)
+    families, tables_cost = _measured(lambda: fit_families(rows, classes, unit=unit, steps=STEPS))
+    errors = np.linspace(0, 1, STEPS, dtype=np.float32)
+    part = replace(part, uniform=UniformTables(unit, families, errors, errors))
+    section = SectionCalibration({"joint": (part,)}, ROWS)
+    plan, allocation_cost = _measured(
+        lambda: make_plan(
+            SimpleNamespace(sections=(section,)),  # a digest would read the whole matrix
+            "default",
+            "joint",
+            "ratio",
+            RATIO,
+            uniform=True,
+        )
+    )
+    [band] = plan.sections[0].parts[0].bands
+    return {
+        "tables": tables_cost,
+        "allocation": allocation_cost,
+        "coded_components": band.size,
+        "expected_bits": round(plan.sections[0].expected_bits),
     }
 
 

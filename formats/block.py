@@ -70,9 +70,9 @@ class Block:
     role
         Sinks and tail are wholly verbatim.
     start
-        Ordinal of the first token among all tokens of the section.
+        Ordinal of the first token that was not cut, among all tokens of the section.
     tokens
-        How many, from 1.
+        How many are stored, from 1.
     positions
         Their positions, rising, from 0 to 2**63 - 1. Neighbours become a ``range``.
     verbatim_tokens
@@ -84,7 +84,10 @@ class Block:
         Compressed byte planes of the verbatim values, K as [layers, kv_heads, n, k_dim] and then
         V as [layers, kv_heads, n, v_dim] in the header's dtype, in C order.
     errors
-        What coding cost.
+        What coding cost, over all tokens that are coded here.
+    cut
+        How many tokens at the front and at the end do not belong to the stream any more: they
+        stay because the block decodes as a whole.
     """
 
     section: int
@@ -99,6 +102,7 @@ class Block:
     verbatim_coder: Coder
     verbatim: bytes
     errors: BlockErrors = BlockErrors()
+    cut: tuple[int, int] = (0, 0)
 
     def __post_init__(self) -> None:
         if self.tokens < 1 or len(self.positions) != self.tokens:
@@ -119,6 +123,8 @@ class Block:
                     f"found {index} after {last}"
                 )
             last = index
+        if min(self.cut) < 0 or sum(self.cut) >= self.tokens:
+            raise ValueError(f"{self.cut} of {self.tokens} tokens are cut, expected some to stay")
         if self.role is not Role.DATA and self.coded_tokens:
             raise ValueError(f"{self.role.name} must be verbatim, found {self.coded_tokens} coded")
         if self.coded_size and not self.coded_tokens:
@@ -134,14 +140,9 @@ class Block:
         return self.tokens - len(self.verbatim_tokens)
 
     @property
-    def first_position(self) -> int:
-        """Position of the first token."""
-        return self.positions[0]
-
-    @property
-    def last_position(self) -> int:
-        """Position of the last token."""
-        return self.positions[-1]
+    def kept(self) -> range:
+        """Indices of the tokens that were not cut."""
+        return range(self.cut[0], self.tokens - self.cut[1])
 
     def check(self, header: StreamHeader) -> None:
         """Raise ``ValueError`` unless the block fits the stream."""
@@ -159,11 +160,12 @@ class Block:
         """The payload of a block record."""
         explicit = not isinstance(self.positions, range)
         writer = ByteWriter()
-        writer.pack("IIQq", self.tokens, len(self.verbatim_tokens), self.start, self.first_position)
+        writer.pack("IIQq", self.tokens, len(self.verbatim_tokens), self.start, self.positions[0])
         writer.pack("BB", self.role, _EXPLICIT if explicit else _CONTIGUOUS)
         writer.pack("BBBxxx", self.errors.measure, self.coder, self.verbatim_coder)
         writer.pack("QQQ", self.coded_size, len(self.coded), len(self.verbatim))
         writer.pack("4f", *self.errors.values)
+        writer.pack("II", *self.cut)
         if explicit:
             writer.array("q", self.positions[1:])
         if 0 < len(self.verbatim_tokens) < self.tokens:
@@ -195,6 +197,7 @@ class Block:
         coded_size, coded_length, verbatim_length = reader.unpack("QQQ", "sizes")
         limits.check("max_block_bytes", coded_size, reader.place("size of symbols"))
         errors = reader.unpack("4f", "errors")
+        cut = reader.unpack("II", "tokens cut")
         positions = _read_positions(reader, explicit, first, tokens)
         verbatim_tokens = _read_bitmap(reader, count, tokens)
         coded = reader.raw(coded_length, "symbols")
@@ -214,6 +217,7 @@ class Block:
                 verbatim_coder=verbatim_coder,
                 verbatim=verbatim,
                 errors=BlockErrors(measure, *errors),
+                cut=cut,
             )
             block.check(header)
         if explicit and isinstance(block.positions, range):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
 from kvtc_stream.errors import FormatError
@@ -37,8 +38,10 @@ class IndexEntry:
         The whole record in the stream, in bytes.
     type
         A :class:`RecordType`, or the number of a skippable record that this reader does not know.
-    section, role, start, tokens
+    section, role, start
         As in :class:`~kvtc_stream.formats.Block`.
+    tokens
+        How many were not cut; the following three are about them.
     first_position, last_position
         Positions of the first and the last token.
     verbatim_tokens
@@ -84,10 +87,10 @@ class IndexEntry:
             section=block.section,
             role=block.role,
             start=block.start,
-            tokens=block.tokens,
-            first_position=block.first_position,
-            last_position=block.last_position,
-            verbatim_tokens=len(block.verbatim_tokens),
+            tokens=len(block.kept),
+            first_position=block.positions[block.kept[0]],
+            last_position=block.positions[block.kept[-1]],
+            verbatim_tokens=sum(i in block.kept for i in block.verbatim_tokens),
             coded_bytes=len(block.coded),
             verbatim_bytes=len(block.verbatim),
             errors=block.errors,
@@ -164,36 +167,64 @@ class Order:
 
     Writer and readers show each record's entry to :meth:`accept`, which raises ``ValueError``
     and changes nothing when the record cannot come next.
+
+    Attributes
+    ----------
+    offset, sequence
+        Of the next record.
+    tokens
+        Tokens of each section so far.
+    ended
+        Whether index and trailer were the last: then only a ``SUPERSEDE`` record can come.
     """
 
     def __init__(self, header: StreamHeader, offset: int) -> None:
         sections = len(header.geometry.sections)
+        self._block_tokens = header.block_tokens
         self.offset = offset
         self.sequence = 0
-        self._tokens = [0] * sections
+        self.tokens = [0] * sections
+        self.ended = False
         self._position = [-1] * sections
         self._stage = [0] * sections
+        # Tokens and position before the tail, of sections that have one.
+        self._before_tail: dict[int, tuple[int, int]] = {}
 
     def accept(self, entry: IndexEntry) -> None:
-        """Check one entry and count it."""
+        """Check one entry and count it; after that of an index comes the trailer."""
         if (entry.sequence, entry.offset) != (self.sequence, self.offset):
             raise ValueError(
                 f"record {entry.sequence} at byte {entry.offset} does not follow: "
                 f"expected record {self.sequence} at byte {self.offset}"
             )
+        if self.ended != (entry.type == RecordType.SUPERSEDE):
+            raise ValueError(
+                f"record {entry.sequence} has type {entry.type}: SUPERSEDE "
+                f"({RecordType.SUPERSEDE.value}) follows an index and its trailer, and nothing else"
+            )
         if entry.is_block:
             self._accept_block(entry)
-        self.offset += entry.length
+        if entry.type == RecordType.SUPERSEDE:
+            for section, (tokens, position) in self._before_tail.items():
+                self.tokens[section], self._position[section] = tokens, position
+                self._stage[section] = _STAGES[Role.DATA]
+            self._before_tail.clear()
+        self.ended = entry.type == RecordType.INDEX
+        self.offset += entry.length + (TRAILER_SIZE if self.ended else 0)
         self.sequence += 1
 
     def _accept_block(self, entry: IndexEntry) -> None:
         section = entry.section
-        if section >= len(self._tokens):
-            raise ValueError(f"section {section} is not one of {len(self._tokens)}")
-        if entry.start != self._tokens[section]:
+        if section >= len(self.tokens):
+            raise ValueError(f"section {section} is not one of {len(self.tokens)}")
+        if entry.start != self.tokens[section]:
             raise ValueError(
                 f"block of section {section} starts at token {entry.start}, "
-                f"expected {self._tokens[section]}"
+                f"expected {self.tokens[section]}"
+            )
+        if entry.role is Role.DATA and entry.tokens > self._block_tokens:
+            raise ValueError(
+                f"a data block may have {self._block_tokens} tokens, found {entry.tokens}"
             )
         if entry.first_position <= self._position[section]:
             raise ValueError(
@@ -211,12 +242,25 @@ class Order:
                 f"{entry.role.name} of section {section} comes too late: "
                 "sinks, then data, then tail"
             )
-        self._tokens[section] += entry.tokens
+        if entry.role is Role.TAIL:
+            self._before_tail.setdefault(section, (self.tokens[section], self._position[section]))
+        self.tokens[section] += entry.tokens
         self._position[section] = entry.last_position
         self._stage[section] = stage
 
 
 _STAGES = {Role.SINKS: 0, Role.DATA: 1, Role.TAIL: 2}
+
+
+def live_blocks(entries: Iterable[IndexEntry]) -> list[IndexEntry]:
+    """The blocks that hold a stream's tokens: without tails that later records superseded."""
+    live: list[IndexEntry] = []
+    for entry in entries:
+        if entry.type == RecordType.SUPERSEDE:
+            live = [e for e in live if e.role is not Role.TAIL]
+        elif entry.is_block:
+            live.append(entry)
+    return live
 
 
 def pack_index(count: int, entries: bytes | bytearray) -> bytes:
@@ -240,11 +284,8 @@ def unpack_index(payload: bytes, where: str, offset: int, limits: Limits) -> lis
         limits.check("max_record_bytes", e.length - RECORD_OVERHEAD, f"{where}, record length")
         limits.check("max_block_tokens", e.tokens, f"{where}, tokens")
         bare = IndexEntry(e.sequence, e.offset, e.length, e.type)
-        if (
-            e.length < RECORD_OVERHEAD
-            or e.type == RecordType.INDEX
-            or not (e.is_block or e == bare)
-        ):
+        sound = 0 <= e.verbatim_tokens <= e.tokens > 0 if e.is_block else e == bare
+        if e.length < RECORD_OVERHEAD or not sound:
             raise FormatError(f"{where}: {e} cannot be: the writer is at fault")
     if pack_index(count, b"".join(e.pack() for e in entries)) != payload:
         raise FormatError(f"{where}: reserved bytes must be zero: the writer is at fault")

@@ -11,7 +11,7 @@ from kvtc_stream.formats.header import StreamHeader
 from kvtc_stream.formats.limits import Limits
 
 #: Version of the format, not of the package.
-FORMAT_VERSION = (0, 3)
+FORMAT_VERSION = (1, 0)
 
 # As in PNG: a byte above 127 that is no UTF-8, and line ends that text modes would change.
 MAGIC = b"\x8bKVT\r\n\x1a\n"
@@ -20,8 +20,8 @@ _FIELDS = struct.Struct("<8sHHIIIQ")
 _CHECKSUM = struct.Struct("<Q")
 PREAMBLE_SIZE = _FIELDS.size + _CHECKSUM.size
 
-# Feature bits that this reader understands.
-_KNOWN_FEATURES = 0
+#: Feature bits that this reader understands.
+KNOWN_FEATURES = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,16 +42,11 @@ class Preamble:
         """
         magic, major, minor, must, _may, algorithm, size = _FIELDS.unpack_from(data)
         check_magic(magic)
-        if (major, minor) != FORMAT_VERSION:
-            raise VersionError(
-                f"preamble, version at byte 8 is {major}.{minor}, this reader knows "
-                f"{FORMAT_VERSION[0]}.{FORMAT_VERSION[1]}, and versions before 1.0 do not mix; "
-                "read with the kvtc-stream that wrote it"
-            )
-        if must & ~_KNOWN_FEATURES:
+        check_version(major, minor, "preamble")
+        if must & ~KNOWN_FEATURES:
             raise VersionError(
                 f"preamble, required features at byte 12 are {must:#x}, this reader knows "
-                f"{_KNOWN_FEATURES:#x}; read with a newer kvtc-stream"
+                f"{KNOWN_FEATURES:#x}; read with a newer kvtc-stream"
             )
         if algorithm != Checksum.XXH3_64:
             raise VersionError(
@@ -66,6 +61,16 @@ class Preamble:
         (found,) = _CHECKSUM.unpack_from(self.data, _FIELDS.size)
         verify(found, self.data[: _FIELDS.size] + header, 0, "preamble and header")
         return StreamHeader.unpack(header, limits, offset=PREAMBLE_SIZE), found
+
+
+def check_version(major: int, minor: int, where: str) -> None:
+    """Raise ``VersionError`` unless this reader knows the major version."""
+    if major != FORMAT_VERSION[0]:
+        raise VersionError(
+            f"{where}, version at byte 8 is {major}.{minor}, this reader knows "
+            f"{FORMAT_VERSION[0]}.x; read with "
+            + ("the kvtc-stream that wrote it" if major == 0 else "a newer kvtc-stream")
+        )
 
 
 def check_magic(data: bytes | bytearray) -> None:

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Generator, Iterator
-from dataclasses import dataclass
+from collections.abc import Generator, Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import xxhash
 
-from kvtc_stream.errors import FormatError, KVTCError, StateError, TruncatedError
+from kvtc_stream.errors import (
+    AuthenticationError,
+    FormatError,
+    KVTCError,
+    StateError,
+    TruncatedError,
+    UnsupportedError,
+)
+from kvtc_stream.formats.auth import check_digest, digest, open_auth
 from kvtc_stream.formats.block import Block
 from kvtc_stream.formats.header import StreamHeader
 from kvtc_stream.formats.index import (
@@ -17,6 +25,7 @@ from kvtc_stream.formats.index import (
     IndexEntry,
     Order,
     Trailer,
+    live_blocks,
     pack_index,
     unpack_index,
 )
@@ -24,13 +33,17 @@ from kvtc_stream.formats.limits import Limits
 from kvtc_stream.formats.preamble import PREAMBLE_SIZE, Preamble, check_magic
 from kvtc_stream.formats.record import (
     RECORD_HEADER_SIZE,
+    RECORD_MAGIC,
     RECORD_OVERHEAD,
     RecordHeader,
     RecordType,
 )
 from kvtc_stream.formats.wire import ByteReader, located
+from kvtc_stream.formats.writer import StreamWriter
 
 _RECOVERY_CHUNK = 1 << 20
+#: Most bytes of neighbouring blocks that are read at a time.
+_READ_AHEAD = 8 << 20
 
 
 # What the parser found: the header, or a record's entry with its block, if it is one.
@@ -54,6 +67,9 @@ class StreamParser:
     so that the result does not depend on how the bytes were cut: when the call that meets the
     fault has something to return, the next call (:meth:`feed` or :meth:`close`) raises. Bytes are
     a whole stream only after :attr:`eof` is true or :meth:`close` returned.
+
+    A stream that was appended to goes on after its first trailer: then :attr:`eof` becomes false
+    again, and the header comes again. Blocks with role ``TAIL`` that came before are superseded.
     """
 
     def __init__(self, limits: Limits | None = None) -> None:
@@ -61,7 +77,7 @@ class StreamParser:
         self._buffer = bytearray()
         self._ready: list[_Item] = []
         self._offset = 0
-        self._eof = False
+        self._eof = self._done = False
         self._error: KVTCError | None = None
         self._steps = self._parse()
         self._needed = next(self._steps)
@@ -87,7 +103,8 @@ class StreamParser:
         Returns
         -------
         list
-            What became whole: the header first, then blocks in the order of the stream.
+            What became whole: the header first, then blocks in the order of the stream; a header
+            again where the stream was appended to.
 
         Raises
         ------
@@ -115,13 +132,15 @@ class StreamParser:
         try:
             if self._offset == 0:
                 check_magic(self._buffer)
-            while not self._eof and len(self._buffer) >= self._needed:
+            while not self._done and len(self._buffer) >= self._needed:
+                if self._eof and not self._buffer.startswith(RECORD_MAGIC):
+                    self._done = True  # what follows is not of this stream
+                    break
+                self._eof = False
                 piece = bytes(memoryview(self._buffer)[: self._needed])
                 del self._buffer[: self._needed]
                 self._offset += self._needed
                 self._needed = self._steps.send(piece)
-        except StopIteration:
-            self._eof = True
         except KVTCError as error:
             self._error = error
             self._buffer.clear()
@@ -151,24 +170,24 @@ class StreamParser:
                 limits=limits,
             )
             rest = yield record.length - RECORD_HEADER_SIZE
+            item, entry = _open_record(record, rest, order.offset, header, limits)
             if record.type == RecordType.INDEX:
-                break
-            block, entry = _open_record(record, rest, order.offset, header, limits)
+                payload = record.open(rest, order.offset)
+                start = len(pack_index(0, b""))
+                expected = pack_index(order.sequence, b"")
+                digest = xxhash.xxh3_128_digest(memoryview(payload)[start:])
+                if payload[:start] != expected or digest != entries.digest():
+                    raise FormatError(
+                        f"record {order.sequence} (INDEX) at byte {order.offset} does not list the "
+                        f"{order.sequence} records before it: the writer is at fault"
+                    )
+                trailer = Trailer.unpack((yield TRAILER_SIZE), seed, self._offset - TRAILER_SIZE)
+                _check_trailer(trailer, order, self._offset)
+                self._eof = True
             with located(f"record {order.sequence} at byte {order.offset}"):
                 order.accept(entry)
             entries.update(entry.pack())
-            self._ready.append((block, entry))
-        payload = record.open(rest, order.offset)
-        start = len(pack_index(0, b""))
-        expected = pack_index(order.sequence, b"")
-        digest = xxhash.xxh3_128_digest(memoryview(payload)[start:])
-        if payload[:start] != expected or digest != entries.digest():
-            raise FormatError(
-                f"record {order.sequence} (INDEX) at byte {order.offset} does not list the "
-                f"{order.sequence} records before it: the writer is at fault"
-            )
-        trailer = Trailer.unpack((yield TRAILER_SIZE), seed, self._offset - TRAILER_SIZE)
-        _check_trailer(trailer, order, self._offset)
+            self._ready.append((item, entry))
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,13 +214,15 @@ class StreamFile:
     recover
         When the trailer is missing or wrong, as after a crash, read the file from the front and
         index the whole blocks before the first fault.
+    key
+        Refuse what was not written with this key. Not with ``recover``.
 
     Attributes
     ----------
     header
         The stream's header.
     index
-        One entry a block, in the order of the stream.
+        One entry a block, in the order of the stream, without superseded ones.
     sizes
         Bytes of the stream's parts.
     fault
@@ -211,12 +232,22 @@ class StreamFile:
     ------
     FormatError
         The file is not one whole stream; ``TruncatedError`` when its end is missing.
+    AuthenticationError
+        The stream was not written with the key.
     """
 
     def __init__(
-        self, file: SeekableFile, limits: Limits | None = None, *, recover: bool = False
+        self,
+        file: SeekableFile,
+        limits: Limits | None = None,
+        *,
+        recover: bool = False,
+        key: bytes = b"",
     ) -> None:
+        if key and recover:
+            raise UnsupportedError("what was cut off cannot be authenticated: recover without key=")
         self._file = file
+        self._key, self._digests = key, b""
         self._limits = limits or Limits()
         self.fault: KVTCError | None = None
         total = file.seek(0, io.SEEK_END)
@@ -236,10 +267,20 @@ class StreamFile:
             if not recover:
                 raise
             self.fault = error
-            entries, index_size = self._scan(), 0
-        self.index = tuple(entry for entry in entries if entry.is_block)
-        self._user = tuple(entry for entry in entries if entry.type == RecordType.USER)
+            entries, index_size = self._scan(start), 0
+        self._entries = entries
+        self._opening_digest = digest(opening + body) if key else b""
+        if key:
+            self._digests = self._authenticate()
+        self.index = tuple(live_blocks(entries))
         self.sizes = StreamSizes(start, index_size, total)
+        superseding = [e for e in entries if e.type == RecordType.SUPERSEDE]
+        if superseding:
+            record, data = self._read_record(superseding[-1])
+            offset = superseding[-1].offset
+            header, _ = _open_record(record, data, offset, self.header, self._limits)
+            assert isinstance(header, StreamHeader)
+            self.header = header
 
     def read_block(self, entry: IndexEntry) -> Block:
         """Read one block that :attr:`index` lists.
@@ -251,9 +292,36 @@ class StreamFile:
         """
         if not entry.is_block:
             raise ValueError(f"entry {entry.sequence} is no block")
-        record, data = self._read_record(entry)
-        block, found = _open_record(record, data, entry.offset, self.header, self._limits)
-        if block is None or found != entry:
+        return self._block(entry, self._read(entry.offset, entry.length))
+
+    def read_blocks(self, entries: Iterable[IndexEntry]) -> Iterator[Block]:
+        """Read blocks that :attr:`index` lists; those that lie side by side, in one go.
+
+        Raises as :meth:`read_block`.
+        """
+        run: list[IndexEntry] = []
+        size = 0
+        for entry in entries:
+            follows = run and entry.offset == run[-1].offset + run[-1].length
+            if run and not (follows and size + entry.length <= _READ_AHEAD):
+                yield from self._run(run, size)
+                run, size = [], 0
+            run.append(entry)
+            size += entry.length
+        if run:
+            yield from self._run(run, size)
+
+    def _run(self, entries: list[IndexEntry], size: int) -> Iterator[Block]:
+        start = entries[0].offset
+        data = memoryview(self._read(start, size))
+        for entry in entries:
+            at = entry.offset - start
+            yield self._block(entry, bytes(data[at : at + entry.length]))
+
+    def _block(self, entry: IndexEntry, data: bytes) -> Block:
+        record, rest = self._open(entry, data)
+        block, found = _open_record(record, rest, entry.offset, self.header, self._limits)
+        if not isinstance(block, Block) or found != entry:
             raise FormatError(
                 f"record {entry.sequence} at byte {entry.offset} differs from the index: "
                 f"{found.differences(entry)}: the writer is at fault"
@@ -262,9 +330,52 @@ class StreamFile:
 
     def user_records(self) -> Iterator[bytes]:
         """What the user wrote beside the blocks, in the order of the stream."""
-        for entry in self._user:
-            record, data = self._read_record(entry)
-            yield record.open(data, entry.offset)
+        for entry in self._entries:
+            if entry.type == RecordType.USER:
+                record, data = self._read_record(entry)
+                yield record.open(data, entry.offset)
+
+    def encoder_state(self) -> bytes:
+        """What the encoder that wrote the end left for one that continues; empty if nothing."""
+        end = [e for e in self._entries[-3:] if e.type != RecordType.AUTH][-2:]
+        if [e.type for e in end] != [RecordType.ENCODER, RecordType.INDEX]:
+            return b""
+        record, data = self._read_record(end[0])
+        return record.open(data, end[0].offset)
+
+    def _authenticate(self) -> bytes:
+        """The digests of the records before the AUTH record; it must be there."""
+        if len(self._entries) < 2 or self._entries[-2].type != RecordType.AUTH:
+            raise AuthenticationError(
+                "the stream was written without a key: do not use it if it should have one"
+            )
+        auth = self._entries[-2]
+        record, data = self._read_record(auth)
+        entries = b"".join(entry.pack() for entry in self._entries[:-2])
+        payload = record.open(data, auth.offset)
+        return open_auth(payload, self._key, self._opening_digest, entries)
+
+    @property
+    def end(self) -> int:
+        """Where the stream ends; after recovery, what lies behind is no part of it."""
+        if not self._entries:
+            return self.sizes.header
+        last = self._entries[-1]
+        trailer = TRAILER_SIZE if last.type == RecordType.INDEX else 0
+        return last.offset + last.length + trailer
+
+    def continued(self, token_digest: bytes = b"") -> StreamWriter:
+        """A writer of what follows at :attr:`end` and supersedes tail, index and trailer."""
+        order = Order(self.header, self.sizes.header)
+        for entry in self._entries:
+            order.accept(entry)
+        entries = b"".join(entry.pack() for entry in self._entries)
+        writer = StreamWriter(replace(self.header, token_digest=token_digest), self._key)
+        digests = self._digests
+        if self._key:  # the AUTH record and the index do not have their own
+            digests += b"".join(digest(self._read(e.offset, e.length)) for e in self._entries[-2:])
+        writer.resume(order, entries, self._seed, self._opening_digest, digests)
+        return writer
 
     def _read(self, offset: int, size: int) -> bytes:
         self._file.seek(offset)
@@ -282,7 +393,11 @@ class StreamFile:
         return b"".join(pieces)
 
     def _read_record(self, entry: IndexEntry) -> tuple[RecordHeader, bytes]:
-        data = self._read(entry.offset, entry.length)
+        return self._open(entry, self._read(entry.offset, entry.length))
+
+    def _open(self, entry: IndexEntry, data: bytes) -> tuple[RecordHeader, bytes]:
+        if self._digests:
+            check_digest(self._digests, entry.sequence, data)
         record = RecordHeader.unpack(
             data[:RECORD_HEADER_SIZE],
             sequence=entry.sequence,
@@ -327,11 +442,15 @@ class StreamFile:
         with located("index"):
             for entry in entries:
                 order.accept(entry)
-        _check_trailer(trailer, order, total)
-        return entries, total - trailer.index_offset
+            _check_trailer(trailer, order, total)
+            order.accept(where)
+        return [*entries, where], total - trailer.index_offset
 
-    def _scan(self) -> list[IndexEntry]:
-        """Entries of the whole records before the first fault."""
+    def _scan(self, start: int) -> list[IndexEntry]:
+        """Entries of the whole records before the first fault.
+
+        Records after a trailer count once they hold as many tokens as they superseded.
+        """
         parser = StreamParser(self._limits)
         entries: list[IndexEntry] = []
         self._file.seek(0)
@@ -341,20 +460,36 @@ class StreamFile:
             parser.close()
         except FormatError as error:
             self.fault = error
-        return entries
+        order = Order(self.header, start)
+        ended, tokens = len(entries), [0] * len(order.tokens)
+        for i, entry in enumerate(entries):
+            order.accept(entry)
+            if order.ended:
+                ended, tokens = i + 1, list(order.tokens)
+        lost = any(a < b for a, b in zip(order.tokens, tokens, strict=True))
+        return entries[:ended] if lost else entries
 
 
 def _open_record(
     record: RecordHeader, data: bytes, offset: int, header: StreamHeader, limits: Limits
-) -> tuple[Block | None, IndexEntry]:
-    """Check what follows a record's header; returns its entry, and its block if it is one."""
+) -> tuple[Block | StreamHeader | None, IndexEntry]:
+    """Check what follows a record's header; returns what it holds, and its entry.
+
+    A block, the header as it is from here on where the end was superseded, or nothing.
+    """
     payload = record.open(data, offset)
-    block = None
+    where = f"record {record.sequence} ({record.label}) at byte {offset}"
+    reader = ByteReader(payload, where, offset + RECORD_HEADER_SIZE)
     if record.type == RecordType.BLOCK:
-        where = f"record {record.sequence} (BLOCK) at byte {offset}"
-        reader = ByteReader(payload, where, offset + RECORD_HEADER_SIZE)
         block = Block.unpack(reader, record.section, header, limits)
-    return block, IndexEntry.of(record.sequence, offset, record.length, record.type, block)
+        return block, IndexEntry.of(record.sequence, offset, record.length, record.type, block)
+    entry = IndexEntry.of(record.sequence, offset, record.length, record.type, None)
+    if record.type != RecordType.SUPERSEDE:
+        return None, entry
+    digest = reader.digest("token digest")
+    reader.expect_end()
+    with located(where):
+        return replace(header, token_digest=digest), entry
 
 
 def _check_trailer(trailer: Trailer, order: Order, total: int) -> None:

@@ -10,7 +10,8 @@ from kvtc_stream.errors import FormatError, VersionError
 from kvtc_stream.formats.checksum import checksum, verify
 from kvtc_stream.formats.limits import Limits
 
-_MAGIC = b"KVTR"
+#: What a record begins with.
+RECORD_MAGIC = b"KVTR"
 _FIELDS = struct.Struct("<4sBBHIIQ")
 _CHECKSUM = struct.Struct("<Q")
 RECORD_HEADER_SIZE = _FIELDS.size + _CHECKSUM.size
@@ -25,7 +26,15 @@ class RecordType(enum.IntEnum):
 
     BLOCK = 1
     INDEX = 2
+    SUPERSEDE = 4
     USER = 64
+    ENCODER = 65
+    AUTH = 66
+
+    @property
+    def skippable(self) -> bool:
+        """Whether readers that do not know it may skip it."""
+        return self >= RecordType.USER
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +71,9 @@ class RecordHeader:
         """
         where = f"record {sequence} at byte {offset}"
         magic, kind, flags, section, found, reserved, size = _FIELDS.unpack_from(data)
-        if magic != _MAGIC:
+        if magic != RECORD_MAGIC:
             raise FormatError(
-                f"{where}: expected {_MAGIC!r}, found {magic!r}: bytes are missing, added or "
+                f"{where}: expected {RECORD_MAGIC!r}, found {magic!r}: bytes are missing, added or "
                 "changed; fetch the stream again"
             )
         (stored,) = _CHECKSUM.unpack_from(data, _FIELDS.size)
@@ -80,7 +89,8 @@ class RecordHeader:
                 f"{where} has the unknown type {kind} and may not be skipped; "
                 "read with a newer kvtc-stream"
             )
-        expected = 0 if kind in (RecordType.BLOCK, RecordType.INDEX) else _SKIPPABLE
+        known = RecordType._value2member_map_.get(kind)
+        expected = 0 if isinstance(known, RecordType) and not known.skippable else _SKIPPABLE
         if flags != expected or reserved or (section and kind != RecordType.BLOCK):
             raise FormatError(
                 f"{where} ({record.label}): flags, reserved and section are {flags}, {reserved}, "
@@ -103,7 +113,7 @@ def pack_record(
     kind: RecordType, payload: bytes, *, sequence: int, seed: int, section: int = 0
 ) -> bytes:
     """A whole record; the checksum of its header is the seed of its payload's."""
-    flags = 0 if kind in (RecordType.BLOCK, RecordType.INDEX) else _SKIPPABLE
-    fields = _FIELDS.pack(_MAGIC, kind, flags, section, sequence, 0, len(payload))
+    flags = _SKIPPABLE if kind.skippable else 0
+    fields = _FIELDS.pack(RECORD_MAGIC, kind, flags, section, sequence, 0, len(payload))
     own = checksum(fields, seed)
     return b"".join((fields, _CHECKSUM.pack(own), payload, _CHECKSUM.pack(checksum(payload, own))))

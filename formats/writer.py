@@ -3,39 +3,64 @@
 from __future__ import annotations
 
 from kvtc_stream.errors import StateError
+from kvtc_stream.formats.auth import digest, pack_auth
 from kvtc_stream.formats.block import Block
 from kvtc_stream.formats.header import StreamHeader
-from kvtc_stream.formats.index import TRAILER_SIZE, IndexEntry, Order, Trailer, pack_index
+from kvtc_stream.formats.index import IndexEntry, Order, Trailer, pack_index
 from kvtc_stream.formats.preamble import pack_opening
 from kvtc_stream.formats.record import RecordType, pack_record
+from kvtc_stream.formats.wire import ByteWriter
 
 
 class StreamWriter:
     """Turns a header and blocks into bytes, to be written one after the other.
 
     Call :meth:`start` once, then :meth:`block` and :meth:`user` in any number, then
-    :meth:`finish`. A call that raises ``ValueError`` leaves the stream as it was. Keeps 88 bytes
-    per record. Not thread-safe.
+    :meth:`finish`. One from :meth:`StreamFile.continued` writes what follows a stream. A call
+    that raises ``ValueError`` leaves the stream as it was. Keeps 88 bytes per record. Not
+    thread-safe. With a ``key``, the stream can be authenticated by who has it.
     """
 
-    def __init__(self, header: StreamHeader) -> None:
-        self._header = header
+    def __init__(self, header: StreamHeader, key: bytes = b"") -> None:
+        self._header, self._key = header, key
         self._opening, self._seed = pack_opening(header)
+        self._opening_digest = digest(self._opening) if key else b""
+        self._digests = bytearray()
         self._order: Order | None = None
         self._entries = bytearray()
-        self._finished = False
+        self._started = self._finished = False
 
     @property
     def offset(self) -> int:
         """Bytes produced so far."""
         return self._order.offset if self._order else 0
 
+    def resume(
+        self, order: Order, entries: bytes, seed: int, opening_digest: bytes, digests: bytes
+    ) -> None:
+        """Go on after the records that ``order``, ``entries`` and ``digests`` tell of."""
+        self._order, self._seed = order, seed
+        self._opening_digest = opening_digest
+        self._entries[:], self._digests[:] = entries, digests
+
+    @property
+    def tokens(self) -> list[int]:
+        """Tokens of each section so far."""
+        return self._running().tokens
+
     def start(self) -> bytes:
-        """Preamble and header."""
-        if self._order or self._finished:
+        """Preamble and header; of a continued stream, what supersedes its end."""
+        if self._started:
             raise StateError("the stream has been started; use a new StreamWriter")
-        self._order = Order(self._header, len(self._opening))
-        return self._opening
+        self._started = True
+        if self._order is None:
+            self._order = Order(self._header, len(self._opening))
+            return self._opening
+        # What was recovered gets an end first: its tail may be all that holds some tokens.
+        end = b"" if self._order.ended else self._end()
+        payload = ByteWriter()
+        payload.digest(self._header.token_digest)
+        return end + self._record(RecordType.SUPERSEDE, payload.getvalue(), None)
 
     def block(self, block: Block) -> bytes:
         """The record of a block, which must follow those of its section."""
@@ -46,16 +71,25 @@ class StreamWriter:
         """A record of the user's, which readers of blocks skip."""
         return self._record(RecordType.USER, bytes(data), None)
 
+    def encoder(self, state: bytes) -> bytes:
+        """A record for an encoder that continues the stream; :meth:`finish` comes next."""
+        return self._record(RecordType.ENCODER, state, None)
+
     def finish(self) -> bytes:
         """Index and trailer; nothing can follow."""
-        order = self._running()
-        payload = pack_index(order.sequence, self._entries)
-        index = pack_record(RecordType.INDEX, payload, sequence=order.sequence, seed=self._seed)
-        total = order.offset + len(index) + TRAILER_SIZE
-        trailer = Trailer(order.offset, total, order.sequence + 1).pack(self._seed)
+        end = self._end()
         self._finished = True
-        order.offset = total
-        return index + trailer
+        return end
+
+    def _end(self) -> bytes:
+        order = self._running()
+        auth = b""
+        if self._key:
+            parts = self._opening_digest, bytes(self._entries), bytes(self._digests)
+            auth = self._record(RecordType.AUTH, pack_auth(self._key, *parts), None)
+        start, records = order.offset, order.sequence + 1
+        index = self._record(RecordType.INDEX, pack_index(order.sequence, self._entries), None)
+        return auth + index + Trailer(start, order.offset, records).pack(self._seed)
 
     def _record(self, kind: RecordType, payload: bytes, block: Block | None) -> bytes:
         order = self._running()
@@ -66,10 +100,12 @@ class StreamWriter:
         entry = IndexEntry.of(order.sequence, order.offset, len(record), kind, block)
         order.accept(entry)
         self._entries += entry.pack()
+        if self._key:
+            self._digests += digest(record)
         return record
 
     def _running(self) -> Order:
-        if self._order is None or self._finished:
+        if self._order is None or not self._started or self._finished:
             state = "finished" if self._finished else "not started"
             raise StateError(f"the stream is {state}; call start(), blocks, finish() once each")
         return self._order

@@ -1,19 +1,32 @@
-"""Kernels: Python compiled by Numba to PTX, loaded and launched by CuPy.
+"""Kernels: Python compiled by Numba to PTX, loaded by CuPy, launched through the driver.
 
 Numba's own launches cost tens of microseconds of host time, most of it for array arguments. Kernels
-here take pointers and numbers, so CuPy's few microseconds do.
+here take pointers and numbers, packed in one go.
 """
 
 from __future__ import annotations
 
+import ctypes
 import re
+import struct
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from numba import types
+
 _ENTRY = re.compile(r"\.visible \.entry (\w+)")
 #: CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES; and what needs no permission.
 _MAX_SHARED, _FREE_SHARED = 8, 48 * 1024
+#: How an argument lies in 8 bytes of its own.
+_FORMATS = {
+    types.int32: "i4x",
+    types.uint32: "I4x",
+    types.int64: "q",
+    types.uint64: "Q",
+    types.float32: "f4x",
+    types.float64: "d",
+}
 
 
 class Kernel:
@@ -29,13 +42,17 @@ class Kernel:
 
     def __init__(self, function: Callable[..., None], signature: Sequence[Any]) -> None:
         self.function, self.signature = function, tuple(signature)
-        self._loaded: dict[int, Any] = {}
-        self._lock = threading.Lock()
         self.__name__, self.__doc__ = function.__name__, function.__doc__
+        self._format = struct.Struct(
+            "=" + "".join("Q" if isinstance(t, types.CPointer) else _FORMATS[t] for t in signature)
+        )
+        self._loaded: dict[int, _Loaded] = {}
+        self._lock = threading.Lock()
+        self._own = threading.local()
 
     def ptx(self, capability: tuple[int, int]) -> str:
         """PTX for a compute capability. Needs no device."""
-        from numba import cuda, types
+        from numba import cuda
 
         code, _ = cuda.compile_ptx(self.function, types.void(*self.signature), cc=capability)
         return str(code)
@@ -45,46 +62,72 @@ class Kernel:
     ) -> None:
         """Launch on the current device and CuPy's current stream.
 
-        ``arguments`` are CuPy arrays, whose memory must be contiguous, addresses for pointers, and
-        numbers. ``shared`` is bytes of dynamic shared memory. Nothing is launched on an empty grid.
+        ``arguments`` are numbers; for pointers CuPy arrays, whose memory must be contiguous, or
+        addresses. ``shared`` is bytes of dynamic shared memory. Nothing is launched on an empty
+        grid.
         """
         import cupy
 
-        grid = (grid,) if isinstance(grid, int) else grid
-        if min(grid) == 0:
+        x, y, z = (grid, 1, 1) if isinstance(grid, int) else (*grid, 1, 1)[:3]
+        if not (x and y and z):
             return
         device = cupy.cuda.runtime.getDevice()
-        with self._lock:
-            if device not in self._loaded:
-                self._loaded[device] = self._load()
-            function, granted = self._loaded[device]
-            if shared > granted:
-                cupy.cuda.driver.funcSetAttribute(function.ptr, _MAX_SHARED, shared)
-                self._loaded[device] = function, shared
-        typed = [
-            x if isinstance(x, cupy.ndarray) else _scalar(t, x)
-            for t, x in zip(self.signature, arguments, strict=True)
-        ]
-        function((*grid, 1, 1)[:3], (block, 1, 1), typed, shared_mem=shared)
+        loaded = self._loaded.get(device)
+        if loaded is None:
+            with self._lock:
+                loaded = self._loaded.setdefault(device, _Loaded(self))
+        if shared > loaded.granted:
+            loaded.grant(shared)
+        values = [v if isinstance(v, int | float) else v.data.ptr for v in arguments]
+        try:
+            buffer, pointers = self._own.room
+        except AttributeError:
+            buffer = ctypes.create_string_buffer(self._format.size)
+            first = ctypes.addressof(buffer)
+            places = [first + 8 * i for i in range(len(self.signature))]
+            pointers = (ctypes.c_void_p * len(places))(*places)
+            self._own.room = buffer, pointers
+        self._format.pack_into(buffer, 0, *values)
+        stream = cupy.cuda.get_current_stream().ptr
+        loaded.launch(x, y, z, block, shared, stream, ctypes.addressof(pointers))
 
-    def _load(self) -> tuple[Any, int]:
+
+class _Loaded:
+    """A kernel on a device."""
+
+    def __init__(self, kernel: Kernel) -> None:
         import cupy
+        from cuda.bindings import driver
 
         capability = cupy.cuda.Device().compute_capability
-        code = self.ptx((int(capability[:-1]), int(capability[-1])))
-        module = cupy.cuda.function.Module()
-        module.load(code.encode())
+        code = kernel.ptx((int(capability[:-1]), int(capability[-1])))
+        self._module = cupy.cuda.function.Module()  # unloads when it is freed
+        self._module.load(code.encode())
         [name] = _ENTRY.findall(code)
-        return module.get_function(name), _FREE_SHARED
+        self._name = kernel.__name__
+        self._function = self._module.get_function(name)
+        self._handle = driver.CUfunction(self._function.ptr)
+        self._driver = driver
+        self.granted = _FREE_SHARED
 
+    def grant(self, shared: int) -> None:
+        """Allow more shared memory than every kernel may have."""
+        import cupy
 
-def _scalar(kind: Any, value: Any) -> Any:
-    import numpy as np
-    from numba import types
+        cupy.cuda.driver.funcSetAttribute(self._function.ptr, _MAX_SHARED, shared)
+        self.granted = shared
 
-    if isinstance(kind, types.CPointer):
-        return np.uint64(value)
-    return getattr(np, str(kind))(value)
+    def launch(
+        self, x: int, y: int, z: int, block: int, shared: int, stream: int, pointers: int
+    ) -> None:
+        (error,) = self._driver.cuLaunchKernel(
+            self._handle, x, y, z, block, 1, 1, shared, stream, pointers, 0
+        )
+        if error:
+            raise RuntimeError(
+                f"kernel {self._name}: launching {x} × {y} × {z} blocks of {block} threads with "
+                f"{shared} bytes of shared memory failed: {error!r}"
+            )
 
 
 def kernel(*signature: Any) -> Callable[[Callable[..., None]], Any]:

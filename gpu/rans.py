@@ -23,14 +23,16 @@ from kvtc_stream.gpu.intrinsics import (
     i64p,
     popc,
     round_to_int,
+    shuffle,
     u8p,
     u16p,
+    u32,
     u32p,
 )
 from kvtc_stream.gpu.kernel import kernel
 
 #: Tiles, and so warps, of a block of threads.
-TILES = 16
+TILES = 8
 #: Fields of a task.
 (
     PART,
@@ -41,8 +43,8 @@ TILES = 16
     BLOCK,
     WORDS,  # where the tile begins in the payloads, in words; when encoding, where its room ends
     LENGTH,  # of the tile, or of the room for it, in words
-    CLASSES,  # where the part's classes begin, in bytes, for the tile that unpacks them; else -1
-    LEVEL,
+    CLASSES,  # where the part's classes begin, in bytes: c in its first tile, -1 - c in others
+    LEVEL,  # index into the families' ids; when encoding, the block's instead
 ) = range(10)
 FIELDS = 10
 
@@ -50,24 +52,24 @@ FIELDS = 10
 DAMAGED, LARGE, FULL = 1, 2, 4
 
 _ESCAPE, _ZERO = 255, 127
-_U32, _I32, _I64 = np.uint32, np.int32, np.int64
+_U32, _I32, _I64, _F32 = np.uint32, np.int32, np.int64, np.float32
 _LEAST = np.uint32(1 << 16)
 _WIDE = -0x8000
 #: Words that a step gives off at most: one a state, one an escape, two a wide value.
 _STEP_WORDS = 4 * WARP
 
 
-@kernel(i64p, u16p, u8p, u32p, u8p, i32p, u8p, u8p, i32, i32, i32p, f32p, f32p, u16p, i64, i32p)
+@kernel(i64p, u16p, u8p, u32p, u32p, u32p, i32p, i32, u8p, i32, i32p, f32p, f32p, u16p, i64, i32p)
 def decode(  # type: ignore[no-untyped-def]
     tasks,
     words,
     packed_classes,
-    entries,
     buckets,
+    symbols,
+    entries,
     families,
+    parts,
     ids,
-    base,
-    rows,
     components,
     columns,
     block_steps,
@@ -82,30 +84,32 @@ def decode(  # type: ignore[no-untyped-def]
     ----------
     tasks
         int64 [tiles, FIELDS].
+    parts
+        Number of them.
     words, packed_classes
         The payloads, as words and as bytes.
-    entries, buckets
-        Of all parts' families, uint32 and uint8 [families, 256]: ``start | frequency << 12`` of a
-        column, and the first column that slots from 16 · i on may be of.
+    buckets, symbols
+        From :func:`kvtc_stream.gpu.tables.decode_tables`, those of a part after those of another;
+        a part's indices count its own symbols.
+    entries
+        As for :func:`encode`.
     families
-        int32 [parts + 1]: where each part's families begin.
+        int32 [2, parts + 1]: where each part's families begin, and then its symbols.
     ids
-        uint8 [rows, components, 16]: see ``uniform.ids`` of the specification.
-    base
-        uint8 [components]: base steps.
+        uint8 [levels, components, 16]: the family of each component and class. Up to 32 bytes
+        behind the last are read, whatever they are.
     columns
         int32 [tokens]: where each token goes.
     block_steps
         float32 [blocks, 16]: of each class.
     scales
-        float32 [parts, stride]: becomes the step of each token at base step 0.
+        float32 [parts, stride]: becomes the step of each token.
     out
         Bits of binary16 [components, stride]: becomes the symbols.
     faults
         int32 [blocks]: becomes the faults; 0 before.
     """
-    table = cuda.shared.array(0, np.uint32)
-    bytes_table = cuda.shared.array(0, np.uint8)
+    table = cuda.shared.array(0, u32)
     thread = _U32(cuda.threadIdx.x)
     lane = thread & _U32(WARP - 1)
     task = (_I64(cuda.blockIdx.x) * TILES + _I64(thread >> _U32(5))) * FIELDS
@@ -113,8 +117,11 @@ def decode(  # type: ignore[no-untyped-def]
     first_family = _U32(families[part])
     size = (_U32(families[part + 1]) - first_family) << _U32(8)
     for i in range(thread, size, _U32(TILES * WARP)):
-        table[_U32(i)] = entries[(first_family << _U32(8)) + _U32(i)]
-        bytes_table[(size << _U32(2)) + _U32(i)] = buckets[(first_family << _U32(8)) + _U32(i)]
+        table[_U32(i)] = buckets[(first_family << _U32(8)) + _U32(i)]
+    first_symbol = _U32(families[parts + 1 + part])
+    number = _U32(families[parts + 1 + part + 1]) - first_symbol
+    for i in range(thread, number, _U32(TILES * WARP)):
+        table[size + _U32(i)] = symbols[first_symbol + _U32(i)]
     cuda.syncthreads()
 
     tokens = _U32(tasks[task + TOKENS])
@@ -124,21 +131,29 @@ def decode(  # type: ignore[no-untyped-def]
     first = _I32(tasks[task + FIRST])
     begin = tasks[task + WORDS]
     length = _U32(tasks[task + LENGTH])
-    level = _I32(tasks[task + LEVEL])
+    of_level = tasks[task + LEVEL] * components
     classes = tasks[task + CLASSES]
     own_classes = classes
     if classes < 0:
-        own_classes = -classes - 1
+        own_classes = -1 - classes
     block = tasks[task + BLOCK]
     lanes = min(tokens, _U32(WARP))
+    if length < _U32(2) * lanes:
+        if lane == 0:
+            faults[block] = DAMAGED
+        return
     below = (_U32(1) << lane) - _U32(1)
 
     state = _LEAST
     if lane < lanes:
         state = _U32(words[begin + 2 * lane]) | _U32(words[begin + 2 * lane + 1]) << _U32(16)
-    fault = ballot(state < _LEAST) != _U32(0)
+    fault = state < _LEAST
     position = _U32(2) * lanes
     last = length - _U32(1)
+    # Words to come: 32 from ``window`` on and the 32 behind them, a word a lane.
+    window = position
+    near = _I32(words[begin + min(_U32(window + lane), last)])
+    far = _I32(words[begin + min(_U32(window + lane + _U32(WARP)), last)])
     large = False
     for group in range(_U32(0), tokens, _U32(WARP)):
         token = _U32(group) + lane
@@ -152,27 +167,33 @@ def decode(  # type: ignore[no-untyped-def]
             if classes >= 0:
                 scales[part * stride + column] = block_steps[block * 16 + klass]
         target = _I64(first) * stride + column
-        for c in range(first, first + count):
-            row = min(max(_I32(base[c]) + level, _I32(0)), rows - _I32(1))
-            family = _U32(ids[(row * components + _I32(c)) * _I32(16) + _I32(klass)])
+        # Families are read two steps ahead: nothing else hides the way to memory.
+        source = (of_level + first) * 16 + klass
+        family_1, family_2 = _U32(ids[source]), _U32(ids[source + 16])
+        for _ in range(count):
+            family, family_1 = family_1, family_2
+            family_2 = _U32(ids[source + 32])
+            source += 16
             slot = state & _U32(0xFFF)
-            symbol = _U32(bytes_table[(size << _U32(2)) + (family << _U32(8)) + (slot >> _U32(4))])
-            entry = table[(family << _U32(8)) + symbol]
-            offset = slot - (entry & _U32(0xFFF))
-            while offset >= entry >> _U32(12):
-                symbol += _U32(1)
-                entry = table[(family << _U32(8)) + symbol]
-                offset = slot - (entry & _U32(0xFFF))
+            bucket = table[(family << _U32(8)) + (slot >> _U32(4))]
+            begun = bucket & ((_U32(2) << (slot & _U32(15))) - _U32(1)) & _U32(0xFFFF)
+            entry = table[size + (bucket >> _U32(16)) + popc(begun)]
+            column_found = entry >> _U32(24)
             if active:
-                state = _U32((entry >> _U32(12)) * (state >> _U32(12)) + offset)
+                frequency = ((entry >> _U32(12)) & _U32(0xFFF)) + _U32(1)
+                state = _U32(frequency * (state >> _U32(12)) + slot - (entry & _U32(0xFFF)))
             needs = state < _LEAST
             mask = ballot(needs)
+            at = _U32(position - window + popc(mask & below))
+            word = shuffle(near, _I32(at & _U32(WARP - 1)))
+            other = shuffle(far, _I32(at & _U32(WARP - 1)))
+            if at >= _U32(WARP):
+                word = other
             if needs:
-                at = min(_U32(position + popc(mask & below)), last)
-                state = state << _U32(16) | _U32(words[begin + at])
+                state = state << _U32(16) | _U32(word)
             position += popc(mask)
-            value = _I32(symbol) - _I32(_ZERO)
-            escaped = active and symbol == _U32(_ESCAPE)
+            value = _I32(column_found) - _I32(_ZERO)
+            escaped = active and column_found == _U32(_ESCAPE)
             mask = ballot(escaped)
             if mask:
                 if escaped:
@@ -180,8 +201,8 @@ def decode(  # type: ignore[no-untyped-def]
                     value = _I32(np.int16(words[begin + at]))
                     # A family that has a frequency for it would have been shorter.
                     if -_ZERO <= value <= _ZERO:
-                        own = table[(family << _U32(8)) + _U32(value + _I32(_ZERO))]
-                        fault |= own >> _U32(12) != _U32(0)
+                        own = (first_family + family) << _U32(8)
+                        fault |= entries[own + _U32(value + _I32(_ZERO))] >> _U32(31) == _U32(0)
                 position += popc(mask)
                 wide = escaped and value == _I32(_WIDE)
                 mask = ballot(wide)
@@ -195,8 +216,12 @@ def decode(  # type: ignore[no-untyped-def]
                 large |= value > _I32(65504) or value < _I32(-65504)
                 if position > length:
                     break
+            while position - window >= _U32(WARP):
+                near = far
+                window += _U32(WARP)
+                far = _I32(words[begin + min(_U32(window + lane + _U32(WARP)), last)])
             if active:
-                out[target] = f16_bits(np.float32(value))
+                out[target] = f16_bits(_F32(value))
             target += stride
         if position > length:
             break
@@ -208,14 +233,12 @@ def decode(  # type: ignore[no-untyped-def]
         faults[block] = LARGE
 
 
-@kernel(i64p, u32p, i32p, u8p, u8p, i32, i32, i32p, f32p, f32p, i64, i32p, u8p, u16p, i32p, i32p)
+@kernel(i64p, u32p, i32p, u8p, i32, i32p, f32p, f32p, i64, i32p, u8p, i32p, u16p, i32p, i32p)
 def encode(  # type: ignore[no-untyped-def]
     tasks,
     entries,
     families,
     ids,
-    base,
-    rows,
     components,
     columns,
     factors,
@@ -223,6 +246,7 @@ def encode(  # type: ignore[no-untyped-def]
     stride,
     levels,
     classes,
+    kept,
     words,
     lengths,
     faults,
@@ -231,20 +255,21 @@ def encode(  # type: ignore[no-untyped-def]
 
     Parameters
     ----------
-    tasks, families, ids, base, rows, components, columns
+    tasks, families, ids, columns
         As for :func:`decode`.
     entries
         uint32 [families, 256]: ``start | frequency << 12 | escaped << 31``, those of the escape
         where a column has no frequency.
     factors
-        float32 [blocks, 256 + 16]: what a coefficient is multiplied by, at each sum of base step
-        and class.
+        float32 [blocks, 16]: what coefficients of a token of a class are multiplied by.
     coefficients
         float32 [components, stride].
     levels
-        int32 [blocks].
+        int32 [blocks]: indices into ``ids``.
     classes
         uint8 [parts, stride].
+    kept
+        int32 [blocks]: tokens of ``columns`` that are coded, instead of the task's.
     words
         Room for the tiles.
     lengths
@@ -252,7 +277,7 @@ def encode(  # type: ignore[no-untyped-def]
     faults
         int32 [blocks]: becomes FULL where a tile has no room; 0 before.
     """
-    table = cuda.shared.array(0, np.uint32)
+    table = cuda.shared.array(0, u32)
     thread = _U32(cuda.threadIdx.x)
     lane = thread & _U32(WARP - 1)
     tile = _I64(cuda.blockIdx.x) * TILES + _I64(thread >> _U32(5))
@@ -264,13 +289,15 @@ def encode(  # type: ignore[no-untyped-def]
         table[_U32(i)] = entries[(first_family << _U32(8)) + _U32(i)]
     cuda.syncthreads()
 
-    tokens = _U32(tasks[task + TOKENS])
+    if tasks[task + TOKENS] == 0:
+        return
+    block = tasks[task + BLOCK]
+    tokens = _U32(kept[block])
     if tokens == 0:
         return
     count = _I32(tasks[task + COUNT])
-    first = _I32(tasks[task + FIRST])
-    block = tasks[task + BLOCK]
-    level = levels[block]
+    final = _I64(_I32(tasks[task + FIRST]) + count - _I32(1))
+    of_level = _I64(levels[block]) * components
     length = _I32(tasks[task + LENGTH])
     begin = tasks[task + WORDS] - length
     below = (_U32(1) << lane) - _U32(1)
@@ -281,21 +308,26 @@ def encode(  # type: ignore[no-untyped-def]
         token = group + lane
         active = token < tokens
         klass = _I32(0)
-        source = _I64(0)
+        column = _I64(0)
+        factor = _F32(0)
         if active:
             column = _I64(columns[tasks[task + TOKEN] + token])
             klass = _I32(classes[part * stride + column])
-            source = _I64(first + count - _I32(1)) * stride + column
-        for i in range(_I32(0), count):
-            c = first + count - _I32(1) - _I32(i)
-            step = _I32(base[c])
-            row = min(max(step + level, _I32(0)), rows - _I32(1))
-            family = _U32(ids[(row * components + c) * _I32(16) + klass])
-            value = _I32(0)
-            if active:
-                factor = factors[block * 272 + step + klass]
-                value = round_to_int(coefficients[source] * factor)
-            source -= stride
+            factor = factors[block * 16 + klass]
+        source = final * stride + column
+        of_family = (of_level + final) * 16 + klass
+        x_1, family_1 = coefficients[source], _U32(ids[of_family])
+        source = max(source - stride, column)
+        of_family = max(of_family - 16, _I64(0))
+        x_2, family_2 = coefficients[source], _U32(ids[of_family])
+        for _ in range(count):
+            # Two steps ahead: nothing else hides the way to memory.
+            x, x_1 = x_1, x_2
+            family, family_1 = family_1, family_2
+            source = max(source - stride, column)
+            of_family = max(of_family - 16, _I64(0))
+            x_2, family_2 = coefficients[source], _U32(ids[of_family])
+            value = round_to_int(x * factor)
             place = min(_U32(value + _I32(_ZERO)), _U32(_ESCAPE))
             entry = table[(family << _U32(8)) + place]
             escaped = active and (entry >> _U32(31)) != _U32(0)
@@ -318,7 +350,7 @@ def encode(  # type: ignore[no-untyped-def]
                     words[begin + position + _I32(popc(mask & below))] = np.uint16(
                         short & _I32(0xFFFF)
                     )
-            frequency = (entry >> _U32(12)) & _U32(0xFFF)
+            frequency = (entry >> _U32(12)) & _U32(0x1FFF)
             spills = active and state >> _U32(20) >= frequency
             mask = ballot(spills)
             position -= _I32(popc(mask))
@@ -327,7 +359,7 @@ def encode(  # type: ignore[no-untyped-def]
                 state = state >> _U32(16)
             if active:
                 # Exact to one: a quotient is below 2²⁰.
-                quotient = _U32(np.float32(state) * (np.float32(1) / np.float32(frequency)))
+                quotient = _U32(_F32(state) * (_F32(1) / _F32(frequency)))
                 rest = _I32(state - quotient * frequency)
                 if rest < 0:
                     quotient -= _U32(1)

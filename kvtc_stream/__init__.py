@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from kvtc_stream.errors import (
+    AuthenticationError,
     BackendUnavailableError,
     CalibrationMismatchError,
     ChecksumError,
@@ -28,10 +29,12 @@ if TYPE_CHECKING:
     from kvtc_stream.calibrator import Calibrator
     from kvtc_stream.codec import PRESETS, Codec
     from kvtc_stream.decoder import Decoder, KVBlock
+    from kvtc_stream.edit import Piece, cat, cut
     from kvtc_stream.encoder import Encoder
     from kvtc_stream.files import Reader, Writer, decode, encode, open
     from kvtc_stream.formats import DType, Geometry, Limits, ModelIdentity, Plan, Rope, Section
     from kvtc_stream.interop import KVArray
+    from kvtc_stream.pages import PageCodec
     from kvtc_stream.statistics import StreamStatistics
 
 __version__ = "0.1.0"
@@ -49,12 +52,16 @@ _HOME = {
     "KVBlock": "decoder",
     "Limits": "formats",
     "ModelIdentity": "formats",
+    "PageCodec": "pages",
+    "Piece": "edit",
     "Plan": "formats",
     "Reader": "files",
     "Rope": "formats",
     "Section": "formats",
     "StreamStatistics": "statistics",
     "Writer": "files",
+    "cat": "edit",
+    "cut": "edit",
     "decode": "files",
     "encode": "files",
     "open": "files",
@@ -62,6 +69,7 @@ _HOME = {
 
 __all__ = [
     "PRESETS",
+    "AuthenticationError",
     "BackendUnavailableError",
     "Calibration",
     "CalibrationMismatchError",
@@ -80,6 +88,8 @@ __all__ = [
     "LimitError",
     "Limits",
     "ModelIdentity",
+    "PageCodec",
+    "Piece",
     "Plan",
     "Reader",
     "Rope",
@@ -90,6 +100,8 @@ __all__ = [
     "UnsupportedError",
     "VersionError",
     "Writer",
+    "cat",
+    "cut",
     "decode",
     "encode",
     "open",

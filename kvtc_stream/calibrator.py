@@ -259,7 +259,7 @@ class Calibrator:
         moments = self._section(section)
         s = moments.section
         k_layers, v_layers, where = self._document(s, k, v, positions)
-        grads = self._document(s, grad_k, grad_v, where)[:2]
+        grads = self._layers(s, grad_k, grad_v, "grad_k", "grad_v")
         if grads[0][0].shape[1] != len(where):
             raise ValueError(f"found {len(where)} tokens, gradients of {grads[0][0].shape[1]}")
         straight = replace(s, rope=())
@@ -288,12 +288,18 @@ class Calibrator:
     def _document(
         self, s: Section, k: Any, v: Any, positions: Any
     ) -> tuple[list[Array], list[Array], NDArray[np.int64]]:
-        k_layers = self._arrays.layers(k, "k", len(s.layers), s.kv_heads, s.k_dim)
-        v_layers = self._arrays.layers(v, "v", len(s.layers), s.kv_heads, s.v_dim)
-        tokens = k_layers[0].shape[1]
-        if v_layers[0].shape[1] != tokens:
-            raise ValueError(f"k has {tokens} tokens, v has {v_layers[0].shape[1]}")
-        return k_layers, v_layers, check_positions(positions, tokens, -1)
+        k_layers, v_layers = self._layers(s, k, v, "k", "v")
+        return k_layers, v_layers, check_positions(positions, k_layers[0].shape[1], -1)
+
+    def _layers(
+        self, s: Section, k: Any, v: Any, k_name: str, v_name: str
+    ) -> tuple[list[Array], list[Array]]:
+        k_layers = self._arrays.layers(k, k_name, len(s.layers), s.kv_heads, s.k_dim)
+        v_layers = self._arrays.layers(v, v_name, len(s.layers), s.kv_heads, s.v_dim)
+        tokens = k_layers[0].shape[1], v_layers[0].shape[1]
+        if tokens[0] != tokens[1]:
+            raise ValueError(f"{k_name} has {tokens[0]} tokens, {v_name} has {tokens[1]}")
+        return k_layers, v_layers
 
     def _rows(
         self,
@@ -611,6 +617,7 @@ class _Importance:
     def __init__(self, section: Section, arrays: HostArrays) -> None:
         shape = (len(section.layers), section.kv_heads)
         self._section = section
+        self._tokens = 0
         self._arrays = arrays
         self._k = arrays.xp.zeros((*shape, section.k_dim, section.k_dim))
         self._v = arrays.xp.zeros((*shape, section.v_dim, section.v_dim))
@@ -622,6 +629,7 @@ class _Importance:
         xp = self._arrays.xp
         if not len(rows):
             return
+        self._tokens += len(rows)
         for part, total in self._split(gradients):
             by_head = part.transpose(1, 2, 0, 3).astype(np.float64)
             total += by_head.swapaxes(2, 3) @ by_head
@@ -637,13 +645,16 @@ class _Importance:
             yield part.reshape(len(rows), *total.shape[:3]), total
 
     def merge(self, other: _Importance) -> None:
+        self._tokens += other._tokens
         self._k += other._k
         self._v += other._v
         self._sample.merge(other._sample)
 
     def matrices(self) -> _Pair:
-        """Of K and V, in host memory."""
-        return self._arrays.get(self._k), self._arrays.get(self._v)
+        """Of K and V, in host memory; per token, so that sections compare however many gradients
+        each was given."""
+        tokens = max(self._tokens, 1)
+        return self._arrays.get(self._k) / tokens, self._arrays.get(self._v) / tokens
 
     def pairs(self, columns: _Columns) -> tuple[Array, Array] | None:
         """Rows and gradients [rows, width] of the columns; ``None`` without gradients."""

@@ -11,7 +11,7 @@ from kvtc_stream.backend import BackendName, Measure
 from kvtc_stream.calibration import Calibration
 from kvtc_stream.calibrator import Progress
 from kvtc_stream.control import Target
-from kvtc_stream.formats import Coder, DType, Limits, Plan, Rope
+from kvtc_stream.formats import Coder, DType, Limits, Plan, Rope, StreamFile
 from kvtc_stream.planning.targets import make_plan
 
 if TYPE_CHECKING:
@@ -81,8 +81,9 @@ class Codec:
     measure
         ``"full"``: errors are measured on the reconstruction, after the final cast.
         ``"coefficients"``: on the coefficients, which saves the encoder the second product.
+        ``"none"``: not at all.
     backend
-        ``"auto"``, ``"cpu"`` or ``"cuda"``.
+        ``"cpu"``, ``"cuda"``, or ``"auto"``: CUDA for tensors on a CUDA device, else the CPU.
     plan
         A plan made before, instead of a target: steps then stay as planned.
         ``dataclasses.replace`` with a new target takes ``plan=None`` as well.
@@ -122,7 +123,7 @@ class Codec:
         for name, value, accepted in (
             ("coder", self.coder, [c.name.lower() for c in Coder]),
             ("out_dtype", self.out_dtype, [d.label for d in DType]),
-            ("measure", self.measure, ["full", "coefficients"]),
+            ("measure", self.measure, ["full", "coefficients", "none"]),
             ("backend", self.backend, ["auto", "cpu", "cuda"]),
         ):
             if value is not None and value not in accepted:
@@ -200,6 +201,8 @@ class Codec:
         v_scale: Any = None,
         metadata: Mapping[str, Any] | None = None,
         token_digest: bytes = b"",
+        continues: StreamFile | None = None,
+        key: bytes = b"",
     ) -> Encoder:
         """A single-use encoder of one stream; see :class:`kvtc_stream.Encoder`."""
         from kvtc_stream.encoder import Encoder
@@ -211,6 +214,8 @@ class Codec:
             v_scale=v_scale,
             metadata=metadata,
             token_digest=token_digest,
+            continues=continues,
+            key=key,
         )
 
     def decoder(self) -> Decoder:

@@ -4,16 +4,32 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvtc_stream.backend import BackendName, SectionCoder, get_backend
 from kvtc_stream.calibration import Calibration
-from kvtc_stream.errors import CalibrationMismatchError, KVTCError, StateError
-from kvtc_stream.formats import Block, BlockErrors, Limits, Role, StreamHeader, StreamParser
-from kvtc_stream.interop import KVArray
+from kvtc_stream.errors import (
+    CalibrationMismatchError,
+    FormatError,
+    KVTCError,
+    StateError,
+    UnsupportedError,
+)
+from kvtc_stream.formats import (
+    Block,
+    BlockErrors,
+    Geometry,
+    Limits,
+    Role,
+    Section,
+    StreamHeader,
+    StreamParser,
+)
+from kvtc_stream.interop import KVArray, as_kv_array
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +50,7 @@ class KVBlock:
         [layers, kv_heads, tokens, head_dim] in the stream's ``out_dtype``: numpy arrays that
         export DLPack in every dtype.
     errors
-        What the encoder measured on this block.
+        What the encoder measured on this block, with tokens that were cut from it since.
     """
 
     section: int
@@ -51,6 +67,32 @@ class KVBlock:
         return len(self.positions)
 
 
+def check_calibration(header: StreamHeader, calibration: Calibration) -> None:
+    """Raise unless the stream was written with this calibration."""
+    if header.calibration != calibration.digest:
+        raise CalibrationMismatchError(
+            f"the stream was written with calibration {header.calibration.hex()} (model "
+            f"{header.model.name or 'unnamed'!r}), found {calibration.digest.hex()} (model "
+            f"{calibration.model.name or 'unnamed'!r}): open it with the calibration it names"
+        )
+    for name, found, expected in zip(
+        ("layers, heads and channels", "model fingerprint"),
+        (_shapes(header.geometry), header.model.fingerprint),
+        (_shapes(calibration.geometry), calibration.model.fingerprint),
+        strict=True,
+    ):
+        if found != expected:
+            raise FormatError(
+                f"the stream has {name} {found!r}, the calibration that it names has {expected!r}: "
+                "the writer is at fault"
+            )
+
+
+def _shapes(geometry: Geometry) -> list[Section]:
+    """Sections without RoPE, which may be the stream's own."""
+    return [replace(section, rope=()) for section in geometry.sections]
+
+
 class BlockDecoder:
     """Blocks of one stream to tokens, once the calibration is known to be the right one.
 
@@ -60,26 +102,41 @@ class BlockDecoder:
     def __init__(
         self, header: StreamHeader, calibration: Calibration, backend: BackendName
     ) -> None:
-        if header.calibration != calibration.digest:
-            raise CalibrationMismatchError(
-                f"the stream was written with calibration {header.calibration.hex()} (model "
-                f"{header.model.name or 'unnamed'!r}), found {calibration.digest.hex()} (model "
-                f"{calibration.model.name or 'unnamed'!r}): open it with the calibration it names"
-            )
+        check_calibration(header, calibration)
         self._header, self._calibration = header, calibration
         self._backend = get_backend(backend)
         self._coders: dict[int, SectionCoder] = {}
 
+    def coder(self, section: int) -> SectionCoder:
+        """That of a section."""
+        if section not in self._coders:
+            self._coders[section] = self._backend.section_coder(
+                self._header, section, self._calibration
+            )
+        return self._coders[section]
+
+    def empty(self, section: int, layers: int, tokens: int) -> tuple[Any, Any]:
+        """The backend's arrays for K and V of so many layers and tokens."""
+        s, dtype = self._header.geometry.sections[section], self._header.out_dtype
+        return (
+            self._backend.empty((layers, *s.k_shape(tokens)[1:]), dtype),
+            self._backend.empty((layers, *s.v_shape(tokens)[1:]), dtype),
+        )
+
+    def output(self, x: Any) -> Any:
+        """What users get of such an array."""
+        return self._backend.output(x, self._header.out_dtype)
+
     def decode(self, block: Block, layers: Sequence[int] | None = None) -> KVBlock:
         """One block, all layers or some (indices into the section's)."""
-        if block.section not in self._coders:
-            self._coders[block.section] = self._backend.section_coder(
-                self._header, block.section, self._calibration
-            )
         if layers is None:
             layers = range(len(self._header.geometry.sections[block.section].layers))
-        k, v = self._coders[block.section].decode(block, layers)
+        k, v = self.coder(block.section).decode(block, layers)
         positions = np.array(block.positions, np.int64)
+        if block.cut != (0, 0):
+            kept = slice(block.kept.start, block.kept.stop)
+            k, v = (as_kv_array(x[:, :, kept]) for x in (k, v))
+            positions = positions[kept]
         return KVBlock(block.section, block.role, block.start, positions, k, v, block.errors)
 
 
@@ -112,6 +169,7 @@ class Decoder:
         self._parser = StreamParser(limits or Limits())
         self._blocks: BlockDecoder | None = None
         self._header: StreamHeader | None = None
+        self._tail_given = False
         self._failure: KVTCError | None = None
         self._lock = threading.Lock()
 
@@ -140,6 +198,8 @@ class Decoder:
             blocks that came with the damage are not returned.
         CalibrationMismatchError
             The stream was written with another calibration.
+        UnsupportedError
+            The stream goes on after an end whose tail was given out: it was appended to.
         StateError
             After an error, or while another thread decodes.
         """
@@ -164,8 +224,15 @@ class Decoder:
 
     def _take(self, item: StreamHeader | Block) -> KVBlock | None:
         if isinstance(item, StreamHeader):
+            if self._tail_given:
+                raise UnsupportedError(
+                    "the stream was appended to, and what follows supersedes tokens that were "
+                    "given out: open the file or pipe with kvtc_stream.open, or rewrite it first "
+                    "with `kvtc cat FILE -o OUT`"
+                )
             self._header = item
             self._blocks = BlockDecoder(item, self._calibration, self._backend)
             return None
         assert self._blocks is not None
+        self._tail_given |= item.role is Role.TAIL
         return self._blocks.decode(item)

@@ -170,7 +170,14 @@ def demonstrate(
     prompt, targets = text[: context + following], text[context + 1 : context + following + 1]
     total = sum(map(len, documents))
     with steps.step(f"Calibrating on {total:,} tokens") as advance:
-        calibration = calibrate(model, documents, tokens=total, progress=advance, name=name)
+        calibration = calibrate(
+            model,
+            documents,
+            tokens=total,
+            bases=("joint",),
+            progress=advance,
+            name=name,
+        )
     with steps.step(f"Planning for {ratio:g}×") as advance:
         codec = kvtc.Codec(calibration, ratio=ratio, progress=advance)
     with steps.step(f"Reading {context:,} tokens of other text"):

@@ -15,7 +15,14 @@ from numpy.typing import NDArray
 
 from kvtc_stream.backend import Backend, get_backend
 from kvtc_stream.codec import Codec
-from kvtc_stream.cpu.values import scale_grid, stored_positions, verbatim_planes
+from kvtc_stream.control import Controls, SectionControl
+from kvtc_stream.cpu.values import (
+    scale_grid,
+    stored_positions,
+    verbatim_planes,
+    verbatim_tokens,
+)
+from kvtc_stream.decoder import check_calibration
 from kvtc_stream.errors import KVTCWarning, StateError
 from kvtc_stream.formats import (
     Block,
@@ -23,14 +30,17 @@ from kvtc_stream.formats import (
     Coder,
     DType,
     Geometry,
+    IndexEntry,
     Role,
     Rope,
     SectionScales,
+    StreamFile,
     StreamHeader,
     StreamWriter,
 )
 from kvtc_stream.formats.coders import compress
-from kvtc_stream.interop import check_positions, layer_list, numpy_dtype
+from kvtc_stream.formats.wire import located
+from kvtc_stream.interop import check_positions
 from kvtc_stream.statistics import StreamStatistics
 
 #: A finished stream whose ratio is below this has gained little: worth a warning.
@@ -59,6 +69,12 @@ class Encoder:
         Anything JSON can hold, kept in the header.
     token_digest
         SHA-256 of the token ids, checked by whoever restores the cache.
+    continues
+        A whole stream, or what was recovered of one, to write the continuation of: the bytes are
+        to follow it. The blocks are those of one uninterrupted run with the same codec. Not with
+        the arguments before, but for ``token_digest``, which is then that of all tokens.
+    key
+        A secret: who has it can tell that the stream was written by somebody who has it.
 
     Examples
     --------
@@ -82,8 +98,10 @@ class Encoder:
         v_scale: Any = None,
         metadata: Mapping[str, Any] | None = None,
         token_digest: bytes = b"",
+        continues: StreamFile | None = None,
+        key: bytes = b"",
     ) -> None:
-        self._codec = codec
+        self._codec, self._key = codec, key
         self._geometry = _with_rope(codec.calibration.geometry, rope)
         self._scales = _scales(self._geometry, k_scale, v_scale)
         self._metadata = json.dumps(dict(metadata or {}), separators=(",", ":"), allow_nan=False)
@@ -94,6 +112,11 @@ class Encoder:
         self._writer: StreamWriter | None = None
         self._sections: list[_SectionState] = []
         self._statistics = StreamStatistics()
+        self._opening = b""
+        if continues is not None:
+            if not (rope is k_scale is v_scale is metadata is None):
+                raise TypeError("rope, k_scale, v_scale and metadata are in the stream already")
+            self._continue(continues)
 
     @property
     def statistics(self) -> StreamStatistics:
@@ -135,6 +158,9 @@ class Encoder:
             for state in self._sections:
                 out += map(self._record, state.last_blocks())
             assert self._writer is not None
+            if self._controls is not None:
+                out.append(self._writer.encoder(self._controls.state()))
+                self._statistics.other_bytes += len(out[-1])
             out.append(self._writer.finish())
             self._statistics.index_bytes = len(out[-1])
             self._state = "finished"
@@ -182,8 +208,11 @@ class Encoder:
             raise ValueError(f"section must be from 0 to {len(sections) - 1}, found {index}")
         section = sections[index]
         layers = len(section.layers)
-        k_layers, k_dtype = layer_list(k, "k", layers, section.kv_heads, section.k_dim)
-        v_layers, v_dtype = layer_list(v, "v", layers, section.kv_heads, section.v_dim)
+        if not self._sections:
+            self._backend = get_backend(self._codec.backend, k, v)
+        arrays = self._backend.layer_list
+        k_layers, k_dtype = arrays(k, "k", layers, section.kv_heads, section.k_dim)
+        v_layers, v_dtype = arrays(v, "v", layers, section.kv_heads, section.v_dim)
         expected = self._sections[index].dtype if self._sections else k_dtype
         for name, dtype in (("k", k_dtype), ("v", v_dtype)):
             if dtype != expected:
@@ -202,40 +231,63 @@ class Encoder:
     def _start(self, dtype: DType) -> list[bytes]:
         """The header, once the element type is known."""
         if self._sections:
-            return []
-        codec = self._codec
-        scales = self._scales
-        if dtype.is_fp8 and not scales:
-            scales = _scales(self._geometry, 1.0, 1.0)
-        out_dtype = DType.BFLOAT16 if dtype.is_fp8 else dtype
-        if codec.out_dtype is not None:
-            out_dtype = DType[codec.out_dtype.upper()]
-        if out_dtype.is_fp8 and not scales:
-            raise TypeError(f"out_dtype={out_dtype.label} needs fp8 input, found {dtype.label}")
-        assert codec.coder is not None
-        header = StreamHeader(
-            geometry=self._geometry,
-            dtype=dtype,
-            out_dtype=out_dtype,
-            scales=scales,
-            sinks=codec.sinks,
-            window=codec.window,
-            block_tokens=codec.block_tokens,
-            plan=codec.plan,
-            coder=Coder[codec.coder.upper()],
-            calibration=codec.calibration.digest,
-            model=codec.calibration.model,
+            opening, self._opening = self._opening, b""
+            return [opening]
+        header = replace(
+            _header(self._codec, dtype, self._geometry, self._scales),
             token_digest=self._token_digest,
             metadata=self._metadata,
         )
-        self._writer = StreamWriter(header)
-        self._sections = [
-            _SectionState(header, i, codec, self._backend)
-            for i in range(len(self._geometry.sections))
-        ]
+        self._writer = StreamWriter(header, self._key)
+        self._open_sections(header, None)
         start = self._writer.start()
         self._statistics.header_bytes = len(start)
         return [start]
+
+    def _open_sections(self, header: StreamHeader, states: Sequence[Any] | None) -> None:
+        self._controls = None if self._codec.target is None else _Controls(self._codec, states)
+        self._sections = [
+            _SectionState(header, i, self._codec, self._backend, self._controls)
+            for i in range(len(header.geometry.sections))
+        ]
+
+    def _continue(self, stream: StreamFile) -> None:
+        """Be where the encoder that wrote ``stream`` was before it wrote the tail."""
+        header, codec = stream.header, self._codec
+        check_calibration(header, codec.calibration)
+        assert codec.coder is not None
+        for name, found, expected in (
+            ("plan", header.plan, codec.plan),
+            ("sinks", header.sinks, codec.sinks),
+            ("window", header.window, codec.window),
+            ("block_tokens", header.block_tokens, codec.block_tokens),
+            ("coder", header.coder.name.lower(), codec.coder),
+            ("out_dtype", header.out_dtype.label, codec.out_dtype or header.out_dtype.label),
+        ):
+            if found != expected:
+                shown = "another" if name == "plan" else f"{found!r}, not {expected!r},"
+                raise ValueError(
+                    f"the stream was written with {shown} {name}: continue it with the codec that "
+                    "it was written with"
+                )
+        self._geometry, self._scales = header.geometry, header.scales
+        self._statistics = StreamStatistics.of(stream, superseded=True)
+        self._writer = stream.continued(self._token_digest)
+        self._open_sections(header, _control_states(stream, codec))
+        for entry in stream.index:
+            state = self._sections[entry.section]
+            if entry.role is Role.TAIL:
+                k, v, positions = verbatim_tokens(stream.read_block(entry), header)
+                taken = 0
+                while taken < len(positions):
+                    own = [list(map(self._backend.array, x)) for x in (k, v)]
+                    taken += state.append(own[0], own[1], positions, taken)
+            else:
+                state.coded_before(entry)
+        self._opening = self._writer.start()
+        self._statistics.other_bytes = (
+            stream.end + len(self._opening) - self._statistics.stream_bytes_of_blocks
+        )
 
     def _take(self, index: int, chunk: _Chunk) -> Iterator[bytes]:
         state = self._sections[index]
@@ -257,7 +309,7 @@ class Encoder:
 
 
 #: K and V per layer [kv_heads, tokens, head_dim], and positions.
-_Chunk = tuple[list[NDArray[Any]], list[NDArray[Any]], NDArray[np.int64]]
+_Chunk = tuple[list[Any], list[Any], NDArray[np.int64]]
 
 
 class _SectionState:
@@ -268,18 +320,25 @@ class _SectionState:
     Each rule looks at tokens alone, so the way the input is cut does not show.
     """
 
-    def __init__(self, header: StreamHeader, index: int, codec: Codec, backend: Backend) -> None:
+    def __init__(
+        self,
+        header: StreamHeader,
+        index: int,
+        codec: Codec,
+        backend: Backend,
+        controls: Controls | None,
+    ) -> None:
         section = header.geometry.sections[index]
         self.dtype = header.dtype
         self.last_position = -1
-        self._header, self._index = header, index
+        self._header, self._index, self._backend = header, index, backend
         self._coder = backend.section_coder(
             header,
             index,
             codec.calibration,
             max_error=codec.max_error,
             measure=codec.measure,
-            target=codec.target,
+            target=controls,
         )
         self._section = section
         self._allocate(min(4, header.window // header.block_tokens + 2) * header.block_tokens)
@@ -288,8 +347,8 @@ class _SectionState:
 
     def append(
         self,
-        k_layers: list[NDArray[Any]],
-        v_layers: list[NDArray[Any]],
+        k_layers: list[Any],
+        v_layers: list[Any],
         positions: NDArray[np.int64],
         first: int,
     ) -> int:
@@ -306,6 +365,11 @@ class _SectionState:
         self.last_position = int(self._positions[self._end - 1])
         return count
 
+    def coded_before(self, entry: IndexEntry) -> None:
+        """Count a block that another encoder wrote."""
+        self._coded = entry.start + entry.tokens
+        self.last_position = entry.last_position
+
     def _make_room(self) -> None:
         """Move pending tokens to the front, of larger buffers if a block cannot fit behind them.
 
@@ -321,17 +385,17 @@ class _SectionState:
         self._begin, self._end = 0, count
 
     def _allocate(self, tokens: int) -> None:
-        dtype = numpy_dtype(self.dtype)
-        self._k = np.empty(self._section.k_shape(tokens), dtype)
-        self._v = np.empty(self._section.v_shape(tokens), dtype)
+        self._k = self._backend.empty(self._section.k_shape(tokens), self.dtype)
+        self._v = self._backend.empty(self._section.v_shape(tokens), self.dtype)
         self._positions = np.empty(tokens, np.int64)
 
     def ready_blocks(self) -> Iterator[Block]:
         """Blocks that no later token can change."""
         size = self._header.block_tokens
         yield from self._sinks(complete=self.last_position >= self._header.sinks - 1)
-        while self._end - self._begin >= size + self._header.window:
-            yield self._data(size)
+        whole = (self._end - self._begin - self._header.window) // size
+        if whole > 0:
+            yield from self._data(whole * size)
 
     def last_blocks(self) -> Iterator[Block]:
         """Everything that is pending, at the end of the stream."""
@@ -339,7 +403,10 @@ class _SectionState:
         yield from self.ready_blocks()
         while self._end > self._begin:
             tokens = min(self._end - self._begin, self._header.block_tokens)
-            yield self._verbatim(Role.TAIL, tokens) if self._header.window else self._data(tokens)
+            if self._header.window:
+                yield self._verbatim(Role.TAIL, tokens)
+            else:
+                yield from self._data(tokens)
 
     def _leading_sinks(self) -> int:
         pending = self._positions[self._begin : self._end]
@@ -350,33 +417,128 @@ class _SectionState:
         while (sinks := self._leading_sinks()) >= (1 if complete else size):
             yield self._verbatim(Role.SINKS, min(sinks, size))
 
-    def _pop(self, tokens: int) -> tuple[NDArray[Any], NDArray[Any], NDArray[np.int64], int]:
+    def _pop(self, tokens: int) -> tuple[Any, Any, NDArray[np.int64], int]:
         span = slice(self._begin, self._begin + tokens)
         start = self._coded
         self._begin += tokens
         self._coded += tokens
         return self._k[:, :, span], self._v[:, :, span], self._positions[span], start
 
-    def _data(self, tokens: int) -> Block:
+    def _data(self, tokens: int) -> list[Block]:
         return self._coder.encode(*self._pop(tokens))
 
     def _verbatim(self, role: Role, tokens: int) -> Block:
         k, v, positions, start = self._pop(tokens)
-        coder, verbatim = compress(self._header.coder.of_bytes, *verbatim_planes(k, v))
-        return Block(
-            section=self._index,
-            role=role,
-            start=start,
-            tokens=tokens,
-            positions=stored_positions(positions),
-            verbatim_tokens=tuple(range(tokens)),
-            coder=Coder.STORED,
-            coded=b"",
-            coded_size=0,
-            verbatim_coder=coder,
-            verbatim=verbatim,
-            errors=BlockErrors(),
-        )
+        host = [self._backend.to_host(x, self.dtype) for x in (k, v)]
+        return verbatim_block(self._header, self._index, role, host[0], host[1], positions, start)
+
+
+def verbatim_block(
+    header: StreamHeader,
+    section: int,
+    role: Role,
+    k: NDArray[Any],
+    v: NDArray[Any],
+    positions: NDArray[np.int64],
+    start: int,
+) -> Block:
+    """A block that holds k, v [layers, kv_heads, tokens, head_dim] bit for bit."""
+    coder, verbatim = compress(header.coder.of_bytes, *verbatim_planes(k, v))
+    return Block(
+        section=section,
+        role=role,
+        start=start,
+        tokens=len(positions),
+        positions=stored_positions(positions),
+        verbatim_tokens=tuple(range(len(positions))),
+        coder=Coder.STORED,
+        coded=b"",
+        coded_size=0,
+        verbatim_coder=coder,
+        verbatim=verbatim,
+        errors=BlockErrors(),
+    )
+
+
+def page_header(
+    codec: Codec,
+    dtype: DType,
+    rope: Sequence[Rope | None] | Rope | None,
+    k_scale: Any,
+    v_scale: Any,
+) -> StreamHeader:
+    """The header that pages belong under; arguments as those of :class:`Encoder`."""
+    geometry = _with_rope(codec.calibration.geometry, rope)
+    header = _header(codec, dtype, geometry, _scales(geometry, k_scale, v_scale))
+    return replace(header, sinks=0, window=0)
+
+
+def _header(
+    codec: Codec, dtype: DType, geometry: Geometry, scales: tuple[SectionScales, ...]
+) -> StreamHeader:
+    if scales and not dtype.is_fp8:
+        raise TypeError(f"k_scale and v_scale are for fp8 caches, found {dtype.label}")
+    if dtype.is_fp8 and not scales:
+        scales = _scales(geometry, 1.0, 1.0)
+    out_dtype = DType.BFLOAT16 if dtype.is_fp8 else dtype
+    if codec.out_dtype is not None:
+        out_dtype = DType[codec.out_dtype.upper()]
+    if out_dtype.is_fp8 and not scales:
+        raise TypeError(f"out_dtype={out_dtype.label} needs fp8 input, found {dtype.label}")
+    assert codec.coder is not None
+    return StreamHeader(
+        geometry=geometry,
+        dtype=dtype,
+        out_dtype=out_dtype,
+        scales=scales,
+        sinks=codec.sinks,
+        window=codec.window,
+        block_tokens=codec.block_tokens,
+        plan=codec.plan,
+        coder=Coder[codec.coder.upper()],
+        calibration=codec.calibration.digest,
+        model=codec.calibration.model,
+    )
+
+
+class _Controls:
+    """The rate controls of a stream's sections, to be saved for who continues it."""
+
+    def __init__(self, codec: Codec, states: Sequence[Any] | None) -> None:
+        assert codec.target is not None
+        self._target, self._states = codec.target, states
+        self._controls: list[SectionControl] = []
+
+    def control(self, header: StreamHeader, section: int) -> SectionControl:
+        """See :class:`kvtc_stream.control.Controls`; sections come in order."""
+        control = self._target.control(header, section)
+        if self._states is not None:
+            with located("the stream's ENCODER record"):
+                control.restore(self._states[section])
+        self._controls.append(control)
+        return control
+
+    def state(self) -> bytes:
+        """The payload of the ENCODER record."""
+        control = [control.state() for control in self._controls]
+        target = [self._target.name, self._target.value]
+        return json.dumps({"target": target, "control": control}, separators=(",", ":")).encode()
+
+
+def _control_states(stream: StreamFile, codec: Codec) -> Sequence[Any] | None:
+    """Where the rate controls were, if the stream tells and the target is the same."""
+    data = stream.encoder_state()
+    if not data or codec.target is None:
+        return None
+    with located("the stream's ENCODER record"):
+        try:
+            state = json.loads(data)
+            target, states = state["target"], state["control"]
+        except (KeyError, TypeError, RecursionError) as error:
+            raise ValueError(f"expected an object with target and control: {error!r}") from None
+        if not isinstance(states, list) or len(states) != len(stream.header.geometry.sections):
+            raise ValueError("expected a control for each section")
+    return states if target == [codec.target.name, codec.target.value] else None
 
 
 def _with_rope(geometry: Geometry, rope: Sequence[Rope | None] | Rope | None) -> Geometry:

@@ -36,6 +36,10 @@ class CalibrationMismatchError(KVTCError):
     """Stream, calibration and model do not belong together."""
 
 
+class AuthenticationError(KVTCError):
+    """The stream was not made with the key, or was changed by somebody who does not have it."""
+
+
 class UnsupportedError(KVTCError):
     """A valid request that this version, calibration or backend cannot serve."""
 

@@ -2,46 +2,78 @@
 
 from __future__ import annotations
 
-import builtins
 import io
 import os
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from itertools import islice
+from mmap import mmap as MappedMemory  # noqa: N812
 from types import TracebackType
 from typing import Any, BinaryIO, ClassVar, Literal, Self, overload
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvtc_stream.backend import BackendName
 from kvtc_stream.calibration import Calibration
 from kvtc_stream.codec import Codec
-from kvtc_stream.decoder import BlockDecoder, Decoder, KVBlock
-from kvtc_stream.errors import KVTCError, StateError, UnsupportedError
-from kvtc_stream.formats import IndexEntry, Limits, Rope, StreamFile, StreamHeader
-from kvtc_stream.interop import KVArray, as_kv_array, numpy_dtype
+from kvtc_stream.decoder import BlockDecoder, KVBlock
+from kvtc_stream.errors import (
+    FormatError,
+    KVTCError,
+    LimitError,
+    StateError,
+    UnsupportedError,
+)
+from kvtc_stream.formats import (
+    Block,
+    IndexEntry,
+    Limits,
+    Role,
+    Rope,
+    StreamFile,
+    StreamHeader,
+    StreamParser,
+)
+from kvtc_stream.interop import KVArray, as_kv_array
+from kvtc_stream.sources import Growing, Source, open_source
 from kvtc_stream.statistics import StreamStatistics
-from kvtc_stream.storage import atomic_write
+from kvtc_stream.storage import File, append_to, atomic_write, write_all
 
-File = str | os.PathLike[str] | BinaryIO
-
+#: Blocks that are decoded together.
+_BLOCKS_AT_A_TIME = 256
 #: Bytes asked of a pipe at a time.
 _READ_SIZE = 1 << 20
 
 
 @overload
 def open(
-    file: File,
+    file: Source,
     mode: Literal["rb"] = "rb",
     *,
     calibration: Calibration,
     backend: BackendName = "auto",
     limits: Limits | None = None,
     recover: bool = False,
+    mmap: bool = False,
+    follow: float | None = None,
+    key: bytes = b"",
 ) -> Reader: ...
+@overload
+def open(
+    file: File,
+    mode: Literal["ab"],
+    *,
+    codec: Codec,
+    token_digest: bytes = b"",
+    limits: Limits | None = None,
+    recover: bool = False,
+    key: bytes = b"",
+) -> Writer: ...
 @overload
 def open(
     file: File,
@@ -53,9 +85,10 @@ def open(
     v_scale: Any = None,
     metadata: Mapping[str, Any] | None = None,
     token_digest: bytes = b"",
+    key: bytes = b"",
 ) -> Writer: ...
 def open(
-    file: File,
+    file: Source,
     mode: str = "rb",
     *,
     calibration: Calibration | None = None,
@@ -63,28 +96,71 @@ def open(
     backend: BackendName = "auto",
     limits: Limits | None = None,
     recover: bool = False,
+    mmap: bool = False,
+    follow: float | None = None,
+    key: bytes = b"",
     **stream: Any,
 ) -> Reader | Writer:
-    """Open a stream for reading (``"rb"``, with ``calibration``) or writing (``"wb"``, ``codec``).
+    """Open a stream for reading (``"rb"``, with ``calibration``) or writing (``codec``).
 
-    ``file`` is a path or a binary file object; pipes work both ways. A path is written
-    atomically: it appears when the writer closes without an exception. File objects are left open.
-    ``recover`` reads what a file object or copy that was cut off still holds, up to its last whole
-    block. The other arguments are those of :class:`kvtc_stream.Encoder`.
+    ``file`` is a path or a binary file object; pipes work both ways. File objects are left open.
+    Reading takes memory too (``bytes``, ``memoryview``, ``mmap``), and URLs that fsspec knows, as
+    ``s3://bucket/prompt.kvtc``: opening one takes three requests, and neighbouring blocks one more
+    for each 8 MiB of them.
+
+    Reading with ``mmap=True`` maps a path into memory; nobody may shorten the file meanwhile. With
+    ``follow``, a stream that is still being written is read from the front as it grows, until its
+    end, or until nothing came for so many seconds, which is a ``TruncatedError``.
+
+    ``"wb"`` writes a new stream. A path is written atomically: it appears when the writer closes
+    without an exception. ``"ab"`` continues a stream with the codec that it was written with, or
+    writes a new one to a path where none is: the blocks are those of one uninterrupted run. The
+    bytes that are there stay as they are and stand until the new end is whole; an exception cuts
+    off what was added. A file object must be one to read, write and seek in.
+
+    ``recover`` reads or continues what a stream that was cut off still holds, up to its last whole
+    block. With a ``key``, a reader of a file refuses what was not written with it
+    (``AuthenticationError``). The other arguments are those of :class:`kvtc_stream.Encoder`.
     """
     if mode == "rb":
         if codec is not None and calibration is None:
             calibration = codec.calibration
         if calibration is None or stream:
             raise TypeError(f"reading takes calibration=, found {sorted(stream) or 'none'}")
-        return Reader(file, calibration, backend=backend, limits=limits, recover=recover)
-    if mode == "wb":
+        return Reader(
+            file,
+            calibration,
+            backend=backend,
+            limits=limits,
+            recover=recover,
+            mmap=mmap,
+            follow=follow,
+            key=key,
+        )
+    if mode in ("wb", "ab"):
         if codec is None:
             raise TypeError("writing takes codec=kvtc_stream.Codec(calibration, ...)")
-        if calibration is not None or backend != "auto" or limits is not None or recover:
-            raise TypeError("calibration=, backend=, limits= and recover= are for reading")
-        return Writer(file, codec, **stream)
-    raise ValueError(f"mode must be 'rb' or 'wb', found {mode!r}")
+        if calibration is not None or backend != "auto":
+            raise TypeError("calibration= and backend= are for reading: the codec has its own")
+        if mmap or follow is not None:
+            raise TypeError("mmap= and follow= are for reading")
+        if isinstance(file, bytes | bytearray | memoryview | MappedMemory):
+            raise TypeError(f"writing takes a path or a file object, found {type(file).__name__}")
+        if mode == "wb" and (limits is not None or recover):
+            raise TypeError("limits= and recover= are for reading and appending")
+        if mode == "ab" and not (isinstance(file, str | os.PathLike) and not os.path.exists(file)):
+            return Writer(file, codec, append=_Append(limits, recover, key), key=key, **stream)
+        return Writer(file, codec, key=key, **stream)
+    raise ValueError(f"mode must be 'rb', 'wb' or 'ab', found {mode!r}")
+
+
+@dataclass(frozen=True)
+class _Append:
+    """How to read what is there."""
+
+    limits: Limits | None
+    recover: bool
+    key: bytes
 
 
 class Writer:
@@ -97,18 +173,37 @@ class Writer:
     #: Writers of file objects, by the object's id while they live.
     _writers: ClassVar[weakref.WeakValueDictionary[int, Writer]] = weakref.WeakValueDictionary()
 
-    def __init__(self, file: File, codec: Codec, **stream: Any) -> None:
-        self._encoder = codec.encoder(**stream)
-        self._cleanup = ExitStack()
+    def __init__(
+        self, file: File, codec: Codec, *, append: _Append | None = None, **stream: Any
+    ) -> None:
         self._state = "open"
-        if isinstance(file, str | os.PathLike):
-            self._file = self._cleanup.enter_context(atomic_write(file))
-        else:
-            if id(file) in Writer._writers:
-                raise StateError("another writer is writing to this file object: close it first")
-            Writer._writers[id(file)] = self
-            self._cleanup.callback(Writer._writers.pop, id(file), None)
-            self._file = file
+        self._unchanged = False
+        with ExitStack() as cleanup:
+            if append is None:
+                self._encoder = codec.encoder(**stream)
+            if isinstance(file, str | os.PathLike):
+                claim = atomic_write if append is None else append_to
+                self._file: BinaryIO = cleanup.enter_context(claim(file))
+            else:
+                if id(file) in Writer._writers:
+                    raise StateError(
+                        "another writer is writing to this file object: close it first"
+                    )
+                Writer._writers[id(file)] = self
+                cleanup.callback(Writer._writers.pop, id(file), None)
+                self._file = file
+                if append is not None:
+                    cleanup.enter_context(_kept_on_failure(self._file))
+            if append is not None:
+                before = StreamFile(
+                    self._file, append.limits, recover=append.recover, key=append.key
+                )
+                self._encoder = codec.encoder(continues=before, **stream)
+                self._file.seek(before.end)
+                self._unchanged = before.fault is None
+                if before.fault is not None:
+                    self._file.truncate()
+            self._cleanup = cleanup.pop_all()
 
     @property
     def statistics(self) -> StreamStatistics:
@@ -119,6 +214,7 @@ class Writer:
         """Take a chunk, as :meth:`kvtc_stream.Encoder.encode`; return the bytes written now."""
         if self._state != "open":
             raise StateError(f"cannot write: the writer is {self._state}")
+        self._unchanged = False
         return self._put(self._encoder.encode(k, v, positions=positions, section=section))
 
     def close(self) -> None:
@@ -134,7 +230,8 @@ class Writer:
         try:
             if self._state != "open":
                 raise StateError(f"cannot close: the writer is {self._state}")
-            self._put(self._encoder.finish())
+            if not self._unchanged:  # a stream to which nothing was appended has its end
+                self._put(self._encoder.finish())
             self._file.flush()
         except BaseException:
             self._release(*sys.exc_info())
@@ -157,24 +254,11 @@ class Writer:
 
     def _put(self, data: bytes) -> int:
         try:
-            # A raw file may take less than it is given.
-            rest = memoryview(data)
-            while rest:
-                written = self._file.write(rest)
-                rest = rest[len(rest) if written is None else written :]
+            write_all(self._file, data)
         except BaseException:
             self._state = "failed by an earlier exception"
             raise
         return len(data)
-
-    def _taken(self, data: memoryview) -> int:
-        """How much the file took: a raw one may take less than it is given."""
-        taken: int | None = self._file.write(data)
-        if taken is not None:
-            return taken
-        if isinstance(self._file, io.RawIOBase):
-            raise BlockingIOError("the file does not block and took nothing: give a blocking one")
-        return len(data)  # file objects of other makes do not say
 
     def _release(
         self,
@@ -183,12 +267,24 @@ class Writer:
         trace: TracebackType | None,
     ) -> None:
         self._state = "closed"
-        # The context that removes a partial file raises the same error again.
+        # The context that removes what was written raises the same error again.
         try:
             self._cleanup.__exit__(kind, error, trace)
         except BaseException as raised:
             if raised is not error:
                 raise
+
+
+@contextmanager
+def _kept_on_failure(file: BinaryIO) -> Iterator[None]:
+    """A file object that is as long as it was if the block raises."""
+    size = file.seek(0, io.SEEK_END)
+    try:
+        yield
+    except BaseException:
+        file.truncate(size)
+        file.seek(size)
+        raise
 
 
 class Reader:
@@ -200,28 +296,37 @@ class Reader:
 
     def __init__(
         self,
-        file: File,
+        file: Source,
         calibration: Calibration,
         *,
         backend: BackendName = "auto",
         limits: Limits | None = None,
         recover: bool = False,
+        mmap: bool = False,
+        follow: float | None = None,
+        key: bytes = b"",
     ) -> None:
         limits = limits or Limits()
-        self._cleanup = ExitStack()
         self._lock = threading.Lock()
         self._closed = False
         self._stream: StreamFile | None = None
-        if isinstance(file, str | os.PathLike):
-            file = self._cleanup.enter_context(builtins.open(file, "rb"))  # noqa: SIM115
-        with self._cleanup.pop_all() as cleanup:  # closes the file if the stream is refused
-            if file.seekable():
-                self._stream = StreamFile(file, limits, recover=recover)
-                self._header = self._stream.header
-                self._blocks = BlockDecoder(self._header, calibration, backend)
-            else:
-                self._pipe = _PipeBlocks(file, Decoder(calibration, backend=backend, limits=limits))
+        with ExitStack() as cleanup:  # closes the file if the stream is refused
+            opened = cleanup.enter_context(open_source(file, mapped=mmap))
+            if key and (follow is not None or not opened.seekable()):
+                raise UnsupportedError(
+                    "only the end of a stream tells whether it was written with the key: read it "
+                    "from a file that can seek"
+                )
+            if follow is not None:
+                self._pipe = _PipeBlocks(Growing(opened, follow), limits)
                 self._header = self._pipe.header
+            elif opened.seekable():
+                self._stream = StreamFile(opened, limits, recover=recover, key=key)
+                self._header = self._stream.header
+            else:
+                self._pipe = _PipeBlocks(opened, limits)
+                self._header = self._pipe.header
+            self._blocks = BlockDecoder(self._header, calibration, backend)
             self._cleanup = cleanup.pop_all()
 
     @property
@@ -242,10 +347,9 @@ class Reader:
         """Blocks in token order, verbatim tokens included."""
         self._check_open()
         if self._stream is None:
-            yield from self._pipe
+            yield from map(self._blocks.decode, self._pipe)
         else:
-            for entry in self._stream.index:
-                yield self._decode(entry, None)
+            yield from self._decoded(self._stream.index, None)
 
     def read(
         self,
@@ -261,14 +365,26 @@ class Reader:
         first, last = _span(tokens, self.tokens(section), "tokens")
         geometry = self._header.geometry.sections[section]
         count = len(range(*_span(layers, len(geometry.layers), "layers")))
-        dtype = numpy_dtype(self.header.out_dtype)
-        k = np.empty((count, *geometry.k_shape(last - first)[1:]), dtype)
-        v = np.empty((count, *geometry.v_shape(last - first)[1:]), dtype)
-        for block in self.blocks(slice(first, last), layers, section):
-            target = slice(block.start - first, block.start - first + block.tokens)
-            k[:, :, target] = block.k
-            v[:, :, target] = block.v
-        return as_kv_array(k), as_kv_array(v)
+        try:
+            k, v = self._blocks.empty(section, count, last - first)
+        except (MemoryError, ValueError):
+            raise LimitError(
+                f"the index lists {last - first} tokens, for which there is no memory: read fewer "
+                "at a time"
+            ) from None
+        chosen = range(*_span(layers, len(geometry.layers), "layers"))
+        entries = [
+            e for e in self._entries(section) if e.start < last and first < e.start + e.tokens
+        ]
+        assert self._stream is not None
+        blocks = self._stream.read_blocks(entries)
+        while True:
+            with self._lock:
+                self._check_open()
+                some = [(b, _slots(b, first, last)) for b in islice(blocks, _BLOCKS_AT_A_TIME)]
+                if not some:
+                    return self._blocks.output(k), self._blocks.output(v)
+                self._blocks.coder(section).decode_into(some, chosen, k, v)
 
     def blocks(
         self,
@@ -290,14 +406,16 @@ class Reader:
         }
         indices = {i: range(*_span(layers, len(sections[i].layers), "layers")) for i in chosen}
 
-        def wanted(item: KVBlock | IndexEntry) -> bool:
+        def wanted(item: Block | IndexEntry) -> bool:
             first, last = spans.get(item.section, (0, 0))
-            return item.start < last and first < item.start + item.tokens
+            tokens = item.tokens if isinstance(item, IndexEntry) else len(item.kept)
+            return item.start < last and first < item.start + tokens
 
+        blocks: Iterator[KVBlock]
         if self._stream is None:
-            blocks = (_some_layers(b, indices[b.section]) for b in self._pipe if wanted(b))
+            blocks = (self._blocks.decode(b, indices[b.section]) for b in self._pipe if wanted(b))
         else:
-            blocks = (self._decode(e, indices[e.section]) for e in self._stream.index if wanted(e))
+            blocks = self._decoded(filter(wanted, self._stream.index), indices)
         return (_some_tokens(b, *spans[b.section]) for b in blocks)
 
     def close(self) -> None:
@@ -311,11 +429,21 @@ class Reader:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _decode(self, entry: IndexEntry, layers: Sequence[int] | None) -> KVBlock:
+    def _decoded(
+        self, entries: Iterable[IndexEntry], layers: Mapping[int, Sequence[int]] | None
+    ) -> Iterator[KVBlock]:
+        """Blocks with all layers, or those of their section; threads take turns."""
         assert self._stream is not None
-        with self._lock:
-            self._check_open()
-            return self._blocks.decode(self._stream.read_block(entry), layers)
+        blocks = self._stream.read_blocks(entries)
+        while True:
+            with self._lock:
+                self._check_open()
+                block = next(blocks, None)
+                if block is None:
+                    return
+                chosen = None if layers is None else layers[block.section]
+                decoded = self._blocks.decode(block, chosen)
+            yield decoded
 
     def _entries(self, section: int) -> list[IndexEntry]:
         if self._stream is None:
@@ -335,30 +463,53 @@ class Reader:
 
 
 class _PipeBlocks:
-    """Blocks from a file object that cannot seek; reads up to the header at once."""
+    """Blocks from a file object that cannot seek; reads up to the header at once.
 
-    def __init__(self, file: BinaryIO, decoder: Decoder) -> None:
+    Tails wait for the end of the input, because something may follow that supersedes them.
+    """
+
+    def __init__(self, file: BinaryIO | Growing, limits: Limits) -> None:
         # What has arrived, rather than wait for as much as was asked for.
         self._read: Callable[[int], bytes] = getattr(file, "read1", file.read)
-        self._decoder = decoder
-        self._ready: list[KVBlock] = []
-        while decoder.header is None:
-            self._ready += self._more()
-        self.header = decoder.header
+        self._follows = isinstance(file, Growing)
+        self._parser = StreamParser(limits)
+        self._ready: list[StreamHeader | Block] = []
+        while not self._ready:
+            self._more()
+        header = self._ready.pop(0)
+        assert isinstance(header, StreamHeader)
+        self.header = header
 
-    def __iter__(self) -> Iterator[KVBlock]:
-        while True:
+    def __iter__(self) -> Iterator[Block]:
+        tail: list[Block] = []
+        more = True
+        while more:
             ready, self._ready = self._ready, []
-            yield from ready
-            if self._decoder.eof:
-                return
-            self._ready = self._more()
+            for item in ready:
+                if isinstance(item, StreamHeader):
+                    tail.clear()
+                elif item.role is Role.TAIL:
+                    tail.append(item)
+                else:
+                    yield item
+            more = self._more()
+        yield from tail
 
-    def _more(self) -> list[KVBlock]:
+    def _more(self) -> bool:
+        """Take what has arrived; whether there was something."""
+        if self._follows and self._parser.eof:
+            return False  # who follows a stream does not wait for what may be appended later
         data = self._read(_READ_SIZE)
-        if not data:
-            self._decoder.close()
-        return self._decoder.decode(data)
+        if data:
+            self._ready += self._parser.feed(data)
+            return True
+        self._parser.close()
+        if rest := self._parser.unused_data:
+            raise FormatError(
+                f"at least {len(rest)} bytes follow the stream: the write of a continuation was "
+                "cut off, or they are not of the stream; read it from a file with recover=True"
+            )
+        return False
 
 
 def _span(chosen: slice | None, count: int | None, name: str) -> tuple[int, int]:
@@ -380,9 +531,13 @@ def _span(chosen: slice | None, count: int | None, name: str) -> tuple[int, int]
     return start, max(start, stop)
 
 
-def _some_layers(block: KVBlock, layers: range) -> KVBlock:
-    keep = slice(layers.start, layers.stop)
-    return replace(block, k=as_kv_array(block.k[keep]), v=as_kv_array(block.v[keep]))
+def _slots(block: Block, first: int, last: int) -> NDArray[np.int64]:
+    """Where a block's tokens lie among those from ``first`` to ``last``; -1 for others."""
+    slots = np.arange(block.tokens) + (block.start - block.kept.start - first)
+    slots[: block.kept.start] = -1
+    slots[block.kept.stop :] = -1
+    slots[(slots < 0) | (slots >= last - first)] = -1
+    return slots
 
 
 def _some_tokens(block: KVBlock, first: int, last: int) -> KVBlock:

@@ -275,9 +275,21 @@ class KVArray(np.ndarray[Any, np.dtype[Any]]):
         return capsule
 
 
-def as_kv_array(a: npt.NDArray[Any]) -> KVArray:
-    """``a`` as a :class:`KVArray` of the same memory."""
-    return a.view(KVArray)
+def as_kv_array(a: Any) -> Any:
+    """``a`` as a :class:`KVArray` of the same memory; a device's array as it is."""
+    return a.view(KVArray) if isinstance(a, np.ndarray) else a
+
+
+def on_cuda(x: Any) -> bool:
+    """Whether a tensor, or the first of a list of them, says that it is in CUDA memory."""
+    if isinstance(x, list | tuple):
+        return bool(x) and on_cuda(x[0])
+    if isinstance(x, np.ndarray) or not hasattr(x, "__dlpack_device__"):
+        return False
+    try:
+        return int(x.__dlpack_device__()[0]) == 2
+    except Exception:
+        return False  # whoever reads it says what is wrong
 
 
 def layer_list(

@@ -78,11 +78,11 @@ def prefill(model: PreTrainedModel, ids: Ids, dtype: torch.dtype | None = None) 
     """The cache after a model has read ``ids`` [tokens], in ``dtype`` or the model's own."""
     from transformers.cache_utils import DynamicCache
 
-    from kvtc_stream.integrations._transformers_model import decoder_of, inference
+    from kvtc_stream.integrations._transformers_model import decoder_of, growing, inference
 
     cache, decoder = DynamicCache(config=model.config), decoder_of(model)
     with inference(decoder):
-        decoder(input_ids=_row(model, ids), past_key_values=cache, use_cache=True)
+        decoder(input_ids=_row(model, ids), **growing(decoder, cache))
     return cache if dtype is None else cast_cache(cache, dtype)
 
 
@@ -104,8 +104,10 @@ def next_token_log_probabilities(model: PreTrainedModel, cache: DynamicCache, id
     """
     import torch
 
+    from kvtc_stream.integrations._transformers_model import growing
+
     with torch.inference_mode():
-        output = model(input_ids=_row(model, ids), past_key_values=_branch(cache), use_cache=True)
+        output = model(input_ids=_row(model, ids), **growing(model, _branch(cache)))
         log_probabilities: Tensor = output.logits[0].float().log_softmax(-1)
     return log_probabilities
 
@@ -117,10 +119,12 @@ def continue_greedily(model: PreTrainedModel, cache: DynamicCache, ids: Ids, cou
     """
     import torch
 
+    from kvtc_stream.integrations._transformers_model import growing
+
     grown, given, found = _branch(cache), _row(model, ids), []
     with torch.inference_mode():
         for _ in range(count):
-            logits = model(input_ids=given, past_key_values=grown, use_cache=True).logits
+            logits = model(input_ids=given, **growing(model, grown)).logits
             given = logits[:, -1:].argmax(-1)
             found.append(int(given))
     return np.array(found, np.int64)

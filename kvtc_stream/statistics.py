@@ -40,7 +40,7 @@ class StreamStatistics:
 
     header_bytes: int = 0
     index_bytes: int = 0
-    #: Records that are not blocks: the user's, and kinds that this version does not know.
+    #: Records that are not blocks, superseded ones, and kinds that this version does not know.
     other_bytes: int = 0
     roles: dict[Role, RoleStatistics] = field(
         default_factory=lambda: {role: RoleStatistics() for role in Role}
@@ -57,11 +57,18 @@ class StreamStatistics:
         self._add(block, verbatim, record_bytes, cache_bytes)
 
     @classmethod
-    def of(cls, stream: StreamFile) -> StreamStatistics:
-        """Those of a stream in a file; its index suffices, no block is read."""
-        statistics = cls(header_bytes=stream.sizes.header, index_bytes=stream.sizes.index)
+    def of(cls, stream: StreamFile, *, superseded: bool = False) -> StreamStatistics:
+        """Those of a stream in a file; its index suffices, no block is read.
+
+        ``superseded``: as what follows the stream finds it, without its tail and its end.
+        """
+        statistics = cls(header_bytes=stream.sizes.header)
+        if not superseded:
+            statistics.index_bytes = stream.sizes.index
         header = stream.header
         for e in stream.index:
+            if superseded and e.role is Role.TAIL:
+                continue
             cache_bytes = header.verbatim_size(e.section, e.tokens)
             statistics._add(e, e.verbatim_tokens, e.length, cache_bytes)
         statistics.other_bytes = stream.sizes.total - statistics.stream_bytes
@@ -124,12 +131,12 @@ class StreamStatistics:
     @property
     def stream_bytes(self) -> int:
         """Every byte of the stream."""
-        return (
-            self.header_bytes
-            + self.index_bytes
-            + self.other_bytes
-            + sum(r.stream_bytes for r in self.roles.values())
-        )
+        return self.stream_bytes_of_blocks + self.index_bytes + self.other_bytes
+
+    @property
+    def stream_bytes_of_blocks(self) -> int:
+        """Those of the header and of blocks."""
+        return self.header_bytes + sum(r.stream_bytes for r in self.roles.values())
 
     @property
     def ratio(self) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import sys
 from collections.abc import Iterator
@@ -10,6 +11,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 from kvtc_stream.errors import StateError
+
+#: What can be opened: a path or a binary file object.
+File = str | os.PathLike[str] | BinaryIO
 
 
 @contextlib.contextmanager
@@ -23,7 +27,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     target = Path(path)
     if not target.parent.is_dir():
         raise FileNotFoundError(f"no directory {target.parent} to write {target.name} into")
-    partial = target.with_name(f".{target.name}.partial")
+    partial = _partial(target)
     with _open_locked(partial) as file:
         try:
             file.truncate()
@@ -34,6 +38,54 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
+
+
+@contextlib.contextmanager
+def append_to(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """An existing file, open to read and write; as long as it was if the block raises.
+
+    Meanwhile every other writer of the path gets ``StateError``, as with :func:`atomic_write`.
+    """
+    target = Path(path)
+    partial = _partial(target)
+    with open(target, "r+b") as file, _open_locked(partial) as claim:
+        size = file.seek(0, os.SEEK_END)
+        try:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        except BaseException:
+            with contextlib.suppress(OSError):  # what cannot be written is cut off all the same
+                file.flush()
+            file.truncate(size)
+            raise
+        finally:
+            if not os.fstat(claim.fileno()).st_size:  # what a crash left there stays
+                partial.unlink(missing_ok=True)
+
+
+def write_all(file: BinaryIO, data: bytes) -> None:
+    """Write everything; a raw file may take less than it is given at a time.
+
+    Raises
+    ------
+    BlockingIOError
+        The file does not block, and took nothing.
+    """
+    rest = memoryview(data)
+    while rest:
+        taken: int | None = file.write(rest)
+        if taken is None:
+            if isinstance(file, io.RawIOBase):
+                raise BlockingIOError(
+                    "the file does not block and took nothing: give a blocking one"
+                )
+            taken = len(rest)  # file objects of other makes do not say
+        rest = rest[taken:]
+
+
+def _partial(target: Path) -> Path:
+    return target.with_name(f".{target.name}.partial")
 
 
 def _open_locked(path: Path) -> BinaryIO:

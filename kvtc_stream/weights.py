@@ -71,12 +71,13 @@ def _matrices(name: str, value: ArrayLike, shape: tuple[int, int, int]) -> NDArr
         raise ValueError(f"weights of {name} must be finite")
     if array.shape == full:
         scale = np.abs(array).max(axis=(2, 3), keepdims=True)
-        if (np.abs(array - array.swapaxes(2, 3)) > 1e-4 * scale).any():
+        unit = array / np.where(scale > 0, scale, 1)  # neither overflows nor underflows
+        if (np.abs(unit - unit.swapaxes(2, 3)) > 1e-4).any():
             raise ValueError(f"weights of {name} must be symmetric matrices")
-        array = (array + array.swapaxes(2, 3)) / 2
-        if (np.linalg.eigvalsh(array) < -1e-4 * scale[..., 0]).any():
+        unit = (unit + unit.swapaxes(2, 3)) / 2
+        if (np.linalg.eigvalsh(unit) < -1e-4).any():
             raise ValueError(f"weights of {name} must be positive semidefinite matrices")
-        return array
+        return unit * scale
     if (array < 0).any():
         raise ValueError(f"weights of {name} must not be negative")
     return np.broadcast_to(array.reshape(*array.shape, *(1,) * (3 - array.ndim), 1), full) * np.eye(
@@ -90,11 +91,12 @@ def scaling_matrices(importances: Sequence[_Pair]) -> list[_Pair] | None:
     Scaled together so that their mean diagonal is 1: a step means the same in every section.
     ``None`` where nothing has any importance.
     """
-    matrices = [g for pair in importances for g in pair]
+    largest = max(float(np.abs(g).max(initial=0)) for pair in importances for g in pair)
+    if not largest > 0:
+        return None
+    matrices = [g / largest for pair in importances for g in pair]
     own = [np.trace(g, axis1=2, axis2=3) / g.shape[-1] for g in matrices]
     common = float(np.concatenate([o.ravel() for o in own]).mean())
-    if not common > 0:
-        return None
     powers = []
     for g, mean in zip(matrices, own, strict=True):
         floor = _OWN * mean / common + _COMMON

@@ -68,6 +68,7 @@ def make_block(
     symbols: bytes = b"",
     coder: Coder = Coder.STORED,
     errors: BlockErrors | None = None,
+    cut: tuple[int, int] = (0, 0),
 ) -> Block:
     """A block whose verbatim values are zero bytes."""
     values = bytes(header.verbatim_size(section, len(verbatim_tokens)))
@@ -86,6 +87,7 @@ def make_block(
         verbatim_coder=verbatim_coder,
         verbatim=verbatim,
         errors=errors or BlockErrors(),
+        cut=cut,
     )
 
 
@@ -125,7 +127,9 @@ def records(stream: bytes) -> list[int]:
     found = []
     while stream[offset : offset + 4] == b"KVTR":
         found.append(offset)
+        kind = stream[offset + 4]
         offset += RECORD_HEADER + struct.unpack_from("<Q", stream, offset + 16)[0] + 8
+        offset += TRAILER if kind == 2 else 0
     return found
 
 
@@ -146,7 +150,8 @@ def reseal(stream: bytes | bytearray) -> bytes:
         payload = offset + RECORD_HEADER
         end = payload + struct.unpack_from("<Q", data, offset + 16)[0]
         seal(payload, end, own, end)
-    seal(len(data) - TRAILER, len(data) - 16, seed, len(data) - 16)
+        if data[offset + 4] == 2:
+            seal(end + 8, end + 32, seed, end + 32)
     return bytes(data)
 
 
@@ -259,6 +264,8 @@ def streams(draw: st.DrawFn) -> tuple[StreamHeader, list[Block]]:
         stage[section] = draw(st.integers(stage[section], 2))
         role = order[stage[section]]
         tokens = draw(st.integers(1, min(header.block_tokens, 12)))
+        cut = draw(st.integers(0, tokens - 1))
+        front = draw(st.integers(0, cut))
         gaps = draw(
             st.just([1] * tokens) | st.lists(st.integers(1, 9), min_size=tokens, max_size=tokens)
         )
@@ -282,7 +289,8 @@ def streams(draw: st.DrawFn) -> tuple[StreamHeader, list[Block]]:
                 symbols=draw(st.binary(max_size=60)) * draw(st.integers(1, 9)) if coded else b"",
                 coder=draw(st.sampled_from([c for c in Coder if c is not Coder.RANS])),
                 errors=BlockErrors(Measure.COEFFICIENTS, *(draw(binary32) for _ in range(4))),
+                cut=(front, cut - front),
             )
         )
-        start[section] += tokens
+        start[section] += tokens - cut
     return header, blocks

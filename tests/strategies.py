@@ -231,3 +231,19 @@ def cases(draw: st.DrawFn, *, hostile: bool = True) -> Case:
         for i in range(len(geometry.sections))
     ]
     return Case(codec, dtype, options, tokens)
+
+
+def encode(case: Case, *, whole: bool = False) -> bytes:
+    """The stream of a case; ``whole``: each section in one piece."""
+    encoder = case.codec.encoder(**case.options)
+    data = b""
+    for i, tokens in enumerate(case.sections):
+        # Give the dtype even where a section has no tokens.
+        for piece in [slice(None)] if whole else tokens.pieces:
+            data += encoder.encode(
+                tokens.k[:, :, piece],
+                tokens.v[:, :, piece],
+                positions=None if tokens.positions is None else tokens.positions[piece],
+                section=i,
+            )
+    return data + encoder.finish()

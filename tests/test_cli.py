@@ -246,6 +246,12 @@ def test_calibrate_warns_in_one_line(tmp_path, kvtc_command):
         (["x.npz", "--rope", "none", "--rotary-dim", "4"], "go with --rope-theta"),
         (["--rope", "none"], "give plain caches IN"),
         (["x.npz", "--rope", "none", "--text", "t"], "--text goes with --model"),
+        (["x.npz", "--rope", "none", "--importance", "none"], "--importance goes with --model"),
+        (["--model", "m", "--text", "t", "--importance-documents", "0"], "at least 1, found 0"),
+        (
+            ["--model", "m", "--text", "t", "--importance", "none", "--importance-documents", "1"],
+            "leave out --importance-documents",
+        ),
         (["--model", "m"], "--model needs --text"),
         (["--model", "m", "--text", "t", "--rope", "none"], "leave out --rope"),
         (["x.npz", "--model", "m"], r"leave out x.npz"),
@@ -269,7 +275,9 @@ def test_calibrate_refuses_caches_that_differ(tmp_path, kvtc_command):
     assert not (tmp_path / "cal.safetensors").exists()
 
 
-def test_calibrate_a_model(tmp_path, kvtc_command):
+@pytest.fixture
+def tiny(tmp_path: Path) -> tuple[Path, list[Path]]:
+    """A model with its tokenizer, and texts for it."""
     transformers = pytest.importorskip("transformers")
     from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -294,10 +302,14 @@ def test_calibrate_a_model(tmp_path, kvtc_command):
     rng = np.random.default_rng(0)
     for name in ("a.txt", "b.txt"):
         (tmp_path / name).write_text(" ".join(rng.choice(words, 100)), encoding="utf-8")
+    return folder, [tmp_path / name for name in ("a.txt", "b.txt")]
 
+
+def test_calibrate_a_model(tmp_path, tiny, kvtc_command):
+    folder, texts = tiny
     cal = tmp_path / "cal.safetensors"
     run = kvtc_command(
-        "calibrate", "--model", folder, "--text", tmp_path / "a.txt", tmp_path / "b.txt",
+        "calibrate", "--model", folder, "--text", *texts,
         "-o", cal, "--tokens", 150, "--document-tokens", 50, "--sinks", 2, "--json",
     )  # fmt: skip
     assert run.status == 0, run.err
@@ -306,6 +318,38 @@ def test_calibrate_a_model(tmp_path, kvtc_command):
     assert made.model.name == "tiny"
     assert made.geometry.sections[0].k_shape(1) == (2, 2, 1, 8)
     assert run.json["digest"] == made.digest.hex()
+
+
+@pytest.mark.parametrize(
+    ("importance", "documents"),
+    [(None, None), ("gradients", 1), ("queries", None), ("queries", 1), ("none", None)],
+)
+def test_calibrate_by_importance(tmp_path, tiny, kvtc_command, importance, documents):
+    """As the library does it; documents of 50 tokens, 4 in all."""
+    from kvtc_stream.integrations.loading import load_model
+    from kvtc_stream.integrations.transformers import calibrate
+
+    folder, texts = tiny
+    chosen = {"importance": importance, "importance_documents": documents}
+    chosen = {name: value for name, value in chosen.items() if value is not None}
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in chosen.items()]
+    cal = tmp_path / "cal.safetensors"
+    run = kvtc_command(
+        "calibrate", "--model", folder, "--text", *texts, "-o", cal, "--document-tokens", 50,
+        *options, "--json",
+    )  # fmt: skip
+    assert run.status == 0, run.err
+    [section] = run.json["sections"]
+    assert section["bases"]["joint"][0]["weighted"] is (importance != "none")
+    model, tokenizer = load_model(folder)
+    expected = calibrate(
+        model,
+        [text.read_text(encoding="utf-8") for text in texts],
+        tokenizer=tokenizer,
+        document_tokens=50,
+        **chosen,
+    )
+    assert run.json["digest"] == expected.digest.hex()
 
 
 def test_a_missing_gguf_file_says_so(tmp_path, kvtc_command):
@@ -683,6 +727,57 @@ def test_verify_against_needs_a_calibration(kvtc_command, files):
     run = kvtc_command("verify", files.stream, "--against", files.cache)
     assert run.status == 2
     assert "--against needs -c" in run.err
+
+
+# Streams of streams.
+
+
+def test_edit_streams(tmp_path, kvtc_command, files):
+    first, rest, whole = (tmp_path / f"{name}.kvtc" for name in ("first", "rest", "whole"))
+    run = kvtc_command("truncate", files.stream, "--tokens", 100, "-o", first, "--json")
+    assert (run.status, run.json["tokens"], run.err) == (0, 100, "")
+    assert kvtc_command("slice", files.stream, "--tokens", "100:", "-o", rest).status == 0
+    run = kvtc_command("cat", first, rest, "-o", whole)
+    assert (run.status, run.err) == (0, "")
+    assert f"{TOKENS} tokens" in run.out
+    for stream, tokens in ((files.stream, slice(None)), (whole, slice(None)), (first, slice(100))):
+        back = tmp_path / "back.npz"
+        run = kvtc_command("decode", stream, "-c", files.calibration, "-o", back)
+        assert (run.status, run.err) == (0, "")
+        (found,) = plain.read(back)
+        if stream == files.stream:
+            exact = found
+        assert equal_bits(found.k, np.ascontiguousarray(exact.k[:, :, tokens]))
+    run = kvtc_command("slice", first, "--positions", "2:9", "-o", first, "--json")
+    assert run.json["tokens"] == 7
+    assert kvtc_command("verify", first, "-c", files.calibration).status == 0
+    data = files.stream.read_bytes()
+    rest.write_bytes(data[: len(data) // 2])
+    assert kvtc_command("cat", rest, "-o", whole).status == 1
+    run = kvtc_command("repair", rest, "-o", whole)
+    assert (run.status, run.err) == (0, "")
+    assert "the stream ends after" in " ".join(run.out.split())
+    assert kvtc_command("verify", whole).status == 0
+    run = kvtc_command("slice", whole, "--layers", "0:1", "-o", first)
+    assert run.status == 1
+    assert "components of a block span all layers" in run.err
+    assert kvtc_command("truncate", whole, "--tokens", -1, "-o", first).status == 2
+
+
+def test_verify_reads_what_was_appended(tmp_path, kvtc_command, files):
+    path = tmp_path / "a.kvtc"
+    path.write_bytes(files.stream.read_bytes())
+    codec = kvtc.Codec(
+        kvtc.Calibration.load(files.calibration), "paper", ratio=6, window=16, block_tokens=64
+    )
+    with kvtc.open(path, "ab", codec=codec) as writer:
+        writer.write(files.k, files.v)
+    run = kvtc_command("verify", path, "-c", files.calibration, "--json")
+    assert (run.status, run.json["tokens"]) == (0, 2 * TOKENS)
+    data = bytearray(path.read_bytes())
+    data[files.stream.stat().st_size - 5] ^= 1  # the old trailer
+    path.write_bytes(data)
+    assert kvtc_command("verify", path).status == 1
 
 
 # All commands.

@@ -79,6 +79,12 @@ def test_run_prints_both_continuations(capsys: pytest.CaptureFixture[str]) -> No
 
 
 @pytest.mark.usefixtures("_small")
+@pytest.mark.filterwarnings("error")
+def test_run_uses_nothing_that_is_deprecated() -> None:
+    demo.run(ratio=4, tokens=1000, context=CONTEXT, console=Console(quiet=True))
+
+
+@pytest.mark.usefixtures("_small")
 def test_run_says_how_long_the_text_must_be() -> None:
     with pytest.raises(ValueError, match="expected at least 2413"):
         demo.run(ratio=4, tokens=1000, context=1900, console=Console(quiet=True))

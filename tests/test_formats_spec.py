@@ -9,7 +9,9 @@ import struct
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+import second_reader
 import xxhash
 from formats_samples import records, small_stream, streams, write
 from hypothesis import given, settings
@@ -72,9 +74,10 @@ def values(heading: str, data: bytes, start: int, number: int = 0) -> dict[str, 
         ("5. Header", 1, 3, 7),
         ("5. Header", 2, 4, 14),
         ("7. Records", 0, 8, 32),
-        ("8. Block", 0, 17, 72),
+        ("8. Block", 0, 19, 80),
         ("13. Index", 1, 16, 88),
         ("14. Trailer", 0, 6, 40),
+        ("23. Page", 0, 10, 72),
     ],
 )
 def test_fixed_fields_follow_one_another(heading, number, fields, size):
@@ -109,7 +112,26 @@ def test_magic_and_version():
     row = tables("4. Preamble")[0][0]
     assert bytes.fromhex(row[3].strip("`")) == MAGIC
     assert f"# The kvtc stream, format {FORMAT_VERSION[0]}.{FORMAT_VERSION[1]}\n" in SPEC
-    assert tables("23. Changes")[0][-1][0] == "{}.{}".format(*FORMAT_VERSION)
+    assert tables("25. Changes")[0][-1][0] == "{}.{}".format(*FORMAT_VERSION)
+
+
+def test_the_example():
+    """It is a stream, the one that its words tell of, and the second reader reads it too."""
+    text = SPEC.split("## 24. Example")[1].split("```")[1]
+    lines = re.findall(r"^ *(\d+)  ((?:[0-9a-f]{2} ?)+)", text, re.MULTILINE)
+    data = b""
+    for offset, digits in lines:
+        assert int(offset) == len(data)
+        data += bytes.fromhex(digits)
+    file = StreamFile(io.BytesIO(data))
+    block = file.read_block(file.index[0])
+    assert block.role is Role.SINKS
+    assert file.header.dtype is DType.BFLOAT16
+    (found,) = second_reader.read_stream(data).blocks
+    assert found.verbatim_bytes == block.verbatim == bytes.fromhex("800040403f3f3f3f")
+    planes = np.frombuffer(block.verbatim, np.uint8).reshape(2, 4)
+    values = second_reader.to_f32(np.frombuffer(planes.T.tobytes(), "<u2"), 3)
+    assert values.tolist() == [1.0, 0.5, 0.75, 0.75]
 
 
 def blocks_by_the_book(data: bytes) -> Iterator[tuple[dict[str, object], dict[str, object], int]]:
@@ -160,17 +182,18 @@ def test_a_reader_made_of_the_tables_agrees(stream):
         assert fields["tokens"] == block.tokens
         assert fields["verbatim tokens"] == len(block.verbatim_tokens)
         assert fields["start"] == block.start
-        assert fields["first position"] == block.first_position
+        assert fields["first position"] == block.positions[0]
+        assert (fields["cut at the front"], fields["cut at the end"]) == block.cut
         assert (fields["role"], fields["measure"]) == (block.role, block.errors.measure)
         assert (fields["coder"], fields["verbatim coder"]) == (block.coder, block.verbatim_coder)
         assert fields["coded size"] == block.coded_size
         names = ("K mean error", "K worst error", "V mean error", "V worst error")
         assert tuple(fields[name] for name in names) == block.errors.values
-        at = offset + 32 + 72
+        at = offset + 32 + 80
         listed = fields["kind of positions"]
         if listed:
             rest = struct.unpack_from(f"<{block.tokens - 1}q", data, at)
-            assert (block.first_position, *rest) == tuple(block.positions)
+            assert (block.positions[0], *rest) == tuple(block.positions)
             at += 8 * len(rest)
         assert bool(listed) is not isinstance(block.positions, range)
         if 0 < fields["verbatim tokens"] < block.tokens:

@@ -365,8 +365,8 @@ END = len(STREAM) - TRAILER
 PATCHES = {
     "magic": (0, "B", 0x0B, FormatError, "no kvtc stream"),
     "line ends": (4, "4s", b"\n\x1a\n\0", FormatError, "copied as text"),
-    "major version": (8, "H", 1, VersionError, r"is 1\.3, this reader knows 0\.3"),
-    "minor version": (10, "H", 1, VersionError, r"is 0\.1, this reader knows 0\.3"),
+    "major version": (8, "H", 2, VersionError, r"is 2\.0, this reader knows 1\.x; .* newer"),
+    "old version": (8, "HH", 0, 3, VersionError, r"is 0\.3, this reader knows 1\.x; .* wrote it"),
     "feature": (12, "I", 4, VersionError, "required features at byte 12 are 0x4"),
     "checksum algorithm": (20, "I", 2, VersionError, "checksum algorithm at byte 20 is 2"),
     "dtype": (PREAMBLE, "B", 77, VersionError, r"header, dtype at byte 40 is 77"),
@@ -399,8 +399,8 @@ PATCHES = {
         "position 0, expected one|first_position is 0",
     ),
     "negative position": (PAYLOAD + 16, "q", -1, FormatError, "must rise from 0"),
-    "positions": (PAYLOAD + 72, "q", 1, FormatError, "positions must rise"),
-    "contiguous listed": (PAYLOAD + 80, "q", 3, FormatError, "contiguous positions are listed"),
+    "positions": (PAYLOAD + 80, "q", 1, FormatError, "positions must rise"),
+    "contiguous listed": (PAYLOAD + 88, "q", 3, FormatError, "contiguous positions are listed"),
     "role": (PAYLOAD + 24, "B", 2, FormatError, "TAIL must be verbatim, found 2 coded"),
     "unknown role": (PAYLOAD + 24, "B", 3, VersionError, "role at byte .* is 3"),
     "kind of positions": (PAYLOAD + 25, "B", 2, FormatError, "must be 0 or 1, found 2"),
@@ -414,8 +414,9 @@ PATCHES = {
     "verbatim length": (PAYLOAD + 48, "Q", 7, FormatError, "no more bytes, found 1"),
     "error": (PAYLOAD + 56, "f", float("nan"), FormatError, "k_mean must be finite"),
     "negative error": (PAYLOAD + 68, "f", -1.0, FormatError, "v_worst must be finite"),
-    "bitmap": (PAYLOAD + 88, "B", 3, FormatError, "expected 1 bits among 3 set, found 2"),
-    "bitmap padding": (PAYLOAD + 88, "B", 8, FormatError, "expected 1 bits among 3 set"),
+    "cut": (PAYLOAD + 72, "II", 2, 1, FormatError, r"\(2, 1\) of 3 tokens are cut"),
+    "bitmap": (PAYLOAD + 96, "B", 3, FormatError, "expected 1 bits among 3 set, found 2"),
+    "bitmap padding": (PAYLOAD + 96, "B", 8, FormatError, "expected 1 bits among 3 set"),
     "index count": (INDEX + RECORD_HEADER, "I", 2, FormatError, "list the 3 records|need 180"),
     "index offset": (ENTRIES, "Q", 0, FormatError, "list the|does not follow"),
     "index tokens": (
@@ -471,6 +472,10 @@ def test_unknown_skippable_records_are_skipped(reader):
     changed = bytearray(data)
     changed[user + 4] = changed[index + RECORD_HEADER + 4 + 16] = 99
     assert reader(reseal(changed)) == [HEADER, BLOCKS[0]]
+
+
+def test_a_later_minor_version_is_read():
+    assert parse(patched(STREAM, 10, "H", 9)) == [HEADER, *BLOCKS]
 
 
 def test_features_that_may_be_ignored_are():

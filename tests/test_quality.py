@@ -510,6 +510,8 @@ def test_command_prints_tables_of_other_judged_texts(
         (["--text", "a", "--context", "259"], "--context must be at least 260, sinks, window"),
         (["--text", "a", "--following", "0"], "--following must be at least 1"),
         (["--text", "a", "--calibration", "c", "--tokens", "9"], "leave out --tokens"),
+        (["--judge-text", "a", "--calibration", "c", "--importance", "none"], "--importance, "),
+        (["--text", "a", "--importance-documents", "0"], "--importance-documents must be at least"),
     ],
 )
 def test_wrong_use(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

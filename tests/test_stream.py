@@ -22,6 +22,7 @@ from strategies import (
     cases,
     cuts,
     dtypes,
+    encode,
     geometries,
     section_tokens,
 )
@@ -32,22 +33,6 @@ from kvtc_stream.interop import numpy_dtype
 
 # Short drawn streams gain nothing, hostile ones are unlike the calibration: both say so.
 pytestmark = pytest.mark.filterwarnings("ignore::kvtc_stream.KVTCWarning")
-
-
-def encode(case: Case, *, whole: bool = False) -> bytes:
-    """The stream of a case; ``whole``: each section in one piece."""
-    encoder = case.codec.encoder(**case.options)
-    data = b""
-    for i, tokens in enumerate(case.sections):
-        # Give the dtype even where a section has no tokens.
-        for piece in [slice(None)] if whole else tokens.pieces:
-            data += encoder.encode(
-                tokens.k[:, :, piece],
-                tokens.v[:, :, piece],
-                positions=None if tokens.positions is None else tokens.positions[piece],
-                section=i,
-            )
-    return data + encoder.finish()
 
 
 def joined(blocks: Sequence[kvtc.KVBlock], section: int) -> list[kvtc.KVBlock]:

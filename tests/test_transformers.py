@@ -525,6 +525,10 @@ def test_calibrate_refuses(built: Callable[[str], Any]) -> None:
         calibrate(model, "text", tokenizer=Letters())
     with pytest.raises(ValueError, match="document_tokens at least 2"):
         calibrate(model, [[1, 2]], document_tokens=1)
+    with pytest.raises(ValueError, match="importance_documents must be at least 1, found 0"):
+        calibrate(model, [[1, 2]], importance_documents=0)
+    with pytest.raises(ValueError, match="found 'loss'"):
+        calibrate(model, [[1, 2]], importance="loss")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", ["stablelm", "gemma3"])

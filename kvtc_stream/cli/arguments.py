@@ -33,13 +33,15 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"kvtc-stream {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for add in (_calibrate, _encode, _decode, _info, _verify, _bench, _demo):
+    edits = (_cat, _slice, _truncate, _repair)
+    for add in (_calibrate, _encode, _decode, _info, _verify, *edits, _bench, _demo):
         command = add(commands)
         command.add_argument(
             "--json", action="store_true", help="print one JSON object, and nothing else"
         )
         command.add_argument("--debug", action="store_true", help="show tracebacks of errors")
-        command.set_defaults(parser=command)
+        module = "edit" if add in edits else add.__name__[1:]
+        command.set_defaults(parser=command, module=module)
     return parser
 
 
@@ -76,6 +78,7 @@ def _calibrate(commands: Any) -> argparse.ArgumentParser:
     model.add_argument(
         "--document-tokens", type=int, metavar="N", help="most at a time (default: 2048)"
     )
+    _importance(model)
     parser.add_argument(
         "--sinks", type=int, default=4, metavar="N", help="leave out positions below N (default: 4)"
     )
@@ -87,7 +90,10 @@ def _calibrate(commands: Any) -> argparse.ArgumentParser:
         help="a basis for each of N runs of layers: quicker, needs more bits (default: 1)",
     )
     parser.add_argument(
-        "--rank", type=int, metavar="N", help="keep at most N components (default: all)"
+        "--rank",
+        type=int,
+        metavar="N",
+        help="keep at most N components (default: all of K and of V apart, 3072 of both together)",
     )
     parser.add_argument("--name", metavar="NAME", help="the model's name, to record")
     _backend(parser, default="cpu")
@@ -102,16 +108,23 @@ def _encode(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("--preset", default="default", help="how to code: default or paper")
     target = parser.add_mutually_exclusive_group()
     target.add_argument(
-        "--ratio", type=float, help="16 bits per value over the plan's bits (default: 16)"
+        "--ratio",
+        type=float,
+        help="how much smaller coded tokens get, every byte counted (default: 16); paper: 16 bits "
+        "per value over the plan's bits",
     )
     target.add_argument(
-        "--bits-per-token", type=float, metavar="BITS", help="the plan's bits, of all layers"
+        "--bits-per-token",
+        type=float,
+        metavar="BITS",
+        help="what a coded token takes, all layers together; paper: in the plan",
     )
     target.add_argument(
         "--max-relative-error",
         type=float,
         metavar="ERROR",
-        help="cheapest plan whose predicted error, K and V each, stays below this",
+        help="mean error of coded tokens, the larger of K's and V's; paper: cheapest plan whose "
+        "predicted error stays below this",
     )
     parser.add_argument(
         "--max-error",
@@ -185,6 +198,61 @@ def _verify(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("--against", metavar="IN", help="the cache that was encoded; needs -c")
     _backend(parser)
     parser.add_argument("--format", help="format of IN: npz or safetensors (default: its suffix)")
+    return parser
+
+
+def _cat(commands: Any) -> argparse.ArgumentParser:
+    parser = _add(
+        commands,
+        "cat",
+        "join streams, or reclaim what appending to one superseded",
+        "Nothing is decoded. Positions must rise, and calibration, plan, geometry, element types",
+        "and block size of all streams must be the same.",
+    )
+    parser.add_argument("inputs", nargs="+", metavar="FILE", help="streams, in order")
+    return _new_stream(parser)
+
+
+def _slice(commands: Any) -> argparse.ArgumentParser:
+    parser = _add(
+        commands,
+        "slice",
+        "cut a range of tokens out of a stream",
+        "Nothing is decoded: a range that ends inside a block keeps the block, and notes how many",
+        "of its tokens count.",
+    )
+    parser.add_argument("input", metavar="FILE", help="the stream")
+    chosen = parser.add_mutually_exclusive_group(required=True)
+    for name in ("tokens", "positions", "layers"):
+        chosen.add_argument(
+            f"--{name}", type=_range, metavar="A:B", help=f"keep these {name}, as Python slices"
+        )
+    return _new_stream(parser)
+
+
+def _truncate(commands: Any) -> argparse.ArgumentParser:
+    parser = _add(commands, "truncate", "keep the first tokens of a stream")
+    parser.add_argument("input", metavar="FILE", help="the stream")
+    parser.add_argument("--tokens", type=int, required=True, metavar="N", help="how many to keep")
+    return _new_stream(parser)
+
+
+def _repair(commands: Any) -> argparse.ArgumentParser:
+    parser = _add(
+        commands, "repair", "write out the whole blocks of a stream that was cut off or damaged"
+    )
+    parser.add_argument("input", metavar="FILE", help="the stream, up to its first fault")
+    return _new_stream(parser)
+
+
+def _new_stream(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    parser.add_argument(
+        "-o",
+        "--output",
+        required=True,
+        metavar="OUT",
+        help="the stream to make, FILE itself too",
+    )
     return parser
 
 
@@ -268,6 +336,7 @@ def _bench(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "--tokens", type=int, metavar="N", help="calibrate on this many (default: 160000)"
     )
+    _importance(parser)
     parser.add_argument("--output", metavar="JSON", help="file for all figures")
     parser.add_argument("--plot", metavar="PNG", help="draw divergence over ratio")
     return parser
@@ -290,6 +359,35 @@ def _calibration(parser: argparse.ArgumentParser, *, required: bool) -> None:
     parser.add_argument(
         "-c", "--calibration", required=required, metavar="CAL", help="made by kvtc calibrate"
     )
+
+
+def _importance(parser: Any) -> None:
+    parser.add_argument(
+        "--importance",
+        choices=["gradients", "queries", "none"],
+        help="what tells which errors the model minds: gradients of its loss (default; a backward "
+        "pass, the best), its queries and output projections (quicker, less memory), or none",
+    )
+    parser.add_argument(
+        "--importance-documents",
+        type=int,
+        metavar="N",
+        help="learn that from this many documents (default: 24)",
+    )
+
+
+def importance_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What was asked for, as the transformers adapter's ``calibrate`` takes it."""
+    chosen, documents = args.importance, args.importance_documents
+    if documents is not None:
+        if chosen == "none":
+            raise UsageError(
+                "--importance none learns it from no document: leave out --importance-documents"
+            )
+        if documents < 1:
+            raise UsageError(f"--importance-documents must be at least 1, found {documents}")
+    given = {"importance": chosen, "importance_documents": documents}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def _backend(parser: argparse.ArgumentParser, default: str = "auto") -> None:

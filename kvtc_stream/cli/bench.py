@@ -21,7 +21,7 @@ from rich.table import Table
 import kvtc_stream as kvtc
 from kvtc_stream import quality
 from kvtc_stream.cli import terminal
-from kvtc_stream.cli.arguments import UsageError
+from kvtc_stream.cli.arguments import UsageError, importance_options
 from kvtc_stream.integrations.loading import load_model
 
 if TYPE_CHECKING:
@@ -58,8 +58,13 @@ def _check(args: Namespace) -> list[str]:
         raise UsageError("give --text FILE...: what shall the model read?")
     if not (args.text or args.calibration):
         raise UsageError("--judge-text needs --text to calibrate on, or --calibration")
-    if args.calibration and (args.tokens is not None or (args.text and args.judge_text)):
-        raise UsageError("--calibration is made already: leave out --tokens, and the texts for it")
+    learning = [args.tokens, args.importance, args.importance_documents]
+    if args.calibration and (learning != [None] * 3 or (args.text and args.judge_text)):
+        raise UsageError(
+            "--calibration is made already: leave out --tokens, --importance, "
+            "--importance-documents, and the texts for it"
+        )
+    importance_options(args)
     presets = args.presets or sorted(kvtc.PRESETS, key=lambda name: name != _BASELINE)
     if unknown := [name for name in presets if name not in kvtc.PRESETS]:
         raise UsageError(f"--presets must be among {', '.join(kvtc.PRESETS)}, found {unknown[0]}")
@@ -231,6 +236,7 @@ def _calibration(
         tokens=max(sum(map(len, documents)), 1),
         progress=terminal.bar(bars, "Calibrating"),
         name=name,
+        **importance_options(args),
     )
     if args.save_calibration:
         made.save(args.save_calibration)

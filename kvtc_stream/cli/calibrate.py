@@ -11,7 +11,7 @@ from rich.progress import Progress
 import kvtc_stream as kvtc
 from kvtc_stream import plain
 from kvtc_stream.cli import report, terminal
-from kvtc_stream.cli.arguments import UsageError
+from kvtc_stream.cli.arguments import UsageError, importance_options
 from kvtc_stream.integrations.loading import load_model
 
 #: Tokens handed to the calibrator at a time.
@@ -52,6 +52,8 @@ def _check(args: Namespace) -> None:
         "--text": args.text is not None,
         "--tokens": args.tokens is not None,
         "--document-tokens": args.document_tokens is not None,
+        "--importance": args.importance is not None,
+        "--importance-documents": args.importance_documents is not None,
     }
     if args.model:
         unfit = [name for name, given in rope.items() if given]
@@ -62,6 +64,7 @@ def _check(args: Namespace) -> None:
             )
         if not args.text:
             raise UsageError("--model needs --text FILE...: what shall the model read?")
+        importance_options(args)
         return
     if unfit := [name for name, given in reading.items() if given]:
         raise UsageError(f"{', '.join(unfit)} goes with --model")
@@ -142,7 +145,13 @@ def _from_model(args: Namespace, options: dict[str, Any], bars: Progress) -> kvt
     bars.remove_task(loading)
     reading = terminal.bar(bars, "Reading")
     limits = {"tokens": args.tokens, "document_tokens": args.document_tokens}
-    given = {name: value for name, value in limits.items() if value is not None}
+    options |= {name: value for name, value in limits.items() if value is not None}
     return calibrate(
-        model, texts, tokenizer=tokenizer, progress=reading, name=args.name, **given, **options
+        model,
+        texts,
+        tokenizer=tokenizer,
+        progress=reading,
+        name=args.name,
+        **importance_options(args),
+        **options,
     )

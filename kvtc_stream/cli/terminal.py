@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kvtc_stream.cli.arguments import UsageError
+from kvtc_stream.sources import open_source
 
 STANDARD = "-"
 
@@ -30,7 +31,7 @@ def open_input(name: str, *, seekable: bool = False) -> Iterator[BinaryIO]:
         if name == STANDARD:
             file: BinaryIO = sys.stdin.buffer
         else:
-            file = stack.enter_context(open(name, "rb"))
+            file = stack.enter_context(open_source(name))
         if seekable and not file.seekable():
             copy = cast(BinaryIO, stack.enter_context(tempfile.TemporaryFile()))
             shutil.copyfileobj(file, copy)

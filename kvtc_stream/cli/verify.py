@@ -93,7 +93,7 @@ def _check_bytes(file: BinaryIO, bars: Progress) -> StreamFile:
     file.seek(0)
     parser = StreamParser()
     header: StreamHeader | None = None
-    while not parser.eof and (data := file.read(_READ_SIZE)):
+    while data := file.read(_READ_SIZE):
         for item in parser.feed(data):
             if isinstance(item, StreamHeader):
                 header = item

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kvtc_stream import payload
 from kvtc_stream.calibration import Part
 from kvtc_stream.cpu import quantise, rans
 from kvtc_stream.cpu.uniform import UniformBands
@@ -21,12 +20,6 @@ from kvtc_stream.formats.coders import compress, decompress
 Float = NDArray[np.float32]
 #: Class of a token where nothing predicts it.
 _MIDDLE = 8
-#: What begins the payload of uniform bands: the step, the level, a reserved byte, and components
-#: of a tile.
-_HEAD = struct.Struct("<fbBH")
-#: Components of a tile: its lanes' final states are 0.1 to 0.4 % of it, and a GPU decodes as many
-#: tiles at a time as there are.
-_TILE_COMPONENTS = 1024
 
 
 @dataclass(frozen=True)
@@ -141,10 +134,10 @@ class UniformCoding:
             for bands, array, own in zip(self._bands, coefficients, classes, strict=True)
         )
         tokens = len(classes[0])
-        tiles = sum(len(_tiles(bands, _TILE_COMPONENTS)) for bands in self._bands)
+        tiles = sum(len(payload.tiles(c, payload.TILE_COMPONENTS)) for c in self._coded)
         # The lanes' final states say about half of what they take.
         lanes = min(rans.LANES, tokens)
-        overhead = _HEAD.size + tiles * (4 + 2 * lanes) + len(self._bands) * _nibbles(tokens)
+        overhead = 8 + tiles * (4 + 2 * lanes) + len(self._bands) * payload.nibbles(tokens)
         return bits / 8 + overhead
 
     def dequantise(self, quantised: Quantised, out: Sequence[Float]) -> None:
@@ -165,89 +158,37 @@ class UniformCoding:
             self._bands, quantised.symbols, quantised.classes, strict=True
         ):
             chosen, ids = symbols[kept], bands.ids(quantised.level)
-            for tile in _tiles(bands, _TILE_COMPONENTS):
+            for tile in payload.tiles(ids.shape[1], payload.TILE_COMPONENTS):
                 own = np.ascontiguousarray(chosen[:, tile]), np.ascontiguousarray(ids[:, tile])
                 tiles.append(rans.encode(own[0], classes[kept], own[1], bands.families))
-        payload = [
-            _HEAD.pack(quantised.step, quantised.level, 0, _TILE_COMPONENTS),
-            np.array([len(tile) for tile in tiles], "<u4").tobytes(),
+        pieces = [
+            payload.head(quantised.step, quantised.level, list(map(len, tiles))),
             *tiles,
-            *(_pack_classes(classes[kept]) for classes in quantised.classes),
+            *(payload.pack_classes(classes[kept]) for classes in quantised.classes),
         ]
-        return Coder.RANS, b"".join(payload), len(kept) * self._symbols
+        return Coder.RANS, b"".join(pieces), len(kept) * sum(self._coded)
 
     @property
-    def _symbols(self) -> int:
-        """Of one token."""
-        return sum(len(bands.components) for bands in self._bands)
+    def _coded(self) -> list[int]:
+        """Components that are coded, of each part."""
+        return [len(bands.components) for bands in self._bands]
 
     def unpack(self, block: Block, kept: NDArray[np.int64], out: Sequence[Float]) -> None:
         """Values of a block's tokens into rows ``kept`` of ``out``; ``FormatError`` if damaged."""
-        where = f"block at token {block.start}"
-        needed = len(kept) * self._symbols
-        if block.coder is not Coder.RANS or block.coded_size != needed:
-            raise FormatError(
-                f"{where}: {block.coder.name} payload of {block.coded_size} symbols, the plan "
-                f"needs {needed} of RANS for {len(kept)} tokens"
-            )
-        data = memoryview(block.coded)
-        if len(data) < _HEAD.size:
-            raise FormatError(f"{where}: a payload of {len(data)} bytes, expected {_HEAD.size}")
-        step, level, reserved, per_tile = _HEAD.unpack_from(data)
-        if not (math.isfinite(step) and step > 0) or reserved or not per_tile:
-            raise FormatError(
-                f"{where}: step {step}, reserved byte {reserved}, {per_tile} components a tile; "
-                f"expected a positive number, 0, and 1 at least: the writer is at fault"
-            )
-        tiles = [_tiles(bands, per_tile) for bands in self._bands]
-        count = sum(map(len, tiles))
-        head = _HEAD.size + 4 * count
-        tail = len(self._bands) * _nibbles(len(kept))
-        if len(data) < head + tail:
-            raise FormatError(
-                f"{where}: a payload of {len(data)} bytes, expected {head + tail} at least for "
-                f"{count} tiles"
-            )
-        lengths = np.frombuffer(data[_HEAD.size : head], "<u4").tolist()
-        if head + sum(lengths) + tail != len(data):
-            raise FormatError(
-                f"{where}: tiles of {sum(lengths)} bytes in a payload that has "
-                f"{len(data) - head - tail} for them"
-            )
-        class_data = data[len(data) - tail :]
-        first, ends = head, iter(np.cumsum([head, *lengths])[1:].tolist())
+        found = payload.UniformPayload.parse(block, self._coded)
+        data, tokens = memoryview(block.coded), len(kept)
+        first = found.tiles
+        ends = iter((first + np.cumsum(found.lengths, dtype=np.int64)).tolist())
         for i, (bands, array) in enumerate(zip(self._bands, out, strict=True)):
-            of_part = class_data[i * _nibbles(len(kept)) : (i + 1) * _nibbles(len(kept))]
-            classes, ids = _unpack_classes(of_part, len(kept), where), bands.ids(level)
-            symbols = np.empty((len(kept), ids.shape[1]), np.int32)
-            for tile in tiles[i]:
+            of_part = found.classes + i * payload.nibbles(tokens)
+            classes = payload.unpack_classes(
+                data[of_part : of_part + payload.nibbles(tokens)], tokens
+            )
+            ids = bands.ids(found.level)
+            symbols = np.empty((tokens, ids.shape[1]), np.int32)
+            for tile in payload.tiles(ids.shape[1], found.tile_components):
                 end = next(ends)
                 own = np.ascontiguousarray(ids[:, tile])
                 symbols[:, tile] = rans.decode(data[first:end], classes, own, bands.families)
                 first = end
-            bands.dequantise(symbols, classes, step, array, kept)
-
-
-def _tiles(bands: UniformBands, per_tile: int) -> list[slice]:
-    """The components of each tile, among those that are coded."""
-    coded = len(bands.components)
-    return [slice(i, min(i + per_tile, coded)) for i in range(0, coded, per_tile)]
-
-
-def _nibbles(tokens: int) -> int:
-    """Bytes of the classes of so many tokens."""
-    return (tokens + 1) // 2
-
-
-def _pack_classes(classes: NDArray[np.uint8]) -> bytes:
-    padded = np.zeros(2 * _nibbles(len(classes)), np.uint8)
-    padded[: len(classes)] = classes
-    return (padded[::2] | padded[1::2] << 4).tobytes()
-
-
-def _unpack_classes(data: memoryview, tokens: int, where: str) -> NDArray[np.uint8]:
-    packed = np.frombuffer(data, np.uint8)
-    classes = np.stack([packed & 15, packed >> 4], axis=1).ravel()
-    if classes[tokens:].any():
-        raise FormatError(f"{where}: the bits after its last class are not 0")
-    return classes[:tokens]
+            bands.dequantise(symbols, classes, found.step, array, kept)

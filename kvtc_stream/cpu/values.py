@@ -9,8 +9,8 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from kvtc_stream.formats import DType
-from kvtc_stream.formats.coders import join_planes, split_planes
+from kvtc_stream.formats import Block, DType, StreamHeader
+from kvtc_stream.formats.coders import decompress, join_planes, split_planes
 from kvtc_stream.interop import numpy_dtype
 
 Array = NDArray[Any]
@@ -76,6 +76,17 @@ def verbatim_arrays(
     values = np.frombuffer(join_planes(data, dtype.itemsize), numpy_dtype(dtype))
     count = int(np.prod(k_shape))
     return values[:count].reshape(k_shape), values[count:].reshape(v_shape)
+
+
+def verbatim_tokens(block: Block, header: StreamHeader) -> tuple[Array, Array, NDArray[np.int64]]:
+    """K, V and positions of a block that is all verbatim, as the cache held them, uncut tokens."""
+    section = header.geometry.sections[block.section]
+    size = header.verbatim_size(block.section, block.tokens)
+    data = decompress(block.verbatim_coder, block.verbatim, size)
+    shapes = section.k_shape(block.tokens), section.v_shape(block.tokens)
+    k, v = verbatim_arrays(data, *shapes, header.dtype)
+    kept = slice(block.kept.start, block.kept.stop)
+    return k[:, :, kept], v[:, :, kept], np.array(block.positions, np.int64)[kept]
 
 
 def stored_positions(positions: NDArray[np.int64]) -> range | array[int]:

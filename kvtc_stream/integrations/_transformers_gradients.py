@@ -26,6 +26,7 @@ from kvtc_stream.integrations._transformers_model import (
     attention_layers,
     decoder_of,
     geometry_of,
+    growing,
     inference,
 )
 
@@ -94,11 +95,12 @@ def capture_gradients(
     cache = DynamicCache()
     with _frozen(model):
         with torch.no_grad():
-            decoder_of(model)(input_ids=ids[None, :after], past_key_values=cache, use_cache=True)
+            decoder = decoder_of(model)
+            decoder(input_ids=ids[None, :after], **growing(decoder, cache))
         layers = attention_layers(cache, "the cache")
         cached = {n: (layer.keys, layer.values) for n, layer in layers.items()}
         leaves = [x.requires_grad_() for pair in cached.values() for x in pair]
-        logits = model(input_ids=ids[None, after:], past_key_values=cache, use_cache=True).logits[0]
+        logits = model(input_ids=ids[None, after:], **growing(model, cache)).logits[0]
         flat = torch.autograd.grad(logits, leaves, _loss_gradient(logits.detach(), seed))
     gradients = dict(zip(layers, zip(flat[::2], flat[1::2], strict=True), strict=True))
     captured = []

@@ -160,6 +160,12 @@ def inference(module: torch.nn.Module) -> Iterator[None]:
             part.training = training
 
 
+def growing(module: torch.nn.Module, cache: DynamicCache) -> dict[str, Any]:
+    """Arguments with which a model goes on from a cache; transformers 5.24 renamed one."""
+    renamed = "cache" in inspect.signature(module.forward).parameters
+    return {"cache" if renamed else "past_key_values": cache, "use_cache": True}
+
+
 def attention_layers(cache: DynamicCache, owner: str) -> dict[int, Any]:
     """The layers that hold keys and values, by number; refuses kinds that cannot be encoded."""
     for number, layer in enumerate(cache.layers):
@@ -185,8 +191,7 @@ def _probe(model: PreTrainedModel) -> Geometry:
     with inference(decoder):
         output = decoder(
             **{key: x.to(decoder.device) for key, x in inputs.items()},
-            past_key_values=cache,
-            use_cache=True,
+            **growing(decoder, cache),
             output_hidden_states=not ropes,
         )
     # Learned positions are added to the embeddings: then keys differ without any RoPE.

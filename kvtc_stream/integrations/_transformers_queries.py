@@ -23,7 +23,12 @@ from transformers.cache_utils import DynamicCache
 from kvtc_stream.errors import UnsupportedError
 from kvtc_stream.formats import Section
 from kvtc_stream.integrations._transformers_gradients import TokenIds, onto_unrotated
-from kvtc_stream.integrations._transformers_model import decoder_of, geometry_of, inference
+from kvtc_stream.integrations._transformers_model import (
+    decoder_of,
+    geometry_of,
+    growing,
+    inference,
+)
 
 #: Of the short run that shows output projections.
 _PROBE_TOKENS = 4
@@ -215,9 +220,7 @@ def _run(model: PreTrainedModel, ids: Tensor, see: Callable[[_Read], None]) -> N
         setattr(AttentionInterface, "get_interface", get_interface)  # noqa: B010
         try:
             with inference(decoder):
-                decoder(
-                    input_ids=ids[None].to(decoder.device), past_key_values=cache, use_cache=True
-                )
+                decoder(input_ids=ids[None].to(decoder.device), **growing(decoder, cache))
         finally:
             setattr(AttentionInterface, "get_interface", original)  # noqa: B010
     if unseen:

@@ -46,6 +46,7 @@ from kvtc_stream.integrations._transformers_model import (
     attention_layers,
     decoder_of,
     geometry_of,
+    growing,
     inference,
     model_identity,
 )
@@ -100,7 +101,7 @@ def capture(
     cache = DynamicCache()
     ids = torch.from_numpy(_ids(token_ids)).to(decoder.device)
     with inference(decoder):
-        decoder(input_ids=ids[None], past_key_values=cache, use_cache=True)
+        decoder(input_ids=ids[None], **growing(decoder, cache))
     layers = attention_layers(cache, "the cache")
     return [
         (i, [layers[n].keys for n in section.layers], [layers[n].values for n in section.layers])
@@ -171,6 +172,8 @@ def calibrate(
             f"tokens must be at least 1 and document_tokens at least 2, found {tokens} and "
             f"{document_tokens}"
         )
+    if importance_documents < 1:
+        raise ValueError(f"importance_documents must be at least 1, found {importance_documents}")
     identity = model_identity(model, name=name, revision=revision)
     documents = list(_first(_documents(texts, tokenizer, document_tokens), tokens))
     # A loss needs a token after those that it is run back into.

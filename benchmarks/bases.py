@@ -1,0 +1,387 @@
+"""What a basis is worth: bits at equal error, error at equal bits, and multiply-adds per token.
+
+The rows are those of the preset `default`: K before RoPE and V of all layers, less the mean, times
+the importance weights of a calibration. A dense basis for K and V together is compared with one
+for each, with one per run of layers, and with two levels: one per run of layers, and then another
+one for the leading coefficients of all runs. All are principal components of the same rows, with
+one step for all components, and tables fitted to the rows that made the basis. Bits and error are
+of other caches, where every token has the middle step class; bits are the tables' ideal lengths,
+without a block's head. The error is the root of the weighted squared error over that of leaving
+everything out.
+
+    python benchmarks/bases.py --calibration CAL --cache FILES... --judge FILES...
+    python benchmarks/bases.py --model PATH --text FILES...
+
+Files are as `kvtc encode` takes them, of one section; mean and weights are those of CAL's joint
+basis. With --model the first 70 % of each text calibrate, and from 80 % on it is judged.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from _common import capture_caches, environment, load_cache, write_result
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+
+import kvtc_stream as kvtc
+from kvtc_stream import demo, quality
+from kvtc_stream.calibrator import leading_eigenvectors
+from kvtc_stream.cli.bench import CALIBRATED_UNTIL, JUDGED_FROM
+from kvtc_stream.cpu.layout import Rotations, gather
+from kvtc_stream.cpu.rans import Families
+from kvtc_stream.cpu.uniform import UniformBands
+from kvtc_stream.cpu.values import to_float32
+from kvtc_stream.formats import Band, Quantiser, Section
+from kvtc_stream.importance import MIDDLE
+from kvtc_stream.integrations.loading import load_model
+from kvtc_stream.planning.families import STEPS_PER_OCTAVE, fit_families
+from kvtc_stream.weights import apply_blocks
+
+Rows = NDArray[np.float32]
+Columns = NDArray[np.intp]
+
+#: Rows that tables are fitted to, and rows of each judged cache.
+FITTED, JUDGED = 4096, 1024
+#: Most components of a dense basis, of a part of another one, and of all parts that are coded.
+RANK, PART_RANK, CODED = 3072, 2304, 4608
+#: Base steps; the coarsest is twice the strongest component's deviation.
+STEPS = 48
+#: What a component that is not coded counts, as a multiple of its energy, as for the planner.
+LEFT_OUT = 2.0
+#: Runs of layers, alone; and with a second level over so many components of each.
+RUNS = (2, 3, 6, 10, 30)
+TWO_LEVELS = ((3, 960), (6, 480), (6, 240), (10, 240))
+
+
+@dataclass
+class Basis:
+    """An orthonormal transform of weighted rows: add one to :func:`bases` to compare it.
+
+    Attributes
+    ----------
+    columns, local
+        Of every part: the columns that it takes, and its matrix [columns, components].
+    leading, second
+        The first ``leading`` components of every part are transformed once more, by ``second``
+        [parts * leading, components]. 0 and ``None`` in a basis of one level.
+    """
+
+    name: str
+    columns: list[Columns]
+    local: list[Rows]
+    leading: int = 0
+    second: Rows | None = None
+
+    def coefficients(self, rows: Rows) -> Rows:
+        """[rows, components]: those of the second level, then the others of every part."""
+        parts = [rows[:, c] @ u for c, u in zip(self.columns, self.local, strict=True)]
+        found = [part[:, self.leading :] for part in parts]
+        if self.second is not None:
+            leading = np.concatenate([part[:, : self.leading] for part in parts], axis=1)
+            found.insert(0, leading @ self.second)
+        return np.concatenate(found, axis=1)
+
+    def multiply_adds(self, coded: NDArray[np.bool_]) -> int:
+        """Per token and direction, when these components are coded."""
+        total = first = 0
+        if self.second is not None:
+            first = self.second.shape[1]
+            total = len(self.second) * int(coded[:first].sum())
+        for columns, local in zip(self.columns, self.local, strict=True):
+            end = first + local.shape[1] - self.leading
+            total += len(columns) * (self.leading + int(coded[first:end].sum()))
+            first = end
+        return total
+
+
+def bases(section: Section, covariance: Rows) -> Iterator[Basis]:
+    """All that are compared; the first is what the others are compared with."""
+    k_columns, v_columns = np.split(np.arange(len(covariance)), [section.k_width])
+    by_layer = [np.split(c, len(section.layers)) for c in (k_columns, v_columns)]
+    yield _one_level("joint", covariance, [np.arange(len(covariance))], RANK)
+    yield _one_level("K and V apart", covariance, [k_columns, v_columns])
+    for count in sorted({*RUNS, *(count for count, _ in TWO_LEVELS)}):
+        if count > len(section.layers):
+            continue
+        runs = np.array_split(np.arange(len(section.layers)), count)
+        columns = [np.concatenate([kind[i] for kind in by_layer for i in run]) for run in runs]
+        basis = _one_level(f"{count} runs of layers", covariance, columns)
+        if count in RUNS:
+            yield basis
+        for leading in (leading for of, leading in TWO_LEVELS if of == count):
+            yield _two_levels(basis, covariance, leading)
+
+
+def _one_level(name: str, covariance: Rows, columns: list[Columns], rank: int = PART_RANK) -> Basis:
+    local = []
+    for own in columns:
+        block = np.ascontiguousarray(covariance[np.ix_(own, own)])
+        local.append(leading_eigenvectors(block, min(rank, len(own)))[1].astype(np.float32))
+    return Basis(name, columns, local)
+
+
+def _two_levels(basis: Basis, covariance: Rows, leading: int) -> Basis:
+    leading = min(leading, *(u.shape[1] for u in basis.local))
+    inner = [
+        np.concatenate(
+            [
+                u[:, :leading].T @ (covariance[np.ix_(rows, columns)] @ v[:, :leading])
+                for columns, v in zip(basis.columns, basis.local, strict=True)
+            ],
+            axis=1,
+        )
+        for rows, u in zip(basis.columns, basis.local, strict=True)
+    ]
+    matrix = np.concatenate(inner)
+    second = leading_eigenvectors(matrix, len(matrix))[1].astype(np.float32)
+    name = f"{basis.name}, then {leading:,} of each"
+    return Basis(name, basis.columns, basis.local, leading, second)
+
+
+# Rows.
+
+
+class Source:
+    """Weighted rows of caches."""
+
+    def __init__(self, calibration: kvtc.Calibration) -> None:
+        [self.section] = calibration.geometry.sections
+        [self.part] = calibration.sections[0].basis("joint")
+        self.sinks = calibration.sinks
+
+    def rows(self, path: str) -> Rows:
+        """[tokens, K and V], without sinks."""
+        k, v = (to_float32(x[:, :, self.sinks :], None) for x in load_cache(path))
+        tokens, part = k.shape[2], self.part
+        rows = np.empty((tokens, part.width), np.float32)
+        positions = np.arange(self.sinks, self.sinks + tokens)
+        take_off = Rotations.of(self.section, positions, inverse=True)
+        layers = np.arange(len(self.section.layers))
+        gather(k, layers, take_off, rows)
+        gather(v, layers, Rotations.none(len(layers)), rows[:, self.section.k_width :])
+        rows -= part.mean
+        if part.k_weights is not None and part.v_weights is not None:
+            rows = apply_blocks(rows, (part.k_weights, part.v_weights))
+        return rows
+
+
+def spread(rows: Rows, count: int) -> Rows:
+    """``count`` rows, evenly."""
+    return rows[np.arange(min(count, len(rows))) * len(rows) // min(count, len(rows))]
+
+
+# Measuring.
+
+
+def measure(basis: Basis, fitted: Rows, judged: Rows) -> list[dict[str, float]]:
+    """Bits, error, and work at every step of interest."""
+    own = basis.coefficients(fitted)
+    order = np.argsort(-np.square(own).mean(axis=0), kind="stable")[:CODED]
+    own, total = np.ascontiguousarray(own[:, order]), own.shape[1]
+    coefficients = basis.coefficients(judged)[:, order]
+    energy = float(np.square(judged, dtype=np.float64).sum())
+    behind = energy - float(np.square(coefficients, dtype=np.float64).sum())
+    if behind < -1e-4 * energy:
+        raise AssertionError(f"{basis.name} is not orthonormal: {behind / energy:.2e} too much")
+
+    unit = 2 * float(own[:, 0].std()) / 2 ** ((STEPS - 1 + MIDDLE) / STEPS_PER_OCTAVE)
+    classes = np.full(len(own), MIDDLE, np.uint8)
+    tables = fit_families(own, classes, unit=unit, steps=STEPS)
+    coder = Families(tables.frequencies, tables.classes)
+    lost, spent = (np.gradient(x.sum(axis=1)) for x in (tables.distortion, tables.rate))
+    price = np.divide(-lost, spent, out=np.zeros(STEPS), where=spent < 0).clip(0)
+    classes = np.full(len(judged), MIDDLE, np.uint8)
+    points = []
+    for j in range(STEPS):
+        saved = LEFT_OUT * tables.energy - tables.distortion[j] - price[j] * tables.rate[j]
+        count = int(np.cumsum(saved).argmax()) + 1
+        if not 8 < 16 * judged.shape[1] / tables.rate[j, :count].sum() < 100:
+            continue
+        bands = UniformBands((Band(count, Quantiser.UNIFORM, j),), coder, tables.ids)
+        step = unit * 2 ** ((j + MIDDLE) / STEPS_PER_OCTAVE)
+        kept = coefficients[:, :count]
+        lost = np.square(kept - np.rint(kept / step) * step, dtype=np.float64).sum()
+        lost += np.square(coefficients[:, count:], dtype=np.float64).sum()
+        coded = np.zeros(total, np.bool_)
+        coded[order[:count]] = True
+        points.append(
+            {
+                "bits": bands.bits(coefficients, classes, unit, 0) / len(judged),
+                "error": math.sqrt((lost + max(behind, 0)) / energy),
+                "components": count,
+                "multiply_adds": basis.multiply_adds(coded),
+            }
+        )
+    return points
+
+
+def at(points: list[dict[str, float]], name: str, value: float) -> dict[str, float]:
+    """The point where ``name`` has a value, interpolated between logarithms."""
+    curve = sorted(points, key=lambda point: point[name])
+    if not curve[0][name] <= value <= curve[-1][name]:
+        raise ValueError(
+            f"{name} {value:.4g} is not between {curve[0][name]:.4g} and "
+            f"{curve[-1][name]:.4g}: measure more steps"
+        )
+    logs = [math.log(point[name]) for point in curve]
+    return {
+        other: float(np.exp(np.interp(math.log(value), logs, [math.log(p[other]) for p in curve])))
+        for other in curve[0]
+    }
+
+
+def compare(
+    measured: dict[str, list[dict[str, float]]], width: int, ratios: Sequence[float]
+) -> list[dict[str, Any]]:
+    """A row per ratio and basis, beside the first basis."""
+    rows = []
+    reference = next(iter(measured.values()))
+    for ratio in ratios:
+        bits = 16 * width / ratio
+        expected = at(reference, "bits", bits)
+        for name, points in measured.items():
+            equal_bits, equal_error = (
+                at(points, "bits", bits),
+                at(points, "error", expected["error"]),
+            )
+            rows.append(
+                {
+                    "ratio": ratio,
+                    "basis": name,
+                    "bits": bits,
+                    "error": equal_bits["error"],
+                    "bits_at_equal_error": equal_error["bits"],
+                    "ratio_at_equal_error": 16 * width / equal_error["bits"],
+                    "components": round(equal_error["components"]),
+                    "multiply_adds": round(equal_error["multiply_adds"]),
+                }
+            )
+    return rows
+
+
+def main() -> None:
+    args = _parse()
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    result: dict[str, Any] = environment()
+    steps = demo.Steps(console)
+    with tempfile.TemporaryDirectory() as name:
+        if args.model:
+            args.calibration, args.cache, args.judge = _capture(args, Path(name), steps)
+        calibration = kvtc.Calibration.load(args.calibration)
+        source = Source(calibration)
+        with steps.step(f"Reading {len(args.cache)} caches") as advance:
+            covariance, fitted, tokens = np.zeros((source.part.width,) * 2, np.float32), [], 0
+            for i, path in enumerate(args.cache):
+                rows = source.rows(path)
+                covariance += rows.T @ rows
+                tokens += len(rows)
+                fitted.append(spread(rows, -(-FITTED // len(args.cache))))
+                advance(i + 1, len(args.cache))
+            covariance /= tokens
+        judged = np.concatenate([spread(source.rows(path), JUDGED) for path in args.judge])
+    measured = {}
+    fitted_rows = np.concatenate(fitted)
+    for basis in bases(source.section, covariance):
+        with steps.step(f"Measuring: {basis.name}"):
+            measured[basis.name] = measure(basis, fitted_rows, judged)
+    result |= {
+        "calibration": calibration.digest.hex(),
+        "tokens": tokens,
+        "fitted_rows": len(fitted_rows),
+        "judged_rows": len(judged),
+        "width": source.part.width,
+        "rows": compare(measured, source.part.width, args.ratios),
+        "points": measured,
+    }
+    _show(result, console)
+    write_result(args.output, result, console)
+
+
+# Inputs and results.
+
+
+def _capture(
+    args: argparse.Namespace, folder: Path, steps: demo.Steps
+) -> tuple[str, list[str], list[str]]:
+    """Run a model over texts: a calibration, caches that make bases, and caches to judge."""
+    from kvtc_stream.integrations.transformers import calibrate
+
+    with steps.step("Loading the model"):
+        model, tokenizer = load_model(args.model, dtype="float32")
+    texts = [Path(name).read_text(encoding="utf-8") for name in args.text]
+    documents = quality.calibration_documents(
+        tokenizer, [text[: int(len(text) * CALIBRATED_UNTIL)] for text in texts], args.tokens
+    )
+    judged = [
+        quality.token_ids(tokenizer, text[int(len(text) * JUDGED_FROM) :])[: args.context]
+        for text in texts
+    ]
+    path, total = str(folder / "calibration.safetensors"), sum(map(len, documents))
+    with steps.step(f"Calibrating on {total:,} tokens") as advance:
+        calibrate(model, documents, tokens=total, bases=("joint",), progress=advance).save(path)
+    with steps.step("Capturing caches") as advance:
+        caches = capture_caches(model, documents, folder, "learnt", advance)
+        return path, caches, capture_caches(model, judged, folder, "judged")
+
+
+def _show(result: dict[str, Any], console: Console) -> None:
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    columns = (
+        "ratio",
+        "basis",
+        "error",
+        "bits at equal error",
+        "ratio",
+        "components",
+        "M mult-adds",
+    )
+    for column in columns:
+        table.add_column(column, justify="left" if column == "basis" else "right")
+    for row in result["rows"]:
+        table.add_row(
+            f"{row['ratio']:g}",
+            row["basis"],
+            f"{row['error']:.4f}",
+            f"{row['bits_at_equal_error']:,.0f}",
+            f"{row['ratio_at_equal_error']:.1f}",
+            f"{row['components']:,}",
+            f"{row['multiply_adds'] / 1e6:.1f}",
+        )
+    console.print("", table)
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    files = parser.add_argument_group("caches in files")
+    files.add_argument("--calibration", metavar="FILE", help="of the caches' model")
+    files.add_argument("--cache", nargs="+", metavar="FILE", help=".safetensors or .npz")
+    files.add_argument("--judge", nargs="+", metavar="FILE", help="other caches")
+    model = parser.add_argument_group("or caches of a model")
+    model.add_argument("--model", metavar="PATH", help="folder or .gguf")
+    model.add_argument("--text", nargs="+", metavar="FILE", help="UTF-8 texts for it to read")
+    model.add_argument("--tokens", type=int, default=61_440, help="to read")
+    model.add_argument("--context", type=int, default=3584, help="tokens of each judged cache")
+    parser.add_argument(
+        "--ratios", nargs="+", type=float, default=[16.0, 32.0, 64.0], help="of the first basis"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path(__file__).parent / "results" / "bases.json"
+    )
+    args = parser.parse_args()
+    if bool(args.model and args.text) == bool(args.calibration and args.cache and args.judge):
+        parser.error("give --calibration, --cache and --judge, or --model and --text")
+    return args
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""Authentication with a key: who does not have it cannot make or change a stream unnoticed.
+
+The payload of an AUTH record is the SHA-256 of every record before it, and the HMAC-SHA-256 of
+these, of the opening and of the index entries. So a reader checks one HMAC when it opens a stream,
+and the digest of each record that it reads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+
+from kvtc_stream.errors import AuthenticationError
+
+_DOMAIN = b"kvtc stream authentication 1\0"
+_SIZE = 32
+
+
+def digest(data: bytes) -> bytes:
+    """SHA-256."""
+    return hashlib.sha256(data).digest()
+
+
+def pack_auth(key: bytes, opening: bytes, entries: bytes, digests: bytes) -> bytes:
+    """The payload of an AUTH record.
+
+    Parameters
+    ----------
+    key
+        The secret.
+    opening
+        :func:`digest` of preamble and header.
+    entries, digests
+        Index entries and digests of all records before this one.
+    """
+    message = b"".join((_DOMAIN, opening, digest(entries), digests))
+    return digests + hmac.digest(key, message, "sha256")
+
+
+def open_auth(payload: bytes, key: bytes, opening: bytes, entries: bytes) -> bytes:
+    """The digests of a payload that was made with this key; arguments as of :func:`pack_auth`.
+
+    Raises
+    ------
+    AuthenticationError
+        It was made with another key, or for something else.
+    """
+    expected = pack_auth(key, opening, entries, payload[:-_SIZE])
+    if not hmac.compare_digest(payload, expected):
+        raise AuthenticationError(
+            "the stream was not made with this key, or was changed since: do not use it"
+        )
+    return payload[:-_SIZE]
+
+
+def check_digest(digests: bytes, sequence: int, data: bytes) -> None:
+    """Raise ``AuthenticationError`` unless ``data`` are the record of that number."""
+    expected = digests[_SIZE * sequence : _SIZE * (sequence + 1)]
+    if not hmac.compare_digest(digest(data), expected):
+        raise AuthenticationError(
+            f"record {sequence} is not the one that was authenticated: do not use the stream"
+        )

@@ -1,0 +1,98 @@
+"""Pages: one block that stands alone, for stores of pages of a cache."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+
+from kvtc_stream.errors import CalibrationMismatchError, FormatError, TruncatedError, VersionError
+from kvtc_stream.formats.block import Block, Role
+from kvtc_stream.formats.checksum import Checksum, checksum, verify
+from kvtc_stream.formats.header import StreamHeader
+from kvtc_stream.formats.limits import Limits
+from kvtc_stream.formats.preamble import FORMAT_VERSION, KNOWN_FEATURES, check_version
+from kvtc_stream.formats.wire import ByteReader
+
+PAGE_MAGIC = b"\x8bKVP\r\n\x1a\n"
+_FIELDS = struct.Struct("<8sHHI32sHHIQ")
+_CHECKSUM = struct.Struct("<Q")
+_HEADER_SIZE = _FIELDS.size + _CHECKSUM.size
+#: Bytes of a page beside its block.
+PAGE_OVERHEAD = _HEADER_SIZE + _CHECKSUM.size
+
+
+def page_context(header: StreamHeader) -> bytes:
+    """SHA-256 of the header that a page's block belongs under: what a reader must know."""
+    return hashlib.sha256(header.pack()).digest()
+
+
+def pack_page(block: Block, header: StreamHeader) -> bytes:
+    """A page that holds ``block``."""
+    block.check(header)
+    payload = block.pack()
+    context = page_context(header)
+    fields = _FIELDS.pack(
+        PAGE_MAGIC, *FORMAT_VERSION, 0, context, block.section, 0, Checksum.XXH3_64, len(payload)
+    )
+    own = checksum(fields)
+    return b"".join((fields, _CHECKSUM.pack(own), payload, _CHECKSUM.pack(checksum(payload, own))))
+
+
+def unpack_page(
+    data: bytes | bytearray | memoryview, header: StreamHeader, limits: Limits | None = None
+) -> Block:
+    """Undo :func:`pack_page`; bytes behind the page, as of a larger slot, are ignored.
+
+    Raises
+    ------
+    FormatError
+        These bytes are no page, or were changed.
+    CalibrationMismatchError
+        The page belongs under another header.
+    """
+    limits = limits or Limits()
+    view = memoryview(data)
+    if bytes(view[: len(PAGE_MAGIC)]) != PAGE_MAGIC[: len(view)]:
+        raise FormatError(
+            f"page, byte 0: expected {PAGE_MAGIC!r}, found {bytes(view[:8])!r}: this is no page"
+        )
+    if len(view) < _HEADER_SIZE:
+        raise TruncatedError(f"page: {len(view)} bytes, its header has {_HEADER_SIZE}")
+    _magic, major, minor, must, context, section, reserved, algorithm, size = _FIELDS.unpack_from(
+        view
+    )
+    check_version(major, minor, "page")
+    if must & ~KNOWN_FEATURES or algorithm != Checksum.XXH3_64:
+        raise VersionError(
+            f"page: required features {must:#x} and checksum algorithm {algorithm}, this reader "
+            f"knows {KNOWN_FEATURES:#x} and {Checksum.XXH3_64.value}; read with a newer kvtc-stream"
+        )
+    (own,) = _CHECKSUM.unpack_from(view, _FIELDS.size)
+    verify(own, view[: _FIELDS.size], 0, "page, header")
+    if reserved or section >= len(header.geometry.sections):
+        raise FormatError(
+            f"page: section {section} of {len(header.geometry.sections)}, reserved {reserved}: "
+            "the writer is at fault"
+        )
+    expected = page_context(header)
+    if context != expected:
+        raise CalibrationMismatchError(
+            f"the page was made under header {context.hex()}, found {expected.hex()}: calibration, "
+            "plan, geometry, element types or block size differ; use the codec that made it"
+        )
+    limits.check("max_record_bytes", size, "page, payload length at byte 56")
+    end = _HEADER_SIZE + size
+    if len(view) < end + _CHECKSUM.size:
+        raise TruncatedError(
+            f"page: {len(view)} bytes, expected {end + _CHECKSUM.size}: fetch it again"
+        )
+    payload = bytes(view[_HEADER_SIZE:end])
+    (found,) = _CHECKSUM.unpack_from(view, end)
+    verify(found, payload, own, "page, payload")
+    block = Block.unpack(ByteReader(payload, "page", _HEADER_SIZE), section, header, limits)
+    if block.role is not Role.DATA or block.start or any(block.cut):
+        raise FormatError(
+            f"page: the block has role {block.role.name}, starts at {block.start} and lacks "
+            f"{block.cut} tokens, expected DATA, 0, (0, 0): the writer is at fault"
+        )
+    return block

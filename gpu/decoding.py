@@ -1,0 +1,392 @@
+"""Blocks with uniform bands to tensors, many at a time.
+
+Blocks go through in batches of some thousand tokens: payloads to the device, tiles to symbols, and
+for each part of the basis a product and a scatter, in pieces whose rows stay in the cache between
+the two. Nothing waits for the device before the end, when faults are looked at: a block with one is
+decoded on the CPU, which says what is wrong with it, or copes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import cupy
+import numpy as np
+from numpy.typing import NDArray
+
+from kvtc_stream.formats import Block, DType, Section
+from kvtc_stream.gpu import layout, rans
+from kvtc_stream.gpu.plan import DevicePlan
+from kvtc_stream.gpu.products import synthesise
+from kvtc_stream.gpu.rope import DeviceRopes, Rotations
+from kvtc_stream.gpu.tensors import Column, Tensors, entries
+from kvtc_stream.payload import UniformPayload, tiles
+
+#: Tokens of a batch, and bytes of rows between a product and its scatter: an H100 caches 50 MB.
+BATCH_TOKENS, PIECE_BYTES = 16_384, 32 << 20
+_ALIGNMENT = 16
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A block, and where its tokens go: int64 [tokens], -1 for those that nobody wants."""
+
+    block: Block
+    slots: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Symbols of some blocks on the device, and what turns them into values.
+
+    Attributes
+    ----------
+    symbols, scales
+        Bits of binary16 [components, stride], float32 [parts, stride].
+    tokens, stride
+        Tokens in all, and from component to component.
+    slots, rotations
+        Of the tokens.
+    faults, overflow
+        int32 [blocks] and [1]: what went wrong.
+    """
+
+    symbols: Any
+    scales: Any
+    tokens: int
+    stride: int
+    slots: Any
+    rotations: Rotations
+    faults: Any
+    overflow: Any
+
+
+@dataclass(frozen=True)
+class Target:
+    """Tensors that values go to.
+
+    Attributes
+    ----------
+    entries
+        int64 [entries, layout.FIELDS] on the device, part after part.
+    parts
+        Of each part: its first entry, how many, and the columns that they take from begin to end.
+    dtype, wide
+        Element type, and whether the wide kernel serves.
+    """
+
+    entries: Any
+    parts: list[tuple[int, int, int, int]]
+    dtype: DType
+    wide: bool
+    _owners: tuple[Any, ...]
+
+
+def batches(blocks: Sequence[Placed]) -> Iterator[Sequence[Placed]]:
+    """Blocks of about ``BATCH_TOKENS`` tokens together, alike in the size of their tiles."""
+    batch: list[Placed] = []
+    tokens = 0
+    for placed in blocks:
+        if batch and tokens + placed.block.tokens > BATCH_TOKENS:
+            yield batch
+            batch, tokens = [], 0
+        batch.append(placed)
+        tokens += placed.block.tokens
+    if batch:
+        yield batch
+
+
+def upload(blocks: Sequence[Block]) -> tuple[Any, NDArray[np.int64]]:
+    """Payloads on the device, and where each begins; asynchronous where host memory is pinned."""
+    sizes = np.array([len(b.coded) for b in blocks], np.int64)
+    ends = np.cumsum(-(-sizes // _ALIGNMENT) * _ALIGNMENT)
+    begins = np.concatenate([[0], ends[:-1]])
+    data = cupy.empty(int(ends[-1]) if len(ends) else 0, np.uint8)
+    stream = cupy.cuda.get_current_stream().ptr
+    for block, begin, size in zip(blocks, begins.tolist(), sizes.tolist(), strict=True):
+        if size:
+            source = np.frombuffer(block.coded, np.uint8)
+            cupy.cuda.runtime.memcpyAsync(
+                data.data.ptr + begin,
+                source.ctypes.data,
+                size,
+                cupy.cuda.runtime.memcpyHostToDevice,
+                stream,
+            )
+    return data, begins
+
+
+class TileTasks:
+    """Makes the tasks of tiles, see :mod:`kvtc_stream.gpu.rans`; keeps what repeats."""
+
+    def __init__(self, plan: DevicePlan) -> None:
+        self._plan = plan
+        self._of_sizes: dict[int, tuple[NDArray[np.int64], NDArray[np.bool_]]] = {}
+        self._orders: dict[tuple[int, int], NDArray[np.int64]] = {}
+
+    def template(self, size: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """int64 [tiles, FIELDS] of a block whose tiles have ``size`` components, and whether each
+        is its part's first one."""
+        if size not in self._of_sizes:
+            found = [
+                (part, self._plan.parts[part].first + t.start, t.stop - t.start, t.start == 0)
+                for part, coded in enumerate(self._plan.coded)
+                for t in tiles(coded, size)
+            ]
+            columns = np.array(found, np.int64).reshape(-1, 4)
+            task = np.zeros((len(found), rans.FIELDS), np.int64)
+            task[:, [rans.PART, rans.FIRST, rans.COUNT]] = columns[:, :3]
+            self._of_sizes[size] = task, columns[:, 3] != 0
+        return self._of_sizes[size]
+
+    def order(self, size: int, blocks: int) -> NDArray[np.int64]:
+        """Which of the blocks' tiles, block after block, is at each place when those of a part lie
+        side by side, filled up to whole blocks of threads; -1 - part where none is."""
+        if (size, blocks) not in self._orders:
+            parts = np.tile(self.template(size)[0][:, rans.PART], blocks)
+            places = []
+            for part in range(len(self._plan.parts)):
+                own = np.flatnonzero(parts == part)
+                filled = np.full(-(-len(own) // rans.TILES) * rans.TILES, -1 - part, np.int64)
+                filled[: len(own)] = own
+                places.append(filled)
+            self._orders[size, blocks] = np.concatenate(places)
+        return self._orders[size, blocks]
+
+    def arranged(self, tasks: NDArray[np.int64], size: int, blocks: int) -> NDArray[np.int64]:
+        """``tasks`` [blocks, tiles, FIELDS] in that order."""
+        order = self.order(size, blocks)
+        flat = tasks.reshape(-1, rans.FIELDS)
+        out = np.zeros((len(order), rans.FIELDS), np.int64)
+        real = order >= 0
+        out[real] = flat[order[real]]
+        out[~real, rans.PART] = -1 - order[~real]
+        return out
+
+    def decoding(
+        self,
+        payloads: Sequence[UniformPayload],
+        tokens: NDArray[np.int64],
+        firsts: NDArray[np.int64],
+        begins: NDArray[np.int64],
+    ) -> NDArray[np.int64]:
+        """int64 [tiles, FIELDS]: of payloads that begin at ``begins``; ``tokens`` and ``firsts``
+        [blocks] are coded tokens, and the first one among all."""
+        out = []
+        sizes = np.array([p.tile_components for p in payloads])
+        for size in np.unique(sizes).tolist():
+            own = np.flatnonzero(sizes == size)
+            template, leading = self.template(size)
+            task = np.tile(template, (len(own), 1, 1))
+            lengths = np.stack([payloads[b].lengths for b in own]).astype(np.int64)
+            of_tiles = np.array([payloads[b].tiles for b in own])
+            of_classes = np.array([payloads[b].classes for b in own])
+            levels = np.array([payloads[b].level for b in own])
+            plan = self._plan
+            task[:, :, rans.TOKENS] = tokens[own, None]
+            task[:, :, rans.TOKEN] = firsts[own, None]
+            task[:, :, rans.BLOCK] = own[:, None]
+            ends = (begins[own] + of_tiles)[:, None] + np.cumsum(lengths, axis=1)
+            task[:, :, rans.WORDS] = (ends - lengths) // 2
+            task[:, :, rans.LENGTH] = lengths // 2
+            halves = (tokens[own, None] + 1) // 2 * template[:, rans.PART]
+            classes = (begins[own] + of_classes)[:, None] + halves
+            task[:, :, rans.CLASSES] = np.where(leading, classes, -1 - classes)
+            level = levels.clip(plan.lowest, plan.highest) - plan.lowest
+            task[:, :, rans.LEVEL] = level[:, None]
+            out.append(self.arranged(task, size, len(own)))
+        return np.concatenate(out)
+
+
+class BlockDecoder:
+    """Decodes data blocks of one kind of stream. One thread and one CUDA stream at a time."""
+
+    def __init__(self, section: Section, plan: DevicePlan) -> None:
+        self._section, self._plan = section, plan
+        self._ropes = DeviceRopes(section)
+        self._tasks = TileTasks(plan)
+
+    def symbols(self, blocks: Sequence[Placed]) -> Batch:
+        """Payloads of a batch of blocks, all of which have coded tokens, to symbols.
+
+        Raises ``FormatError`` for payloads that no writer makes.
+        """
+        payloads = [UniformPayload.parse(p.block, self._plan.coded) for p in blocks]
+        data, begins = upload([p.block for p in blocks])
+        return self.symbols_on_device(blocks, payloads, data, begins)
+
+    def symbols_on_device(
+        self,
+        blocks: Sequence[Placed],
+        payloads: Sequence[UniformPayload],
+        data: Any,
+        begins: NDArray[np.int64],
+    ) -> Batch:
+        """As :meth:`symbols`, of payloads that are on the device already."""
+        plan = self._plan
+        counts = np.array([p.block.tokens for p in blocks])
+        coded = np.array([p.block.coded_tokens for p in blocks])
+        starts = np.concatenate([[0], np.cumsum(counts)])
+        firsts = np.concatenate([[0], np.cumsum(coded)[:-1]])
+        tokens = int(starts[-1])
+        stride = -(-tokens // 64) * 64
+        kept = np.ones(tokens, np.bool_)
+        for first, p in zip(starts.tolist(), blocks, strict=False):
+            if p.block.verbatim_tokens:
+                kept[first + np.array(p.block.verbatim_tokens)] = False
+        steps = np.array([p.step for p in payloads])[:, None] * np.exp2(np.arange(16) / 4)
+        with np.errstate(over="ignore"):
+            block_steps = cupy.asarray(steps.astype(np.float32))
+        tasks = cupy.asarray(self._tasks.decoding(payloads, coded, firsts, begins))
+        symbols = cupy.empty((plan.components, stride), np.uint16)
+        scales = cupy.zeros((len(plan.parts), stride), np.float32)
+        faults = cupy.zeros(len(blocks), np.int32)
+        rans.decode(
+            len(tasks) // rans.TILES,
+            rans.TILES * 32,
+            (
+                tasks,
+                data,
+                data,
+                plan.buckets,
+                plan.symbols,
+                plan.codes,
+                plan.families,
+                len(plan.parts),
+                plan.ids,
+                plan.components,
+                cupy.asarray(np.flatnonzero(kept).astype(np.int32)),
+                block_steps,
+                scales,
+                symbols,
+                stride,
+                faults,
+            ),
+            shared=plan.decode_shared,
+        )
+        positions = np.concatenate([_positions(p.block) for p in blocks])
+        return Batch(
+            symbols,
+            scales,
+            tokens,
+            stride,
+            cupy.asarray(np.concatenate([p.slots for p in blocks])),
+            self._ropes.at(cupy.asarray(positions), sign=1),
+            faults,
+            cupy.zeros(1, np.int32),
+        )
+
+    def target(self, layers: Sequence[int], k_out: Tensors | None, v_out: Tensors | None) -> Target:
+        """Where values of ``layers`` go: indices into the section's, as those of the tensors'
+        addresses are; ``None`` is not wanted."""
+        s = self._section
+        sizes = s.kv_heads * s.k_dim, s.kv_heads * s.v_dim
+        chosen = frozenset(layers)
+        parts, rows = [], []
+        for part in self._plan.parts:
+            columns: list[Column] = []
+            first = 0
+            for kind, own, out in ((0, part.k_layers, k_out), (1, part.v_layers, v_out)):
+                if out is not None:
+                    columns += [
+                        (kind, x, first + i * sizes[kind]) for i, x in enumerate(own) if x in chosen
+                    ]
+                first += len(own) * sizes[kind]
+            begin = min((c for _, _, c in columns), default=0)
+            end = max((c + sizes[kind] for kind, _, c in columns), default=0)
+            parts.append((len(rows), len(columns), begin, end))
+            rows += [(kind, x, c - begin) for kind, x, c in columns]
+        wanted = [t for t in (k_out, v_out) if t is not None]
+        return Target(
+            cupy.asarray(entries(k_out, v_out, rows, self._ropes)),
+            parts,
+            wanted[0].dtype,
+            all(t.wide for t in wanted) and self._ropes.halves,
+            (k_out, v_out),
+        )
+
+    def values(self, batch: Batch, target: Target) -> None:
+        """Symbols to K and V."""
+        ropes, found = self._ropes, batch.rotations
+        scatter = layout.scatter(target.dtype, target.wide)
+        for i, (part, (row, count, begin, end)) in enumerate(
+            zip(self._plan.parts, target.parts, strict=True)
+        ):
+            if not count:
+                continue
+            width = end - begin
+            piece = min(max(64, PIECE_BYTES // (2 * width) // 64 * 64), batch.tokens)
+            rows = cupy.empty((piece, width), np.uint16)
+            if part.count == 0:
+                rows[...] = 0
+            symbols = batch.symbols.data.ptr + 2 * part.first * batch.stride
+            scales = batch.scales.data.ptr + 4 * i * batch.stride
+            own = target.entries.data.ptr + 8 * layout.FIELDS * row
+            for at in range(0, batch.tokens, piece):
+                tokens = min(piece, batch.tokens - at)
+                synthesise(
+                    symbols + 2 * at,
+                    batch.stride,
+                    part.synthesis,
+                    slice(begin, end),
+                    tokens,
+                    rows.data.ptr,
+                    width,
+                )
+                scatter(
+                    (-(-tokens // layout.TOKENS), count),
+                    layout.THREADS,
+                    (
+                        own,
+                        batch.slots.data.ptr + 8 * at,
+                        tokens,
+                        found.cosines.data.ptr,
+                        found.sines.data.ptr,
+                        ropes.pairs,
+                        ropes.interleaved,
+                        ropes.most,
+                        found.tokens,
+                        at,
+                        scales + 4 * at,
+                        part.synthesis_scale,
+                        part.mean.data.ptr + 4 * begin,
+                        rows.data.ptr,
+                        width,
+                        batch.overflow,
+                    ),
+                )
+
+
+def _positions(block: Block) -> NDArray[np.int64]:
+    found = block.positions
+    if isinstance(found, range):
+        return np.arange(found.start, found.stop, dtype=np.int64)
+    return np.frombuffer(found, np.int64)
+
+
+def decode(
+    decoder: BlockDecoder,
+    blocks: Sequence[Placed],
+    layers: Sequence[int],
+    k_out: Tensors,
+    v_out: Tensors,
+    on_cpu: Callable[[Placed], None],
+) -> None:
+    """Decode blocks, all of which have coded tokens, into tensors; waits for the device at the end.
+
+    ``on_cpu`` decodes and places a block that the device could not.
+    """
+    done = []
+    target = decoder.target(layers, k_out, v_out)
+    for some in batches(blocks):
+        batch = decoder.symbols(some)
+        decoder.values(batch, target)
+        done.append((some, batch.faults, batch.overflow))
+    for some, faults, overflow in done:
+        found = cupy.asnumpy(faults)
+        if int(overflow[0]):
+            found[:] = rans.LARGE
+        for i in np.flatnonzero(found):
+            on_cpu(some[i])

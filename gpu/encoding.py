@@ -1,0 +1,534 @@
+"""Tensors to blocks with uniform bands, many at a time.
+
+A batch of blocks is gathered, projected and classified; sizes, or errors, are measured at some
+steps, from which the rate control chooses; tokens that cannot be coded are left out; the rest
+becomes tiles and then payloads. The host waits for sizes twice: to choose steps, and to fetch.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import cupy
+import numpy as np
+from numpy.typing import NDArray
+
+from kvtc_stream.formats import DType, Section
+from kvtc_stream.gpu import layout, rans, uniform
+from kvtc_stream.gpu.decoding import PIECE_BYTES, TileTasks
+from kvtc_stream.gpu.plan import DevicePlan
+from kvtc_stream.gpu.products import analyse, synthesise
+from kvtc_stream.gpu.rope import DeviceRopes, Rotations
+from kvtc_stream.gpu.tensors import Column, Tensors, entries
+from kvtc_stream.interop import numpy_dtype
+from kvtc_stream.payload import TILE_COMPONENTS
+
+#: Tokens of a batch, and most bytes of its gathered rows of one part.
+BATCH_TOKENS, ROW_BYTES = 8192, 128 << 20
+#: Room for a tile: three quarters of a word for each symbol, which holds everything but escapes,
+#: a word more for those of the first components, and what a step may need.
+_ESCAPING, _SLACK = 64, 1024
+#: Offsets from a centre at which sizes and errors are measured, in quarter octaves.
+_OFFSETS = np.array([-8.0, -4.0, 0.0, 4.0, 8.0])
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What became of a batch of blocks; on the host.
+
+    Attributes
+    ----------
+    payloads
+        One a block, empty where no token is coded; ``None`` where a tile had no room.
+    verbatim
+        bool [tokens].
+    errors
+        float32 [2, tokens] of K and V, or ``None`` if they were not measured.
+    """
+
+    payloads: list[bytes | None]
+    verbatim: NDArray[np.bool_]
+    errors: NDArray[np.float32] | None
+
+
+@dataclass(frozen=True)
+class OnDevice:
+    """The same before anybody waits for it: uint8 payloads; their places int64 [blocks, 2], begin
+    and bytes; uint8 [tokens]; int32 [blocks] faults; errors."""
+
+    payloads: Any
+    places: Any
+    verbatim: Any
+    faults: Any
+    errors: Any
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where the tokens of a batch are: entries of each part, and what they have in common."""
+
+    entries: Any
+    parts: list[tuple[int, int]]
+    slots: Any
+    positions: Any
+    tokens: int
+    dtype: DType
+    wide: bool
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A batch whose coefficients are known: float32 [components, stride], uint8 classes and
+    float32 peaks [parts, stride], and first tokens of blocks."""
+
+    source: _Source
+    coefficients: Any
+    stride: int
+    classes: Any
+    peaks: Any
+    starts: NDArray[np.int64]
+    starts_d: Any
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """See :func:`kvtc_stream.gpu.uniform.steps`."""
+
+    block_steps: Any
+    factors: Any
+    levels: Any
+    indices: Any
+    heads: Any
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Logarithms of what was measured around ``centre``, [..., offsets]."""
+
+    centre: float
+    logarithms: NDArray[np.float64]
+
+    def at(self, index: Any, offset: float) -> Any:
+        """An element, or some, at an offset: the logarithm is linear between those measured."""
+        place = float(np.clip((offset - self.centre - _OFFSETS[0]) / 4, -24, 28))
+        i = min(max(math.floor(place), 0), len(_OFFSETS) - 2)
+        own = self.logarithms[index]
+        with np.errstate(invalid="ignore", over="ignore"):
+            return np.exp(own[..., i] + (place - i) * (own[..., i + 1] - own[..., i]))
+
+
+class BatchEncoder:
+    """Encodes blocks of one kind of stream. One thread and one CUDA stream at a time.
+
+    Parameters
+    ----------
+    section, plan
+        What of.
+    out_dtype
+        What errors are measured after the cast to.
+    scales
+        float32 [2 · layers, heads] of K and then V: of fp8; ``None``: 1.
+    measure
+        Whether errors of the reconstruction are measured, on every token.
+    bound
+        Tokens with a larger one are left out.
+    """
+
+    def __init__(
+        self,
+        section: Section,
+        plan: DevicePlan,
+        out_dtype: DType,
+        scales: NDArray[np.float32] | None,
+        *,
+        measure: bool,
+        bound: float,
+    ) -> None:
+        plan.check_encodable()
+        self._section, self._plan, self._out_dtype = section, plan, out_dtype
+        self._measure, self._bound = measure, bound
+        shape = (2 * len(section.layers), section.kv_heads)
+        self._scales = cupy.asarray(np.ones(shape, np.float32) if scales is None else scales)
+        self._ropes = DeviceRopes(section)
+        self._tasks = TileTasks(plan)
+        self._tiles = len(self._tasks.template(TILE_COMPONENTS)[0])
+        self._values: dict[DType, Any] = {}
+
+    def prepare(
+        self,
+        k: Tensors,
+        v: Tensors,
+        slots: NDArray[np.int64],
+        positions: NDArray[np.int64],
+        starts: NDArray[np.int64],
+    ) -> Prepared:
+        """Coefficients and classes of a batch.
+
+        Parameters
+        ----------
+        k, v
+            The cache.
+        slots, positions
+            int64 [tokens].
+        starts
+            int64 [blocks + 1]: first tokens of blocks.
+        """
+        plan = self._plan
+        tokens, parts = len(positions), len(plan.parts)
+        stride = -(-tokens // 64) * 64
+        source = self._source(k, v, slots, positions)
+        c = self._coefficients(source, stride)
+        classes = cupy.empty((parts, stride), np.uint8)
+        peaks = cupy.empty((parts, stride), np.float32)
+        uniform.classify(
+            (-(-tokens // uniform.THREADS), parts),
+            uniform.THREADS,
+            (
+                c,
+                stride,
+                tokens,
+                plan.fields,
+                plan.scale,
+                plan.weights,
+                plan.groups,
+                plan.per_class,
+                classes,
+                peaks,
+            ),
+        )
+        starts_d = cupy.asarray(starts.astype(np.int32))
+        return Prepared(source, c, stride, classes, peaks, starts, starts_d)
+
+    def _steps(self, offsets: NDArray[np.float64]) -> _Steps:
+        plan, count = self._plan, offsets.size
+        block_steps, factors = cupy.empty((2, count, 16), np.float32)
+        levels, indices = cupy.empty((2, count), np.int32)
+        heads = cupy.empty(count, np.float32)
+        uniform.steps(
+            -(-count * 16 // uniform.THREADS),
+            uniform.THREADS,
+            (
+                count,
+                cupy.asarray(offsets.ravel()),
+                plan.unit,
+                plan.lowest,
+                plan.highest,
+                block_steps,
+                factors,
+                levels,
+                indices,
+                heads,
+            ),
+        )
+        return _Steps(block_steps, factors, levels, indices, heads)
+
+    def sizes(self, batch: Prepared, centre: float) -> Sizes:
+        """Bytes of the blocks' payloads around an offset; waits for the device."""
+        plan = self._plan
+        blocks, parts = len(batch.starts) - 1, len(plan.parts)
+        steps = self._steps(np.tile(centre + _OFFSETS, (blocks, 1)))
+        bits = cupy.empty((blocks, parts, uniform.SIZES), np.float32)
+        uniform.sizes(
+            (blocks, parts),
+            uniform.THREADS,
+            (
+                batch.coefficients,
+                batch.stride,
+                plan.fields,
+                plan.ids,
+                plan.components,
+                batch.classes,
+                steps.factors,
+                steps.indices,
+                plan.bits,
+                plan.families,
+                bits,
+                batch.starts_d,
+            ),
+            shared=max(plan.encode_shared, 1024),
+        )
+        tokens = np.diff(batch.starts)[:, None]
+        lanes = np.minimum(tokens, 32)
+        overhead = 8 + self._tiles * (4 + 2 * lanes) + parts * ((tokens + 1) // 2)
+        found = cupy.asnumpy(bits).sum(axis=1, dtype=np.float64) / 8 + overhead
+        return Sizes(centre, np.log(found))
+
+    def errors(self, batch: Prepared, centre: float) -> Sizes:
+        """Errors of the tokens' K and V around an offset, [2, tokens, offsets]."""
+        blocks = len(batch.starts) - 1
+        found = [
+            cupy.asnumpy(self._errors(batch, self._steps(np.full(blocks, centre + offset))))
+            for offset in _OFFSETS
+        ]
+        tokens = int(batch.starts[-1])
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return Sizes(centre, np.log(np.stack(found, axis=-1)[:, :tokens].astype(np.float64)))
+
+    def encode(self, batch: Prepared, offsets: NDArray[np.float64]) -> Encoded:
+        """Encode a batch at an offset to the plan's step for each block, and wait for it."""
+        found = self.encode_on_device(batch, offsets)
+        places, full = cupy.asnumpy(found.places), cupy.asnumpy(found.faults) != 0
+        data = cupy.asnumpy(found.payloads[: int(places.sum(axis=1).max(initial=0))])
+        payloads = [
+            None if bad else data[begin : begin + size].tobytes()
+            for (begin, size), bad in zip(places.tolist(), full, strict=True)
+        ]
+        errors = None
+        if found.errors is not None:
+            errors = cupy.asnumpy(found.errors)[:, : int(batch.starts[-1])]
+        return Encoded(payloads, cupy.asnumpy(found.verbatim).astype(np.bool_), errors)
+
+    def encode_on_device(self, batch: Prepared, offsets: NDArray[np.float64]) -> OnDevice:
+        """As :meth:`encode` without waiting. The batch's coefficients are gone."""
+        plan, c, stride, starts = self._plan, batch.coefficients, batch.stride, batch.starts
+        blocks, tokens, parts = len(starts) - 1, int(starts[-1]), len(plan.parts)
+        steps = self._steps(offsets)
+        errors = self._errors(batch, steps) if self._measure else None
+        columns = cupy.empty(tokens, np.int32)
+        kept = cupy.empty(blocks, np.int32)
+        verbatim = cupy.empty(tokens, np.uint8)
+        uniform.keep(
+            blocks,
+            32,
+            (
+                batch.starts_d,
+                parts,
+                stride,
+                batch.classes,
+                batch.peaks,
+                steps.factors,
+                batch.peaks if errors is None else errors,
+                -1.0 if errors is None else self._bound,
+                columns,
+                kept,
+                verbatim,
+            ),
+        )
+        tasks, of_blocks, words = self._room(starts)
+        tasks_d, of_blocks_d = cupy.asarray(tasks), cupy.asarray(of_blocks)
+        room = cupy.empty(max(words, 1), np.uint16)
+        lengths = cupy.zeros(max(len(tasks), 1), np.int32)
+        faults = cupy.zeros(blocks, np.int32)
+        rans.encode(
+            len(tasks) // rans.TILES,
+            rans.TILES * 32,
+            (
+                tasks_d,
+                plan.codes,
+                plan.families,
+                plan.ids,
+                plan.components,
+                columns,
+                steps.factors,
+                c,
+                stride,
+                steps.indices,
+                batch.classes,
+                kept,
+                room,
+                lengths,
+                faults,
+            ),
+            shared=plan.encode_shared,
+        )
+        places = cupy.empty((blocks, 2), np.int64)
+        uniform.lay_out(1, 1, (blocks, self._tiles, parts, kept, lengths, of_blocks_d, places, 0))
+        # The coefficients are done with, and as a rule larger than what they became.
+        bound = 2 * words + blocks * (24 + 4 * self._tiles) + parts * tokens
+        data = c.view(np.uint8).ravel()
+        out = data if data.size >= bound else cupy.empty(bound, np.uint8)
+        uniform.assemble(
+            (blocks, self._tiles + 1),
+            uniform.THREADS,
+            (
+                batch.starts_d,
+                kept,
+                steps.levels,
+                lengths,
+                steps.heads,
+                places,
+                tasks_d,
+                of_blocks_d,
+                columns,
+                stride,
+                batch.classes,
+                room,
+                self._tiles,
+                parts,
+                TILE_COMPONENTS,
+                out.size,
+                out,
+                out,
+            ),
+        )
+        return OnDevice(out, places, verbatim, faults, errors)
+
+    def _source(
+        self, k: Tensors, v: Tensors, slots: NDArray[np.int64], positions: NDArray[np.int64]
+    ) -> _Source:
+        s = self._section
+        k_size, v_size = s.kv_heads * s.k_dim, s.kv_heads * s.v_dim
+        parts, rows = [], []
+        for part in self._plan.parts:
+            columns: list[Column] = [(0, x, i * k_size) for i, x in enumerate(part.k_layers)]
+            split = len(columns) * k_size
+            columns += [(1, x, split + i * v_size) for i, x in enumerate(part.v_layers)]
+            parts.append((len(rows), len(columns)))
+            rows += columns
+        return _Source(
+            cupy.asarray(entries(k, v, rows, self._ropes)),
+            parts,
+            cupy.asarray(slots),
+            cupy.asarray(positions),
+            len(positions),
+            k.dtype,
+            k.wide and v.wide and self._ropes.halves,
+        )
+
+    def _common(self, source: _Source, part: int, at: int, tokens: int, r: Rotations) -> list[Any]:
+        """What kernels that read tensors have in common: ``tokens`` from ``at`` on."""
+        return [
+            source.entries.data.ptr + 8 * layout.FIELDS * source.parts[part][0],
+            source.slots.data.ptr + 8 * at,
+            tokens,
+            r.cosines.data.ptr,
+            r.sines.data.ptr,
+            self._ropes.pairs,
+            self._ropes.interleaved,
+            self._ropes.most,
+            r.tokens,
+            at,
+            self._fp8(source.dtype),
+            self._scales,
+        ]
+
+    def _fp8(self, dtype: DType) -> Any:
+        """float32 [256]: the values of an fp8 type."""
+        if dtype not in self._values:
+            bits = np.arange(256, dtype=np.uint8)
+            values = bits.view(numpy_dtype(dtype)) if dtype.is_fp8 else bits
+            self._values[dtype] = cupy.asarray(values.astype(np.float32))
+        return self._values[dtype]
+
+    def _coefficients(self, source: _Source, stride: int) -> Any:
+        """float32 [components, stride]."""
+        plan, tokens = self._plan, source.tokens
+        rotations = self._ropes.at(source.positions, sign=-1)
+        gather = layout.gather(source.dtype, source.wide)
+        out = cupy.empty((max(plan.components, 1), stride), np.float32)
+        for i, part in enumerate(plan.parts):
+            piece = max(64, min(tokens, ROW_BYTES // (2 * part.width) // 64 * 64))
+            rows = cupy.empty((piece, part.width), np.uint16)
+            for at in range(0, tokens, piece):
+                count = min(piece, tokens - at)
+                gather(
+                    (-(-count // layout.TOKENS), source.parts[i][1]),
+                    layout.THREADS,
+                    [
+                        *self._common(source, i, at, count, rotations),
+                        part.mean.data.ptr,
+                        rows.data.ptr,
+                        part.width,
+                    ],
+                )
+                first = out.data.ptr + 4 * (part.first * stride + at)
+                analyse(rows[:count], part.analysis, part.analysis_scale, first, stride)
+        return out
+
+    def _errors(self, batch: Prepared, steps: _Steps) -> Any:
+        """float32 [2, stride]: of each token's K and V, after the cast to the output's dtype."""
+        s, plan, source, stride = self._section, self._plan, batch.source, batch.stride
+        tokens, starts = source.tokens, batch.starts
+        symbols = cupy.empty((plan.components, stride), np.uint16)
+        scales = cupy.zeros((len(plan.parts), stride), np.float32)
+        of_tokens = np.repeat(np.arange(len(starts) - 1), np.diff(starts)).astype(np.int32)
+        uniform.quantise(
+            (
+                -(-tokens // uniform.THREADS),
+                -(-max(plan.coded, default=0) // uniform.TOGETHER),
+                len(plan.parts),
+            ),
+            uniform.THREADS,
+            (
+                batch.coefficients,
+                stride,
+                tokens,
+                plan.fields,
+                cupy.asarray(of_tokens),
+                batch.classes,
+                steps.factors,
+                steps.block_steps,
+                symbols,
+                scales,
+            ),
+        )
+        rotations = self._ropes.at(source.positions, sign=1)
+        dims = s.k_dim // 16, s.v_dim // 16
+        wide = source.wide and all(d <= 32 and d & (d - 1) == 0 for d in dims)
+        compare = layout.errors(source.dtype, self._out_dtype, wide)
+        lost, energy = cupy.zeros((2, 2 * len(s.layers), stride), np.float32)
+        for i, part in enumerate(plan.parts):
+            piece = min(max(64, PIECE_BYTES // (2 * part.width) // 64 * 64), tokens)
+            rows = cupy.empty((piece, part.width), np.uint16)
+            if part.count == 0:
+                rows[...] = 0
+            for at in range(0, tokens, piece):
+                count = min(piece, tokens - at)
+                synthesise(
+                    symbols.data.ptr + 2 * (part.first * stride + at),
+                    stride,
+                    part.synthesis,
+                    slice(0, part.width),
+                    count,
+                    rows.data.ptr,
+                    part.width,
+                )
+                compare(
+                    (-(-count // layout.TOKENS), source.parts[i][1]),
+                    layout.THREADS,
+                    [
+                        *self._common(source, i, at, count, rotations),
+                        scales.data.ptr + 4 * (i * stride + at),
+                        part.synthesis_scale,
+                        part.mean.data.ptr,
+                        rows.data.ptr,
+                        part.width,
+                        lost.data.ptr + 4 * at,
+                        energy.data.ptr + 4 * at,
+                        stride,
+                    ],
+                )
+        out = cupy.zeros((2, stride), np.float32)
+        layers = len(s.layers)
+        for kind in range(2):
+            own = slice(kind * layers, (kind + 1) * layers)
+            layout.relative_errors(
+                -(-tokens // layout.THREADS),
+                layout.THREADS,
+                (lost[own], energy[own], layers, stride, tokens, out[kind]),
+            )
+        return out
+
+    def _room(self, starts: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int32], int]:
+        """Tasks, int32 [blocks, tiles] where each tile's is, and words of room in all."""
+        blocks, tokens = len(starts) - 1, np.diff(starts)
+        template, _ = self._tasks.template(TILE_COMPONENTS)
+        counts = template[:, rans.COUNT]
+        words = tokens[:, None] * (3 * counts // 4 + np.minimum(counts, _ESCAPING)) + _SLACK
+        task = np.tile(template, (blocks, 1, 1))
+        task[:, :, rans.TOKENS] = tokens[:, None]
+        task[:, :, rans.TOKEN] = starts[:-1, None]
+        task[:, :, rans.BLOCK] = np.arange(blocks)[:, None]
+        task[:, :, rans.WORDS] = np.cumsum(words.ravel()).reshape(words.shape)
+        task[:, :, rans.LENGTH] = words
+        order = self._tasks.order(TILE_COMPONENTS, blocks)
+        of_blocks = np.empty(blocks * self._tiles, np.int32)
+        real = np.flatnonzero(order >= 0)
+        of_blocks[order[real]] = real
+        return (
+            self._tasks.arranged(task, TILE_COMPONENTS, blocks),
+            of_blocks,
+            int(words.sum()) if words.size else 0,
+        )

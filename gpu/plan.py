@@ -1,0 +1,199 @@
+"""What the kernels need of a plan and a calibration, on the device. Made once, immutable."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import cupy
+import numpy as np
+
+from kvtc_stream import importance
+from kvtc_stream.calibration import Calibration
+from kvtc_stream.cpu.rans import CLASSES, Families
+from kvtc_stream.cpu.uniform import UniformBands
+from kvtc_stream.errors import UnsupportedError
+from kvtc_stream.formats import SectionPlan
+from kvtc_stream.gpu import tables
+
+#: Rows of binary16 are scaled so that so many deviations of the widest channel, at the step of
+#: offset 0 and class 0, have this size. Binary16 ends at 65,504.
+_DEVIATIONS, _SIZE = 64.0, 8192.0
+
+
+@dataclass(frozen=True, eq=False)
+class DevicePart:
+    """A part of the basis.
+
+    Attributes
+    ----------
+    k_layers, v_layers
+        Indices into the section's layers.
+    width
+        Values of a row.
+    first, count
+        Its coded components among those of all parts.
+    mean
+        float32 [width].
+    analysis, synthesis
+        Bits of binary16 [count, width]: what rows are multiplied by, and what symbols are, times
+        powers of two.
+    analysis_scale, synthesis_scale
+        What products are multiplied by.
+    k_index, v_index
+        int32: the layers again.
+    """
+
+    k_layers: tuple[int, ...]
+    v_layers: tuple[int, ...]
+    width: int
+    first: int
+    count: int
+    mean: Any
+    analysis: Any
+    synthesis: Any
+    analysis_scale: float
+    synthesis_scale: float
+    k_index: Any
+    v_index: Any
+
+
+class DevicePlan:
+    """A section's plan with uniform bands.
+
+    Attributes
+    ----------
+    parts
+        Of the basis.
+    coded
+        Components that are coded, of each part.
+    components
+        Of all parts.
+    unit
+        The step of base step 0 and class 0 at offset 0.
+    ids, families, buckets, symbols, codes, bits
+        Tables of the coder, see :mod:`kvtc_stream.gpu.rans`; ``codes`` are the encoder's entries.
+    decode_shared, encode_shared
+        Bytes of shared memory for them.
+    lowest, highest
+        Levels that ``ids`` has rows for, those below and above share the first and the last.
+    fields, scale, weights, groups, per_class
+        Of the predictor of importance, see :func:`kvtc_stream.gpu.uniform.classify`.
+    """
+
+    def __init__(self, calibration: Calibration, section: int, plan: SectionPlan) -> None:
+        parts = calibration.sections[section].parts(plan)
+        bands = []
+        for part, dealt in zip(parts, plan.parts, strict=True):
+            assert part.uniform is not None
+            families = part.uniform.families
+            coder = Families(families.frequencies)
+            bands.append(UniformBands(dealt.bands, coder, families.ids))
+            self.unit = part.uniform.unit
+        self.coded = [len(b.components) for b in bands]
+        self.components = sum(self.coded)
+        self.leading = all((b.components == np.arange(len(b.components))).all() for b in bands)
+        firsts = np.concatenate([[0], np.cumsum(self.coded)]).tolist()
+        self.parts = []
+        for i, (part, dealt, own) in enumerate(zip(parts, plan.parts, bands, strict=True)):
+            analysis, synthesis = calibration.transforms(section, plan.basis, i, dealt.components)
+            analysis, synthesis = analysis[own.components], synthesis[own.components]
+            deviation = float(
+                np.sqrt(
+                    (part.spectrum[own.components, None] * synthesis**2).sum(axis=0).max(initial=0)
+                )
+            )
+            # Coefficients on the device are without the factors of base steps.
+            factors = np.exp2(own.base[:, None] / np.float32(4))
+            analysis, synthesis = analysis / factors, synthesis * factors
+            size = _DEVIATIONS * max(deviation, 1e-30) / self.unit
+            down = _power_of_two(size / _SIZE)
+            up = _power_of_two(float(np.abs(analysis).max(initial=0)))
+            self.parts.append(
+                DevicePart(
+                    part.k_layers,
+                    part.v_layers,
+                    part.width,
+                    firsts[i],
+                    self.coded[i],
+                    cupy.asarray(part.mean),
+                    _half(analysis / up),
+                    _half(synthesis / down),
+                    up,
+                    down,
+                    cupy.asarray(np.array(part.k_layers, np.int32)),
+                    cupy.asarray(np.array(part.v_layers, np.int32)),
+                )
+            )
+        self._coder_tables(bands)
+        self._importance(parts, bands, firsts)
+
+    def _coder_tables(self, bands: list[UniformBands]) -> None:
+        base = np.concatenate([b.base for b in bands]).astype(np.int64)
+        self.steps = 2.0 ** (base / 4)
+        most = max(len(b._ids) for b in bands)
+        self.lowest = -int(base.max(initial=0))
+        self.highest = most - 1 - int(base.min(initial=0))
+        levels = range(self.lowest, self.highest + 1)
+        ids = np.zeros((len(levels) * self.components + 4) * CLASSES, np.uint8)
+        shaped = ids[: len(levels) * self.components * CLASSES].reshape(
+            len(levels), self.components, CLASSES
+        )
+        for i, level in enumerate(levels):
+            shaped[i] = np.concatenate([b.ids(level) for b in bands], axis=1).T
+        self.ids = cupy.asarray(ids)
+        frequencies = [b.families.frequencies for b in bands]
+        found = [tables.decode_tables(f) for f in frequencies]
+        counts = [[len(f) for f in frequencies], [len(symbols) for _, symbols in found]]
+        begins = np.concatenate([np.zeros((2, 1), np.int64), np.cumsum(counts, axis=1)], axis=1)
+        self.families = cupy.asarray(begins.astype(np.int32))
+        self.buckets = cupy.asarray(np.concatenate([buckets for buckets, _ in found]))
+        self.symbols = cupy.asarray(np.concatenate([symbols for _, symbols in found]))
+        self.codes = cupy.asarray(tables.encode_entries(np.concatenate(frequencies)))
+        self.decode_shared = 4 * max(256 * f + s for f, s in zip(*counts, strict=True))
+        self.encode_shared = 1024 * max(counts[0])
+        self.bits = cupy.asarray(np.concatenate([b.families.bits for b in bands]))
+
+    def _importance(self, parts: Any, bands: list[UniformBands], firsts: list[int]) -> None:
+        fields = np.zeros((len(parts), 6), np.int32)
+        groups = np.zeros((len(parts), 8), np.int32)
+        scale = np.zeros(max(self.components, 1), np.float32)
+        weights: list[np.ndarray[Any, Any]] = []
+        at = 0
+        for i, part in enumerate(parts):
+            predictor = part.uniform.importance
+            fields[i] = firsts[i], self.coded[i], -1, 0, 0, 0
+            if predictor is None:
+                continue
+            read = min(self.coded[i], len(predictor.scale))
+            edges = importance.group_edges(len(predictor.scale))
+            features = len(predictor.centre)
+            leading = (features - len(edges) + 1) // 2
+            fields[i] = firsts[i], self.coded[i], read, leading, len(edges) - 1, at
+            groups[i, : len(edges)] = edges
+            own = slice(firsts[i], firsts[i] + read)
+            scale[own] = predictor.scale[:read] * self.steps[own]
+            weights += [
+                predictor.weights[-1:], predictor.weights[:-1], predictor.centre, predictor.spread,
+            ]  # fmt: skip
+            at += 1 + 3 * features
+        self.fields, self.groups = cupy.asarray(fields), cupy.asarray(groups)
+        self.scale = cupy.asarray(scale)
+        self.weights = cupy.asarray(np.concatenate([*weights, np.zeros(1, np.float32)]))
+        self.per_class = -4 * importance.ALPHA / np.log(2)
+
+    def check_encodable(self) -> None:
+        """Raise ``UnsupportedError`` where the encoder's predictor would lack components."""
+        if not self.leading:
+            raise UnsupportedError(
+                "the CUDA backend encodes plans whose coded components come first, this plan has "
+                "bands without bits before them: use backend='cpu'"
+            )
+
+
+def _power_of_two(x: float) -> float:
+    return float(np.exp2(np.round(np.log2(x)))) if x > 0 else 1.0
+
+
+def _half(x: np.ndarray[Any, Any]) -> Any:
+    return cupy.asarray(np.ascontiguousarray(x, np.float16))

@@ -1,0 +1,167 @@
+"""Make the golden streams of a version. Run once per version, by hand; it never overwrites.
+
+    python tests/golden/make.py tests/golden/1.0
+
+``manifest.json`` says what each file must give: for a stream or page, the SHA-256 of the symbols
+of each block, and a file with K and V as float32 [layers, heads, tokens, dim], little-endian; for
+a bad one, the kind of fault. "symbols" of a block are the payload before compression or, of
+uniform bands, for each part the symbols as int32 [tokens, components] and the classes as uint8.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import struct
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from formats_samples import records, reseal
+from symbols import block_symbols
+
+import kvtc_stream as kvtc
+from kvtc_stream.encoder import page_header
+from kvtc_stream.formats import DType, StreamFile, StreamWriter
+from kvtc_stream.formats.page import unpack_page
+
+warnings.simplefilter("ignore")
+KEY = b"golden key"
+
+
+def main(folder: Path) -> None:
+    """Write every file; fails if one is there."""
+    folder.mkdir(parents=True)
+    cases: list[dict[str, Any]] = []
+    geometry = kvtc.Geometry(
+        (
+            kvtc.Section((0, 2), 2, 4, 2, (kvtc.Rope.from_theta(10_000, 4), None)),
+            kvtc.Section((1,), 1, 4, 4, (kvtc.Rope.from_theta(500, 2, interleaved=True),)),
+        )
+    )
+    calibrator = kvtc.Calibrator(geometry, model=kvtc.ModelIdentity("golden", "1"))
+    for section in range(2):
+        calibrator.update(
+            *kvtc.testing.drawn_cache(geometry, 200, seed=1, section=section), section=section
+        )
+    calibration = calibrator.finish()
+    calibration.save(folder / "calibration.safetensors")
+
+    def add(name: str, data: bytes) -> bytes:
+        (folder / name).write_bytes(data)
+        file = StreamFile(io.BytesIO(data))
+        blocks = [
+            {
+                "section": e.section,
+                "role": e.role.name,
+                "start": e.start,
+                "tokens": e.tokens,
+                "symbols": hashlib.sha256(
+                    block_symbols(file.header, file.read_block(e), calibration)
+                ).hexdigest(),
+            }
+            for e in file.index
+        ]
+        values = b""
+        with kvtc.open(data, calibration=calibration) as reader:
+            for section in range(2):
+                for x in reader.read(section=section):
+                    values += np.asarray(x).astype("<f4").tobytes()
+        (folder / f"{name}.f32").write_bytes(values)
+        cases.append({"file": name, "blocks": blocks, "values": f"{name}.f32"})
+        return data
+
+    def cache(dtype: DType, section: int, tokens: int) -> tuple[NDArray[Any], NDArray[Any]]:
+        k, v = kvtc.testing.drawn_cache(geometry, tokens, seed=7, section=section, dtype=dtype)
+        return k.copy(), v.copy()
+
+    def stream(codec: kvtc.Codec, dtype: DType, **options: Any) -> bytes:
+        encoder = codec.encoder(**options)
+        data = b""
+        for section, tokens in ((0, 44), (1, 60)):
+            k, v = cache(dtype, section, tokens)
+            if dtype is not DType.FLOAT8_E4M3FN:
+                k[0, 0, 9, 0] = np.nan  # a token that is verbatim
+                v[0, 0, 11] *= 30  # one beyond the tables
+            positions = np.arange(tokens) * 3 if section else None
+            data += encoder.encode(k, v, positions=positions, section=section)
+        return data + encoder.finish()
+
+    common = {"sinks": 2, "window": 3, "block_tokens": 36}
+    default = kvtc.Codec(calibration, ratio=3, **common)
+    whole = add("default.kvtc", stream(default, DType.BFLOAT16, metadata={"n": 1}))
+    add("default-float32.kvtc", stream(default, DType.FLOAT32, token_digest=bytes(range(32))))
+    add("authenticated.kvtc", stream(default, DType.FLOAT16, key=KEY))
+    for coder in ("deflate", "zstd", "lz4", "stored"):
+        paper = kvtc.Codec(calibration, "paper", ratio=3, coder=coder, **common)
+        add(f"paper-{coder}.kvtc", stream(paper, DType.BFLOAT16))
+    scales = [np.full((2, 2), 0.5, np.float32), np.full((1, 1), 2.0, np.float32)]
+    add("fp8.kvtc", stream(paper, DType.FLOAT8_E4M3FN, k_scale=scales, v_scale=scales))
+    add("empty.kvtc", default.encoder().finish())
+    file = io.BytesIO(whole)
+    with kvtc.open(file, "ab", codec=default) as writer:
+        writer.write(*cache(DType.BFLOAT16, 0, 50))
+    continued = add("continued.kvtc", file.getvalue())
+    out = io.BytesIO()
+    kvtc.cut(continued, out, positions=slice(5, 70))
+    add("cut.kvtc", out.getvalue())
+    opened = StreamFile(io.BytesIO(whole))
+    writer = StreamWriter(opened.header)
+    data = writer.start() + writer.user(b"a user's own")
+    data += b"".join(writer.block(opened.read_block(e)) for e in opened.index) + writer.finish()
+    add("user.kvtc", data)
+
+    pages = kvtc.PageCodec(default, dtype="bfloat16")
+    k, v = cache(DType.BFLOAT16, 0, 34)
+    page = pages.encode(k, v, positions=100)
+    (folder / "page.kvp").write_bytes(page)
+    header = page_header(default, DType.BFLOAT16, None, None, None)
+    (folder / "page.header").write_bytes(header.pack())
+    block = pages.decode(page)
+    values = b"".join(np.asarray(x).astype("<f4").tobytes() for x in (block.k, block.v))
+    (folder / "page.kvp.f32").write_bytes(values)
+    symbols = hashlib.sha256(block_symbols(header, unpack_page(page, header), calibration))
+    cases.append(
+        {
+            "file": "page.kvp",
+            "header": "page.header",
+            "symbols": symbols.hexdigest(),
+            "values": "page.kvp.f32",
+        }
+    )
+
+    def bad(name: str, data: bytes, error: str) -> None:
+        (folder / name).write_bytes(data)
+        cases.append({"file": name, "error": error})
+
+    def patched(offset: int, layout: str, *values: int) -> bytes:
+        changed = bytearray(whole)
+        struct.pack_into("<" + layout, changed, offset, *values)
+        return reseal(changed)
+
+    starts = records(whole)
+    flipped = bytearray(whole)
+    flipped[starts[2] + 200] ^= 16
+    bad("bad-flipped-bit.kvtc", bytes(flipped), "checksum")
+    bad("bad-cut-off.kvtc", whole[: len(whole) // 2], "truncated")
+    bad("bad-no-trailer.kvtc", whole[:-40], "truncated")
+    bad("bad-version.kvtc", patched(8, "H", 2), "version")
+    bad("bad-feature.kvtc", patched(12, "I", 1), "version")
+    bad("bad-record-type.kvtc", patched(starts[1] + 4, "B", 9), "version")
+    bad("bad-order.kvtc", patched(starts[1] + 8, "I", 5), "format")
+    bad("bad-start.kvtc", patched(starts[1] + 32 + 8, "Q", 3), "format")
+    bad("bad-index.kvtc", patched(starts[-1] + 36 + 24, "I", 1), "format")
+    bad("bad-calibration.kvtc", patched(40 + 16, "B", whole[56] ^ 1), "calibration")
+    bad("bad-superseding.kvtc", patched(starts[1] + 4, "B", 4), "format")
+    text = json.dumps({"version": "1.0", "key": KEY.hex(), "cases": cases}, indent=1)
+    (folder / "manifest.json").write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

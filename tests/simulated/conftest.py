@@ -1,0 +1,16 @@
+"""These tests are for Numba's simulator: ``NUMBA_ENABLE_CUDASIM=1 pytest tests/simulated``."""
+
+from __future__ import annotations
+
+from numba import config
+
+collect_ignore_glob = [] if config.ENABLE_CUDASIM else ["test_*.py"]
+
+if config.ENABLE_CUDASIM:
+    import numpy_as_cupy
+
+    from kvtc_stream.gpu.kernel import Kernel
+    from kvtc_stream.gpu.simulator import simulate
+
+    numpy_as_cupy.install()
+    Kernel.__call__ = simulate

@@ -1,0 +1,101 @@
+"""Every CUDA kernel becomes machine code that keeps its values in registers. Needs no GPU.
+
+A module's kernels are those that it names, and those that its function ``variants`` lists.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import re
+from collections.abc import Iterator
+from importlib.util import find_spec
+from typing import Any
+
+import pytest
+
+import kvtc_stream.gpu
+
+
+def _missing() -> str:
+    """What compiling needs and is not installed."""
+    if find_spec("numba_cuda") is None:
+        return "numba-cuda"
+    from cuda.pathfinder import DynamicLibNotFoundError, load_nvidia_dynamic_lib
+
+    missing = []
+    for library in ("nvrtc", "nvvm", "nvJitLink"):
+        try:
+            load_nvidia_dynamic_lib(library)
+        except DynamicLibNotFoundError:
+            missing.append(library)
+    return " and ".join(missing)
+
+
+if missing := _missing():
+    pytest.skip(f"{missing} not installed", allow_module_level=True)
+
+#: Ampere, Hopper, Blackwell.
+CAPABILITIES = [(8, 0), (9, 0), (10, 0)]
+
+
+def _kernels() -> Iterator[tuple[str, Any]]:
+    """Every kernel of the package, and those that its factories can make, by name."""
+    from kvtc_stream.gpu.kernel import Kernel
+
+    for found in pkgutil.iter_modules(kvtc_stream.gpu.__path__):
+        module = importlib.import_module(f"kvtc_stream.gpu.{found.name}")
+        own = [value for value in vars(module).values() if isinstance(value, Kernel)]
+        made = module.variants() if hasattr(module, "variants") else []
+        for i, kernel in enumerate([*own, *made]):
+            if kernel.function.__module__ == module.__name__:
+                yield f"{found.name}.{kernel.__name__}.{i}", kernel
+
+
+KERNELS = dict(_kernels())
+
+
+def _assemble(ptx: str, capability: tuple[int, int]) -> str:
+    """What the assembler says of registers, spills and stack."""
+    from cuda.bindings import nvjitlink
+
+    options = [f"-arch=sm_{capability[0]}{capability[1]}", "-verbose"]
+    link = nvjitlink.create(len(options), options)
+    try:
+        code = ptx.encode()
+        nvjitlink.add_data(link, nvjitlink.InputType.PTX, code, len(code), "kernel")
+        nvjitlink.complete(link)
+        log = bytearray(nvjitlink.get_info_log_size(link))
+        nvjitlink.get_info_log(link, log)
+        return log.decode()
+    finally:
+        nvjitlink.destroy(link)
+
+
+@pytest.fixture
+def _device(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
+    """Functions that kernels call are compiled for the device there is: here, for this one."""
+    from numba.cuda import dispatcher
+
+    class Device:
+        compute_capability = capability
+
+    monkeypatch.setattr(dispatcher, "get_current_device", Device)
+
+
+@pytest.mark.usefixtures("_device")
+@pytest.mark.parametrize("capability", CAPABILITIES, ids="sm_{0[0]}{0[1]}".format)
+@pytest.mark.parametrize("name", KERNELS)
+def test_kernel_compiles_without_spills(name: str, capability: tuple[int, int]) -> None:
+    log = _assemble(KERNELS[name].ptx(capability), capability)
+    spilled = re.findall(r"(\d+) bytes spill", log)
+    assert spilled
+    assert set(spilled) == {"0"}, log
+    # Functions of the mathematical library may have a stack.
+    entry = re.search(r"Compiling entry function.*\n.*\n\D*(\d+) bytes stack", log)
+    assert entry, log
+    assert entry[1] == "0", log
+
+
+def test_there_are_kernels() -> None:
+    assert {name.split(".")[0] for name in KERNELS} >= {"rans", "uniform", "layout", "bands"}
