@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -49,7 +50,7 @@ class PagedCache:
                 f"{self.tokens}: give a page table for all of them"
             )
         pages = int(self.k[0].shape[0])
-        if len(table) and not (0 <= table.min() and table.max() < pages):
+        if len(table) and not (table.min() >= 0 and table.max() < pages):
             raise ValueError(f"the page table names page {table.max()} of {pages}")
         token = np.arange(self.tokens)
         return table[token // page] * page + token % page
@@ -179,7 +180,7 @@ def _together(readers: list[Reader], section: int) -> Iterator[tuple[Any, Any]]:
         for block in reader.stored_blocks(section)
     ]
     blocks.coder(section).decode_into(_cut(items), range(layers), k, v)
-    for first, last in zip(ends, ends[1:], strict=False):
+    for first, last in pairwise(ends):
         yield tuple(blocks.output(x[:, :, first:last]) for x in (k, v))  # type: ignore[misc]
 
 

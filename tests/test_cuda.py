@@ -326,3 +326,57 @@ def test_a_real_cache() -> None:
     assert distance(a[0], b[0]) <= allowed(DType.BFLOAT16)
     assert distance(a[1], b[1]) <= allowed(DType.BFLOAT16)
     assert a[0].dtype == numpy_dtype(DType.BFLOAT16)
+
+
+def test_many_streams_in_pages() -> None:
+    calibration = CALIBRATIONS["groups"]
+    caches = [kvtc.testing.drawn_cache(calibration.geometry, n, seed=n) for n in (150, 3, 64)]
+    codec = kvtc.Codec(calibration, ratio=6, window=20, block_tokens=32)
+    streams = kvtc.encode_many(caches, codec)
+    expected = [kvtc.decode(data, calibration) for data in streams]
+    found = kvtc.decode_many(streams, calibration, backend="cuda")
+    pools = [cupy.full((3, 20, 16, 2, 16), np.nan, np.float32) for _ in range(2)]
+    tables = [[9, 3, 4, 19, 0, 7, 11, 12, 5, 6], [1], [2, 8, 10, 13]]
+    held = [
+        kvtc.PagedCache(pools[0], pools[1], table, k.shape[2])
+        for table, (k, _) in zip(tables, caches, strict=True)
+    ]
+    kvtc.decode_many(streams, calibration, out=held)
+    for one, many, cache in zip(expected, found, held, strict=True):
+        paged = [cupy.stack(x).view(np.float32) for x in cache.contiguous()]
+        for a, b, c in zip(one, many, paged, strict=True):
+            assert distance(b, a) <= ROUNDING
+            assert distance(c, a) <= ROUNDING
+    again = kvtc.encode_many(held, replace(codec, backend="cuda"))
+    assert [kvtc.decode(d, calibration)[0].shape[2] for d in again] == [150, 3, 64]
+
+
+def test_layer_by_layer() -> None:
+    calibration = CALIBRATIONS["groups"]
+    k, v = kvtc.testing.drawn_cache(calibration.geometry, 300, seed=14)
+    k[1, 0, 100, 2] = np.nan
+    data = kvtc.encode(k, v, kvtc.Codec(calibration, ratio=6, window=20, block_tokens=32))
+    expected = kvtc.decode(data, calibration)
+    fine = np.delete(np.arange(300), 100)
+    for layer, (a, b) in enumerate(kvtc.decode_layers(data, calibration, backend="cuda")):
+        assert distance(a[None][:, :, fine], expected[0][layer : layer + 1, :, fine]) <= ROUNDING
+        assert distance(b[None], expected[1][layer : layer + 1]) <= ROUNDING
+
+
+def test_threads_and_streams_of_their_own() -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    calibration = CALIBRATIONS["halves"]
+    codec = kvtc.Codec(calibration, ratio=6, window=20, block_tokens=32, backend="cuda")
+
+    def work(seed: int) -> float:
+        k, v = kvtc.testing.drawn_cache(calibration.geometry, 500, seed=seed)
+        with cupy.cuda.Stream(non_blocking=True) as stream:
+            data = kvtc.encode(k, v, codec)
+            found = kvtc.decode(data, calibration, backend="cuda")
+            stream.synchronize()
+        expected = kvtc.decode(data, calibration, backend="cpu")
+        return max(distance(a, b) for a, b in zip(found, expected, strict=True))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert max(pool.map(work, range(12))) <= ROUNDING
