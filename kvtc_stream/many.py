@@ -16,7 +16,7 @@ from kvtc_stream.calibration import Calibration
 from kvtc_stream.codec import Codec
 from kvtc_stream.files import Reader, open
 from kvtc_stream.formats import Limits
-from kvtc_stream.interop import on_cuda
+from kvtc_stream.interop import numpy_dtype, on_cuda, to_numpy
 
 Stream = bytes | bytearray | memoryview
 
@@ -73,9 +73,8 @@ def _indexable(x: Any) -> Any:
     if on_cuda(x):
         from kvtc_stream.gpu.tensors import to_device
 
-        return to_device(x, "pages")[0]
-    from kvtc_stream.interop import to_numpy
-
+        bits, dtype = to_device(x, "pages")
+        return bits.view(numpy_dtype(dtype))
     return to_numpy(x, "pages")
 
 
