@@ -13,6 +13,7 @@ coding included.
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -465,6 +466,7 @@ def main() -> None:
                 f"{found['restore_vs_raw_copy']:.1f}",
             )
             first = False
+            args.output.write_text(json.dumps(result))  # what there is, should the rest fail
             cp.get_default_memory_pool().free_all_blocks()
     layers, heads, dim, _ = GEOMETRIES["Mistral-NeMo-12B"]
     for per_group in args.groups:

@@ -463,6 +463,7 @@ class BatchEncoder:
                 batch.classes,
                 steps.factors,
                 steps.block_steps,
+                plan.down,
                 symbols,
                 scales,
             ),
