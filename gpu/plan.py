@@ -100,7 +100,7 @@ class DevicePlan:
         self.leading = all((b.components == np.arange(len(b.components))).all() for b in bands)
         firsts = np.concatenate([[0], np.cumsum(self.coded)]).tolist()
         self.parts = []
-        down: list[Any] = []
+        downs: list[Any] = []
         for i, (part, dealt, own) in enumerate(zip(parts, plan.parts, bands, strict=True)):
             analysis, synthesis = calibration.transforms(section, plan.basis, i, dealt.components)
             analysis, synthesis = analysis[own.components], synthesis[own.components]
@@ -113,8 +113,8 @@ class DevicePlan:
             factors = np.exp2(own.base[:, None] / np.float32(4))
             analysis, synthesis = analysis / factors, synthesis * factors
             deviations = np.sqrt(part.spectrum[own.components]) / (factors[:, 0] * self.unit)
-            down.append(_down(deviations))
-            synthesis /= down[-1][:, None]
+            downs.append(_down(deviations))
+            synthesis = synthesis / downs[-1][:, None]
             size = _DEVIATIONS * max(deviation, 1e-30) / self.unit
             down = _power_of_two(size / _SIZE)
             up = _power_of_two(float(np.abs(analysis).max(initial=0)))
@@ -134,7 +134,7 @@ class DevicePlan:
                     cupy.asarray(np.array(part.v_layers, np.int32)),
                 )
             )
-        self.down = cupy.asarray(np.concatenate(down).astype(np.float32))
+        self.down = cupy.asarray(np.concatenate(downs).astype(np.float32))
         self._coder_tables(bands)
         self._importance(parts, bands, firsts)
 
