@@ -268,7 +268,9 @@ def pack_index(count: int, entries: bytes | bytearray) -> bytes:
     return _COUNT.pack(count) + entries
 
 
-def unpack_index(payload: bytes, where: str, offset: int, limits: Limits) -> list[IndexEntry]:
+def unpack_index(
+    payload: bytes | memoryview, where: str, offset: int, limits: Limits
+) -> list[IndexEntry]:
     """Undo :func:`pack_index`."""
     reader = ByteReader(payload, where, offset)
     count = reader.integer("I", "entry count")

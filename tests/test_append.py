@@ -70,7 +70,7 @@ def test_the_blocks_are_those_of_one_run(case: Case, data: st.DataObject) -> Non
     for i, tokens in enumerate(case.sections):
         with kvtc.open(file, calibration=case.codec.calibration) as reader:
             assert reader.tokens(i) == tokens.count
-    ends = [e for e in StreamFile(file)._entries if e.type == RecordType.INDEX]
+    ends = [e for e in StreamFile(file).records if e.type == RecordType.INDEX]
     parser = StreamParser()
     seen = parser.feed(file.getvalue())
     parser.close()
@@ -180,7 +180,7 @@ def test_a_continuation_that_was_cut_off_anywhere(codec: kvtc.Codec, cache: Cach
     whole = kvtc.decode(data, codec.calibration)[0]
     before = kvtc.decode(data[:first], codec.calibration)[0]
     reached = 90
-    records = [e.offset for e in StreamFile(io.BytesIO(data))._entries if e.offset >= first]
+    records = [e.offset for e in StreamFile(io.BytesIO(data)).records if e.offset >= first]
     near = {e + i for e in records for i in (-1, 0, 1, 40)}
     for size in sorted({*range(first, len(data), 211), *near} - {first - 1}):
         file = io.BytesIO(data[:size])

@@ -180,6 +180,12 @@ def _decode(commands: Any) -> argparse.ArgumentParser:
 def _info(commands: Any) -> argparse.ArgumentParser:
     parser = _add(commands, "info", "describe a stream or a calibration; reads no block")
     parser.add_argument("input", metavar="FILE", help="a stream, - for standard input, or CAL")
+    parser.add_argument(
+        "--plot",
+        metavar="PNG",
+        help="draw a stream: bits of components, errors of tokens, sizes of parts",
+    )
+    _calibration(parser, required=False)
     return parser
 
 
