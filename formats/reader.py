@@ -437,8 +437,8 @@ class StreamFile:
         limits.check("max_record_bytes", size - RECORD_OVERHEAD, "the index's payload length")
         sequence = trailer.records - 1
         where = IndexEntry(sequence, trailer.index_offset, size, RecordType.INDEX)
-        record, data = self._read_record(where)
-        payload = record.open(data, where.offset)
+        record, rest = self._read_record(where)
+        payload = record.open(rest, where.offset)
         entries = unpack_index(payload, "index", where.offset + RECORD_HEADER_SIZE, limits)
         order = Order(self.header, start)
         with located("index"):
