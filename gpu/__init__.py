@@ -1,4 +1,7 @@
-"""The CUDA backend. This version only says whether one could run; the kernels are yet to come."""
+"""The CUDA backend: kernels in Numba-CUDA, arrays and matrix products by CuPy.
+
+Nothing here is imported before a CUDA backend is asked for.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,22 @@ from importlib.util import find_spec
 
 from kvtc_stream.errors import BackendUnavailableError
 
+_REMEDY = (
+    "pip install 'kvtc-stream[cuda]', or use backend='cpu': it reads and writes the same streams"
+)
+
 
 def require_cuda() -> None:
-    """Raise ``BackendUnavailableError`` that says what the CUDA backend lacks."""
-    missing = [name for name in ("numba_cuda", "cupy") if find_spec(name) is None]
-    also = f", and {' and '.join(missing)} (needed then) cannot be found" if missing else ""
-    raise BackendUnavailableError(
-        f"this version of kvtc-stream has no CUDA kernels yet{also}: use backend='cpu', which "
-        f"reads and writes the same streams"
-    )
+    """Raise ``BackendUnavailableError`` that says what the CUDA backend lacks, if it does."""
+    missing = [
+        package
+        for name, package in (("numba_cuda", "numba-cuda"), ("cupy", "cupy-cuda13x"))
+        if find_spec(name) is None
+    ]
+    if missing:
+        raise BackendUnavailableError(
+            f"the CUDA backend needs {' and '.join(missing)}, not found here: {_REMEDY}"
+        )
+    from kvtc_stream.gpu.arrays import require_cupy
+
+    require_cupy()

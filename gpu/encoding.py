@@ -1,12 +1,13 @@
 """Tensors to blocks with uniform bands, many at a time.
 
-A batch of blocks is gathered, projected, classified; the rate control of each stream chooses its
-blocks' steps on the device, from sizes measured at some of them; tokens that cannot be coded are
-left out; the rest becomes tiles and then payloads. The host waits once, for sizes.
+A batch of blocks is gathered, projected and classified; sizes, or errors, are measured at some
+steps, from which the rate control chooses; tokens that cannot be coded are left out; the rest
+becomes tiles and then payloads. The host waits for sizes twice: to choose steps, and to fetch.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,10 +30,8 @@ BATCH_TOKENS, ROW_BYTES = 8192, 128 << 20
 #: Room for a tile: three quarters of a word for each symbol, which holds everything but escapes,
 #: a word more for those of the first components, and what a step may need.
 _ESCAPING, _SLACK = 64, 1024
-#: Bytes of a block's record besides its payload, see :mod:`kvtc_stream.control`.
-RECORD_BYTES = 112
-#: By how much the logarithm of a size changes with a quarter octave: a first guess.
-_SLOPE = -0.08
+#: Offsets from a centre at which sizes and errors are measured, in quarter octaves.
+_OFFSETS = np.array([-8.0, -4.0, 0.0, 4.0, 8.0])
 
 
 @dataclass(frozen=True)
@@ -66,24 +65,6 @@ class OnDevice:
     errors: Any
 
 
-class RateStates:
-    """Rate control of some streams, on the device.
-
-    Parameters
-    ----------
-    streams
-        How many.
-    share
-        Bytes of a coded token that they keep to; 0 keeps to the plan's steps.
-    least
-        The finest offset to those, in quarter octaves.
-    """
-
-    def __init__(self, streams: int, share: float, least: float) -> None:
-        self.share, self.least = share, least
-        self.states = cupy.asarray(np.tile(np.array([0, 0, 0, _SLOPE]), (streams, 1)))
-
-
 @dataclass(frozen=True)
 class _Source:
     """Where the tokens of a batch are: entries of each part, and what they have in common."""
@@ -95,6 +76,47 @@ class _Source:
     tokens: int
     dtype: DType
     wide: bool
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A batch whose coefficients are known: float32 [components, stride], uint8 classes and
+    float32 peaks [parts, stride], and first tokens of blocks."""
+
+    source: _Source
+    coefficients: Any
+    stride: int
+    classes: Any
+    peaks: Any
+    starts: NDArray[np.int64]
+    starts_d: Any
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """See :func:`kvtc_stream.gpu.uniform.steps`."""
+
+    block_steps: Any
+    factors: Any
+    levels: Any
+    indices: Any
+    heads: Any
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Logarithms of what was measured around ``centre``, [..., offsets]."""
+
+    centre: float
+    logarithms: NDArray[np.float64]
+
+    def at(self, index: Any, offset: float) -> Any:
+        """An element, or some, at an offset: the logarithm is linear between those measured."""
+        place = float(np.clip((offset - self.centre - _OFFSETS[0]) / 4, -24, 28))
+        i = min(max(math.floor(place), 0), len(_OFFSETS) - 2)
+        own = self.logarithms[index]
+        with np.errstate(invalid="ignore", over="ignore"):
+            return np.exp(own[..., i] + (place - i) * (own[..., i + 1] - own[..., i]))
 
 
 class BatchEncoder:
@@ -134,17 +156,15 @@ class BatchEncoder:
         self._tiles = len(self._tasks.template(TILE_COMPONENTS)[0])
         self._values: dict[DType, Any] = {}
 
-    def encode(
+    def prepare(
         self,
         k: Tensors,
         v: Tensors,
         slots: NDArray[np.int64],
         positions: NDArray[np.int64],
         starts: NDArray[np.int64],
-        first_blocks: NDArray[np.int64],
-        states: RateStates,
-    ) -> Encoded:
-        """Encode a batch, and wait for it.
+    ) -> Prepared:
+        """Coefficients and classes of a batch.
 
         Parameters
         ----------
@@ -154,40 +174,12 @@ class BatchEncoder:
             int64 [tokens].
         starts
             int64 [blocks + 1]: first tokens of blocks.
-        first_blocks
-            int64 [streams + 1]: first blocks of streams.
-        states
-            Of the streams.
         """
-        found = self.encode_on_device(k, v, slots, positions, starts, first_blocks, states)
-        places, full = cupy.asnumpy(found.places), cupy.asnumpy(found.faults) != 0
-        data = cupy.asnumpy(found.payloads[: int(places.sum(axis=1).max(initial=0))])
-        payloads = [
-            None if bad else data[begin : begin + size].tobytes()
-            for (begin, size), bad in zip(places.tolist(), full, strict=True)
-        ]
-        errors = None
-        if found.errors is not None:
-            errors = cupy.asnumpy(found.errors)[:, : len(positions)]
-        return Encoded(payloads, cupy.asnumpy(found.verbatim).astype(np.bool_), errors)
-
-    def encode_on_device(
-        self,
-        k: Tensors,
-        v: Tensors,
-        slots: NDArray[np.int64],
-        positions: NDArray[np.int64],
-        starts: NDArray[np.int64],
-        first_blocks: NDArray[np.int64],
-        states: RateStates,
-    ) -> OnDevice:
-        """As :meth:`encode` without waiting."""
         plan = self._plan
-        blocks, tokens, parts = len(starts) - 1, len(positions), len(plan.parts)
+        tokens, parts = len(positions), len(plan.parts)
         stride = -(-tokens // 64) * 64
         source = self._source(k, v, slots, positions)
         c = self._coefficients(source, stride)
-
         classes = cupy.empty((parts, stride), np.uint8)
         peaks = cupy.empty((parts, stride), np.float32)
         uniform.classify(
@@ -207,19 +199,19 @@ class BatchEncoder:
             ),
         )
         starts_d = cupy.asarray(starts.astype(np.int32))
-        firsts_d = cupy.asarray(first_blocks.astype(np.int32))
-        counts = np.diff(first_blocks)
-        offsets = self._offsets(c, stride, classes, starts_d, firsts_d, counts, states)
+        return Prepared(source, c, stride, classes, peaks, starts, starts_d)
 
-        block_steps, factors = cupy.empty((2, blocks, 16), np.float32)
-        heads = cupy.empty(blocks, np.float32)
-        levels, indices = cupy.empty((2, blocks), np.int32)
+    def _steps(self, offsets: NDArray[np.float64]) -> _Steps:
+        plan, count = self._plan, offsets.size
+        block_steps, factors = cupy.empty((2, count, 16), np.float32)
+        levels, indices = cupy.empty((2, count), np.int32)
+        heads = cupy.empty(count, np.float32)
         uniform.steps(
-            -(-blocks * 16 // uniform.THREADS),
+            -(-count * 16 // uniform.THREADS),
             uniform.THREADS,
             (
-                blocks,
-                offsets,
+                count,
+                cupy.asarray(offsets.ravel()),
                 plan.unit,
                 plan.lowest,
                 plan.highest,
@@ -230,9 +222,70 @@ class BatchEncoder:
                 heads,
             ),
         )
+        return _Steps(block_steps, factors, levels, indices, heads)
+
+    def sizes(self, batch: Prepared, centre: float) -> Sizes:
+        """Bytes of the blocks' payloads around an offset; waits for the device."""
+        plan = self._plan
+        blocks, parts = len(batch.starts) - 1, len(plan.parts)
+        steps = self._steps(np.tile(centre + _OFFSETS, (blocks, 1)))
+        bits = cupy.empty((blocks, parts, uniform.SIZES), np.float32)
+        uniform.sizes(
+            (blocks, parts),
+            uniform.THREADS,
+            (
+                batch.coefficients,
+                batch.stride,
+                plan.fields,
+                plan.ids,
+                plan.components,
+                batch.classes,
+                steps.factors,
+                steps.indices,
+                plan.bits,
+                plan.families,
+                bits,
+                batch.starts_d,
+            ),
+            shared=max(plan.encode_shared, 1024),
+        )
+        tokens = np.diff(batch.starts)[:, None]
+        lanes = np.minimum(tokens, 32)
+        overhead = 8 + self._tiles * (4 + 2 * lanes) + parts * ((tokens + 1) // 2)
+        found = cupy.asnumpy(bits).sum(axis=1, dtype=np.float64) / 8 + overhead
+        return Sizes(centre, np.log(found))
+
+    def errors(self, batch: Prepared, centre: float) -> Sizes:
+        """Errors of the tokens' K and V around an offset, [2, tokens, offsets]."""
+        blocks = len(batch.starts) - 1
+        found = [
+            cupy.asnumpy(self._errors(batch, self._steps(np.full(blocks, centre + offset))))
+            for offset in _OFFSETS
+        ]
+        tokens = int(batch.starts[-1])
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return Sizes(centre, np.log(np.stack(found, axis=-1)[:, :tokens].astype(np.float64)))
+
+    def encode(self, batch: Prepared, offsets: NDArray[np.float64]) -> Encoded:
+        """Encode a batch at an offset to the plan's step for each block, and wait for it."""
+        found = self.encode_on_device(batch, offsets)
+        places, full = cupy.asnumpy(found.places), cupy.asnumpy(found.faults) != 0
+        data = cupy.asnumpy(found.payloads[: int(places.sum(axis=1).max(initial=0))])
+        payloads = [
+            None if bad else data[begin : begin + size].tobytes()
+            for (begin, size), bad in zip(places.tolist(), full, strict=True)
+        ]
         errors = None
-        if self._measure:
-            errors = self._errors(source, c, stride, classes, factors, block_steps, starts)
+        if found.errors is not None:
+            errors = cupy.asnumpy(found.errors)[:, : int(batch.starts[-1])]
+        return Encoded(payloads, cupy.asnumpy(found.verbatim).astype(np.bool_), errors)
+
+    def encode_on_device(self, batch: Prepared, offsets: NDArray[np.float64]) -> OnDevice:
+        """As :meth:`encode` without waiting. The batch's coefficients are gone."""
+        plan, c, stride, starts = self._plan, batch.coefficients, batch.stride, batch.starts
+        blocks, tokens, parts = len(starts) - 1, int(starts[-1]), len(plan.parts)
+        steps = self._steps(offsets)
+        errors = self._errors(batch, steps) if self._measure else None
         columns = cupy.empty(tokens, np.int32)
         kept = cupy.empty(blocks, np.int32)
         verbatim = cupy.empty(tokens, np.uint8)
@@ -240,13 +293,13 @@ class BatchEncoder:
             blocks,
             32,
             (
-                starts_d,
+                batch.starts_d,
                 parts,
                 stride,
-                classes,
-                peaks,
-                factors,
-                peaks if errors is None else errors,
+                batch.classes,
+                batch.peaks,
+                steps.factors,
+                batch.peaks if errors is None else errors,
                 -1.0 if errors is None else self._bound,
                 columns,
                 kept,
@@ -268,11 +321,11 @@ class BatchEncoder:
                 plan.ids,
                 plan.components,
                 columns,
-                factors,
+                steps.factors,
                 c,
                 stride,
-                indices,
-                classes,
+                steps.indices,
+                batch.classes,
                 kept,
                 room,
                 lengths,
@@ -282,7 +335,7 @@ class BatchEncoder:
         )
         places = cupy.empty((blocks, 2), np.int64)
         uniform.lay_out(1, 1, (blocks, self._tiles, parts, kept, lengths, of_blocks_d, places, 0))
-        # The coefficients are done with, and larger than what they became.
+        # The coefficients are done with, and as a rule larger than what they became.
         bound = 2 * words + blocks * (24 + 4 * self._tiles) + parts * tokens
         data = c.view(np.uint8).ravel()
         out = data if data.size >= bound else cupy.empty(bound, np.uint8)
@@ -290,17 +343,17 @@ class BatchEncoder:
             (blocks, self._tiles + 1),
             uniform.THREADS,
             (
-                starts_d,
+                batch.starts_d,
                 kept,
-                levels,
+                steps.levels,
                 lengths,
-                heads,
+                steps.heads,
                 places,
                 tasks_d,
                 of_blocks_d,
                 columns,
                 stride,
-                classes,
+                batch.classes,
                 room,
                 self._tiles,
                 parts,
@@ -310,12 +363,6 @@ class BatchEncoder:
                 out,
             ),
         )
-        if states.share > 0:
-            uniform.record(
-                1,
-                len(counts),
-                (firsts_d, kept, places, offsets, float(RECORD_BYTES), states.states),
-            )
         return OnDevice(out, places, verbatim, faults, errors)
 
     def _source(
@@ -390,91 +437,10 @@ class BatchEncoder:
                 analyse(rows[:count], part.analysis, part.analysis_scale, first, stride)
         return out
 
-    def _offsets(
-        self,
-        c: Any,
-        stride: int,
-        classes: Any,
-        starts: Any,
-        firsts: Any,
-        counts: NDArray[np.int64],
-        states: RateStates,
-    ) -> Any:
-        """float64 [blocks]: offsets to the plan's step."""
-        plan = self._plan
-        blocks, parts, streams = int(counts.sum()), len(plan.parts), len(counts)
-        offsets = cupy.zeros(blocks, np.float64)
-        if states.share <= 0:
-            return offsets
-        factors = cupy.empty((blocks, uniform.SIZES, 16), np.float32)
-        levels, indices = cupy.empty((2, blocks, uniform.SIZES), np.int32)
-        uniform.offset_factors(
-            -(-factors.size // uniform.THREADS),
-            uniform.THREADS,
-            (
-                cupy.asarray(np.repeat(np.arange(streams), counts).astype(np.int32)),
-                blocks,
-                states.states,
-                cupy.asarray(np.array(uniform.OFFSETS)),
-                plan.unit,
-                plan.lowest,
-                plan.highest,
-                factors,
-                levels,
-                indices,
-            ),
-        )
-        sizes = cupy.empty((blocks, parts, uniform.SIZES), np.float32)
-        uniform.sizes(
-            (blocks, parts),
-            uniform.THREADS,
-            (
-                c,
-                stride,
-                plan.fields,
-                plan.ids,
-                plan.components,
-                classes,
-                factors,
-                indices,
-                plan.bits,
-                plan.families,
-                sizes,
-                starts,
-            ),
-            shared=max(plan.encode_shared, 1024),
-        )
-        uniform.control(
-            streams,
-            32,
-            (
-                firsts,
-                starts,
-                sizes,
-                levels,
-                parts,
-                self._tiles,
-                float(RECORD_BYTES + 8),
-                states.share,
-                states.least,
-                states.states,
-                offsets,
-            ),
-        )
-        return offsets
-
-    def _errors(
-        self,
-        source: _Source,
-        c: Any,
-        stride: int,
-        classes: Any,
-        factors: Any,
-        block_steps: Any,
-        starts: NDArray[np.int64],
-    ) -> Any:
+    def _errors(self, batch: Prepared, steps: _Steps) -> Any:
         """float32 [2, stride]: of each token's K and V, after the cast to the output's dtype."""
-        s, plan, tokens = self._section, self._plan, source.tokens
+        s, plan, source, stride = self._section, self._plan, batch.source, batch.stride
+        tokens, starts = source.tokens, batch.starts
         symbols = cupy.empty((plan.components, stride), np.uint16)
         scales = cupy.zeros((len(plan.parts), stride), np.float32)
         of_tokens = np.repeat(np.arange(len(starts) - 1), np.diff(starts)).astype(np.int32)
@@ -486,14 +452,14 @@ class BatchEncoder:
             ),
             uniform.THREADS,
             (
-                c,
+                batch.coefficients,
                 stride,
                 tokens,
                 plan.fields,
                 cupy.asarray(of_tokens),
-                classes,
-                factors,
-                block_steps,
+                batch.classes,
+                steps.factors,
+                steps.block_steps,
                 symbols,
                 scales,
             ),

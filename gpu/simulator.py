@@ -10,7 +10,8 @@ a type. A kernel is right in both if
 * a sum or product that must wrap is cast (``np.uint32(a + b)``), and one that must not, but exceeds
   32 bits, has an operand of 64,
 * constants have the type of what they meet (``np.uint32(0xFFFF)``, no ``-1`` beside a uint32),
-* uint64 never meets a signed number: both make that a float64,
+* uint64 is for addresses alone; they are int64 here, because NumPy makes a float64 of a sum of
+  both,
 * all lanes of a warp come to every :func:`ballot` and :func:`shuffle_down`.
 """
 
@@ -80,7 +81,8 @@ def simulate(
 def _typed(kind: Any, value: Any) -> Any:
     dtype = np.dtype(str(getattr(kind, "dtype", kind)))
     if not isinstance(kind, types.CPointer):
-        return dtype.type(value)
+        # Addresses are signed here: see above.
+        return np.int64(value) if dtype == np.uint64 else dtype.type(value)
     if not isinstance(value, np.ndarray):
         return _at(value, dtype)
     flat = np.asarray(value).reshape(-1, copy=False)

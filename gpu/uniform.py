@@ -1,4 +1,4 @@
-"""Uniform bands on the GPU: classes of tokens, sizes, rate control, kept tokens, payloads.
+"""Uniform bands on the GPU: classes of tokens, sizes, steps, kept tokens, payloads.
 
 Coefficients are float32 [components, stride]: a component's tokens lie side by side. Components are
 those of all parts, one part after the other; tokens those of all blocks of a batch. Coefficients
@@ -35,17 +35,14 @@ from kvtc_stream.gpu.intrinsics import (
 from kvtc_stream.gpu.kernel import kernel
 
 THREADS = 256
-#: Offsets to the step, from the batch's, at which sizes are measured, in quarter octaves.
-OFFSETS = (-8.0, -4.0, 0.0, 4.0, 8.0)
-SIZES = len(OFFSETS)
+#: Offsets at which sizes of a block are measured.
+SIZES = 5
 #: Components that sizes are measured on: one of so many. Neighbours take almost the same bits.
 SAMPLED = 4
-#: Fields of a stream's state: tokens so far, bytes of them, mean offset, slope.
-STATE = 4
 #: Components that a thread quantises for a reconstruction.
 TOGETHER = 32
 
-_CORRIDOR, _CLIP_COEFFICIENT, _CLIP_FEATURE, _LEAST_ENERGY = 0.015, 6.0, 8.0, 1e-6
+_CLIP_COEFFICIENT, _CLIP_FEATURE, _LEAST_ENERGY = 6.0, 8.0, 1e-6
 _MIDDLE, _MOST_SYMBOL = 8, float(1 << 24)
 _I32, _I64, _U32, _F32, _F64 = np.int32, np.int64, np.uint32, np.float32, np.float64
 
@@ -121,28 +118,6 @@ def classify(  # type: ignore[no-untyped-def]
     peaks[to] = peak if sound else _F32(math.inf)
 
 
-@kernel(i32p, i32, f64p, f64p, f64, i32, i32, f32p, i32p, i32p)
-def offset_factors(  # type: ignore[no-untyped-def]
-    streams, blocks, states, offsets, unit, lowest, highest, factors, levels, indices
-):
-    """What coefficients are multiplied by at every offset that sizes are measured at.
-
-    ``streams`` int32 [blocks]; ``factors`` float32 [blocks, SIZES, 16], ``levels`` and ``indices``
-    int32 [blocks, SIZES]: of the mean offset of the block's stream, rounded, plus ``offsets``; an
-    index counts levels from ``lowest`` to ``highest``.
-    """
-    i = _I32(cuda.blockIdx.x) * _I32(THREADS) + _I32(cuda.threadIdx.x)
-    if i >= blocks * _I32(SIZES * 16):
-        return
-    row, klass = i // _I32(16), i % _I32(16)
-    block, which = row // _I32(SIZES), row % _I32(SIZES)
-    level = math.floor(states[streams[block] * _I32(STATE) + 2] + 0.5) + offsets[which]
-    factors[i] = _F32(math.pow(2.0, -0.25 * (level + klass)) / unit)
-    if klass == 0:
-        levels[row] = _I32(level)
-        indices[row] = min(max(_I32(level), lowest), highest) - lowest
-
-
 @cuda.jit(device=True)
 def _cost(x, factor, family, table):  # type: ignore[no-untyped-def]
     place = min(_U32(round_to_int(x * factor) + _I32(127)), _U32(255))
@@ -166,8 +141,9 @@ def sizes(  # type: ignore[no-untyped-def]
 ):
     """Bits of a block's tokens in a part at each offset; blocks of threads [blocks, parts].
 
-    ``bits`` float32 [families, 256]; ``out`` float32 [blocks, parts, SIZES]; ``starts`` int32
-    [blocks + 1]: first tokens.
+    ``factors`` and ``indices`` are those of :func:`steps` for [blocks, SIZES]. ``bits`` float32
+    [families, 256]; ``out`` float32 [blocks, parts, SIZES]; ``starts`` int32 [blocks + 1]: first
+    tokens.
     """
     table = cuda.shared.array(0, f32)
     block, part = _I32(cuda.blockIdx.x), _I32(cuda.blockIdx.y)
@@ -229,96 +205,13 @@ def sizes(  # type: ignore[no-untyped-def]
         out[to] = total * scale
 
 
-@cuda.jit(device=True)
-def _size_at(x, centre, logarithms):  # type: ignore[no-untyped-def]
-    """A block's size at an offset: its logarithm is linear between those that were measured."""
-    place = (x - centre) / 4.0 + 2.0
-    i = min(max(_I32(math.floor(place)), _I32(0)), _I32(SIZES - 2))
-    low, high = logarithms[i], logarithms[i + 1]
-    return math.exp(low + (place - i) * (high - low))
-
-
-@cuda.jit(device=True)
-def _offset_of(size, centre, logarithms):  # type: ignore[no-untyped-def]
-    """The offset at which a block has a size."""
-    wanted = math.log(size)
-    i = _I32(0)
-    while i < SIZES - 2 and logarithms[i + 1] > wanted:
-        i += _I32(1)
-    low, high = logarithms[i], logarithms[i + 1]
-    place = (wanted - low) / min(high - low, -1e-9)
-    return centre + 4.0 * (i + place - 2.0)
-
-
-@kernel(i32p, i32p, f32p, i32p, i32, i32, f64, f64, f64, f64p, f64p)
-def control(  # type: ignore[no-untyped-def]
-    first_blocks, starts, sizes, levels, parts, tiles, fixed, target, least, states, offsets
-):
-    """The offset of every block, as :class:`kvtc_stream.control.RateControl`; a warp a stream.
-
-    Parameters
-    ----------
-    first_blocks
-        int32 [streams + 1]: the first block of each stream.
-    sizes, levels
-        From :func:`sizes` and :func:`offset_factors`.
-    fixed
-        Bytes of a block besides tiles and classes.
-    target
-        Bytes a token.
-    least
-        The finest offset.
-    states
-        float64 [streams, STATE]; :func:`record` changes it, but for the slope.
-    offsets
-        float64 [blocks].
-    """
-    stream = _I32(cuda.blockIdx.x)
-    lane = _I32(cuda.threadIdx.x)
-    logarithms = cuda.shared.array(SIZES, f64)
-    state = stream * _I32(STATE)
-    tokens, bytes_so_far = states[state], states[state + 1]
-    mean, slope = states[state + 2], states[state + 3]
-    for b in range(first_blocks[stream], first_blocks[stream + 1]):
-        n = starts[b + 1] - starts[b]
-        overhead = fixed + tiles * (4 + 2 * min(n, _I32(32))) + parts * ((n + 1) // 2)
-        for m in range(SIZES):
-            total = _F32(0)
-            for p in range(lane, parts, _I32(WARP)):
-                total += sizes[(_I32(b) * parts + _I32(p)) * _I32(SIZES) + _I32(m)]
-            for by in (16, 8, 4, 2, 1):
-                total += shuffle_down(total, _I32(by))
-            if lane == 0:
-                logarithms[m] = math.log(_F64(total) / 8 + overhead)
-        if lane == 0:
-            centre = _F64(levels[b * SIZES + 2])
-            x = 0.0
-            if tokens > 0:
-                x = mean - math.log(max(bytes_so_far, 1e-300) / (target * tokens)) / slope
-                x = min(max(x, least), 100.0)
-            goal = target * (tokens + n)
-            size = _size_at(x, centre, logarithms)
-            excess = math.log((bytes_so_far + size) / goal)
-            if abs(excess) > _CORRIDOR:
-                wanted = goal * math.exp(math.copysign(0.75 * _CORRIDOR, excess)) - bytes_so_far
-                x = min(max(_offset_of(max(wanted, 1.0), centre, logarithms), least), 100.0)
-                size = _size_at(x, centre, logarithms)
-            measured = (logarithms[SIZES - 1] - logarithms[0]) / 16.0
-            if measured < 0:
-                slope += 0.25 * (measured - slope)
-            offsets[b] = x
-            bytes_so_far += size
-            tokens += n
-            mean += (x - mean) * n / tokens
-    if lane == 0:
-        states[state + 3] = slope
-
-
 @kernel(i32, f64p, f64, i32, i32, f32p, f32p, i32p, i32p, f32p)
 def steps(  # type: ignore[no-untyped-def]
     blocks, offsets, unit, lowest, highest, block_steps, factors, levels, indices, heads
 ):
     """Steps of the classes of each block, float32 [blocks, 16], and one over them.
+
+    ``offsets`` float64 [blocks]: to the plan's step, in quarter octaves.
 
     ``heads`` float32 and ``levels`` int32 [blocks] are what payloads say; ``indices`` int32
     [blocks] count levels from ``lowest`` to ``highest``.
@@ -502,19 +395,3 @@ def assemble(  # type: ignore[no-untyped-def]
         if _I32(2) * j + _I32(1) < n:
             pair |= _U32(classes[row + columns[at + 1]]) << _U32(4)
         out[to + i] = np.uint8(pair)
-
-
-@kernel(i32p, i32p, i64p, f64p, f64, f64p)
-def record(first_blocks, kept, places, offsets, fixed, states):  # type: ignore[no-untyped-def]
-    """Take what blocks took in the end into the streams' states; a thread a stream.
-
-    ``fixed`` bytes of a block besides its payload.
-    """
-    stream = _I32(cuda.threadIdx.x)
-    state = stream * _I32(STATE)
-    for b in range(first_blocks[stream], first_blocks[stream + 1]):
-        n = _F64(kept[b])
-        if n > 0:
-            states[state] += n
-            states[state + 1] += _F64(places[2 * b + 1]) + fixed
-            states[state + 2] += (offsets[b] - states[state + 2]) * n / states[state]

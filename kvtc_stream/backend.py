@@ -8,29 +8,48 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from kvtc_stream.arrays import HOST, HostArrays
 from kvtc_stream.calibration import Calibration
 from kvtc_stream.control import Controls
-from kvtc_stream.formats import Block, StreamHeader
+from kvtc_stream.errors import BackendUnavailableError
+from kvtc_stream.formats import Block, BlockErrors, DType, StreamHeader
+from kvtc_stream.formats import Measure as MeasureId
+from kvtc_stream.interop import on_cuda
 
 BackendName = Literal["auto", "cpu", "cuda"]
-Measure = Literal["full", "coefficients"]
+Measure = Literal["full", "coefficients", "none"]
+
+#: A token whose relative error is beyond this is stored verbatim whatever was asked for: what
+#: would come back has nothing to do with it (a vanishing token, say, would become the mean).
+HOPELESS = 2.0
 
 
 class SectionCoder(Protocol):
     """Codes the blocks of one section of one stream. Used by one thread at a time."""
 
-    def encode(
-        self, k: NDArray[Any], v: NDArray[Any], positions: NDArray[np.int64], start: int
-    ) -> Block:
-        """A data block from k, v [layers, kv_heads, tokens, head_dim] in the stream's dtype.
+    def encode(self, k: Any, v: Any, positions: NDArray[np.int64], start: int) -> list[Block]:
+        """Data blocks from k, v [layers, kv_heads, tokens, head_dim] in the stream's dtype.
 
-        ``tokens`` is at most the header's ``block_tokens``; ``start`` is the ordinal of the first
-        token in the section.
+        All but the last have the header's ``block_tokens``; ``start`` is the ordinal of the first
+        token in the section. The arrays are the backend's.
         """
         ...
 
     def decode(self, block: Block, layers: Sequence[int]) -> tuple[Any, Any]:
         """K and V of some layers (indices into the section's), in the header's ``out_dtype``."""
+        ...
+
+    def decode_into(
+        self,
+        blocks: Sequence[tuple[Block, NDArray[np.int64]]],
+        layers: Sequence[int],
+        k: Any,
+        v: Any,
+    ) -> None:
+        """Decode blocks into k, v [layers, kv_heads, tokens, head_dim], the backend's arrays.
+
+        With each block comes where its tokens go, int64 [tokens]; -1 is nowhere.
+        """
         ...
 
     def decode_layers(self, block: Block) -> Callable[[int], tuple[Any, Any]]:
@@ -42,9 +61,31 @@ class SectionCoder(Protocol):
 
 
 class Backend(Protocol):
-    """A way to run the codec."""
+    """A way to run the codec, and the arrays that it works on."""
 
     name: str
+
+    def layer_list(
+        self, x: Any, name: str, layers: int, kv_heads: int, head_dim: int
+    ) -> tuple[list[Any], DType]:
+        """See :func:`kvtc_stream.interop.layer_list`; the arrays are the backend's."""
+        ...
+
+    def array(self, x: NDArray[Any]) -> Any:
+        """The backend's array of a host array."""
+        ...
+
+    def empty(self, shape: tuple[int, ...], dtype: DType) -> Any:
+        """An uninitialised array."""
+        ...
+
+    def to_host(self, x: Any, dtype: DType) -> NDArray[Any]:
+        """A host array of the backend's."""
+        ...
+
+    def output(self, x: Any, dtype: DType) -> Any:
+        """What users get of an array: with an element type, and DLPack."""
+        ...
 
     def section_coder(
         self,
@@ -63,20 +104,64 @@ class Backend(Protocol):
         ...
 
 
-def get_backend(name: BackendName) -> Backend:
-    """The backend of that name; ``"auto"`` is the fastest that can run here.
+def get_backend(name: BackendName, *inputs: Any) -> Backend:
+    """The backend of that name; ``"auto"`` is CUDA for inputs on a CUDA device, else the CPU.
 
     Raises
     ------
     BackendUnavailableError
         ``"cuda"`` was asked for and cannot run here; the message says what is missing.
     """
+    if name == "auto":
+        name = "cuda" if any(map(on_cuda, inputs)) else "cpu"
     if name == "cuda":
         from kvtc_stream.gpu import require_cuda
 
         require_cuda()
-    if name in ("cpu", "auto"):
+        from kvtc_stream.gpu.backend import CudaBackend
+
+        return CudaBackend()
+    if name == "cpu":
         from kvtc_stream.cpu.backend import CpuBackend
 
         return CpuBackend()
     raise ValueError(f"backend must be 'auto', 'cpu' or 'cuda', found {name!r}")
+
+
+def block_errors(
+    measure: Measure, errors: NDArray[np.floating[Any]] | None, kept: NDArray[np.int64]
+) -> BlockErrors:
+    """Mean and worst of [2, tokens] errors of K and V over the coded tokens, rounded up."""
+    if errors is None:
+        return BlockErrors()
+    found = []
+    for own in errors[:, kept]:
+        for value in (own.mean(), own.max()) if len(kept) else (0.0, 0.0):
+            rounded = np.float32(value)
+            found.append(
+                float(np.nextafter(rounded, np.float32(np.inf)) if rounded < value else rounded)
+            )
+    kind = MeasureId.RECONSTRUCTION if measure == "full" else MeasureId.COEFFICIENTS
+    return BlockErrors(kind, *found)
+
+
+def get_arrays(name: BackendName) -> HostArrays:
+    """Where calibration of that backend keeps its arrays; ``"auto"`` is CUDA if it can run here.
+
+    Raises
+    ------
+    BackendUnavailableError
+        ``"cuda"`` was asked for and cannot run here; the message says what is missing.
+    """
+    if name not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"backend must be 'auto', 'cpu' or 'cuda', found {name!r}")
+    if name == "cpu":
+        return HOST
+    from kvtc_stream.gpu.arrays import DeviceArrays
+
+    try:
+        return DeviceArrays()
+    except BackendUnavailableError:
+        if name == "cuda":
+            raise
+        return HOST

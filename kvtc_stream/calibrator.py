@@ -10,15 +10,15 @@ from itertools import pairwise
 from typing import Any, TypeAlias
 
 import numpy as np
-import xxhash
 from numpy.typing import NDArray
 
+from kvtc_stream.arrays import HOST, Array, HostArrays
+from kvtc_stream.backend import BackendName, get_arrays
 from kvtc_stream.calibration import Calibration, Part, SectionCalibration
-from kvtc_stream.cpu.layout import Rotations, gather
-from kvtc_stream.cpu.values import scale_grid, to_float32
+from kvtc_stream.cpu.values import scale_grid
 from kvtc_stream.errors import KVTCWarning
 from kvtc_stream.formats import Geometry, ModelIdentity, Section
-from kvtc_stream.interop import check_positions, layer_list
+from kvtc_stream.interop import check_positions
 from kvtc_stream.planning.tables import error_tables
 from kvtc_stream.planning.uniform import uniform_tables, unit_of
 from kvtc_stream.weights import (
@@ -44,6 +44,10 @@ _RANK = 3072
 #: Sizes of matrices up to here are solved in full.
 _DENSE = 2048
 _OVERSAMPLING, _POWER_ITERATIONS = 128, 3
+#: As published (KVTC, section 3); where the basis of K or V comes from the leading ones alone.
+_SEPARATE_POWER_ITERATIONS = 8
+#: Rows of a covariance matrix that are worked on at a time, where a copy of all would be too much.
+_SLAB = 1024
 #: Most rows with gradients that are kept, and about the most memory for them.
 _GRADIENT_ROWS, _GRADIENT_BYTES = 16_384, 1 << 30
 _BINARY16_MAX = 65504.0
@@ -53,8 +57,10 @@ _Pair: TypeAlias = tuple[NDArray[Any], NDArray[Any]]
 class Calibrator:
     """Learns a model's cache from documents, in one pass.
 
-    Memory: a float64 covariance per part of every basis, ``sample_rows`` rows in float32, and a
-    few thousand rows in flight. Not thread-safe; calibrate in parallel with one calibrator each
+    Memory: a float64 covariance per part of every basis (K and V of a joint one serve separate
+    ones too), ``sample_rows`` rows in float32, and a few thousand rows in flight; :meth:`finish`
+    takes about 12 bytes for each value of the widest covariance besides. With ``backend="cuda"``
+    that is memory of the device. Not thread-safe; calibrate in parallel with one calibrator each
     and :meth:`merge`.
 
     Parameters
@@ -82,6 +88,18 @@ class Calibrator:
         pair suffices for one section. ``None``: from :meth:`update_gradients`, else all alike.
     model
         Identity to record, see :class:`ModelIdentity`.
+    backend
+        ``"cpu"``, ``"cuda"``, or ``"auto"``: CUDA where it can run. The calibration serves all
+        backends. Moments agree to rounding. The rows that are sampled are others on each, because
+        each has its hash, but do not depend on the order of documents nor on :meth:`merge`. On a
+        device, work goes to CuPy's current device and stream, and each call waits for it.
+
+    Raises
+    ------
+    BackendUnavailableError
+        ``"cuda"`` was asked for and cannot run here; the message says what is missing.
+    ValueError
+        Arguments are not as above, or the device has not enough memory for the covariances.
 
     Examples
     --------
@@ -107,6 +125,7 @@ class Calibrator:
         sample_rows: int = 4096,
         weights: SectionWeights | Sequence[SectionWeights] | None = None,
         model: ModelIdentity | None = None,
+        backend: BackendName = "cpu",
     ) -> None:
         unknown = set(bases) - {"separate", "joint"}
         if unknown or not bases:
@@ -119,7 +138,9 @@ class Calibrator:
         ):
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, found {value}")
+        self._arrays = get_arrays(backend)
         self._options: dict[str, Any] = {
+            "backend": self._arrays.name,
             "geometry": geometry,
             "bases": tuple(dict.fromkeys(bases)),
             "layer_groups": layer_groups,
@@ -128,13 +149,45 @@ class Calibrator:
             "sample_rows": sample_rows,
             "model": model or ModelIdentity(),
         }
+        self._check_size(geometry)
         self._weights = None
         if weights is not None:
             self._weights = importance_matrices(weights, geometry.sections)
         self._sections = [
-            _SectionMoments(section, self._options["bases"], layer_groups, sample_rows)
+            _SectionMoments(
+                section, self._options["bases"], layer_groups, sample_rows, self._arrays
+            )
             for section in geometry.sections
         ]
+
+    @property
+    def backend(self) -> str:
+        """``"cpu"`` or ``"cuda"``."""
+        return self._arrays.name
+
+    def _check_size(self, geometry: Geometry) -> None:
+        """Raise ``ValueError`` now for what would not fit after all documents were read."""
+        options = self._options
+        rank, groups, widest = options["rank"], options["layer_groups"], self._arrays.widest
+        covariances = largest = rows = 0
+        for s in geometry.sections:
+            kept = "joint" if "joint" in options["bases"] else "separate"
+            widths = [c.width(s) for c in _basis_columns(kept, s, groups)]
+            covariances += sum(width * width for width in widths)
+            largest = max(largest, *(width * width for width in widths))
+            rows += (s.k_width + s.v_width) * (3 * options["sample_rows"] + 4 * _BATCH)
+            for name in options["bases"]:
+                for width in (c.width(s) for c in _basis_columns(name, s, groups)):
+                    wanted = min(rank or (_RANK if name == "joint" else width), width)
+                    if widest is not None and width > widest and _in_full(width, wanted):
+                        raise ValueError(
+                            f"a {name} basis of {wanted} components for {width} columns needs all "
+                            f"eigenvectors, for which this backend takes up to {widest} columns: "
+                            f"choose rank={width // 2} or less, more layer_groups, or "
+                            f"backend='cpu'"
+                        )
+        # In float64; with them copies of the largest, and rows, in float32.
+        self._arrays.check_memory(8 * covariances + 12 * largest + 4 * rows)
 
     def update(
         self,
@@ -151,7 +204,9 @@ class Calibrator:
         Parameters
         ----------
         k, v
-            As for :meth:`kvtc_stream.Encoder.encode`: [layers, kv_heads, tokens, head_dim].
+            As for :meth:`kvtc_stream.Encoder.encode`: [layers, kv_heads, tokens, head_dim]. With
+            ``backend="cuda"`` in host memory or on the current device: of CuPy, or of anything
+            with ``__dlpack__``.
         positions
             int64 [tokens], rising. By default each call is a document of its own that starts at
             position 0; give the positions of later pieces.
@@ -165,7 +220,8 @@ class Calibrator:
         moments = self._section(section)
         k_layers, v_layers, where = self._document(moments.section, k, v, positions)
         for rows in self._rows(moments.section, k_layers, v_layers, where, k_scale, v_scale):
-            moments.add(rows[np.isfinite(rows).all(axis=1)])
+            moments.add(rows[self._arrays.xp.isfinite(rows).all(axis=1)])
+        self._arrays.settle()
 
     def update_gradients(
         self,
@@ -206,14 +262,15 @@ class Calibrator:
         grads = self._layers(s, grad_k, grad_v, "grad_k", "grad_v")
         if grads[0][0].shape[1] != len(where):
             raise ValueError(f"found {len(where)} tokens, gradients of {grads[0][0].shape[1]}")
-        straight = replace(s, rope=())
+        straight, xp = replace(s, rope=()), self._arrays.xp
         for rows, gradients in zip(
             self._rows(s, k_layers, v_layers, where, k_scale, v_scale),
             self._rows(straight, *grads, where, None, None),
             strict=True,
         ):
-            sound = np.isfinite(rows).all(axis=1) & np.isfinite(gradients).all(axis=1)
+            sound = xp.isfinite(rows).all(axis=1) & xp.isfinite(gradients).all(axis=1)
             moments.importance.add(rows[sound], gradients[sound])
+        self._arrays.settle()
 
     def _section(self, index: int) -> _SectionMoments:
         if not 0 <= index < len(self._sections):
@@ -222,15 +279,15 @@ class Calibrator:
 
     def _document(
         self, s: Section, k: Any, v: Any, positions: Any
-    ) -> tuple[list[NDArray[Any]], list[NDArray[Any]], NDArray[np.int64]]:
+    ) -> tuple[list[Array], list[Array], NDArray[np.int64]]:
         k_layers, v_layers = self._layers(s, k, v, "k", "v")
         return k_layers, v_layers, check_positions(positions, k_layers[0].shape[1], -1)
 
     def _layers(
         self, s: Section, k: Any, v: Any, k_name: str, v_name: str
-    ) -> tuple[list[NDArray[Any]], list[NDArray[Any]]]:
-        k_layers, _ = layer_list(k, k_name, len(s.layers), s.kv_heads, s.k_dim)
-        v_layers, _ = layer_list(v, v_name, len(s.layers), s.kv_heads, s.v_dim)
+    ) -> tuple[list[Array], list[Array]]:
+        k_layers = self._arrays.layers(k, k_name, len(s.layers), s.kv_heads, s.k_dim)
+        v_layers = self._arrays.layers(v, v_name, len(s.layers), s.kv_heads, s.v_dim)
         tokens = k_layers[0].shape[1], v_layers[0].shape[1]
         if tokens[0] != tokens[1]:
             raise ValueError(f"{k_name} has {tokens[0]} tokens, {v_name} has {tokens[1]}")
@@ -239,28 +296,21 @@ class Calibrator:
     def _rows(
         self,
         s: Section,
-        k_layers: list[NDArray[Any]],
-        v_layers: list[NDArray[Any]],
+        k_layers: list[Array],
+        v_layers: list[Array],
         where: NDArray[np.int64],
         k_scale: Any,
         v_scale: Any,
-    ) -> Iterator[NDArray[np.float32]]:
+    ) -> Iterator[Array]:
         """Rows [tokens, k_width + v_width] of all tokens but sinks, a chunk at a time."""
-        layers = np.arange(len(s.layers))
         grids = [
             None if scale is None else scale_grid(scale, name, len(s.layers), s.kv_heads)
             for name, scale in (("k_scale", k_scale), ("v_scale", v_scale))
         ]
         for start in range(int(np.searchsorted(where, self._options["sinks"])), len(where), _CHUNK):
             stop = min(start + _CHUNK, len(where))
-            k, v = (
-                to_float32(np.stack([x[:, start:stop] for x in held]), grid)
-                for held, grid in zip((k_layers, v_layers), grids, strict=True)
-            )
-            rows = np.empty((stop - start, s.k_width + s.v_width), np.float32)
-            gather(k, layers, Rotations.of(s, where[start:stop], inverse=True), rows)
-            gather(v, layers, Rotations.none(len(layers)), rows[:, s.k_width :])
-            yield rows
+            k, v = ([x[:, start:stop] for x in held] for held in (k_layers, v_layers))
+            yield self._arrays.rows(s, (k, v), where[start:stop], grids)
 
     def merge(self, other: Calibrator) -> None:
         """Take in what ``other`` learnt, as if this calibrator had seen its documents too.
@@ -274,6 +324,7 @@ class Calibrator:
             raise ValueError("calibrators differ in weights: cannot merge them")
         for mine, theirs in zip(self._sections, other._sections, strict=True):
             mine.merge(theirs)
+        self._arrays.settle()
 
     def finish(self, progress: Progress | None = None) -> Calibration:
         """Solve for the bases and measure the error tables.
@@ -316,14 +367,14 @@ class _Columns:
         k, v = section.kv_heads * section.k_dim, section.kv_heads * section.v_dim
         return len(self.k_layers) * k + len(self.v_layers) * v
 
-    def take(self, section: Section, rows: NDArray[np.float32]) -> NDArray[np.float32]:
+    def take(self, section: Section, rows: Array, xp: Any) -> Array:
         """The part's columns of section rows [tokens, k_width + v_width]."""
         k, v = section.kv_heads * section.k_dim, section.kv_heads * section.v_dim
         spans = [(i * k, (i + 1) * k) for i in self.k_layers]
         spans += [(section.k_width + i * v, section.k_width + (i + 1) * v) for i in self.v_layers]
         if all(a[1] == b[0] for a, b in pairwise(spans)):
             return rows[:, spans[0][0] : spans[-1][1]]
-        return np.concatenate([rows[:, a:b] for a, b in spans], axis=1)
+        return xp.concatenate([rows[:, a:b] for a, b in spans], axis=1)
 
 
 def _basis_columns(name: str, section: Section, groups: int) -> Iterable[_Columns]:
@@ -338,9 +389,15 @@ class _SectionMoments:
     """What one section has learnt."""
 
     def __init__(
-        self, section: Section, bases: Sequence[str], layer_groups: int, sample_rows: int
+        self,
+        section: Section,
+        bases: Sequence[str],
+        layer_groups: int,
+        sample_rows: int,
+        arrays: HostArrays,
     ) -> None:
         self.section = section
+        self._arrays = arrays
         self.parts = [
             (name, columns)
             for name in bases
@@ -349,14 +406,16 @@ class _SectionMoments:
         # The moments of K and of V apart are blocks of those of both.
         kept = "joint" if "joint" in bases else "separate"
         self.moments = {
-            columns: _Moments(columns.width(section))
+            columns: _Moments(columns.width(section), arrays)
             for columns in _basis_columns(kept, section, layer_groups)
         }
-        self.sample = _RowSample(sample_rows)
-        self.importance = _Importance(section)
-        self._pending: list[NDArray[np.float32]] = []
+        self.sample = _RowSample(sample_rows, arrays)
+        self.importance = _Importance(section, arrays)
+        self._pending: list[Array] = []
 
-    def add(self, rows: NDArray[np.float32]) -> None:
+    def add(self, rows: Array) -> None:
+        if not len(rows):
+            return
         self.sample.add(rows)
         self._pending.append(rows)
         if sum(map(len, self._pending)) >= _BATCH:
@@ -364,10 +423,11 @@ class _SectionMoments:
 
     def _flush(self) -> None:
         if self._pending:
-            rows = np.concatenate(self._pending)
+            xp = self._arrays.xp
+            rows = xp.concatenate(self._pending)
             self._pending.clear()
             for columns, moments in self.moments.items():
-                moments.add(columns.take(self.section, rows))
+                moments.add(columns.take(self.section, rows, xp))
 
     def merge(self, other: _SectionMoments) -> None:
         self._flush()
@@ -407,39 +467,41 @@ class _SectionMoments:
                 KVTCWarning,
                 stacklevel=3,
             )
+        arrays = self._arrays
         bases: dict[str, list[Part]] = {}
         for name, columns in self.parts:
             moments = self._moments_of(columns)
-            rows = columns.take(self.section, self.sample.rows)
+            rows = columns.take(self.section, self.sample.rows, arrays.xp)
             if name == "joint":
                 weights = None
                 if scaling is not None:
                     k, v = scaling
                     weights = k[list(columns.k_layers)], v[list(columns.v_layers)]
-                part = _weighted_basis(columns, moments, weights, rank)
+                part = _weighted_basis(columns, moments, weights, rank, arrays)
             else:
-                part = _separate_part(columns, moments, rows[:_BAND_ROWS], rank)
+                part = _separate_part(columns, moments, rows[:_BAND_ROWS], rank, arrays)
                 advance()
             bases.setdefault(name, []).append(part)
+            arrays.settle()
         if "joint" in bases:
             unit = unit_of(bases["joint"])
             for i, part in enumerate(bases["joint"]):
                 columns = _Columns(part.k_layers, part.v_layers)
-                rows = columns.take(self.section, self.sample.rows)
+                rows = columns.take(self.section, self.sample.rows, arrays.xp)
                 pairs = self.importance.pairs(columns)
                 split = _Columns(part.k_layers, ()).width(self.section)
-                uniform = uniform_tables(part, rows, unit, split, pairs)
+                uniform = uniform_tables(part, rows, unit, split, pairs, arrays)
                 bases["joint"][i] = replace(part, uniform=uniform)
                 advance()
         return SectionCalibration({name: tuple(parts) for name, parts in bases.items()}, tokens)
 
 
-def _components(vectors: NDArray[np.floating]) -> NDArray[np.float16]:
+def _components(vectors: Array, xp: Any) -> Array:
     """Eigenvectors as rows, with fixed signs, so that merged calibrations compare."""
     components = vectors.T
-    strongest = np.abs(components).argmax(axis=1)
-    signs = np.sign(components[np.arange(len(components)), strongest])
-    return np.ascontiguousarray(components * signs[:, None], np.float16)
+    strongest = xp.abs(components).argmax(axis=1)
+    signs = xp.sign(components[xp.arange(len(components)), strongest])
+    return xp.ascontiguousarray(components * signs[:, None], np.float16)
 
 
 def _rank_of(variance: NDArray[np.floating], width: int, most: int) -> int:
@@ -449,49 +511,63 @@ def _rank_of(variance: NDArray[np.floating], width: int, most: int) -> int:
 
 
 def _separate_part(
-    columns: _Columns, moments: _Moments, sample: NDArray[np.float32], rank: int | None
+    columns: _Columns, moments: _Moments, sample: Array, rank: int | None, arrays: HostArrays
 ) -> Part:
     """Principal components from the covariance, and error tables from the sampled rows."""
-    covariance = moments.scatter / moments.count
-    variance, vectors = np.linalg.eigh(covariance)
-    del covariance
-    variance, vectors = variance[::-1], vectors[:, ::-1]
-    keep = _rank_of(variance, len(variance), rank or len(variance))
-    stored = _components(vectors[:, :keep])
+    xp, width = arrays.xp, len(moments.mean)
+    most = min(rank or width, width)
+    if not arrays.leading or _in_full(width, most):
+        values, vectors = xp.linalg.eigh(moments.covariance(np.float64))
+        variance, vectors = arrays.get(values)[::-1], vectors[:, ::-1]
+        total = max(float(variance.sum()), 0.0)
+    else:
+        values, vectors = leading_eigenvectors(
+            moments.covariance(np.float32), most, arrays, iterations=_SEPARATE_POWER_ITERATIONS
+        )
+        variance = arrays.get(values)
+        total = max(float(xp.trace(moments.scatter)) / moments.count, 0.0)
+    keep = _rank_of(variance, width, most)
+    stored = _components(vectors[:, :keep], xp)
+    del vectors
     mean = moments.mean.astype(np.float32)
     coefficients = (sample - mean) @ stored.T.astype(np.float32)
-    total = max(float(variance.sum()), 0.0)
     return Part(
         columns.k_layers,
         columns.v_layers,
-        mean,
-        stored,
+        arrays.get(mean),
+        arrays.get(stored),
         variance[:keep].clip(0).astype(np.float32),
         total + float(moments.mean @ moments.mean),
         errors=error_tables(
-            np.ascontiguousarray(coefficients),
+            np.ascontiguousarray(arrays.get(coefficients)),
             dropped=max(total - float(variance[:keep].sum()), 0.0),
         ),
     )
 
 
 def _weighted_basis(
-    columns: _Columns, moments: _Moments, weights: _Pair | None, rank: int | None
+    columns: _Columns,
+    moments: _Moments,
+    weights: _Pair | None,
+    rank: int | None,
+    arrays: HostArrays,
 ) -> Part:
     """Leading principal components of weighted rows; tables are still lacking."""
-    covariance = (moments.scatter / moments.count).astype(np.float32)
-    energy = float(np.trace(covariance, dtype=np.float64) + moments.mean @ moments.mean)
+    xp = arrays.xp
+    covariance = moments.covariance(np.float32)
+    energy = float(xp.trace(covariance, dtype=np.float64) + moments.mean @ moments.mean)
     if weights is not None:
-        covariance = apply_blocks(covariance, weights)
-        covariance = apply_blocks(np.ascontiguousarray(covariance.T), weights)
-    variance, vectors = leading_eigenvectors(covariance, min(rank or _RANK, len(covariance)))
+        covariance = apply_blocks(covariance, weights, xp=xp)
+        covariance = apply_blocks(xp.ascontiguousarray(covariance.T), weights, xp=xp)
+    values, vectors = leading_eigenvectors(covariance, min(rank or _RANK, len(covariance)), arrays)
+    variance = arrays.get(values)
     keep = _rank_of(variance, len(covariance), len(variance))
     k_weights, v_weights = weights or (None, None)
     return Part(
         columns.k_layers,
         columns.v_layers,
-        moments.mean.astype(np.float32),
-        _components(vectors[:, :keep]),
+        arrays.get(moments.mean.astype(np.float32)),
+        arrays.get(_components(vectors[:, :keep], xp)),
         variance[:keep].clip(0).astype(np.float32),
         energy,
         k_weights=k_weights,
@@ -499,53 +575,63 @@ def _weighted_basis(
     )
 
 
+def _in_full(size: int, count: int) -> bool:
+    """Whether all eigenvectors are found where ``count`` of them are wanted."""
+    return size <= _DENSE or 2 * count > size
+
+
 def leading_eigenvectors(
-    matrix: NDArray[np.float32], count: int
-) -> tuple[NDArray[np.floating], NDArray[np.floating]]:
+    matrix: Array, count: int, arrays: HostArrays = HOST, *, iterations: int = _POWER_ITERATIONS
+) -> tuple[Array, Array]:
     """The largest eigenvalues, falling, and their vectors [n, count] of a covariance matrix.
 
     Of few of a large matrix by randomised subspace iteration (N. Halko, P.-G. Martinsson and
     J. A. Tropp, SIAM Review 53(2), 2011, algorithm 4.4): vectors at the far end come out mixed
     with their neighbours, which have almost the same variance.
+
+    ``matrix`` is float32, and so are the results, or float64; all of ``arrays``.
     """
-    size = len(matrix)
-    if size <= _DENSE or 2 * count > size:
-        values, vectors = np.linalg.eigh(matrix.astype(np.float64))
+    xp, size = arrays.xp, len(matrix)
+    if _in_full(size, count):
+        values, vectors = xp.linalg.eigh(matrix.astype(np.float64))
         return values[::-1][:count], vectors[:, ::-1][:, :count]
-    rng = np.random.default_rng(0)
+    rng = xp.random.default_rng(0)
     basis = rng.standard_normal((size, min(count + _OVERSAMPLING, size)), dtype=np.float32)
-    for _ in range(_POWER_ITERATIONS):
-        basis, _ = np.linalg.qr(matrix @ basis)
-    values, rotation = np.linalg.eigh(basis.T @ (matrix @ basis))
+    for _ in range(iterations):
+        basis = arrays.orthonormal(matrix @ basis)
+    values, rotation = xp.linalg.eigh(basis.T @ (matrix @ basis))
     return values[::-1][:count], basis @ rotation[:, ::-1][:, :count]
 
 
 class _Importance:
     """Second moments of gradients per layer and head, and a sample of rows with gradients."""
 
-    def __init__(self, section: Section) -> None:
+    def __init__(self, section: Section, arrays: HostArrays) -> None:
         shape = (len(section.layers), section.kv_heads)
         self._section = section
         self._tokens = 0
-        self._k = np.zeros((*shape, section.k_dim, section.k_dim))
-        self._v = np.zeros((*shape, section.v_dim, section.v_dim))
+        self._arrays = arrays
+        self._k = arrays.xp.zeros((*shape, section.k_dim, section.k_dim))
+        self._v = arrays.xp.zeros((*shape, section.v_dim, section.v_dim))
         bytes_per_row = 4 * (section.k_width + section.v_width)
-        self._sample = _RowSample(min(_GRADIENT_ROWS, max(512, _GRADIENT_BYTES // bytes_per_row)))
+        rows = min(_GRADIENT_ROWS, max(512, _GRADIENT_BYTES // bytes_per_row))
+        self._sample = _RowSample(rows, arrays)
 
-    def add(self, rows: NDArray[np.float32], gradients: NDArray[np.float32]) -> None:
+    def add(self, rows: Array, gradients: Array) -> None:
+        xp = self._arrays.xp
+        if not len(rows):
+            return
         self._tokens += len(rows)
         for part, total in self._split(gradients):
             by_head = part.transpose(1, 2, 0, 3).astype(np.float64)
             total += by_head.swapaxes(2, 3) @ by_head
         # In half the memory: gradients are tiny, so each row has an exponent.
-        _, exponents = np.frexp(np.abs(gradients).max(axis=1, initial=0))
-        scaled = np.ldexp(gradients, -exponents[:, None])
+        _, exponents = xp.frexp(xp.abs(gradients).max(axis=1))
+        scaled = xp.ldexp(gradients, -exponents[:, None])
         pairs = [rows.clip(-_BINARY16_MAX, _BINARY16_MAX), scaled, exponents[:, None]]
-        self._sample.add(np.concatenate(pairs, axis=1).astype(np.float16))
+        self._sample.add(xp.concatenate([x.astype(np.float16) for x in pairs], axis=1))
 
-    def _split(
-        self, rows: NDArray[np.float32]
-    ) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float64]]]:
+    def _split(self, rows: Array) -> Iterator[tuple[Array, Array]]:
         split = self._section.k_width
         for part, total in ((rows[:, :split], self._k), (rows[:, split:], self._v)):
             yield part.reshape(len(rows), *total.shape[:3]), total
@@ -557,21 +643,22 @@ class _Importance:
         self._sample.merge(other._sample)
 
     def matrices(self) -> _Pair:
-        """Per token, so that sections compare however many gradients each was given."""
+        """Of K and V, in host memory; per token, so that sections compare however many gradients
+        each was given."""
         tokens = max(self._tokens, 1)
-        return self._k / tokens, self._v / tokens
+        return self._arrays.get(self._k) / tokens, self._arrays.get(self._v) / tokens
 
-    def pairs(self, columns: _Columns) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:
+    def pairs(self, columns: _Columns) -> tuple[Array, Array] | None:
         """Rows and gradients [rows, width] of the columns; ``None`` without gradients."""
-        sample = self._sample.rows
+        sample, xp = self._sample.rows, self._arrays.xp
         if not len(sample):
             return None
         width = self._section.k_width + self._section.v_width
         rows, gradients = (
-            columns.take(self._section, sample[:, first : first + width]).astype(np.float32)
+            columns.take(self._section, sample[:, first : first + width], xp).astype(np.float32)
             for first in (0, width)
         )
-        return rows, np.ldexp(gradients, sample[:, -1:].astype(np.int32))
+        return rows, xp.ldexp(gradients, sample[:, -1:].astype(np.int32))
 
 
 class _Moments:
@@ -581,25 +668,35 @@ class _Moments:
     pairwise update of Chan, Golub and LeVeque (1979), whose rank-1 term rides along as a row.
     """
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, arrays: HostArrays = HOST) -> None:
+        self._arrays = arrays
         self.count = 0
-        self.mean = np.zeros(width)
-        self.scatter = np.zeros((width, width))
+        self.mean = arrays.xp.zeros(width)
+        self.scatter = arrays.xp.zeros((width, width))
 
-    def add(self, rows: NDArray[np.float32]) -> None:
+    def add(self, rows: Array) -> None:
+        xp = self._arrays.xp
         count, width = rows.shape
         if count == 0:
             return
         mean = rows.mean(axis=0, dtype=np.float64)
         # Where it costs little, the product too is float64.
-        centred = np.empty((count + 1, width), np.float64 if width <= _CHUNK else np.float32)
-        np.subtract(rows, mean.astype(centred.dtype), out=centred[:-1])
+        centred = xp.empty((count + 1, width), np.float64 if width <= _CHUNK else np.float32)
+        xp.subtract(rows, mean.astype(centred.dtype), out=centred[:-1])
         centred[-1] = self._combine(count, mean)
         self.scatter += centred.T @ centred
 
+    def covariance(self, dtype: type[np.floating]) -> Array:
+        """Scatter over count, as a matrix of its own."""
+        out = self._arrays.xp.empty(self.scatter.shape, dtype)
+        for first in range(0, len(out), _SLAB):
+            slab = slice(first, first + _SLAB)
+            out[slab] = self.scatter[slab] / self.count
+        return out
+
     def block(self, columns: slice) -> _Moments:
         """The moments of some columns; shares memory."""
-        moments = _Moments(0)
+        moments = _Moments(0, self._arrays)
         moments.count, moments.mean = self.count, self.mean[columns]
         moments.scatter = self.scatter[columns, columns]
         return moments
@@ -609,10 +706,11 @@ class _Moments:
             return
         self.scatter += other.scatter
         delta = self._combine(other.count, other.mean)
-        for i, row in enumerate(self.scatter):
-            row += delta[i] * delta
+        for first in range(0, len(delta), _SLAB):
+            slab = slice(first, first + _SLAB)
+            self.scatter[slab] += delta[slab, None] * delta
 
-    def _combine(self, count: int, mean: NDArray[np.float64]) -> NDArray[np.float64]:
+    def _combine(self, count: int, mean: Array) -> Array:
         """Take in a count and mean; return the vector whose outer product the scatter lacks."""
         total = self.count + count
         delta = mean - self.mean
@@ -631,27 +729,27 @@ def _same_weights(a: Sequence[_Pair] | None, b: Sequence[_Pair] | None) -> bool:
 class _RowSample:
     """The ``capacity`` rows with the smallest hashes: the same set in whatever order they came."""
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, arrays: HostArrays = HOST) -> None:
         self.capacity = capacity
+        self._arrays = arrays
         self.hashes: NDArray[np.uint64] = np.zeros(0, np.uint64)
-        self.rows: NDArray[np.float32] = np.zeros((0, 0), np.float32)
+        self.rows: Array = arrays.xp.zeros((0, 0), np.float32)
 
-    def add(self, rows: NDArray[np.float32]) -> None:
-        hashes = np.array([xxhash.xxh3_64_intdigest(row) for row in rows], np.uint64)
-        self._take(hashes, rows)
+    def add(self, rows: Array) -> None:
+        self._take(self._arrays.hashes(rows), rows)
 
     def merge(self, other: _RowSample) -> None:
         self._take(other.hashes, other.rows)
 
-    def _take(self, hashes: NDArray[np.uint64], rows: NDArray[np.float32]) -> None:
+    def _take(self, hashes: NDArray[np.uint64], rows: Array) -> None:
         if len(self.hashes) == self.capacity:
-            candidates = hashes < self.hashes[-1]
-            hashes, rows = hashes[candidates], rows[candidates]
+            candidates = np.flatnonzero(hashes < self.hashes[-1])
+            hashes, rows = hashes[candidates], rows[self._arrays.put(candidates)]
         if len(hashes) == 0:
             return
         if len(self.hashes):
             hashes = np.concatenate([self.hashes, hashes])
-            rows = np.concatenate([self.rows, rows])
+            rows = self._arrays.xp.concatenate([self.rows, rows])
         self.hashes, first = np.unique(hashes, return_index=True)
         self.hashes, first = self.hashes[: self.capacity], first[: self.capacity]
-        self.rows = rows[first]
+        self.rows = rows[self._arrays.put(first)]

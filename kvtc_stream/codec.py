@@ -81,8 +81,9 @@ class Codec:
     measure
         ``"full"``: errors are measured on the reconstruction, after the final cast.
         ``"coefficients"``: on the coefficients, which saves the encoder the second product.
+        ``"none"``: not at all.
     backend
-        ``"auto"``, ``"cpu"`` or ``"cuda"``.
+        ``"cpu"``, ``"cuda"``, or ``"auto"``: CUDA for tensors on a CUDA device, else the CPU.
     plan
         A plan made before, instead of a target: steps then stay as planned.
         ``dataclasses.replace`` with a new target takes ``plan=None`` as well.
@@ -122,7 +123,7 @@ class Codec:
         for name, value, accepted in (
             ("coder", self.coder, [c.name.lower() for c in Coder]),
             ("out_dtype", self.out_dtype, [d.label for d in DType]),
-            ("measure", self.measure, ["full", "coefficients"]),
+            ("measure", self.measure, ["full", "coefficients", "none"]),
             ("backend", self.backend, ["auto", "cpu", "cuda"]),
         ):
             if value is not None and value not in accepted:

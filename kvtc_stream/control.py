@@ -67,7 +67,7 @@ class SectionControl:
     """Rate control of a section's bytes or errors, one block after the other."""
 
     def __init__(self, control: RateControl, *, of_errors: bool) -> None:
-        self._control, self._of_errors = control, of_errors
+        self._control, self.of_errors = control, of_errors
 
     def choose(
         self,
@@ -77,6 +77,24 @@ class SectionControl:
     ) -> float:
         """The offset for a block; the functions give its payload and its tokens' errors at one."""
 
+        return self._control.choose(tokens, self._amounts(bytes_at, errors_at))
+
+    def expect(
+        self,
+        offset: float,
+        tokens: int,
+        bytes_at: Callable[[float], float],
+        errors_at: Callable[[float], _Errors],
+    ) -> None:
+        """Count a block before it is coded, by what it should take; arguments as before.
+
+        For those who choose for many blocks at a time, and then :meth:`restore` what was before.
+        """
+        self._control.record(offset, tokens, self._amounts(bytes_at, errors_at)(offset))
+
+    def _amounts(
+        self, bytes_at: Callable[[float], float], errors_at: Callable[[float], _Errors]
+    ) -> Callable[[float], _Amounts]:
         def errors(offset: float) -> _Amounts:
             found = errors_at(offset)
             return np.array(
@@ -86,13 +104,13 @@ class SectionControl:
         def size(offset: float) -> _Amounts:
             return bytes_at(offset) + _RECORD_BYTES
 
-        return self._control.choose(tokens, errors if self._of_errors else size)
+        return errors if self.of_errors else size
 
     def record(self, offset: float, block: Block) -> None:
         """Count a block that was coded with an offset."""
         tokens, errors = block.coded_tokens, block.errors
         means = np.array([errors.k_mean, errors.v_mean])
-        amounts = means * tokens if self._of_errors else float(len(block.coded) + _RECORD_BYTES)
+        amounts = means * tokens if self.of_errors else float(len(block.coded) + _RECORD_BYTES)
         self._control.record(offset, tokens, amounts)
 
     def state(self) -> dict[str, Any]:
@@ -101,14 +119,37 @@ class SectionControl:
 
     def restore(self, state: Any) -> None:
         """Go on where another was in :meth:`state`; ``ValueError`` if it cannot have been."""
-        self._control.restore(state, 2 if self._of_errors else 1)
+        self._control.restore(state, 2 if self.of_errors else 1)
 
 
-class IndependentControl(SectionControl):
+class _Memoryless(SectionControl):
+    """Blocks do not depend on one another."""
+
+    of_errors = False
+
+    def __init__(self) -> None:
+        """There is nothing to remember."""
+
+    def expect(self, *_: Any) -> None:
+        """Nothing."""
+
+    def record(self, offset: float, block: Block) -> None:
+        """Nothing."""
+
+    def state(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def restore(self, state: Any) -> None:
+        """Nothing."""
+
+
+class IndependentControl(_Memoryless):
     """Keeps to a target in each block by itself."""
 
     def __init__(self, target: Target, header: StreamHeader, section: int) -> None:
         self._target, self._header, self._section = target, header, section
+        self.of_errors = target.control(header, section).of_errors
 
     def choose(
         self,
@@ -120,11 +161,8 @@ class IndependentControl(SectionControl):
         control = self._target.control(self._header, self._section)
         return control.choose(tokens, bytes_at, errors_at)
 
-    def record(self, offset: float, block: Block) -> None:
-        """Nothing: the next block does not depend on it."""
 
-
-class FittingControl(SectionControl):
+class FittingControl(_Memoryless):
     """The finest step at which a block's payload fits ``budget``, in bytes.
 
     ``fits`` tells whether there was one for the last block.
@@ -153,9 +191,6 @@ class FittingControl(SectionControl):
             else:
                 low = middle
         return high
-
-    def record(self, offset: float, block: Block) -> None:
-        """Nothing: the next block does not depend on it."""
 
 
 def _least_offset(header: StreamHeader, section: int) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -106,15 +107,31 @@ class BlockDecoder:
         self._backend = get_backend(backend)
         self._coders: dict[int, SectionCoder] = {}
 
+    def coder(self, section: int) -> SectionCoder:
+        """That of a section."""
+        if section not in self._coders:
+            self._coders[section] = self._backend.section_coder(
+                self._header, section, self._calibration
+            )
+        return self._coders[section]
+
+    def empty(self, section: int, layers: int, tokens: int) -> tuple[Any, Any]:
+        """The backend's arrays for K and V of so many layers and tokens."""
+        s, dtype = self._header.geometry.sections[section], self._header.out_dtype
+        return (
+            self._backend.empty((layers, *s.k_shape(tokens)[1:]), dtype),
+            self._backend.empty((layers, *s.v_shape(tokens)[1:]), dtype),
+        )
+
+    def output(self, x: Any) -> Any:
+        """What users get of such an array."""
+        return self._backend.output(x, self._header.out_dtype)
+
     def decode(self, block: Block, layers: Sequence[int] | None = None) -> KVBlock:
         """One block, all layers or some (indices into the section's)."""
-        if block.section not in self._coders:
-            self._coders[block.section] = self._backend.section_coder(
-                self._header, block.section, self._calibration
-            )
         if layers is None:
             layers = range(len(self._header.geometry.sections[block.section].layers))
-        k, v = self._coders[block.section].decode(block, layers)
+        k, v = self.coder(block.section).decode(block, layers)
         positions = np.array(block.positions, np.int64)
         if block.cut != (0, 0):
             kept = slice(block.kept.start, block.kept.stop)

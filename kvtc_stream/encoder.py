@@ -40,7 +40,7 @@ from kvtc_stream.formats import (
 )
 from kvtc_stream.formats.coders import compress
 from kvtc_stream.formats.wire import located
-from kvtc_stream.interop import check_positions, layer_list, numpy_dtype
+from kvtc_stream.interop import check_positions
 from kvtc_stream.statistics import StreamStatistics
 
 #: A finished stream whose ratio is below this has gained little: worth a warning.
@@ -208,8 +208,11 @@ class Encoder:
             raise ValueError(f"section must be from 0 to {len(sections) - 1}, found {index}")
         section = sections[index]
         layers = len(section.layers)
-        k_layers, k_dtype = layer_list(k, "k", layers, section.kv_heads, section.k_dim)
-        v_layers, v_dtype = layer_list(v, "v", layers, section.kv_heads, section.v_dim)
+        if not self._sections:
+            self._backend = get_backend(self._codec.backend, k, v)
+        arrays = self._backend.layer_list
+        k_layers, k_dtype = arrays(k, "k", layers, section.kv_heads, section.k_dim)
+        v_layers, v_dtype = arrays(v, "v", layers, section.kv_heads, section.v_dim)
         expected = self._sections[index].dtype if self._sections else k_dtype
         for name, dtype in (("k", k_dtype), ("v", v_dtype)):
             if dtype != expected:
@@ -277,7 +280,8 @@ class Encoder:
                 k, v, positions = verbatim_tokens(stream.read_block(entry), header)
                 taken = 0
                 while taken < len(positions):
-                    taken += state.append(list(k), list(v), positions, taken)
+                    own = [list(map(self._backend.array, x)) for x in (k, v)]
+                    taken += state.append(own[0], own[1], positions, taken)
             else:
                 state.coded_before(entry)
         self._opening = self._writer.start()
@@ -305,7 +309,7 @@ class Encoder:
 
 
 #: K and V per layer [kv_heads, tokens, head_dim], and positions.
-_Chunk = tuple[list[NDArray[Any]], list[NDArray[Any]], NDArray[np.int64]]
+_Chunk = tuple[list[Any], list[Any], NDArray[np.int64]]
 
 
 class _SectionState:
@@ -327,7 +331,7 @@ class _SectionState:
         section = header.geometry.sections[index]
         self.dtype = header.dtype
         self.last_position = -1
-        self._header, self._index = header, index
+        self._header, self._index, self._backend = header, index, backend
         self._coder = backend.section_coder(
             header,
             index,
@@ -343,8 +347,8 @@ class _SectionState:
 
     def append(
         self,
-        k_layers: list[NDArray[Any]],
-        v_layers: list[NDArray[Any]],
+        k_layers: list[Any],
+        v_layers: list[Any],
         positions: NDArray[np.int64],
         first: int,
     ) -> int:
@@ -381,17 +385,17 @@ class _SectionState:
         self._begin, self._end = 0, count
 
     def _allocate(self, tokens: int) -> None:
-        dtype = numpy_dtype(self.dtype)
-        self._k = np.empty(self._section.k_shape(tokens), dtype)
-        self._v = np.empty(self._section.v_shape(tokens), dtype)
+        self._k = self._backend.empty(self._section.k_shape(tokens), self.dtype)
+        self._v = self._backend.empty(self._section.v_shape(tokens), self.dtype)
         self._positions = np.empty(tokens, np.int64)
 
     def ready_blocks(self) -> Iterator[Block]:
         """Blocks that no later token can change."""
         size = self._header.block_tokens
         yield from self._sinks(complete=self.last_position >= self._header.sinks - 1)
-        while self._end - self._begin >= size + self._header.window:
-            yield self._data(size)
+        whole = (self._end - self._begin - self._header.window) // size
+        if whole > 0:
+            yield from self._data(whole * size)
 
     def last_blocks(self) -> Iterator[Block]:
         """Everything that is pending, at the end of the stream."""
@@ -399,7 +403,10 @@ class _SectionState:
         yield from self.ready_blocks()
         while self._end > self._begin:
             tokens = min(self._end - self._begin, self._header.block_tokens)
-            yield self._verbatim(Role.TAIL, tokens) if self._header.window else self._data(tokens)
+            if self._header.window:
+                yield self._verbatim(Role.TAIL, tokens)
+            else:
+                yield from self._data(tokens)
 
     def _leading_sinks(self) -> int:
         pending = self._positions[self._begin : self._end]
@@ -410,18 +417,20 @@ class _SectionState:
         while (sinks := self._leading_sinks()) >= (1 if complete else size):
             yield self._verbatim(Role.SINKS, min(sinks, size))
 
-    def _pop(self, tokens: int) -> tuple[NDArray[Any], NDArray[Any], NDArray[np.int64], int]:
+    def _pop(self, tokens: int) -> tuple[Any, Any, NDArray[np.int64], int]:
         span = slice(self._begin, self._begin + tokens)
         start = self._coded
         self._begin += tokens
         self._coded += tokens
         return self._k[:, :, span], self._v[:, :, span], self._positions[span], start
 
-    def _data(self, tokens: int) -> Block:
+    def _data(self, tokens: int) -> list[Block]:
         return self._coder.encode(*self._pop(tokens))
 
     def _verbatim(self, role: Role, tokens: int) -> Block:
-        return verbatim_block(self._header, self._index, role, *self._pop(tokens))
+        k, v, positions, start = self._pop(tokens)
+        host = [self._backend.to_host(x, self.dtype) for x in (k, v)]
+        return verbatim_block(self._header, self._index, role, host[0], host[1], positions, start)
 
 
 def verbatim_block(

@@ -10,11 +10,13 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from itertools import islice
 from mmap import mmap as MappedMemory  # noqa: N812
 from types import TracebackType
 from typing import Any, BinaryIO, ClassVar, Literal, Self, overload
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvtc_stream.backend import BackendName
 from kvtc_stream.calibration import Calibration
@@ -37,11 +39,13 @@ from kvtc_stream.formats import (
     StreamHeader,
     StreamParser,
 )
-from kvtc_stream.interop import KVArray, as_kv_array, numpy_dtype
+from kvtc_stream.interop import KVArray, as_kv_array
 from kvtc_stream.sources import Growing, Source, open_source
 from kvtc_stream.statistics import StreamStatistics
 from kvtc_stream.storage import File, append_to, atomic_write, write_all
 
+#: Blocks that are decoded together.
+_BLOCKS_AT_A_TIME = 256
 #: Bytes asked of a pipe at a time.
 _READ_SIZE = 1 << 20
 
@@ -361,20 +365,26 @@ class Reader:
         first, last = _span(tokens, self.tokens(section), "tokens")
         geometry = self._header.geometry.sections[section]
         count = len(range(*_span(layers, len(geometry.layers), "layers")))
-        dtype = numpy_dtype(self.header.out_dtype)
         try:
-            k = np.empty((count, *geometry.k_shape(last - first)[1:]), dtype)
-            v = np.empty((count, *geometry.v_shape(last - first)[1:]), dtype)
+            k, v = self._blocks.empty(section, count, last - first)
         except (MemoryError, ValueError):
             raise LimitError(
                 f"the index lists {last - first} tokens, for which there is no memory: read fewer "
                 "at a time"
             ) from None
-        for block in self.blocks(slice(first, last), layers, section):
-            target = slice(block.start - first, block.start - first + block.tokens)
-            k[:, :, target] = block.k
-            v[:, :, target] = block.v
-        return as_kv_array(k), as_kv_array(v)
+        chosen = range(*_span(layers, len(geometry.layers), "layers"))
+        entries = [
+            e for e in self._entries(section) if e.start < last and first < e.start + e.tokens
+        ]
+        assert self._stream is not None
+        blocks = self._stream.read_blocks(entries)
+        while True:
+            with self._lock:
+                self._check_open()
+                some = [(b, _slots(b, first, last)) for b in islice(blocks, _BLOCKS_AT_A_TIME)]
+                if not some:
+                    return self._blocks.output(k), self._blocks.output(v)
+                self._blocks.coder(section).decode_into(some, chosen, k, v)
 
     def blocks(
         self,
@@ -519,6 +529,15 @@ def _span(chosen: slice | None, count: int | None, name: str) -> tuple[int, int]
     if step != 1:
         raise ValueError(f"{name} must be a slice of step 1, found step {step}")
     return start, max(start, stop)
+
+
+def _slots(block: Block, first: int, last: int) -> NDArray[np.int64]:
+    """Where a block's tokens lie among those from ``first`` to ``last``; -1 for others."""
+    slots = np.arange(block.tokens) + (block.start - block.kept.start - first)
+    slots[: block.kept.start] = -1
+    slots[block.kept.stop :] = -1
+    slots[(slots < 0) | (slots >= last - first)] = -1
+    return slots
 
 
 def _some_tokens(block: KVBlock, first: int, last: int) -> KVBlock:

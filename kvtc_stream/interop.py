@@ -11,7 +11,7 @@ All functions are pure and may be called from any thread.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import ml_dtypes
@@ -275,14 +275,32 @@ class KVArray(np.ndarray[Any, np.dtype[Any]]):
         return capsule
 
 
-def as_kv_array(a: npt.NDArray[Any]) -> KVArray:
-    """``a`` as a :class:`KVArray` of the same memory."""
-    return a.view(KVArray)
+def as_kv_array(a: Any) -> Any:
+    """``a`` as a :class:`KVArray` of the same memory; a device's array as it is."""
+    return a.view(KVArray) if isinstance(a, np.ndarray) else a
+
+
+def on_cuda(x: Any) -> bool:
+    """Whether a tensor, or the first of a list of them, says that it is in CUDA memory."""
+    if isinstance(x, list | tuple):
+        return bool(x) and on_cuda(x[0])
+    if isinstance(x, np.ndarray) or not hasattr(x, "__dlpack_device__"):
+        return False
+    try:
+        return int(x.__dlpack_device__()[0]) == 2
+    except Exception:
+        return False  # whoever reads it says what is wrong
 
 
 def layer_list(
-    x: Any, name: str, layers: int, kv_heads: int, head_dim: int
-) -> tuple[list[npt.NDArray[Any]], DType]:
+    x: Any,
+    name: str,
+    layers: int,
+    kv_heads: int,
+    head_dim: int,
+    *,
+    convert: Callable[[Any, str], Any] = to_numpy,
+) -> tuple[list[Any], DType]:
     """K or V of one section as per-layer host arrays.
 
     Parameters
@@ -295,6 +313,9 @@ def layer_list(
         What error messages call it.
     layers, kv_heads, head_dim
         The shape expected.
+    convert
+        What makes an array of a tensor and its name: another than :func:`to_numpy` gives arrays
+        of another kind.
 
     Returns
     -------
@@ -315,9 +336,13 @@ def layer_list(
             raise ValueError(
                 f"{name} is a list of {len(x)} tensors; expected one for each of {layers} layers"
             )
-        arrays = [_one_layer(t, f"{name}[{i}]", kv_heads, head_dim) for i, t in enumerate(x)]
+        expected = {"kv_heads": kv_heads, "tokens": None, "head_dim": head_dim}
+        arrays = [
+            _drop_batch(convert(t, f"{name}[{i}]"), f"{name}[{i}]", expected, axis=0)
+            for i, t in enumerate(x)
+        ]
     else:
-        whole = to_numpy(x, name)
+        whole = convert(x, name)
         expected = {"layers": layers, "kv_heads": kv_heads, "tokens": None, "head_dim": head_dim}
         arrays = list(_drop_batch(whole, name, expected, axis=1))
     dtype = dtype_of(arrays[0].dtype, name)
@@ -335,14 +360,7 @@ def layer_list(
     return arrays, dtype
 
 
-def _one_layer(x: Any, name: str, kv_heads: int, head_dim: int) -> npt.NDArray[Any]:
-    expected = {"kv_heads": kv_heads, "tokens": None, "head_dim": head_dim}
-    return _drop_batch(to_numpy(x, name), name, expected, axis=0)
-
-
-def _drop_batch(
-    array: npt.NDArray[Any], name: str, expected: dict[str, int | None], axis: int
-) -> npt.NDArray[Any]:
+def _drop_batch(array: Any, name: str, expected: dict[str, int | None], axis: int) -> Any:
     """Check the shape against ``expected`` (``None``: any) and take out a batch axis of 1."""
     sizes = list(expected.values())
     shape = list(array.shape)

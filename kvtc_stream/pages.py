@@ -17,7 +17,7 @@ from kvtc_stream.encoder import page_header, verbatim_block
 from kvtc_stream.errors import UnsupportedError
 from kvtc_stream.formats import Block, DType, Role, Rope, StreamHeader
 from kvtc_stream.formats.page import PAGE_OVERHEAD, pack_page, unpack_page
-from kvtc_stream.interop import KVArray, as_kv_array, check_positions, layer_list
+from kvtc_stream.interop import KVArray, as_kv_array, check_positions
 
 #: How often a page is coded again because the estimate of its size was too low.
 _ATTEMPTS = 8
@@ -89,7 +89,8 @@ class PageCodec:
             control = self._fitting = FittingControl(self._header, section)
         elif codec.target is not None:
             control = IndependentControl(codec.target, self._header, section)
-        self._coder = get_backend(codec.backend).section_coder(
+        self._backend = get_backend(codec.backend)
+        self._coder = self._backend.section_coder(
             self._header,
             section,
             codec.calibration,
@@ -186,17 +187,18 @@ class PageCodec:
             )
         return block
 
-    def _chunk(
-        self, k: Any, v: Any, positions: Any
-    ) -> tuple[NDArray[Any], NDArray[Any], NDArray[np.int64]]:
+    def _chunk(self, k: Any, v: Any, positions: Any) -> tuple[Any, Any, NDArray[np.int64]]:
         section = self._header.geometry.sections[self._section]
         layers, dtype = len(section.layers), self._header.dtype
         found = []
         for name, x, dim in (("k", k, section.k_dim), ("v", v, section.v_dim)):
-            values, own = layer_list(x, name, layers, section.kv_heads, dim)
+            values, own = self._backend.layer_list(x, name, layers, section.kv_heads, dim)
             if own is not dtype:
                 raise TypeError(f"{name} is {own.label}, expected {dtype.label}: cast it")
-            found.append(np.stack(values))
+            whole = self._backend.empty((layers, *values[0].shape), own)
+            for layer, value in zip(whole, values, strict=True):
+                layer[:] = value
+            found.append(whole)
         tokens = found[0].shape[2]
         if found[1].shape[2] != tokens:
             raise ValueError(f"k has {tokens} tokens, v has {found[1].shape[2]}")
@@ -208,15 +210,14 @@ class PageCodec:
             positions = np.arange(positions, positions + tokens)
         return found[0], found[1], check_positions(positions, tokens, -1)
 
-    def _code(
-        self, chunk: tuple[NDArray[Any], NDArray[Any], NDArray[np.int64]], most: int
-    ) -> bytes | None:
+    def _code(self, chunk: tuple[Any, Any, NDArray[np.int64]], most: int) -> bytes | None:
         """The page, if it has at most ``most`` bytes."""
         fitting = self._fitting
         if fitting is not None:
             fitting.budget = float(most - PAGE_OVERHEAD - _BLOCK_BYTES)
         for _ in range(_ATTEMPTS if fitting is not None else 1):
-            page = pack_page(self._coder.encode(*chunk, 0), self._header)
+            [block] = self._coder.encode(*chunk, 0)
+            page = pack_page(block, self._header)
             if fitting is not None and not fitting.fits:
                 break
             if len(page) <= most:
@@ -225,8 +226,9 @@ class PageCodec:
                 fitting.budget -= len(page) - most + 4
         return None
 
-    def _raw(self, chunk: tuple[NDArray[Any], NDArray[Any], NDArray[np.int64]]) -> bytes:
-        block = verbatim_block(self._header, self._section, Role.DATA, *chunk, 0)
+    def _raw(self, chunk: tuple[Any, Any, NDArray[np.int64]]) -> bytes:
+        k, v = (self._backend.to_host(x, self._header.dtype) for x in chunk[:2])
+        block = verbatim_block(self._header, self._section, Role.DATA, k, v, chunk[2], 0)
         return pack_page(block, self._header)
 
 

@@ -77,6 +77,8 @@ class UniformPayload:
             )
         lengths = np.frombuffer(block.coded, "<u4", count, _HEAD.size)
         total = int(lengths.sum(dtype=np.uint64))
+        if (lengths % 2).any():
+            raise FormatError(f"{where}: a tile of an odd number of bytes: the writer is at fault")
         if head + total + tail != size:
             raise FormatError(
                 f"{where}: tiles of {total} bytes in a payload that has {size - head - tail} for "

@@ -109,18 +109,21 @@ def scaling_matrices(importances: Sequence[_Pair]) -> list[_Pair] | None:
 
 
 def apply_blocks(
-    x: NDArray[np.float32], blocks: Sequence[NDArray[np.float32]], *, inverse: bool = False
-) -> NDArray[np.float32]:
-    """``x`` [rows, width] times the block-diagonal matrix of ``blocks`` [..., dim, dim]."""
-    out = np.empty_like(x)
+    x: Any, blocks: Sequence[NDArray[np.float32]], *, inverse: bool = False, xp: Any = np
+) -> Any:
+    """``x`` [rows, width] times the block-diagonal matrix of ``blocks`` [..., dim, dim].
+
+    ``x`` and the result are float32 arrays of the module ``xp``.
+    """
+    out = xp.empty_like(x)
     first = 0
     for part in blocks:
         dim = part.shape[-1]
         matrices = part.reshape(-1, dim, dim)
         if inverse:
             matrices = np.linalg.inv(matrices.astype(np.float64)).astype(np.float32)
-        for matrix in matrices:
+        for matrix in xp.asarray(matrices):
             columns = slice(first, first + dim)
-            np.matmul(x[:, columns], matrix, out=out[:, columns])
+            out[:, columns] = x[:, columns] @ matrix
             first += dim
     return out

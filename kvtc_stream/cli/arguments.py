@@ -96,6 +96,7 @@ def _calibrate(commands: Any) -> argparse.ArgumentParser:
         help="keep at most N components (default: all of K and of V apart, 3072 of both together)",
     )
     parser.add_argument("--name", metavar="NAME", help="the model's name, to record")
+    _backend(parser, default="cpu")
     return parser
 
 
@@ -395,9 +396,12 @@ def importance_options(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value is not None}
 
 
-def _backend(parser: argparse.ArgumentParser) -> None:
+def _backend(parser: argparse.ArgumentParser, default: str = "auto") -> None:
     parser.add_argument(
-        "--backend", choices=["auto", "cpu", "cuda"], default="auto", help="(default: auto)"
+        "--backend",
+        choices=["auto", "cpu", "cuda"],
+        default=default,
+        help=f"(default: {default})",
     )
 
 

@@ -23,7 +23,12 @@ def run(args: Namespace) -> int:
     _check(args)
     if not Path(args.output).parent.is_dir():
         raise FileNotFoundError(f"no directory {Path(args.output).parent} for {args.output}")
-    options = {"sinks": args.sinks, "layer_groups": args.layer_groups, "rank": args.rank}
+    options = {
+        "sinks": args.sinks,
+        "layer_groups": args.layer_groups,
+        "rank": args.rank,
+        "backend": args.backend,
+    }
     with terminal.progress() as bars:
         learn = _from_model if args.model else _from_files
         calibration = learn(args, options, bars)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvtc_stream.backend import Measure
+from kvtc_stream.backend import HOPELESS, Measure, block_errors
 from kvtc_stream.calibration import Calibration, Part
 from kvtc_stream.control import Controls
 from kvtc_stream.cpu.coding import BandCoding, Quantised, UniformCoding
@@ -23,18 +22,13 @@ from kvtc_stream.cpu.values import (
     verbatim_planes,
 )
 from kvtc_stream.errors import UnsupportedError
-from kvtc_stream.formats import Block, BlockErrors, PartPlan, Role, StreamHeader
-from kvtc_stream.formats import Measure as MeasureId
+from kvtc_stream.formats import Block, DType, PartPlan, Role, StreamHeader
 from kvtc_stream.formats.coders import compress, decompress
-from kvtc_stream.interop import as_kv_array, numpy_dtype
+from kvtc_stream.interop import as_kv_array, layer_list, numpy_dtype
 
 Float = NDArray[np.float32]
 #: Of K and of V, float64 [tokens].
 _Errors = tuple[NDArray[np.float64], NDArray[np.float64]]
-
-#: A token whose relative error is beyond this is stored verbatim whatever was asked for: what
-#: would come back has nothing to do with it (a vanishing token, say, would become the mean).
-_HOPELESS = 2.0
 
 
 class CpuBackend:
@@ -54,6 +48,28 @@ class CpuBackend:
     ) -> CpuSectionCoder:
         """See :meth:`kvtc_stream.backend.Backend.section_coder`."""
         return CpuSectionCoder(header, section, calibration, max_error, measure, target)
+
+    def layer_list(
+        self, x: Any, name: str, layers: int, kv_heads: int, head_dim: int
+    ) -> tuple[list[Any], DType]:
+        """See :meth:`kvtc_stream.backend.Backend.layer_list`."""
+        return layer_list(x, name, layers, kv_heads, head_dim)
+
+    def array(self, x: NDArray[Any]) -> NDArray[Any]:
+        """See :meth:`kvtc_stream.backend.Backend.array`."""
+        return x
+
+    def empty(self, shape: tuple[int, ...], dtype: DType) -> NDArray[Any]:
+        """See :meth:`kvtc_stream.backend.Backend.empty`."""
+        return np.empty(shape, numpy_dtype(dtype))
+
+    def to_host(self, x: NDArray[Any], dtype: DType) -> NDArray[Any]:
+        """See :meth:`kvtc_stream.backend.Backend.to_host`."""
+        return x
+
+    def output(self, x: NDArray[Any], dtype: DType) -> Any:
+        """See :meth:`kvtc_stream.backend.Backend.output`."""
+        return as_kv_array(x)
 
 
 class _Part:
@@ -118,8 +134,19 @@ class CpuSectionCoder:
 
     def encode(
         self, k: NDArray[Any], v: NDArray[Any], positions: NDArray[np.int64], start: int
-    ) -> Block:
+    ) -> list[Block]:
         """See :meth:`kvtc_stream.backend.SectionCoder.encode`."""
+        size = self._header.block_tokens
+        return [
+            self._encode(
+                k[:, :, i : i + size], v[:, :, i : i + size], positions[i : i + size], start + i
+            )
+            for i in range(0, len(positions), size)
+        ]
+
+    def _encode(
+        self, k: NDArray[Any], v: NDArray[Any], positions: NDArray[np.int64], start: int
+    ) -> Block:
         k32, v32 = to_float32(k, self._k_scale), to_float32(v, self._v_scale)
         coefficients = self._analyse(k32, v32, positions)
 
@@ -130,22 +157,23 @@ class CpuSectionCoder:
         offset = 0.0
         if isinstance(self._coding, UniformCoding):
             quantised, offset = self._uniform(coefficients, full)
-            k_error, v_error = full(quantised)
         else:
             quantised = self._coding.quantise(coefficients)
-            if self._measure == "full":
-                k_error, v_error = full(quantised)
-            else:
-                exact = [array.copy() for array in coefficients]
-                self._coding.dequantise(quantised, coefficients)
-                k_error, v_error = self._coefficient_errors(exact)
+        found: _Errors | None = None
+        if self._measure == "full":
+            found = full(quantised)
+        elif self._measure == "coefficients":
+            exact = [array.copy() for array in coefficients]
+            self._coding.dequantise(quantised, coefficients)
+            found = self._coefficient_errors(exact)
         codable = quantised.representable.copy()
-        # Comparisons are false for tokens that are not finite or have no relative error.
-        bound = _HOPELESS if self._max_error is None else min(_HOPELESS, self._max_error)
-        with np.errstate(invalid="ignore"):
-            codable &= (k_error <= bound) & (v_error <= bound)
-        kept = np.flatnonzero(codable)
-        block = self._block(k, v, positions, start, quantised, kept, k_error, v_error)
+        if found is not None:
+            # Comparisons are false for tokens that are not finite or have no relative error.
+            bound = HOPELESS if self._max_error is None else min(HOPELESS, self._max_error)
+            with np.errstate(invalid="ignore"):
+                codable &= (found[0] <= bound) & (found[1] <= bound)
+        errors = None if found is None else np.stack(found)
+        block = self._block(k, v, positions, start, quantised, np.flatnonzero(codable), errors)
         if self._control is not None:
             self._control.record(offset, block)
         return block
@@ -218,17 +246,12 @@ class CpuSectionCoder:
         start: int,
         quantised: Quantised,
         kept: NDArray[np.int64],
-        k_error: NDArray[np.float64],
-        v_error: NDArray[np.float64],
+        errors: NDArray[np.float64] | None,
     ) -> Block:
         verbatim = np.delete(np.arange(len(positions)), kept)
         coder, coded, coded_size = self._coding.pack(quantised, kept)
         verbatim_coder, verbatim_coded = compress(
             self._header.coder.of_bytes, *verbatim_planes(k[:, :, verbatim], v[:, :, verbatim])
-        )
-        errors = BlockErrors(
-            MeasureId.RECONSTRUCTION if self._measure == "full" else MeasureId.COEFFICIENTS,
-            *(_statistics(k_error[kept]) + _statistics(v_error[kept])),
         )
         return Block(
             section=self._index,
@@ -242,13 +265,26 @@ class CpuSectionCoder:
             coded_size=coded_size,
             verbatim_coder=verbatim_coder,
             verbatim=verbatim_coded,
-            errors=errors,
+            errors=block_errors(self._measure, errors, kept),
         )
 
     def decode(self, block: Block, layers: Sequence[int]) -> tuple[Any, Any]:
         """See :meth:`kvtc_stream.backend.SectionCoder.decode`."""
         exact = self._unpack(block)
         return self._join(block, exact, list(layers))
+
+    def decode_into(
+        self,
+        blocks: Sequence[tuple[Block, NDArray[np.int64]]],
+        layers: Sequence[int],
+        k: NDArray[Any],
+        v: NDArray[Any],
+    ) -> None:
+        """See :meth:`kvtc_stream.backend.SectionCoder.decode_into`."""
+        for block, slots in blocks:
+            wanted = np.flatnonzero(slots >= 0)
+            for found, out in zip(self.decode(block, layers), (k, v), strict=True):
+                out[:, :, slots[wanted]] = found[:, :, wanted]
 
     def decode_layers(self, block: Block) -> Callable[[int], tuple[Any, Any]]:
         """See :meth:`kvtc_stream.backend.SectionCoder.decode_layers`."""
@@ -272,8 +308,10 @@ class CpuSectionCoder:
             for part in self._parts:
                 part.coefficients[:] = 0
             self._coding.unpack(block, kept, [part.coefficients for part in self._parts])
-        if not len(verbatim):
-            return None
+        return self.verbatim(block) if len(verbatim) else None
+
+    def verbatim(self, block: Block) -> tuple[NDArray[Any], NDArray[Any]]:
+        """K and V [layers, kv_heads, verbatim tokens, head_dim] of a block's verbatim tokens."""
         k, v = self._verbatim(block)
         dtype = self._header.out_dtype
         return convert(k, dtype, self._k_scale), convert(v, dtype, self._v_scale)
@@ -361,17 +399,3 @@ def _relative(error: NDArray[np.float64], energy: NDArray[np.float64]) -> NDArra
     """‖x̂−x‖/‖x‖ per token; 0 where nothing was lost, else infinite where ‖x‖ is 0."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(error == 0, 0.0, np.sqrt(error / energy))
-
-
-def _statistics(errors: NDArray[np.float64]) -> tuple[float, float]:
-    """Mean and worst, rounded up to binary32 so that the record stays a bound."""
-    if len(errors) == 0:
-        return 0.0, 0.0
-    return _round_up(float(errors.mean())), _round_up(float(errors.max()))
-
-
-def _round_up(value: float) -> float:
-    rounded = np.float32(value)
-    if float(rounded) < value:
-        rounded = np.nextafter(rounded, np.float32(math.inf))
-    return float(rounded)

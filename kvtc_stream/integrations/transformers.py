@@ -154,7 +154,7 @@ def calibrate(
     name, revision
         As for :func:`model_identity`.
     options
-        Of :class:`kvtc_stream.Calibrator`: ``bases``, ``sinks``, ...
+        Of :class:`kvtc_stream.Calibrator`: ``bases``, ``backend``, ...
 
     Raises
     ------
@@ -191,15 +191,19 @@ def calibrate(
     if importance == "queries" and judged:
         options["weights"] = _query_weights(model, judged, advance)
     calibrator = kvtc.Calibrator(geometry_of(model), model=identity, **options)
+
+    def readable(layers: Sequence[Tensor]) -> list[Tensor]:
+        return [x if calibrator.backend == "cuda" else x.cpu() for x in layers]
+
     if importance == "gradients":
         for i, document in enumerate(judged):
             for section, *tensors in capture_gradients(model, document, seed=seed + i):
-                k, v, grad_k, grad_v = ([x.cpu() for x in layers] for layers in tensors)
+                k, v, grad_k, grad_v = map(readable, tensors)
                 calibrator.update_gradients(k, v, grad_k, grad_v, section=section)
             advance(document)
     for document in documents:
         for section, k, v in capture(model, document):
-            calibrator.update([x.cpu() for x in k], [x.cpu() for x in v], section=section)
+            calibrator.update(readable(k), readable(v), section=section)
         advance(document)
     return calibrator.finish()
 

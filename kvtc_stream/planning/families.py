@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numba
 import numpy as np
@@ -26,8 +27,6 @@ STEPS_PER_OCTAVE = 4
 _PRIOR = 16.0
 #: Most components whose histograms the families are fitted to.
 _FITTED = 64
-#: Components that are measured together; they need 1 MiB each with 48 steps and 16 classes.
-_CHUNK = 16
 _ITERATIONS = 12
 #: Most histograms that the families are fitted to, spread over components, steps and classes.
 _HISTOGRAMS = 8192
@@ -68,6 +67,64 @@ class FamilyTables:
     energy: npt.NDArray[np.float64]
 
 
+class SymbolCounter:
+    """Counts symbols on the CPU. Has no state; safe across threads.
+
+    Attributes
+    ----------
+    xp
+        The array module of the counts, and of what is computed from them.
+    components
+        That are measured together; they need 1 MiB each with 48 steps and 16 classes.
+    workers
+        Threads that measure at the same time.
+    """
+
+    xp: Any = np
+    components = 16
+    workers = os.cpu_count() or 1
+
+    def __call__(
+        self,
+        x: npt.NDArray[np.float32],
+        weights: npt.NDArray[np.float64],
+        deltas: npt.NDArray[np.float64],
+        present: npt.NDArray[np.intp],
+        bounds: npt.NDArray[np.intp],
+        steps: int,
+    ) -> tuple[Any, npt.NDArray[np.float64]]:
+        """Histograms of all steps and classes, and sums of base steps over all rows.
+
+        Parameters
+        ----------
+        x, weights
+            float32 [rows, components] and float64 [rows], rows by class.
+        deltas
+            float64 [steps + 15]: of each sum of base step and class.
+        present, bounds
+            Class ``present[i]`` has rows ``bounds[i]`` to ``bounds[i + 1]``.
+        steps
+            Base steps.
+
+        Returns
+        -------
+        counts
+            float32 [components, steps + 15, present classes, 256], of ``xp``.
+        sums
+            float64 [components, steps, 3]: of the squared error, of ``x x̂``, and of values that
+            take more than 16 bits.
+        """
+        by_component = np.ascontiguousarray(x.T)
+        counts = np.zeros((len(by_component), deltas.size, present.size, 256), np.float32)
+        sums = np.zeros((len(by_component), steps, 3))
+        _measure(by_component, weights, deltas, present, bounds, counts, sums)
+        return counts, sums
+
+    def get(self, x: Any) -> npt.NDArray[Any]:
+        """A NumPy array with the values of one of ``xp``."""
+        return x  # type: ignore[no-any-return]
+
+
 def fit_families(
     coefficients: npt.NDArray[np.float32],
     classes: npt.NDArray[np.uint8],
@@ -76,6 +133,7 @@ def fit_families(
     steps: int,
     families: int = 64,
     weights: npt.NDArray[np.float32] | None = None,
+    counter: SymbolCounter | None = None,
 ) -> FamilyTables:
     """Fit families to sampled rows, and measure what they cost.
 
@@ -93,6 +151,8 @@ def fit_families(
         Most families, 2…256.
     weights
         float32 [rows]: importance of each row's error, not negative; 1 by default.
+    counter
+        Where symbols are counted: on the CPU by default.
 
     Raises
     ------
@@ -103,9 +163,11 @@ def fit_families(
     -----
     The histogram of a class counts all rows, quantised alike, as 16 more of its own, so that a
     class with few rows, or none, has usable families. Symbols are rounded in float64, ties to
-    even, and saturate at ±(2³¹ - 1). Runs on all CPUs; on one
-    machine equal arguments give equal tables.
+    even, and saturate at ±(2³¹ - 1). Runs on all CPUs, or where ``counter`` does; on one machine
+    equal arguments give equal tables.
     """
+    counter = counter or SymbolCounter()
+    xp = counter.xp
     importance = _checked(coefficients, classes, weights)
     if not (1e-30 <= unit <= 1e30 and 1 <= steps <= 256 and 2 <= families <= 256):
         raise ValueError(
@@ -119,42 +181,45 @@ def fit_families(
     bounds = np.append(0, np.cumsum(class_rows[present]))
     deltas = unit * np.exp2(np.arange(steps + CLASSES - 1) / STEPS_PER_OCTAVE)
 
-    def measure(
-        chosen: npt.NDArray[np.intp],
-    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float64]]:
-        by_component = np.ascontiguousarray(coefficients[:, chosen][order].T)
-        counts = np.zeros((chosen.size, deltas.size, present.size, 256), np.float32)
-        sums = np.zeros((chosen.size, steps, 3))
-        _measure(by_component, importance[order], deltas, present, bounds, counts, sums)
-        return counts, sums
+    by_class, of_rows = coefficients[order], importance[order]
+
+    def measure(chosen: npt.NDArray[np.intp]) -> tuple[Any, npt.NDArray[np.float64]]:
+        return counter(by_class[:, chosen], of_rows, deltas, present, bounds, steps)
 
     # Denser at the front: the first components, of most variance, differ most and cost most.
     fitted = min(components, _FITTED)
     counts, _ = measure(np.unique(np.arange(fitted) ** 2 * components // fitted**2))
-    histograms = _of_classes(counts, present, steps, rows)[:, :, present].reshape(-1, 256)
-    frequencies = _fit(histograms[:: -(-len(histograms) // _HISTOGRAMS)], families)
-    bits = Families(frequencies).bits.T.copy()
+    histograms = _of_classes(counts, present, steps, rows, xp)
+    histograms = histograms[:, :, xp.asarray(present)].reshape(-1, 256)
+    histograms = counter.get(histograms[:: -(-len(histograms) // _HISTOGRAMS)])
+    frequencies = _fit(histograms, families)
+    bits = xp.asarray(Families(frequencies).bits.T.copy())
 
     ids = np.empty((steps, CLASSES, components), np.uint8)
     rate = np.empty((steps, components), np.float32)
     sums = np.empty((components, steps, 3))
 
     def assign(first: int) -> None:
-        chosen = np.arange(first, min(first + _CHUNK, components))
+        chosen = np.arange(first, min(first + counter.components, components))
         counts, sums[chosen] = measure(chosen)
         costs = (counts.reshape(-1, 256) @ bits).reshape(*counts.shape[:-1], -1)
         # The cost is linear in the histogram, so costs are smoothed as histograms are.
-        best = _of_classes(costs, present, steps, rows).argmin(axis=-1)
-        ids[:, :, chosen] = best.transpose(1, 2, 0)
+        best = _of_classes(costs, present, steps, rows, xp).argmin(axis=-1)
+        ids[:, :, chosen] = counter.get(best.astype(np.uint8)).transpose(1, 2, 0)
         total = 32 * sums[chosen, :, 2]  # values beyond 16 bits
-        for i, k in enumerate(present):
+        for i, k in enumerate(present.tolist()):
             of_class = costs[:, k : k + steps, i]
-            total += np.take_along_axis(of_class, best[:, :, k, None], -1)[..., 0]
+            total += counter.get(xp.take_along_axis(of_class, best[:, :, k, None], -1)[..., 0])
         rate[:, chosen] = total.T / rows
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for _ in pool.map(assign, range(0, components, _CHUNK)):
-            pass
+    firsts = range(0, components, counter.components)
+    if counter.workers == 1:
+        for first in firsts:
+            assign(first)
+    else:
+        with ThreadPoolExecutor(counter.workers) as pool:
+            for _ in pool.map(assign, firsts):
+                pass
     energy = np.array([importance @ np.square(c, dtype=np.float64) for c in coefficients.T]) / rows
     gain = np.divide(
         sums[..., 1] / rows, energy[:, None], out=np.ones(sums.shape[:2]), where=energy[:, None] > 0
@@ -198,18 +263,16 @@ def _checked(
     return weights.astype(np.float64)
 
 
-def _of_classes(
-    values: npt.NDArray[np.float32], present: npt.NDArray[np.intp], steps: int, rows: int
-) -> npt.NDArray[np.float32]:
+def _of_classes(values: Any, present: npt.NDArray[np.intp], steps: int, rows: int, xp: Any) -> Any:
     """[components, steps, 16, n] of base steps and classes, smoothed towards that of all rows.
 
     ``values`` is [components, steps + 15, present classes, n] sums over the rows of a class.
     """
     prior = values.sum(axis=2) * _F32(_PRIOR / rows)
-    out = np.empty((len(values), steps, CLASSES, values.shape[-1]), np.float32)
+    out = xp.empty((len(values), steps, CLASSES, values.shape[-1]), np.float32)
     for k in range(CLASSES):
         out[:, :, k] = prior[:, k : k + steps]
-    for i, k in enumerate(present):
+    for i, k in enumerate(present.tolist()):
         out[:, :, k] += values[:, k : k + steps, i]
     return out
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from kvtc_stream.arrays import HOST, Array, HostArrays
 from kvtc_stream.calibration import Part, UniformTables
 from kvtc_stream.importance import MIDDLE, TokenImportance, classes_of, fit
 from kvtc_stream.planning.families import STEPS_PER_OCTAVE, fit_families
@@ -32,10 +33,11 @@ def unit_of(parts: Sequence[Part]) -> float:
 
 def uniform_tables(
     part: Part,
-    rows: NDArray[np.float32],
+    rows: Array,
     unit: float,
     split: int,
-    pairs: tuple[NDArray[np.float32], NDArray[np.float32]] | None,
+    pairs: tuple[Array, Array] | None,
+    arrays: HostArrays = HOST,
 ) -> UniformTables:
     """Measure the tables of a part.
 
@@ -44,27 +46,32 @@ def uniform_tables(
     part
         With components, and weights if there are any.
     rows
-        float32 [rows, width]: a sample, means included.
+        float32 [rows, width] of ``arrays``: a sample, means included.
     unit
         See :func:`unit_of`.
     split
         Columns before this are of K, the others of V.
     pairs
         Rows [n, width] and gradients of a loss with respect to them, if there are any.
+    arrays
+        Where it is done.
     """
-    components = part.components.astype(np.float32)
+    xp = arrays.xp
+    mean = arrays.put(part.mean)
+    components = arrays.put(part.components).astype(np.float32)
     analysis = synthesis = components
     if part.k_weights is not None and part.v_weights is not None:
         weights = (part.k_weights, part.v_weights)
-        analysis = apply_blocks(components, weights)
-        synthesis = apply_blocks(components, weights, inverse=True)
+        analysis = apply_blocks(components, weights, xp=xp)
+        synthesis = apply_blocks(components, weights, inverse=True, xp=xp)
     with np.errstate(over="ignore", invalid="ignore"):
-        projected = (rows - part.mean) @ analysis.T
-        sound = np.isfinite(projected).all(axis=1)
-    rows, coefficients = rows[sound], np.ascontiguousarray(projected[sound], np.float32)
+        projected = (rows - mean) @ analysis.T
+        sound = xp.isfinite(projected).all(axis=1)
+    rows, measured = rows[sound], xp.ascontiguousarray(projected[sound], np.float32)
+    coefficients = arrays.get(measured)
     importance = None
     if pairs is not None:
-        importance = _importance(part, analysis, synthesis, *pairs)
+        importance = _importance(part, mean, analysis, synthesis, *pairs, arrays)
     weights_of_rows = None
     classes = np.full(len(rows), MIDDLE, np.uint8)
     if importance is not None:
@@ -72,47 +79,60 @@ def uniform_tables(
         classes = classes_of(logarithm)
         weights_of_rows = np.exp(logarithm.clip(-_WEIGHT_LOG, _WEIGHT_LOG))
         weights_of_rows /= weights_of_rows.mean()
-    families = fit_families(coefficients, classes, unit=unit, steps=STEPS, weights=weights_of_rows)
+    families = fit_families(
+        coefficients,
+        classes,
+        unit=unit,
+        steps=STEPS,
+        weights=weights_of_rows,
+        counter=arrays.counter,
+    )
     few = slice(0, _ERROR_ROWS)
-    errors = _errors(rows[few], part.mean, coefficients[few], classes[few], synthesis, unit, split)
+    errors = _errors(rows[few], mean, measured[few], classes[few], synthesis, unit, split, arrays)
     return UniformTables(unit, families, *errors, importance)
 
 
 def _importance(
     part: Part,
-    analysis: NDArray[np.float32],
-    synthesis: NDArray[np.float32],
-    rows: NDArray[np.float32],
-    gradients: NDArray[np.float32],
+    mean: Array,
+    analysis: Array,
+    synthesis: Array,
+    rows: Array,
+    gradients: Array,
+    arrays: HostArrays,
 ) -> TokenImportance | None:
+    xp = arrays.xp
     # A coefficient's gradient is that of its direction in the synthesis.
     with np.errstate(over="ignore", invalid="ignore"):
-        norms = np.square(gradients @ synthesis[:_IMPORTANT].T, dtype=np.float64).sum(axis=1)
-        coefficients = (rows - part.mean) @ analysis.T
-        sound = np.isfinite(norms) & np.isfinite(coefficients).all(axis=1)
-    return fit(coefficients[sound], part.spectrum, norms[sound])
+        norms = xp.square(gradients @ synthesis[:_IMPORTANT].T, dtype=np.float64).sum(axis=1)
+        coefficients = (rows - mean) @ analysis.T
+        sound = xp.isfinite(norms) & xp.isfinite(coefficients).all(axis=1)
+    return fit(arrays.get(coefficients[sound]), part.spectrum, arrays.get(norms[sound]))
 
 
 def _errors(
-    rows: NDArray[np.float32],
-    mean: NDArray[np.float32],
-    coefficients: NDArray[np.float32],
+    rows: Array,
+    mean: Array,
+    coefficients: Array,
     classes: NDArray[np.uint8],
-    synthesis: NDArray[np.float32],
+    synthesis: Array,
     unit: float,
     split: int,
+    arrays: HostArrays,
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Relative errors of K and of V at every base step: measured at some, else interpolated."""
+    xp = arrays.xp
     measured = np.unique(np.append(np.arange(0, STEPS, _ERROR_STEPS), STEPS - 1))
     exact = rows - mean
+    energy = xp.square(rows, dtype=np.float64)
+    of_class = arrays.put(classes[:, None].astype(np.float64))
     found = np.zeros((2, len(measured)))
-    for i, j in enumerate(measured):
-        steps = unit * np.exp2((j + classes[:, None].astype(np.float32)) / STEPS_PER_OCTAVE)
-        decoded = (np.rint(coefficients / steps) * steps).astype(np.float32) @ synthesis
-        difference = np.square(decoded - exact, dtype=np.float64)
-        energy = np.square(rows, dtype=np.float64)
+    for i, j in enumerate(measured.tolist()):
+        steps = unit * xp.exp2((j + of_class) / STEPS_PER_OCTAVE)
+        decoded = (xp.rint(coefficients / steps) * steps).astype(np.float32) @ synthesis
+        difference = xp.square(decoded - exact, dtype=np.float64)
         for kind, columns in enumerate((slice(0, split), slice(split, None))):
-            lost, of = difference[:, columns].sum(axis=1), energy[:, columns].sum(axis=1)
+            lost, of = (arrays.get(x[:, columns].sum(axis=1)) for x in (difference, energy))
             found[kind, i] = np.sqrt(lost[of > 0] / of[of > 0]).sum() / max(len(rows), 1)
     found = np.maximum.accumulate(np.nan_to_num(found), axis=1)
     k, v = (np.interp(np.arange(STEPS), measured, errors).astype(np.float32) for errors in found)

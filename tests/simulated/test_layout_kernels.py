@@ -1,7 +1,8 @@
-"""The layout kernels against the CPU's: pages of each dtype, with RoPE of several kinds."""
+"""The layout kernels against the CPU's: slots of each dtype, with RoPE of several kinds."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,39 +16,70 @@ from kvtc_stream.gpu.simulator import simulate
 from kvtc_stream.interop import numpy_dtype
 
 Array = npt.NDArray[Any]
+DType = kvtc.DType
 
-HEADS, DIM, SLOTS = 2, 7, 9
-_ROPE = kvtc.Rope.from_theta(1e4, 4)
-SECTION = kvtc.Section(
-    (0, 1, 2),
-    HEADS,
-    DIM,
-    DIM,
-    (_ROPE, kvtc.Rope((0.7, 0.3, 0.1), True, 1.2), None),
-)
-LAYERS = len(SECTION.layers)
-WIDTH = LAYERS * HEADS * DIM
+HEADS, SLOTS = 2, 9
 #: Where tokens are; one of them is nowhere.
 PLACES = np.array([7, 0, -1, 3, 8], np.int64)
 TOKENS, GONE = len(PLACES), 2
 POSITIONS = np.array([0, 3, 100, 7000, 7001], np.int64)
-_GRID = (1, LAYERS * HEADS)
-_LAYERS = np.arange(LAYERS, dtype=np.int32)
 
 
-def _pages(dtype: kvtc.DType, values: Array) -> tuple[list[Array], Array]:
-    """[SLOTS, HEADS, DIM] a layer, of [layers, heads, tokens, dim]; and their addresses."""
-    pages = [np.ones((SLOTS, HEADS, DIM), numpy_dtype(dtype)) for _ in range(LAYERS)]
-    for page, layer in zip(pages, values, strict=True):
-        for place, token in zip(PLACES, layer.transpose(1, 0, 2), strict=True):
-            if place >= 0:
-                page[place] = token.astype(page.dtype)
-    return pages, np.array([page.ctypes.data for page in pages], np.uint64)
+def _section(wide: bool) -> kvtc.Section:
+    """3 layers; of the wide kernels, all RoPE pairs the halves of whole keys."""
+    dim = 32 if wide else 7
+    halves = kvtc.Rope.from_theta(1e4, dim if wide else 4)
+    other = kvtc.Rope(tuple(f / 8 for f in halves.inv_freq), not wide, 1.2)
+    return kvtc.Section((0, 1, 2), HEADS, dim, dim, (halves, other, None))
 
 
-def _ropes(sign: int) -> list[Array]:
-    """Cosines, sines, tables, pairs and interleaved."""
-    ropes = [r for r in SECTION.rope if r is not None]
+@dataclass
+class Case:
+    """Slots of a layer each, and what all kernels are told of them."""
+
+    wide: bool
+    dtype: DType
+    sign: int
+
+    def __post_init__(self) -> None:
+        self.section = _section(self.wide)
+        self.dim = self.section.k_dim
+        self.shape = (3, HEADS, TOKENS, self.dim)
+        self.width = 3 * HEADS * self.dim
+        self.slots = np.ones((3, SLOTS, HEADS, self.dim), numpy_dtype(self.dtype))
+        self.entries = np.array(
+            [
+                [of_layer.ctypes.data, HEADS * self.dim, self.dim, HEADS, self.dim, table, at, row]
+                for row, (of_layer, table, at) in enumerate(
+                    zip(self.slots, (0, 1, -1), range(0, self.width, HEADS * self.dim), strict=True)
+                )
+            ],
+            np.int64,
+        )
+        self.rotations = cpu.Rotations.of(self.section, POSITIONS, inverse=self.sign < 0)
+        self.cosines, self.sines = _rotations(self.section, self.sign)
+        np.testing.assert_array_equal(self.cosines, self.rotations.cos)
+        np.testing.assert_array_equal(self.sines, self.rotations.sin)
+
+    @property
+    def common(self) -> list[Any]:
+        """The leading arguments."""
+        rotations = [self.rotations.pairs.astype(np.int32), np.array([0, not self.wide], np.int32)]
+        most = self.cosines.shape[2]
+        addresses = [self.cosines.ctypes.data, self.sines.ctypes.data]
+        return [self.entries, PLACES, TOKENS, *addresses, *rotations, most, TOKENS, 0]
+
+    def fill(self, x: Array) -> None:
+        """[layers, heads, tokens, dim] to their slots."""
+        there = PLACES >= 0
+        self.slots[:, PLACES[there]] = x[:, :, there].transpose(0, 2, 1, 3)
+
+    def run(self, kernel: Any, arguments: list[Any]) -> None:
+        simulate(kernel, (1, 3), layout.THREADS, [*self.common, *arguments])
+
+
+def _rotations(section: kvtc.Section, sign: int) -> tuple[Array, Array]:
+    ropes = [r for r in section.rope if r is not None]
     pairs = np.array([len(r.inv_freq) for r in ropes], np.int32)
     frequencies = np.zeros((len(ropes), pairs.max()))
     for row, rope in zip(frequencies, ropes, strict=True):
@@ -56,131 +88,98 @@ def _ropes(sign: int) -> list[Array]:
     scales = np.array([r.scale for r in ropes])
     arguments = [POSITIONS, frequencies, pairs, scales, TOKENS, pairs.max(), sign, cosines, sines]
     simulate(layout.rotations, (1, len(ropes)), layout.THREADS, arguments)
-    expected = cpu.Rotations.of(SECTION, POSITIONS, inverse=sign < 0)
-    np.testing.assert_array_equal(cosines, expected.cos)
-    np.testing.assert_array_equal(sines, expected.sin)
-    tables = np.array([0, 1, -1], np.int32)
-    return [cosines, sines, tables, pairs, np.array([0, 1], np.int32)]
+    return cosines, sines
 
 
-@pytest.mark.parametrize(
-    "dtype",
-    [
-        kvtc.DType.FLOAT32,
-        kvtc.DType.FLOAT16,
-        kvtc.DType.BFLOAT16,
-        kvtc.DType.FLOAT8_E4M3FN,
-    ],
-)
-def test_rows_are_those_of_the_cpu(dtype: kvtc.DType) -> None:
+NARROW = [DType.FLOAT32, DType.FLOAT16, DType.BFLOAT16, DType.FLOAT8_E4M3FN]
+WIDE = [DType.FLOAT16, DType.BFLOAT16]
+KINDS = [*((d, False) for d in NARROW), *((d, True) for d in WIDE)]
+
+
+@pytest.mark.parametrize(("dtype", "wide"), KINDS)
+def test_rows_are_those_of_the_cpu(dtype: DType, wide: bool) -> None:
+    case = Case(wide, dtype, -1)
     rng = np.random.default_rng(5)
-    x = rng.standard_normal((LAYERS, HEADS, TOKENS, DIM)).astype(numpy_dtype(dtype))
-    pages, addresses = _pages(dtype, x)
-    cosines, sines, tables, pairs, interleaved = _ropes(-1)
+    x = rng.standard_normal(case.shape).astype(numpy_dtype(dtype))
+    case.fill(x)
     values = np.zeros(256, np.float32)
-    if pages[0].itemsize == 1:
-        values = np.arange(256, dtype=np.uint8).view(pages[0].dtype).astype(np.float32)
-    scales = rng.uniform(0.5, 2, (LAYERS, HEADS)).astype(np.float32)
-    mean = rng.standard_normal(WIDTH).astype(np.float32)
-    rows = np.full((TOKENS, WIDTH), np.nan, np.float16).view(np.uint16)
-    strides = [HEADS * DIM, DIM]
-    arguments = [addresses, _LAYERS, HEADS, PLACES, *strides, DIM, TOKENS, pairs.max()]
-    arguments += [
-        cosines,
-        sines,
-        tables,
-        pairs,
-        interleaved,
-        TOKENS,
-        0,
-        values,
-        scales,
-        mean,
-        rows,
-        WIDTH,
-    ]
-    simulate(layout.gather(dtype), _GRID, layout.THREADS, arguments)
+    if dtype.is_fp8:
+        values = np.arange(256, dtype=np.uint8).view(numpy_dtype(dtype)).astype(np.float32)
+    scales = np.ones((3, HEADS), np.float32)
+    if not wide:
+        scales[:] = rng.uniform(0.5, 2, scales.shape)
+    mean = rng.standard_normal(case.width).astype(np.float32)
+    rows = np.full((TOKENS, case.width), np.nan, np.float16)
+    arguments = [values, scales, mean.ctypes.data, rows.ctypes.data, case.width]
+    case.run(layout.gather(dtype, wide), arguments)
 
-    expected = np.empty((TOKENS, WIDTH), np.float32)
+    expected = np.empty((TOKENS, case.width), np.float32)
     scaled = x.astype(np.float32) * scales[:, :, None, None]
-    rotations = cpu.Rotations.of(SECTION, POSITIONS, inverse=True)
-    cpu.gather(scaled, np.arange(LAYERS), rotations, expected)
-    found = rows.view(np.float16)
-    assert np.isnan(found[GONE]).all()
-    np.testing.assert_allclose(
-        np.delete(found, GONE, 0).astype(np.float32),
-        np.delete(expected - mean, GONE, 0).astype(np.float16).astype(np.float32),
-        rtol=2**-10,
-        atol=1e-6,
+    cpu.gather(scaled, np.arange(3), case.rotations, expected)
+    assert np.isnan(rows[GONE]).all()
+    found, exact = (
+        np.delete(y, GONE, 0).astype(np.float32) for y in (rows, (expected - mean).astype("f2"))
     )
+    np.testing.assert_allclose(found, exact, rtol=2**-10, atol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [kvtc.DType.FLOAT32, kvtc.DType.FLOAT16, kvtc.DType.BFLOAT16])
-def test_tensors_are_those_of_the_cpu(dtype: kvtc.DType) -> None:
+@pytest.mark.parametrize(("dtype", "wide"), [k for k in KINDS if not k[0].is_fp8])
+def test_tensors_are_those_of_the_cpu(dtype: DType, wide: bool) -> None:
+    case = Case(wide, dtype, 1)
     rng = np.random.default_rng(6)
-    rows = rng.standard_normal((TOKENS, WIDTH)).astype(np.float16)
-    mean = rng.standard_normal(WIDTH).astype(np.float32)
+    rows = rng.standard_normal((TOKENS, case.width)).astype(np.float16)
+    mean = rng.standard_normal(case.width).astype(np.float32)
     steps = rng.uniform(0.5, 2, TOKENS).astype(np.float32)
-    pages, addresses = _pages(dtype, np.zeros((LAYERS, HEADS, TOKENS, DIM)))
-    cosines, sines, tables, pairs, interleaved = _ropes(1)
-    columns = _LAYERS * np.int32(HEADS * DIM)
     overflow = np.zeros(1, np.int32)
-    strides = [HEADS * DIM, DIM]
-    arguments = [addresses, _LAYERS, HEADS, PLACES, *strides, DIM, TOKENS, pairs.max()]
-    arguments += [cosines, sines, tables, pairs, interleaved, TOKENS, 0, columns, steps, 0.5, mean]
-    arguments += [rows.view(np.uint16), WIDTH, overflow]
-    simulate(layout.scatter(dtype), _GRID, layout.THREADS, arguments)
+    arguments = [steps, 0.5, mean.ctypes.data, rows.ctypes.data, case.width, overflow]
+    case.run(layout.scatter(dtype, wide), arguments)
 
-    expected = np.empty((LAYERS, HEADS, TOKENS, DIM), np.float32)
+    out = np.empty(case.shape, np.float32)
     values = rows.astype(np.float32) * (steps * np.float32(0.5))[:, None] + mean
-    cpu.scatter(values, cpu.Rotations.of(SECTION, POSITIONS, inverse=False), expected)
-    wanted, _ = _pages(dtype, expected)
-    tolerance = np.finfo(np.float32).eps if dtype is kvtc.DType.FLOAT32 else 0
-    for page, of_cpu in zip(pages, wanted, strict=True):
-        found, exact = page.astype(np.float32), of_cpu.astype(np.float32)
-        np.testing.assert_allclose(found, exact, rtol=tolerance)
+    cpu.scatter(values, case.rotations, out)
+    wanted = Case(wide, dtype, 1)
+    wanted.fill(out.astype(numpy_dtype(dtype)))
+    found, exact = (x.slots.astype(np.float32) for x in (case, wanted))
+    last_place = {DType.FLOAT32: 2**-22, DType.FLOAT16: 2**-10, DType.BFLOAT16: 2**-7}[dtype]
+    np.testing.assert_allclose(found, exact, rtol=last_place, atol=1e-6)
     assert not overflow[0]
+    rows[GONE - 1, 3] = np.inf
+    case.run(layout.scatter(dtype, wide), arguments)
+    assert overflow[0]
 
 
-def test_errors_are_those_of_what_scatter_writes() -> None:
+@pytest.mark.parametrize(("dtype", "wide"), [(DType.FLOAT32, False), (DType.BFLOAT16, True)])
+def test_errors_are_those_of_what_scatter_writes(dtype: DType, wide: bool) -> None:
+    case = Case(wide, dtype, 1)
     rng = np.random.default_rng(7)
-    shape = (LAYERS, HEADS, TOKENS, DIM)
-    rows = rng.standard_normal((TOKENS, WIDTH)).astype(np.float16)
-    mean = np.zeros(WIDTH, np.float32)
-    steps, scales = np.ones(TOKENS, np.float32), np.ones((LAYERS, HEADS), np.float32)
-    pages, addresses = _pages(kvtc.DType.FLOAT32, rng.standard_normal(shape))
-    cosines, sines, tables, pairs, interleaved = _ropes(1)
-    lost, energy = np.full((2, LAYERS * HEADS, TOKENS), -1, np.float32)
-    strides = [HEADS * DIM, DIM]
-    arguments = [addresses, _LAYERS, HEADS, PLACES, *strides, DIM, TOKENS, pairs.max()]
-    arguments += [cosines, sines, tables, pairs, interleaved, TOKENS, 0, np.zeros(256, np.float32)]
-    arguments += [scales, steps, 1.0, mean, rows.view(np.uint16), WIDTH, lost, energy, TOKENS]
-    kernel = layout.errors(kvtc.DType.FLOAT32, kvtc.DType.BFLOAT16)
-    simulate(kernel, _GRID, layout.THREADS, arguments)
+    rows = rng.standard_normal((TOKENS, case.width)).astype(np.float16)
+    case.fill(rng.standard_normal(case.shape).astype(case.slots.dtype))
+    mean = np.zeros(case.width, np.float32)
+    steps, scales = np.ones(TOKENS, np.float32), np.ones((3, HEADS), np.float32)
+    lost, energy = np.full((2, 3, TOKENS), -1, np.float32)
+    arguments = [np.zeros(256, np.float32), scales, steps, 1.0, mean.ctypes.data]
+    arguments += [rows.ctypes.data, case.width, lost, energy, TOKENS]
+    case.run(layout.errors(dtype, DType.BFLOAT16, wide), arguments)
 
-    expected = np.empty(shape, np.float32)
-    cpu.scatter(
-        rows.astype(np.float32), cpu.Rotations.of(SECTION, POSITIONS, inverse=False), expected
-    )
-    rounded = expected.astype(numpy_dtype(kvtc.DType.BFLOAT16)).astype(np.float32)
-    for token, slot in enumerate(PLACES):
-        exact = np.stack([page[slot] for page in pages]) * (slot >= 0)
-        error = (rounded[:, :, token] - exact) * (slot >= 0)
-        np.testing.assert_allclose(lost[:, token], (error**2).sum(-1).ravel(), rtol=1e-4)
-        np.testing.assert_allclose(energy[:, token], (exact**2).sum(-1).ravel(), rtol=1e-5)
-
-
-@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.uint32])
-def test_elements_are_copied_to_their_slots(dtype: type) -> None:
-    rng = np.random.default_rng(8)
-    source = rng.integers(2, 200, (LAYERS, HEADS, TOKENS, DIM)).astype(dtype)
-    pages = np.ones((LAYERS, SLOTS, HEADS, DIM), dtype)
-    addresses = np.array([page.ctypes.data for page in pages], np.uint64)
-    arguments = [addresses, HEADS, PLACES, HEADS * DIM, DIM, DIM, TOKENS, source.ctypes.data]
-    kernel = layout.place(source.itemsize)
-    simulate(kernel, (TOKENS, LAYERS * HEADS), 4, arguments)
-    expected = np.ones_like(pages)
+    expected = np.empty(case.shape, np.float32)
+    cpu.scatter(rows.astype(np.float32), case.rotations, expected)
+    rounded = expected.astype(numpy_dtype(DType.BFLOAT16)).astype(np.float32)
     for token, slot in enumerate(PLACES):
         if slot >= 0:
-            expected[:, slot] = source[:, :, token]
-    np.testing.assert_array_equal(pages, expected)
+            exact = case.slots[:, slot].astype(np.float32)
+            error = rounded[:, :, token] - exact
+            np.testing.assert_allclose(lost[:, token], (error**2).sum((1, 2)), rtol=1e-3)
+            np.testing.assert_allclose(energy[:, token], (exact**2).sum((1, 2)), rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [DType.FLOAT32, DType.FLOAT16, DType.FLOAT8_E4M3FN])
+def test_elements_are_copied_to_their_slots(dtype: DType) -> None:
+    case = Case(False, dtype, 1)
+    rng = np.random.default_rng(8)
+    source = rng.integers(-16, 16, case.shape).astype(case.slots.dtype)
+    sources = np.array([x.ctypes.data for x in source], np.int64)
+    kernel = layout.place(source.itemsize)
+    simulate(kernel, (TOKENS, 3), 4, [case.entries, PLACES, TOKENS, sources])
+    expected = Case(False, dtype, 1)
+    expected.fill(source)
+    np.testing.assert_array_equal(case.slots.view(np.uint8), expected.slots.view(np.uint8))

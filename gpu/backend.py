@@ -1,0 +1,365 @@
+"""The CUDA backend: device tensors in and out, the kernels in between.
+
+Everything runs on CuPy's current device and stream. Methods return when the host knows sizes;
+values may still be on their way, as the stream's order tells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import cupy
+import numpy as np
+from numpy.typing import NDArray
+
+from kvtc_stream.backend import HOPELESS, Measure, block_errors
+from kvtc_stream.calibration import Calibration
+from kvtc_stream.control import Controls
+from kvtc_stream.cpu.backend import CpuBackend, CpuSectionCoder
+from kvtc_stream.cpu.values import stored_positions, verbatim_planes
+from kvtc_stream.errors import UnsupportedError
+from kvtc_stream.formats import Block, Coder, DType, Role, StreamHeader
+from kvtc_stream.formats.coders import compress
+from kvtc_stream.gpu import layout
+from kvtc_stream.gpu.decoding import Batch, BlockDecoder, Placed, decode
+from kvtc_stream.gpu.encoding import BATCH_TOKENS, BatchEncoder
+from kvtc_stream.gpu.plan import DevicePlan
+from kvtc_stream.gpu.rope import DeviceRopes
+from kvtc_stream.gpu.tensors import Tensors, entries, to_cupy
+from kvtc_stream.interop import layer_list, numpy_dtype
+
+#: What elements are on the device: their bits.
+_BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32}
+
+
+class CudaBackend:
+    """See :class:`kvtc_stream.backend.Backend`."""
+
+    name = "cuda"
+
+    def section_coder(
+        self,
+        header: StreamHeader,
+        section: int,
+        calibration: Calibration,
+        *,
+        max_error: float | None = None,
+        measure: Measure = "full",
+        target: Controls | None = None,
+    ) -> CudaSectionCoder:
+        """See :meth:`kvtc_stream.backend.Backend.section_coder`."""
+        return CudaSectionCoder(header, section, calibration, max_error, measure, target)
+
+    def layer_list(
+        self, x: Any, name: str, layers: int, kv_heads: int, head_dim: int
+    ) -> tuple[list[Any], DType]:
+        """See :meth:`kvtc_stream.backend.Backend.layer_list`."""
+        arrays, dtype = layer_list(x, name, layers, kv_heads, head_dim, convert=to_cupy)
+        return [a.view(_BITS[dtype.itemsize]) for a in arrays], dtype
+
+    def array(self, x: NDArray[Any]) -> Any:
+        """See :meth:`kvtc_stream.backend.Backend.array`."""
+        return cupy.asarray(np.ascontiguousarray(x).view(_BITS[x.itemsize]))
+
+    def empty(self, shape: tuple[int, ...], dtype: DType) -> Any:
+        """See :meth:`kvtc_stream.backend.Backend.empty`."""
+        return cupy.empty(shape, _BITS[dtype.itemsize])
+
+    def to_host(self, x: Any, dtype: DType) -> NDArray[Any]:
+        """See :meth:`kvtc_stream.backend.Backend.to_host`."""
+        found: NDArray[Any] = cupy.asnumpy(x).view(numpy_dtype(dtype))
+        return found
+
+    def output(self, x: Any, dtype: DType) -> Any:
+        """See :meth:`kvtc_stream.backend.Backend.output`."""
+        return x.view(numpy_dtype(dtype))
+
+
+class CudaSectionCoder:
+    """See :class:`kvtc_stream.backend.SectionCoder`."""
+
+    def __init__(
+        self,
+        header: StreamHeader,
+        section: int,
+        calibration: Calibration,
+        max_error: float | None,
+        measure: Measure,
+        target: Controls | None,
+    ) -> None:
+        plan = header.plan.sections[section]
+        if any(part.bands for part in plan.parts) and not plan.uniform:
+            raise UnsupportedError(
+                "the CUDA backend codes plans with uniform bands, those of the preset 'default': "
+                "use backend='cpu' for others"
+            )
+        if header.out_dtype.is_fp8:
+            raise UnsupportedError(
+                f"the CUDA backend does not decode to {header.out_dtype.label}: choose another "
+                f"out_dtype, or backend='cpu'"
+            )
+        self._header, self._index = header, section
+        self._section = header.geometry.sections[section]
+        self._calibration, self._measure = calibration, measure
+        self._bound = HOPELESS if max_error is None else min(HOPELESS, max_error)
+        if measure == "coefficients":
+            raise UnsupportedError(
+                "the CUDA backend measures errors of the reconstruction, or none: choose "
+                "measure='full' or 'none'"
+            )
+        self._plan: DevicePlan = calibration.cached(
+            ("cuda", cupy.cuda.runtime.getDevice(), section, header.plan.digest),
+            lambda: DevicePlan(calibration, section, plan),
+        )
+        self._decoder = BlockDecoder(self._section, self._plan)
+        self._ropes = DeviceRopes(self._section)
+        self._encoder: BatchEncoder | None = None
+        self._control = None if target is None else target.control(header, section)
+        self._centre = 0.0
+        self._host: CpuSectionCoder | None = None
+
+    @property
+    def _cpu(self) -> CpuSectionCoder:
+        """What copes with the blocks that the device cannot."""
+        if self._host is None:
+            self._host = CpuBackend().section_coder(
+                self._header, self._index, self._calibration, max_error=self._bound
+            )
+        return self._host
+
+    # Encoding.
+
+    def encode(self, k: Any, v: Any, positions: NDArray[np.int64], start: int) -> list[Block]:
+        """See :meth:`kvtc_stream.backend.SectionCoder.encode`."""
+        size, tokens = self._header.block_tokens, len(positions)
+        tensors = [Tensors.of_layers(list(x), self._header.dtype) for x in (k, v)]
+        together = max(1, BATCH_TOKENS // size) * size
+        blocks: list[Block] = []
+        for first in range(0, tokens, together):
+            last = min(first + together, tokens)
+            edges = np.append(np.arange(first, last, size), last)
+            blocks += self._batch(k, v, tensors, positions, start, edges)
+        return blocks
+
+    def _batch(
+        self,
+        k: Any,
+        v: Any,
+        tensors: list[Tensors],
+        positions: NDArray[np.int64],
+        start: int,
+        edges: NDArray[np.int64],
+    ) -> list[Block]:
+        first, last = int(edges[0]), int(edges[-1])
+        if self._encoder is None:
+            scales = None
+            if self._header.scales:
+                of = self._header.scales[self._index]
+                shape = (-1, self._section.kv_heads)
+                scales = np.array([*of.k_scale, *of.v_scale], np.float32).reshape(shape)
+            self._encoder = BatchEncoder(
+                self._section,
+                self._plan,
+                self._header.out_dtype,
+                scales,
+                measure=self._measure == "full",
+                bound=self._bound,
+            )
+        encoder = self._encoder
+        batch = encoder.prepare(
+            tensors[0], tensors[1], np.arange(first, last), positions[first:last], edges - first
+        )
+        offsets = np.zeros(len(edges) - 1)
+        control, before = self._control, None
+        if control is not None:
+            before = control.state()
+            self._choose(encoder, batch, offsets)
+        found = encoder.encode(batch, offsets)
+        blocks = []
+        if before is not None and control is not None:
+            control.restore(before)
+        for i, (begin, end) in enumerate(zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True)):
+            own = slice(begin - first, end - first)
+            where = (k[:, :, begin:end], v[:, :, begin:end], positions[begin:end], start + begin)
+            payload = found.payloads[i]
+            if payload is None:
+                host = [cupy.asnumpy(x).view(numpy_dtype(self._header.dtype)) for x in where[:2]]
+                blocks += self._cpu.encode(host[0], host[1], *where[2:])
+                offset = 0.0
+            else:
+                errors = None if found.errors is None else found.errors[:, own]
+                blocks.append(self._block(*where, payload, found.verbatim[own], errors))
+                offset = float(offsets[i])
+            if control is not None:
+                control.record(offset, blocks[-1])
+        return blocks
+
+    def _choose(self, encoder: BatchEncoder, batch: Any, offsets: NDArray[np.float64]) -> None:
+        """Offsets of a batch's blocks, by what they are expected to take or lose."""
+        control = self._control
+        assert control is not None
+        starts = batch.starts.tolist()
+        sizes = encoder.sizes(batch, self._centre)
+        alone = len(offsets) == 1
+        errors = encoder.errors(batch, self._centre) if control.of_errors else None
+        for i in range(len(offsets)):
+            own = slice(starts[i], starts[i + 1])
+
+            def size(x: float, i: int = i) -> float:
+                # A block by itself may be asked for at any step: see it there.
+                near = abs(x - self._centre) <= 8 or not alone
+                return float((sizes if near else encoder.sizes(batch, x)).at(i, x))
+
+            def error(x: float, own: slice = own) -> tuple[Any, Any]:
+                assert errors is not None
+                return errors.at((0, own), x), errors.at((1, own), x)
+
+            offsets[i] = control.choose(own.stop - own.start, size, error)
+            control.expect(float(offsets[i]), own.stop - own.start, size, error)
+        self._centre = float(np.round(np.mean(offsets)))
+
+    def _block(
+        self,
+        k: Any,
+        v: Any,
+        positions: NDArray[np.int64],
+        start: int,
+        payload: bytes,
+        verbatim: NDArray[np.bool_],
+        errors: NDArray[np.float32] | None,
+    ) -> Block:
+        left_out = np.flatnonzero(verbatim)
+        host = [
+            cupy.asnumpy(x[:, :, left_out] if len(left_out) else x[:, :, :0]).view(
+                numpy_dtype(self._header.dtype)
+            )
+            for x in (k, v)
+        ]
+        verbatim_coder, data = compress(self._header.coder.of_bytes, *verbatim_planes(*host))
+        kept = np.flatnonzero(~verbatim)
+        return Block(
+            section=self._index,
+            role=Role.DATA,
+            start=start,
+            tokens=len(positions),
+            positions=stored_positions(positions),
+            verbatim_tokens=tuple(left_out.tolist()),
+            coder=Coder.RANS if len(kept) else Coder.STORED,
+            coded=payload,
+            coded_size=len(kept) * self._plan.components,
+            verbatim_coder=verbatim_coder,
+            verbatim=data,
+            errors=block_errors(self._measure, errors, kept),
+        )
+
+    # Decoding.
+
+    def decode(self, block: Block, layers: Sequence[int]) -> tuple[Any, Any]:
+        """See :meth:`kvtc_stream.backend.SectionCoder.decode`."""
+        s, chosen = self._section, list(layers)
+        dtype = self._header.out_dtype
+        shape = (len(chosen), s.kv_heads, block.tokens)
+        k, v = (cupy.empty((*shape, d), _BITS[dtype.itemsize]) for d in (s.k_dim, s.v_dim))
+        self.decode_into([(block, np.arange(block.tokens))], chosen, k, v)
+        return k.view(numpy_dtype(dtype)), v.view(numpy_dtype(dtype))
+
+    def decode_into(
+        self,
+        blocks: Sequence[tuple[Block, NDArray[np.int64]]],
+        layers: Sequence[int],
+        k: Any,
+        v: Any,
+    ) -> None:
+        """See :meth:`kvtc_stream.backend.SectionCoder.decode_into`."""
+        dtype = self._header.out_dtype
+        outputs = [
+            x if isinstance(x, Tensors) else Tensors.of_layers(list(x), dtype) for x in (k, v)
+        ]
+        k_out, v_out = (self._spread(x, layers) for x in outputs)
+        placed = [Placed(block, slots.astype(np.int64)) for block, slots in blocks]
+
+        def on_cpu(p: Placed) -> None:
+            self._place(p.slots, *self._cpu.decode(p.block, layers), layers, k_out, v_out)
+
+        coded = [p for p in placed if p.block.coded_tokens]
+        if coded:
+            decode(self._decoder, coded, layers, k_out, v_out, on_cpu)
+        for p in placed:
+            tokens = np.array(p.block.verbatim_tokens, np.int64)
+            if len(tokens):
+                exact = self._cpu.verbatim(p.block)
+                host = [x[list(layers)] for x in exact]
+                self._place(p.slots[tokens], *host, layers, k_out, v_out)
+
+    def _spread(self, out: Tensors, layers: Sequence[int]) -> Tensors:
+        """Addresses by layer of the section; those that are not wanted have none."""
+        from dataclasses import replace
+
+        addresses = [0] * len(self._section.layers)
+        for layer, address in zip(layers, out.addresses, strict=True):
+            addresses[layer] = address
+        return replace(out, addresses=tuple(addresses))
+
+    def _place(
+        self,
+        slots: NDArray[np.int64],
+        k: NDArray[Any],
+        v: NDArray[Any],
+        layers: Sequence[int],
+        k_out: Tensors,
+        v_out: Tensors,
+    ) -> None:
+        """Host values [layers, heads, tokens, dim] to slots."""
+        bits = _BITS[k.itemsize]
+        held = [cupy.asarray(np.ascontiguousarray(x).view(bits)) for x in (k, v)]
+        columns = [(kind, layer, 0) for kind in (0, 1) for layer in layers]
+        sources = [x[i].data.ptr for x in held for i in range(len(layers))]
+        layout.place(k.itemsize)(
+            (len(slots), len(columns)),
+            128,
+            (
+                cupy.asarray(entries(k_out, v_out, columns, self._ropes)),
+                cupy.asarray(slots),
+                len(slots),
+                cupy.asarray(np.array(sources, np.int64)),
+            ),
+        )
+
+    def decode_layers(self, block: Block) -> Callable[[int], tuple[Any, Any]]:
+        """See :meth:`kvtc_stream.backend.SectionCoder.decode_layers`."""
+        if block.verbatim_tokens or not block.coded_tokens:
+            return lambda index: self.decode(block, [index])
+        slots = np.arange(block.tokens)
+        batch = self._decoder.symbols([Placed(block, slots)])
+        if self._faulty(batch):
+            return self._on_device(self._cpu.decode_layers(block))
+        s, dtype = self._section, self._header.out_dtype
+        shape = (1, s.kv_heads, block.tokens)
+
+        def layer(index: int) -> tuple[Any, Any]:
+            k, v = (cupy.empty((*shape, d), _BITS[dtype.itemsize]) for d in (s.k_dim, s.v_dim))
+            k_out, v_out = (
+                self._spread(Tensors.of_layers(list(x), dtype), [index]) for x in (k, v)
+            )
+            self._decoder.values(batch, self._decoder.target([index], k_out, v_out))
+            if int(batch.overflow[0]):
+                return self._on_device(self._cpu.decode_layers(block))(index)
+            return k.view(numpy_dtype(dtype)), v.view(numpy_dtype(dtype))
+
+        return layer
+
+    def _faulty(self, batch: Batch) -> bool:
+        return bool(cupy.asnumpy(batch.faults).any())
+
+    def _on_device(
+        self, decoded: Callable[[int], tuple[Any, Any]]
+    ) -> Callable[[int], tuple[Any, Any]]:
+        def layer(index: int) -> tuple[Any, Any]:
+            k, v = (np.asarray(x) for x in decoded(index))
+            bits = _BITS[k.itemsize]
+            return tuple(
+                cupy.asarray(x.view(bits)).view(numpy_dtype(self._header.out_dtype)) for x in (k, v)
+            )  # type: ignore[return-value]
+
+        return layer
