@@ -1,6 +1,6 @@
 """Random damage to larger streams, decoded: how much is found, and that nothing else happens.
 
-    python benchmarks/damage.py [--mutations 100000] [--output benchmarks/results/damage.json]
+    python benchmarks/damage.py [--mutations 100000] [--backend cuda] [--output FILE]
 
 Streams of 400 tokens, of both presets and every coder, one that was appended to and one that was
 cut; each mutation is one to three changed, lost, repeated, moved or added pieces. Read in turn from
@@ -50,6 +50,7 @@ def streams(calibration: kvtc.Calibration) -> dict[str, bytes]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--mutations", type=int, default=100_000)
+    parser.add_argument("--backend", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -59,14 +60,15 @@ def main() -> None:
     results: dict[str, Any] = {}
     began = time.perf_counter()
     for name, data in samples.items():
-        expected = restore(data, calibration)
+        expected = restore(data, calibration, backend=args.backend)
         count = -(-args.mutations // len(samples))
         errors: dict[str, int] = {}
         harmless = 0
         for i in range(count):
             changed = mutate(data, rng)
             try:
-                if restore(changed, calibration, pipe=i % 2 == 0) != expected:
+                found = restore(changed, calibration, pipe=i % 2 == 0, backend=args.backend)
+                if found != expected:
                     raise SystemExit(f"{name}: other tokens, mutation {i}")
                 harmless += 1
             except kvtc.KVTCError as error:

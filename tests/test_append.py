@@ -20,7 +20,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from strategies import Case, cases
+from strategies import FEWER, Case, cases
 
 import kvtc_stream as kvtc
 from kvtc_stream.formats import RecordType, Role, StreamFile, StreamParser
@@ -41,6 +41,7 @@ def append(file: io.BytesIO, codec: kvtc.Codec, k: Any, v: Any, **options: Any) 
     assert writer.statistics.stream_bytes == len(file.getvalue())
 
 
+@FEWER
 @given(cases(), st.data())
 def test_the_blocks_are_those_of_one_run(case: Case, data: st.DataObject) -> None:
     """However many times the stream is ended and continued, in every section and dtype."""
@@ -124,6 +125,10 @@ def test_what_is_appended_to_must_fit(
         kvtc.open(path, "ab", codec=kvtc.Codec(other.finish(), ratio=4))
     with pytest.raises(TypeError, match="in the stream already"):
         kvtc.open(path, "ab", codec=codec, metadata={})  # type: ignore[call-overload]
+    with pytest.raises(ValueError, match="another RoPE"):
+        kvtc.open(path, "ab", codec=codec, rope=kvtc.Rope.from_theta(5e5, 8))
+    with pytest.raises(ValueError, match="other k_scale and v_scale"):
+        kvtc.open(path, "ab", codec=codec, k_scale=2.0)
     with (
         kvtc.open(path, "ab", codec=codec) as writer,
         pytest.raises(TypeError, match="expected float32 as the stream so far"),
@@ -135,6 +140,23 @@ def test_what_is_appended_to_must_fit(
             kvtc.open(path, "ab", codec=codec)
         assert path.read_bytes() == data
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_scales_of_an_fp8_stream(codec: kvtc.Codec) -> None:
+    shape = codec.calibration.geometry
+    k, v = kvtc.testing.drawn_cache(shape, 60, dtype=kvtc.DType.FLOAT8_E4M3FN)
+    file = io.BytesIO(kvtc.encode(k, v, codec, k_scale=0.5, v_scale=2.0))
+    with kvtc.open(file, "ab", codec=codec, k_scale=0.5, v_scale=2.0) as writer:
+        writer.write(k, v)
+    with kvtc.open(file, calibration=codec.calibration) as reader:
+        np.testing.assert_array_equal(reader.read(slice(0, 4))[0], reader.read(slice(0, 4))[0])
+        assert reader.tokens() == 120
+        tail = reader.read(slice(-5, None))[1]
+    np.testing.assert_array_equal(
+        np.asarray(tail).astype(np.float32), 2 * v[:, :, -5:].astype(np.float32)
+    )
+    with pytest.raises(ValueError, match="other k_scale and v_scale"):
+        kvtc.open(file, "ab", codec=codec, k_scale=0.25)
 
 
 def test_an_exception_cuts_off_what_was_added(

@@ -7,7 +7,7 @@ import itertools
 import json
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -802,6 +802,24 @@ def test_edit_streams(tmp_path, kvtc_command, files):
     assert run.status == 1
     assert "components of a block span all layers" in run.err
     assert kvtc_command("truncate", whole, "--tokens", -1, "-o", first).status == 2
+
+
+def test_encode_appends(tmp_path, kvtc_command, files):
+    out = tmp_path / "a.kvtc"
+    options = ("-c", files.calibration, "-o", out, "--window", 16, "--append")
+    for count in (1, 2):
+        if count == 2:
+            (found,) = plain.read(files.cache)
+            positions = np.arange(TOKENS, 2 * TOKENS)
+            cache = tmp_path / "more.safetensors"
+            plain.write(cache, [replace(found, positions=positions)])
+        run = kvtc_command("encode", files.cache if count == 1 else cache, *options, "--json")
+        assert (run.status, run.json["tokens"]) == (0, count * TOKENS)
+    assert kvtc_command("verify", out, "-c", files.calibration).status == 0
+    run = kvtc_command("encode", cache, *options, "--metadata", '{"a": 1}')
+    assert (run.status, "for new streams" in run.err) == (2, True)
+    run = kvtc_command("encode", cache, *options)
+    assert (run.status, "positions" in run.err) == (1, True)
 
 
 def test_verify_reads_what_was_appended(tmp_path, kvtc_command, files):

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from strategies import Case, cases, encode
+from strategies import FEWER, Case, cases, encode
 
 import kvtc_stream as kvtc
 from kvtc_stream.formats import Role, StreamFile
@@ -79,6 +79,7 @@ def test_cutting_decodes_to_the_tokens(codec, stream, data: st.DataObject) -> No
         np.testing.assert_allclose(k, expected[0][:1, :, a : a + 1], atol=1e-5)
 
 
+@FEWER
 @given(cases(), st.integers(0, 90))
 def test_truncating_any_stream(case: Case, count: int) -> None:
     """Every dtype, section and gap in the positions."""

@@ -147,7 +147,11 @@ LIES: dict[str, tuple[Callable[[bytes], bytes], type[Exception], str]] = {
     "values overflow": (field(0, "f", 3e38), kvtc.FormatError, "not finite"),
     "reserved byte": (field(5, "B", 1), kvtc.FormatError, "reserved byte 1"),
     "no components a tile": (field(6, "H", 0), kvtc.FormatError, "0 components a tile"),
-    "many tiles": (field(6, "H", 1), kvtc.FormatError, "a tile of an odd number|tiles of .* in a payload that has"),
+    "many tiles": (
+        field(6, "H", 1),
+        kvtc.FormatError,
+        "a tile of an odd number|tiles of .* in a payload that has",
+    ),
     "lengths beyond": (field(8, "I", 0xFFFF_FFFE), kvtc.FormatError, "tiles of 4294967294 bytes"),
     "a tile is too short": (
         payload(lambda c: c.__delitem__(slice(40, 42))),

@@ -13,7 +13,7 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from strategies import Case, cases
+from strategies import FEWER, Case, cases
 from test_formats_spec import values
 
 import kvtc_stream as kvtc
@@ -26,6 +26,7 @@ def page_codec(codec: kvtc.Codec, **options: Any) -> kvtc.PageCodec:
     return kvtc.PageCodec(codec, dtype="float32", **options)
 
 
+@FEWER
 @given(cases(), st.integers(0, 10**9))
 def test_pages_of_anything(case: Case, first: int) -> None:
     """Every dtype, preset, section; bounded size; equal bytes; hostile tokens are exact."""
