@@ -338,6 +338,7 @@ class _SectionState:
         section = header.geometry.sections[index]
         self.dtype = header.dtype
         self.last_position = -1
+        self._only_sinks = True
         self._header, self._index, self._backend = header, index, backend
         self._coder = backend.section_coder(
             header,
@@ -376,6 +377,7 @@ class _SectionState:
         """Count a block that another encoder wrote."""
         self._coded = entry.start + entry.tokens
         self.last_position = entry.last_position
+        self._only_sinks &= entry.role is Role.SINKS
 
     def _make_room(self) -> None:
         """Move pending tokens to the front, of larger buffers if a block cannot fit behind them.
@@ -416,6 +418,8 @@ class _SectionState:
                 yield from self._data(tokens)
 
     def _leading_sinks(self) -> int:
+        if not self._only_sinks:  # joined streams may have coded such positions already
+            return 0
         pending = self._positions[self._begin : self._end]
         return int(np.searchsorted(pending, self._header.sinks))
 
