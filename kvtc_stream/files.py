@@ -294,7 +294,8 @@ class Reader:
     """Reads a stream; a context manager and an iterator of blocks. Make one with :func:`open`.
 
     From a seekable file any tokens of any layers can be read, by several threads in turn; from a
-    pipe the blocks come once, in order.
+    pipe the blocks come once, in order, and those of the tail when the pipe ends: until then
+    something may follow that supersedes them.
     """
 
     def __init__(
