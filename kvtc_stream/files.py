@@ -116,7 +116,8 @@ def open(
     end, or until nothing came for so many seconds, which is a ``TruncatedError``.
 
     ``"wb"`` writes a new stream. A path is written atomically: it appears when the writer closes
-    without an exception. ``"ab"`` continues a stream with the codec that it was written with, or
+    without an exception; what a writer that was killed had written is in ``.NAME.partial`` beside
+    it. ``"ab"`` continues a stream with the codec that it was written with, or
     writes a new one to a path where none is: the blocks are those of one uninterrupted run. The
     bytes that are there stay as they are and stand until the new end is whole; an exception cuts
     off what was added. A file object must be one to read, write and seek in.
