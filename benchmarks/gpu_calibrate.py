@@ -328,7 +328,7 @@ def pieces(calibrator: kvtc.Calibrator, caches: Caches, machine: Machine) -> dic
         if found is None:
             break
         with machine.timed(seconds, "finite"):
-            found = found[xp.isfinite(found).all(axis=1)]
+            [found] = calibrator._finite(found)
         with machine.timed(seconds, "hashes"):
             machine.arrays.hashes(found)
         with machine.timed(seconds, "sample_with_hashes"):

@@ -22,15 +22,12 @@ from kvtc_stream.errors import UnsupportedError
 from kvtc_stream.formats import Block, Coder, DType, Role, StreamHeader
 from kvtc_stream.formats.coders import compress
 from kvtc_stream.gpu import layout
-from kvtc_stream.gpu.decoding import Batch, BlockDecoder, Placed, decode
+from kvtc_stream.gpu.decoding import BlockDecoder, Placed, batches, decode
 from kvtc_stream.gpu.encoding import BATCH_TOKENS, BatchEncoder
 from kvtc_stream.gpu.plan import DevicePlan
 from kvtc_stream.gpu.rope import DeviceRopes
-from kvtc_stream.gpu.tensors import Tensors, entries, to_cupy
+from kvtc_stream.gpu.tensors import BITS, Tensors, entries, to_device
 from kvtc_stream.interop import layer_list, numpy_dtype
-
-#: What elements are on the device: their bits.
-_BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32}
 
 
 class CudaBackend:
@@ -55,16 +52,31 @@ class CudaBackend:
         self, x: Any, name: str, layers: int, kv_heads: int, head_dim: int
     ) -> tuple[list[Any], DType]:
         """See :meth:`kvtc_stream.backend.Backend.layer_list`."""
-        arrays, dtype = layer_list(x, name, layers, kv_heads, head_dim, convert=to_cupy)
-        return [a.view(_BITS[dtype.itemsize]) for a in arrays], dtype
+        dtypes: list[DType] = []
+
+        def convert(tensor: Any, own: str) -> Any:
+            array, dtype = to_device(tensor, own)
+            dtypes.append(dtype)
+            return array
+
+        found = layer_list(
+            x, name, layers, kv_heads, head_dim, convert=convert, kind=lambda *_: dtypes[0]
+        )
+        for i, dtype in enumerate(dtypes):
+            if dtype is not dtypes[0]:
+                raise TypeError(
+                    f"{name}[{i}] has dtype {dtype.label}, {name}[0] has {dtypes[0].label}; "
+                    "expected one dtype for all layers: convert them first"
+                )
+        return found
 
     def array(self, x: NDArray[Any]) -> Any:
         """See :meth:`kvtc_stream.backend.Backend.array`."""
-        return cupy.asarray(np.ascontiguousarray(x).view(_BITS[x.itemsize]))
+        return cupy.asarray(np.ascontiguousarray(x).view(BITS[x.itemsize]))
 
     def empty(self, shape: tuple[int, ...], dtype: DType) -> Any:
         """See :meth:`kvtc_stream.backend.Backend.empty`."""
-        return cupy.empty(shape, _BITS[dtype.itemsize])
+        return cupy.empty(shape, BITS[dtype.itemsize])
 
     def to_host(self, x: Any, dtype: DType) -> NDArray[Any]:
         """See :meth:`kvtc_stream.backend.Backend.to_host`."""
@@ -260,7 +272,7 @@ class CudaSectionCoder:
         s, chosen = self._section, list(layers)
         dtype = self._header.out_dtype
         shape = (len(chosen), s.kv_heads, block.tokens)
-        k, v = (cupy.empty((*shape, d), _BITS[dtype.itemsize]) for d in (s.k_dim, s.v_dim))
+        k, v = (cupy.empty((*shape, d), BITS[dtype.itemsize]) for d in (s.k_dim, s.v_dim))
         self.decode_into([(block, np.arange(block.tokens))], chosen, k, v)
         return k.view(numpy_dtype(dtype)), v.view(numpy_dtype(dtype))
 
@@ -311,7 +323,7 @@ class CudaSectionCoder:
         v_out: Tensors,
     ) -> None:
         """Host values [layers, heads, tokens, dim] to slots."""
-        bits = _BITS[k.itemsize]
+        bits = BITS[k.itemsize]
         held = [cupy.asarray(np.ascontiguousarray(x).view(bits)) for x in (k, v)]
         columns = [(kind, layer, 0) for kind in (0, 1) for layer in layers]
         sources = [x[i].data.ptr for x in held for i in range(len(layers))]
@@ -328,38 +340,44 @@ class CudaSectionCoder:
 
     def decode_layers(self, block: Block) -> Callable[[int], tuple[Any, Any]]:
         """See :meth:`kvtc_stream.backend.SectionCoder.decode_layers`."""
-        if block.verbatim_tokens or not block.coded_tokens:
-            return lambda index: self.decode(block, [index])
-        slots = np.arange(block.tokens)
-        batch = self._decoder.symbols([Placed(block, slots)])
-        if self._faulty(batch):
-            return self._on_device(self._cpu.decode_layers(block))
+        return self.layers_of([(block, np.arange(block.tokens))], block.tokens)
+
+    def layers_of(
+        self, blocks: Sequence[tuple[Block, NDArray[np.int64]]], tokens: int
+    ) -> Callable[[int], tuple[Any, Any]]:
+        """See :meth:`kvtc_stream.backend.SectionCoder.layers_of`."""
         s, dtype = self._section, self._header.out_dtype
-        shape = (1, s.kv_heads, block.tokens)
+        placed = [Placed(block, slots.astype(np.int64)) for block, slots in blocks]
+        coded = [p for p in placed if p.block.coded_tokens]
+        found = [(some, self._decoder.symbols(some)) for some in batches(coded)]
+        slow: list[Placed] = []
+        for some, batch in found:
+            slow += [some[i] for i in np.flatnonzero(cupy.asnumpy(batch.faults))]
+        on_host = [(p, self._cpu.decode_layers(p.block)) for p in slow]
+        exact = [
+            (p.slots[list(p.block.verbatim_tokens)], *self._cpu.verbatim(p.block))
+            for p in placed
+            if p.block.verbatim_tokens
+        ]
 
         def layer(index: int) -> tuple[Any, Any]:
-            k, v = (cupy.empty((*shape, d), _BITS[dtype.itemsize]) for d in (s.k_dim, s.v_dim))
+            shape = (1, s.kv_heads, tokens)
+            k, v = (cupy.empty((*shape, d), BITS[dtype.itemsize]) for d in (s.k_dim, s.v_dim))
             k_out, v_out = (
                 self._spread(Tensors.of_layers(list(x), dtype), [index]) for x in (k, v)
             )
-            self._decoder.values(batch, self._decoder.target([index], k_out, v_out))
-            if int(batch.overflow[0]):
-                return self._on_device(self._cpu.decode_layers(block))(index)
+            target = self._decoder.target([index], k_out, v_out)
+            for _, batch in found:
+                self._decoder.values(batch, target)
+            decoded = list(on_host)
+            for some, batch in found:
+                if int(batch.overflow[0]):
+                    decoded += [(p, self._cpu.decode_layers(p.block)) for p in some]
+            for p, of_layer in decoded:
+                self._place(p.slots, *of_layer(index), [index], k_out, v_out)
+            for slots, *values in exact:
+                own = [x[[index]] for x in values]
+                self._place(slots, own[0], own[1], [index], k_out, v_out)
             return k.view(numpy_dtype(dtype)), v.view(numpy_dtype(dtype))
-
-        return layer
-
-    def _faulty(self, batch: Batch) -> bool:
-        return bool(cupy.asnumpy(batch.faults).any())
-
-    def _on_device(
-        self, decoded: Callable[[int], tuple[Any, Any]]
-    ) -> Callable[[int], tuple[Any, Any]]:
-        def layer(index: int) -> tuple[Any, Any]:
-            k, v = (np.asarray(x) for x in decoded(index))
-            bits = _BITS[k.itemsize]
-            return tuple(
-                cupy.asarray(x.view(bits)).view(numpy_dtype(self._header.out_dtype)) for x in (k, v)
-            )  # type: ignore[return-value]
 
         return layer

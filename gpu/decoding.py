@@ -64,21 +64,33 @@ class Batch:
 
 
 @dataclass(frozen=True)
+class Span:
+    """Columns of a part's rows, from ``begin`` to ``end``, that ``count`` entries from ``row`` on
+    take."""
+
+    part: int
+    row: int
+    count: int
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True)
 class Target:
     """Tensors that values go to.
 
     Attributes
     ----------
     entries
-        int64 [entries, layout.FIELDS] on the device, part after part.
-    parts
-        Of each part: its first entry, how many, and the columns that they take from begin to end.
+        int64 [entries, layout.FIELDS] on the device.
+    spans
+        What they take of the parts' rows.
     dtype, wide
         Element type, and whether the wide kernel serves.
     """
 
     entries: Any
-    parts: list[tuple[int, int, int, int]]
+    spans: list[Span]
     dtype: DType
     wide: bool
     _owners: tuple[Any, ...]
@@ -284,24 +296,31 @@ class BlockDecoder:
         s = self._section
         sizes = s.kv_heads * s.k_dim, s.kv_heads * s.v_dim
         chosen = frozenset(layers)
-        parts, rows = [], []
-        for part in self._plan.parts:
-            columns: list[Column] = []
+        spans: list[Span] = []
+        rows: list[Column] = []
+        for index, part in enumerate(self._plan.parts):
             first = 0
+            found: list[list[Column]] = []
             for kind, own, out in ((0, part.k_layers, k_out), (1, part.v_layers, v_out)):
-                if out is not None:
-                    columns += [
-                        (kind, x, first + i * sizes[kind]) for i, x in enumerate(own) if x in chosen
-                    ]
+                columns = [
+                    (kind, x, first + i * sizes[kind])
+                    for i, x in enumerate(own)
+                    if x in chosen and out is not None
+                ]
                 first += len(own) * sizes[kind]
-            begin = min((c for _, _, c in columns), default=0)
-            end = max((c + sizes[kind] for kind, _, c in columns), default=0)
-            parts.append((len(rows), len(columns), begin, end))
-            rows += [(kind, x, c - begin) for kind, x, c in columns]
+                found.append(columns)
+            # Of some layers only, K and V lie apart: what is between them is not computed.
+            together = sum(map(len, found)) == len(part.k_layers) + len(part.v_layers)
+            for columns in [found[0] + found[1]] if together else found:
+                if columns:
+                    begin = columns[0][2]
+                    end = columns[-1][2] + sizes[columns[-1][0]]
+                    spans.append(Span(index, len(rows), len(columns), begin, end))
+                    rows += [(kind, x, c - begin) for kind, x, c in columns]
         wanted = [t for t in (k_out, v_out) if t is not None]
         return Target(
             cupy.asarray(entries(k_out, v_out, rows, self._ropes)),
-            parts,
+            spans,
             wanted[0].dtype,
             all(t.wide for t in wanted) and self._ropes.halves,
             (k_out, v_out),
@@ -311,19 +330,16 @@ class BlockDecoder:
         """Symbols to K and V."""
         ropes, found = self._ropes, batch.rotations
         scatter = layout.scatter(target.dtype, target.wide)
-        for i, (part, (row, count, begin, end)) in enumerate(
-            zip(self._plan.parts, target.parts, strict=True)
-        ):
-            if not count:
-                continue
+        for span in target.spans:
+            part, begin, end = self._plan.parts[span.part], span.begin, span.end
             width = end - begin
             piece = min(max(64, PIECE_BYTES // (2 * width) // 64 * 64), batch.tokens)
             rows = cupy.empty((piece, width), np.uint16)
             if part.count == 0:
                 rows[...] = 0
             symbols = batch.symbols.data.ptr + 2 * part.first * batch.stride
-            scales = batch.scales.data.ptr + 4 * i * batch.stride
-            own = target.entries.data.ptr + 8 * layout.FIELDS * row
+            scales = batch.scales.data.ptr + 4 * span.part * batch.stride
+            own = target.entries.data.ptr + 8 * layout.FIELDS * span.row
             for at in range(0, batch.tokens, piece):
                 tokens = min(piece, batch.tokens - at)
                 synthesise(
@@ -336,7 +352,7 @@ class BlockDecoder:
                     width,
                 )
                 scatter(
-                    (-(-tokens // layout.TOKENS), count),
+                    (-(-tokens // layout.TOKENS), span.count),
                     layout.THREADS,
                     (
                         own,

@@ -31,7 +31,7 @@ BATCH_TOKENS, ROW_BYTES = 8192, 128 << 20
 #: a word more for those of the first components, and what a step may need.
 _ESCAPING, _SLACK = 64, 1024
 #: Offsets from a centre at which sizes and errors are measured, in quarter octaves.
-_OFFSETS = np.array([-8.0, -4.0, 0.0, 4.0, 8.0])
+_OFFSETS = (-8.0, -4.0, 0.0, 4.0, 8.0)
 
 
 @dataclass(frozen=True)
@@ -103,20 +103,23 @@ class _Steps:
     heads: Any
 
 
-@dataclass(frozen=True)
 class Sizes:
-    """Logarithms of what was measured around ``centre``, [..., offsets]."""
+    """Sizes or errors that were measured around an offset: logarithms [..., offsets]."""
 
-    centre: float
-    logarithms: NDArray[np.float64]
+    def __init__(self, centre: float, logarithms: NDArray[np.float64]) -> None:
+        self.centre, self._logarithms = centre, logarithms
 
     def at(self, index: Any, offset: float) -> Any:
-        """An element, or some, at an offset: the logarithm is linear between those measured."""
-        place = float(np.clip((offset - self.centre - _OFFSETS[0]) / 4, -24, 28))
+        """Elements at an offset: logarithms are linear between those measured, and beyond."""
+        place = min(max((offset - self.centre - _OFFSETS[0]) / 4, -24.0), 28.0)
         i = min(max(math.floor(place), 0), len(_OFFSETS) - 2)
-        own = self.logarithms[index]
+        own = self._logarithms[index]
+        low, high = own[..., i], own[..., i + 1]
+        found = low + (place - i) * (high - low)
+        if found.ndim == 0:
+            return math.exp(min(found, 700.0))
         with np.errstate(invalid="ignore", over="ignore"):
-            return np.exp(own[..., i] + (place - i) * (own[..., i + 1] - own[..., i]))
+            return np.exp(found)
 
 
 class BatchEncoder:
@@ -228,7 +231,7 @@ class BatchEncoder:
         """Bytes of the blocks' payloads around an offset; waits for the device."""
         plan = self._plan
         blocks, parts = len(batch.starts) - 1, len(plan.parts)
-        steps = self._steps(np.tile(centre + _OFFSETS, (blocks, 1)))
+        steps = self._steps(np.tile(centre + np.array(_OFFSETS), (blocks, 1)))
         bits = cupy.empty((blocks, parts, uniform.SIZES), np.float32)
         uniform.sizes(
             (blocks, parts),

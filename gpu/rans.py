@@ -111,11 +111,11 @@ def decode(  # type: ignore[no-untyped-def]
     """
     table = cuda.shared.array(0, u32)
     thread = _U32(cuda.threadIdx.x)
-    lane = thread & _U32(WARP - 1)
+    lane = _U32(thread & _U32(WARP - 1))
     task = (_I64(cuda.blockIdx.x) * TILES + _I64(thread >> _U32(5))) * FIELDS
     part = tasks[_I64(cuda.blockIdx.x) * TILES * FIELDS + PART]
     first_family = _U32(families[part])
-    size = (_U32(families[part + 1]) - first_family) << _U32(8)
+    size = _U32((_U32(families[part + 1]) - first_family) << _U32(8))
     for i in range(thread, size, _U32(TILES * WARP)):
         table[_U32(i)] = buckets[(first_family << _U32(8)) + _U32(i)]
     first_symbol = _U32(families[parts + 1 + part])
@@ -137,33 +137,36 @@ def decode(  # type: ignore[no-untyped-def]
     if classes < 0:
         own_classes = -1 - classes
     block = tasks[task + BLOCK]
-    lanes = min(tokens, _U32(WARP))
+    lanes = _U32(min(tokens, _U32(WARP)))
     if length < _U32(2) * lanes:
         if lane == 0:
             faults[block] = DAMAGED
         return
-    below = (_U32(1) << lane) - _U32(1)
+    below = _U32((_U32(1) << lane) - _U32(1))
 
     state = _LEAST
     if lane < lanes:
-        state = _U32(words[begin + 2 * lane]) | _U32(words[begin + 2 * lane + 1]) << _U32(16)
+        low, high = words[begin + 2 * lane], words[begin + 2 * lane + 1]
+        state = _U32(_U32(low) | _U32(high) << _U32(16))
     fault = state < _LEAST
-    position = _U32(2) * lanes
-    last = length - _U32(1)
-    # Words to come: 32 from ``window`` on and the 32 behind them, a word a lane.
+    position = _U32(_U32(2) * lanes)
+    last = _U32(length - _U32(1))
+    # Words to come: 32 from ``window`` on and the 64 behind them, a word a lane. A step looks at
+    # the first 64; the last 32 are still on their way.
     window = position
     near = _I32(words[begin + min(_U32(window + lane), last)])
     far = _I32(words[begin + min(_U32(window + lane + _U32(WARP)), last)])
+    farther = _I32(words[begin + min(_U32(window + lane + _U32(2 * WARP)), last)])
     large = False
     for group in range(_U32(0), tokens, _U32(WARP)):
-        token = _U32(group) + lane
+        token = _U32(_U32(group) + lane)
         active = token < tokens
         klass = _U32(0)
         column = _I64(0)
         if active:
             column = _I64(columns[tasks[task + TOKEN] + token])
             klass = _U32(packed_classes[own_classes + (token >> _U32(1))])
-            klass = (klass >> ((token & _U32(1)) << _U32(2))) & _U32(15)
+            klass = _U32((klass >> ((token & _U32(1)) << _U32(2))) & _U32(15))
             if classes >= 0:
                 scales[part * stride + column] = block_steps[block * 16 + klass]
         target = _I64(first) * stride + column
@@ -174,52 +177,54 @@ def decode(  # type: ignore[no-untyped-def]
             family, family_1 = family_1, family_2
             family_2 = _U32(ids[source + 32])
             source += 16
-            slot = state & _U32(0xFFF)
-            bucket = table[(family << _U32(8)) + (slot >> _U32(4))]
-            begun = bucket & ((_U32(2) << (slot & _U32(15))) - _U32(1)) & _U32(0xFFFF)
-            entry = table[size + (bucket >> _U32(16)) + popc(begun)]
-            column_found = entry >> _U32(24)
+            slot = _U32(state & _U32(0xFFF))
+            bucket = _U32(table[_U32((family << _U32(8)) + (slot >> _U32(4)))])
+            ones = _U32((_U32(2) << (slot & _U32(15))) - _U32(1))
+            begun = _U32(bucket & ones & _U32(0xFFFF))
+            entry = _U32(table[_U32(size + (bucket >> _U32(16)) + popc(begun))])
+            column_found = _U32(entry >> _U32(24))
             if active:
-                frequency = ((entry >> _U32(12)) & _U32(0xFFF)) + _U32(1)
+                frequency = _U32(((entry >> _U32(12)) & _U32(0xFFF)) + _U32(1))
                 state = _U32(frequency * (state >> _U32(12)) + slot - (entry & _U32(0xFFF)))
             needs = state < _LEAST
             mask = ballot(needs)
-            at = _U32(position - window + popc(mask & below))
+            at = _U32(position - window + popc(_U32(mask & below)))
             word = shuffle(near, _I32(at & _U32(WARP - 1)))
             other = shuffle(far, _I32(at & _U32(WARP - 1)))
             if at >= _U32(WARP):
                 word = other
             if needs:
-                state = state << _U32(16) | _U32(word)
-            position += popc(mask)
-            value = _I32(column_found) - _I32(_ZERO)
+                state = _U32(state << _U32(16) | _U32(word))
+            position = _U32(position + popc(mask))
+            value = _I32(_I32(column_found) - _I32(_ZERO))
             escaped = active and column_found == _U32(_ESCAPE)
             mask = ballot(escaped)
             if mask:
                 if escaped:
-                    at = min(_U32(position + popc(mask & below)), last)
+                    at = _U32(min(_U32(position + popc(_U32(mask & below))), last))
                     value = _I32(np.int16(words[begin + at]))
                     # A family that has a frequency for it would have been shorter.
                     if -_ZERO <= value <= _ZERO:
                         own = (first_family + family) << _U32(8)
                         fault |= entries[own + _U32(value + _I32(_ZERO))] >> _U32(31) == _U32(0)
-                position += popc(mask)
+                position = _U32(position + popc(mask))
                 wide = escaped and value == _I32(_WIDE)
                 mask = ballot(wide)
                 if wide:
-                    at = _U32(position + _U32(2) * popc(mask & below))
+                    at = _U32(position + _U32(2) * popc(_U32(mask & below)))
                     low = _U32(words[begin + min(at, last)])
                     high = _U32(words[begin + min(_U32(at + _U32(1)), last)])
                     value = _I32(low | high << _U32(16))
                     fault |= -_I32(_WIDE) > value > _I32(_WIDE)
-                position += _U32(2) * popc(mask)
+                position = _U32(position + _U32(2) * popc(mask))
                 large |= value > _I32(65504) or value < _I32(-65504)
                 if position > length:
                     break
-            while position - window >= _U32(WARP):
-                near = far
-                window += _U32(WARP)
-                far = _I32(words[begin + min(_U32(window + lane + _U32(WARP)), last)])
+            while _U32(position - window) >= _U32(WARP):
+                near, far = far, farther
+                window = _U32(window + _U32(WARP))
+                at = _U32(min(_U32(window + lane + _U32(2 * WARP)), last))
+                farther = _I32(words[begin + at])
             if active:
                 out[target] = f16_bits(_F32(value))
             target += stride
@@ -279,12 +284,12 @@ def encode(  # type: ignore[no-untyped-def]
     """
     table = cuda.shared.array(0, u32)
     thread = _U32(cuda.threadIdx.x)
-    lane = thread & _U32(WARP - 1)
+    lane = _U32(thread & _U32(WARP - 1))
     tile = _I64(cuda.blockIdx.x) * TILES + _I64(thread >> _U32(5))
     task = tile * FIELDS
     part = tasks[_I64(cuda.blockIdx.x) * TILES * FIELDS + PART]
     first_family = _U32(families[part])
-    size = (_U32(families[part + 1]) - first_family) << _U32(8)
+    size = _U32((_U32(families[part + 1]) - first_family) << _U32(8))
     for i in range(thread, size, _U32(TILES * WARP)):
         table[_U32(i)] = entries[(first_family << _U32(8)) + _U32(i)]
     cuda.syncthreads()
@@ -300,12 +305,12 @@ def encode(  # type: ignore[no-untyped-def]
     of_level = _I64(levels[block]) * components
     length = _I32(tasks[task + LENGTH])
     begin = tasks[task + WORDS] - length
-    below = (_U32(1) << lane) - _U32(1)
+    below = _U32((_U32(1) << lane) - _U32(1))
     state = _LEAST
     position = length
     for g in range(_U32(0), (tokens + _U32(WARP - 1)) >> _U32(5)):
-        group = ((tokens - _U32(1)) & _U32(0xFFFFFFE0)) - _U32(g) * _U32(WARP)
-        token = group + lane
+        last_group = (tokens - _U32(1)) & _U32(0xFFFFFFE0)
+        token = _U32(last_group - _U32(g) * _U32(WARP) + lane)
         active = token < tokens
         klass = _I32(0)
         column = _I64(0)
@@ -328,8 +333,8 @@ def encode(  # type: ignore[no-untyped-def]
             of_family = max(of_family - 16, _I64(0))
             x_2, family_2 = coefficients[source], _U32(ids[of_family])
             value = round_to_int(x * factor)
-            place = min(_U32(value + _I32(_ZERO)), _U32(_ESCAPE))
-            entry = table[(family << _U32(8)) + place]
+            place = _U32(min(_U32(value + _I32(_ZERO)), _U32(_ESCAPE)))
+            entry = _U32(table[_U32((family << _U32(8)) + place)])
             escaped = active and (entry >> _U32(31)) != _U32(0)
             mask = ballot(escaped)
             if position < _I32(_STEP_WORDS + 2 * WARP):
@@ -339,35 +344,35 @@ def encode(  # type: ignore[no-untyped-def]
             if mask:
                 wide = escaped and not -_I32(_WIDE) > value > _I32(_WIDE)
                 wides = ballot(wide)
-                position -= _I32(2) * _I32(popc(wides))
+                position = _I32(position - _I32(2) * _I32(popc(wides)))
                 if wide:
-                    at = begin + position + _I32(2) * _I32(popc(wides & below))
+                    at = begin + position + _I32(2) * _I32(popc(_U32(wides & below)))
                     words[at] = np.uint16(value & _I32(0xFFFF))
                     words[at + 1] = np.uint16((value >> _I32(16)) & _I32(0xFFFF))
-                position -= _I32(popc(mask))
+                position = _I32(position - _I32(popc(mask)))
                 if escaped:
                     short = _I32(_WIDE) if wide else value
-                    words[begin + position + _I32(popc(mask & below))] = np.uint16(
-                        short & _I32(0xFFFF)
-                    )
-            frequency = (entry >> _U32(12)) & _U32(0x1FFF)
-            spills = active and state >> _U32(20) >= frequency
+                    at = begin + position + _I32(popc(_U32(mask & below)))
+                    words[at] = np.uint16(short & _I32(0xFFFF))
+            frequency = _U32((entry >> _U32(12)) & _U32(0x1FFF))
+            spills = active and (state >> _U32(20)) >= frequency
             mask = ballot(spills)
-            position -= _I32(popc(mask))
+            position = _I32(position - _I32(popc(mask)))
             if spills:
-                words[begin + position + _I32(popc(mask & below))] = np.uint16(state & _U32(0xFFFF))
-                state = state >> _U32(16)
+                at = begin + position + _I32(popc(_U32(mask & below)))
+                words[at] = np.uint16(state & _U32(0xFFFF))
+                state = _U32(state >> _U32(16))
             if active:
                 # Exact to one: a quotient is below 2²⁰.
                 quotient = _U32(_F32(state) * (_F32(1) / _F32(frequency)))
-                rest = _I32(state - quotient * frequency)
+                rest = _I32(_U32(state - quotient * frequency))
                 if rest < 0:
-                    quotient -= _U32(1)
-                    rest += _I32(frequency)
+                    quotient = _U32(quotient - _U32(1))
+                    rest = _I32(rest + _I32(frequency))
                 elif rest >= _I32(frequency):
-                    quotient += _U32(1)
-                    rest -= _I32(frequency)
-                state = _U32(quotient << _U32(12)) + _U32(rest) + (entry & _U32(0xFFF))
+                    quotient = _U32(quotient + _U32(1))
+                    rest = _I32(rest - _I32(frequency))
+                state = _U32((quotient << _U32(12)) + _U32(rest) + (entry & _U32(0xFFF)))
     lanes = _I32(min(tokens, _U32(WARP)))
     position -= _I32(2) * lanes
     if _I32(lane) < lanes:

@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 from kvtc_stream.formats import DType
 from kvtc_stream.gpu import layout
 from kvtc_stream.gpu.rope import DeviceRopes
-from kvtc_stream.interop import numpy_dtype, to_numpy
+from kvtc_stream.interop import as_bits, dtype_of, on_cuda, to_numpy
 
-_CUDA = 2
+#: What elements are on the device: their bits.
+BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32}
 
 
 @dataclass(frozen=True)
@@ -118,42 +119,31 @@ def entries(
     return np.array(rows, np.int64).reshape(-1, layout.FIELDS)
 
 
-def is_on_device(x: Any) -> bool:
-    """Whether a tensor says through DLPack that it is in CUDA memory."""
-    if isinstance(x, np.ndarray) or not hasattr(x, "__dlpack_device__"):
-        return False
-    return int(x.__dlpack_device__()[0]) == _CUDA
+def to_device(x: Any, name: str) -> tuple[Any, DType]:
+    """The bits of a tensor as a CuPy array, and its element type.
 
-
-def to_cupy(x: Any, name: str = "k") -> Any:
-    """A CuPy array of a tensor: shares a CUDA tensor's memory, copies a host tensor.
-
-    Raises
-    ------
-    TypeError, BufferError
-        As :func:`kvtc_stream.interop.to_numpy`; ``BufferError`` for a tensor of another device.
+    Shares a CUDA tensor's memory; copies a host tensor. Raises as
+    :func:`kvtc_stream.interop.to_numpy`, and ``BufferError`` for a tensor of another device.
     """
-    if isinstance(x, cupy.ndarray):
-        array = x
-    elif is_on_device(x):
-        try:
-            array = cupy.from_dlpack(x)
-        except (BufferError, RuntimeError, ValueError, TypeError, AttributeError) as error:
-            raise BufferError(
-                f"{name}: CuPy cannot read this {type(x).__name__} ({error}); pass a dense, "
-                f"detached tensor"
-            ) from error
-    else:
-        return cupy.asarray(np.ascontiguousarray(to_numpy(x, name)))
-    current = cupy.cuda.runtime.getDevice()
-    if array.device.id != current:
+    if not on_cuda(x):
+        host = to_numpy(x, name)
+        dtype = dtype_of(host.dtype, name)
+        return cupy.asarray(np.ascontiguousarray(host).view(BITS[dtype.itemsize])), dtype
+    device, current = int(x.__dlpack_device__()[1]), cupy.cuda.runtime.getDevice()
+    if device != current:
         raise BufferError(
-            f"{name} is on CUDA device {array.device.id}, the current one is {current}: make its "
-            f"device current"
+            f"{name} is on CUDA device {device}, the current one is {current}: make its device "
+            f"current"
         )
-    return array
-
-
-def empty(shape: tuple[int, ...], dtype: DType) -> Any:
-    """An uninitialised CuPy array; bfloat16 and fp8 have the dtypes of ``ml_dtypes``."""
-    return cupy.empty(shape, numpy_dtype(dtype))
+    if isinstance(x, cupy.ndarray):
+        dtype = dtype_of(np.dtype(x.dtype), name)
+        return x.view(BITS[dtype.itemsize]), dtype
+    # DLPack calls the legacy default stream 1.
+    bits, dtype = as_bits(x, name, cupy.cuda.get_current_stream().ptr or 1)
+    try:
+        return cupy.from_dlpack(bits), dtype
+    except (BufferError, RuntimeError, ValueError, TypeError) as error:
+        raise BufferError(
+            f"{name}: CuPy cannot read this {type(x).__name__} ({error}); pass a dense, detached "
+            f"tensor"
+        ) from error

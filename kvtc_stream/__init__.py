@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from kvtc_stream.files import Reader, Writer, decode, encode, open
     from kvtc_stream.formats import DType, Geometry, Limits, ModelIdentity, Plan, Rope, Section
     from kvtc_stream.interop import KVArray
+    from kvtc_stream.many import PagedCache, decode_layers, decode_many, encode_many
     from kvtc_stream.pages import PageCodec
     from kvtc_stream.statistics import StreamStatistics
 
@@ -53,6 +54,7 @@ _HOME = {
     "Limits": "formats",
     "ModelIdentity": "formats",
     "PageCodec": "pages",
+    "PagedCache": "many",
     "Piece": "edit",
     "Plan": "formats",
     "Reader": "files",
@@ -63,7 +65,10 @@ _HOME = {
     "cat": "edit",
     "cut": "edit",
     "decode": "files",
+    "decode_layers": "many",
+    "decode_many": "many",
     "encode": "files",
+    "encode_many": "many",
     "open": "files",
 }
 
@@ -89,6 +94,7 @@ __all__ = [
     "Limits",
     "ModelIdentity",
     "PageCodec",
+    "PagedCache",
     "Piece",
     "Plan",
     "Reader",
@@ -103,7 +109,10 @@ __all__ = [
     "cat",
     "cut",
     "decode",
+    "decode_layers",
+    "decode_many",
     "encode",
+    "encode_many",
     "open",
     "testing",
 ]

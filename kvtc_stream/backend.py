@@ -59,6 +59,15 @@ class SectionCoder(Protocol):
         """
         ...
 
+    def layers_of(
+        self, blocks: Sequence[tuple[Block, NDArray[np.int64]]], tokens: int
+    ) -> Callable[[int], tuple[Any, Any]]:
+        """As :meth:`decode_layers` of many blocks: K and V [1, kv_heads, tokens, head_dim].
+
+        Blocks come with slots, as for :meth:`decode_into`.
+        """
+        ...
+
 
 class Backend(Protocol):
     """A way to run the codec, and the arrays that it works on."""

@@ -220,7 +220,7 @@ class Calibrator:
         moments = self._section(section)
         k_layers, v_layers, where = self._document(moments.section, k, v, positions)
         for rows in self._rows(moments.section, k_layers, v_layers, where, k_scale, v_scale):
-            moments.add(rows[self._arrays.xp.isfinite(rows).all(axis=1)])
+            moments.add(*self._finite(rows))
         self._arrays.settle()
 
     def update_gradients(
@@ -262,15 +262,23 @@ class Calibrator:
         grads = self._layers(s, grad_k, grad_v, "grad_k", "grad_v")
         if grads[0][0].shape[1] != len(where):
             raise ValueError(f"found {len(where)} tokens, gradients of {grads[0][0].shape[1]}")
-        straight, xp = replace(s, rope=()), self._arrays.xp
+        straight = replace(s, rope=())
         for rows, gradients in zip(
             self._rows(s, k_layers, v_layers, where, k_scale, v_scale),
             self._rows(straight, *grads, where, None, None),
             strict=True,
         ):
-            sound = xp.isfinite(rows).all(axis=1) & xp.isfinite(gradients).all(axis=1)
-            moments.importance.add(rows[sound], gradients[sound])
+            moments.importance.add(*self._finite(rows, gradients))
         self._arrays.settle()
+
+    def _finite(self, *arrays: Array) -> list[Array]:
+        """Those rows of each that are finite in all of them."""
+        xp = self._arrays.xp
+        sound = np.all([self._arrays.get(xp.isfinite(x).all(axis=1)) for x in arrays], axis=0)
+        if sound.all():
+            return list(arrays)
+        rows = self._arrays.put(np.flatnonzero(sound))
+        return [x[rows] for x in arrays]
 
     def _section(self, index: int) -> _SectionMoments:
         if not 0 <= index < len(self._sections):

@@ -348,6 +348,19 @@ class Reader:
         """Tokens of a section. Seekable files only."""
         return sum(entry.tokens for entry in self._entries(section))
 
+    @property
+    def block_decoder(self) -> BlockDecoder:
+        """What decodes the stream's blocks."""
+        return self._blocks
+
+    def stored_blocks(self, section: int) -> list[Block]:
+        """The blocks of a section as they are stored, verified. Seekable files only."""
+        entries = self._entries(section)
+        assert self._stream is not None
+        with self._lock:
+            self._check_open()
+            return list(self._stream.read_blocks(entries))
+
     def __iter__(self) -> Iterator[KVBlock]:
         """Blocks in token order, verbatim tokens included."""
         self._check_open()

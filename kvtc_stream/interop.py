@@ -133,16 +133,57 @@ def _dl_tensor(capsule: object) -> _DLTensor:
 
 
 class _Once:
-    """Gives ``np.from_dlpack`` a capsule that we hold already."""
+    """Gives a consumer a capsule that we hold already."""
 
-    def __init__(self, capsule: object) -> None:
-        self._capsule = capsule
+    def __init__(self, capsule: object, device: tuple[int, ...] = (1, 0)) -> None:
+        self._capsule, self._device = capsule, device
 
     def __dlpack__(self, **_: object) -> Any:
         return self._capsule
 
-    def __dlpack_device__(self) -> tuple[int, int]:
-        return (1, 0)
+    def __dlpack_device__(self) -> tuple[int, ...]:
+        return self._device
+
+
+def as_bits(x: Any, name: str, stream: int) -> tuple[Any, DType]:
+    """A CUDA tensor as one of unsigned integers that another DLPack consumer can hold.
+
+    Parameters
+    ----------
+    x
+        Anything with ``__dlpack__``.
+    stream
+        Of the consumer, as DLPack numbers them: the data is ready for what follows there.
+
+    Returns
+    -------
+    tensor, dtype
+        A tensor with ``__dlpack__``, once, of the same memory; and what its elements are.
+    """
+    device = tuple(map(int, x.__dlpack_device__()))
+    try:
+        try:
+            capsule = x.__dlpack__(stream=stream, max_version=(1, 0))
+        except TypeError:  # a producer from before DLPack 1.0
+            capsule = x.__dlpack__(stream=stream)
+    except Exception as error:
+        raise BufferError(
+            f"{name}: {type(x).__name__} refuses to be exported ({error}); pass a dense, detached "
+            f"tensor"
+        ) from error
+    tensor = _dl_tensor(capsule)
+    code, bits, lanes = tensor.dtype.code, tensor.dtype.bits, tensor.dtype.lanes
+    floats = {(2, 32): DType.FLOAT32, (2, 16): DType.FLOAT16}
+    narrow = _FROM_DL_CODE.get((code, bits))
+    dtype = floats.get((code, bits)) if narrow is None else _DTYPES[narrow]
+    if dtype is None or lanes != 1:
+        accepted = ", ".join(d.label for d in DType)
+        raise TypeError(
+            f"{name} has DLPack dtype code {code}, {bits} bits, {lanes} lanes; expected one of "
+            f"{accepted}: convert it first"
+        )
+    tensor.dtype.code = _DL_UINT
+    return _Once(capsule, device), dtype
 
 
 def _check_device(device_type: int, name: str) -> None:
@@ -300,6 +341,7 @@ def layer_list(
     head_dim: int,
     *,
     convert: Callable[[Any, str], Any] = to_numpy,
+    kind: Callable[[Any, str], DType] = lambda array, name: dtype_of(array.dtype, name),
 ) -> tuple[list[Any], DType]:
     """K or V of one section as per-layer host arrays.
 
@@ -345,7 +387,7 @@ def layer_list(
         whole = convert(x, name)
         expected = {"layers": layers, "kv_heads": kv_heads, "tokens": None, "head_dim": head_dim}
         arrays = list(_drop_batch(whole, name, expected, axis=1))
-    dtype = dtype_of(arrays[0].dtype, name)
+    dtype = kind(arrays[0], name)
     for i, array in enumerate(arrays):
         if array.dtype != arrays[0].dtype:
             raise TypeError(

@@ -299,6 +299,22 @@ class CpuSectionCoder:
 
         return layer
 
+    def layers_of(
+        self, blocks: Sequence[tuple[Block, NDArray[np.int64]]], tokens: int
+    ) -> Callable[[int], tuple[Any, Any]]:
+        """See :meth:`kvtc_stream.backend.SectionCoder.layers_of`."""
+        decoded = [(self.decode_layers(block), slots) for block, slots in blocks]
+
+        def layer(index: int) -> tuple[Any, Any]:
+            k, v = self._empty(tokens, 1)
+            for of_block, slots in decoded:
+                wanted = np.flatnonzero(slots >= 0)
+                for found, out in zip(of_block(index), (k, v), strict=True):
+                    out[:, :, slots[wanted]] = found[:, :, wanted]
+            return as_kv_array(k), as_kv_array(v)
+
+        return layer
+
     def _unpack(self, block: Block) -> tuple[NDArray[Any], NDArray[Any]] | None:
         """The parts' coefficients of a block's coded tokens; returns its verbatim tokens."""
         verbatim = np.array(block.verbatim_tokens, np.int64)

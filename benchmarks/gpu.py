@@ -1,0 +1,484 @@
+"""Speed of the CUDA backend, beside what the device can do at all.
+
+    python benchmarks/gpu.py [-o benchmarks/results/h100.json] [--quick]
+
+Caches are drawn on the device in the layout of well-known models, from bases of random orthonormal
+directions for every group of layers. Coefficients are Laplacian, with the spectrum of the joint
+basis of SmolLM2-135M (stretched to the rank), and a scale for each token, from which its class is
+predicted as on real caches; so that symbols, escapes and classes are about as frequent as there.
+Speeds are GB of bfloat16 K and V a second; decoding and encoding go from device to device, entropy
+coding included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cupy as cp
+import numpy as np
+from _common import environment, write_result
+from rich.console import Console
+from rich.table import Table
+
+import kvtc_stream as kvtc
+from kvtc_stream.calibration import Calibration, Part, SectionCalibration, UniformTables
+from kvtc_stream.formats import Block, BlockErrors, Coder, DType, Role
+from kvtc_stream.gpu import encoding, layout, rans
+from kvtc_stream.gpu.decoding import BlockDecoder, Placed
+from kvtc_stream.gpu.plan import DevicePlan
+from kvtc_stream.gpu.products import analyse, synthesise
+from kvtc_stream.gpu.rope import DeviceRopes
+from kvtc_stream.gpu.tensors import Tensors, entries
+from kvtc_stream.importance import MIDDLE, TokenImportance, classes_of, group_edges
+from kvtc_stream.payload import UniformPayload
+from kvtc_stream.planning.families import fit_families
+
+#: layers, KV heads, channels of a head, and layers of a group, see docs.
+GEOMETRIES = {
+    "Mistral-NeMo-12B": (40, 8, 128, 2),
+    "Llama-3.1-8B": (32, 8, 128, 2),
+    "SmolLM2-135M": (30, 3, 64, 30),
+}
+BATCHES = {"8 × 8K": (8, 8192), "1 × 8K": (1, 8192), "1 × 128K": (1, 131_072)}
+BLOCK, RATIO = 128, 16
+#: Share of a row's width that the rank is, as on SmolLM2-135M; and a cap, about the paper's.
+RANK_SHARE, MOST_RANK = 0.25, 10_240
+#: Variance of SmolLM2-135M's joint components, relative to the first, at shares of the rank.
+SPECTRUM = {
+    0: 1.0, 0.001: 0.4619, 0.002: 0.2194, 0.004: 0.1489, 0.008: 0.07965, 0.016: 0.03714,
+    0.03: 0.01594, 0.06: 0.006331, 0.1: 0.002899, 0.15: 0.001469, 0.2: 0.0008685, 0.3: 0.0003969,
+    0.4: 0.0002208, 0.5: 0.0001357, 0.6: 8.874e-05, 0.7: 6.091e-05, 0.8: 4.301e-05,
+    0.9: 3.074e-05, 1: 2.114e-05,
+}  # fmt: skip
+#: Deviation of the logarithm of a token's scale, and what it says about the token's importance.
+TOKEN_SCALE, IMPORTANCE = 0.3, 1.3
+
+
+def seconds(task: Callable[[], Any], repeats: int = 5) -> tuple[float, float]:
+    """Median time on the device, and of the host, of a task that was run before."""
+    task()
+    cp.cuda.Device().synchronize()
+    found = []
+    for _ in range(repeats):
+        first, last = cp.cuda.Event(), cp.cuda.Event()
+        begin = time.perf_counter()
+        first.record()
+        task()
+        last.record()
+        host = time.perf_counter() - begin
+        last.synchronize()
+        found.append((cp.cuda.get_elapsed_time(first, last) / 1e3, host))
+    return sorted(found)[repeats // 2]
+
+
+class Model:
+    """A drawn model: its calibration, and caches of it."""
+
+    def __init__(self, layers: int, heads: int, dim: int, per_group: int) -> None:
+        self.shape = (layers, heads, dim)
+        rope = kvtc.Rope.from_theta(1e6, dim)
+        self.geometry = kvtc.Geometry.uniform(
+            layers=layers, kv_heads=heads, head_dim=dim, rope=rope
+        )
+        width = 2 * per_group * heads * dim
+        rank = min(int(RANK_SHARE * width), MOST_RANK)
+        shares = np.arange(rank) / max(rank - 1, 1)
+        logarithms = np.interp(shares, list(SPECTRUM), np.log(list(SPECTRUM.values())))
+        self.spectrum = np.exp(logarithms).astype(np.float32)
+        tables = self._tables(rank)
+        rng = cp.random.default_rng(0)
+        host = np.random.default_rng(0)
+        parts = []
+        for first in range(0, layers, per_group):
+            own = tuple(range(first, min(first + per_group, layers)))
+            size = 2 * len(own) * heads * dim
+            directions, _ = cp.linalg.qr(rng.standard_normal((size, rank), dtype=cp.float32))
+            components = cp.asnumpy(directions.T.astype(cp.float16))
+            del directions
+            mean = (0.1 * host.standard_normal(size)).astype(np.float32)
+            energy = float(self.spectrum.sum() + (mean**2).sum())
+            parts.append(Part(own, own, mean, components, self.spectrum, energy, uniform=tables))
+        section = SectionCalibration({"joint": tuple(parts)}, 100_000)
+        self.calibration = Calibration(self.geometry, (section,), 4)
+        cp.get_default_memory_pool().free_all_blocks()
+
+    def _tables(self, rank: int) -> UniformTables:
+        rng = np.random.default_rng(0)
+        scale = np.exp(TOKEN_SCALE * rng.standard_normal((4096, 1)))
+        x = rng.laplace(size=(4096, rank)) / np.sqrt(2) * np.sqrt(self.spectrum) * scale
+        edges = group_edges(rank)
+        features = 2 * min(rank, 300) + len(edges) - 1
+        weights = np.zeros(features + 1, np.float32)
+        weights[-2] = IMPORTANCE  # of the energy in the last group
+        predictor = TokenImportance(
+            (1 / np.sqrt(self.spectrum)).astype(np.float32),
+            weights,
+            np.zeros(features, np.float32),
+            np.ones(features, np.float32),
+        )
+        rows = x.astype(np.float32)
+        classes = classes_of(predictor.predict(rows))
+        unit = 2 * float(np.sqrt(self.spectrum[0])) / 2 ** ((55 + MIDDLE) / 4)
+        families = fit_families(rows, classes, unit=unit, steps=56)
+        errors = np.linspace(0.01, 0.5, 56, dtype=np.float32)
+        return UniformTables(unit, families, errors, errors, predictor)
+
+    def cache(self, tokens: int, seed: int) -> tuple[Any, Any]:
+        """K after RoPE and V, bits of bfloat16 [layers, heads, tokens, dim]."""
+        layers, heads, dim = self.shape
+        k, v = (cp.empty((layers, heads, tokens, dim), np.uint16) for _ in range(2))
+        tensors = [Tensors.of_layers(list(x), DType.BFLOAT16) for x in (k, v)]
+        ropes = DeviceRopes(self.geometry.sections[0])
+        rng = cp.random.default_rng(seed)
+        scale = cp.exp(TOKEN_SCALE * rng.standard_normal((tokens, 1), dtype=cp.float32))
+        deviations = cp.asarray(np.sqrt(self.spectrum / 2))
+        overflow = cp.zeros(1, np.int32)
+        for part in self.calibration.sections[0].bases["joint"]:
+            size = heads * dim
+            columns = [(0, x, i * size) for i, x in enumerate(part.k_layers)]
+            split = len(columns) * size
+            columns += [(1, x, split + i * size) for i, x in enumerate(part.v_layers)]
+            own = cp.asarray(entries(tensors[0], tensors[1], columns, ropes))
+            directions, mean = cp.asarray(part.components), cp.asarray(part.mean)
+            for first in range(0, tokens, 8192):
+                count = min(8192, tokens - first)
+                u = rng.random((count, part.rank), dtype=cp.float32) - 0.5
+                x = -cp.sign(u) * cp.log1p(-1.99998 * cp.abs(u))
+                x *= deviations * scale[first : first + count]
+                rows = (x.astype(cp.float16) @ directions).astype(cp.float16)
+                rotations = ropes.at(cp.arange(first, first + count), sign=1)
+                layout.scatter(DType.BFLOAT16, True)(
+                    (-(-count // layout.TOKENS), len(columns)),
+                    layout.THREADS,
+                    (
+                        own,
+                        cp.arange(first, first + count),
+                        count,
+                        rotations.cosines.data.ptr,
+                        rotations.sines.data.ptr,
+                        ropes.pairs,
+                        ropes.interleaved,
+                        ropes.most,
+                        count,
+                        0,
+                        cp.ones(count, np.float32),
+                        1.0,
+                        mean.data.ptr,
+                        rows.data.ptr,
+                        rows.shape[1],
+                        overflow,
+                    ),
+                )
+        return k, v
+
+
+def ceilings() -> dict[str, float]:
+    """What the device does at best."""
+    size = 1 << 30
+    a, b = cp.empty(size, np.uint8), cp.empty(size, np.uint8)
+    device, _ = seconds(lambda: cp.copyto(b, a))
+    memory = cp.cuda.alloc_pinned_memory(size)
+    pinned, _ = seconds(
+        lambda: cp.cuda.runtime.memcpyAsync(
+            a.data.ptr, memory.ptr, size, 1, cp.cuda.get_current_stream().ptr
+        )
+    )
+    return {"device_copy_gbps": 2 * size / device / 1e9, "pinned_copy_gbps": size / pinned / 1e9}
+
+
+def block_of(payload: Any, start: int, coded: int) -> Block:
+    return Block(
+        section=0,
+        role=Role.DATA,
+        start=start,
+        tokens=BLOCK,
+        positions=range(start, start + BLOCK),
+        verbatim_tokens=(),
+        coder=Coder.RANS,
+        coded=payload,
+        coded_size=BLOCK * coded,
+        verbatim_coder=Coder.STORED,
+        verbatim=b"",
+        errors=BlockErrors(),
+    )
+
+
+def measure(model: Model, streams: int, tokens: int, pinned_gbps: float) -> dict[str, Any]:
+    """All figures of a geometry and a batch."""
+    layers = model.shape[0]
+    codec = kvtc.Codec(model.calibration, ratio=RATIO, window=0, sinks=0, block_tokens=BLOCK)
+    plan = DevicePlan(model.calibration, 0, codec.plan.sections[0])
+    section = model.geometry.sections[0]
+    per_token = 2 * (section.k_width + section.v_width)
+    size = per_token * streams * tokens
+    result: dict[str, Any] = {
+        "kv_bytes": size,
+        "components": plan.components,
+        "parts": len(plan.parts),
+        "multiply_adds_per_token": sum(p.count * p.width for p in plan.parts),
+    }
+    caches = [model.cache(tokens, seed) for seed in range(streams)]
+    tensors = [[Tensors.of_layers(list(x), DType.BFLOAT16) for x in kv] for kv in caches]
+    together = encoding.BATCH_TOKENS
+    pieces = [
+        (i, np.arange(first, min(first + together, tokens)))
+        for i in range(streams)
+        for first in range(0, tokens, together)
+    ]
+    share = per_token / RATIO
+    found: list[Any] = []
+
+    def encode(encoder: encoding.BatchEncoder) -> None:
+        """One step for all blocks of a batch, which meets the target; kept on the device."""
+        found.clear()
+        for i, slots in pieces:
+            starts = np.append(np.arange(0, len(slots), BLOCK), len(slots))
+            batch = encoder.prepare(*tensors[i], slots, slots, starts)
+            sizes = encoder.sizes(batch, 0.0)
+            low, high = -40.0, 40.0
+            for _ in range(20):
+                middle = (low + high) / 2
+                total = sizes.at(slice(None), middle).sum()
+                low, high = (middle, high) if total > share * len(slots) else (low, middle)
+            done = encoder.encode_on_device(batch, np.full(len(starts) - 1, high))
+            # Copied, as a caller would, so that the coefficients' memory is free again.
+            used = int(done.places[-1].sum())
+            found.append((i, slots[0], done.payloads[:used].copy(), cp.asnumpy(done.places)))
+
+    for name, with_errors in (("encode", False), ("encode_measured", True)):
+        encoder = encoding.BatchEncoder(
+            section, plan, DType.BFLOAT16, None, measure=with_errors, bound=2.0
+        )
+        if with_errors and tokens > 100_000:
+            continue
+        device, host = seconds(lambda encoder=encoder: encode(encoder), 3)
+        result[f"{name}_gbps"] = size / device / 1e9
+        result[f"{name}_host_s"] = host
+    coded_bytes = sum(int(places[:, 1].sum()) for *_, places in found)
+    result["ratio"] = size / coded_bytes
+    result["bits_per_symbol"] = 8 * coded_bytes / (streams * tokens * plan.components)
+
+    # Decoding into the caches' own memory: they can be drawn again.
+    decoder = BlockDecoder(section, plan)
+    targets = [decoder.target(range(layers), *kv) for kv in tensors]
+    host_bytes = cp.cuda.alloc_pinned_memory(sum(data.size + 512 for _, _, data, _ in found))
+    pinned = np.frombuffer(host_bytes, np.uint8)
+    work, at = [], 0
+    for i, first, data, places in found:
+        own = pinned[at : at + data.size]
+        own[:] = cp.asnumpy(data)
+        at += -(-data.size // 256) * 256
+        blocks = [
+            Placed(
+                block_of(own[b : b + n].data, first + j * BLOCK, plan.components),
+                np.arange(first + j * BLOCK, first + (j + 1) * BLOCK),
+            )
+            for j, (b, n) in enumerate(places.tolist())
+        ]
+        payloads = [UniformPayload.parse(p.block, plan.coded) for p in blocks]
+        work.append((i, blocks, payloads, data, places[:, 0]))
+    batches: list[Any] = []
+
+    def symbols(item: Any) -> Any:
+        _, blocks, payloads, data, begins = item
+        return decoder.symbols_on_device(blocks, payloads, data, begins)
+
+    def decode() -> None:
+        batches.clear()
+        for item in work:
+            batches.append(symbols(item))
+            decoder.values(batches[-1], targets[item[0]])
+
+    def restore() -> None:
+        batches.clear()
+        for item in work:
+            batches.append(decoder.symbols(item[1]))
+            decoder.values(batches[-1], targets[item[0]])
+
+    pool = cp.get_default_memory_pool()
+    batches.clear()
+    pool.free_all_blocks()
+    before = pool.total_bytes()
+    for item in work:
+        decoder.values(symbols(item), targets[item[0]])
+    cp.cuda.Device().synchronize()
+    result["scratch_fraction"] = (pool.total_bytes() - before) / size
+    device, host = seconds(decode)
+    result["decode_gbps"], result["decode_host_s"] = size / device / 1e9, host
+    assert not any(int(b.faults.any()) or int(b.overflow[0]) for b in batches)
+    device, _ = seconds(restore, 3)
+    result["restore_s"] = device
+    result["restore_vs_raw_copy"] = (size / pinned_gbps / 1e9) / device
+
+    # Stages, on one batch.
+    count = len(work[0][1]) * BLOCK
+    encoder = encoding.BatchEncoder(section, plan, DType.BFLOAT16, None, measure=False, bound=2.0)
+    slots = np.arange(count)
+    starts = np.append(np.arange(0, count, BLOCK), count)
+    batch = encoder.prepare(*tensors[0], slots, slots, starts)
+    source = batch.source
+    flops = 2 * result["multiply_adds_per_token"] * count
+    rows = cp.zeros((count, max(p.width for p in plan.parts)), np.uint16)
+    c = batch.coefficients
+    stages = {}
+    stages["gather and analysis"], _ = seconds(lambda: encoder._coefficients(source, batch.stride))
+    stages["analysis alone"], _ = seconds(
+        lambda: [
+            analyse(
+                rows.ravel()[: count * p.width].reshape(count, p.width),
+                p.analysis,
+                1.0,
+                c.data.ptr,
+                batch.stride,
+            )
+            for p in plan.parts
+        ]
+    )
+    decoded = symbols(work[0])
+    stages["symbols"], _ = seconds(lambda: symbols(work[0]))
+    stages["synthesis and scatter"], _ = seconds(lambda: decoder.values(decoded, targets[0]))
+    stages["synthesis alone"], _ = seconds(
+        lambda: [
+            synthesise(
+                decoded.symbols.data.ptr + 2 * p.first * decoded.stride,
+                decoded.stride,
+                p.synthesis,
+                slice(0, p.width),
+                count,
+                rows.data.ptr,
+                p.width,
+            )
+            for p in plan.parts
+        ]
+    )
+    result["stages_s"] = stages
+    result["analysis_tflops"] = flops / stages["analysis alone"] / 1e12
+    result["synthesis_tflops"] = flops / stages["synthesis alone"] / 1e12
+    return result | coder_speed(encoder, decoder, plan, work, model, tensors, share)
+
+
+def coder_speed(
+    encoder: encoding.BatchEncoder,
+    decoder: BlockDecoder,
+    plan: DevicePlan,
+    work: list[Any],
+    model: Model,
+    tensors: list[Any],
+    share: float,
+) -> dict[str, float]:
+    """Symbols a second of the two kernels alone, launched as they are in use."""
+    launches: dict[str, tuple[Any, ...]] = {}
+    originals = rans.decode, rans.encode
+
+    def keep(name: str, kernel: Any) -> Any:
+        def launch(*arguments: Any, **named: Any) -> None:
+            launches[name] = (kernel, arguments, named)
+            kernel(*arguments, **named)
+
+        return launch
+
+    count = len(work[0][1]) * BLOCK
+    rans.decode, rans.encode = keep("decode", rans.decode), keep("encode", rans.encode)
+    try:
+        batch = decoder.symbols_on_device(*work[0][1:])
+        slots = np.arange(count)
+        starts = np.append(np.arange(0, count, BLOCK), count)
+        prepared = encoder.prepare(*tensors[0], slots, slots, starts)
+        steps = np.array([p.step for p in work[0][2]])
+        done = encoder.encode_on_device(prepared, 4 * np.log2(steps / plan.unit))
+    finally:
+        rans.decode, rans.encode = originals
+    out = {}
+    kernel, arguments, named = launches["decode"]
+    device, _ = seconds(lambda: kernel(*arguments, **named))
+    out["rans_decode_gsym"] = count * plan.components / device / 1e9
+    kernel, arguments, named = launches["encode"]
+    # The payloads took the place of the coefficients: give it some again.
+    prepared = encoder.prepare(*tensors[0], slots, slots, starts)
+    values = list(arguments[2])
+    values[7] = prepared.coefficients
+    grid, block = arguments[:2]
+    device, _ = seconds(lambda: kernel(grid, block, values, **named))
+    out["rans_encode_gsym"] = count * plan.components / device / 1e9
+    del batch, done
+    return out
+
+
+def main() -> None:
+    """Measure, show and write."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("-o", "--output", type=Path, default=Path("benchmarks/results/h100.json"))
+    parser.add_argument("--quick", action="store_true", help="the first geometry and batch only")
+    parser.add_argument("--groups", type=int, nargs="*", default=[1, 4, 8, 20, 40])
+    args = parser.parse_args()
+    console = Console(highlight=False)
+    begin = time.perf_counter()
+    properties = cp.cuda.runtime.getDeviceProperties(0)
+    limits = ceilings()
+    result = environment() | {
+        "gpu": properties["name"].decode(),
+        "cuda": {
+            "runtime": cp.cuda.runtime.runtimeGetVersion(),
+            "driver": cp.cuda.runtime.driverGetVersion(),
+            "cupy": cp.__version__,
+        },
+        "ceilings": limits,
+        "runs": {},
+        "frontier": {},
+    }
+    console.print(limits)
+    table = Table("geometry", "batch", "ratio", "decode", "encode", "measured", "restore × copy")
+    first = True
+    for geometry, (layers, heads, dim, per_group) in GEOMETRIES.items():
+        model = Model(layers, heads, dim, per_group)
+        for batch, (streams, tokens) in BATCHES.items():
+            if args.quick and not first:
+                continue
+            start = time.perf_counter()
+            found = measure(model, streams, tokens, limits["pinned_copy_gbps"])
+            if first:
+                result["first_call_s"] = time.perf_counter() - start
+            result["runs"].setdefault(geometry, {})[batch] = found
+            console.print(geometry, batch, found)
+            table.add_row(
+                geometry,
+                batch,
+                f"{found['ratio']:.2f}",
+                f"{found['decode_gbps']:.0f}",
+                f"{found['encode_gbps']:.0f}",
+                f"{found.get('encode_measured_gbps', float('nan')):.0f}",
+                f"{found['restore_vs_raw_copy']:.1f}",
+            )
+            first = False
+            cp.get_default_memory_pool().free_all_blocks()
+    layers, heads, dim, _ = GEOMETRIES["Mistral-NeMo-12B"]
+    for per_group in args.groups:
+        model = Model(layers, heads, dim, per_group)
+        found = measure(model, 2, 8192, limits["pinned_copy_gbps"])
+        result["frontier"][str(per_group)] = found
+        console.print("layers per group", per_group, found["decode_gbps"], found["encode_gbps"])
+        cp.get_default_memory_pool().free_all_blocks()
+    nemo = result["runs"]["Mistral-NeMo-12B"]["8 × 8K"]
+    result |= {
+        name: nemo[name]
+        for name in (
+            "decode_gbps",
+            "encode_gbps",
+            "encode_measured_gbps",
+            "restore_vs_raw_copy",
+            "rans_decode_gsym",
+            "rans_encode_gsym",
+            "scratch_fraction",
+        )
+    }
+    console.print(table)
+    result["seconds"] = time.perf_counter() - begin
+    write_result(args.output, result, console)
+
+
+if __name__ == "__main__":
+    main()

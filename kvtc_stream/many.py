@@ -1,0 +1,259 @@
+"""Many caches at a time, and caches in pages."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvtc_stream.backend import BackendName, get_backend
+from kvtc_stream.calibration import Calibration
+from kvtc_stream.codec import Codec
+from kvtc_stream.files import Reader, open
+from kvtc_stream.formats import Limits
+from kvtc_stream.interop import numpy_dtype, on_cuda, to_numpy
+
+Stream = bytes | bytearray | memoryview
+
+
+@dataclass(frozen=True, eq=False)
+class PagedCache:
+    """Where one sequence's tokens are in pages that many share, as vLLM and SGLang hold them.
+
+    Attributes
+    ----------
+    k, v
+        A tensor [pages, page_size, kv_heads, head_dim] for each layer, or one of all layers.
+    page_table
+        The sequence's pages, in order.
+    tokens
+        How many tokens it has, from the first page on.
+    """
+
+    k: Any
+    v: Any
+    page_table: Sequence[int]
+    tokens: int
+
+    def slots(self) -> NDArray[np.int64]:
+        """int64 [tokens]: page · page_size + place in the page, of every token."""
+        page = int(self.k[0].shape[1])
+        table = np.asarray(self.page_table, np.int64)
+        if not 0 <= self.tokens <= len(table) * page:
+            raise ValueError(
+                f"{len(table)} pages of {page} tokens hold {len(table) * page}, found "
+                f"{self.tokens}: give a page table for all of them"
+            )
+        pages = int(self.k[0].shape[0])
+        if len(table) and not (table.min() >= 0 and table.max() < pages):
+            raise ValueError(f"the page table names page {table.max()} of {pages}")
+        token = np.arange(self.tokens)
+        return table[token // page] * page + token % page
+
+    def contiguous(self) -> tuple[list[Any], list[Any]]:
+        """K and V of each layer as [kv_heads, tokens, head_dim]; copies."""
+        found = []
+        for pages in (self.k, self.v):
+            layers = []
+            for layer in pages:
+                array = _indexable(layer)
+                rows = array.reshape(-1, *array.shape[2:])[_like(array, self.slots())]
+                layers.append(rows.swapaxes(0, 1))
+            found.append(layers)
+        return found[0], found[1]
+
+
+def _indexable(x: Any) -> Any:
+    """An array that can be indexed by an array: CuPy's on a CUDA device, else NumPy's."""
+    if on_cuda(x):
+        from kvtc_stream.gpu.tensors import to_device
+
+        bits, dtype = to_device(x, "pages")
+        return bits.view(numpy_dtype(dtype))
+    return to_numpy(x, "pages")
+
+
+def _like(array: Any, index: NDArray[np.int64]) -> Any:
+    if isinstance(array, np.ndarray):
+        return index
+    import cupy
+
+    return cupy.asarray(index)
+
+
+def encode_many(
+    caches: Sequence[tuple[Any, Any] | PagedCache], codec: Codec, **stream: Any
+) -> list[bytes]:
+    """Whole caches to whole streams, in order.
+
+    Parameters
+    ----------
+    caches
+        Pairs of k and v, each as :meth:`kvtc_stream.Encoder.encode` takes them, or pages.
+    codec
+        How to code all of them.
+    stream
+        Options of :meth:`kvtc_stream.Codec.encoder`, for all of them.
+
+    The stream of a cache does not depend on the others. On a CUDA device the blocks of a cache
+    share launches.
+    """
+    streams = []
+    for cache in caches:
+        k, v = cache.contiguous() if isinstance(cache, PagedCache) else cache
+        encoder = codec.encoder(**stream)
+        streams.append(encoder.encode(k, v) + encoder.finish())
+    return streams
+
+
+def decode_many(
+    streams: Sequence[Stream],
+    calibration: Calibration,
+    *,
+    out: Sequence[PagedCache] | None = None,
+    section: int = 0,
+    backend: BackendName = "auto",
+    limits: Limits | None = None,
+) -> list[tuple[Any, Any]]:
+    """Whole streams to whole caches.
+
+    Parameters
+    ----------
+    streams
+        Bytes of each. On a CUDA device copies from pinned memory are asynchronous.
+    calibration
+        That of all of them.
+    out
+        Pages that take the tokens, one for each stream; they must have the streams' ``out_dtype``.
+    section, backend, limits
+        As for :func:`kvtc_stream.decode`; ``"auto"`` is CUDA for pages on a CUDA device.
+
+    Returns
+    -------
+    K and V [layers, kv_heads, tokens, head_dim] of each stream; on a CUDA device views of arrays
+    that streams of one kind share. Nothing where ``out`` is given.
+
+    On a CUDA device all blocks of streams of one kind (plan, geometry, types) share launches.
+    """
+    if out is not None and len(out) != len(streams):
+        raise ValueError(f"found {len(streams)} streams and {len(out)} caches for them")
+    name = backend
+    if name == "auto":
+        name = "cuda" if out and on_cuda(out[0].k[0]) else "cpu"
+    get_backend(name)
+    readers = [
+        open(io.BytesIO(data), calibration=calibration, backend=name, limits=limits)
+        for data in streams
+    ]
+    kinds: dict[Any, list[int]] = {}
+    for i, reader in enumerate(readers):
+        h = reader.header
+        key = (h.plan, h.geometry, h.dtype, h.out_dtype, h.scales, h.block_tokens)
+        pool = None if out is None else id(out[i].k)
+        kinds.setdefault((*key, pool), []).append(i)
+    results: list[tuple[Any, Any]] = [(None, None)] * len(streams)
+    for members in kinds.values():
+        group = [readers[i] for i in members]
+        if out is None:
+            for i, pair in zip(members, _together(group, section), strict=True):
+                results[i] = pair
+        else:
+            _into_pages(group, [out[i] for i in members], section, name)
+    return [] if out is not None else results
+
+
+def _together(readers: list[Reader], section: int) -> Iterator[tuple[Any, Any]]:
+    counts = [r.tokens(section) for r in readers]
+    ends = np.cumsum([0, *counts]).tolist()
+    layers = len(readers[0].header.geometry.sections[section].layers)
+    blocks = readers[0].block_decoder
+    k, v = blocks.empty(section, layers, ends[-1])
+    items = [
+        (block, first + np.arange(block.tokens) + block.start)
+        for reader, first in zip(readers, ends, strict=False)
+        for block in reader.stored_blocks(section)
+    ]
+    blocks.coder(section).decode_into(_cut(items), range(layers), k, v)
+    for first, last in pairwise(ends):
+        yield tuple(blocks.output(x[:, :, first:last]) for x in (k, v))  # type: ignore[misc]
+
+
+def _into_pages(
+    readers: list[Reader], pages: list[PagedCache], section: int, backend: BackendName
+) -> None:
+    layers = len(readers[0].header.geometry.sections[section].layers)
+    items = []
+    for reader, cache in zip(readers, pages, strict=True):
+        if reader.tokens(section) != cache.tokens:
+            raise ValueError(
+                f"the stream has {reader.tokens(section)} tokens, the pages are for {cache.tokens}"
+            )
+        slots = cache.slots()
+        for block in reader.stored_blocks(section):
+            own = np.full(block.tokens, -1, np.int64)
+            kept = slice(block.kept.start, block.kept.stop)
+            own[kept] = slots[block.start : block.start + len(block.kept)]
+            items.append((block, own))
+    coder = readers[0].block_decoder.coder(section)
+    if backend == "cuda":
+        from kvtc_stream.gpu.tensors import Tensors, to_device
+
+        pools = []
+        for name, tensors in (("k", pages[0].k), ("v", pages[0].v)):
+            arrays, dtypes = zip(*(to_device(x, name) for x in tensors), strict=True)
+            if dtypes[0] is not readers[0].header.out_dtype:
+                raise TypeError(
+                    f"pages of {name} are {dtypes[0].label}, the stream decodes to "
+                    f"{readers[0].header.out_dtype.label}"
+                )
+            pools.append(Tensors.of_layers(arrays, dtypes[0], paged=True))
+        coder.decode_into(items, range(layers), *pools)
+        return
+    for block, own in items:
+        wanted = np.flatnonzero(own >= 0)
+        for found, tensors in zip(
+            coder.decode(block, range(layers)), (pages[0].k, pages[0].v), strict=True
+        ):
+            for layer, tensor in enumerate(tensors):
+                pool = _indexable(tensor)
+                flat = pool.reshape(-1, *pool.shape[2:])
+                flat[own[wanted]] = found[layer][:, wanted].swapaxes(0, 1)
+
+
+def _cut(items: list[tuple[Any, NDArray[np.int64]]]) -> list[tuple[Any, NDArray[np.int64]]]:
+    """Tokens that were cut from their stream go nowhere."""
+    done = []
+    for block, slots in items:
+        own = slots - block.kept.start
+        own[: block.kept.start] = -1
+        own[block.kept.stop :] = -1
+        done.append((block, own))
+    return done
+
+
+def decode_layers(
+    data: Stream,
+    calibration: Calibration,
+    *,
+    section: int = 0,
+    backend: BackendName = "auto",
+    limits: Limits | None = None,
+) -> Iterator[tuple[Any, Any]]:
+    """A whole stream, layer by layer, in order: K and V [kv_heads, tokens, head_dim] of each.
+
+    The symbols of all layers are decoded at the first; a layer comes when it is asked for, so that
+    a model can compute with one while the next is on its way. On a CUDA device a layer is ready in
+    the order of the current stream.
+    """
+    reader = open(io.BytesIO(data), calibration=calibration, backend=backend, limits=limits)
+    blocks = reader.block_decoder
+    items = [(b, np.arange(b.tokens) + b.start) for b in reader.stored_blocks(section)]
+    layer = blocks.coder(section).layers_of(_cut(items), reader.tokens(section))
+    for index in range(len(reader.header.geometry.sections[section].layers)):
+        k, v = layer(index)
+        yield blocks.output(k)[0], blocks.output(v)[0]

@@ -1,0 +1,382 @@
+"""The CUDA backend against the CPU backend: streams of either are read by both."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from real_sample import load_real_sample
+
+import kvtc_stream as kvtc
+from kvtc_stream.formats import DType, Limits, StreamParser
+from kvtc_stream.interop import numpy_dtype
+
+cupy = pytest.importorskip("cupy")
+pytest.importorskip("numba_cuda")
+
+
+def _has_device() -> bool:
+    try:
+        return bool(cupy.cuda.runtime.getDeviceCount())
+    except (RuntimeError, ImportError):
+        return False
+
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not _has_device(), reason="there is no CUDA device"),
+    pytest.mark.filterwarnings("ignore::kvtc_stream.KVTCWarning"),
+]
+
+#: What values may differ by, relative to a token's norm: products of binary16 summed in binary32,
+#: and rows in binary16. The cast to the output's type comes on top.
+ROUNDING = 2.0**-10
+
+
+def calibrated(geometry: kvtc.Geometry, **options: Any) -> kvtc.Calibration:
+    calibrator = kvtc.Calibrator(geometry, **options)
+    for section in range(len(geometry.sections)):
+        calibrator.update(
+            *kvtc.testing.drawn_cache(geometry, 600, seed=1, section=section), section=section
+        )
+    return calibrator.finish()
+
+
+GEOMETRIES = {
+    "halves": kvtc.Geometry.uniform(
+        layers=3, kv_heads=2, head_dim=16, rope=kvtc.Rope.from_theta(1e4, 16)
+    ),
+    "no rope": kvtc.Geometry.uniform(layers=2, kv_heads=1, head_dim=32),
+    "interleaved": kvtc.Geometry.uniform(
+        layers=2,
+        kv_heads=2,
+        head_dim=16,
+        rope=replace(kvtc.Rope.from_theta(1e4, 16), interleaved=True),
+    ),
+    "partial": kvtc.Geometry.uniform(
+        layers=2, kv_heads=2, head_dim=12, rope=kvtc.Rope.from_theta(1e4, 8)
+    ),
+    "odd": kvtc.Geometry.uniform(layers=2, kv_heads=3, head_dim=7),
+}
+CALIBRATIONS = {name: calibrated(geometry) for name, geometry in GEOMETRIES.items()}
+CALIBRATIONS["groups"] = calibrated(GEOMETRIES["halves"], layer_groups=3)
+
+
+@pytest.fixture(params=sorted(CALIBRATIONS))
+def calibration(request: pytest.FixtureRequest) -> kvtc.Calibration:
+    return CALIBRATIONS[request.param]
+
+
+@pytest.fixture(params=["float32", "float16", "bfloat16"])
+def dtype(request: pytest.FixtureRequest) -> DType:
+    return DType[request.param.upper()]
+
+
+def host(x: Any) -> np.ndarray[Any, Any]:
+    """Float32 of anything."""
+    if isinstance(x, cupy.ndarray):
+        bits = {2: np.uint16, 4: np.uint32}[x.itemsize]
+        x = cupy.asnumpy(x.view(bits)).view(x.dtype)
+    return np.asarray(x).astype(np.float32)
+
+
+def distance(found: Any, expected: Any) -> float:
+    """Worst ‖found − expected‖ / ‖expected‖ over tokens."""
+    a, b = host(found).astype(np.float64), host(expected).astype(np.float64)
+    lost = np.sqrt(np.square(a - b).sum(axis=(0, 1, 3)))
+    return float((lost / np.sqrt(np.square(b).sum(axis=(0, 1, 3)))).max())
+
+
+def allowed(dtype: DType) -> float:
+    return ROUNDING + {"float32": 0.0, "float16": 2.0**-10, "bfloat16": 2.0**-7}[dtype.label]
+
+
+def test_streams_of_the_cpu_are_read(calibration: kvtc.Calibration, dtype: DType) -> None:
+    k, v = kvtc.testing.drawn_cache(calibration.geometry, 500, seed=2, dtype=dtype)
+    data = kvtc.encode(k, v, kvtc.Codec(calibration, ratio=6, window=40, block_tokens=48))
+    expected = kvtc.decode(data, calibration, backend="cpu")
+    found = kvtc.decode(data, calibration, backend="cuda")
+    for a, b in zip(found, expected, strict=True):
+        assert isinstance(a, cupy.ndarray)
+        assert a.shape == b.shape
+        assert distance(a, b) <= allowed(dtype)
+
+
+def test_symbols_are_the_same(calibration: kvtc.Calibration) -> None:
+    from kvtc_stream.cpu.backend import CpuBackend
+    from kvtc_stream.gpu.decoding import BlockDecoder, Placed
+    from kvtc_stream.gpu.plan import DevicePlan
+    from kvtc_stream.payload import UniformPayload
+
+    k, v = kvtc.testing.drawn_cache(calibration.geometry, 300, seed=3)
+    data = kvtc.encode(k, v, kvtc.Codec(calibration, ratio=5, window=0, block_tokens=50))
+    header, *items = StreamParser(Limits()).feed(data)
+    blocks = [b for b in items if b.coded_tokens]
+    plan = DevicePlan(calibration, 0, header.plan.sections[0])
+    decoder = BlockDecoder(header.geometry.sections[0], plan)
+    batch = decoder.symbols([Placed(b, np.arange(b.tokens)) for b in blocks])
+    assert not cupy.asnumpy(batch.faults).any()
+    found = cupy.asnumpy(batch.symbols).view(np.float16).astype(np.float64)
+    coder = CpuBackend().section_coder(header, 0, calibration)
+    first = 0
+    for block in blocks:
+        coder.decode(block, [0])
+        step = UniformPayload.parse(block, plan.coded).step
+        scales = cupy.asnumpy(batch.scales)[:, first : first + block.tokens]
+        for i, (part, own) in enumerate(zip(plan.parts, coder._parts, strict=True)):
+            rows = slice(part.first, part.first + part.count)
+            base = plan.steps[rows, None]
+            values = own.coefficients[: block.tokens, : part.count].T
+            expected = np.rint(values / (scales[i].astype(np.float64) * base))
+            np.testing.assert_array_equal(found[rows, first : first + block.tokens], expected)
+        assert step > 0
+        first += block.tokens
+
+
+def test_streams_are_read_by_the_cpu(calibration: kvtc.Calibration, dtype: DType) -> None:
+    k, v = kvtc.testing.drawn_cache(calibration.geometry, 700, seed=4, dtype=dtype)
+    codec = kvtc.Codec(calibration, ratio=6, window=40, block_tokens=48, backend="cuda")
+    encoder = codec.encoder()
+    data = encoder.encode(k, v) + encoder.finish()
+    found = kvtc.decode(data, calibration, backend="cpu")
+    _, *blocks = StreamParser(Limits()).feed(data)
+    for block in blocks:
+        span = slice(block.start, block.start + block.tokens)
+        for a, b, worst in zip(
+            found, (k, v), (block.errors.k_worst, block.errors.v_worst), strict=True
+        ):
+            assert distance(a[:, :, span], b[:, :, span]) <= worst + allowed(dtype)
+    on_cpu = replace(codec, backend="cpu").encoder()
+    on_cpu.encode(k, v)
+    on_cpu.finish()
+    assert encoder.statistics.coded_ratio == pytest.approx(6, rel=0.03)
+    ours, theirs = encoder.statistics, on_cpu.statistics
+    assert ours.k_error_mean == pytest.approx(theirs.k_error_mean, rel=0.1)
+    assert ours.v_error_mean == pytest.approx(theirs.v_error_mean, rel=0.1)
+
+
+def test_chunks_are_free() -> None:
+    calibration = CALIBRATIONS["halves"]
+    k, v = kvtc.testing.drawn_cache(calibration.geometry, 400, seed=5, dtype=DType.BFLOAT16)
+    codec = kvtc.Codec(calibration, ratio=6, window=20, block_tokens=32, backend="cuda")
+    whole = list(StreamParser(Limits()).feed(kvtc.encode(k, v, codec))[1:])
+    assert sum(b.tokens for b in whole) == 400
+    encoder = codec.encoder()
+    data = b""
+    for start in range(0, 400, 64):
+        data += encoder.encode(k[:, :, start : start + 64], v[:, :, start : start + 64])
+    data += encoder.finish()
+    found = kvtc.decode(data, calibration, backend="cpu")
+    assert found[0].shape == k.shape
+
+
+@pytest.mark.parametrize("target", [{"ratio": 10}, {"max_relative_error": 0.1}])
+def test_targets_are_met(target: dict[str, float]) -> None:
+    calibration = CALIBRATIONS["groups"]
+    k, v = kvtc.testing.drawn_cache(calibration.geometry, 3000, seed=6)
+    encoder = kvtc.Codec(calibration, window=0, backend="cuda", **target).encoder()
+    encoder.encode(cupy.asarray(k), cupy.asarray(v))
+    encoder.finish()
+    s = encoder.statistics
+    reached = {
+        "ratio": s.coded_ratio,
+        "max_relative_error": max(s.k_error_mean, s.v_error_mean),
+    }
+    for name, value in target.items():
+        assert reached[name] == pytest.approx(value, rel=0.02)
+
+
+def test_tokens_that_cannot_be_coded_come_back_exactly() -> None:
+    calibration = CALIBRATIONS["halves"]
+    k, v = kvtc.testing.drawn_cache(calibration.geometry, 300, seed=7)
+    k[0, 0, 50, 3], v[1, 1, 51, 0], k[2, 1, 170, 5] = np.nan, np.inf, 1e30
+    for measure in ("full", "none"):
+        codec = kvtc.Codec(
+            calibration, ratio=6, window=0, block_tokens=64, backend="cuda", measure=measure
+        )
+        data = kvtc.encode(k, v, codec)
+        for backend in ("cpu", "cuda"):
+            found = kvtc.decode(data, calibration, backend=backend)
+            for a, b in zip(found, (k, v), strict=True):
+                np.testing.assert_array_equal(host(a)[:, :, [50, 51, 170]], b[:, :, [50, 51, 170]])
+                assert np.isfinite(host(a)[:, :, :50]).all()
+
+
+def test_max_error_holds() -> None:
+    calibration = CALIBRATIONS["halves"]
+    k, v = kvtc.testing.drawn_cache(calibration.geometry, 300, seed=8)
+    codec = kvtc.Codec(calibration, ratio=24, max_error=0.3, window=0, backend="cuda")
+    found = kvtc.decode(kvtc.encode(k, v, codec), calibration, backend="cpu")
+    for a, b in zip(found, (k, v), strict=True):
+        assert distance(a, b) <= 0.3 + ROUNDING
+
+
+def test_parts_of_a_stream() -> None:
+    calibration = CALIBRATIONS["groups"]
+    k, v = kvtc.testing.drawn_cache(calibration.geometry, 400, seed=9)
+    data = kvtc.encode(k, v, kvtc.Codec(calibration, ratio=6, window=30, block_tokens=32))
+    with (
+        kvtc.open(io.BytesIO(data), calibration=calibration, backend="cuda") as ours,
+        kvtc.open(io.BytesIO(data), calibration=calibration, backend="cpu") as theirs,
+    ):
+        for tokens, layers in (
+            (slice(0, 400), slice(1, 2)),
+            (slice(2, 39), slice(0, 3)),
+            (slice(300, 399), slice(2, 3)),
+        ):
+            found = ours.read(tokens=tokens, layers=layers)
+            expected = theirs.read(tokens=tokens, layers=layers)
+            for a, b in zip(found, expected, strict=True):
+                assert a.shape == b.shape
+                assert distance(a, b) <= ROUNDING
+        for a, b in zip(ours, theirs, strict=True):
+            assert distance(a.k, b.k) <= ROUNDING
+
+
+def test_torch_tensors_in_and_out() -> None:
+    torch = pytest.importorskip("torch")
+    calibration = CALIBRATIONS["halves"]
+    k, v = kvtc.testing.drawn_cache(calibration.geometry, 300, seed=10)
+    tensors = [torch.from_numpy(x).to("cuda", torch.bfloat16) for x in (k, v)]
+    per_layer = [list(x) for x in tensors]
+    codec = kvtc.Codec(calibration, ratio=6, window=20)  # "auto" sees where they are
+    data = kvtc.encode(tensors[0], tensors[1], codec)
+    assert data == kvtc.encode(per_layer[0], per_layer[1], codec)
+    back = [torch.from_dlpack(x) for x in kvtc.decode(data, calibration, backend="cuda")]
+    for a, b in zip(back, tensors, strict=True):
+        assert a.dtype == torch.bfloat16
+        assert a.is_cuda
+        assert torch.equal(a[:, :, -20:], b[:, :, -20:])
+        assert float((a - b).float().norm() / b.float().norm()) < 0.3
+
+
+@pytest.mark.parametrize("kind", ["flip", "zero"])
+def test_damage_is_an_error_on_both(kind: str) -> None:
+    """Even where a writer at fault has made every checksum right."""
+    from kvtc_stream.decoder import BlockDecoder
+
+    calibration = CALIBRATIONS["groups"]
+    k, v = kvtc.testing.drawn_cache(calibration.geometry, 200, seed=11)
+    data = kvtc.encode(k, v, kvtc.Codec(calibration, ratio=5, window=0, block_tokens=64))
+    header, *blocks = StreamParser(Limits()).feed(data)
+    block = next(b for b in blocks if b.coded_tokens)
+    decoders = [BlockDecoder(header, calibration, b) for b in ("cpu", "cuda")]
+    rng = np.random.default_rng(0)
+    for _ in range(150):
+        bad = bytearray(block.coded)
+        for _ in range(rng.integers(1, 4)):
+            at = rng.integers(len(bad))
+            bad[at] = 0 if kind == "zero" else bad[at] ^ (1 << rng.integers(8))
+        outcomes = []
+        for decoder in decoders:
+            try:
+                outcomes.append(decoder.decode(replace(block, coded=bytes(bad))))
+            except kvtc.FormatError as error:
+                outcomes.append(error)
+        ours, theirs = outcomes[1], outcomes[0]
+        assert isinstance(ours, kvtc.FormatError) == isinstance(theirs, kvtc.FormatError)
+        if not isinstance(theirs, kvtc.FormatError):
+            np.testing.assert_allclose(host(ours.k), host(theirs.k), rtol=1e-2, atol=1e-2)
+
+
+def test_pages() -> None:
+    calibration = CALIBRATIONS["groups"]
+    k, v = kvtc.testing.drawn_cache(calibration.geometry, 64, seed=12)
+    ours, theirs = (
+        kvtc.PageCodec(kvtc.Codec(calibration, ratio=6, backend=b), dtype="float32")
+        for b in ("cuda", "cpu")
+    )
+    page = ours.encode(k, v, positions=128)
+    expected = theirs.decode(page)
+    assert distance(ours.decode(page).k, expected.k) <= ROUNDING
+    for (a, b), layer in zip(ours.layers(page), range(3), strict=True):
+        assert distance(a[None], expected.k[layer : layer + 1]) <= ROUNDING
+        assert distance(b[None], expected.v[layer : layer + 1]) <= ROUNDING
+
+
+def test_fp8_goes_in() -> None:
+    calibration = CALIBRATIONS["halves"]
+    k, v = kvtc.testing.drawn_cache(calibration.geometry, 300, seed=13)
+    fp8 = [(x * 20).astype(ml_dtypes.float8_e4m3fn) for x in (k, v)]
+    streams = [
+        kvtc.encode(
+            fp8[0], fp8[1], kvtc.Codec(calibration, ratio=4, window=0, backend=b),
+            k_scale=0.05, v_scale=0.05,
+        )
+        for b in ("cpu", "cuda")
+    ]  # fmt: skip
+    a, b = (kvtc.decode(data, calibration, backend="cpu") for data in streams)
+    assert distance(b[0], a[0]) < 0.2
+    exact = fp8[0].astype(np.float32) * 0.05
+    assert distance(b[0], exact) < distance(a[0], exact) + 0.05
+
+
+def test_a_real_cache() -> None:
+    sample = load_real_sample()
+    calibrator = kvtc.Calibrator(sample.geometry)
+    calibrator.update(sample.k, sample.v)
+    calibration = calibrator.finish()
+    codec = kvtc.Codec(calibration, ratio=8, window=16, block_tokens=32, backend="cuda")
+    data = kvtc.encode(sample.k, sample.v, codec)
+    a, b = (kvtc.decode(data, calibration, backend=x) for x in ("cuda", "cpu"))
+    assert distance(a[0], b[0]) <= allowed(DType.BFLOAT16)
+    assert distance(a[1], b[1]) <= allowed(DType.BFLOAT16)
+    assert a[0].dtype == numpy_dtype(DType.BFLOAT16)
+
+
+def test_many_streams_in_pages() -> None:
+    calibration = CALIBRATIONS["groups"]
+    caches = [kvtc.testing.drawn_cache(calibration.geometry, n, seed=n) for n in (150, 3, 64)]
+    codec = kvtc.Codec(calibration, ratio=6, window=20, block_tokens=32)
+    streams = kvtc.encode_many(caches, codec)
+    expected = [kvtc.decode(data, calibration) for data in streams]
+    found = kvtc.decode_many(streams, calibration, backend="cuda")
+    pools = [cupy.full((3, 20, 16, 2, 16), np.nan, np.float32) for _ in range(2)]
+    tables = [[9, 3, 4, 19, 0, 7, 11, 12, 5, 6], [1], [2, 8, 10, 13]]
+    held = [
+        kvtc.PagedCache(pools[0], pools[1], table, k.shape[2])
+        for table, (k, _) in zip(tables, caches, strict=True)
+    ]
+    kvtc.decode_many(streams, calibration, out=held)
+    for one, many, cache in zip(expected, found, held, strict=True):
+        paged = [cupy.stack(x) for x in cache.contiguous()]
+        for a, b, c in zip(one, many, paged, strict=True):
+            assert distance(b, a) <= ROUNDING
+            assert distance(c, a) <= ROUNDING
+    again = kvtc.encode_many(held, replace(codec, backend="cuda"))
+    assert [kvtc.decode(d, calibration)[0].shape[2] for d in again] == [150, 3, 64]
+
+
+def test_layer_by_layer() -> None:
+    calibration = CALIBRATIONS["groups"]
+    k, v = kvtc.testing.drawn_cache(calibration.geometry, 300, seed=14)
+    k[1, 0, 100, 2] = np.nan
+    data = kvtc.encode(k, v, kvtc.Codec(calibration, ratio=6, window=20, block_tokens=32))
+    expected = kvtc.decode(data, calibration)
+    fine = np.delete(np.arange(300), 100)
+    for layer, (a, b) in enumerate(kvtc.decode_layers(data, calibration, backend="cuda")):
+        assert distance(a[None][:, :, fine], expected[0][layer : layer + 1, :, fine]) <= ROUNDING
+        assert distance(b[None], expected[1][layer : layer + 1]) <= ROUNDING
+
+
+def test_threads_and_streams_of_their_own() -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    calibration = CALIBRATIONS["halves"]
+    codec = kvtc.Codec(calibration, ratio=6, window=20, block_tokens=32, backend="cuda")
+
+    def work(seed: int) -> float:
+        k, v = kvtc.testing.drawn_cache(calibration.geometry, 500, seed=seed)
+        with cupy.cuda.Stream(non_blocking=True) as stream:
+            data = kvtc.encode(k, v, codec)
+            found = kvtc.decode(data, calibration, backend="cuda")
+            stream.synchronize()
+        expected = kvtc.decode(data, calibration, backend="cpu")
+        return max(distance(a, b) for a, b in zip(found, expected, strict=True))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert max(pool.map(work, range(12))) <= ROUNDING
