@@ -234,6 +234,7 @@ def test_threads_and_processes_read_one_file(
         assert part == np.ascontiguousarray(k[:, :, first : first + 50]).tobytes()
 
 
+@pytest.mark.filterwarnings("ignore::kvtc_stream.KVTCWarning")
 def test_readers_beside_a_writer(tmp_path: Path, codec: kvtc.Codec, cache: Cache) -> None:
     """A reader keeps what it opened; one that comes while something is appended is told so."""
     path = tmp_path / "a.kvtc"
