@@ -27,7 +27,7 @@ from rich.table import Table
 import kvtc_stream as kvtc
 from kvtc_stream.calibration import Calibration, Part, SectionCalibration, UniformTables
 from kvtc_stream.formats import Block, BlockErrors, Coder, DType, Role
-from kvtc_stream.gpu import encoding, layout, rans
+from kvtc_stream.gpu import decoding, encoding, layout, rans
 from kvtc_stream.gpu.decoding import BlockDecoder, Placed
 from kvtc_stream.gpu.plan import DevicePlan
 from kvtc_stream.gpu.products import analyse, synthesise
@@ -262,49 +262,57 @@ def measure(model: Model, streams: int, tokens: int, pinned_gbps: float) -> dict
     result["ratio"] = size / coded_bytes
     result["bits_per_symbol"] = 8 * coded_bytes / (streams * tokens * plan.components)
 
-    # Decoding into the caches' own memory: they can be drawn again.
+    # All streams go into one cache, as ``decode_many`` makes it.
+    del tensors[1:], caches[1:]
+    k, v = (
+        cp.empty((layers, section.kv_heads, streams * tokens, model.shape[2]), np.uint16)
+        for _ in "kv"
+    )
     decoder = BlockDecoder(section, plan)
-    targets = [decoder.target(range(layers), *kv) for kv in tensors]
+    target = decoder.target(
+        range(layers), *(Tensors.of_layers(list(x), DType.BFLOAT16) for x in (k, v))
+    )
     host_bytes = cp.cuda.alloc_pinned_memory(sum(data.size + 512 for _, _, data, _ in found))
     pinned = np.frombuffer(host_bytes, np.uint8)
-    work, at = [], 0
+    blocks: list[Placed] = []
+    at = 0
     for i, first, data, places in found:
         own = pinned[at : at + data.size]
         own[:] = cp.asnumpy(data)
         at += -(-data.size // 256) * 256
-        blocks = [
-            Placed(
-                block_of(own[b : b + n].data, first + j * BLOCK, plan.components),
-                np.arange(first + j * BLOCK, first + (j + 1) * BLOCK),
-            )
-            for j, (b, n) in enumerate(places.tolist())
-        ]
-        payloads = [UniformPayload.parse(p.block, plan.coded) for p in blocks]
-        work.append((i, blocks, payloads, data, places[:, 0]))
+        for j, (begin, count) in enumerate(places.tolist()):
+            start = first + j * BLOCK
+            slots = i * tokens + np.arange(start, start + BLOCK)
+            block = block_of(own[begin : begin + count].data, start, plan.components)
+            blocks.append(Placed(block, slots))
+    found.clear()
+    work = []
+    for some in decoding.batches(blocks):
+        payloads = [UniformPayload.parse(p.block, plan.coded) for p in some]
+        work.append((some, payloads, *decoding.upload([p.block for p in some])))
     batches: list[Any] = []
 
     def symbols(item: Any) -> Any:
-        _, blocks, payloads, data, begins = item
-        return decoder.symbols_on_device(blocks, payloads, data, begins)
+        return decoder.symbols_on_device(*item)
 
     def decode() -> None:
         batches.clear()
         for item in work:
             batches.append(symbols(item))
-            decoder.values(batches[-1], targets[item[0]])
+            decoder.values(batches[-1], target)
 
     def restore() -> None:
         batches.clear()
         for item in work:
-            batches.append(decoder.symbols(item[1]))
-            decoder.values(batches[-1], targets[item[0]])
+            batches.append(decoder.symbols(item[0]))
+            decoder.values(batches[-1], target)
 
     pool = cp.get_default_memory_pool()
     batches.clear()
     pool.free_all_blocks()
     before = pool.total_bytes()
     for item in work:
-        decoder.values(symbols(item), targets[item[0]])
+        decoder.values(symbols(item), target)
     cp.cuda.Device().synchronize()
     result["scratch_fraction"] = (pool.total_bytes() - before) / size
     device, host = seconds(decode)
@@ -315,7 +323,7 @@ def measure(model: Model, streams: int, tokens: int, pinned_gbps: float) -> dict
     result["restore_vs_raw_copy"] = (size / pinned_gbps / 1e9) / device
 
     # Stages, on one batch.
-    count = len(work[0][1]) * BLOCK
+    count = min(tokens, encoding.BATCH_TOKENS)
     encoder = encoding.BatchEncoder(section, plan, DType.BFLOAT16, None, measure=False, bound=2.0)
     slots = np.arange(count)
     starts = np.append(np.arange(0, count, BLOCK), count)
@@ -340,7 +348,8 @@ def measure(model: Model, streams: int, tokens: int, pinned_gbps: float) -> dict
     )
     decoded = symbols(work[0])
     stages["symbols"], _ = seconds(lambda: symbols(work[0]))
-    stages["synthesis and scatter"], _ = seconds(lambda: decoder.values(decoded, targets[0]))
+    stages["synthesis and scatter"], _ = seconds(lambda: decoder.values(decoded, target))
+    rows = cp.zeros((decoded.tokens, rows.shape[1]), np.uint16)
     stages["synthesis alone"], _ = seconds(
         lambda: [
             synthesise(
@@ -348,7 +357,7 @@ def measure(model: Model, streams: int, tokens: int, pinned_gbps: float) -> dict
                 decoded.stride,
                 p.synthesis,
                 slice(0, p.width),
-                count,
+                decoded.tokens,
                 rows.data.ptr,
                 p.width,
             )
@@ -356,7 +365,9 @@ def measure(model: Model, streams: int, tokens: int, pinned_gbps: float) -> dict
         ]
     )
     result["stages_s"] = stages
+    result["stage_tokens"] = {"encode": count, "decode": decoded.tokens}
     result["analysis_tflops"] = flops / stages["analysis alone"] / 1e12
+    flops *= decoded.tokens / count
     result["synthesis_tflops"] = flops / stages["synthesis alone"] / 1e12
     return result | coder_speed(encoder, decoder, plan, work, model, tensors, share)
 
@@ -381,21 +392,21 @@ def coder_speed(
 
         return launch
 
-    count = len(work[0][1]) * BLOCK
     rans.decode, rans.encode = keep("decode", rans.decode), keep("encode", rans.encode)
     try:
-        batch = decoder.symbols_on_device(*work[0][1:])
+        batch = decoder.symbols_on_device(*work[0])
+        count = min(batch.tokens, encoding.BATCH_TOKENS)
         slots = np.arange(count)
         starts = np.append(np.arange(0, count, BLOCK), count)
         prepared = encoder.prepare(*tensors[0], slots, slots, starts)
-        steps = np.array([p.step for p in work[0][2]])
+        steps = np.array([p.step for p in work[0][1][: count // BLOCK]])
         done = encoder.encode_on_device(prepared, 4 * np.log2(steps / plan.unit))
     finally:
         rans.decode, rans.encode = originals
     out = {}
     kernel, arguments, named = launches["decode"]
     device, _ = seconds(lambda: kernel(*arguments, **named))
-    out["rans_decode_gsym"] = count * plan.components / device / 1e9
+    out["rans_decode_gsym"] = batch.tokens * plan.components / device / 1e9
     kernel, arguments, named = launches["encode"]
     # The payloads took the place of the coefficients: give it some again.
     prepared = encoder.prepare(*tensors[0], slots, slots, starts)
@@ -404,7 +415,7 @@ def coder_speed(
     grid, block = arguments[:2]
     device, _ = seconds(lambda: kernel(grid, block, values, **named))
     out["rans_encode_gsym"] = count * plan.components / device / 1e9
-    del batch, done
+    del done
     return out
 
 

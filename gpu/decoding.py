@@ -27,6 +27,8 @@ from kvtc_stream.payload import UniformPayload, tiles
 #: Tokens of a batch, and bytes of rows between a product and its scatter: an H100 caches 50 MB.
 BATCH_TOKENS, PIECE_BYTES = 16_384, 32 << 20
 _ALIGNMENT = 16
+#: Blocks of threads of the coder that a processor holds at a time, for their tables' sake.
+_BLOCKS_OF_THREADS = 2
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,14 @@ class TileTasks:
     def __init__(self, plan: DevicePlan) -> None:
         self._plan = plan
         self._of_sizes: dict[int, tuple[NDArray[np.int64], NDArray[np.bool_]]] = {}
-        self._orders: dict[tuple[int, int], NDArray[np.int64]] = {}
+        self._orders: dict[tuple[int, int, int], NDArray[np.int64]] = {}
+        processors = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.runtime.getDevice())
+        self._resident = _BLOCKS_OF_THREADS * int(processors["multiProcessorCount"])
+
+    def together(self, tiles_of_all: int) -> int:
+        """How many of so many tiles share a block of threads: as few as let all blocks run at
+        once, so that no processor waits for a last one."""
+        return min(max(-(-tiles_of_all // self._resident), 4), rans.MOST_TILES)
 
     def template(self, size: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """int64 [tiles, FIELDS] of a block whose tiles have ``size`` components, and whether each
@@ -153,23 +162,25 @@ class TileTasks:
             self._of_sizes[size] = task, columns[:, 3] != 0
         return self._of_sizes[size]
 
-    def order(self, size: int, blocks: int) -> NDArray[np.int64]:
+    def order(self, size: int, blocks: int, together: int) -> NDArray[np.int64]:
         """Which of the blocks' tiles, block after block, is at each place when those of a part lie
-        side by side, filled up to whole blocks of threads; -1 - part where none is."""
-        if (size, blocks) not in self._orders:
+        side by side, filled up to blocks of threads of ``together``; -1 - part where none is."""
+        if (size, blocks, together) not in self._orders:
             parts = np.tile(self.template(size)[0][:, rans.PART], blocks)
             places = []
             for part in range(len(self._plan.parts)):
                 own = np.flatnonzero(parts == part)
-                filled = np.full(-(-len(own) // rans.TILES) * rans.TILES, -1 - part, np.int64)
+                filled = np.full(-(-len(own) // together) * together, -1 - part, np.int64)
                 filled[: len(own)] = own
                 places.append(filled)
-            self._orders[size, blocks] = np.concatenate(places)
-        return self._orders[size, blocks]
+            self._orders[size, blocks, together] = np.concatenate(places)
+        return self._orders[size, blocks, together]
 
-    def arranged(self, tasks: NDArray[np.int64], size: int, blocks: int) -> NDArray[np.int64]:
+    def arranged(
+        self, tasks: NDArray[np.int64], size: int, blocks: int, together: int
+    ) -> NDArray[np.int64]:
         """``tasks`` [blocks, tiles, FIELDS] in that order."""
-        order = self.order(size, blocks)
+        order = self.order(size, blocks, together)
         flat = tasks.reshape(-1, rans.FIELDS)
         out = np.zeros((len(order), rans.FIELDS), np.int64)
         real = order >= 0
@@ -183,11 +194,15 @@ class TileTasks:
         tokens: NDArray[np.int64],
         firsts: NDArray[np.int64],
         begins: NDArray[np.int64],
-    ) -> NDArray[np.int64]:
-        """int64 [tiles, FIELDS]: of payloads that begin at ``begins``; ``tokens`` and ``firsts``
-        [blocks] are coded tokens, and the first one among all."""
+    ) -> tuple[NDArray[np.int64], int]:
+        """int64 [tiles, FIELDS], and how many share a block of threads.
+
+        Payloads begin at ``begins``; ``tokens`` and ``firsts`` [blocks] are coded tokens, and the
+        first one among all.
+        """
         out = []
         sizes = np.array([p.tile_components for p in payloads])
+        together = self.together(sum(len(p.lengths) for p in payloads))
         for size in np.unique(sizes).tolist():
             own = np.flatnonzero(sizes == size)
             template, leading = self.template(size)
@@ -208,8 +223,8 @@ class TileTasks:
             task[:, :, rans.CLASSES] = np.where(leading, classes, -1 - classes)
             level = levels.clip(plan.lowest, plan.highest) - plan.lowest
             task[:, :, rans.LEVEL] = level[:, None]
-            out.append(self.arranged(task, size, len(own)))
-        return np.concatenate(out)
+            out.append(self.arranged(task, size, len(own), together))
+        return np.concatenate(out), together
 
 
 class BlockDecoder:
@@ -251,13 +266,14 @@ class BlockDecoder:
         steps = np.array([p.step for p in payloads])[:, None] * np.exp2(np.arange(16) / 4)
         with np.errstate(over="ignore"):
             block_steps = cupy.asarray(steps.astype(np.float32))
-        tasks = cupy.asarray(self._tasks.decoding(payloads, coded, firsts, begins))
+        host_tasks, together = self._tasks.decoding(payloads, coded, firsts, begins)
+        tasks = cupy.asarray(host_tasks)
         symbols = cupy.empty((plan.components, stride), np.uint16)
         scales = cupy.zeros((len(plan.parts), stride), np.float32)
         faults = cupy.zeros(len(blocks), np.int32)
         rans.decode(
-            len(tasks) // rans.TILES,
-            rans.TILES * 32,
+            len(tasks) // together,
+            together * 32,
             (
                 tasks,
                 data,

@@ -309,14 +309,14 @@ class BatchEncoder:
                 verbatim,
             ),
         )
-        tasks, of_blocks, words = self._room(starts)
+        tasks, of_blocks, words, together = self._room(starts)
         tasks_d, of_blocks_d = cupy.asarray(tasks), cupy.asarray(of_blocks)
         room = cupy.empty(max(words, 1), np.uint16)
         lengths = cupy.zeros(max(len(tasks), 1), np.int32)
         faults = cupy.zeros(blocks, np.int32)
         rans.encode(
-            len(tasks) // rans.TILES,
-            rans.TILES * 32,
+            len(tasks) // together,
+            together * 32,
             (
                 tasks_d,
                 plan.codes,
@@ -526,12 +526,14 @@ class BatchEncoder:
         task[:, :, rans.BLOCK] = np.arange(blocks)[:, None]
         task[:, :, rans.WORDS] = np.cumsum(words.ravel()).reshape(words.shape)
         task[:, :, rans.LENGTH] = words
-        order = self._tasks.order(TILE_COMPONENTS, blocks)
+        together = self._tasks.together(blocks * self._tiles)
+        order = self._tasks.order(TILE_COMPONENTS, blocks, together)
         of_blocks = np.empty(blocks * self._tiles, np.int32)
         real = np.flatnonzero(order >= 0)
         of_blocks[order[real]] = real
         return (
-            self._tasks.arranged(task, TILE_COMPONENTS, blocks),
+            self._tasks.arranged(task, TILE_COMPONENTS, blocks, together),
             of_blocks,
             int(words.sum()) if words.size else 0,
+            together,
         )

@@ -4,7 +4,7 @@ The method and the bytes are those of :mod:`kvtc_stream.cpu.rans` and of the spe
 of threads work on tiles of one part, whose tables lie in shared memory.
 
 A task is a row of int64, one a tile; rows of a block of threads are of one part, filled up with
-tiles of no tokens.
+tiles of no tokens. A launch has 32 threads for each of a block's tiles.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from kvtc_stream.gpu.intrinsics import (
 )
 from kvtc_stream.gpu.kernel import kernel
 
-#: Tiles, and so warps, of a block of threads.
-TILES = 8
+#: Most tiles, and so warps, of a block of threads.
+MOST_TILES = 16
 #: Fields of a task.
 (
     PART,
@@ -112,15 +112,17 @@ def decode(  # type: ignore[no-untyped-def]
     table = cuda.shared.array(0, u32)
     thread = _U32(cuda.threadIdx.x)
     lane = _U32(thread & _U32(WARP - 1))
-    task = (_I64(cuda.blockIdx.x) * TILES + _I64(thread >> _U32(5))) * FIELDS
-    part = tasks[_I64(cuda.blockIdx.x) * TILES * FIELDS + PART]
+    threads = _U32(cuda.blockDim.x)
+    first_tile = _I64(cuda.blockIdx.x) * _I64(threads >> _U32(5))
+    task = (first_tile + _I64(thread >> _U32(5))) * FIELDS
+    part = tasks[first_tile * FIELDS + PART]
     first_family = _U32(families[part])
     size = _U32((_U32(families[part + 1]) - first_family) << _U32(8))
-    for i in range(thread, size, _U32(TILES * WARP)):
+    for i in range(thread, size, threads):
         table[_U32(i)] = buckets[(first_family << _U32(8)) + _U32(i)]
     first_symbol = _U32(families[parts + 1 + part])
     number = _U32(families[parts + 1 + part + 1]) - first_symbol
-    for i in range(thread, number, _U32(TILES * WARP)):
+    for i in range(thread, number, threads):
         table[size + _U32(i)] = symbols[first_symbol + _U32(i)]
     cuda.syncthreads()
 
@@ -285,12 +287,14 @@ def encode(  # type: ignore[no-untyped-def]
     table = cuda.shared.array(0, u32)
     thread = _U32(cuda.threadIdx.x)
     lane = _U32(thread & _U32(WARP - 1))
-    tile = _I64(cuda.blockIdx.x) * TILES + _I64(thread >> _U32(5))
+    threads = _U32(cuda.blockDim.x)
+    first_tile = _I64(cuda.blockIdx.x) * _I64(threads >> _U32(5))
+    tile = first_tile + _I64(thread >> _U32(5))
     task = tile * FIELDS
-    part = tasks[_I64(cuda.blockIdx.x) * TILES * FIELDS + PART]
+    part = tasks[first_tile * FIELDS + PART]
     first_family = _U32(families[part])
     size = _U32((_U32(families[part + 1]) - first_family) << _U32(8))
-    for i in range(thread, size, _U32(TILES * WARP)):
+    for i in range(thread, size, threads):
         table[_U32(i)] = entries[(first_family << _U32(8)) + _U32(i)]
     cuda.syncthreads()
 

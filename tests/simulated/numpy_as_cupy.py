@@ -73,7 +73,13 @@ def install() -> None:
     def copy(destination: int, source: int, size: int, _kind: int, _stream: int) -> None:
         ctypes.memmove(destination, source, size)
 
-    runtime = SimpleNamespace(getDevice=lambda: 0, memcpyAsync=copy, memcpyHostToDevice=1)
+    runtime = SimpleNamespace(
+        getDevice=lambda: 0,
+        getDeviceCount=lambda: 1,
+        getDeviceProperties=lambda _: {"multiProcessorCount": 2},
+        memcpyAsync=copy,
+        memcpyHostToDevice=1,
+    )
     device = _module("cupy.cuda.device", get_cublas_handle=lambda: 0)
     cuda = _module(
         "cupy.cuda",

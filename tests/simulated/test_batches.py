@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,8 +10,8 @@ import numpy.typing as npt
 import pytest
 
 import kvtc_stream as kvtc
-from kvtc_stream.backend import get_backend
-from kvtc_stream.formats import Block, Geometry, Role, Rope, StreamFile
+from kvtc_stream.backend import BackendName
+from kvtc_stream.formats import Geometry, Rope, StreamFile
 
 Array = npt.NDArray[Any]
 
@@ -53,69 +52,59 @@ def stream(calibration: kvtc.Calibration, cache: tuple[Array, Array]) -> bytes:
     return kvtc.encode(*cache, codec=codec)
 
 
-def _blocks(file: StreamFile) -> list[Block]:
-    return [file.read_block(entry) for entry in file.index if entry.role is Role.DATA]
+@pytest.fixture(scope="module")
+def cuda() -> BackendName:
+    """The backend's name, where it can run: here NumPy takes the place of CuPy."""
+    return "cuda"
 
 
-def _tensors(array: Array) -> Any:
-    import cupy
-
-    from kvtc_stream.gpu.tensors import Tensors
-
-    return Tensors.of_layers([cupy.asarray(layer) for layer in array], FLOAT16)
-
-
-def test_values_are_those_of_the_cpu(calibration: kvtc.Calibration, stream: bytes) -> None:
-    from kvtc_stream.gpu.decoding import BlockDecoder, Placed, decode
-    from kvtc_stream.gpu.plan import DevicePlan
-
-    file = StreamFile(io.BytesIO(stream))
-    section, plan = file.header.geometry.sections[0], file.header.plan.sections[0]
-    decoder = BlockDecoder(section, DevicePlan(calibration, 0, plan))
-    outs = [_tensors(np.zeros((2, 1, TOKENS, 16), np.float16)) for _ in range(2)]
-    ends = np.cumsum([0, *[block.tokens for block in _blocks(file)]])
-    placed = [Placed(b, ends[i] + np.arange(b.tokens)) for i, b in enumerate(_blocks(file))]
-    refused: list[Placed] = []
-    decode(decoder, placed, [0, 1], *outs, refused.append)
-    assert not refused
-    for out, expected in zip(outs, kvtc.decode(stream, calibration), strict=True):
-        found = np.stack(out._owners).astype(np.float32)
-        exact = np.array(expected, np.float32)
-        found[:, :, HOSTILE] = exact[:, :, HOSTILE] = 0
-        np.testing.assert_allclose(found, exact, atol=2e-3 * np.abs(exact).max())
-
-
-def test_payloads_are_what_the_cpu_reads(
-    calibration: kvtc.Calibration, cache: tuple[Array, Array], stream: bytes
+def test_values_are_those_of_the_cpu(
+    calibration: kvtc.Calibration, stream: bytes, cuda: BackendName
 ) -> None:
-    from kvtc_stream.gpu.encoding import BatchEncoder, RateStates
-    from kvtc_stream.gpu.plan import DevicePlan
+    expected = kvtc.decode(stream, calibration)
+    found = kvtc.decode(stream, calibration, backend=cuda)
+    for a, b in zip(found, expected, strict=True):
+        ours, exact = (np.array(x, np.float32) for x in (a, b))
+        np.testing.assert_array_equal(ours[:, :, HOSTILE], exact[:, :, HOSTILE])
+        ours[:, :, HOSTILE] = exact[:, :, HOSTILE] = 0
+        np.testing.assert_allclose(ours, exact, atol=2e-3 * np.abs(exact).max())
 
-    file = StreamFile(io.BytesIO(stream))
-    header, blocks = file.header, _blocks(file)
-    section, plan = header.geometry.sections[0], header.plan.sections[0]
-    plan_there = DevicePlan(calibration, 0, plan)
-    encoder = BatchEncoder(section, plan_there, FLOAT16, None, measure=True, bound=1.0)
-    states = RateStates(1, header.verbatim_size(0, 1) / RATIO, -30.0)
-    starts = np.array([0, BLOCK, TOKENS])
-    tokens, one_stream = np.arange(TOKENS), np.array([0, 2])
-    tensors = [_tensors(array) for array in cache]
-    found = encoder.encode(*tensors, tokens, tokens, starts, one_stream, states)
-    assert found.errors is not None
-    assert np.flatnonzero(found.verbatim).tolist() == [HOSTILE]
 
-    reader = get_backend("cpu").section_coder(header, 0, calibration)
-    for i, (block, payload) in enumerate(zip(blocks, found.payloads, strict=True)):
-        assert payload
-        decoded = reader.decode(replace(block, coded=payload), [0, 1])
-        of_block = slice(starts[i], starts[i + 1])
-        assert np.flatnonzero(found.verbatim[of_block]).tolist() == list(block.verbatim_tokens)
-        for of_kind, values, exact in zip(found.errors, decoded, cache, strict=True):
-            fits = ~found.verbatim[of_block]
-            expected = exact[:, :, of_block][:, :, fits].astype(np.float32)
-            lost = values[:, :, fits].astype(np.float32) - expected
+def test_layers_one_by_one(calibration: kvtc.Calibration, stream: bytes, cuda: BackendName) -> None:
+    expected = kvtc.decode(stream, calibration)
+    for layer, pair in enumerate(kvtc.decode_layers(stream, calibration, backend=cuda)):
+        for a, b in zip(pair, expected, strict=True):
+            exact = np.array(b[layer], np.float32)
+            scale = np.nanmax(np.abs(exact))
+            np.testing.assert_allclose(np.array(a, np.float32), exact, atol=2e-3 * scale)
+
+
+def test_streams_are_what_the_cpu_reads(
+    calibration: kvtc.Calibration, cache: tuple[Array, Array], cuda: BackendName
+) -> None:
+    codec = kvtc.Codec(
+        calibration, ratio=RATIO, sinks=0, window=0, block_tokens=BLOCK, backend=cuda
+    )
+    data = kvtc.encode(*cache, codec=codec)
+    file = StreamFile(io.BytesIO(data))
+    found = kvtc.decode(data, calibration, backend="cpu")
+    coded = 0
+    for entry in file.index:
+        block = file.read_block(entry)
+        coded += len(block.coded)
+        span = slice(block.start, block.start + block.tokens)
+        fits = np.delete(np.arange(block.tokens), block.verbatim_tokens)
+        assert [block.start + i for i in block.verbatim_tokens] == (
+            [HOSTILE] if span.start <= HOSTILE < span.stop else []
+        )
+        for values, exact, mean, worst in (
+            (found[0], cache[0], block.errors.k_mean, block.errors.k_worst),
+            (found[1], cache[1], block.errors.v_mean, block.errors.v_worst),
+        ):
+            expected = exact[:, :, span][:, :, fits].astype(np.float32)
+            lost = np.array(values[:, :, span])[:, :, fits].astype(np.float32) - expected
             errors = np.sqrt((lost**2).sum((0, 1, 3)) / (expected**2).sum((0, 1, 3)))
-            np.testing.assert_allclose(of_kind[of_block][fits], errors, rtol=0.02)
-            assert errors.mean() < 0.3
-    size = sum(len(payload or b"") for payload in found.payloads)
-    assert size == pytest.approx(TOKENS * header.verbatim_size(0, 1) / RATIO, rel=0.2)
+            assert errors.mean() == pytest.approx(mean, rel=0.02)
+            assert errors.max() == pytest.approx(worst, rel=0.02)
+            assert mean < 0.3
+    assert coded == pytest.approx(TOKENS * file.header.verbatim_size(0, 1) / RATIO, rel=0.25)

@@ -32,6 +32,9 @@ COMPONENTS, PER_TILE = (4, 5), 3
 LEVELS = 4
 TOTAL = sum(COMPONENTS)
 
+#: Tiles of a block of threads.
+TOGETHER = 8
+
 
 @dataclass
 class Tile:
@@ -103,13 +106,13 @@ class Case:
                     block = tile.block
                     sizes = [part, self.tokens[block], self.starts[block], tile.first, tile.count]
                     rows.append([*sizes, block, *place, own, self.levels[block]])
-            rows += [[part, *[0] * (rans.FIELDS - 1)]] * (-len(rows) % rans.TILES)
+            rows += [[part, *[0] * (rans.FIELDS - 1)]] * (-len(rows) % TOGETHER)
         return np.array(rows, np.int64)
 
 
 def _run(kernel: Any, tasks: Array, arguments: list[Any], shared: int) -> None:
-    blocks = len(tasks) // rans.TILES
-    simulate(kernel, blocks, rans.TILES * rans.WARP, [tasks, *arguments], shared)
+    blocks = len(tasks) // TOGETHER
+    simulate(kernel, blocks, TOGETHER * rans.WARP, [tasks, *arguments], shared)
 
 
 def _decode(case: Case, encoded: list[bytes]) -> tuple[Array, Array, Array]:
