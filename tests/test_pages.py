@@ -181,6 +181,13 @@ def test_every_flipped_bit_and_missing_end(codec: kvtc.Codec, page: bytes) -> No
             pages.decode(page[:i])
 
 
+def test_limits_hold_for_pages(codec: kvtc.Codec, page: bytes) -> None:
+    pages = page_codec(codec, limits=kvtc.Limits(max_record_bytes=100))
+    for read in (pages.decode, pages.layers):
+        with pytest.raises(kvtc.LimitError, match="max_record_bytes"):
+            read(page)
+
+
 def test_the_table_of_the_specification(codec: kvtc.Codec, page: bytes) -> None:
     found = values("23. Page", page, 0)
     assert found["magic"] == PAGE_MAGIC
