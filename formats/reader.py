@@ -423,8 +423,8 @@ class StreamFile:
         if not Trailer.is_present(data):
             raise TruncatedError(
                 f"no trailer in the last {TRAILER_SIZE} of {total} bytes: the write was cut off, "
-                "somebody is appending, or bytes were added; fetch the stream again, or open the "
-                "file with recover=True to read the whole blocks"
+                "somebody is appending, or bytes were added; fetch the stream again, or read its "
+                "whole blocks with recover=True or `kvtc repair`"
             )
         trailer = Trailer.unpack(data, self._seed, end)
         size = end - trailer.index_offset

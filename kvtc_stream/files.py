@@ -8,7 +8,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import islice
 from mmap import mmap as MappedMemory  # noqa: N812
@@ -42,7 +42,7 @@ from kvtc_stream.formats import (
 from kvtc_stream.interop import KVArray, as_kv_array
 from kvtc_stream.sources import Growing, Source, open_source
 from kvtc_stream.statistics import StreamStatistics
-from kvtc_stream.storage import File, append_to, atomic_write, write_all
+from kvtc_stream.storage import File, append_to, atomic_write, cut_on_failure, write_all
 
 #: Blocks that are decoded together.
 _BLOCKS_AT_A_TIME = 256
@@ -196,8 +196,6 @@ class Writer:
                 Writer._writers[id(file)] = self
                 cleanup.callback(Writer._writers.pop, id(file), None)
                 self._file = file
-                if append is not None:
-                    cleanup.enter_context(_kept_on_failure(self._file))
             if append is not None:
                 before = StreamFile(
                     self._file, append.limits, recover=append.recover, key=append.key
@@ -207,6 +205,7 @@ class Writer:
                 self._unchanged = before.fault is None
                 if before.fault is not None:
                     self._file.truncate()
+                cleanup.enter_context(cut_on_failure(self._file, before.end))
             self._cleanup = cleanup.pop_all()
 
     @property
@@ -277,18 +276,6 @@ class Writer:
         except BaseException as raised:
             if raised is not error:
                 raise
-
-
-@contextmanager
-def _kept_on_failure(file: BinaryIO) -> Iterator[None]:
-    """A file object that is as long as it was if the block raises."""
-    size = file.seek(0, io.SEEK_END)
-    try:
-        yield
-    except BaseException:
-        file.truncate(size)
-        file.seek(size)
-        raise
 
 
 class Reader:

@@ -177,6 +177,47 @@ def test_an_exception_cuts_off_what_was_added(
     assert path.read_bytes() == stream  # nothing was written, nothing was added
 
 
+def test_a_failure_after_recovery_leaves_what_was_recovered(
+    tmp_path: Path, codec: kvtc.Codec, cache: Cache, stream: bytes
+) -> None:
+    path = tmp_path / "a.kvtc"
+    buffer = io.BytesIO(stream[: len(stream) // 2])
+    path.write_bytes(buffer.getvalue())
+    end = StreamFile(io.BytesIO(buffer.getvalue()), recover=True).end
+    assert 0 < end < len(buffer.getvalue())
+    for file, content in ((path, path.read_bytes), (buffer, buffer.getvalue)):
+        with (  # noqa: PT012
+            pytest.raises(RuntimeError),
+            kvtc.open(file, "ab", codec=codec, recover=True) as writer,
+        ):
+            writer.write(*cache, positions=np.arange(200, 400))
+            raise RuntimeError
+        assert content() == stream[:end]
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="limits of file sizes are Unix's")
+def test_a_full_disk_leaves_what_was_there(
+    tmp_path: Path, codec: kvtc.Codec, cache: Cache, stream: bytes
+) -> None:
+    import resource
+
+    path = tmp_path / "a.kvtc"
+    path.write_bytes(stream)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(stream) + 3000, before[1]))
+        with (
+            pytest.raises(OSError, match="File too large"),
+            kvtc.open(path, "ab", codec=codec) as writer,
+        ):
+            writer.write(*cache, positions=np.arange(200, 400))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert path.read_bytes() == stream
+
+
 def test_the_token_digest_follows(codec: kvtc.Codec, cache: Cache) -> None:
     k, v = cache
     file = io.BytesIO(kvtc.encode(k[:, :, :90], v[:, :, :90], codec, token_digest=bytes(32)))
