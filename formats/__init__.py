@@ -5,7 +5,7 @@ from kvtc_stream.formats.checksum import Checksum
 from kvtc_stream.formats.coders import Coder, compress, decompress, join_planes, split_planes
 from kvtc_stream.formats.geometry import DType, Geometry, Rope, Section
 from kvtc_stream.formats.header import ModelIdentity, SectionScales, StreamHeader
-from kvtc_stream.formats.index import IndexEntry
+from kvtc_stream.formats.index import TRAILER_SIZE, IndexEntry
 from kvtc_stream.formats.limits import Limits
 from kvtc_stream.formats.plan import (
     BAND_PARAMETER_BITS,
@@ -24,6 +24,7 @@ __all__ = [
     "BAND_PARAMETER_BITS",
     "FORMAT_VERSION",
     "MAGIC",
+    "TRAILER_SIZE",
     "Band",
     "Block",
     "BlockErrors",

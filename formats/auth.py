@@ -16,7 +16,7 @@ _DOMAIN = b"kvtc stream authentication 1\0"
 _SIZE = 32
 
 
-def digest(data: bytes) -> bytes:
+def digest(data: bytes | memoryview) -> bytes:
     """SHA-256."""
     return hashlib.sha256(data).digest()
 
@@ -53,7 +53,7 @@ def open_auth(payload: bytes, key: bytes, opening: bytes, entries: bytes) -> byt
     return payload[:-_SIZE]
 
 
-def check_digest(digests: bytes, sequence: int, data: bytes) -> None:
+def check_digest(digests: bytes, sequence: int, data: bytes | memoryview) -> None:
     """Raise ``AuthenticationError`` unless ``data`` are the record of that number."""
     expected = digests[_SIZE * sequence : _SIZE * (sequence + 1)]
     if not hmac.compare_digest(digest(data), expected):

@@ -173,9 +173,7 @@ class Block:
             for index in self.verbatim_tokens:
                 bitmap[index >> 3] |= 1 << (index & 7)
             writer.raw(bitmap)
-        writer.raw(self.coded)
-        writer.raw(self.verbatim)
-        return writer.getvalue()
+        return b"".join((writer.getvalue(), self.coded, self.verbatim))
 
     @classmethod
     def unpack(

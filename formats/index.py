@@ -187,8 +187,8 @@ class Order:
         self.ended = False
         self._position = [-1] * sections
         self._stage = [0] * sections
-        # Tokens and position before the tail, of sections that have one.
-        self._before_tail: dict[int, tuple[int, int]] = {}
+        # Tokens, position and stage before the tail, of sections that have one.
+        self._before_tail: dict[int, tuple[int, int, int]] = {}
 
     def accept(self, entry: IndexEntry) -> None:
         """Check one entry and count it; after that of an index comes the trailer."""
@@ -205,9 +205,9 @@ class Order:
         if entry.is_block:
             self._accept_block(entry)
         if entry.type == RecordType.SUPERSEDE:
-            for section, (tokens, position) in self._before_tail.items():
+            for section, (tokens, position, stage) in self._before_tail.items():
                 self.tokens[section], self._position[section] = tokens, position
-                self._stage[section] = _STAGES[Role.DATA]
+                self._stage[section] = stage
             self._before_tail.clear()
         self.ended = entry.type == RecordType.INDEX
         self.offset += entry.length + (TRAILER_SIZE if self.ended else 0)
@@ -243,7 +243,8 @@ class Order:
                 "sinks, then data, then tail"
             )
         if entry.role is Role.TAIL:
-            self._before_tail.setdefault(section, (self.tokens[section], self._position[section]))
+            before = self.tokens[section], self._position[section], self._stage[section]
+            self._before_tail.setdefault(section, before)
         self.tokens[section] += entry.tokens
         self._position[section] = entry.last_position
         self._stage[section] = stage
@@ -268,7 +269,9 @@ def pack_index(count: int, entries: bytes | bytearray) -> bytes:
     return _COUNT.pack(count) + entries
 
 
-def unpack_index(payload: bytes, where: str, offset: int, limits: Limits) -> list[IndexEntry]:
+def unpack_index(
+    payload: bytes | memoryview, where: str, offset: int, limits: Limits
+) -> list[IndexEntry]:
     """Undo :func:`pack_index`."""
     reader = ByteReader(payload, where, offset)
     count = reader.integer("I", "entry count")

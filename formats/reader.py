@@ -175,7 +175,7 @@ class StreamParser:
                 payload = record.open(rest, order.offset)
                 start = len(pack_index(0, b""))
                 expected = pack_index(order.sequence, b"")
-                digest = xxhash.xxh3_128_digest(memoryview(payload)[start:])
+                digest = xxhash.xxh3_128_digest(payload[start:])
                 if payload[:start] != expected or digest != entries.digest():
                     raise FormatError(
                         f"record {order.sequence} (INDEX) at byte {order.offset} does not list the "
@@ -223,6 +223,8 @@ class StreamFile:
         The stream's header.
     index
         One entry a block, in the order of the stream, without superseded ones.
+    records
+        One entry a record, superseded ones too.
     sizes
         Bytes of the stream's parts.
     fault
@@ -268,7 +270,7 @@ class StreamFile:
                 raise
             self.fault = error
             entries, index_size = self._scan(start), 0
-        self._entries = entries
+        self.records = tuple(entries)
         self._opening_digest = digest(opening + body) if key else b""
         if key:
             self._digests = self._authenticate()
@@ -316,9 +318,9 @@ class StreamFile:
         data = memoryview(self._read(start, size))
         for entry in entries:
             at = entry.offset - start
-            yield self._block(entry, bytes(data[at : at + entry.length]))
+            yield self._block(entry, data[at : at + entry.length])
 
-    def _block(self, entry: IndexEntry, data: bytes) -> Block:
+    def _block(self, entry: IndexEntry, data: bytes | memoryview) -> Block:
         record, rest = self._open(entry, data)
         block, found = _open_record(record, rest, entry.offset, self.header, self._limits)
         if not isinstance(block, Block) or found != entry:
@@ -330,50 +332,50 @@ class StreamFile:
 
     def user_records(self) -> Iterator[bytes]:
         """What the user wrote beside the blocks, in the order of the stream."""
-        for entry in self._entries:
+        for entry in self.records:
             if entry.type == RecordType.USER:
                 record, data = self._read_record(entry)
-                yield record.open(data, entry.offset)
+                yield bytes(record.open(data, entry.offset))
 
     def encoder_state(self) -> bytes:
         """What the encoder that wrote the end left for one that continues; empty if nothing."""
-        end = [e for e in self._entries[-3:] if e.type != RecordType.AUTH][-2:]
+        end = [e for e in self.records[-3:] if e.type != RecordType.AUTH][-2:]
         if [e.type for e in end] != [RecordType.ENCODER, RecordType.INDEX]:
             return b""
         record, data = self._read_record(end[0])
-        return record.open(data, end[0].offset)
+        return bytes(record.open(data, end[0].offset))
 
     def _authenticate(self) -> bytes:
         """The digests of the records before the AUTH record; it must be there."""
-        if len(self._entries) < 2 or self._entries[-2].type != RecordType.AUTH:
+        if len(self.records) < 2 or self.records[-2].type != RecordType.AUTH:
             raise AuthenticationError(
                 "the stream was written without a key: do not use it if it should have one"
             )
-        auth = self._entries[-2]
+        auth = self.records[-2]
         record, data = self._read_record(auth)
-        entries = b"".join(entry.pack() for entry in self._entries[:-2])
-        payload = record.open(data, auth.offset)
+        entries = b"".join(entry.pack() for entry in self.records[:-2])
+        payload = bytes(record.open(data, auth.offset))
         return open_auth(payload, self._key, self._opening_digest, entries)
 
     @property
     def end(self) -> int:
         """Where the stream ends; after recovery, what lies behind is no part of it."""
-        if not self._entries:
+        if not self.records:
             return self.sizes.header
-        last = self._entries[-1]
+        last = self.records[-1]
         trailer = TRAILER_SIZE if last.type == RecordType.INDEX else 0
         return last.offset + last.length + trailer
 
     def continued(self, token_digest: bytes = b"") -> StreamWriter:
         """A writer of what follows at :attr:`end` and supersedes tail, index and trailer."""
         order = Order(self.header, self.sizes.header)
-        for entry in self._entries:
+        for entry in self.records:
             order.accept(entry)
-        entries = b"".join(entry.pack() for entry in self._entries)
+        entries = b"".join(entry.pack() for entry in self.records)
         writer = StreamWriter(replace(self.header, token_digest=token_digest), self._key)
         digests = self._digests
         if self._key:  # the AUTH record and the index do not have their own
-            digests += b"".join(digest(self._read(e.offset, e.length)) for e in self._entries[-2:])
+            digests += b"".join(digest(self._read(e.offset, e.length)) for e in self.records[-2:])
         writer.resume(order, entries, self._seed, self._opening_digest, digests)
         return writer
 
@@ -392,14 +394,14 @@ class StreamFile:
             size -= len(piece)
         return b"".join(pieces)
 
-    def _read_record(self, entry: IndexEntry) -> tuple[RecordHeader, bytes]:
+    def _read_record(self, entry: IndexEntry) -> tuple[RecordHeader, memoryview]:
         return self._open(entry, self._read(entry.offset, entry.length))
 
-    def _open(self, entry: IndexEntry, data: bytes) -> tuple[RecordHeader, bytes]:
+    def _open(self, entry: IndexEntry, data: bytes | memoryview) -> tuple[RecordHeader, memoryview]:
         if self._digests:
             check_digest(self._digests, entry.sequence, data)
         record = RecordHeader.unpack(
-            data[:RECORD_HEADER_SIZE],
+            bytes(data[:RECORD_HEADER_SIZE]),
             sequence=entry.sequence,
             seed=self._seed,
             offset=entry.offset,
@@ -410,7 +412,7 @@ class StreamFile:
                 f"record {entry.sequence} at byte {entry.offset} has type {record.type} and "
                 f"{record.length} bytes, expected type {entry.type} and {entry.length} bytes"
             )
-        return record, data[RECORD_HEADER_SIZE:]
+        return record, memoryview(data)[RECORD_HEADER_SIZE:]
 
     def _read_index(self, start: int, total: int) -> tuple[list[IndexEntry], int]:
         """Entries, and bytes of index and trailer, of a stream whose records begin at start."""
@@ -421,8 +423,8 @@ class StreamFile:
         if not Trailer.is_present(data):
             raise TruncatedError(
                 f"no trailer in the last {TRAILER_SIZE} of {total} bytes: the write was cut off, "
-                "or bytes were added; fetch the stream again, or open the file with recover=True "
-                "to read the whole blocks"
+                "somebody is appending, or bytes were added; fetch the stream again, or read its "
+                "whole blocks with recover=True or `kvtc repair`"
             )
         trailer = Trailer.unpack(data, self._seed, end)
         size = end - trailer.index_offset
@@ -435,8 +437,8 @@ class StreamFile:
         limits.check("max_record_bytes", size - RECORD_OVERHEAD, "the index's payload length")
         sequence = trailer.records - 1
         where = IndexEntry(sequence, trailer.index_offset, size, RecordType.INDEX)
-        record, data = self._read_record(where)
-        payload = record.open(data, where.offset)
+        record, rest = self._read_record(where)
+        payload = record.open(rest, where.offset)
         entries = unpack_index(payload, "index", where.offset + RECORD_HEADER_SIZE, limits)
         order = Order(self.header, start)
         with located("index"):
@@ -471,7 +473,11 @@ class StreamFile:
 
 
 def _open_record(
-    record: RecordHeader, data: bytes, offset: int, header: StreamHeader, limits: Limits
+    record: RecordHeader,
+    data: bytes | memoryview,
+    offset: int,
+    header: StreamHeader,
+    limits: Limits,
 ) -> tuple[Block | StreamHeader | None, IndexEntry]:
     """Check what follows a record's header; returns what it holds, and its entry.
 

@@ -100,9 +100,9 @@ class RecordHeader:
         limits.check("max_records", sequence + 1, f"{where}, number of records")
         return record
 
-    def open(self, data: bytes, offset: int) -> bytes:
+    def open(self, data: bytes | memoryview, offset: int) -> memoryview:
         """Check what follows the header, the payload and its checksum; returns the payload."""
-        payload = data[: self.size]
+        payload = memoryview(data)[: self.size]
         (found,) = _CHECKSUM.unpack_from(data, self.size)
         where = f"record {self.sequence} ({self.label}) at byte {offset}, payload"
         verify(found, payload, self.seed, where)

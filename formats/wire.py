@@ -73,7 +73,7 @@ class ByteReader:
 
     __slots__ = ("_data", "_offset", "_position", "where")
 
-    def __init__(self, data: bytes, where: str, offset: int = 0) -> None:
+    def __init__(self, data: bytes | memoryview, where: str, offset: int = 0) -> None:
         self._data = data
         self._offset = offset
         self._position = 0
@@ -97,7 +97,7 @@ class ByteReader:
             )
         start = self._position
         self._position += size
-        return self._data[start : self._position]
+        return bytes(self._data[start : self._position])
 
     def unpack(self, layout: str, field: str) -> tuple[Any, ...]:
         """Values of a :mod:`struct` layout without byte order."""

@@ -99,13 +99,17 @@ def cat(
         else:
             out = target
         write_all(out, writer.start())
+        begun: set[int] = set()  # sections that have more than sinks
         for i, (stream, part) in enumerate(zip(streams, parts, strict=True)):
             for data in stream.user_records():
                 write_all(out, writer.user(data))
             for block in _blocks(stream, part, spans[i]):
                 role = block.role
-                if (role is Role.SINKS and i > 0) or (role is Role.TAIL and i < len(streams) - 1):
+                late = role is Role.SINKS and block.section in begun
+                if late or (role is Role.TAIL and i < len(streams) - 1):
                     role = Role.DATA  # of verbatim tokens: sinks and tails are at the ends
+                if role is not Role.SINKS:
+                    begun.add(block.section)
                 start = writer.tokens[block.section]
                 try:
                     record = writer.block(replace(block, role=role, start=start))

@@ -71,8 +71,9 @@ class Encoder:
         SHA-256 of the token ids, checked by whoever restores the cache.
     continues
         A whole stream, or what was recovered of one, to write the continuation of: the bytes are
-        to follow it. The blocks are those of one uninterrupted run with the same codec. Not with
-        the arguments before, but for ``token_digest``, which is then that of all tokens.
+        to follow it. The blocks are those of one uninterrupted run with the same codec. RoPE and
+        scales must be those of the stream, if they are given, and there is no ``metadata``;
+        ``token_digest`` is then that of all tokens.
     key
         A secret: who has it can tell that the stream was written by somebody who has it.
 
@@ -114,8 +115,14 @@ class Encoder:
         self._statistics = StreamStatistics()
         self._opening = b""
         if continues is not None:
-            if not (rope is k_scale is v_scale is metadata is None):
-                raise TypeError("rope, k_scale, v_scale and metadata are in the stream already")
+            if metadata is not None:
+                raise TypeError("metadata is in the stream already")
+            if rope is not None and self._geometry != continues.header.geometry:
+                raise ValueError("the stream has another RoPE: continue it with the one it has")
+            if self._scales and self._scales != continues.header.scales:
+                raise ValueError(
+                    "the stream has other k_scale and v_scale: scale the cache with those"
+                )
             self._continue(continues)
 
     @property
@@ -331,6 +338,7 @@ class _SectionState:
         section = header.geometry.sections[index]
         self.dtype = header.dtype
         self.last_position = -1
+        self._only_sinks = True
         self._header, self._index, self._backend = header, index, backend
         self._coder = backend.section_coder(
             header,
@@ -369,6 +377,7 @@ class _SectionState:
         """Count a block that another encoder wrote."""
         self._coded = entry.start + entry.tokens
         self.last_position = entry.last_position
+        self._only_sinks &= entry.role is Role.SINKS
 
     def _make_room(self) -> None:
         """Move pending tokens to the front, of larger buffers if a block cannot fit behind them.
@@ -409,6 +418,8 @@ class _SectionState:
                 yield from self._data(tokens)
 
     def _leading_sinks(self) -> int:
+        if not self._only_sinks:  # joined streams may have coded such positions already
+            return 0
         pending = self._positions[self._begin : self._end]
         return int(np.searchsorted(pending, self._header.sinks))
 

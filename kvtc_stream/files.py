@@ -8,7 +8,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import islice
 from mmap import mmap as MappedMemory  # noqa: N812
@@ -42,7 +42,7 @@ from kvtc_stream.formats import (
 from kvtc_stream.interop import KVArray, as_kv_array
 from kvtc_stream.sources import Growing, Source, open_source
 from kvtc_stream.statistics import StreamStatistics
-from kvtc_stream.storage import File, append_to, atomic_write, write_all
+from kvtc_stream.storage import File, append_to, atomic_write, cut_on_failure, write_all
 
 #: Blocks that are decoded together.
 _BLOCKS_AT_A_TIME = 256
@@ -69,6 +69,9 @@ def open(
     mode: Literal["ab"],
     *,
     codec: Codec,
+    rope: Sequence[Rope | None] | Rope | None = None,
+    k_scale: Any = None,
+    v_scale: Any = None,
     token_digest: bytes = b"",
     limits: Limits | None = None,
     recover: bool = False,
@@ -113,7 +116,8 @@ def open(
     end, or until nothing came for so many seconds, which is a ``TruncatedError``.
 
     ``"wb"`` writes a new stream. A path is written atomically: it appears when the writer closes
-    without an exception. ``"ab"`` continues a stream with the codec that it was written with, or
+    without an exception; what a writer that was killed had written is in ``.NAME.partial`` beside
+    it. ``"ab"`` continues a stream with the codec that it was written with, or
     writes a new one to a path where none is: the blocks are those of one uninterrupted run. The
     bytes that are there stay as they are and stand until the new end is whole; an exception cuts
     off what was added. A file object must be one to read, write and seek in.
@@ -192,8 +196,6 @@ class Writer:
                 Writer._writers[id(file)] = self
                 cleanup.callback(Writer._writers.pop, id(file), None)
                 self._file = file
-                if append is not None:
-                    cleanup.enter_context(_kept_on_failure(self._file))
             if append is not None:
                 before = StreamFile(
                     self._file, append.limits, recover=append.recover, key=append.key
@@ -203,6 +205,7 @@ class Writer:
                 self._unchanged = before.fault is None
                 if before.fault is not None:
                     self._file.truncate()
+                cleanup.enter_context(cut_on_failure(self._file, before.end))
             self._cleanup = cleanup.pop_all()
 
     @property
@@ -275,23 +278,12 @@ class Writer:
                 raise
 
 
-@contextmanager
-def _kept_on_failure(file: BinaryIO) -> Iterator[None]:
-    """A file object that is as long as it was if the block raises."""
-    size = file.seek(0, io.SEEK_END)
-    try:
-        yield
-    except BaseException:
-        file.truncate(size)
-        file.seek(size)
-        raise
-
-
 class Reader:
     """Reads a stream; a context manager and an iterator of blocks. Make one with :func:`open`.
 
     From a seekable file any tokens of any layers can be read, by several threads in turn; from a
-    pipe the blocks come once, in order.
+    pipe the blocks come once, in order, and those of the tail when the pipe ends: until then
+    something may follow that supersedes them.
     """
 
     def __init__(

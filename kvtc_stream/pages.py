@@ -15,7 +15,7 @@ from kvtc_stream.control import Controls, FittingControl, IndependentControl, Se
 from kvtc_stream.decoder import KVBlock
 from kvtc_stream.encoder import page_header, verbatim_block
 from kvtc_stream.errors import UnsupportedError
-from kvtc_stream.formats import Block, DType, Role, Rope, StreamHeader
+from kvtc_stream.formats import Block, DType, Limits, Role, Rope, StreamHeader
 from kvtc_stream.formats.page import PAGE_OVERHEAD, pack_page, unpack_page
 from kvtc_stream.interop import KVArray, as_kv_array, check_positions
 
@@ -48,6 +48,8 @@ class PageCodec:
         and :meth:`encode_raw` is the way out. Not with a codec that has ``max_error``.
     rope, k_scale, v_scale
         As for :class:`kvtc_stream.Encoder`.
+    limits
+        What to refuse in pages.
 
     Examples
     --------
@@ -72,7 +74,9 @@ class PageCodec:
         rope: Sequence[Rope | None] | Rope | None = None,
         k_scale: Any = None,
         v_scale: Any = None,
+        limits: Limits | None = None,
     ) -> None:
+        self._limits = limits
         if dtype not in (d.label for d in DType):
             raise ValueError(f"dtype must be one of {', '.join(d.label for d in DType)}")
         sections = len(codec.calibration.geometry.sections)
@@ -153,7 +157,7 @@ class PageCodec:
         CalibrationMismatchError
             The page was made with another codec.
         """
-        block = unpack_page(page, self._header)
+        block = unpack_page(page, self._header, self._limits)
         count = len(self._header.geometry.sections[self._section].layers)
         chosen = range(count)[layers or slice(None)]
         with self._lock:
@@ -166,7 +170,7 @@ class PageCodec:
 
         The symbols are decoded once. The page is checked before this returns.
         """
-        block = self._own(unpack_page(page, self._header))
+        block = self._own(unpack_page(page, self._header, self._limits))
         with self._lock:
             decoded = self._coder.decode_layers(block)
         return self._in_turn(decoded)

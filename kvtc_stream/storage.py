@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 from kvtc_stream.errors import StateError
 
@@ -42,23 +42,16 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def append_to(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """An existing file, open to read and write; as long as it was if the block raises.
+    """An existing file, open to read and write without a buffer.
 
     Meanwhile every other writer of the path gets ``StateError``, as with :func:`atomic_write`.
     """
     target = Path(path)
     partial = _partial(target)
-    with open(target, "r+b") as file, _open_locked(partial) as claim:
-        size = file.seek(0, os.SEEK_END)
+    with open(target, "r+b", buffering=0) as file, _open_locked(partial) as claim:
         try:
-            yield file
-            file.flush()
+            yield cast(BinaryIO, file)
             os.fsync(file.fileno())
-        except BaseException:
-            with contextlib.suppress(OSError):  # what cannot be written is cut off all the same
-                file.flush()
-            file.truncate(size)
-            raise
         finally:
             if not os.fstat(claim.fileno()).st_size:  # what a crash left there stays
                 partial.unlink(missing_ok=True)
@@ -82,6 +75,19 @@ def write_all(file: BinaryIO, data: bytes) -> None:
                 )
             taken = len(rest)  # file objects of other makes do not say
         rest = rest[taken:]
+
+
+@contextlib.contextmanager
+def cut_on_failure(file: BinaryIO, size: int) -> Iterator[None]:
+    """Give a file object ``size`` bytes if the block raises."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):  # what cannot be written is cut off all the same
+            file.flush()
+        file.truncate(size)
+        file.seek(size)
+        raise
 
 
 def _partial(target: Path) -> Path:

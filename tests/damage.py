@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 import kvtc_stream as kvtc
+from kvtc_stream.backend import BackendName
 
 
 def mutate(data: bytes, rng: random.Random) -> bytes:
@@ -65,11 +65,16 @@ class Cache:
 
 
 def restore(
-    data: bytes, calibration: kvtc.Calibration, *, pipe: bool = False, recover: bool = False
+    data: bytes,
+    calibration: kvtc.Calibration,
+    *,
+    pipe: bool = False,
+    recover: bool = False,
+    backend: BackendName = "cpu",
 ) -> list[Cache]:
     """What a reader gives, per section; raises what it raises."""
     file = Pipe(data) if pipe else io.BytesIO(data)
-    with kvtc.open(file, calibration=calibration, recover=recover) as reader:
+    with kvtc.open(file, calibration=calibration, recover=recover, backend=backend) as reader:
         blocks = list(reader)
         sections = range(len(reader.header.geometry.sections))
     parts = [[b for b in blocks if b.section == i] for i in sections]
@@ -83,8 +88,12 @@ def restore(
     ]
 
 
-def tokens_first(x: NDArray[Any]) -> bytes:
+def tokens_first(x: Any) -> bytes:
     """Bytes of [layers, heads, tokens, dim], token by token."""
+    if not isinstance(x, np.ndarray):  # on a device
+        import torch
+
+        x = torch.from_dlpack(x).cpu().contiguous().view(torch.uint8).numpy()
     return np.ascontiguousarray(np.moveaxis(x, 2, 0)).tobytes()
 
 

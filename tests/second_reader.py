@@ -413,7 +413,7 @@ def read_stream(data: bytes) -> Stream:
     stream = Stream(read_header(body))
     count = len(stream.header.sections)
     tokens, position, stage = [0] * count, [-1] * count, [0] * count
-    before_tail: dict[int, tuple[int, int]] = {}
+    before_tail: dict[int, tuple[int, int, int]] = {}
     entries: list[bytes] = []
     at, ended = 40 + size, False
     while True:
@@ -442,7 +442,8 @@ def read_stream(data: bytes) -> Stream:
             need(own_positions[0] > position[section], "positions do not rise")
             need(order >= stage[section], "a role comes too late")
             if block.role == 2:
-                before_tail.setdefault(section, (tokens[section], position[section]))
+                before = tokens[section], position[section], stage[section]
+                before_tail.setdefault(section, before)
             tokens[section] += len(own_positions)
             position[section], stage[section] = int(own_positions[-1]), order
             exact = int(((block.verbatim >= kept.start) & (block.verbatim < kept.stop)).sum())
@@ -468,8 +469,8 @@ def read_stream(data: bytes) -> Stream:
             b.digest()
             b.end()
             stream.blocks = [x for x in stream.blocks if x.role != 2]
-            for number, (n, p) in before_tail.items():
-                tokens[number], position[number], stage[number] = n, p, 1
+            for number, before in before_tail.items():
+                tokens[number], position[number], stage[number] = before
             before_tail.clear()
         elif kind == 64:
             stream.users.append(payload)

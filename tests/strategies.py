@@ -9,6 +9,7 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
+from hypothesis import settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -201,6 +202,9 @@ def scales(section: kvtc.Section) -> st.SearchStrategy[Any]:
         ),
     )
 
+
+#: For tests whose examples are long: a third as many.
+FEWER = settings(max_examples=max(8, settings.default.max_examples // 3))
 
 BYTE_CODERS = ("deflate", "zstd", "lz4", "stored")
 

@@ -20,7 +20,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from strategies import Case, cases
+from strategies import FEWER, Case, cases
 
 import kvtc_stream as kvtc
 from kvtc_stream.formats import RecordType, Role, StreamFile, StreamParser
@@ -41,6 +41,7 @@ def append(file: io.BytesIO, codec: kvtc.Codec, k: Any, v: Any, **options: Any) 
     assert writer.statistics.stream_bytes == len(file.getvalue())
 
 
+@FEWER
 @given(cases(), st.data())
 def test_the_blocks_are_those_of_one_run(case: Case, data: st.DataObject) -> None:
     """However many times the stream is ended and continued, in every section and dtype."""
@@ -70,7 +71,7 @@ def test_the_blocks_are_those_of_one_run(case: Case, data: st.DataObject) -> Non
     for i, tokens in enumerate(case.sections):
         with kvtc.open(file, calibration=case.codec.calibration) as reader:
             assert reader.tokens(i) == tokens.count
-    ends = [e for e in StreamFile(file)._entries if e.type == RecordType.INDEX]
+    ends = [e for e in StreamFile(file).records if e.type == RecordType.INDEX]
     parser = StreamParser()
     seen = parser.feed(file.getvalue())
     parser.close()
@@ -124,6 +125,10 @@ def test_what_is_appended_to_must_fit(
         kvtc.open(path, "ab", codec=kvtc.Codec(other.finish(), ratio=4))
     with pytest.raises(TypeError, match="in the stream already"):
         kvtc.open(path, "ab", codec=codec, metadata={})  # type: ignore[call-overload]
+    with pytest.raises(ValueError, match="another RoPE"):
+        kvtc.open(path, "ab", codec=codec, rope=kvtc.Rope.from_theta(5e5, 8))
+    with pytest.raises(ValueError, match="other k_scale and v_scale"):
+        kvtc.open(path, "ab", codec=codec, k_scale=2.0)
     with (
         kvtc.open(path, "ab", codec=codec) as writer,
         pytest.raises(TypeError, match="expected float32 as the stream so far"),
@@ -135,6 +140,23 @@ def test_what_is_appended_to_must_fit(
             kvtc.open(path, "ab", codec=codec)
         assert path.read_bytes() == data
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_scales_of_an_fp8_stream(codec: kvtc.Codec) -> None:
+    shape = codec.calibration.geometry
+    k, v = kvtc.testing.drawn_cache(shape, 60, dtype=kvtc.DType.FLOAT8_E4M3FN)
+    file = io.BytesIO(kvtc.encode(k, v, codec, k_scale=0.5, v_scale=2.0))
+    with kvtc.open(file, "ab", codec=codec, k_scale=0.5, v_scale=2.0) as writer:
+        writer.write(k, v)
+    with kvtc.open(file, calibration=codec.calibration) as reader:
+        np.testing.assert_array_equal(reader.read(slice(0, 4))[0], reader.read(slice(0, 4))[0])
+        assert reader.tokens() == 120
+        tail = reader.read(slice(-5, None))[1]
+    np.testing.assert_array_equal(
+        np.asarray(tail).astype(np.float32), 2 * v[:, :, -5:].astype(np.float32)
+    )
+    with pytest.raises(ValueError, match="other k_scale and v_scale"):
+        kvtc.open(file, "ab", codec=codec, k_scale=0.25)
 
 
 def test_an_exception_cuts_off_what_was_added(
@@ -153,6 +175,47 @@ def test_an_exception_cuts_off_what_was_added(
             with pytest.raises(kvtc.StateError, match=r"another writer is writing 'a\.kvtc'"):
                 kvtc.open(path, mode, codec=codec)
     assert path.read_bytes() == stream  # nothing was written, nothing was added
+
+
+def test_a_failure_after_recovery_leaves_what_was_recovered(
+    tmp_path: Path, codec: kvtc.Codec, cache: Cache, stream: bytes
+) -> None:
+    path = tmp_path / "a.kvtc"
+    buffer = io.BytesIO(stream[: len(stream) // 2])
+    path.write_bytes(buffer.getvalue())
+    end = StreamFile(io.BytesIO(buffer.getvalue()), recover=True).end
+    assert 0 < end < len(buffer.getvalue())
+    for file, content in ((path, path.read_bytes), (buffer, buffer.getvalue)):
+        with (  # noqa: PT012
+            pytest.raises(RuntimeError),
+            kvtc.open(file, "ab", codec=codec, recover=True) as writer,
+        ):
+            writer.write(*cache, positions=np.arange(200, 400))
+            raise RuntimeError
+        assert content() == stream[:end]
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="limits of file sizes are Unix's")
+def test_a_full_disk_leaves_what_was_there(
+    tmp_path: Path, codec: kvtc.Codec, cache: Cache, stream: bytes
+) -> None:
+    import resource
+
+    path = tmp_path / "a.kvtc"
+    path.write_bytes(stream)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(stream) + 3000, before[1]))
+        with (
+            pytest.raises(OSError, match="File too large"),
+            kvtc.open(path, "ab", codec=codec) as writer,
+        ):
+            writer.write(*cache, positions=np.arange(200, 400))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert path.read_bytes() == stream
 
 
 def test_the_token_digest_follows(codec: kvtc.Codec, cache: Cache) -> None:
@@ -180,7 +243,7 @@ def test_a_continuation_that_was_cut_off_anywhere(codec: kvtc.Codec, cache: Cach
     whole = kvtc.decode(data, codec.calibration)[0]
     before = kvtc.decode(data[:first], codec.calibration)[0]
     reached = 90
-    records = [e.offset for e in StreamFile(io.BytesIO(data))._entries if e.offset >= first]
+    records = [e.offset for e in StreamFile(io.BytesIO(data)).records if e.offset >= first]
     near = {e + i for e in records for i in (-1, 0, 1, 40)}
     for size in sorted({*range(first, len(data), 211), *near} - {first - 1}):
         file = io.BytesIO(data[:size])

@@ -85,7 +85,7 @@ def test_blocks_of_another_stream_with_the_same_key(codec: kvtc.Codec, signed: b
     out = writer.start()
     for a, b in zip(file.index, second.index, strict=True):
         out += writer.block((second if a.start > 30 else file).read_block(b if a.start > 30 else a))
-    auth = file._entries[-2]
+    auth = file.records[-2]
     record, data = file._read_record(auth)
     out += writer.user(record.open(data, auth.offset)) + writer.finish()
     changed = bytearray(out)

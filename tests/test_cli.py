@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -597,6 +598,45 @@ def test_info_tables_are_complete_and_harmless(kvtc_command, files):
         assert text in run.out, text
 
 
+def test_info_shows_the_structure(tmp_path, kvtc_command, files):
+    path = tmp_path / "a.kvtc"
+    path.write_bytes(files.stream.read_bytes())
+    codec = kvtc.Codec(
+        kvtc.Calibration.load(files.calibration), "paper", ratio=6, window=16, block_tokens=64
+    )
+    with kvtc.open(path, "ab", codec=codec) as writer:
+        writer.write(files.k, files.v)
+    found = kvtc_command("info", path, "--json").json["records"]
+    kinds = [r["type"] for r in found]
+    assert kinds.count("index") == 2
+    assert kinds.count("supersede") == 1
+    for before, after in itertools.pairwise(found):
+        trailer = 40 if before["type"] == "index" else 0
+        assert before["offset"] + before["bytes"] + trailer == after["offset"]
+    live = [r for r in found if r.get("superseded") is False]
+    assert sum(r["tokens"] for r in live) == 2 * TOKENS
+    assert any(r.get("superseded") for r in found)
+    out = kvtc_command("info", path).out
+    for name in ("preamble and header", "tail, superseded", "supersede", "trailer"):
+        assert name in out
+
+
+def test_info_draws_a_stream(tmp_path, kvtc_command, files):
+    calibration = kvtc.Calibration.load(files.calibration)
+    uniform = tmp_path / "uniform.kvtc"
+    uniform.write_bytes(kvtc.encode(files.k, files.v, kvtc.Codec(calibration, window=0)))
+    pictures = []
+    for i, arguments in enumerate(([files.stream], [uniform], [uniform, "-c", files.calibration])):
+        picture = tmp_path / f"{i}.png"
+        run = kvtc_command("info", *arguments, "--plot", picture)
+        assert (run.status, run.err) == (0, "")
+        pictures.append(picture.read_bytes())
+        assert pictures[-1].startswith(b"\x89PNG")
+    assert len(set(pictures)) == 3
+    run = kvtc_command("info", files.calibration, "--plot", picture)
+    assert (run.status, "--plot draws a stream" in run.err) == (2, True)
+
+
 def test_info_on_a_calibration(kvtc_command, files):
     run = kvtc_command("info", files.calibration)
     assert run.status == 0
@@ -762,6 +802,24 @@ def test_edit_streams(tmp_path, kvtc_command, files):
     assert run.status == 1
     assert "components of a block span all layers" in run.err
     assert kvtc_command("truncate", whole, "--tokens", -1, "-o", first).status == 2
+
+
+def test_encode_appends(tmp_path, kvtc_command, files):
+    out = tmp_path / "a.kvtc"
+    options = ("-c", files.calibration, "-o", out, "--window", 16, "--append")
+    for count in (1, 2):
+        if count == 2:
+            (found,) = plain.read(files.cache)
+            positions = np.arange(TOKENS, 2 * TOKENS)
+            cache = tmp_path / "more.safetensors"
+            plain.write(cache, [replace(found, positions=positions)])
+        run = kvtc_command("encode", files.cache if count == 1 else cache, *options, "--json")
+        assert (run.status, run.json["tokens"]) == (0, count * TOKENS)
+    assert kvtc_command("verify", out, "-c", files.calibration).status == 0
+    run = kvtc_command("encode", cache, *options, "--metadata", '{"a": 1}')
+    assert (run.status, "for new streams" in run.err) == (2, True)
+    run = kvtc_command("encode", cache, *options)
+    assert (run.status, "positions" in run.err) == (1, True)
 
 
 def test_verify_reads_what_was_appended(tmp_path, kvtc_command, files):

@@ -130,7 +130,7 @@ def test_every_bit_and_every_length_of_a_small_stream() -> None:
     assert len(expected[0].k) == 24
     # Readers of a file do not look at the record that is there for encoders.
     file = StreamFile(io.BytesIO(data))
-    encoder = file._entries[-2]
+    encoder = file.records[-2]
     unread = range(encoder.offset, encoder.offset + encoder.length)
     for i in range(len(data)):
         with pytest.raises(kvtc.FormatError):

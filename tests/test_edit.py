@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from strategies import Case, cases, encode
+from strategies import FEWER, Case, cases, encode
 
 import kvtc_stream as kvtc
 from kvtc_stream.formats import Role, StreamFile
@@ -79,6 +79,7 @@ def test_cutting_decodes_to_the_tokens(codec, stream, data: st.DataObject) -> No
         np.testing.assert_allclose(k, expected[0][:1, :, a : a + 1], atol=1e-5)
 
 
+@FEWER
 @given(cases(), st.integers(0, 90))
 def test_truncating_any_stream(case: Case, count: int) -> None:
     """Every dtype, section and gap in the positions."""
@@ -119,6 +120,26 @@ def test_a_fork_goes_on(codec: kvtc.Codec, cache: Cache, stream: bytes) -> None:
     tail = sum(e.role is Role.TAIL for e in whole.index)
     for a, b in zip(whole.index[:-tail], again.index[:-tail], strict=True):
         assert whole.read_block(a) == again.read_block(b)
+
+
+@pytest.mark.parametrize("sinks", [3, 0])
+def test_joined_sinks_go_on(codec: kvtc.Codec, cache: Cache, sinks: int) -> None:
+    """Sinks stay sinks; what another stream has coded among them stays coded."""
+    few = replace(codec, sinks=3, window=0)
+    k, v = cache
+    other = replace(few, sinks=sinks)
+    second = kvtc.encode(k[:, :, 1:2], v[:, :, 1:2], other, positions=[1])
+    file = io.BytesIO(cat(kvtc.encode(k[:, :, :1], v[:, :, :1], few), second))
+    with kvtc.open(file, "ab", codec=few) as writer:
+        writer.write(k[:, :, 2:9], v[:, :, 2:9])
+    found = decoded(file.getvalue(), codec.calibration)
+    assert found[2].tolist() == list(range(9))
+    roles = [(e.role, e.tokens) for e in StreamFile(file).index]
+    assert roles == (
+        [(Role.SINKS, 1), (Role.SINKS, 1), (Role.SINKS, 1), (Role.DATA, 6)]
+        if sinks
+        else [(Role.SINKS, 1), (Role.DATA, 1), (Role.DATA, 7)]
+    )
 
 
 def test_compaction(codec: kvtc.Codec, cache: Cache, stream: bytes) -> None:

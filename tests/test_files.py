@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import io
 import os
@@ -294,6 +295,7 @@ def test_slices_are_pythons(tokens: slice, layers: slice) -> None:
         np.testing.assert_allclose(y, expected, atol=1e-5)
 
 
+@functools.cache
 def whole_stream() -> tuple[bytes, kvtc.Calibration, tuple[Array, Array]]:
     calibration = kvtc.testing.tiny_calibration()
     codec = kvtc.Codec(calibration, ratio=4, window=24, block_tokens=16)

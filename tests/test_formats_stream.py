@@ -8,6 +8,7 @@ from array import array
 from dataclasses import replace
 
 import pytest
+import second_reader
 from formats_samples import (
     PREAMBLE,
     RECORD_HEADER,
@@ -193,6 +194,21 @@ def test_overhead_is_small():
     data = write(header, blocks)
     payload = sum(len(b.coded) for b in blocks)
     assert (len(data) - payload) / payload <= 0.002
+
+
+@READERS
+def test_after_superseding_it_goes_on_as_if_there_had_been_no_tail(reader):
+    """Sinks may follow, where only sinks came before the tail."""
+    writer = StreamWriter(HEADER)
+    data = writer.start() + writer.block(BLOCKS[0])
+    data += writer.block(replace(BLOCKS[2], start=1)) + writer.finish()
+    writer = StreamFile(io.BytesIO(data)).continued()
+    sinks = replace(BLOCKS[0], start=1, positions=range(1, 2))
+    rest = [sinks, replace(BLOCKS[1], start=2, positions=array("q", (2, 3, 5)))]
+    data += writer.start() + b"".join(map(writer.block, rest)) + writer.finish()
+    found = [b for b in reader(data) if isinstance(b, Block) and b.role is not Role.TAIL]
+    assert found == [BLOCKS[0], *rest]
+    second_reader.read_stream(data)
 
 
 # Damage

@@ -168,7 +168,7 @@ def test_the_kaitai_description_agrees() -> None:
         file = StreamFile(io.BytesIO(path.read_bytes()))
         items = found[path.name]
         assert [(i["type"], i["length"], i["tokens"]) for i in items] == [
-            (e.type, e.length, e.tokens) for e in file._entries
+            (e.type, e.length, e.tokens) for e in file.records
         ]
         assert items[-1]["total"] == file.sizes.total
 

@@ -13,7 +13,7 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from strategies import Case, cases
+from strategies import FEWER, Case, cases
 from test_formats_spec import values
 
 import kvtc_stream as kvtc
@@ -26,6 +26,7 @@ def page_codec(codec: kvtc.Codec, **options: Any) -> kvtc.PageCodec:
     return kvtc.PageCodec(codec, dtype="float32", **options)
 
 
+@FEWER
 @given(cases(), st.integers(0, 10**9))
 def test_pages_of_anything(case: Case, first: int) -> None:
     """Every dtype, preset, section; bounded size; equal bytes; hostile tokens are exact."""
@@ -178,6 +179,13 @@ def test_every_flipped_bit_and_missing_end(codec: kvtc.Codec, page: bytes) -> No
                 pages.decode(data)
         with pytest.raises(kvtc.FormatError):
             pages.decode(page[:i])
+
+
+def test_limits_hold_for_pages(codec: kvtc.Codec, page: bytes) -> None:
+    pages = page_codec(codec, limits=kvtc.Limits(max_record_bytes=100))
+    for read in (pages.decode, pages.layers):
+        with pytest.raises(kvtc.LimitError, match="max_record_bytes"):
+            read(page)
 
 
 def test_the_table_of_the_specification(codec: kvtc.Codec, page: bytes) -> None:

@@ -232,3 +232,26 @@ def test_threads_and_processes_read_one_file(
         )
     for first, part in zip(starts, found, strict=True):
         assert part == np.ascontiguousarray(k[:, :, first : first + 50]).tobytes()
+
+
+@pytest.mark.filterwarnings("ignore::kvtc_stream.KVTCWarning")
+def test_readers_beside_a_writer(tmp_path: Path, codec: kvtc.Codec, cache: Cache) -> None:
+    """A reader keeps what it opened; one that comes while something is appended is told so."""
+    path = tmp_path / "a.kvtc"
+    k, v = cache
+    path.write_bytes(kvtc.encode(k[:, :, :120], v[:, :, :120], codec))
+    expected = tuple(map(np.asarray, kvtc.decode(path.read_bytes(), codec.calibration)))
+    with kvtc.open(path, calibration=codec.calibration) as before:
+        with kvtc.open(path, "ab", codec=codec) as writer:
+            writer.write(k[:, :, 120:], v[:, :, 120:])
+            writer._file.flush()
+            assert equal(before.read(), expected, slice(None))
+            with pytest.raises(kvtc.TruncatedError, match="somebody is appending"):
+                kvtc.open(path, calibration=codec.calibration)
+            with kvtc.open(path, calibration=codec.calibration, recover=True) as during:
+                assert during.tokens() >= 120
+                whole = slice(0, 84)  # what was not in the tail
+                assert equal(during.read(whole), expected, whole)
+        assert equal(before.read(), expected, slice(None))
+        with kvtc.open(path, calibration=codec.calibration) as after:
+            assert after.tokens() == 200

@@ -105,6 +105,9 @@ def _encode(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("input", metavar="IN", help="the cache, .npz or .safetensors")
     _calibration(parser, required=True)
     parser.add_argument("-o", "--output", required=True, metavar="OUT", help="the stream to make")
+    parser.add_argument(
+        "--append", action="store_true", help="continue OUT, with the options it was made with"
+    )
     parser.add_argument("--preset", default="default", help="how to code: default or paper")
     target = parser.add_mutually_exclusive_group()
     target.add_argument(
@@ -181,6 +184,12 @@ def _decode(commands: Any) -> argparse.ArgumentParser:
 def _info(commands: Any) -> argparse.ArgumentParser:
     parser = _add(commands, "info", "describe a stream or a calibration; reads no block")
     parser.add_argument("input", metavar="FILE", help="a stream, - for standard input, or CAL")
+    parser.add_argument(
+        "--plot",
+        metavar="PNG",
+        help="draw a stream: bits of components, errors of tokens, sizes of parts",
+    )
+    _calibration(parser, required=False)
     return parser
 
 

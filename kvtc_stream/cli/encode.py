@@ -8,6 +8,7 @@ from typing import Any
 import kvtc_stream as kvtc
 from kvtc_stream import plain
 from kvtc_stream.cli import report, terminal
+from kvtc_stream.cli.arguments import UsageError
 
 #: Tokens handed to the encoder at a time.
 _CHUNK = 512
@@ -42,9 +43,12 @@ def run(args: Namespace) -> int:
         )
         total, done = sum(s.tokens for s in sections), 0
         encoding = terminal.bar(bars, "Encoding")
-        with kvtc.open(
-            target, "wb", codec=codec, metadata=args.metadata, **_scales(sections)
-        ) as writer:
+        options: dict[str, Any] = _scales(sections)
+        if not args.append:
+            options["metadata"] = args.metadata
+        elif args.metadata:
+            raise UsageError("--metadata is for new streams: it is in the header")
+        with kvtc.open(target, "ab" if args.append else "wb", codec=codec, **options) as writer:
             for i, section in enumerate(sections):
                 for start in range(0, section.tokens, _CHUNK):
                     span = slice(start, start + _CHUNK)

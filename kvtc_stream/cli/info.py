@@ -7,6 +7,7 @@ from typing import BinaryIO
 
 import kvtc_stream as kvtc
 from kvtc_stream.cli import report, terminal
+from kvtc_stream.cli.arguments import UsageError
 from kvtc_stream.formats import MAGIC, StreamFile
 
 
@@ -14,6 +15,8 @@ def run(args: Namespace) -> int:
     """Describe a stream or a calibration; see ``kvtc info --help``."""
     with terminal.open_input(args.input, seekable=True) as file:
         if _is_calibration(args.input, file):
+            if args.plot:
+                raise UsageError("--plot draws a stream")
             calibration = kvtc.Calibration.load(args.input)
             description = report.calibration_json(calibration)
             tables = report.calibration_tables(args.input, calibration)
@@ -21,6 +24,11 @@ def run(args: Namespace) -> int:
             stream = StreamFile(file)
             description = report.stream_json(stream)
             tables = report.stream_tables(args.input, stream)
+            if args.plot:
+                from kvtc_stream.cli import picture
+
+                learnt = kvtc.Calibration.load(args.calibration) if args.calibration else None
+                picture.draw(args.plot, stream, learnt)
     if args.json:
         terminal.print_json({"file": args.input, **description})
     else:

@@ -14,9 +14,12 @@ from kvtc_stream.calibration import Calibration, Part
 from kvtc_stream.cli import terminal
 from kvtc_stream.formats import (
     FORMAT_VERSION,
+    TRAILER_SIZE,
     Band,
+    IndexEntry,
     ModelIdentity,
     PartPlan,
+    RecordType,
     Role,
     Rope,
     Section,
@@ -55,8 +58,32 @@ def statistics_json(s: StreamStatistics) -> dict[str, Any]:
 def stream_json(stream: StreamFile) -> dict[str, Any]:
     """Everything that a stream tells without its calibration."""
     header, statistics = stream.header, StreamStatistics.of(stream)
+    live = {entry.sequence for entry in stream.index}
     return {
         "kind": "stream",
+        "records": [
+            {
+                "type": _type_name(entry),
+                "offset": entry.offset,
+                "bytes": entry.length,
+                **(
+                    {
+                        "section": entry.section,
+                        "role": entry.role.name.lower(),
+                        "start": entry.start,
+                        "tokens": entry.tokens,
+                        "superseded": entry.sequence not in live,
+                        "errors": {
+                            name: getattr(entry.errors, name)
+                            for name in ("k_mean", "k_worst", "v_mean", "v_worst")
+                        },
+                    }
+                    if entry.is_block
+                    else {}
+                ),
+            }
+            for entry in stream.records
+        ],
         "format_version": ".".join(map(str, FORMAT_VERSION)),
         "model": model_json(header.model),
         "calibration": header.calibration.hex(),
@@ -205,9 +232,46 @@ def stream_tables(name: str, stream: StreamFile) -> Iterator[Table]:
         ]
     )
     yield from plan_tables(header)
+    yield structure_table(stream)
     statistics = StreamStatistics.of(stream)
     yield from statistics_tables(statistics)
     yield terminal.facts(("warning", text) for text in statistics.surprises(header.plan))
+
+
+def structure_table(stream: StreamFile) -> Table:
+    """Where everything is; alike records that follow one another are taken together."""
+    live = {entry.sequence for entry in stream.index}
+
+    def kind(entry: IndexEntry) -> str:
+        if not entry.is_block:
+            return _type_name(entry)
+        role = entry.role.name.lower()
+        superseded = "" if entry.sequence in live else ", superseded"
+        several = len(stream.header.geometry.sections) > 1
+        return f"{role}{f' of section {entry.section}' if several else ''}{superseded}"
+
+    rows = [("preamble and header", "0", f"{stream.sizes.header:,}", "", "")]
+    for name, run in groupby(stream.records, kind):
+        entries = list(run)
+        tokens = f"{entries[0].start}–{entries[-1].start + entries[-1].tokens - 1}"
+        rows.append(
+            (
+                name,
+                f"{entries[0].offset:,}",
+                f"{sum(e.length for e in entries):,}",
+                str(len(entries)),
+                tokens if entries[0].is_block else "",
+            )
+        )
+        if name == "index":
+            end = entries[0].offset + entries[0].length
+            rows.append(("trailer", f"{end:,}", str(TRAILER_SIZE), "", ""))
+    return terminal.table("Structure", ("part", "at byte", "bytes", "records", "tokens"), rows)
+
+
+def _type_name(entry: IndexEntry) -> str:
+    known = RecordType._value2member_map_.get(entry.type)
+    return f"type {entry.type}" if known is None else str(known.name).lower()
 
 
 def plan_tables(header: StreamHeader) -> Iterator[Table]:

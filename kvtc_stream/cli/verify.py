@@ -49,7 +49,7 @@ def run(args: Namespace) -> int:
         if args.against:
             original = plain.read(terminal.plain_input(args.against), args.format)
         try:
-            stream = _check_bytes(file, bars)
+            stream = check_bytes(file, bars)
             result["blocks"] = len(stream.index)
             result["tokens"] = sum(entry.tokens for entry in stream.index)
             if calibration is not None:
@@ -87,7 +87,7 @@ def _describe(result: dict[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
-def _check_bytes(file: BinaryIO, bars: Progress) -> StreamFile:
+def check_bytes(file: BinaryIO, bars: Progress) -> StreamFile:
     """Every checksum, coded piece and rule that holds without the calibration."""
     task = bars.add_task("Checking", total=file.seek(0, io.SEEK_END))
     file.seek(0)

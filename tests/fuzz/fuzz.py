@@ -162,7 +162,10 @@ def write_seeds() -> None:
     for start in (0, 9):
         with kvtc.open(file, "ab" if start else "wb", codec=CODEC) as writer:
             writer.write(k[:, :, start : start + 9], v[:, :, start : start + 9])
-    found["stream"] = [kvtc.encode(k, v, CODEC), file.getvalue()]
+    out = io.BytesIO()
+    kvtc.cut(file, out, tokens=slice(3, 12))
+    found["stream"] = [kvtc.encode(k, v, CODEC), file.getvalue(), out.getvalue()]
+    found["stream"].append(kvtc.encode(k, v, CODEC, key=b"a key"))
     for coder in ("deflate", "zstd", "lz4"):
         paper = kvtc.Codec(CALIBRATION, "paper", ratio=3, window=0, block_tokens=8, coder=coder)
         found["stream"].append(kvtc.encode(k, v, paper, positions=np.arange(15) * 2))
