@@ -302,7 +302,7 @@ class CudaSectionCoder:
             if len(tokens):
                 exact = self._cpu.verbatim(p.block)
                 host = [x[list(layers)] for x in exact]
-                self._place(p.slots[tokens], *host, layers, k_out, v_out)
+                self._place(p.slots[tokens], host[0], host[1], layers, k_out, v_out)
 
     def _spread(self, out: Tensors, layers: Sequence[int]) -> Tensors:
         """Addresses by layer of the section; those that are not wanted have none."""
@@ -352,7 +352,8 @@ class CudaSectionCoder:
         found = [(some, self._decoder.symbols(some)) for some in batches(coded)]
         slow: list[Placed] = []
         for some, batch in found:
-            slow += [some[i] for i in np.flatnonzero(cupy.asnumpy(batch.faults))]
+            faults = np.flatnonzero(cupy.asnumpy(batch.faults)).tolist()
+            slow += [some[i] for i in faults]
         on_host = [(p, self._cpu.decode_layers(p.block)) for p in slow]
         exact = [
             (p.slots[list(p.block.verbatim_tokens)], *self._cpu.verbatim(p.block))

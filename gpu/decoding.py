@@ -205,12 +205,13 @@ class TileTasks:
         together = self.together(sum(len(p.lengths) for p in payloads))
         for size in np.unique(sizes).tolist():
             own = np.flatnonzero(sizes == size)
+            chosen = [payloads[b] for b in own.tolist()]
             template, leading = self.template(size)
             task = np.tile(template, (len(own), 1, 1))
-            lengths = np.stack([payloads[b].lengths for b in own]).astype(np.int64)
-            of_tiles = np.array([payloads[b].tiles for b in own])
-            of_classes = np.array([payloads[b].classes for b in own])
-            levels = np.array([payloads[b].level for b in own])
+            lengths = np.stack([p.lengths for p in chosen]).astype(np.int64)
+            of_tiles = np.array([p.tiles for p in chosen])
+            of_classes = np.array([p.classes for p in chosen])
+            levels = np.array([p.level for p in chosen])
             plan = self._plan
             task[:, :, rans.TOKENS] = tokens[own, None]
             task[:, :, rans.TOKEN] = firsts[own, None]
@@ -421,5 +422,5 @@ def decode(
         found = cupy.asnumpy(faults)
         if int(overflow[0]):
             found[:] = rans.LARGE
-        for i in np.flatnonzero(found):
+        for i in np.flatnonzero(found).tolist():
             on_cpu(some[i])

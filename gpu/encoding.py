@@ -373,7 +373,8 @@ class BatchEncoder:
     ) -> _Source:
         s = self._section
         k_size, v_size = s.kv_heads * s.k_dim, s.kv_heads * s.v_dim
-        parts, rows = [], []
+        parts: list[tuple[int, int]] = []
+        rows: list[Column] = []
         for part in self._plan.parts:
             columns: list[Column] = [(0, x, i * k_size) for i, x in enumerate(part.k_layers)]
             split = len(columns) * k_size
@@ -515,8 +516,11 @@ class BatchEncoder:
             )
         return out
 
-    def _room(self, starts: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int32], int]:
-        """Tasks, int32 [blocks, tiles] where each tile's is, and words of room in all."""
+    def _room(
+        self, starts: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int32], int, int]:
+        """Tasks, int32 [blocks, tiles] where each tile's is, words of room in all, and how many
+        tiles share a block of threads."""
         blocks, tokens = len(starts) - 1, np.diff(starts)
         template, leading = self._tasks.template(TILE_COMPONENTS)
         counts = template[:, rans.COUNT]

@@ -97,7 +97,7 @@ class _Loaded:
 
     def __init__(self, kernel: Kernel) -> None:
         import cupy
-        from cuda.bindings import driver
+        from cuda.bindings import driver  # type: ignore[import-untyped]
 
         capability = cupy.cuda.Device().compute_capability
         code = kernel.ptx((int(capability[:-1]), int(capability[-1])))

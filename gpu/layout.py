@@ -292,7 +292,7 @@ def gather(dtype: DType, wide: bool) -> Kernel:
 
     load = _LOADS[dtype]
 
-    @kernel(*_COMMON, f32p, f32p, u64, u64, i64)
+    @kernel(*_COMMON, f32p, f32p, u64, u64, i64)  # type: ignore[no-redef]
     def gather(  # type: ignore[no-untyped-def]
         entries, slots, tokens, cosines, sines, pairs, interleaved, most, table_tokens,
         table_token, values, scales, mean, rows, width,
@@ -418,7 +418,7 @@ def scatter(dtype: DType, wide: bool) -> Kernel:
 
     store = _STORES[dtype]
 
-    @kernel(*_COMMON, f32p, f32, u64, u64, i64, i32p)
+    @kernel(*_COMMON, f32p, f32, u64, u64, i64, i32p)  # type: ignore[no-redef]
     def scatter(  # type: ignore[no-untyped-def]
         entries, slots, tokens, cosines, sines, pairs, interleaved, most, table_tokens,
         table_token, steps, scale, mean, rows, width, overflow,
@@ -557,7 +557,7 @@ def errors(dtype: DType, out_dtype: DType, wide: bool) -> Kernel:
 
     load = _LOADS[dtype]
 
-    @kernel(*_COMMON, f32p, f32p, f32p, f32, u64, u64, i64, f32p, f32p, i64)
+    @kernel(*_COMMON, f32p, f32p, f32p, f32, u64, u64, i64, f32p, f32p, i64)  # type: ignore[no-redef]
     def errors(  # type: ignore[no-untyped-def]
         entries, slots, tokens, cosines, sines, pairs, interleaved, most, table_tokens,
         table_token, values, scales, steps, step_scale, mean, rows, width, lost, energy, stride,

@@ -50,7 +50,9 @@ class DeviceRopes:
         self._frequencies = cupy.asarray(frequencies)
         self._scales = cupy.asarray(np.array([r.scale for r in ropes] or [1.0]))
         self.pairs = cupy.asarray(pairs)
-        self.interleaved = cupy.asarray(np.array([r.interleaved for r in ropes] or [0], np.int32))
+        self.interleaved = cupy.asarray(
+            np.array([int(r.interleaved) for r in ropes] or [0], np.int32)
+        )
 
     def at(self, positions: Any, *, sign: int) -> Rotations:
         """Of int64 positions on the device; ``sign`` is 1 to put RoPE on, -1 to take it off."""

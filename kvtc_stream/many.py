@@ -180,7 +180,7 @@ def _together(readers: list[Reader], section: int) -> Iterator[tuple[Any, Any]]:
     ]
     blocks.coder(section).decode_into(_cut(items), range(layers), k, v)
     for first, last in pairwise(ends):
-        yield tuple(blocks.output(x[:, :, first:last]) for x in (k, v))  # type: ignore[misc]
+        yield tuple(blocks.output(x[:, :, first:last]) for x in (k, v))
 
 
 def _into_pages(

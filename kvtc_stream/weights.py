@@ -77,7 +77,8 @@ def _matrices(name: str, value: ArrayLike, shape: tuple[int, int, int]) -> NDArr
         unit = (unit + unit.swapaxes(2, 3)) / 2
         if (np.linalg.eigvalsh(unit) < -1e-4).any():
             raise ValueError(f"weights of {name} must be positive semidefinite matrices")
-        return unit * scale
+        whole: NDArray[np.float64] = unit * scale
+        return whole
     if (array < 0).any():
         raise ValueError(f"weights of {name} must not be negative")
     return np.broadcast_to(array.reshape(*array.shape, *(1,) * (3 - array.ndim), 1), full) * np.eye(
