@@ -13,6 +13,7 @@ coding included.
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -419,17 +420,9 @@ def coder_speed(
     return out
 
 
-def main() -> None:
-    """Measure, show and write."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("-o", "--output", type=Path, default=Path("benchmarks/results/h100.json"))
-    parser.add_argument("--quick", action="store_true", help="the first geometry and batch only")
-    parser.add_argument("--groups", type=int, nargs="*", default=[1, 4, 8, 20, 40])
-    args = parser.parse_args()
-    console = Console(highlight=False)
-    begin = time.perf_counter()
+def runs(args: argparse.Namespace, limits: dict[str, float], console: Console) -> dict[str, Any]:
+    """All geometries and batches."""
     properties = cp.cuda.runtime.getDeviceProperties(0)
-    limits = ceilings()
     result = environment() | {
         "gpu": properties["name"].decode(),
         "cuda": {
@@ -441,7 +434,6 @@ def main() -> None:
         "runs": {},
         "frontier": {},
     }
-    console.print(limits)
     table = Table("geometry", "batch", "ratio", "decode", "encode", "measured", "restore × copy")
     first = True
     for geometry, (layers, heads, dim, per_group) in GEOMETRIES.items():
@@ -465,12 +457,37 @@ def main() -> None:
                 f"{found['restore_vs_raw_copy']:.1f}",
             )
             first = False
+            args.output.write_text(json.dumps(result))  # what there is, should the rest fail
             cp.get_default_memory_pool().free_all_blocks()
+    console.print(table)
+    return result
+
+
+def main() -> None:
+    """Measure, show and write."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("-o", "--output", type=Path, default=Path("benchmarks/results/h100.json"))
+    parser.add_argument("--quick", action="store_true", help="the first geometry and batch only")
+    parser.add_argument(
+        "--groups", type=int, nargs="*", default=[1, 2, 4, 8, 20, 40], help="layers of a group"
+    )
+    parser.add_argument(
+        "--frontier", action="store_true", help="only that of groups, into a result that exists"
+    )
+    args = parser.parse_args()
+    console = Console(highlight=False)
+    begin = time.perf_counter()
+    limits = ceilings()
+    console.print(limits)
+    found_before = json.loads(args.output.read_text()) if args.frontier else None
+    result = found_before or runs(args, limits, console)
+    result["frontier"] = {}
     layers, heads, dim, _ = GEOMETRIES["Mistral-NeMo-12B"]
     for per_group in args.groups:
         model = Model(layers, heads, dim, per_group)
         found = measure(model, 2, 8192, limits["pinned_copy_gbps"])
         result["frontier"][str(per_group)] = found
+        args.output.write_text(json.dumps(result))
         console.print("layers per group", per_group, found["decode_gbps"], found["encode_gbps"])
         cp.get_default_memory_pool().free_all_blocks()
     nemo = result["runs"]["Mistral-NeMo-12B"]["8 × 8K"]
@@ -486,8 +503,7 @@ def main() -> None:
             "scratch_fraction",
         )
     }
-    console.print(table)
-    result["seconds"] = time.perf_counter() - begin
+    result["seconds" if not args.frontier else "frontier_seconds"] = time.perf_counter() - begin
     write_result(args.output, result, console)
 
 

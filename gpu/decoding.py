@@ -288,6 +288,7 @@ class BlockDecoder:
                 cupy.asarray(np.flatnonzero(kept).astype(np.int32)),
                 block_steps,
                 scales,
+                plan.down,
                 symbols,
                 stride,
                 faults,

@@ -27,9 +27,9 @@ from kvtc_stream.payload import TILE_COMPONENTS
 
 #: Tokens of a batch, and most bytes of its gathered rows of one part.
 BATCH_TOKENS, ROW_BYTES = 8192, 128 << 20
-#: Room for a tile: three quarters of a word for each symbol, which holds everything but escapes,
-#: a word more for those of the first components, and what a step may need.
-_ESCAPING, _SLACK = 64, 1024
+#: Room for a tile: three quarters of a word for each symbol, which holds everything but escapes;
+#: two words in a part's first tile, where those are; and what a step may need.
+_SLACK = 1024
 #: Offsets from a centre at which sizes and errors are measured, in quarter octaves.
 _OFFSETS = (-8.0, -4.0, 0.0, 4.0, 8.0)
 
@@ -463,6 +463,7 @@ class BatchEncoder:
                 batch.classes,
                 steps.factors,
                 steps.block_steps,
+                plan.down,
                 symbols,
                 scales,
             ),
@@ -517,9 +518,9 @@ class BatchEncoder:
     def _room(self, starts: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int32], int]:
         """Tasks, int32 [blocks, tiles] where each tile's is, and words of room in all."""
         blocks, tokens = len(starts) - 1, np.diff(starts)
-        template, _ = self._tasks.template(TILE_COMPONENTS)
+        template, leading = self._tasks.template(TILE_COMPONENTS)
         counts = template[:, rans.COUNT]
-        words = tokens[:, None] * (3 * counts // 4 + np.minimum(counts, _ESCAPING)) + _SLACK
+        words = tokens[:, None] * np.where(leading, 2 * counts, 3 * counts // 4) + _SLACK
         task = np.tile(template, (blocks, 1, 1))
         task[:, :, rans.TOKENS] = tokens[:, None]
         task[:, :, rans.TOKEN] = starts[:-1, None]

@@ -19,6 +19,8 @@ from kvtc_stream.gpu import tables
 #: Rows of binary16 are scaled so that so many deviations of the widest channel, at the step of
 #: offset 0 and class 0, have this size. Binary16 ends at 65,504.
 _DEVIATIONS, _SIZE = 64.0, 8192.0
+#: Symbols' deviation, in class 0 at offset 0, up to which they are kept as they are.
+_USUAL = 256.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +75,9 @@ class DevicePlan:
         The step of base step 0 and class 0 at offset 0.
     ids, families, buckets, symbols, codes, bits
         Tables of the coder, see :mod:`kvtc_stream.gpu.rans`; ``codes`` are the encoder's entries.
+    down
+        float32 [components]: powers of two that symbols are multiplied by on the device, so that
+        binary16 has room for those of the strongest components.
     decode_shared, encode_shared
         Bytes of shared memory for them.
     lowest, highest
@@ -95,6 +100,7 @@ class DevicePlan:
         self.leading = all((b.components == np.arange(len(b.components))).all() for b in bands)
         firsts = np.concatenate([[0], np.cumsum(self.coded)]).tolist()
         self.parts = []
+        downs: list[Any] = []
         for i, (part, dealt, own) in enumerate(zip(parts, plan.parts, bands, strict=True)):
             analysis, synthesis = calibration.transforms(section, plan.basis, i, dealt.components)
             analysis, synthesis = analysis[own.components], synthesis[own.components]
@@ -106,6 +112,9 @@ class DevicePlan:
             # Coefficients on the device are without the factors of base steps.
             factors = np.exp2(own.base[:, None] / np.float32(4))
             analysis, synthesis = analysis / factors, synthesis * factors
+            deviations = np.sqrt(part.spectrum[own.components]) / (factors[:, 0] * self.unit)
+            downs.append(_down(deviations))
+            synthesis = synthesis / downs[-1][:, None]
             size = _DEVIATIONS * max(deviation, 1e-30) / self.unit
             down = _power_of_two(size / _SIZE)
             up = _power_of_two(float(np.abs(analysis).max(initial=0)))
@@ -125,6 +134,7 @@ class DevicePlan:
                     cupy.asarray(np.array(part.v_layers, np.int32)),
                 )
             )
+        self.down = cupy.asarray(np.concatenate(downs).astype(np.float32))
         self._coder_tables(bands)
         self._importance(parts, bands, firsts)
 
@@ -189,6 +199,11 @@ class DevicePlan:
                 "the CUDA backend encodes plans whose coded components come first, this plan has "
                 "bands without bits before them: use backend='cpu'"
             )
+
+
+def _down(deviations: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Powers of two, 1 at most, that bring a deviation to ``_USUAL`` at most."""
+    return np.exp2(-np.ceil(np.log2(np.maximum(deviations / _USUAL, 1))))
 
 
 def _power_of_two(x: float) -> float:

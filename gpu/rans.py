@@ -59,7 +59,9 @@ _WIDE = -0x8000
 _STEP_WORDS = 4 * WARP
 
 
-@kernel(i64p, u16p, u8p, u32p, u32p, u32p, i32p, i32, u8p, i32, i32p, f32p, f32p, u16p, i64, i32p)
+@kernel(
+    i64p, u16p, u8p, u32p, u32p, u32p, i32p, i32, u8p, i32, i32p, f32p, f32p, f32p, u16p, i64, i32p
+)  # fmt: skip
 def decode(  # type: ignore[no-untyped-def]
     tasks,
     words,
@@ -74,6 +76,7 @@ def decode(  # type: ignore[no-untyped-def]
     columns,
     block_steps,
     scales,
+    down,
     out,
     stride,
     faults,
@@ -104,8 +107,10 @@ def decode(  # type: ignore[no-untyped-def]
         float32 [blocks, 16]: of each class.
     scales
         float32 [parts, stride]: becomes the step of each token.
+    down
+        float32 [components]: powers of two that symbols are multiplied by, for binary16's sake.
     out
-        Bits of binary16 [components, stride]: becomes the symbols.
+        Bits of binary16 [components, stride]: becomes the symbols times ``down``.
     faults
         int32 [blocks]: becomes the faults; 0 before.
     """
@@ -175,10 +180,11 @@ def decode(  # type: ignore[no-untyped-def]
         # Families are read two steps ahead: nothing else hides the way to memory.
         source = (of_level + first) * 16 + klass
         family_1, family_2 = _U32(ids[source]), _U32(ids[source + 16])
-        for _ in range(count):
+        for i in range(_I32(0), count):
             family, family_1 = family_1, family_2
             family_2 = _U32(ids[source + 32])
             source += 16
+            scale = down[first + _I32(i)]
             slot = _U32(state & _U32(0xFFF))
             bucket = _U32(table[_U32((family << _U32(8)) + (slot >> _U32(4)))])
             ones = _U32((_U32(2) << (slot & _U32(15))) - _U32(1))
@@ -219,7 +225,7 @@ def decode(  # type: ignore[no-untyped-def]
                     value = _I32(low | high << _U32(16))
                     fault |= -_I32(_WIDE) > value > _I32(_WIDE)
                 position = _U32(position + _U32(2) * popc(mask))
-                large |= value > _I32(65504) or value < _I32(-65504)
+                large |= abs(_F32(value) * scale) > _F32(65504)
                 if position > length:
                     break
             while _U32(position - window) >= _U32(WARP):
@@ -228,7 +234,7 @@ def decode(  # type: ignore[no-untyped-def]
                 at = _U32(min(_U32(window + lane + _U32(2 * WARP)), last))
                 farther = _I32(words[begin + at])
             if active:
-                out[target] = f16_bits(_F32(value))
+                out[target] = f16_bits(_F32(value) * scale)
             target += stride
         if position > length:
             break

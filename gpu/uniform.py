@@ -239,11 +239,21 @@ def steps(  # type: ignore[no-untyped-def]
         indices[block] = min(max(level, lowest), highest) - lowest
 
 
-@kernel(f32p, i64, i32, i32p, i32p, u8p, f32p, f32p, u16p, f32p)
+@kernel(f32p, i64, i32, i32p, i32p, u8p, f32p, f32p, f32p, u16p, f32p)
 def quantise(  # type: ignore[no-untyped-def]
-    coefficients, stride, tokens, parts, blocks, classes, factors, block_steps, symbols, scales
+    coefficients,
+    stride,
+    tokens,
+    parts,
+    blocks,
+    classes,
+    factors,
+    block_steps,
+    down,
+    symbols,
+    scales,
 ):
-    """Symbols as binary16 [components, stride] and steps [parts, stride], to reconstruct from.
+    """What :func:`kvtc_stream.gpu.rans.decode` gives: symbols times ``down``, and steps.
 
     Blocks of threads [tokens, TOGETHER components, parts]. ``blocks`` int32 [tokens]: the block of
     a token.
@@ -257,8 +267,9 @@ def quantise(  # type: ignore[no-untyped-def]
     own = blocks[token] * _I32(16) + klass
     factor = factors[own]
     at = _I64(parts[part * 6] + begin) * stride + token
-    for _ in range(begin, min(begin + _I32(TOGETHER), parts[part * 6 + 1])):
-        symbols[at] = f16_bits(_F32(round_to_int(coefficients[at] * factor)))
+    for i in range(begin, min(begin + _I32(TOGETHER), parts[part * 6 + 1])):
+        value = _F32(round_to_int(coefficients[at] * factor))
+        symbols[at] = f16_bits(value * down[parts[part * 6] + _I32(i)])
         at += stride
     if begin == 0:
         scales[_I64(part) * stride + token] = block_steps[own]

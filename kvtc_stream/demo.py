@@ -50,6 +50,8 @@ _JUDGED_TOPIC = "debugger"
 #: Standard library modules whose sources are read for calibration, and their share of the tokens.
 _MODULES = ("argparse", "difflib", "doctest", "inspect", "statistics", "subprocess")
 _MODULES_SHARE = 0.25
+#: Documents that importance is learnt from: fewer than :func:`calibrate` takes, to be quicker.
+_IMPORTANCE_DOCUMENTS = 4
 #: Tokens after the context that judge the caches, and tokens generated from each.
 _FOLLOWING = 512
 _NEW_TOKENS = 60
@@ -174,6 +176,7 @@ def demonstrate(
             model,
             documents,
             tokens=total,
+            importance_documents=_IMPORTANCE_DOCUMENTS,
             bases=("joint",),
             progress=advance,
             name=name,

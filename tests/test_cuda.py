@@ -132,6 +132,7 @@ def test_symbols_are_the_same(calibration: kvtc.Calibration) -> None:
             base = plan.steps[rows, None]
             values = own.coefficients[: block.tokens, : part.count].T
             expected = np.rint(values / (scales[i].astype(np.float64) * base))
+            expected *= cupy.asnumpy(plan.down)[rows, None]
             np.testing.assert_array_equal(found[rows, first : first + block.tokens], expected)
         assert step > 0
         first += block.tokens
@@ -380,3 +381,11 @@ def test_threads_and_streams_of_their_own() -> None:
 
     with ThreadPoolExecutor(4) as pool:
         assert max(pool.map(work, range(12))) <= ROUNDING
+
+
+def test_steps_so_fine_that_symbols_are_huge() -> None:
+    calibration = CALIBRATIONS["halves"]
+    k, v = kvtc.testing.drawn_cache(calibration.geometry, 200, seed=15)
+    data = kvtc.encode(k, v, kvtc.Codec(calibration, ratio=1.2, window=0))
+    for a, b in zip(kvtc.decode(data, calibration, backend="cuda"), (k, v), strict=True):
+        assert distance(a, b) <= 2 * ROUNDING

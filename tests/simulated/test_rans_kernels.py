@@ -150,6 +150,7 @@ def _decode(case: Case, encoded: list[bytes]) -> tuple[Array, Array, Array]:
         case.columns,
         block_steps,
         scales,
+        np.ones(TOTAL, np.float32),
         out,
         case.stride,
         faults,
