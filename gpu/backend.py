@@ -101,11 +101,6 @@ class CudaSectionCoder:
         target: Controls | None,
     ) -> None:
         plan = header.plan.sections[section]
-        if any(part.bands for part in plan.parts) and not plan.uniform:
-            raise UnsupportedError(
-                "the CUDA backend codes plans with uniform bands, those of the preset 'default': "
-                "use backend='cpu' for others"
-            )
         if header.out_dtype.is_fp8:
             raise UnsupportedError(
                 f"the CUDA backend does not decode to {header.out_dtype.label}: choose another "
@@ -115,17 +110,20 @@ class CudaSectionCoder:
         self._section = header.geometry.sections[section]
         self._calibration, self._measure = calibration, measure
         self._bound = HOPELESS if max_error is None else min(HOPELESS, max_error)
-        if measure == "coefficients":
+        if measure == "coefficients" and plan.uniform:
             raise UnsupportedError(
                 "the CUDA backend measures errors of the reconstruction, or none: choose "
                 "measure='full' or 'none'"
             )
-        self._plan: DevicePlan = calibration.cached(
-            ("cuda", cupy.cuda.runtime.getDevice(), section, header.plan.digest),
-            lambda: DevicePlan(calibration, section, plan),
-        )
-        self._decoder = BlockDecoder(self._section, self._plan)
         self._ropes = DeviceRopes(self._section)
+        # There are kernels for uniform bands; others are coded on the host.
+        self._uniform = plan.uniform or not any(part.bands for part in plan.parts)
+        if self._uniform:
+            self._plan: DevicePlan = calibration.cached(
+                ("cuda", cupy.cuda.runtime.getDevice(), section, header.plan.digest),
+                lambda: DevicePlan(calibration, section, plan),
+            )
+            self._decoder = BlockDecoder(self._section, self._plan)
         self._encoder: BatchEncoder | None = None
         self._control = None if target is None else target.control(header, section)
         self._centre = 0.0
@@ -136,7 +134,11 @@ class CudaSectionCoder:
         """What copes with the blocks that the device cannot."""
         if self._host is None:
             self._host = CpuBackend().section_coder(
-                self._header, self._index, self._calibration, max_error=self._bound
+                self._header,
+                self._index,
+                self._calibration,
+                max_error=self._bound,
+                measure=self._measure,
             )
         return self._host
 
@@ -144,6 +146,10 @@ class CudaSectionCoder:
 
     def encode(self, k: Any, v: Any, positions: NDArray[np.int64], start: int) -> list[Block]:
         """See :meth:`kvtc_stream.backend.SectionCoder.encode`."""
+        if not self._uniform:
+            dtype = numpy_dtype(self._header.dtype)
+            host = [cupy.asnumpy(x).view(dtype) for x in (k, v)]
+            return self._cpu.encode(host[0], host[1], positions, start)
         size, tokens = self._header.block_tokens, len(positions)
         tensors = [Tensors.of_layers(list(x), self._header.dtype) for x in (k, v)]
         together = max(1, BATCH_TOKENS // size) * size
@@ -295,7 +301,10 @@ class CudaSectionCoder:
             self._place(p.slots, *self._cpu.decode(p.block, layers), layers, k_out, v_out)
 
         coded = [p for p in placed if p.block.coded_tokens]
-        if coded:
+        if not self._uniform:
+            for p in coded:
+                on_cpu(p)
+        elif coded:
             decode(self._decoder, coded, layers, k_out, v_out, on_cpu)
         for p in placed:
             tokens = np.array(p.block.verbatim_tokens, np.int64)
@@ -349,8 +358,8 @@ class CudaSectionCoder:
         s, dtype = self._section, self._header.out_dtype
         placed = [Placed(block, slots.astype(np.int64)) for block, slots in blocks]
         coded = [p for p in placed if p.block.coded_tokens]
-        found = [(some, self._decoder.symbols(some)) for some in batches(coded)]
-        slow: list[Placed] = []
+        slow: list[Placed] = [] if self._uniform else coded
+        found = [(some, self._decoder.symbols(some)) for some in batches(coded) if self._uniform]
         for some, batch in found:
             faults = np.flatnonzero(cupy.asnumpy(batch.faults)).tolist()
             slow += [some[i] for i in faults]
@@ -367,9 +376,10 @@ class CudaSectionCoder:
             k_out, v_out = (
                 self._spread(Tensors.of_layers(list(x), dtype), [index]) for x in (k, v)
             )
-            target = self._decoder.target([index], k_out, v_out)
-            for _, batch in found:
-                self._decoder.values(batch, target)
+            if found:
+                target = self._decoder.target([index], k_out, v_out)
+                for _, batch in found:
+                    self._decoder.values(batch, target)
             decoded = list(on_host)
             for some, batch in found:
                 if int(batch.overflow[0]):

@@ -389,3 +389,17 @@ def test_steps_so_fine_that_symbols_are_huge() -> None:
     data = kvtc.encode(k, v, kvtc.Codec(calibration, ratio=1.2, window=0))
     for a, b in zip(kvtc.decode(data, calibration, backend="cuda"), (k, v), strict=True):
         assert distance(a, b) <= 2 * ROUNDING
+
+
+def test_the_published_method_is_coded_on_the_host() -> None:
+    calibration = CALIBRATIONS["halves"]
+    k, v = kvtc.testing.drawn_cache(calibration.geometry, 200, seed=16)
+    codec = kvtc.Codec(calibration, "paper", ratio=4, window=20, block_tokens=64, backend="cuda")
+    data = kvtc.encode(cupy.asarray(k), cupy.asarray(v), codec)
+    assert data == kvtc.encode(k, v, replace(codec, backend="cpu"))
+    expected = kvtc.decode(data, calibration, backend="cpu")
+    for a, b in zip(kvtc.decode(data, calibration, backend="cuda"), expected, strict=True):
+        np.testing.assert_array_equal(host(a), b)
+    for layer, (a, b) in enumerate(kvtc.decode_layers(data, calibration, backend="cuda")):
+        assert distance(a[None], expected[0][layer : layer + 1]) <= ROUNDING
+        assert distance(b[None], expected[1][layer : layer + 1]) <= ROUNDING

@@ -24,6 +24,16 @@ ROOT = Path(__file__).parents[1]
 OPTIONAL = ("torch", "transformers", "cupy", "matplotlib", "gguf")
 
 
+def _has_cuda() -> bool:
+    from kvtc_stream.gpu import require_cuda
+
+    try:
+        require_cuda()
+    except kvtc.BackendUnavailableError:
+        return False
+    return True
+
+
 def python(code: str) -> str:
     """What a fresh interpreter prints."""
     run = subprocess.run(
@@ -76,11 +86,13 @@ def test_every_module_imports() -> None:
         importlib.import_module(module.name)
 
 
+@pytest.mark.skipif(_has_cuda(), reason="there is a CUDA device")
 def test_without_cuda(calibration: kvtc.Calibration) -> None:
     """``auto`` works, and ``cuda`` says what is missing and what to do."""
     assert kvtc.Codec(calibration, backend="auto").encoder().finish()
     codec = kvtc.Codec(calibration, backend="cuda")
-    missing = [name for name in ("numba_cuda", "cupy") if find_spec(name) is None]
+    packages = {"numba_cuda": "numba-cuda", "cupy": "cupy-cuda13x"}
+    missing = [package for name, package in packages.items() if find_spec(name) is None]
     with pytest.raises(kvtc.BackendUnavailableError, match="backend='cpu'") as refusal:
         codec.encoder()
     for name in missing:

@@ -108,3 +108,15 @@ def test_streams_are_what_the_cpu_reads(
             assert errors.max() == pytest.approx(worst, rel=0.02)
             assert mean < 0.3
     assert coded == pytest.approx(TOKENS * file.header.verbatim_size(0, 1) / RATIO, rel=0.25)
+
+
+def test_the_published_method_is_coded_on_the_host(
+    calibration: kvtc.Calibration, cache: tuple[Array, Array], cuda: BackendName
+) -> None:
+    options: Any = {"ratio": RATIO, "sinks": 2, "window": 3, "block_tokens": 8}
+    codecs = [kvtc.Codec(calibration, "paper", backend=b, **options) for b in ("cpu", cuda)]
+    data, there = (kvtc.encode(*cache, codec=codec) for codec in codecs)
+    assert there == data
+    expected = kvtc.decode(data, calibration)
+    for a, b in zip(kvtc.decode(data, calibration, backend=cuda), expected, strict=True):
+        np.testing.assert_array_equal(np.array(a), np.array(b))
