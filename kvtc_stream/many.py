@@ -16,7 +16,7 @@ from kvtc_stream.calibration import Calibration
 from kvtc_stream.codec import Codec
 from kvtc_stream.files import Reader, open
 from kvtc_stream.formats import Limits
-from kvtc_stream.interop import numpy_dtype, on_cuda, to_numpy
+from kvtc_stream.interop import dtype_of, numpy_dtype, on_cuda, to_numpy
 
 Stream = bytes | bytearray | memoryview
 
@@ -199,30 +199,36 @@ def _into_pages(
             kept = slice(block.kept.start, block.kept.stop)
             own[kept] = slots[block.start : block.start + len(block.kept)]
             items.append((block, own))
+    expected = readers[0].header.out_dtype
+    for tensors in (pages[0].k, pages[0].v):
+        if len(tensors) != layers:
+            raise ValueError(f"found pages of {len(tensors)} layers, the stream has {layers}")
+        for tensor in tensors:
+            found = dtype_of(np.dtype(_indexable(tensor).dtype), "pages")
+            if found is not expected:
+                raise TypeError(
+                    f"pages are {found.label}, the stream decodes to {expected.label}: make pages "
+                    f"of that, or choose another out_dtype when encoding"
+                )
     coder = readers[0].block_decoder.coder(section)
     if backend == "cuda":
         from kvtc_stream.gpu.tensors import Tensors, to_device
 
         pools = []
-        for name, tensors in (("k", pages[0].k), ("v", pages[0].v)):
-            arrays, dtypes = zip(*(to_device(x, name) for x in tensors), strict=True)
-            if dtypes[0] is not readers[0].header.out_dtype:
-                raise TypeError(
-                    f"pages of {name} are {dtypes[0].label}, the stream decodes to "
-                    f"{readers[0].header.out_dtype.label}"
-                )
+        for tensors in (pages[0].k, pages[0].v):
+            arrays, dtypes = zip(*(to_device(x, "pages") for x in tensors), strict=True)
             pools.append(Tensors.of_layers(arrays, dtypes[0], paged=True))
         coder.decode_into(items, range(layers), *pools)
         return
     for block, own in items:
         wanted = np.flatnonzero(own >= 0)
-        for found, tensors in zip(
+        for decoded, tensors in zip(
             coder.decode(block, range(layers)), (pages[0].k, pages[0].v), strict=True
         ):
             for layer, tensor in enumerate(tensors):
                 pool = _indexable(tensor)
-                flat = pool.reshape(-1, *pool.shape[2:])
-                flat[own[wanted]] = found[layer][:, wanted].swapaxes(0, 1)
+                page, place = np.divmod(own[wanted], pool.shape[1])
+                pool[page, place] = decoded[layer][:, wanted].swapaxes(0, 1)
 
 
 def _cut(items: list[tuple[Any, NDArray[np.int64]]]) -> list[tuple[Any, NDArray[np.int64]]]:

@@ -89,8 +89,23 @@ def test_pages_that_do_not_fit(calibration: kvtc.Calibration, streams: list[byte
             kvtc.PagedCache(k, k, table, tokens).slots()
     with pytest.raises(ValueError, match="the pages are for 5"):
         kvtc.decode_many(streams[:1], calibration, out=[kvtc.PagedCache(k, k, [0], 5)])
+    half = k.astype(np.float16)
+    with pytest.raises(TypeError, match="pages are float16, the stream decodes to float32"):
+        kvtc.decode_many(streams[1:2], calibration, out=[kvtc.PagedCache(half, half, [0], 1)])
+    with pytest.raises(ValueError, match="pages of 1 layers, the stream has 2"):
+        kvtc.decode_many(streams[1:2], calibration, out=[kvtc.PagedCache(k[:1], k[:1], [0], 1)])
     with pytest.raises(ValueError, match="3 streams and 1"):
         kvtc.decode_many(streams, calibration, out=[kvtc.PagedCache(k, k, [0], 5)])
+
+
+def test_pages_that_are_a_view_of_something_else(
+    calibration: kvtc.Calibration, streams: list[bytes]
+) -> None:
+    room = np.zeros((2, 16, 10, 2, 8), np.float32)
+    k = v = room.swapaxes(1, 2)[:, ::2]  # [layers, pages, page size, heads, dim]
+    kvtc.decode_many(streams[:1], calibration, out=[kvtc.PagedCache(k, v, [4, 0, 1, 2, 3], 70)])
+    expected = kvtc.decode(streams[0], calibration)[1]
+    np.testing.assert_array_equal(v[:, 4].swapaxes(1, 2), expected[:, :, :16])
 
 
 def test_layer_by_layer(calibration: kvtc.Calibration, streams: list[bytes]) -> None:
