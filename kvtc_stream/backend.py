@@ -113,6 +113,17 @@ class Backend(Protocol):
         ...
 
 
+def cuda_runs() -> bool:
+    """Whether the CUDA backend can run here."""
+    from kvtc_stream.gpu import require_cuda
+
+    try:
+        require_cuda()
+    except BackendUnavailableError:
+        return False
+    return True
+
+
 def get_backend(name: BackendName, *inputs: Any) -> Backend:
     """The backend of that name; ``"auto"`` is CUDA for inputs on a CUDA device, else the CPU.
 

@@ -321,6 +321,14 @@ def as_kv_array(a: Any) -> Any:
     return a.view(KVArray) if isinstance(a, np.ndarray) else a
 
 
+def to_host(x: Any) -> npt.NDArray[Any]:
+    """A decoded array as numpy's: a copy, if it is CuPy's."""
+    if isinstance(x, np.ndarray):
+        return x
+    bits: npt.NDArray[Any] = x.view(f"u{x.itemsize}").get()
+    return bits.view(x.dtype)
+
+
 def on_cuda(x: Any) -> bool:
     """Whether a tensor, or the first of a list of them, says that it is in CUDA memory."""
     if isinstance(x, list | tuple):

@@ -17,21 +17,12 @@ from pathlib import Path
 import pytest
 
 import kvtc_stream as kvtc
+from kvtc_stream.backend import cuda_runs
 
 ROOT = Path(__file__).parents[1]
 
 #: Modules that need what the package's core does not depend on.
 OPTIONAL = ("torch", "transformers", "cupy", "matplotlib", "gguf")
-
-
-def _has_cuda() -> bool:
-    from kvtc_stream.gpu import require_cuda
-
-    try:
-        require_cuda()
-    except kvtc.BackendUnavailableError:
-        return False
-    return True
 
 
 def python(code: str) -> str:
@@ -86,7 +77,7 @@ def test_every_module_imports() -> None:
         importlib.import_module(module.name)
 
 
-@pytest.mark.skipif(_has_cuda(), reason="there is a CUDA device")
+@pytest.mark.skipif(cuda_runs(), reason="there is a CUDA device")
 def test_without_cuda(calibration: kvtc.Calibration) -> None:
     """``auto`` works, and ``cuda`` says what is missing and what to do."""
     assert kvtc.Codec(calibration, backend="auto").encoder().finish()

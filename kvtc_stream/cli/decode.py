@@ -13,7 +13,7 @@ import kvtc_stream as kvtc
 from kvtc_stream import plain
 from kvtc_stream.cli import terminal
 from kvtc_stream.formats import StreamHeader
-from kvtc_stream.interop import numpy_dtype
+from kvtc_stream.interop import numpy_dtype, to_host
 
 
 def run(args: Namespace) -> int:
@@ -83,8 +83,8 @@ def _join(
             for scale in (header.scales[index].k_scale, header.scales[index].v_scale)
         )
     return plain.PlainSection(
-        np.concatenate([k, *(b.k for b in blocks)], axis=2),
-        np.concatenate([v, *(b.v for b in blocks)], axis=2),
+        np.concatenate([k, *(to_host(b.k) for b in blocks)], axis=2),
+        np.concatenate([v, *(to_host(b.v) for b in blocks)], axis=2),
         np.concatenate([positions, *(b.positions for b in blocks)]),
         k_scale,
         v_scale,

@@ -29,7 +29,7 @@ from kvtc_stream.formats import (
     StreamParser,
     decompress,
 )
-from kvtc_stream.interop import numpy_dtype
+from kvtc_stream.interop import numpy_dtype, to_host
 
 _READ_SIZE = 1 << 20
 
@@ -200,8 +200,8 @@ class _Comparison:
         self._verbatim_tokens += len(verbatim)
         self._coded_tokens += len(coded)
         for kind, whole, scale, found, recorded in (
-            ("K", original.k, original.k_scale, decoded.k, block.errors.k_worst),
-            ("V", original.v, original.v_scale, decoded.v, block.errors.v_worst),
+            ("K", original.k, original.k_scale, to_host(decoded.k), block.errors.k_worst),
+            ("V", original.v, original.v_scale, to_host(decoded.v), block.errors.v_worst),
         ):
             if self._header.dtype.is_fp8 and scale is None:
                 scale = np.ones(whole.shape[:2], np.float32)

@@ -38,6 +38,7 @@ from transformers.cache_utils import (
 )
 
 import kvtc_stream as kvtc
+from kvtc_stream.backend import BackendName, cuda_runs
 from kvtc_stream.errors import CalibrationMismatchError, UnsupportedError
 from kvtc_stream.formats import Geometry, ModelIdentity, Rope, Section
 from kvtc_stream.integrations._transformers_gradients import capture_gradients
@@ -308,14 +309,19 @@ def encode_cache(
         metadata=metadata,
         token_digest=digest,
     ) as writer:
+        on_device = codec.backend == "cuda" or (codec.backend == "auto" and cuda_runs())
+
+        def readable(x: Tensor) -> Tensor:
+            return x.detach() if on_device else x.detach().cpu()
+
         for i, section in enumerate(calibration.geometry.sections):
             chosen = [layers[number] for number in section.layers]
             held = chosen[0].keys.shape[2]
             for start in range(0, held, _CHUNK):
                 stop = min(start + _CHUNK, held)
                 writer.write(
-                    [layer.keys[:, :, start:stop].detach().cpu() for layer in chosen],
-                    [layer.values[:, :, start:stop].detach().cpu() for layer in chosen],
+                    [readable(layer.keys[:, :, start:stop]) for layer in chosen],
+                    [readable(layer.values[:, :, start:stop]) for layer in chosen],
                     positions=np.arange(total - held + start, total - held + stop),
                     section=i,
                 )
@@ -330,6 +336,7 @@ def decode_cache(
     token_ids: TokenIds | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    backend: BackendName = "auto",
 ) -> DynamicCache:
     """Read a stream as a cache that ``model.generate(input_ids, past_key_values=...)`` continues.
 
@@ -352,6 +359,8 @@ def decode_cache(
         The model's by default, else CPU.
     dtype
         That of the stream by default.
+    backend
+        ``"auto"`` is CUDA where the cache goes to a CUDA device and the backend can run there.
 
     Raises
     ------
@@ -369,7 +378,10 @@ def decode_cache(
         source = io.BytesIO(source)
     sections = calibration.geometry.sections
     blocks: list[list[Any]] = [[] for _ in sections]
-    with kvtc.open(source, calibration=calibration) as reader:
+    if backend == "auto":
+        goes_there = device is not None and torch.device(device).type == "cuda"
+        backend = "cuda" if goes_there and cuda_runs() else "cpu"
+    with kvtc.open(source, calibration=calibration, backend=backend) as reader:
         recorded = reader.header.token_digest
         for block in reader:
             blocks[block.section].append(block)
