@@ -71,13 +71,15 @@ def _matrices(name: str, value: ArrayLike, shape: tuple[int, int, int]) -> NDArr
         raise ValueError(f"weights of {name} must be finite")
     if array.shape == full:
         scale = np.abs(array).max(axis=(2, 3), keepdims=True)
-        unit = array / np.where(scale > 0, scale, 1)  # neither overflows nor underflows
+        # Sums of these neither overflow nor underflow.
+        unit: NDArray[np.float64] = array / np.where(scale > 0, scale, 1)
         if (np.abs(unit - unit.swapaxes(2, 3)) > 1e-4).any():
             raise ValueError(f"weights of {name} must be symmetric matrices")
         unit = (unit + unit.swapaxes(2, 3)) / 2
         if (np.linalg.eigvalsh(unit) < -1e-4).any():
             raise ValueError(f"weights of {name} must be positive semidefinite matrices")
-        return unit * scale
+        unit *= scale
+        return unit
     if (array < 0).any():
         raise ValueError(f"weights of {name} must not be negative")
     return np.broadcast_to(array.reshape(*array.shape, *(1,) * (3 - array.ndim), 1), full) * np.eye(
