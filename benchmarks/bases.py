@@ -52,8 +52,8 @@ Columns = NDArray[np.intp]
 
 #: Rows that tables are fitted to, and rows of each judged cache.
 FITTED, JUDGED = 4096, 1024
-#: Most components of a dense basis, of a part of another one, and of all parts that are coded.
-RANK, PART_RANK, CODED = 3072, 2304, 4608
+#: Most components of a dense basis, and of a part of another one.
+RANK, PART_RANK = 3072, 2304
 #: Base steps; the coarsest is twice the strongest component's deviation.
 STEPS = 48
 #: What a component that is not coded counts, as a multiple of its energy, as for the planner.
@@ -186,7 +186,7 @@ def spread(rows: Rows, count: int) -> Rows:
 def measure(basis: Basis, fitted: Rows, judged: Rows) -> list[dict[str, float]]:
     """Bits, error, and work at every step of interest."""
     own = basis.coefficients(fitted)
-    order = np.argsort(-np.square(own).mean(axis=0), kind="stable")[:CODED]
+    order = np.argsort(-np.square(own).mean(axis=0), kind="stable")
     own, total = np.ascontiguousarray(own[:, order]), own.shape[1]
     coefficients = basis.coefficients(judged)[:, order]
     energy = float(np.square(judged, dtype=np.float64).sum())
@@ -205,7 +205,7 @@ def measure(basis: Basis, fitted: Rows, judged: Rows) -> list[dict[str, float]]:
     for j in range(STEPS):
         saved = LEFT_OUT * tables.energy - tables.distortion[j] - price[j] * tables.rate[j]
         count = int(np.cumsum(saved).argmax()) + 1
-        if not 8 < 16 * judged.shape[1] / tables.rate[j, :count].sum() < 100:
+        if not 4 < 16 * judged.shape[1] / tables.rate[j, :count].sum() < 100:
             continue
         bands = UniformBands((Band(count, Quantiser.UNIFORM, j),), coder, tables.ids)
         step = unit * 2 ** ((j + MIDDLE) / STEPS_PER_OCTAVE)
@@ -225,14 +225,11 @@ def measure(basis: Basis, fitted: Rows, judged: Rows) -> list[dict[str, float]]:
     return points
 
 
-def at(points: list[dict[str, float]], name: str, value: float) -> dict[str, float]:
-    """The point where ``name`` has a value, interpolated between logarithms."""
+def at(points: list[dict[str, float]], name: str, value: float) -> dict[str, float] | None:
+    """The point where ``name`` has a value, between logarithms; ``None`` outside of all points."""
     curve = sorted(points, key=lambda point: point[name])
     if not curve[0][name] <= value <= curve[-1][name]:
-        raise ValueError(
-            f"{name} {value:.4g} is not between {curve[0][name]:.4g} and "
-            f"{curve[-1][name]:.4g}: measure more steps"
-        )
+        return None
     logs = [math.log(point[name]) for point in curve]
     return {
         other: float(np.exp(np.interp(math.log(value), logs, [math.log(p[other]) for p in curve])))
@@ -243,29 +240,25 @@ def at(points: list[dict[str, float]], name: str, value: float) -> dict[str, flo
 def compare(
     measured: dict[str, list[dict[str, float]]], width: int, ratios: Sequence[float]
 ) -> list[dict[str, Any]]:
-    """A row per ratio and basis, beside the first basis."""
+    """A row per ratio and basis: beside the first basis, whose ratio it is."""
     rows = []
     reference = next(iter(measured.values()))
     for ratio in ratios:
         bits = 16 * width / ratio
-        expected = at(reference, "bits", bits)
+        if (expected := at(reference, "bits", bits)) is None:
+            raise ValueError(f"no step of the first basis comes near a ratio of {ratio:g}")
         for name, points in measured.items():
-            equal_bits, equal_error = (
-                at(points, "bits", bits),
-                at(points, "error", expected["error"]),
-            )
-            rows.append(
-                {
-                    "ratio": ratio,
-                    "basis": name,
-                    "bits": bits,
-                    "error": equal_bits["error"],
-                    "bits_at_equal_error": equal_error["bits"],
-                    "ratio_at_equal_error": 16 * width / equal_error["bits"],
-                    "components": round(equal_error["components"]),
-                    "multiply_adds": round(equal_error["multiply_adds"]),
+            same_bits = at(points, "bits", bits)
+            row: dict[str, Any] = {"ratio": ratio, "basis": name, "bits": bits}
+            row["error"] = same_bits and same_bits["error"]
+            if (same := at(points, "error", expected["error"])) is not None:
+                row |= {
+                    "bits_at_equal_error": same["bits"],
+                    "ratio_at_equal_error": 16 * width / same["bits"],
+                    "components": round(same["components"]),
+                    "multiply_adds": round(same["multiply_adds"]),
                 }
-            )
+            rows.append(row)
     return rows
 
 
@@ -348,15 +341,17 @@ def _show(result: dict[str, Any], console: Console) -> None:
     for column in columns:
         table.add_column(column, justify="left" if column == "basis" else "right")
     for row in result["rows"]:
-        table.add_row(
-            f"{row['ratio']:g}",
-            row["basis"],
-            f"{row['error']:.4f}",
-            f"{row['bits_at_equal_error']:,.0f}",
-            f"{row['ratio_at_equal_error']:.1f}",
-            f"{row['components']:,}",
-            f"{row['multiply_adds'] / 1e6:.1f}",
-        )
+        cells = ["", "not reached", "", "", ""]
+        if row["error"] is not None:
+            cells[0] = f"{row['error']:.4f}"
+        if "multiply_adds" in row:
+            cells[1:] = [
+                f"{row['bits_at_equal_error']:,.0f}",
+                f"{row['ratio_at_equal_error']:.1f}",
+                f"{row['components']:,}",
+                f"{row['multiply_adds'] / 1e6:.1f}",
+            ]
+        table.add_row(f"{row['ratio']:g}", row["basis"], *cells)
     console.print("", table)
 
 
