@@ -7,6 +7,7 @@ values may still be on their way, as the stream's order tells.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import cupy
@@ -315,8 +316,6 @@ class CudaSectionCoder:
 
     def _spread(self, out: Tensors, layers: Sequence[int]) -> Tensors:
         """Addresses by layer of the section; those that are not wanted have none."""
-        from dataclasses import replace
-
         addresses = [0] * len(self._section.layers)
         for layer, address in zip(layers, out.addresses, strict=True):
             addresses[layer] = address

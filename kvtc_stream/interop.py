@@ -161,16 +161,7 @@ def as_bits(x: Any, name: str, stream: int) -> tuple[Any, DType]:
         A tensor with ``__dlpack__``, once, of the same memory; and what its elements are.
     """
     device = tuple(map(int, x.__dlpack_device__()))
-    try:
-        try:
-            capsule = x.__dlpack__(stream=stream, max_version=(1, 0))
-        except TypeError:  # a producer from before DLPack 1.0
-            capsule = x.__dlpack__(stream=stream)
-    except Exception as error:
-        raise BufferError(
-            f"{name}: {type(x).__name__} refuses to be exported ({error}); pass a dense, detached "
-            f"tensor"
-        ) from error
+    capsule = _capsule_of(x, name, stream)
     tensor = _dl_tensor(capsule)
     code, bits, lanes = tensor.dtype.code, tensor.dtype.bits, tensor.dtype.lanes
     floats = {(2, 32): DType.FLOAT32, (2, 16): DType.FLOAT16}
@@ -206,15 +197,21 @@ def _export(x: Any, name: str) -> object:
             "pass a dense tensor in host memory"
         ) from error
     _check_device(device_type, name)
+    return _capsule_of(x, name, None)
+
+
+def _capsule_of(x: Any, name: str, stream: int | None) -> object:
+    """A capsule for a consumer on a stream of a device, or on the host (``None``)."""
     try:
         try:
-            capsule = x.__dlpack__(stream=None, max_version=(1, 0))
+            capsule = x.__dlpack__(stream=stream, max_version=(1, 0))
         except TypeError:  # a producer from before DLPack 1.0
-            capsule = x.__dlpack__(stream=None)
+            capsule = x.__dlpack__(stream=stream)
     except Exception as error:
+        where = "in host memory" if stream is None else "on the device"
         raise BufferError(
             f"{name}: {type(x).__name__} refuses to be exported ({error}); "
-            "pass a dense, detached tensor in host memory"
+            f"pass a dense, detached tensor {where}"
         ) from error
     # PyTorch exports a lazily negated view (the .imag of a conjugate) with the wrong sign.
     is_neg = getattr(x, "is_neg", None)

@@ -19,6 +19,7 @@ from torch.utils.dlpack import from_dlpack
 from kvtc_stream.formats.geometry import DType
 from kvtc_stream.interop import (
     KVArray,
+    as_bits,
     as_kv_array,
     check_positions,
     dtype_of,
@@ -573,3 +574,18 @@ class TestPositions:
     def test_device_positions_are_refused(self) -> None:
         with pytest.raises(BufferError, match="positions: found CUDA"):
             check_positions(Producer(np.zeros(2, np.int64), device=2), 2, -1)
+
+
+def test_lazily_negated_tensors_of_a_device_are_refused() -> None:
+    class Negated:
+        def __dlpack_device__(self) -> tuple[int, int]:
+            return (2, 0)
+
+        def __dlpack__(self, **_: object) -> object:
+            return np.zeros(3, np.float32).__dlpack__()
+
+        def is_neg(self) -> bool:
+            return True
+
+    with pytest.raises(BufferError, match="lazily negated"):
+        as_bits(Negated(), "k", 1)
