@@ -5,10 +5,9 @@
 Streams of 400 tokens, of both presets and every coder, one that was appended to and one that was
 cut; each mutation is one to three changed, lost, repeated, moved or added pieces. Read in turn from
 a file and from a pipe. A mutation is found when the reader raises ``KVTCError``; harmless when the
-tokens are the same all the same. Anything else ends the program. With CUDA, only what is decoded
-there: the streams of the preset ``default``; and, beyond those mutations, as many of the payloads
-alone, as if a writer had made every checksum right: an error if it is one on the CPU, and the CPU's
-tokens otherwise.
+tokens are the same all the same. Anything else ends the program. With CUDA, beyond those mutations,
+as many of the payloads alone, as if a writer had made every checksum right: an error if it is one
+on the CPU, and the CPU's tokens otherwise.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ from kvtc_stream.formats import Limits, StreamParser
 TOGETHER = 500
 
 
-def streams(calibration: kvtc.Calibration, backend: BackendName) -> dict[str, bytes]:
+def streams(calibration: kvtc.Calibration) -> dict[str, bytes]:
     """What to damage."""
     k, v = kvtc.testing.drawn_cache(calibration.geometry, 400)
     codec = kvtc.Codec(calibration, ratio=4, window=24, block_tokens=32)
@@ -56,10 +55,9 @@ def streams(calibration: kvtc.Calibration, backend: BackendName) -> dict[str, by
     out = io.BytesIO()
     kvtc.cut(found["default"], out, tokens=slice(37, 301))
     found["cut"] = out.getvalue()
-    if backend == "cpu":
-        paper = kvtc.Codec(calibration, "paper", ratio=4, window=24, block_tokens=32)
-        for coder in ("deflate", "zstd", "lz4", "stored"):
-            found[coder] = kvtc.encode(k, v, replace(paper, coder=coder))
+    paper = kvtc.Codec(calibration, "paper", ratio=4, window=24, block_tokens=32)
+    for coder in ("deflate", "zstd", "lz4", "stored"):
+        found[coder] = kvtc.encode(k, v, replace(paper, coder=coder))
     return found
 
 
@@ -123,7 +121,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path)
     args = parser.parse_args()
     warnings.simplefilter("ignore")
-    samples = streams(kvtc.testing.tiny_calibration(), args.backend)
+    samples = streams(kvtc.testing.tiny_calibration())
     tasks = [(damage_stream, name, data) for name, data in samples.items()]
     if args.backend == "cuda":
         tasks.append((damage_payload, "payloads alone", samples["default"]))

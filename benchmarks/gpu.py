@@ -14,12 +14,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import cupy as cp
+import ml_dtypes
 import numpy as np
 from _common import environment, write_result
 from rich.console import Console
@@ -27,9 +32,10 @@ from rich.table import Table
 
 import kvtc_stream as kvtc
 from kvtc_stream.calibration import Calibration, Part, SectionCalibration, UniformTables
-from kvtc_stream.formats import Block, BlockErrors, Coder, DType, Role
+from kvtc_stream.formats import Block, BlockErrors, Coder, DType, Limits, Role, StreamParser
+from kvtc_stream.formats.coders import decompress
 from kvtc_stream.gpu import decoding, encoding, layout, rans
-from kvtc_stream.gpu.decoding import BlockDecoder, Placed
+from kvtc_stream.gpu.decoding import Placed, UniformDecoder
 from kvtc_stream.gpu.plan import DevicePlan
 from kvtc_stream.gpu.products import analyse, synthesise
 from kvtc_stream.gpu.rope import DeviceRopes
@@ -269,7 +275,7 @@ def measure(model: Model, streams: int, tokens: int, pinned_gbps: float) -> dict
         cp.empty((layers, section.kv_heads, streams * tokens, model.shape[2]), np.uint16)
         for _ in "kv"
     )
-    decoder = BlockDecoder(section, plan)
+    decoder = UniformDecoder(section, plan)
     target = decoder.target(
         range(layers), *(Tensors.of_layers(list(x), DType.BFLOAT16) for x in (k, v))
     )
@@ -288,7 +294,7 @@ def measure(model: Model, streams: int, tokens: int, pinned_gbps: float) -> dict
             blocks.append(Placed(block, slots))
     found.clear()
     work = []
-    for some in decoding.batches(blocks):
+    for some in decoder.batches(blocks):
         payloads = [UniformPayload.parse(p.block, plan.coded) for p in some]
         work.append((some, payloads, *decoding.upload([p.block for p in some])))
     batches: list[Any] = []
@@ -375,7 +381,7 @@ def measure(model: Model, streams: int, tokens: int, pinned_gbps: float) -> dict
 
 def coder_speed(
     encoder: encoding.BatchEncoder,
-    decoder: BlockDecoder,
+    decoder: UniformDecoder,
     plan: DevicePlan,
     work: list[Any],
     model: Model,
@@ -418,6 +424,113 @@ def coder_speed(
     out["rans_encode_gsym"] = count * plan.components / device / 1e9
     del done
     return out
+
+
+def nvcomp_speed(model: Model, plan: DevicePlan) -> dict[str, Any]:
+    """nvCOMP's coders on the same symbols, a byte each, component by component, in its own chunks.
+
+    Bits a symbol, and Gsymbol/s by the host's clock; of data on the device.
+    """
+    try:
+        from nvidia import nvcomp
+    except ImportError:
+        return {}
+    codec = kvtc.Codec(model.calibration, ratio=RATIO, window=0, sinks=0, block_tokens=BLOCK)
+    section = model.geometry.sections[0]
+    k, v = (x.view(ml_dtypes.bfloat16) for x in model.cache(8192, 0))
+    header, *blocks = StreamParser(Limits()).feed(
+        kvtc.encode(k, v, replace(codec, backend="cuda", measure="none"))
+    )
+    placed = [Placed(b, np.arange(b.start, b.start + b.tokens)) for b in blocks if b.coded_tokens]
+    decoder = UniformDecoder(section, plan)
+    batch = decoder.symbols(placed)
+    values = batch.symbols[:, : batch.tokens].view(np.float16) / plan.down[:, None]
+    codes = cp.ascontiguousarray(cp.rint(values).clip(-128, 127).astype(np.int8))
+    coded = sum(len(p.block.coded) for p in placed)
+    found: dict[str, Any] = {"ours": {"bits_per_symbol": 8 * coded / codes.size}}
+    for name in ("ANS", "Deflate", "GDeflate", "Zstd", "LZ4"):
+        coder = nvcomp.Codec(algorithm=name)
+        array = nvcomp.as_array(codes.view(np.uint8).ravel())
+        packed = coder.encode(array)
+        if not (cp.asarray(coder.decode(packed)).view(np.int8).ravel() == codes.ravel()).all():
+            raise AssertionError(f"nvCOMP's {name} does not give back what it was given")
+        _, encoding_s = by_clock(lambda coder=coder, array=array: coder.encode(array))
+        _, decoding_s = by_clock(lambda coder=coder, packed=packed: coder.decode(packed))
+        found[name] = {
+            "bits_per_symbol": 8 * packed.buffer_size / codes.size,
+            "encode_gsym": codes.size / encoding_s / 1e9,
+            "decode_gsym": codes.size / decoding_s / 1e9,
+        }
+    return found
+
+
+def by_clock(task: Callable[[], Any], repeats: int = 5) -> tuple[Any, float]:
+    """Result, and median time until the device is done, of a task that was run before."""
+    result, times = task(), []
+    for _ in range(repeats):
+        cp.cuda.Device().synchronize()
+        begin = time.perf_counter()
+        result = task()
+        cp.cuda.Device().synchronize()
+        times.append(time.perf_counter() - begin)
+    return result, sorted(times)[repeats // 2]
+
+
+def paper_speed() -> dict[str, Any]:
+    """The preset ``paper`` by the public functions, whose coder of bytes is on the host: of
+    SmolLM2-135M's geometry, on caches that the calibration is of."""
+    layers, heads, dim, per_group = GEOMETRIES["SmolLM2-135M"]
+    model = Model(layers, heads, dim, per_group)
+    calibrator = kvtc.Calibrator(model.geometry, bases=("separate",))
+    caches = [[x.view(ml_dtypes.bfloat16) for x in model.cache(8192, seed)] for seed in range(3)]
+    for k, v in caches[1:]:
+        calibrator.update(k, v)
+    codec = kvtc.Codec(calibrator.finish(), "paper", ratio=RATIO, window=0, sinks=0, backend="cuda")
+    k, v = caches[0]
+    data, encoding_s = by_clock(lambda: kvtc.encode(k, v, codec), 3)
+    _, decoding_s = by_clock(lambda: kvtc.decode(data, codec.calibration, backend="cuda"), 3)
+    blocks = [b for b in StreamParser(Limits()).feed(data)[1:] if b.coded_tokens]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        task = partial(decompress_all, pool, blocks)
+        plain, inflating_s = by_clock(task, 3)
+    size = k.nbytes + v.nbytes
+    return {
+        "threads": os.cpu_count(),
+        "ratio": size / len(data),
+        "encode_gbps": size / encoding_s / 1e9,
+        "decode_gbps": size / decoding_s / 1e9,
+        "inflate_share_of_decode": inflating_s / decoding_s,
+        "nvcomp_inflate": nvcomp_inflate(blocks, plain, inflating_s),
+    }
+
+
+def decompress_all(pool: ThreadPoolExecutor, blocks: list[Block]) -> list[bytes]:
+    """Payloads of blocks, on threads, before the coder of bytes."""
+    return list(pool.map(lambda b: decompress(b.coder, b.coded, b.coded_size), blocks))
+
+
+def nvcomp_inflate(blocks: list[Block], plain: list[bytes], host_s: float) -> dict[str, Any]:
+    """nvCOMP on the same DEFLATE payloads, copies to the device included."""
+    try:
+        from nvidia import nvcomp
+    except ImportError:
+        return {}
+    coder = nvcomp.Codec(algorithm="Deflate", bitstream_kind=nvcomp.BitstreamKind.RAW)
+    coded = [b for b in blocks if b.coder is Coder.DEFLATE]
+
+    def inflate() -> Any:
+        arrays = nvcomp.as_arrays([np.frombuffer(b.coded, np.uint8) for b in coded])
+        return coder.decode([array.cuda() for array in arrays])
+
+    try:
+        found, device_s = by_clock(inflate, 3)
+        expected = [x for b, x in zip(blocks, plain, strict=True) if b.coder is Coder.DEFLATE]
+        same = all(
+            cp.asnumpy(cp.asarray(a)).tobytes() == b for a, b in zip(found, expected, strict=True)
+        )
+    except (RuntimeError, ValueError) as error:
+        return {"error": str(error)}
+    return {"same_bytes": same, "against_threads_of_the_host": host_s / device_s}
 
 
 def runs(args: argparse.Namespace, limits: dict[str, float], console: Console) -> dict[str, Any]:
@@ -490,6 +603,16 @@ def main() -> None:
         args.output.write_text(json.dumps(result))
         console.print("layers per group", per_group, found["decode_gbps"], found["encode_gbps"])
         cp.get_default_memory_pool().free_all_blocks()
+    if not args.frontier:
+        model = Model(*GEOMETRIES["Mistral-NeMo-12B"])
+        codec = kvtc.Codec(model.calibration, ratio=RATIO, window=0, sinks=0)
+        plan = DevicePlan(model.calibration, 0, codec.plan.sections[0])
+        result["nvcomp"] = nvcomp_speed(model, plan)
+        console.print(result["nvcomp"])
+        del model, plan
+        cp.get_default_memory_pool().free_all_blocks()
+        result["paper"] = paper_speed()
+        console.print(result["paper"])
     nemo = result["runs"]["Mistral-NeMo-12B"]["8 × 8K"]
     result |= {
         name: nemo[name]

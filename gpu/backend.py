@@ -20,12 +20,14 @@ from kvtc_stream.control import Controls
 from kvtc_stream.cpu.backend import CpuBackend, CpuSectionCoder
 from kvtc_stream.cpu.values import stored_positions, verbatim_planes
 from kvtc_stream.errors import UnsupportedError
-from kvtc_stream.formats import Block, Coder, DType, Role, StreamHeader
+from kvtc_stream.formats import Block, DType, Role, StreamHeader
 from kvtc_stream.formats.coders import compress
 from kvtc_stream.gpu import layout
-from kvtc_stream.gpu.decoding import BlockDecoder, Placed, batches, decode
+from kvtc_stream.gpu.analysis import Payload
+from kvtc_stream.gpu.band_coding import BandDecoder, BandEncoder
+from kvtc_stream.gpu.decoding import BlockDecoder, Placed, UniformDecoder, decode
 from kvtc_stream.gpu.encoding import BATCH_TOKENS, BatchEncoder
-from kvtc_stream.gpu.plan import DevicePlan
+from kvtc_stream.gpu.plan import BandPlan, DevicePlan
 from kvtc_stream.gpu.rope import DeviceRopes
 from kvtc_stream.gpu.tensors import BITS, Tensors, entries, to_device
 from kvtc_stream.interop import layer_list, numpy_dtype
@@ -117,15 +119,16 @@ class CudaSectionCoder:
                 "measure='full' or 'none'"
             )
         self._ropes = DeviceRopes(self._section)
-        # There are kernels for uniform bands; others are coded on the host.
-        self._uniform = plan.uniform or not any(part.bands for part in plan.parts)
-        if self._uniform:
-            self._plan: DevicePlan = calibration.cached(
-                ("cuda", cupy.cuda.runtime.getDevice(), section, header.plan.digest),
-                lambda: DevicePlan(calibration, section, plan),
-            )
-            self._decoder = BlockDecoder(self._section, self._plan)
-        self._encoder: BatchEncoder | None = None
+        self._uniform = plan.uniform
+        key = ("cuda", cupy.cuda.runtime.getDevice(), section, header.plan.digest)
+        self._plan: Any = calibration.cached(
+            key,
+            lambda: (DevicePlan if plan.uniform else BandPlan)(calibration, section, plan),
+        )
+        self._decoder: BlockDecoder = (UniformDecoder if plan.uniform else BandDecoder)(
+            self._section, self._plan
+        )
+        self._encoder: BatchEncoder | BandEncoder | None = None
         self._control = None if target is None else target.control(header, section)
         self._centre = 0.0
         self._host: CpuSectionCoder | None = None
@@ -147,13 +150,14 @@ class CudaSectionCoder:
 
     def encode(self, k: Any, v: Any, positions: NDArray[np.int64], start: int) -> list[Block]:
         """See :meth:`kvtc_stream.backend.SectionCoder.encode`."""
-        if not self._uniform:
+        if self._measure == "coefficients":
             dtype = numpy_dtype(self._header.dtype)
             host = [cupy.asnumpy(x).view(dtype) for x in (k, v)]
             return self._cpu.encode(host[0], host[1], positions, start)
         size, tokens = self._header.block_tokens, len(positions)
         tensors = [Tensors.of_layers(list(x), self._header.dtype) for x in (k, v)]
-        together = max(1, BATCH_TOKENS // size) * size
+        most = BATCH_TOKENS if self._uniform else self._decoder.batch_tokens
+        together = max(1, most // size) * size
         blocks: list[Block] = []
         for first in range(0, tokens, together):
             last = min(first + together, tokens)
@@ -171,30 +175,20 @@ class CudaSectionCoder:
         edges: NDArray[np.int64],
     ) -> list[Block]:
         first, last = int(edges[0]), int(edges[-1])
-        if self._encoder is None:
-            scales = None
-            if self._header.scales:
-                of = self._header.scales[self._index]
-                shape = (-1, self._section.kv_heads)
-                scales = np.array([*of.k_scale, *of.v_scale], np.float32).reshape(shape)
-            self._encoder = BatchEncoder(
-                self._section,
-                self._plan,
-                self._header.out_dtype,
-                scales,
-                measure=self._measure == "full",
-                bound=self._bound,
-            )
-        encoder = self._encoder
-        batch = encoder.prepare(
-            tensors[0], tensors[1], np.arange(first, last), positions[first:last], edges - first
-        )
+        encoder = self._encoder = self._encoder or self._new_encoder()
+        inputs = (
+            *tensors, np.arange(first, last), positions[first:last], edges - first
+        )  # fmt: skip
         offsets = np.zeros(len(edges) - 1)
         control, before = self._control, None
-        if control is not None:
-            before = control.state()
-            self._choose(encoder, batch, offsets)
-        found = encoder.encode(batch, offsets)
+        if isinstance(encoder, BandEncoder):
+            found = encoder.encode(*inputs)
+        else:
+            batch = encoder.prepare(*inputs)
+            if control is not None:
+                before = control.state()
+                self._choose(encoder, batch, offsets)
+            found = encoder.encode(batch, offsets)
         blocks = []
         if before is not None and control is not None:
             control.restore(before)
@@ -213,6 +207,18 @@ class CudaSectionCoder:
             if control is not None:
                 control.record(offset, blocks[-1])
         return blocks
+
+    def _new_encoder(self) -> BatchEncoder | BandEncoder:
+        scales = None
+        if self._header.scales:
+            of = self._header.scales[self._index]
+            shape = (-1, self._section.kv_heads)
+            scales = np.array([*of.k_scale, *of.v_scale], np.float32).reshape(shape)
+        arguments = self._section, self._plan, self._header.out_dtype, scales
+        options: dict[str, Any] = {"measure": self._measure == "full", "bound": self._bound}
+        if self._uniform:
+            return BatchEncoder(*arguments, **options)
+        return BandEncoder(*arguments, coder=self._header.coder.of_bytes, **options)
 
     def _choose(self, encoder: BatchEncoder, batch: Any, offsets: NDArray[np.float64]) -> None:
         """Offsets of a batch's blocks, by what they are expected to take or lose."""
@@ -244,7 +250,7 @@ class CudaSectionCoder:
         v: Any,
         positions: NDArray[np.int64],
         start: int,
-        payload: bytes,
+        payload: Payload,
         verbatim: NDArray[np.bool_],
         errors: NDArray[np.float32] | None,
     ) -> Block:
@@ -264,9 +270,9 @@ class CudaSectionCoder:
             tokens=len(positions),
             positions=stored_positions(positions),
             verbatim_tokens=tuple(left_out.tolist()),
-            coder=Coder.RANS if len(kept) else Coder.STORED,
-            coded=payload,
-            coded_size=len(kept) * self._plan.components,
+            coder=payload.coder,
+            coded=payload.data,
+            coded_size=payload.coded_size,
             verbatim_coder=verbatim_coder,
             verbatim=data,
             errors=block_errors(self._measure, errors, kept),
@@ -302,10 +308,7 @@ class CudaSectionCoder:
             self._place(p.slots, *self._cpu.decode(p.block, layers), layers, k_out, v_out)
 
         coded = [p for p in placed if p.block.coded_tokens]
-        if not self._uniform:
-            for p in coded:
-                on_cpu(p)
-        elif coded:
+        if coded:
             decode(self._decoder, coded, layers, k_out, v_out, on_cpu)
         for p in placed:
             tokens = np.array(p.block.verbatim_tokens, np.int64)
@@ -357,8 +360,8 @@ class CudaSectionCoder:
         s, dtype = self._section, self._header.out_dtype
         placed = [Placed(block, slots.astype(np.int64)) for block, slots in blocks]
         coded = [p for p in placed if p.block.coded_tokens]
-        slow: list[Placed] = [] if self._uniform else coded
-        found = [(some, self._decoder.symbols(some)) for some in batches(coded) if self._uniform]
+        slow: list[Placed] = []
+        found = [(some, self._decoder.symbols(some)) for some in self._decoder.batches(coded)]
         for some, batch in found:
             faults = np.flatnonzero(cupy.asnumpy(batch.faults)).tolist()
             slow += [some[i] for i in faults]

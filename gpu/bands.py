@@ -347,3 +347,41 @@ def unpack(  # type: ignore[no-untyped-def]
         target += stride
     if fault:
         faults[block] = DAMAGED
+
+
+@kernel(i32p, f32p, i64, i32, u16p, f32p)
+def normalise(fields, coefficients, stride, tokens, out, scales):  # type: ignore[no-untyped-def]
+    """Coefficients to binary16 times a power of two of the token, for the matrix product.
+
+    Parameters
+    ----------
+    fields
+        int32 [parts, 2]: first component of a part, and components.
+    coefficients
+        float32 [components, stride], finite.
+    tokens
+        The first of them are taken: as many columns of the coefficients.
+    out
+        uint16 [components, stride]: become bits of binary16, 1 at most.
+    scales
+        float32 [parts, stride]: become the powers of two.
+    """
+    column = _I32(cuda.blockIdx.x) * _I32(THREADS) + _I32(cuda.threadIdx.x)
+    part = _I32(cuda.blockIdx.y)
+    if column >= tokens:
+        return
+    first = _I64(fields[_I32(2) * part]) * stride + column
+    count = fields[_I32(2) * part + _I32(1)]
+    greatest = _I32(0)
+    place = first
+    for _ in range(_I32(0), count):
+        greatest = max(greatest, _I32(_I32(f32_bits(coefficients[place])) & _I32(0x7FFFFFFF)))
+        place += stride
+    # The power of two above the greatest; its inverse has an exponent too.
+    exponent = min(max(_I32((greatest >> _I32(23)) + _I32(1)), _I32(1)), _I32(253))
+    down = f32_from_bits(_U32((_I32(254) - exponent) << _I32(23)))
+    scales[_I64(part) * stride + column] = f32_from_bits(_U32(exponent << _I32(23)))
+    place = first
+    for _ in range(_I32(0), count):
+        out[place] = f16_bits(coefficients[place] * down)
+        place += stride

@@ -1,6 +1,6 @@
-"""Blocks with uniform bands to tensors, many at a time.
+"""Blocks to tensors, many at a time.
 
-Blocks go through in batches of some thousand tokens: payloads to the device, tiles to symbols, and
+Blocks go through in batches of some thousand tokens: payloads to the device, there to symbols, and
 for each part of the basis a product and a scatter, in pieces whose rows stay in the cache between
 the two. Nothing waits for the device before the end, when faults are looked at: a block with one is
 decoded on the CPU, which says what is wrong with it, or copes.
@@ -8,6 +8,7 @@ decoded on the CPU, which says what is wrong with it, or copes.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 
 from kvtc_stream.formats import Block, DType, Section
 from kvtc_stream.gpu import layout, rans
-from kvtc_stream.gpu.plan import DevicePlan
+from kvtc_stream.gpu.plan import Basis, DevicePlan
 from kvtc_stream.gpu.products import synthesise
 from kvtc_stream.gpu.rope import DeviceRopes, Rotations
 from kvtc_stream.gpu.tensors import Column, Tensors, entries
@@ -98,18 +99,15 @@ class Target:
     _owners: tuple[Any, ...]
 
 
-def batches(blocks: Sequence[Placed]) -> Iterator[Sequence[Placed]]:
-    """Blocks of about ``BATCH_TOKENS`` tokens together, alike in the size of their tiles."""
-    batch: list[Placed] = []
-    tokens = 0
-    for placed in blocks:
-        if batch and tokens + placed.block.tokens > BATCH_TOKENS:
-            yield batch
-            batch, tokens = [], 0
-        batch.append(placed)
-        tokens += placed.block.tokens
-    if batch:
-        yield batch
+def kept_columns(blocks: Sequence[Placed]) -> NDArray[np.int32]:
+    """int32: where the coded tokens of blocks are, among all tokens."""
+    kept = np.ones(sum(p.block.tokens for p in blocks), np.bool_)
+    first = 0
+    for p in blocks:
+        if p.block.verbatim_tokens:
+            kept[first + np.array(p.block.verbatim_tokens)] = False
+        first += p.block.tokens
+    return np.flatnonzero(kept).astype(np.int32)
 
 
 def upload(blocks: Sequence[Block]) -> tuple[Any, NDArray[np.int64]]:
@@ -228,79 +226,44 @@ class TileTasks:
         return np.concatenate(out), together
 
 
-class BlockDecoder:
+class BlockDecoder(ABC):
     """Decodes data blocks of one kind of stream. One thread and one CUDA stream at a time."""
 
-    def __init__(self, section: Section, plan: DevicePlan) -> None:
-        self._section, self._plan = section, plan
-        self._ropes = DeviceRopes(section)
-        self._tasks = TileTasks(plan)
+    #: Tokens of a batch.
+    batch_tokens = BATCH_TOKENS
 
+    def __init__(self, section: Section, basis: Basis) -> None:
+        self._section, self._basis = section, basis
+        self._ropes = DeviceRopes(section)
+
+    @abstractmethod
     def symbols(self, blocks: Sequence[Placed]) -> Batch:
         """Payloads of a batch of blocks, all of which have coded tokens, to symbols.
 
         Raises ``FormatError`` for payloads that no writer makes.
         """
-        payloads = [UniformPayload.parse(p.block, self._plan.coded) for p in blocks]
-        data, begins = upload([p.block for p in blocks])
-        return self.symbols_on_device(blocks, payloads, data, begins)
 
-    def symbols_on_device(
-        self,
-        blocks: Sequence[Placed],
-        payloads: Sequence[UniformPayload],
-        data: Any,
-        begins: NDArray[np.int64],
+    def batches(self, blocks: Sequence[Placed]) -> Iterator[Sequence[Placed]]:
+        """Blocks of about :attr:`batch_tokens` tokens together."""
+        batch: list[Placed] = []
+        tokens = 0
+        for placed in blocks:
+            if batch and tokens + placed.block.tokens > self.batch_tokens:
+                yield batch
+                batch, tokens = [], 0
+            batch.append(placed)
+            tokens += placed.block.tokens
+        if batch:
+            yield batch
+
+    def _batch(
+        self, blocks: Sequence[Placed], symbols: Any, scales: Any, stride: int, faults: Any
     ) -> Batch:
-        """As :meth:`symbols`, of payloads that are on the device already."""
-        plan = self._plan
-        counts = np.array([p.block.tokens for p in blocks])
-        coded = np.array([p.block.coded_tokens for p in blocks])
-        starts = np.concatenate([[0], np.cumsum(counts)])
-        firsts = np.concatenate([[0], np.cumsum(coded)[:-1]])
-        tokens = int(starts[-1])
-        stride = -(-tokens // 64) * 64
-        kept = np.ones(tokens, np.bool_)
-        for first, p in zip(starts.tolist(), blocks, strict=False):
-            if p.block.verbatim_tokens:
-                kept[first + np.array(p.block.verbatim_tokens)] = False
-        steps = np.array([p.step for p in payloads])[:, None] * np.exp2(np.arange(16) / 4)
-        with np.errstate(over="ignore"):
-            block_steps = cupy.asarray(steps.astype(np.float32))
-        host_tasks, together = self._tasks.decoding(payloads, coded, firsts, begins)
-        tasks = cupy.asarray(host_tasks)
-        symbols = cupy.empty((plan.components, stride), np.uint16)
-        scales = cupy.zeros((len(plan.parts), stride), np.float32)
-        faults = cupy.zeros(len(blocks), np.int32)
-        rans.decode(
-            len(tasks) // together,
-            together * 32,
-            (
-                tasks,
-                data,
-                data,
-                plan.buckets,
-                plan.symbols,
-                plan.codes,
-                plan.families,
-                len(plan.parts),
-                plan.ids,
-                plan.components,
-                cupy.asarray(np.flatnonzero(kept).astype(np.int32)),
-                block_steps,
-                scales,
-                plan.down,
-                symbols,
-                stride,
-                faults,
-            ),
-            shared=plan.decode_shared,
-        )
         positions = np.concatenate([_positions(p.block) for p in blocks])
         return Batch(
             symbols,
             scales,
-            tokens,
+            len(positions),
             stride,
             cupy.asarray(np.concatenate([p.slots for p in blocks])),
             self._ropes.at(cupy.asarray(positions), sign=1),
@@ -316,7 +279,7 @@ class BlockDecoder:
         chosen = frozenset(layers)
         spans: list[Span] = []
         rows: list[Column] = []
-        for index, part in enumerate(self._plan.parts):
+        for index, part in enumerate(self._basis.parts):
             first = 0
             found: list[list[Column]] = []
             for kind, own, out in ((0, part.k_layers, k_out), (1, part.v_layers, v_out)):
@@ -349,7 +312,7 @@ class BlockDecoder:
         ropes, found = self._ropes, batch.rotations
         scatter = layout.scatter(target.dtype, target.wide)
         for span in target.spans:
-            part, begin, end = self._plan.parts[span.part], span.begin, span.end
+            part, begin, end = self._basis.parts[span.part], span.begin, span.end
             width = end - begin
             piece = min(max(64, PIECE_BYTES // (2 * width) // 64 * 64), batch.tokens)
             rows = cupy.empty((piece, width), np.uint16)
@@ -393,6 +356,70 @@ class BlockDecoder:
                 )
 
 
+class UniformDecoder(BlockDecoder):
+    """Of uniform bands."""
+
+    def __init__(self, section: Section, plan: DevicePlan) -> None:
+        super().__init__(section, plan)
+        self._plan = plan
+        self._tasks = TileTasks(plan)
+
+    def symbols(self, blocks: Sequence[Placed]) -> Batch:
+        """Payloads of a batch of blocks, all of which have coded tokens, to symbols.
+
+        Raises ``FormatError`` for payloads that no writer makes.
+        """
+        payloads = [UniformPayload.parse(p.block, self._plan.coded) for p in blocks]
+        data, begins = upload([p.block for p in blocks])
+        return self.symbols_on_device(blocks, payloads, data, begins)
+
+    def symbols_on_device(
+        self,
+        blocks: Sequence[Placed],
+        payloads: Sequence[UniformPayload],
+        data: Any,
+        begins: NDArray[np.int64],
+    ) -> Batch:
+        """As :meth:`symbols`, of payloads that are on the device already."""
+        plan = self._plan
+        coded = np.array([p.block.coded_tokens for p in blocks])
+        firsts = np.concatenate([[0], np.cumsum(coded)[:-1]])
+        stride = -(-sum(p.block.tokens for p in blocks) // 64) * 64
+        steps = np.array([p.step for p in payloads])[:, None] * np.exp2(np.arange(16) / 4)
+        with np.errstate(over="ignore"):
+            block_steps = cupy.asarray(steps.astype(np.float32))
+        host_tasks, together = self._tasks.decoding(payloads, coded, firsts, begins)
+        tasks = cupy.asarray(host_tasks)
+        symbols = cupy.empty((plan.components, stride), np.uint16)
+        scales = cupy.zeros((len(plan.parts), stride), np.float32)
+        faults = cupy.zeros(len(blocks), np.int32)
+        rans.decode(
+            len(tasks) // together,
+            together * 32,
+            (
+                tasks,
+                data,
+                data,
+                plan.buckets,
+                plan.symbols,
+                plan.codes,
+                plan.families,
+                len(plan.parts),
+                plan.ids,
+                plan.components,
+                cupy.asarray(kept_columns(blocks)),
+                block_steps,
+                scales,
+                plan.down,
+                symbols,
+                stride,
+                faults,
+            ),
+            shared=plan.decode_shared,
+        )
+        return self._batch(blocks, symbols, scales, stride, faults)
+
+
 def _positions(block: Block) -> NDArray[np.int64]:
     found = block.positions
     if isinstance(found, range):
@@ -414,7 +441,7 @@ def decode(
     """
     done = []
     target = decoder.target(layers, k_out, v_out)
-    for some in batches(blocks):
+    for some in decoder.batches(blocks):
         batch = decoder.symbols(some)
         decoder.values(batch, target)
         done.append((some, batch.faults, batch.overflow))

@@ -15,18 +15,16 @@ import cupy
 import numpy as np
 from numpy.typing import NDArray
 
-from kvtc_stream.formats import DType, Section
-from kvtc_stream.gpu import layout, rans, uniform
-from kvtc_stream.gpu.decoding import PIECE_BYTES, TileTasks
+from kvtc_stream.formats import Coder, Section
+from kvtc_stream.gpu import rans, uniform
+from kvtc_stream.gpu.analysis import Analyser, Encoded, Payload, Source
+from kvtc_stream.gpu.decoding import TileTasks
 from kvtc_stream.gpu.plan import DevicePlan
-from kvtc_stream.gpu.products import analyse, synthesise
-from kvtc_stream.gpu.rope import DeviceRopes, Rotations
-from kvtc_stream.gpu.tensors import Column, Tensors, entries
-from kvtc_stream.interop import numpy_dtype
+from kvtc_stream.gpu.tensors import Tensors
 from kvtc_stream.payload import TILE_COMPONENTS
 
-#: Tokens of a batch, and most bytes of its gathered rows of one part.
-BATCH_TOKENS, ROW_BYTES = 8192, 128 << 20
+#: Tokens of a batch.
+BATCH_TOKENS = 8192
 #: Room for a tile: three quarters of a word for each symbol, which holds everything but escapes;
 #: two words in a part's first tile, where those are; and what a step may need.
 _SLACK = 1024
@@ -35,28 +33,9 @@ _OFFSETS = (-8.0, -4.0, 0.0, 4.0, 8.0)
 
 
 @dataclass(frozen=True)
-class Encoded:
-    """What became of a batch of blocks; on the host.
-
-    Attributes
-    ----------
-    payloads
-        One a block, empty where no token is coded; ``None`` where a tile had no room.
-    verbatim
-        bool [tokens].
-    errors
-        float32 [2, tokens] of K and V, or ``None`` if they were not measured.
-    """
-
-    payloads: list[bytes | None]
-    verbatim: NDArray[np.bool_]
-    errors: NDArray[np.float32] | None
-
-
-@dataclass(frozen=True)
 class OnDevice:
-    """The same before anybody waits for it: uint8 payloads; their places int64 [blocks, 2], begin
-    and bytes; uint8 [tokens]; int32 [blocks] faults; errors."""
+    """What becomes of a batch, before anybody waits for it: uint8 payloads; their places int64
+    [blocks, 2], begin and bytes; uint8 [tokens]; int32 [blocks] faults; errors."""
 
     payloads: Any
     places: Any
@@ -66,24 +45,11 @@ class OnDevice:
 
 
 @dataclass(frozen=True)
-class _Source:
-    """Where the tokens of a batch are: entries of each part, and what they have in common."""
-
-    entries: Any
-    parts: list[tuple[int, int]]
-    slots: Any
-    positions: Any
-    tokens: int
-    dtype: DType
-    wide: bool
-
-
-@dataclass(frozen=True)
 class Prepared:
     """A batch whose coefficients are known: float32 [components, stride], uint8 classes and
     float32 peaks [parts, stride], and first tokens of blocks."""
 
-    source: _Source
+    source: Source
     coefficients: Any
     stride: int
     classes: Any
@@ -122,42 +88,16 @@ class Sizes:
             return np.exp(found)
 
 
-class BatchEncoder:
-    """Encodes blocks of one kind of stream. One thread and one CUDA stream at a time.
+class BatchEncoder(Analyser):
+    """Encodes blocks with uniform bands. One thread and one CUDA stream at a time."""
 
-    Parameters
-    ----------
-    section, plan
-        What of.
-    out_dtype
-        What errors are measured after the cast to.
-    scales
-        float32 [2 · layers, heads] of K and then V: of fp8; ``None``: 1.
-    measure
-        Whether errors of the reconstruction are measured, on every token.
-    bound
-        Tokens with a larger one are left out.
-    """
+    _plan: DevicePlan
 
-    def __init__(
-        self,
-        section: Section,
-        plan: DevicePlan,
-        out_dtype: DType,
-        scales: NDArray[np.float32] | None,
-        *,
-        measure: bool,
-        bound: float,
-    ) -> None:
+    def __init__(self, section: Section, plan: DevicePlan, *args: Any, **options: Any) -> None:
         plan.check_encodable()
-        self._section, self._plan, self._out_dtype = section, plan, out_dtype
-        self._measure, self._bound = measure, bound
-        shape = (2 * len(section.layers), section.kv_heads)
-        self._scales = cupy.asarray(np.ones(shape, np.float32) if scales is None else scales)
-        self._ropes = DeviceRopes(section)
+        super().__init__(section, plan, *args, **options)
         self._tasks = TileTasks(plan)
         self._tiles = len(self._tasks.template(TILE_COMPONENTS)[0])
-        self._values: dict[DType, Any] = {}
 
     def prepare(
         self,
@@ -274,14 +214,24 @@ class BatchEncoder:
         found = self.encode_on_device(batch, offsets)
         places, full = cupy.asnumpy(found.places), cupy.asnumpy(found.faults) != 0
         data = cupy.asnumpy(found.payloads[: int(places.sum(axis=1).max(initial=0))])
+        verbatim = cupy.asnumpy(found.verbatim).astype(np.bool_)
+        kept = [
+            int(np.count_nonzero(~own)) for own in np.split(verbatim, batch.starts[1:-1].tolist())
+        ]
         payloads = [
-            None if bad else data[begin : begin + size].tobytes()
-            for (begin, size), bad in zip(places.tolist(), full, strict=True)
+            None
+            if bad
+            else Payload(
+                Coder.RANS if tokens else Coder.STORED,
+                data[begin : begin + size].tobytes(),
+                tokens * self._plan.components,
+            )
+            for (begin, size), bad, tokens in zip(places.tolist(), full, kept, strict=True)
         ]
         errors = None
         if found.errors is not None:
             errors = cupy.asnumpy(found.errors)[:, : int(batch.starts[-1])]
-        return Encoded(payloads, cupy.asnumpy(found.verbatim).astype(np.bool_), errors)
+        return Encoded(payloads, verbatim, errors)
 
     def encode_on_device(self, batch: Prepared, offsets: NDArray[np.float64]) -> OnDevice:
         """As :meth:`encode` without waiting. The batch's coefficients are gone."""
@@ -368,83 +318,10 @@ class BatchEncoder:
         )
         return OnDevice(out, places, verbatim, faults, errors)
 
-    def _source(
-        self, k: Tensors, v: Tensors, slots: NDArray[np.int64], positions: NDArray[np.int64]
-    ) -> _Source:
-        s = self._section
-        k_size, v_size = s.kv_heads * s.k_dim, s.kv_heads * s.v_dim
-        parts: list[tuple[int, int]] = []
-        rows: list[Column] = []
-        for part in self._plan.parts:
-            columns: list[Column] = [(0, x, i * k_size) for i, x in enumerate(part.k_layers)]
-            split = len(columns) * k_size
-            columns += [(1, x, split + i * v_size) for i, x in enumerate(part.v_layers)]
-            parts.append((len(rows), len(columns)))
-            rows += columns
-        return _Source(
-            cupy.asarray(entries(k, v, rows, self._ropes)),
-            parts,
-            cupy.asarray(slots),
-            cupy.asarray(positions),
-            len(positions),
-            k.dtype,
-            k.wide and v.wide and self._ropes.halves,
-        )
-
-    def _common(self, source: _Source, part: int, at: int, tokens: int, r: Rotations) -> list[Any]:
-        """What kernels that read tensors have in common: ``tokens`` from ``at`` on."""
-        return [
-            source.entries.data.ptr + 8 * layout.FIELDS * source.parts[part][0],
-            source.slots.data.ptr + 8 * at,
-            tokens,
-            r.cosines.data.ptr,
-            r.sines.data.ptr,
-            self._ropes.pairs,
-            self._ropes.interleaved,
-            self._ropes.most,
-            r.tokens,
-            at,
-            self._fp8(source.dtype),
-            self._scales,
-        ]
-
-    def _fp8(self, dtype: DType) -> Any:
-        """float32 [256]: the values of an fp8 type."""
-        if dtype not in self._values:
-            bits = np.arange(256, dtype=np.uint8)
-            values = bits.view(numpy_dtype(dtype)) if dtype.is_fp8 else bits
-            self._values[dtype] = cupy.asarray(values.astype(np.float32))
-        return self._values[dtype]
-
-    def _coefficients(self, source: _Source, stride: int) -> Any:
-        """float32 [components, stride]."""
-        plan, tokens = self._plan, source.tokens
-        rotations = self._ropes.at(source.positions, sign=-1)
-        gather = layout.gather(source.dtype, source.wide)
-        out = cupy.empty((max(plan.components, 1), stride), np.float32)
-        for i, part in enumerate(plan.parts):
-            piece = max(64, min(tokens, ROW_BYTES // (2 * part.width) // 64 * 64))
-            rows = cupy.empty((piece, part.width), np.uint16)
-            for at in range(0, tokens, piece):
-                count = min(piece, tokens - at)
-                gather(
-                    (-(-count // layout.TOKENS), source.parts[i][1]),
-                    layout.THREADS,
-                    [
-                        *self._common(source, i, at, count, rotations),
-                        part.mean.data.ptr,
-                        rows.data.ptr,
-                        part.width,
-                    ],
-                )
-                first = out.data.ptr + 4 * (part.first * stride + at)
-                analyse(rows[:count], part.analysis, part.analysis_scale, first, stride)
-        return out
-
     def _errors(self, batch: Prepared, steps: _Steps) -> Any:
         """float32 [2, stride]: of each token's K and V, after the cast to the output's dtype."""
-        s, plan, source, stride = self._section, self._plan, batch.source, batch.stride
-        tokens, starts = source.tokens, batch.starts
+        plan, stride, starts = self._plan, batch.stride, batch.starts
+        tokens = batch.source.tokens
         symbols = cupy.empty((plan.components, stride), np.uint16)
         scales = cupy.zeros((len(plan.parts), stride), np.float32)
         of_tokens = np.repeat(np.arange(len(starts) - 1), np.diff(starts)).astype(np.int32)
@@ -469,52 +346,7 @@ class BatchEncoder:
                 scales,
             ),
         )
-        rotations = self._ropes.at(source.positions, sign=1)
-        dims = s.k_dim // 16, s.v_dim // 16
-        wide = source.wide and all(d <= 32 and d & (d - 1) == 0 for d in dims)
-        compare = layout.errors(source.dtype, self._out_dtype, wide)
-        lost, energy = cupy.zeros((2, 2 * len(s.layers), stride), np.float32)
-        for i, part in enumerate(plan.parts):
-            piece = min(max(64, PIECE_BYTES // (2 * part.width) // 64 * 64), tokens)
-            rows = cupy.empty((piece, part.width), np.uint16)
-            if part.count == 0:
-                rows[...] = 0
-            for at in range(0, tokens, piece):
-                count = min(piece, tokens - at)
-                synthesise(
-                    symbols.data.ptr + 2 * (part.first * stride + at),
-                    stride,
-                    part.synthesis,
-                    slice(0, part.width),
-                    count,
-                    rows.data.ptr,
-                    part.width,
-                )
-                compare(
-                    (-(-count // layout.TOKENS), source.parts[i][1]),
-                    layout.THREADS,
-                    [
-                        *self._common(source, i, at, count, rotations),
-                        scales.data.ptr + 4 * (i * stride + at),
-                        part.synthesis_scale,
-                        part.mean.data.ptr,
-                        rows.data.ptr,
-                        part.width,
-                        lost.data.ptr + 4 * at,
-                        energy.data.ptr + 4 * at,
-                        stride,
-                    ],
-                )
-        out = cupy.zeros((2, stride), np.float32)
-        layers = len(s.layers)
-        for kind in range(2):
-            own = slice(kind * layers, (kind + 1) * layers)
-            layout.relative_errors(
-                -(-tokens // layout.THREADS),
-                layout.THREADS,
-                (lost[own], energy[own], layers, stride, tokens, out[kind]),
-            )
-        return out
+        return self._compare(batch.source, symbols, scales, stride)
 
     def _room(
         self, starts: NDArray[np.int64]

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import cupy
 import numpy as np
 
 from kvtc_stream import importance
-from kvtc_stream.calibration import Calibration
+from kvtc_stream.calibration import Calibration, Part
 from kvtc_stream.cpu.rans import CLASSES, Families
 from kvtc_stream.cpu.uniform import UniformBands
 from kvtc_stream.errors import UnsupportedError
 from kvtc_stream.formats import SectionPlan
 from kvtc_stream.gpu import tables
+from kvtc_stream.gpu.bands import strips
 
 #: Rows of binary16 are scaled so that so many deviations of the widest channel, at the step of
 #: offset 0 and class 0, have this size. Binary16 ends at 65,504.
@@ -42,8 +44,6 @@ class DevicePart:
         powers of two.
     analysis_scale, synthesis_scale
         What products are multiplied by.
-    k_index, v_index
-        int32: the layers again.
     """
 
     k_layers: tuple[int, ...]
@@ -56,21 +56,62 @@ class DevicePart:
     synthesis: Any
     analysis_scale: float
     synthesis_scale: float
-    k_index: Any
-    v_index: Any
 
 
-class DevicePlan:
-    """A section's plan with uniform bands.
+class Basis:
+    """What analysis and synthesis need of a section's plan, whatever its bands.
 
     Attributes
     ----------
     parts
         Of the basis.
+    components
+        Of all parts together that have a row of coefficients.
+    """
+
+    parts: list[DevicePart]
+    components: int
+
+
+class BandPlan(Basis):
+    """A section's plan whose bands have a scale and a shift per token.
+
+    Attributes
+    ----------
+    bands
+        Of each part.
+    whole, cut
+        Tables of strips: whole bands, and pieces of them, see :func:`kvtc_stream.gpu.bands.strips`.
+    fields
+        int32 [parts, 2]: first component, and components.
+    """
+
+    def __init__(self, calibration: Calibration, section: int, plan: SectionPlan) -> None:
+        stored = calibration.sections[section].parts(plan)
+        self.bands = [part.bands for part in plan.parts]
+        counts = [part.components for part in plan.parts]
+        self.components = sum(counts)
+        firsts = [0, *accumulate(counts)]
+        self.parts = []
+        for i, (part, first, count) in enumerate(zip(stored, firsts, counts, strict=False)):
+            analysis, synthesis = calibration.transforms(section, plan.basis, i, count)
+            analysis, synthesis = analysis[:count], synthesis[:count]
+            up = _power_of_two(float(np.abs(analysis).max(initial=0)))
+            # Coefficients are 1 at most on the device; so are rows, but for their number's root.
+            down = _power_of_two(float(np.sqrt((synthesis**2).sum(axis=0).max(initial=0))))
+            self.parts.append(_part(part, first, analysis / up, synthesis / down, up, down))
+        self.whole = cupy.asarray(strips(self.bands, None))
+        self.cut = cupy.asarray(strips(self.bands))
+        self.fields = cupy.asarray(np.array([firsts[:-1], counts], np.int32).T.copy())
+
+
+class DevicePlan(Basis):
+    """A section's plan with uniform bands.
+
+    Attributes
+    ----------
     coded
         Components that are coded, of each part.
-    components
-        Of all parts.
     unit
         The step of base step 0 and class 0 at offset 0.
     ids, families, buckets, symbols, codes, bits
@@ -118,22 +159,7 @@ class DevicePlan:
             size = _DEVIATIONS * max(deviation, 1e-30) / self.unit
             down = _power_of_two(size / _SIZE)
             up = _power_of_two(float(np.abs(analysis).max(initial=0)))
-            self.parts.append(
-                DevicePart(
-                    part.k_layers,
-                    part.v_layers,
-                    part.width,
-                    firsts[i],
-                    self.coded[i],
-                    cupy.asarray(part.mean),
-                    _half(analysis / up),
-                    _half(synthesis / down),
-                    up,
-                    down,
-                    cupy.asarray(np.array(part.k_layers, np.int32)),
-                    cupy.asarray(np.array(part.v_layers, np.int32)),
-                )
-            )
+            self.parts.append(_part(part, firsts[i], analysis / up, synthesis / down, up, down))
         self.down = cupy.asarray(np.concatenate(downs).astype(np.float32))
         self._coder_tables(bands)
         self._importance(parts, bands, firsts)
@@ -199,6 +225,28 @@ class DevicePlan:
                 "the CUDA backend encodes plans whose coded components come first, this plan has "
                 "bands without bits before them: use backend='cpu'"
             )
+
+
+def _part(
+    part: Part,
+    first: int,
+    analysis: np.ndarray[Any, Any],
+    synthesis: np.ndarray[Any, Any],
+    up: float,
+    down: float,
+) -> DevicePart:
+    return DevicePart(
+        part.k_layers,
+        part.v_layers,
+        part.width,
+        first,
+        len(analysis),
+        cupy.asarray(part.mean),
+        _half(analysis),
+        _half(synthesis),
+        up,
+        down,
+    )
 
 
 def _down(deviations: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

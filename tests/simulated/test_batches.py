@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 
 import kvtc_stream as kvtc
 from kvtc_stream.backend import BackendName
-from kvtc_stream.formats import Geometry, Rope, StreamFile
+from kvtc_stream.formats import Geometry, Limits, Rope, StreamFile, StreamParser
 
 Array = npt.NDArray[Any]
 
@@ -110,13 +111,50 @@ def test_streams_are_what_the_cpu_reads(
     assert coded == pytest.approx(TOKENS * file.header.verbatim_size(0, 1) / RATIO, rel=0.25)
 
 
-def test_the_published_method_is_coded_on_the_host(
+def test_the_published_method(
     calibration: kvtc.Calibration, cache: tuple[Array, Array], cuda: BackendName
 ) -> None:
+    """Both ways, with a token that no band takes."""
     options: Any = {"ratio": RATIO, "sinks": 2, "window": 3, "block_tokens": 8}
     codecs = [kvtc.Codec(calibration, "paper", backend=b, **options) for b in ("cpu", cuda)]
     data, there = (kvtc.encode(*cache, codec=codec) for codec in codecs)
-    assert there == data
-    expected = kvtc.decode(data, calibration)
-    for a, b in zip(kvtc.decode(data, calibration, backend=cuda), expected, strict=True):
-        np.testing.assert_array_equal(np.array(a), np.array(b))
+    streams = [StreamFile(io.BytesIO(x)) for x in (data, there)]
+    both = [[s.read_block(entry) for entry in s.index] for s in streams]
+    for theirs, ours in zip(*both, strict=True):
+        assert ours.coded_size == theirs.coded_size
+        assert ours.verbatim_tokens == theirs.verbatim_tokens
+        assert ours.verbatim == theirs.verbatim
+        assert ours.errors.k_mean == pytest.approx(theirs.errors.k_mean, rel=0.01)
+        assert ours.errors.v_worst == pytest.approx(theirs.errors.v_worst, rel=0.01)
+    found = [kvtc.decode(x, calibration, backend=b) for x in (data, there) for b in ("cpu", cuda)]
+    for expected, ours in (found[:2], found[2:]):
+        for a, b in zip(ours, expected, strict=True):
+            a, b = (np.nan_to_num(np.array(x, np.float32)) for x in (a, b))
+            np.testing.assert_allclose(a, b, atol=2e-3 * np.abs(b).max())
+
+
+def test_damage_of_the_published_method_is_the_same_error(
+    calibration: kvtc.Calibration, cache: tuple[Array, Array], cuda: BackendName
+) -> None:
+    from kvtc_stream.decoder import BlockDecoder
+    from kvtc_stream.formats import Coder
+
+    codec = kvtc.Codec(calibration, "paper", ratio=RATIO, sinks=0, window=0, block_tokens=24)
+    codec = replace(codec, coder="stored")
+    header, *blocks = StreamParser(Limits()).feed(kvtc.encode(*cache, codec=codec))
+    block = blocks[0]
+    decoders = [BlockDecoder(header, calibration, name) for name in ("cpu", cuda)]
+    bad = bytearray(block.coded)
+    bad[len(bad) // 4] = 0xFF  # among the parameters' high bytes: not finite
+    hostile = {
+        "FormatError": replace(block, coded=bytes(bad)),
+        "payload of": replace(block, coded=block.coded + b"0", coded_size=block.coded_size + 1),
+        "corrupt": replace(block, coder=Coder.DEFLATE, coded=b"abc"),
+    }
+    for changed in hostile.values():
+        messages = []
+        for decoder in decoders:
+            with pytest.raises(kvtc.FormatError) as caught:
+                decoder.decode(changed)
+            messages.append(str(caught.value))
+        assert messages[0] == messages[1]
