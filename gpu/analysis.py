@@ -20,6 +20,14 @@ from kvtc_stream.interop import numpy_dtype
 
 #: Most bytes of the gathered rows of a part.
 ROW_BYTES = 128 << 20
+#: Tokens of a product are a multiple of this. cuBLAS sums fewer in another order, and a block's
+#: bytes shall not depend on how many blocks come together.
+_MULTIPLE = 512
+
+
+def stride_of(tokens: int) -> int:
+    """From component to component of coefficients, in elements."""
+    return -(-tokens // _MULTIPLE) * _MULTIPLE
 
 
 class Payload(NamedTuple):
@@ -145,16 +153,16 @@ class Analyser:
         return self._values[dtype]
 
     def _coefficients(self, source: Source, stride: int) -> Any:
-        """float32 [components, stride]."""
+        """float32 [components, stride], see :func:`stride_of`."""
         plan, tokens = self._plan, source.tokens
         rotations = self._ropes.at(source.positions, sign=-1)
         gather = layout.gather(source.dtype, source.wide)
         out = cupy.empty((max(plan.components, 1), stride), np.float32)
         for i, part in enumerate(plan.parts):
-            piece = max(64, min(tokens, ROW_BYTES // (2 * part.width) // 64 * 64))
-            rows = cupy.empty((piece, part.width), np.uint16)
-            for at in range(0, tokens, piece):
-                count = min(piece, tokens - at)
+            most = max(1, ROW_BYTES // (2 * part.width * _MULTIPLE)) * _MULTIPLE
+            rows = cupy.zeros((min(stride, most), part.width), np.uint16)
+            for at in range(0, tokens, len(rows)):
+                count = min(len(rows), tokens - at)
                 gather(
                     (-(-count // layout.TOKENS), source.parts[i][1]),
                     layout.THREADS,
@@ -166,7 +174,7 @@ class Analyser:
                     ],
                 )
                 first = out.data.ptr + 4 * (part.first * stride + at)
-                analyse(rows[:count], part.analysis, part.analysis_scale, first, stride)
+                analyse(rows[: stride_of(count)], part.analysis, part.analysis_scale, first, stride)
         return out
 
     def _compare(self, source: Source, symbols: Any, scales: Any, stride: int) -> Any:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from kvtc_stream.backend import HOPELESS, Measure, block_errors
 from kvtc_stream.calibration import Calibration
-from kvtc_stream.control import Controls
+from kvtc_stream.control import Controls, SectionControl
 from kvtc_stream.cpu.backend import CpuBackend, CpuSectionCoder
 from kvtc_stream.cpu.values import stored_positions, verbatim_planes
 from kvtc_stream.errors import UnsupportedError
@@ -26,7 +26,7 @@ from kvtc_stream.gpu import layout
 from kvtc_stream.gpu.analysis import Payload
 from kvtc_stream.gpu.band_coding import BandDecoder, BandEncoder
 from kvtc_stream.gpu.decoding import BlockDecoder, Placed, UniformDecoder, decode
-from kvtc_stream.gpu.encoding import BATCH_TOKENS, BatchEncoder
+from kvtc_stream.gpu.encoding import BATCH_TOKENS, BatchEncoder, Prepared
 from kvtc_stream.gpu.plan import BandPlan, DevicePlan
 from kvtc_stream.gpu.rope import DeviceRopes
 from kvtc_stream.gpu.tensors import BITS, Tensors, entries, to_device
@@ -130,7 +130,6 @@ class CudaSectionCoder:
         )
         self._encoder: BatchEncoder | BandEncoder | None = None
         self._control = None if target is None else target.control(header, section)
-        self._centre = 0.0
         self._host: CpuSectionCoder | None = None
 
     @property
@@ -180,18 +179,14 @@ class CudaSectionCoder:
             *tensors, np.arange(first, last), positions[first:last], edges - first
         )  # fmt: skip
         offsets = np.zeros(len(edges) - 1)
-        control, before = self._control, None
         if isinstance(encoder, BandEncoder):
             found = encoder.encode(*inputs)
         else:
             batch = encoder.prepare(*inputs)
-            if control is not None:
-                before = control.state()
-                self._choose(encoder, batch, offsets)
+            if self._control is not None:
+                self._choose(self._control, encoder, batch, offsets)
             found = encoder.encode(batch, offsets)
         blocks = []
-        if before is not None and control is not None:
-            control.restore(before)
         for i, (begin, end) in enumerate(zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True)):
             own = slice(begin - first, end - first)
             where = (k[:, :, begin:end], v[:, :, begin:end], positions[begin:end], start + begin)
@@ -199,13 +194,9 @@ class CudaSectionCoder:
             if payload is None:
                 host = [cupy.asnumpy(x).view(numpy_dtype(self._header.dtype)) for x in where[:2]]
                 blocks += self._cpu.encode(host[0], host[1], *where[2:])
-                offset = 0.0
             else:
                 errors = None if found.errors is None else found.errors[:, own]
                 blocks.append(self._block(*where, payload, found.verbatim[own], errors))
-                offset = float(offsets[i])
-            if control is not None:
-                control.record(offset, blocks[-1])
         return blocks
 
     def _new_encoder(self) -> BatchEncoder | BandEncoder:
@@ -220,29 +211,37 @@ class CudaSectionCoder:
             return BatchEncoder(*arguments, **options)
         return BandEncoder(*arguments, coder=self._header.coder.of_bytes, **options)
 
-    def _choose(self, encoder: BatchEncoder, batch: Any, offsets: NDArray[np.float64]) -> None:
-        """Offsets of a batch's blocks, by what they are expected to take or lose."""
-        control = self._control
-        assert control is not None
+    def _choose(
+        self,
+        control: SectionControl,
+        encoder: BatchEncoder,
+        batch: Prepared,
+        offsets: NDArray[np.float64],
+    ) -> None:
+        """Offsets of a batch's blocks, by what they are expected to take or lose.
+
+        That is also what the control counts them by, so that a block's bytes do not depend on
+        which blocks were in a batch with it.
+        """
         starts = batch.starts.tolist()
-        sizes = encoder.sizes(batch, self._centre)
-        alone = len(offsets) == 1
-        errors = encoder.errors(batch, self._centre) if control.of_errors else None
+        sizes, errors = encoder.sizes(batch), encoder.errors(batch)
         for i in range(len(offsets)):
-            own = slice(starts[i], starts[i + 1])
+            own = np.arange(starts[i], starts[i + 1])
+            if control.of_errors:
+                # Tokens that will be verbatim have none.
+                found = errors.at((slice(None), own), 0.0)
+                own = own[(found <= self._bound).all(axis=0)]
+            if not len(own):
+                continue
 
             def size(x: float, i: int = i) -> float:
-                # A block by itself may be asked for at any step: see it there.
-                near = abs(x - self._centre) <= 8 or not alone
-                return float((sizes if near else encoder.sizes(batch, x)).at(i, x))
+                return float(sizes.at(i, x))
 
-            def error(x: float, own: slice = own) -> tuple[Any, Any]:
-                assert errors is not None
+            def error(x: float, own: NDArray[np.int64] = own) -> tuple[Any, Any]:
                 return errors.at((0, own), x), errors.at((1, own), x)
 
-            offsets[i] = control.choose(own.stop - own.start, size, error)
-            control.expect(float(offsets[i]), own.stop - own.start, size, error)
-        self._centre = float(np.round(np.mean(offsets)))
+            offsets[i] = control.choose(len(own), size, error)
+            control.expect(float(offsets[i]), len(own), size, error)
 
     def _block(
         self,

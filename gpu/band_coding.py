@@ -22,7 +22,7 @@ from kvtc_stream.errors import FormatError
 from kvtc_stream.formats import Block, Coder, Section
 from kvtc_stream.formats.coders import compress, decompress
 from kvtc_stream.gpu import bands
-from kvtc_stream.gpu.analysis import Analyser, Encoded, Payload
+from kvtc_stream.gpu.analysis import Analyser, Encoded, Payload, stride_of
 from kvtc_stream.gpu.decoding import Batch, BlockDecoder, Placed, kept_columns
 from kvtc_stream.gpu.plan import BandPlan
 from kvtc_stream.gpu.tensors import Tensors
@@ -145,7 +145,7 @@ class BandEncoder(Analyser):
             int64 [blocks + 1]: first tokens of blocks.
         """
         plan, tokens = self._plan, len(positions)
-        stride = -(-tokens // 64) * 64
+        stride = stride_of(tokens)
         source = self._source(k, v, slots, positions)
         coefficients = self._coefficients(source, stride)
         of_bands = sum(band.quantiser.bits != 0 for part in plan.bands for band in part)
@@ -164,8 +164,8 @@ class BandEncoder(Analyser):
             counts = np.diff(starts).tolist()
             columns = cupy.asarray(np.arange(tokens, dtype=np.int32))
             packed = self._pack(counts, columns, coefficients, parameters, stride)
-            symbols, scales, _, _ = _unpacked(plan, counts, columns, packed, tokens)
-            errors = cupy.asnumpy(self._compare(source, symbols, scales, stride))[:, :tokens]
+            symbols, scales, width, _ = _unpacked(plan, counts, columns, packed, tokens)
+            errors = cupy.asnumpy(self._compare(source, symbols, scales, width))[:, :tokens]
             with np.errstate(invalid="ignore"):
                 verbatim |= ~(errors <= self._bound).all(axis=0)
         kept = [np.flatnonzero(~own) for own in np.split(verbatim, starts[1:-1])]

@@ -8,6 +8,7 @@ becomes tiles and then payloads. The host waits for sizes twice: to choose steps
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 
 from kvtc_stream.formats import Coder, Section
 from kvtc_stream.gpu import rans, uniform
-from kvtc_stream.gpu.analysis import Analyser, Encoded, Payload, Source
+from kvtc_stream.gpu.analysis import Analyser, Encoded, Payload, Source, stride_of
 from kvtc_stream.gpu.decoding import TileTasks
 from kvtc_stream.gpu.plan import DevicePlan
 from kvtc_stream.gpu.tensors import Tensors
@@ -28,8 +29,8 @@ BATCH_TOKENS = 8192
 #: Room for a tile: three quarters of a word for each symbol, which holds everything but escapes;
 #: two words in a part's first tile, where those are; and what a step may need.
 _SLACK = 1024
-#: Offsets from a centre at which sizes and errors are measured, in quarter octaves.
-_OFFSETS = (-8.0, -4.0, 0.0, 4.0, 8.0)
+#: Quarter octaves over which sizes and errors are measured at once.
+_SPAN = 8.0
 
 
 @dataclass(frozen=True)
@@ -69,23 +70,34 @@ class _Steps:
     heads: Any
 
 
-class Sizes:
-    """Sizes or errors that were measured around an offset: logarithms [..., offsets]."""
+class Measured:
+    """Sizes or errors over offsets, of many blocks at a time.
 
-    def __init__(self, centre: float, logarithms: NDArray[np.float64]) -> None:
-        self.centre, self._logarithms = centre, logarithms
+    Measured where they are asked for, at both ends and in the middle of a span of 8 quarter
+    octaves; logarithms are taken as quadratic between. What is found of a block does not depend on
+    the blocks beside it.
+
+    Parameters
+    ----------
+    measure
+        Amounts [..., offsets] at some offsets.
+    """
+
+    def __init__(self, measure: Callable[[NDArray[np.float64]], NDArray[np.floating[Any]]]) -> None:
+        self._measure = measure
+        self._spans: dict[int, NDArray[np.float64]] = {}
 
     def at(self, index: Any, offset: float) -> Any:
-        """Elements at an offset: logarithms are linear between those measured, and beyond."""
-        place = min(max((offset - self.centre - _OFFSETS[0]) / 4, -24.0), 28.0)
-        i = min(max(math.floor(place), 0), len(_OFFSETS) - 2)
-        own = self._logarithms[index]
-        low, high = own[..., i], own[..., i + 1]
-        found = low + (place - i) * (high - low)
-        if found.ndim == 0:
-            return math.exp(min(found, 700.0))
-        with np.errstate(invalid="ignore", over="ignore"):
-            return np.exp(found)
+        """Elements at an offset."""
+        span = math.floor(offset / _SPAN)
+        if span not in self._spans:
+            found = self._measure(_SPAN * (span + np.array([0, 0.5, 1])))
+            self._spans[span] = np.log(np.maximum(found, 1e-30, dtype=np.float64))
+        own = self._spans[span][index]
+        low, middle, high = own[..., 0], own[..., 1], own[..., 2]
+        x = 2 * (offset / _SPAN - span) - 1
+        with np.errstate(over="ignore", invalid="ignore"):
+            return np.exp(middle + x * (high - low) / 2 + x * x * ((low + high) / 2 - middle))
 
 
 class BatchEncoder(Analyser):
@@ -120,7 +132,7 @@ class BatchEncoder(Analyser):
         """
         plan = self._plan
         tokens, parts = len(positions), len(plan.parts)
-        stride = -(-tokens // 64) * 64
+        stride = stride_of(tokens)
         source = self._source(k, v, slots, positions)
         c = self._coefficients(source, stride)
         classes = cupy.empty((parts, stride), np.uint8)
@@ -167,11 +179,17 @@ class BatchEncoder(Analyser):
         )
         return _Steps(block_steps, factors, levels, indices, heads)
 
-    def sizes(self, batch: Prepared, centre: float) -> Sizes:
-        """Bytes of the blocks' payloads around an offset; waits for the device."""
+    def sizes(self, batch: Prepared) -> Measured:
+        """Bytes of the blocks' payloads [blocks] over offsets; waits for the device."""
+        tokens, parts = np.diff(batch.starts), len(self._plan.parts)
+        overhead = 8 + self._tiles * (4 + 2 * np.minimum(tokens, 32)) + parts * ((tokens + 1) // 2)
+        return Measured(lambda offsets: self._bits(batch, offsets) / 8 + overhead[:, None])
+
+    def _bits(self, batch: Prepared, offsets: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Of symbols and escapes, [blocks, offsets]."""
         plan = self._plan
         blocks, parts = len(batch.starts) - 1, len(plan.parts)
-        steps = self._steps(np.tile(centre + np.array(_OFFSETS), (blocks, 1)))
+        steps = self._steps(np.tile(offsets, (blocks, 1)))
         bits = cupy.empty((blocks, parts, uniform.SIZES), np.float32)
         uniform.sizes(
             (blocks, parts),
@@ -183,6 +201,7 @@ class BatchEncoder(Analyser):
                 plan.ids,
                 plan.components,
                 batch.classes,
+                batch.peaks,
                 steps.factors,
                 steps.indices,
                 plan.bits,
@@ -192,22 +211,19 @@ class BatchEncoder(Analyser):
             ),
             shared=max(plan.encode_shared, 1024),
         )
-        tokens = np.diff(batch.starts)[:, None]
-        lanes = np.minimum(tokens, 32)
-        overhead = 8 + self._tiles * (4 + 2 * lanes) + parts * ((tokens + 1) // 2)
-        found = cupy.asnumpy(bits).sum(axis=1, dtype=np.float64) / 8 + overhead
-        return Sizes(centre, np.log(found))
+        found: NDArray[np.float64] = cupy.asnumpy(bits).sum(axis=1, dtype=np.float64)
+        return found
 
-    def errors(self, batch: Prepared, centre: float) -> Sizes:
-        """Errors of the tokens' K and V around an offset, [2, tokens, offsets]."""
-        blocks = len(batch.starts) - 1
-        found = [
-            cupy.asnumpy(self._errors(batch, self._steps(np.full(blocks, centre + offset))))
-            for offset in _OFFSETS
-        ]
-        tokens = int(batch.starts[-1])
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return Sizes(centre, np.log(np.stack(found, axis=-1)[:, :tokens].astype(np.float64)))
+    def errors(self, batch: Prepared) -> Measured:
+        """Errors of K and V [2, tokens] over offsets; waits for the device."""
+        blocks, tokens = len(batch.starts) - 1, int(batch.starts[-1])
+
+        def measure(offsets: NDArray[np.float64]) -> NDArray[np.float32]:
+            steps = (self._steps(np.full(blocks, offset)) for offset in offsets)
+            found = [cupy.asnumpy(self._errors(batch, x))[:, :tokens] for x in steps]
+            return np.stack(found, axis=-1)
+
+        return Measured(measure)
 
     def encode(self, batch: Prepared, offsets: NDArray[np.float64]) -> Encoded:
         """Encode a batch at an offset to the plan's step for each block, and wait for it."""

@@ -36,14 +36,17 @@ from kvtc_stream.gpu.kernel import kernel
 
 THREADS = 256
 #: Offsets at which sizes of a block are measured.
-SIZES = 5
-#: Components that sizes are measured on: one of so many. Neighbours take almost the same bits.
-SAMPLED = 4
+SIZES = 3
+#: Components that sizes are measured on, of a part with ``MANY``: one of so many. Neighbours take
+#: almost the same bits.
+SAMPLED, MANY = 4, 1024
 #: Components that a thread quantises for a reconstruction.
 TOGETHER = 32
 
 _CLIP_COEFFICIENT, _CLIP_FEATURE, _LEAST_ENERGY = 6.0, 8.0, 1e-6
 _MIDDLE, _MOST_SYMBOL = 8, float(1 << 24)
+#: Symbols of a token that is coded are smaller.
+_CODED = 0.999 * _MOST_SYMBOL
 _I32, _I64, _U32, _F32, _F64 = np.int32, np.int64, np.uint32, np.float32, np.float64
 
 
@@ -124,7 +127,7 @@ def _cost(x, factor, family, table):  # type: ignore[no-untyped-def]
     return table[(_U32(family) << _U32(8)) + place]
 
 
-@kernel(f32p, i64, i32p, u8p, i32, u8p, f32p, i32p, f32p, i32p, f32p, i32p)
+@kernel(f32p, i64, i32p, u8p, i32, u8p, f32p, f32p, i32p, f32p, i32p, f32p, i32p)
 def sizes(  # type: ignore[no-untyped-def]
     coefficients,
     stride,
@@ -132,6 +135,7 @@ def sizes(  # type: ignore[no-untyped-def]
     ids,
     components,
     classes,
+    peaks,
     factors,
     indices,
     bits,
@@ -141,7 +145,8 @@ def sizes(  # type: ignore[no-untyped-def]
 ):
     """Bits of a block's tokens in a part at each offset; blocks of threads [blocks, parts].
 
-    ``factors`` and ``indices`` are those of :func:`steps` for [blocks, SIZES]. ``bits`` float32
+    Tokens that will be verbatim, see :func:`keep`, take none. ``factors`` and ``indices`` are those
+    of :func:`steps` for [blocks, SIZES]. ``bits`` float32
     [families, 256]; ``out`` float32 [blocks, parts, SIZES]; ``starts`` int32 [blocks + 1]: first
     tokens.
     """
@@ -158,43 +163,38 @@ def sizes(  # type: ignore[no-untyped-def]
     # A warp's lanes are tokens of one component.
     across = min((end - begin + _I32(WARP - 1)) & ~_I32(WARP - 1), _I32(THREADS))
     together = _I32(THREADS) // across
-    sum_0, sum_1, sum_2, sum_3, sum_4 = _F32(0), _F32(0), _F32(0), _F32(0), _F32(0)
+    sum_0, sum_1, sum_2 = _F32(0), _F32(0), _F32(0)
     at = block * _I32(SIZES)
     level_0 = _I64(indices[at]) * components * 16
     level_1 = _I64(indices[at + 1]) * components * 16
     level_2 = _I64(indices[at + 2]) * components * 16
-    level_3 = _I64(indices[at + 3]) * components * 16
-    level_4 = _I64(indices[at + 4]) * components * 16
-    taken = (count + _I32(SAMPLED - 1)) // _I32(SAMPLED)
+    every = _I32(SAMPLED) if count >= _I32(MANY) else _I32(1)
+    taken = (count + every - _I32(1)) // every
     if thread < together * across:
         for t in range(begin + thread % across, end, across):
-            klass = _I32(classes[_I64(part) * stride + t])
+            row = _I64(part) * stride + t
+            klass = _I32(classes[row])
             f = at * _I32(16) + klass
             f_0, f_1, f_2 = factors[f], factors[f + 16], factors[f + 32]
-            f_3, f_4 = factors[f + 48], factors[f + 64]
+            if not peaks[row] * f_1 < _F32(_CODED):
+                continue  # see keep
             for i in range(thread // across, taken, together):
-                c = first + min(_I32(i) * _I32(SAMPLED) + _I32(SAMPLED // 2), count - _I32(1))
+                c = first + min(_I32(i) * every + every // _I32(2), count - _I32(1))
                 x = coefficients[_I64(c) * stride + t]
                 own = c * _I32(16) + klass
                 sum_0 += _cost(x, f_0, ids[level_0 + own], table)
                 sum_1 += _cost(x, f_1, ids[level_1 + own], table)
                 sum_2 += _cost(x, f_2, ids[level_2 + own], table)
-                sum_3 += _cost(x, f_3, ids[level_3 + own], table)
-                sum_4 += _cost(x, f_4, ids[level_4 + own], table)
     for by in (16, 8, 4, 2, 1):
         sum_0 += shuffle_down(sum_0, _I32(by))
         sum_1 += shuffle_down(sum_1, _I32(by))
         sum_2 += shuffle_down(sum_2, _I32(by))
-        sum_3 += shuffle_down(sum_3, _I32(by))
-        sum_4 += shuffle_down(sum_4, _I32(by))
     cuda.syncthreads()
     if thread % _I32(WARP) == 0:
         to = _U32(thread // _I32(WARP)) * _U32(SIZES)
         table[to] = sum_0
         table[to + _U32(1)] = sum_1
         table[to + _U32(2)] = sum_2
-        table[to + _U32(3)] = sum_3
-        table[to + _U32(4)] = sum_4
     cuda.syncthreads()
     if thread < _I32(SIZES):
         total = _F32(0)
@@ -296,7 +296,7 @@ def keep(starts, parts, stride, classes, peaks, factors, errors, bound, columns,
                 at = _I64(part) * stride + token
                 klass = _I32(classes[at])
                 largest = peaks[at] * factors[block * _I32(16) + klass]
-                good &= largest < _F32(0.999 * _MOST_SYMBOL)
+                good &= largest < _F32(_CODED)
             if bound >= 0:
                 good &= errors[token] <= bound and errors[stride + token] <= bound
             verbatim[token] = np.uint8(0) if good else np.uint8(1)

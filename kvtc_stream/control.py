@@ -88,7 +88,7 @@ class SectionControl:
     ) -> None:
         """Count a block before it is coded, by what it should take; arguments as before.
 
-        For those who choose for many blocks at a time, and then :meth:`restore` what was before.
+        For those who choose for many blocks at a time, instead of :meth:`record`.
         """
         self._control.record(offset, tokens, self._amounts(bytes_at, errors_at)(offset))
 
