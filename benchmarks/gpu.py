@@ -519,8 +519,8 @@ def nvcomp_inflate(blocks: list[Block], plain: list[bytes], host_s: float) -> di
     coded = [b for b in blocks if b.coder is Coder.DEFLATE]
 
     def inflate() -> Any:
-        arrays = nvcomp.as_arrays([np.frombuffer(b.coded, np.uint8) for b in coded])
-        return coder.decode([array.cuda() for array in arrays])
+        arrays = [cp.asarray(np.frombuffer(b.coded, np.uint8)) for b in coded]
+        return coder.decode(nvcomp.as_arrays(arrays))
 
     try:
         found, device_s = by_clock(inflate, 3)
@@ -528,7 +528,7 @@ def nvcomp_inflate(blocks: list[Block], plain: list[bytes], host_s: float) -> di
         same = all(
             cp.asnumpy(cp.asarray(a)).tobytes() == b for a, b in zip(found, expected, strict=True)
         )
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, TypeError, ValueError) as error:
         return {"error": str(error)}
     return {"same_bytes": same, "against_threads_of_the_host": host_s / device_s}
 

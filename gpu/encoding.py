@@ -182,7 +182,7 @@ class BatchEncoder(Analyser):
     def sizes(self, batch: Prepared) -> Measured:
         """Bytes of the blocks' payloads [blocks] over offsets; waits for the device."""
         tokens, parts = np.diff(batch.starts), len(self._plan.parts)
-        overhead = 8 + self._tiles * (4 + 2 * np.minimum(tokens, 32)) + parts * ((tokens + 1) // 2)
+        overhead = 8 + self._tiles * (4 + 3 * np.minimum(tokens, 32)) + parts * ((tokens + 1) // 2)
         return Measured(lambda offsets: self._bits(batch, offsets) / 8 + overhead[:, None])
 
     def _bits(self, batch: Prepared, offsets: NDArray[np.float64]) -> NDArray[np.float64]:

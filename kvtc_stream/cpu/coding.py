@@ -135,9 +135,9 @@ class UniformCoding:
         )
         tokens = len(classes[0])
         tiles = sum(len(payload.tiles(c, payload.TILE_COMPONENTS)) for c in self._coded)
-        # The lanes' final states say about half of what they take.
+        # The lanes' final states take 4 bytes, and say 1 byte on average.
         lanes = min(rans.LANES, tokens)
-        overhead = 8 + tiles * (4 + 2 * lanes) + len(self._bands) * payload.nibbles(tokens)
+        overhead = 8 + tiles * (4 + 3 * lanes) + len(self._bands) * payload.nibbles(tokens)
         return bits / 8 + overhead
 
     def dequantise(self, quantised: Quantised, out: Sequence[Float]) -> None:
