@@ -197,7 +197,7 @@ def measure(basis: Basis, fitted: Rows, judged: Rows) -> list[dict[str, float]]:
     unit = 2 * float(own[:, 0].std()) / 2 ** ((STEPS - 1 + MIDDLE) / STEPS_PER_OCTAVE)
     classes = np.full(len(own), MIDDLE, np.uint8)
     tables = fit_families(own, classes, unit=unit, steps=STEPS)
-    coder = Families(tables.frequencies, tables.classes)
+    coder = Families(tables.frequencies)
     lost, spent = (np.gradient(x.sum(axis=1)) for x in (tables.distortion, tables.rate))
     price = np.divide(-lost, spent, out=np.zeros(STEPS), where=spent < 0).clip(0)
     classes = np.full(len(judged), MIDDLE, np.uint8)
