@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from kvtc_stream.calibrator import Calibrator
     from kvtc_stream.codec import PRESETS, Codec
     from kvtc_stream.decoder import Decoder, KVBlock
-    from kvtc_stream.edit import Piece, cat, cut
+    from kvtc_stream.edit import Piece, cat, cut, join
     from kvtc_stream.encoder import Encoder
     from kvtc_stream.files import Reader, Writer, decode, encode, open
     from kvtc_stream.formats import DType, Geometry, Limits, ModelIdentity, Plan, Rope, Section
@@ -69,6 +69,7 @@ _HOME = {
     "decode_many": "many",
     "encode": "files",
     "encode_many": "many",
+    "join": "edit",
     "open": "files",
 }
 
@@ -113,6 +114,7 @@ __all__ = [
     "decode_many",
     "encode",
     "encode_many",
+    "join",
     "open",
     "testing",
 ]

@@ -11,7 +11,7 @@ import json
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from kvtc_stream.cpu.rans import CLASSES, Families
 from kvtc_stream.errors import ChecksumError, FormatError, UnsupportedError, VersionError
-from kvtc_stream.formats import Geometry, ModelIdentity, Rope, Section, SectionPlan
+from kvtc_stream.formats import Geometry, ModelIdentity, Plan, Rope, Section, SectionPlan
 from kvtc_stream.importance import TokenImportance
 from kvtc_stream.planning.families import FamilyTables
 from kvtc_stream.planning.tables import BAND_SIZES, BAND_TYPES, ErrorTables
@@ -182,6 +182,63 @@ class Calibration:
             if key not in self._cache:
                 self._cache[key] = make()
             return self._cache[key]
+
+    def of_layers(self, geometry: Geometry, plan: Plan) -> Calibration:
+        """What a stream that holds some of the layers needs; itself where it holds all.
+
+        Sections have the layers of ``geometry``, and the parts of the bases that ``plan`` uses, in
+        its order. It is the same calibration to those who ask for its digest.
+
+        Raises
+        ------
+        FormatError
+            There is no part for one of the plan.
+        """
+        mine = [section.layers for section in self.geometry.sections]
+        if [section.layers for section in geometry.sections] == mine:
+            orders = [
+                [[(p.k_layers, p.v_layers) for p in x] for x in (s.bases.get(d.basis, ()), d.parts)]
+                for s, d in zip(self.sections, plan.sections, strict=True)
+            ]
+            # Other parts are found out by SectionCalibration.parts.
+            if not any(a != b and sorted(a) == sorted(b) for a, b in orders):
+                return self
+        key = ("layers", plan.digest, tuple(section.layers for section in geometry.sections))
+        return self.cached(key, lambda: self._of_layers(geometry, plan))  # type: ignore[no-any-return]
+
+    def _of_layers(self, geometry: Geometry, plan: Plan) -> Calibration:
+        shapes, sections = [], []
+        for section, dealt in zip(geometry.sections, plan.sections, strict=True):
+            found = [
+                i for i, s in enumerate(self.geometry.sections) if {*section.layers} <= {*s.layers}
+            ]
+            if not found:
+                raise FormatError(
+                    f"the stream has a section of layers {list(section.layers)}, the calibration "
+                    f"that it names has none with all of them: the writer is at fault"
+                )
+            whole, stored = self.geometry.sections[found[0]], self.sections[found[0]]
+            by_layers = {(p.k_layers, p.v_layers): p for p in stored.basis(dealt.basis)}
+            parts = []
+            for part in dealt.parts:
+                numbers = [
+                    tuple(whole.layers.index(section.layers[i]) for i in layers)
+                    for layers in (part.k_layers, part.v_layers)
+                ]
+                own = by_layers.get((numbers[0], numbers[1]))
+                if own is None:
+                    raise FormatError(
+                        f"the plan has a part of the K of layers {numbers[0]} and the V of "
+                        f"{numbers[1]}, the calibration's basis {dealt.basis!r} has none: the "
+                        "writer is at fault"
+                    )
+                parts.append(replace(own, k_layers=part.k_layers, v_layers=part.v_layers))
+            rope = tuple(whole.rope[whole.layers.index(n)] for n in section.layers if whole.rope)
+            shapes.append(replace(whole, layers=section.layers, rope=rope))
+            sections.append(SectionCalibration({dealt.basis: tuple(parts)}, stored.tokens))
+        some = Calibration(Geometry(tuple(shapes)), tuple(sections), self.sinks, self.model)
+        some._cache["digest"] = self.digest
+        return some
 
     def transforms(
         self, section: int, basis: str, part: int, count: int

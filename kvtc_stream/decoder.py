@@ -67,14 +67,15 @@ class KVBlock:
         return len(self.positions)
 
 
-def check_calibration(header: StreamHeader, calibration: Calibration) -> None:
-    """Raise unless the stream was written with this calibration."""
+def check_calibration(header: StreamHeader, calibration: Calibration) -> Calibration:
+    """What of this calibration the stream's layers need; raise unless it was written with it."""
     if header.calibration != calibration.digest:
         raise CalibrationMismatchError(
             f"the stream was written with calibration {header.calibration.hex()} (model "
             f"{header.model.name or 'unnamed'!r}), found {calibration.digest.hex()} (model "
             f"{calibration.model.name or 'unnamed'!r}): open it with the calibration it names"
         )
+    calibration = calibration.of_layers(header.geometry, header.plan)
     for name, found, expected in zip(
         ("layers, heads and channels", "model fingerprint"),
         (_shapes(header.geometry), header.model.fingerprint),
@@ -86,6 +87,7 @@ def check_calibration(header: StreamHeader, calibration: Calibration) -> None:
                 f"the stream has {name} {found!r}, the calibration that it names has {expected!r}: "
                 "the writer is at fault"
             )
+    return calibration
 
 
 def _shapes(geometry: Geometry) -> list[Section]:
@@ -102,8 +104,7 @@ class BlockDecoder:
     def __init__(
         self, header: StreamHeader, calibration: Calibration, backend: BackendName
     ) -> None:
-        check_calibration(header, calibration)
-        self._header, self._calibration = header, calibration
+        self._header, self._calibration = header, check_calibration(header, calibration)
         self._backend = get_backend(backend)
         self._coders: dict[int, SectionCoder] = {}
 

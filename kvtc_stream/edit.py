@@ -17,6 +17,7 @@ from kvtc_stream.formats import (
     StreamHeader,
     StreamWriter,
 )
+from kvtc_stream.layers import Selection, Union
 from kvtc_stream.sources import Source, open_source
 from kvtc_stream.storage import File, atomic_write, write_all
 
@@ -47,6 +48,7 @@ def cat(
     pieces: Sequence[Piece | Source],
     target: File,
     *,
+    layers: slice | None = None,
     token_digest: bytes | None = None,
     recover: bool = False,
     limits: Limits | None = None,
@@ -66,6 +68,9 @@ def cat(
         and block size of all must be the same; other fields of the header are the first's.
     target
         A path, written atomically (it may be one of the sources), or a binary file object.
+    layers
+        Which layers to keep, by the model's numbers; all by default. They must be whole groups,
+        see :mod:`kvtc_stream.layers`. Errors of the blocks are not known then.
     token_digest
         Of the result. By default that of a stream that is kept whole, otherwise unknown.
     recover, limits, key
@@ -76,7 +81,7 @@ def cat(
     FormatError
         A source is damaged, or cut off and ``recover`` is false.
     UnsupportedError
-        The streams do not go together.
+        The streams do not go together, or layers are coded together with others.
     """
     parts = [p if isinstance(p, Piece) else Piece(p) for p in pieces]
     if not parts:
@@ -93,6 +98,10 @@ def cat(
         whole = len(parts) == 1 and parts[0].tokens is None and parts[0].positions is None
         if token_digest is None:
             token_digest = header.token_digest if whole else b""
+        selection = None
+        if layers is not None:
+            selection = Selection(header, layers)
+            header, whole = selection.header, False
         writer = StreamWriter(replace(header, token_digest=token_digest), key)
         if isinstance(target, str | os.PathLike):
             out = cleanup.enter_context(atomic_write(target))
@@ -103,7 +112,10 @@ def cat(
         for i, (stream, part) in enumerate(zip(streams, parts, strict=True)):
             for data in stream.user_records():
                 write_all(out, writer.user(data))
-            for block in _blocks(stream, part, spans[i]):
+            for found in _blocks(stream, part, spans[i]):
+                block = found if selection is None else selection.block(found)
+                if block is None:
+                    continue
                 role = block.role
                 late = role is Role.SINKS and block.section in begun
                 if late or (role is Role.TAIL and i < len(streams) - 1):
@@ -129,23 +141,77 @@ def cut(
     *,
     tokens: slice | None = None,
     positions: slice | None = None,
-    token_digest: bytes = b"",
+    layers: slice | None = None,
+    token_digest: bytes | None = None,
     limits: Limits | None = None,
     key: bytes = b"",
 ) -> None:
-    """Keep some tokens of a stream: ``slice(None, n)`` truncates it to *n*.
+    """Keep some tokens of a stream, ``slice(None, n)`` truncates it to *n*; or some layers.
 
     Equivalent to :func:`cat` of one piece.
     """
     piece = Piece(source, tokens, positions)
-    cat([piece], target, token_digest=token_digest, limits=limits, key=key)
+    cat([piece], target, layers=layers, token_digest=token_digest, limits=limits, key=key)
 
 
-def _check_alike(first: StreamHeader, other: StreamHeader) -> None:
+def join(
+    sources: Sequence[Source],
+    target: File,
+    *,
+    limits: Limits | None = None,
+    key: bytes = b"",
+) -> None:
+    """Put layers of a stream together again that :func:`cut` took apart.
+
+    Parameters
+    ----------
+    sources
+        Streams of the same tokens, with different layers of the same sections.
+    target, limits, key
+        As in :func:`cat`. What is neither blocks nor layers is the first stream's.
+
+    Raises
+    ------
+    FormatError
+        A source is damaged.
+    UnsupportedError
+        The streams do not go together: tokens, blocks or steps are others.
+    """
+    if not sources:
+        raise ValueError("give at least one stream to join")
+    with ExitStack() as cleanup:
+        streams = [
+            StreamFile(cleanup.enter_context(open_source(source)), limits, key=key)
+            for source in sources
+        ]
+        headers = [stream.header for stream in streams]
+        for header in headers[1:]:
+            _check_alike(headers[0], header, Union.MADE)
+        union = Union(headers)
+        writer = StreamWriter(union.header, key)
+        if isinstance(target, str | os.PathLike):
+            out = cleanup.enter_context(atomic_write(target))
+        else:
+            out = target
+        write_all(out, writer.start())
+        for data in streams[0].user_records():
+            write_all(out, writer.user(data))
+        counts = [len(stream.index) for stream in streams]
+        if len(set(counts)) > 1:
+            raise UnsupportedError(
+                f"the streams have {', '.join(map(str, counts))} blocks: only layers of one "
+                "stream can be joined"
+            )
+        for blocks in zip(*(s.read_blocks(s.index) for s in streams), strict=True):
+            write_all(out, writer.block(union.block(blocks)))
+        write_all(out, writer.finish())
+
+
+def _check_alike(first: StreamHeader, other: StreamHeader, free: Sequence[str] = ()) -> None:
     different = [
         f.name
         for f in fields(first)
-        if f.name not in _OWN and getattr(first, f.name) != getattr(other, f.name)
+        if f.name not in (*_OWN, *free) and getattr(first, f.name) != getattr(other, f.name)
     ]
     if different:
         raise UnsupportedError(

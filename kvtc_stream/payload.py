@@ -6,6 +6,7 @@ import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -92,9 +93,43 @@ class UniformPayload:
         return cls(step, level, per_tile, lengths, head, size - tail)
 
 
-def head(step: float, level: int, lengths: Sequence[int]) -> bytes:
+@dataclass(frozen=True)
+class PartPayload:
+    """What a payload holds of one part: lengths of its tiles, the tiles, and its classes."""
+
+    lengths: NDArray[np.uint32]
+    tiles: bytes
+    classes: bytes
+
+
+def split_parts(block: Block, coded: Sequence[int]) -> tuple[UniformPayload, list[PartPayload]]:
+    """What a block's payload holds of each part; raises as :meth:`UniformPayload.parse`."""
+    found = UniformPayload.parse(block, coded)
+    edges = np.cumsum([0, *(len(tiles(count, found.tile_components)) for count in coded)])
+    places = np.concatenate([[0], np.cumsum(found.lengths, dtype=np.int64)]) + found.tiles
+    size = nibbles(block.coded_tokens)
+    return found, [
+        PartPayload(
+            found.lengths[first:last],
+            bytes(block.coded[places[first] : places[last]]),
+            bytes(block.coded[found.classes + i * size : found.classes + (i + 1) * size]),
+        )
+        for i, (first, last) in enumerate(pairwise(edges.tolist()))
+    ]
+
+
+def join_parts(like: UniformPayload, parts: Sequence[PartPayload]) -> bytes:
+    """A payload of some parts, with the step and the tiles' size of another one."""
+    lengths = [length for part in parts for length in part.lengths.tolist()]
+    pieces = [part.tiles for part in parts] + [part.classes for part in parts]
+    return head(like.step, like.level, lengths, like.tile_components) + b"".join(pieces)
+
+
+def head(
+    step: float, level: int, lengths: Sequence[int], tile_components: int = TILE_COMPONENTS
+) -> bytes:
     """What a payload begins with, before its tiles."""
-    return _HEAD.pack(step, level, 0, TILE_COMPONENTS) + np.array(lengths, "<u4").tobytes()
+    return _HEAD.pack(step, level, 0, tile_components) + np.array(lengths, "<u4").tobytes()
 
 
 def tiles(coded: int, tile_components: int) -> list[slice]:

@@ -610,6 +610,23 @@ class Decoder:
     def __init__(self, header: Header, calibration: Calibration) -> None:
         need(header.calibration == calibration.digest, "another calibration", "calibration")
         self.header, self.calibration = header, calibration
+        self.prefixes = [self._prefixes(i) for i in range(len(header.sections))]
+
+    def _prefixes(self, section: int) -> list[str]:
+        """What the names of the calibration's arrays begin with, for each part of the plan."""
+        layers = self.header.sections[section].layers
+        basis, parts = self.header.plans[section]
+        sections = self.calibration.description["sections"]
+        of = [i for i, s in enumerate(sections) if {*layers} <= {*s["layers"]}]
+        need(of, "layers that the calibration has in no one section")
+        numbers = sections[of[0]]["layers"]
+        stored = [
+            [[numbers[j] for j in p[name]] for name in ("k_layers", "v_layers")]
+            for p in sections[of[0]]["bases"][basis]
+        ]
+        wanted = [[[layers[j] for j in x] for x in (p.k_layers, p.v_layers)] for p in parts]
+        need(all(x in stored for x in wanted), "a part that the calibration has not")
+        return [f"{of[0]}.{basis}.{stored.index(x)}." for x in wanted]
 
     def symbols(self, block: Block) -> tuple[bytes, list[NDArray[np.float32]]]:
         """What the golden manifest has the SHA-256 of, and coefficients [tokens, components]."""
@@ -672,7 +689,6 @@ class Decoder:
         self, block: Block, parts: list[Part], n: int
     ) -> tuple[bytes, list[NDArray[np.float32]]]:
         need(block.coder == 4, "uniform bands are coded with RANS")
-        basis, _ = self.header.plans[block.section]
         b = Bytes(block.coded)
         step, level, reserved, per_tile = b.unpack("fbBH")
         need(np.isfinite(step) and step > 0 and not reserved and per_tile, "head of the payload")
@@ -690,7 +706,7 @@ class Decoder:
         b.end()
         listed, out, all_symbols = iter(data), [], b""
         for j, part in enumerate(parts):
-            prefix = f"{block.section}.{basis}.{j}.uniform."
+            prefix = self.prefixes[block.section][j] + "uniform."
             ids = self.calibration.arrays[prefix + "ids"]
             families = self.calibration.arrays[prefix + "frequencies"]
             bases, components, at = [], [], 0
@@ -729,10 +745,10 @@ class Decoder:
         k = np.zeros((*shape, s.k_dim), np.float32)
         v = np.zeros((*shape, s.v_dim), np.float32)
         kept = np.setdiff1d(np.arange(n), block.verbatim)
-        basis, parts = header.plans[block.section]
+        _, parts = header.plans[block.section]
         _, coefficients = self.symbols(block)
         for j, part in enumerate(parts):
-            prefix = f"{block.section}.{basis}.{j}."
+            prefix = self.prefixes[block.section][j]
             arrays = self.calibration.arrays
             components = arrays[prefix + "components"].astype(np.float32)
             rows = coefficients[j].astype(np.float64) @ components[: coefficients[j].shape[1]]

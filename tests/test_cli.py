@@ -800,8 +800,36 @@ def test_edit_streams(tmp_path, kvtc_command, files):
     assert kvtc_command("verify", whole).status == 0
     run = kvtc_command("slice", whole, "--layers", "0:1", "-o", first)
     assert run.status == 1
-    assert "components of a block span all layers" in run.err
+    assert "layers are coded in groups (0 to 2)" in " ".join(run.err.split())
     assert kvtc_command("truncate", whole, "--tokens", -1, "-o", first).status == 2
+
+
+def test_split_and_join_by_layers(tmp_path, kvtc_command, files):
+    calibration, whole, again = (tmp_path / n for n in ("c.safetensors", "w.kvtc", "a.kvtc"))
+    options = ("--rope-theta", 10_000, "--layer-groups", 3, "-o", calibration)
+    assert kvtc_command("calibrate", files.cache, *options).status == 0
+    options = ("-c", calibration, "-o", whole, "--ratio", 4, "--window", 16)
+    assert kvtc_command("encode", files.cache, *options).status == 0
+    parts = tmp_path / "part-{}.kvtc"
+    run = kvtc_command("split", whole, "--at", 1, 2, "-o", parts, "--json")
+    assert (run.status, run.err) == (0, "")
+    assert [part["layers"] for part in run.json["streams"]] == ["0 to 0", "1 to 1", "2 to 2"]
+    paths = [tmp_path / f"part-{i}.kvtc" for i in range(3)]
+    for path in paths:
+        assert kvtc_command("verify", path, "-c", calibration).status == 0
+        assert kvtc_command("info", path, "-c", calibration).status == 0
+    run = kvtc_command("join", *paths, "-o", again)
+    assert (run.status, run.err) == (0, "")
+    for stream, layers in ((whole, slice(None)), (again, slice(None)), (paths[1], slice(1, 2))):
+        back = tmp_path / "back.npz"
+        assert kvtc_command("decode", stream, "-c", calibration, "-o", back).status == 0
+        (found,) = plain.read(back)
+        if stream == whole:
+            exact = found
+        assert np.allclose(
+            np.asarray(found.k, np.float32), np.asarray(exact.k[layers], np.float32), rtol=1e-2
+        )
+    assert kvtc_command("split", whole, "--at", 1, "-o", tmp_path / "no number").status == 2
 
 
 def test_encode_appends(tmp_path, kvtc_command, files):

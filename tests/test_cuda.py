@@ -437,3 +437,15 @@ def test_the_published_method(calibration: kvtc.Calibration, coder: str) -> None
         assert a.coded_size == b.coded_size
         assert len(a.coded) == pytest.approx(len(b.coded), rel=0.01, abs=64)
         assert a.errors.k_mean == pytest.approx(b.errors.k_mean, rel=0.02)
+
+
+@pytest.mark.parametrize("preset", ["default", "paper"])
+def test_layers_that_were_cut_out(preset: str) -> None:
+    calibration = CALIBRATIONS["groups"]
+    k, v = kvtc.testing.drawn_cache(calibration.geometry, 200, seed=17)
+    part = io.BytesIO()
+    data = kvtc.encode(k, v, kvtc.Codec(calibration, preset, ratio=6, window=20, block_tokens=64))
+    kvtc.cut(data, part, layers=slice(1, 3))
+    found = kvtc.decode(part.getvalue(), calibration, backend="cuda")
+    for a, b in zip(found, kvtc.decode(data, calibration, backend="cpu"), strict=True):
+        assert distance(a, b[1:]) <= 2 * ROUNDING

@@ -837,3 +837,17 @@ def test_streams_that_no_dynamic_cache_can_hold(
     for data in (uneven, missing):
         with pytest.raises(kvtc.UnsupportedError, match="expected all to end at the same"):
             decode_cache(data, calibration)
+
+
+def test_a_stream_of_some_layers_is_no_cache() -> None:
+    geometry = kvtc.Geometry.uniform(layers=2, kv_heads=2, head_dim=8)
+    calibrator = kvtc.Calibrator(geometry, layer_groups=2)
+    calibrator.update(*kvtc.testing.drawn_cache(geometry, 400))
+    calibration = calibrator.finish()
+    cache = kvtc.testing.drawn_cache(geometry, 60, seed=1)
+    data = kvtc.encode(*cache, kvtc.Codec(calibration, ratio=4, window=0))
+    part = io.BytesIO()
+    kvtc.cut(data, part, layers=slice(1, 2))
+    assert len(decode_cache(data, calibration).layers) == 2
+    with pytest.raises(kvtc.UnsupportedError, match=r"holds layers \[1\] only: join"):
+        decode_cache(part.getvalue(), calibration)

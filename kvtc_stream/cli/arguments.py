@@ -33,7 +33,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"kvtc-stream {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    edits = (_cat, _slice, _truncate, _repair)
+    edits = (_cat, _slice, _split, _join, _truncate, _repair)
     for add in (_calibrate, _encode, _decode, _info, _verify, *edits, _bench, _demo):
         command = add(commands)
         command.add_argument(
@@ -226,9 +226,10 @@ def _slice(commands: Any) -> argparse.ArgumentParser:
     parser = _add(
         commands,
         "slice",
-        "cut a range of tokens out of a stream",
+        "cut a range of tokens, or of layers, out of a stream",
         "Nothing is decoded: a range that ends inside a block keeps the block, and notes how many",
-        "of its tokens count.",
+        "of its tokens count. Layers go by the model's numbers, in whole groups of the calibration",
+        "(kvtc calibrate --layer-groups); the same calibration opens what was cut out.",
     )
     parser.add_argument("input", metavar="FILE", help="the stream")
     chosen = parser.add_mutually_exclusive_group(required=True)
@@ -236,6 +237,39 @@ def _slice(commands: Any) -> argparse.ArgumentParser:
         chosen.add_argument(
             f"--{name}", type=_range, metavar="A:B", help=f"keep these {name}, as Python slices"
         )
+    return _new_stream(parser)
+
+
+def _split(commands: Any) -> argparse.ArgumentParser:
+    parser = _add(
+        commands,
+        "split",
+        "cut a stream into streams of some layers each",
+        "As slice --layers does, for every range; join puts them together again.",
+    )
+    parser.add_argument("input", metavar="FILE", help="the stream")
+    parser.add_argument(
+        "--at",
+        type=int,
+        nargs="+",
+        required=True,
+        metavar="LAYER",
+        help="where a new stream begins, besides layer 0",
+    )
+    parser.add_argument(
+        "-o", "--output", required=True, metavar="OUT", help="their names, {} is a number from 0"
+    )
+    return parser
+
+
+def _join(commands: Any) -> argparse.ArgumentParser:
+    parser = _add(
+        commands,
+        "join",
+        "put streams of different layers together again",
+        "Nothing is decoded. The streams must be layers of one stream (see split).",
+    )
+    parser.add_argument("inputs", nargs="+", metavar="FILE", help="streams")
     return _new_stream(parser)
 
 

@@ -21,7 +21,7 @@ def draw(path: str, stream: StreamFile, calibration: Calibration | None) -> None
     it, the bands' steps are drawn.
     """
     if calibration is not None:
-        check_calibration(stream.header, calibration)
+        calibration = check_calibration(stream.header, calibration)
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     components, errors, sizes = figure.subplots(1, 3)

@@ -383,6 +383,12 @@ def decode_cache(
         backend = "cuda" if goes_there and cuda_runs() else "cpu"
     with kvtc.open(source, calibration=calibration, backend=backend) as reader:
         recorded = reader.header.token_digest
+        held_layers = [s.layers for s in reader.header.geometry.sections]
+        if held_layers != [s.layers for s in sections]:
+            raise UnsupportedError(
+                f"the stream holds layers {sorted(n for s in held_layers for n in s)} only: join "
+                "it with the others (kvtc join), or read it with kvtc_stream.open"
+            )
         for block in reader:
             blocks[block.section].append(block)
     spans = [_span(np.concatenate([b.positions for b in held])) for held in blocks if held]

@@ -1,0 +1,317 @@
+"""Streams with some of the layers, and streams put together by layers, without decoding them.
+
+That goes where the basis has groups of layers (``Calibrator(layer_groups=…)``): what was coded of
+one group is apart from the others. Values that are stored as they are can be taken by layer
+always; KV heads cannot be taken apart, because every basis mixes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from kvtc_stream import payload
+from kvtc_stream.cpu.quantise import segment_sizes
+from kvtc_stream.cpu.values import verbatim_arrays, verbatim_planes
+from kvtc_stream.errors import UnsupportedError
+from kvtc_stream.formats import (
+    Block,
+    BlockErrors,
+    Coder,
+    Geometry,
+    PartPlan,
+    Plan,
+    Quantiser,
+    Section,
+    SectionPlan,
+    StreamHeader,
+)
+from kvtc_stream.formats.coders import compress, decompress
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """What is taken of a section: its place among those of the result, and indices."""
+
+    place: int
+    layers: tuple[int, ...]
+    parts: tuple[int, ...]
+
+
+class Selection:
+    """Some layers of a stream.
+
+    Parameters
+    ----------
+    header
+        Of the stream.
+    layers
+        Which to take, by the model's numbers: a slice of step 1 or any, negative from the end.
+
+    Attributes
+    ----------
+    header
+        Of the result.
+
+    Raises
+    ------
+    UnsupportedError
+        Some of the layers are coded together with others.
+    """
+
+    def __init__(self, header: StreamHeader, layers: slice) -> None:
+        self._of = header
+        last = max(n for s in header.geometry.sections for n in s.layers)
+        wanted = range(last + 1)[layers]
+        self._chosen: dict[int, _Chosen] = {}
+        sections, plans, scales = [], [], []
+        for i, (section, plan) in enumerate(
+            zip(header.geometry.sections, header.plan.sections, strict=True)
+        ):
+            own = tuple(j for j, n in enumerate(section.layers) if n in wanted)
+            if not own:
+                continue
+            parts = _parts(section, plan, own)
+            self._chosen[i] = _Chosen(len(sections), own, parts)
+            sections.append(
+                replace(
+                    section,
+                    layers=tuple(section.layers[j] for j in own),
+                    rope=tuple(section.rope[j] for j in own) if section.rope else (),
+                )
+            )
+            dealt = [_renumbered(plan.parts[j], own.index) for j in parts]
+            plans.append(SectionPlan(plan.basis, tuple(dealt)))
+            if header.scales:
+                heads = np.arange(len(section.layers) * section.kv_heads)
+                kept = heads.reshape(-1, section.kv_heads)[list(own)].ravel().tolist()
+                of = header.scales[i]
+                scales.append(
+                    replace(
+                        of,
+                        k_scale=tuple(of.k_scale[j] for j in kept),
+                        v_scale=tuple(of.v_scale[j] for j in kept),
+                    )
+                )
+        if not sections:
+            raise ValueError(f"no layer of the stream is among {wanted}, it has up to {last}")
+        self.header = replace(
+            header,
+            geometry=Geometry(tuple(sections)),
+            plan=Plan(header.plan.preset, tuple(plans)),
+            scales=tuple(scales),
+        )
+
+    def block(self, block: Block) -> Block | None:
+        """A block of the stream with these layers; ``None`` of a section that has none of them."""
+        if (chosen := self._chosen.get(block.section)) is None:
+            return None
+        header = self._of
+        verbatim = [x[list(chosen.layers)] for x in _verbatim(header, block)]
+        pieces = _pieces(header.plan.sections[block.section], block)
+        kept = replace(pieces, parts=[pieces.parts[i] for i in chosen.parts])
+        plan = self.header.plan.sections[chosen.place]
+        return _assembled(replace(block, section=chosen.place), header, plan, verbatim, kept)
+
+
+class Union:
+    """Streams of the same tokens with different layers, as one.
+
+    Parameters
+    ----------
+    headers
+        Of the streams.
+
+    Attributes
+    ----------
+    header
+        Of the result; the first's, but for layers, plan and scales.
+
+    Raises
+    ------
+    UnsupportedError
+        The streams do not go together.
+    """
+
+    #: What may differ, and is made of all.
+    MADE = ("geometry", "plan", "scales")
+
+    def __init__(self, headers: Sequence[StreamHeader]) -> None:
+        self._of = headers
+        counts = {len(h.geometry.sections) for h in headers}
+        if len(counts) > 1:
+            raise UnsupportedError(
+                f"the streams have {', '.join(map(str, sorted(counts)))} sections: layers of "
+                "every section must be in each of them"
+            )
+        sections, plans, scales = [], [], []
+        self._orders: list[list[tuple[int, int]]] = []
+        self._part_orders: list[list[tuple[int, int]]] = []
+        for i in range(counts.pop()):
+            own = [h.geometry.sections[i] for h in headers]
+            layers = sorted((n, j, k) for j, s in enumerate(own) for k, n in enumerate(s.layers))
+            numbers = tuple(n for n, _, _ in layers)
+            shapes = {(s.kv_heads, s.k_dim, s.v_dim, bool(s.rope)) for s in own}
+            bases = {h.plan.sections[i].basis for h in headers}
+            if len(set(numbers)) < len(numbers) or len(shapes) > 1 or len(bases) > 1:
+                raise UnsupportedError(
+                    f"section {i} cannot be joined: layers {list(numbers)}, shapes and bases "
+                    f"{sorted(map(str, shapes | bases))}; expected every layer once, and one kind"
+                )
+            order = [(j, k) for _, j, k in layers]
+            rope = tuple(own[j].rope[k] for j, k in order) if own[0].rope else ()
+            sections.append(replace(own[0], layers=numbers, rope=rope))
+            placed = []
+            for j, h in enumerate(headers):
+                numbers = [order.index((j, k)) for k in range(len(own[j].layers))]
+                for k, part in enumerate(h.plan.sections[i].parts):
+                    placed.append((_renumbered(part, numbers.__getitem__), j, k))
+            # As the calibration has them: parts with K first, then by layer.
+            placed.sort(key=lambda p: (not p[0].k_layers, min(p[0].k_layers + p[0].v_layers)))
+            self._orders.append(order)
+            self._part_orders.append([(j, k) for _, j, k in placed])
+            dealt = tuple(part for part, _, _ in placed)
+            plans.append(SectionPlan(bases.pop(), dealt))
+            if headers[0].scales:
+                heads = own[0].kv_heads
+                both = [
+                    [
+                        x
+                        for j, k in order
+                        for x in getattr(headers[j].scales[i], name)[k * heads : (k + 1) * heads]
+                    ]
+                    for name in ("k_scale", "v_scale")
+                ]
+                scales.append(
+                    replace(headers[0].scales[i], k_scale=tuple(both[0]), v_scale=tuple(both[1]))
+                )
+        self.header = replace(
+            headers[0],
+            geometry=Geometry(tuple(sections)),
+            plan=Plan(headers[0].plan.preset, tuple(plans)),
+            scales=tuple(scales),
+        )
+
+    def block(self, blocks: Sequence[Block]) -> Block:
+        """The block that those of all streams are layers of."""
+        first = blocks[0]
+        for name in ("section", "role", "start", "tokens", "positions", "verbatim_tokens", "cut"):
+            if len({str(getattr(block, name)) for block in blocks}) > 1:
+                raise UnsupportedError(
+                    f"the blocks at token {first.start} differ in {name.replace('_', ' ')}: only "
+                    "layers of one stream can be joined; decode, and encode together"
+                )
+        plans = [h.plan.sections[first.section] for h in self._of]
+        found = [_pieces(plan, block) for plan, block in zip(plans, blocks, strict=True)]
+        heads = {x.head for x in found if x.parts and x.uniform}
+        if len(heads) > 1:
+            raise UnsupportedError(
+                f"the blocks at token {first.start} have other steps: only layers of one stream "
+                "can be joined; decode, and encode together"
+            )
+        like = next((x for x in found if x.uniform), found[0])
+        kept = replace(like, parts=[found[j].parts[k] for j, k in self._part_orders[first.section]])
+        exact = [_verbatim(h, block) for h, block in zip(self._of, blocks, strict=True)]
+        order = self._orders[first.section]
+        verbatim = [np.stack([exact[j][kind][k] for j, k in order]) for kind in (0, 1)]
+        plan = self.header.plan.sections[first.section]
+        return _assembled(first, self.header, plan, verbatim, kept)
+
+
+def _parts(section: Section, plan: SectionPlan, layers: tuple[int, ...]) -> tuple[int, ...]:
+    """Indices of the parts that have these layers, and no others."""
+    chosen, found = set(layers), []
+    for i, part in enumerate(plan.parts):
+        own = {*part.k_layers, *part.v_layers}
+        if own <= chosen:
+            found.append(i)
+        elif own & chosen:
+            groups = sorted({tuple(sorted({*p.k_layers, *p.v_layers})) for p in plan.parts})
+            named = ", ".join(f"{section.layers[g[0]]} to {section.layers[g[-1]]}" for g in groups)
+            raise UnsupportedError(
+                f"layers are coded in groups ({named}), and groups cannot be cut: choose whole "
+                "ones, or decode the layers (`kvtc decode --layers`); a calibration with "
+                "layer_groups has more of them"
+            )
+    return tuple(found)
+
+
+def _renumbered(part: PartPlan, number: Callable[[int], int]) -> PartPlan:
+    return replace(
+        part,
+        k_layers=tuple(map(number, part.k_layers)),
+        v_layers=tuple(map(number, part.v_layers)),
+    )
+
+
+@dataclass(frozen=True)
+class _Pieces:
+    """Of a block's symbols, by part: of uniform bands, or segments of others; and their head."""
+
+    uniform: payload.UniformPayload | None
+    parts: list[Any]
+
+    @property
+    def head(self) -> tuple[float, int, int] | None:
+        """Step, level and size of tiles."""
+        u = self.uniform
+        return u and (u.step, u.level, u.tile_components)
+
+
+def _coded(plan: SectionPlan) -> list[int]:
+    """Components of each part that have symbols of the uniform quantiser."""
+    kind = Quantiser.UNIFORM
+    return [sum(b.size for b in part.bands if b.quantiser is kind) for part in plan.parts]
+
+
+def _pieces(plan: SectionPlan, block: Block) -> _Pieces:
+    if block.coder is Coder.RANS:
+        return _Pieces(*payload.split_parts(block, _coded(plan)))
+    sizes = [segment_sizes(block.coded_tokens, part.bands) for part in plan.parts]
+    if not block.coded_size:
+        return _Pieces(None, [[b""] * len(size) for size in sizes])
+    data = decompress(block.coder, block.coded, block.coded_size)
+    segments: list[list[bytes]] = [[] for _ in sizes]
+    at = 0
+    for kind in zip(*sizes, strict=True):
+        for own, size in zip(segments, kind, strict=True):
+            own.append(data[at : at + size])
+            at += size
+    return _Pieces(None, segments)
+
+
+def _verbatim(header: StreamHeader, block: Block) -> tuple[Any, Any]:
+    count = len(block.verbatim_tokens)
+    section = header.geometry.sections[block.section]
+    size = header.verbatim_size(block.section, count)
+    data = decompress(block.verbatim_coder, block.verbatim, size)
+    return verbatim_arrays(data, section.k_shape(count), section.v_shape(count), header.dtype)
+
+
+def _assembled(
+    block: Block, header: StreamHeader, plan: SectionPlan, verbatim: Sequence[Any], pieces: _Pieces
+) -> Block:
+    """The block with other values and symbols, of ``plan``; its errors are not known."""
+    verbatim_coder, exact = compress(
+        header.coder.of_bytes, *verbatim_planes(*map(np.ascontiguousarray, verbatim))
+    )
+    symbols = sum(_coded(plan)) * block.coded_tokens
+    if pieces.uniform is None or not symbols:
+        parts = pieces.parts if pieces.uniform is None else []
+        segments = [b"".join(kind) for kind in zip(*parts, strict=True)]
+        coder, coded = compress(header.coder.of_bytes, *segments)
+        symbols = sum(map(len, segments))
+    else:
+        coder, coded = Coder.RANS, payload.join_parts(pieces.uniform, pieces.parts)
+    return replace(
+        block,
+        coder=coder,
+        coded=coded,
+        coded_size=symbols,
+        verbatim_coder=verbatim_coder,
+        verbatim=exact,
+        errors=BlockErrors(),
+    )
