@@ -29,7 +29,7 @@ from kvtc_stream.formats import (
     StreamHeader,
     StreamParser,
 )
-from kvtc_stream.interop import KVArray, as_kv_array
+from kvtc_stream.interop import KVArray, as_kv_array, on_cuda
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,6 +123,33 @@ class BlockDecoder:
             self._backend.empty((layers, *s.k_shape(tokens)[1:]), dtype),
             self._backend.empty((layers, *s.v_shape(tokens)[1:]), dtype),
         )
+
+    def buffers(self, section: int, layers: int, tokens: int, out: tuple[Any, Any]) -> Any:
+        """The same of the caller's: views, [kv_heads, tokens, head_dim] a layer, of K and V."""
+        s, dtype = self._header.geometry.sections[section], self._header.out_dtype
+        found = []
+        for tensors, name, dim in zip(out, ("out K", "out V"), (s.k_dim, s.v_dim), strict=True):
+            for tensor in tensors if isinstance(tensors, list | tuple) else [tensors]:
+                if on_cuda(tensor) != (self._backend.name == "cuda"):
+                    raise BufferError(
+                        f"{name} is {'on a CUDA device' if on_cuda(tensor) else 'in host memory'}, "
+                        f"the backend is {self._backend.name!r}: choose the other, or give "
+                        "buffers where it decodes to"
+                    )
+            arrays, own = self._backend.layer_list(tensors, name, layers, s.kv_heads, dim)
+            if own is not dtype:
+                raise TypeError(
+                    f"{name} is {own.label}, the stream decodes to {dtype.label}: give buffers of "
+                    "that, or choose another out_dtype when encoding"
+                )
+            if arrays[0].shape[1] != tokens:
+                raise ValueError(
+                    f"{name} has room for {arrays[0].shape[1]} tokens, found {tokens} to decode"
+                )
+            if isinstance(arrays[0], np.ndarray) and not all(x.flags.writeable for x in arrays):
+                raise BufferError(f"{name} cannot be written: it is exported for reading only")
+            found.append(arrays)
+        return found
 
     def output(self, x: Any) -> Any:
         """What users get of such an array."""

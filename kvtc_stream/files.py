@@ -39,7 +39,7 @@ from kvtc_stream.formats import (
     StreamHeader,
     StreamParser,
 )
-from kvtc_stream.interop import KVArray, as_kv_array
+from kvtc_stream.interop import as_kv_array, on_cuda
 from kvtc_stream.sources import Growing, Source, open_source
 from kvtc_stream.statistics import StreamStatistics
 from kvtc_stream.storage import File, append_to, atomic_write, cut_on_failure, write_all
@@ -361,22 +361,31 @@ class Reader:
         tokens: slice | None = None,
         layers: slice | None = None,
         section: int = 0,
-    ) -> tuple[KVArray, KVArray]:
+        *,
+        out: tuple[Any, Any] | None = None,
+    ) -> tuple[Any, Any]:
         """K and V of some tokens (ordinals) and layers (indices), [layers, heads, tokens, dim].
 
         Only the blocks that hold the tokens are read, and only the layers' columns of the basis
         take part. Slices have step 1 and follow Python's rules.
+
+        ``out`` are tensors that take K and V instead, and are returned: of that shape, or a list
+        of one a layer, in the stream's ``out_dtype``; of any framework, writable, in the backend's
+        memory.
         """
         first, last = _span(tokens, self.tokens(section), "tokens")
         geometry = self._header.geometry.sections[section]
         count = len(range(*_span(layers, len(geometry.layers), "layers")))
-        try:
-            k, v = self._blocks.empty(section, count, last - first)
-        except (MemoryError, ValueError):
-            raise LimitError(
-                f"the index lists {last - first} tokens, for which there is no memory: read fewer "
-                "at a time"
-            ) from None
+        if out is not None:
+            k, v = self._blocks.buffers(section, count, last - first, out)
+        else:
+            try:
+                k, v = self._blocks.empty(section, count, last - first)
+            except (MemoryError, ValueError):
+                raise LimitError(
+                    f"the index lists {last - first} tokens, for which there is no memory: read "
+                    "fewer at a time"
+                ) from None
         chosen = range(*_span(layers, len(geometry.layers), "layers"))
         entries = [
             e for e in self._entries(section) if e.start < last and first < e.start + e.tokens
@@ -388,7 +397,7 @@ class Reader:
                 self._check_open()
                 some = [(b, _slots(b, first, last)) for b in islice(blocks, _BLOCKS_AT_A_TIME)]
                 if not some:
-                    return self._blocks.output(k), self._blocks.output(v)
+                    return out or (self._blocks.output(k), self._blocks.output(v))
                 self._blocks.coder(section).decode_into(some, chosen, k, v)
 
     def blocks(
@@ -573,13 +582,17 @@ def decode(
     data: bytes | bytearray | memoryview,
     calibration: Calibration,
     *,
+    out: tuple[Any, Any] | None = None,
     section: int = 0,
     backend: BackendName = "auto",
     limits: Limits | None = None,
-) -> tuple[KVArray, KVArray]:
+) -> tuple[Any, Any]:
     """A whole stream to a whole cache, K and V [layers, kv_heads, tokens, head_dim].
 
-    Equivalent to :meth:`Reader.read` of everything.
+    Equivalent to :meth:`Reader.read` of everything; ``"auto"`` is CUDA where ``out`` is on a CUDA
+    device.
     """
+    if out is not None and any(map(on_cuda, out)) and backend == "auto":
+        backend = "cuda"
     with open(io.BytesIO(data), calibration=calibration, backend=backend, limits=limits) as reader:
-        return reader.read(section=section)
+        return reader.read(section=section, out=out)

@@ -115,7 +115,7 @@ def decode_many(
     streams: Sequence[Stream],
     calibration: Calibration,
     *,
-    out: Sequence[PagedCache] | None = None,
+    out: Sequence[PagedCache | tuple[Any, Any]] | None = None,
     section: int = 0,
     backend: BackendName = "auto",
     limits: Limits | None = None,
@@ -129,9 +129,10 @@ def decode_many(
     calibration
         That of all of them.
     out
-        Pages that take the tokens, one for each stream; they must have the streams' ``out_dtype``.
+        What takes the tokens, one for each stream: pages, or K and V as for
+        :meth:`kvtc_stream.Reader.read`; of the streams' ``out_dtype``, in the backend's memory.
     section, backend, limits
-        As for :func:`kvtc_stream.decode`; ``"auto"`` is CUDA for pages on a CUDA device.
+        As for :func:`kvtc_stream.decode`; ``"auto"`` is CUDA for ``out`` on a CUDA device.
 
     Returns
     -------
@@ -144,7 +145,7 @@ def decode_many(
         raise ValueError(f"found {len(streams)} streams and {len(out)} caches for them")
     name = backend
     if name == "auto":
-        name = "cuda" if out and on_cuda(out[0].k[0]) else "cpu"
+        name = "cuda" if out and on_cuda(_tensors(out[0])[0]) else "cpu"
     get_backend(name)
     readers = [
         open(io.BytesIO(data), calibration=calibration, backend=name, limits=limits)
@@ -154,8 +155,11 @@ def decode_many(
     for i, reader in enumerate(readers):
         h = reader.header
         key = (h.plan, h.geometry, h.dtype, h.out_dtype, h.scales, h.block_tokens)
-        pool = None if out is None else id(out[i].k)
-        kinds.setdefault((*key, pool), []).append(i)
+        cache = None if out is None else out[i]
+        if isinstance(cache, tuple):
+            reader.read(section=section, out=cache)
+        else:
+            kinds.setdefault((*key, cache and id(cache.k)), []).append(i)
     results: list[tuple[Any, Any]] = [(None, None)] * len(streams)
     for members in kinds.values():
         group = [readers[i] for i in members]
@@ -163,8 +167,13 @@ def decode_many(
             for i, pair in zip(members, _together(group, section), strict=True):
                 results[i] = pair
         else:
-            _into_pages(group, [out[i] for i in members], section, name)
+            pages = [cache for i in members if isinstance(cache := out[i], PagedCache)]
+            _into_pages(group, pages, section, name)
     return [] if out is not None else results
+
+
+def _tensors(cache: PagedCache | tuple[Any, Any]) -> tuple[Any, Any]:
+    return (cache.k, cache.v) if isinstance(cache, PagedCache) else cache
 
 
 def _together(readers: list[Reader], section: int) -> Iterator[tuple[Any, Any]]:
@@ -204,6 +213,11 @@ def _into_pages(
         if len(tensors) != layers:
             raise ValueError(f"found pages of {len(tensors)} layers, the stream has {layers}")
         for tensor in tensors:
+            if on_cuda(tensor) != (backend == "cuda"):
+                raise BufferError(
+                    f"pages are {'on a CUDA device' if on_cuda(tensor) else 'in host memory'}, the "
+                    f"backend is {backend!r}: choose the other, or pages where it decodes to"
+                )
             found = dtype_of(np.dtype(_indexable(tensor).dtype), "pages")
             if found is not expected:
                 raise TypeError(

@@ -449,3 +449,29 @@ def test_layers_that_were_cut_out(preset: str) -> None:
     found = kvtc.decode(part.getvalue(), calibration, backend="cuda")
     for a, b in zip(found, kvtc.decode(data, calibration, backend="cpu"), strict=True):
         assert distance(a, b[1:]) <= 2 * ROUNDING
+
+
+@pytest.mark.parametrize("preset", ["default", "paper"])
+def test_into_buffers(preset: str) -> None:
+    torch = pytest.importorskip("torch")
+    calibration = CALIBRATIONS["halves"]
+    k, v = kvtc.testing.drawn_cache(calibration.geometry, 300, seed=18)
+    k, v = (torch.from_numpy(x).bfloat16().cuda() for x in (k, v))
+    data = kvtc.encode(k, v, kvtc.Codec(calibration, preset, ratio=6, window=20, block_tokens=64))
+    expected = kvtc.decode(data, calibration, backend="cuda")
+    room = torch.full((2, *k.shape[:2], 310, k.shape[3]), -1.0, dtype=k.dtype, device="cuda")
+    own = room[0, :, :, 5:305], list(room[1, :, :, 5:305])
+    found = kvtc.decode(data, calibration, out=own)
+    for a, b in zip(found, expected, strict=True):
+        a = torch.stack(a) if isinstance(a, list) else a
+        assert torch.equal(a.view(torch.int16), torch.from_dlpack(b).view(torch.int16))
+    assert bool((room[:, :, :, :5] == -1).all())
+    assert bool((room[:, :, :, 305:] == -1).all())
+    [] = kvtc.decode_many([data], calibration, out=[(torch.empty_like(k), torch.empty_like(v))])
+    with pytest.raises(BufferError, match="host memory"):
+        kvtc.decode(data, calibration, out=(k.cpu(), v.cpu()), backend="cuda")
+    pages = kvtc.PagedCache(
+        torch.empty(3, 3, 128, 2, 16), torch.empty(3, 3, 128, 2, 16), [0, 1, 2], 300
+    )
+    with pytest.raises(BufferError, match="host memory"):
+        kvtc.decode_many([data], calibration, out=[pages], backend="cuda")

@@ -115,3 +115,66 @@ def test_layer_by_layer(calibration: kvtc.Calibration, streams: list[bytes]) -> 
     for layer, (a, b) in enumerate(found):
         np.testing.assert_allclose(a, k[layer], atol=1e-5)
         np.testing.assert_allclose(b, v[layer], atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["one", "layers", "part of more", "batch of 1"])
+def test_into_buffers(calibration: kvtc.Calibration, streams: list[bytes], form: str) -> None:
+    """Values go where the caller wants them, and nowhere else."""
+    data = streams[2]
+    expected = kvtc.decode(data, calibration)
+    room = [np.full((*x.shape[:2], x.shape[2] + 9, x.shape[3]), -1, np.float32) for x in expected]
+    own: list[Any] = [x[:, :, 5:-4] for x in room]
+    if form == "one":
+        own = [np.ascontiguousarray(x) for x in own]
+    elif form == "layers":
+        own = [list(x) for x in own]
+    elif form == "batch of 1":
+        own = [x[:, None] for x in own]
+    k, v = kvtc.decode(data, calibration, out=(own[0], own[1]))
+    assert k is own[0]
+    assert v is own[1]
+    for found, wanted in zip(own, expected, strict=True):
+        np.testing.assert_array_equal(np.array(found).reshape(wanted.shape), wanted)
+    if form != "one":
+        assert all((x[:, :, :5] == -1).all() and (x[:, :, -4:] == -1).all() for x in room)
+    with kvtc.open(io.BytesIO(data), calibration=calibration) as reader:
+        some = tuple(np.empty((1, *x.shape[1:2], 40, x.shape[3]), np.float32) for x in expected)
+        reader.read(tokens=slice(100, 140), layers=slice(1, 2), out=some)
+        for found, wanted in zip(some, expected, strict=True):
+            np.testing.assert_allclose(found, wanted[1:2, :, 100:140], rtol=1e-5, atol=1e-5)
+
+
+def test_many_into_buffers_and_pages(
+    calibration: kvtc.Calibration, streams: list[bytes], caches: list[tuple[Any, Any]]
+) -> None:
+    k_pages, v_pages, tables = pages(caches[:1], 16)
+    pair = tuple(np.empty_like(x) for x in caches[2])
+    paged = kvtc.PagedCache(k_pages, v_pages, tables[0], TOKENS[0])
+    kvtc.decode_many([streams[0], streams[2]], calibration, out=[paged, pair])
+    for found, data in ((paged.contiguous(), streams[0]), (pair, streams[2])):
+        for a, b in zip(found, kvtc.decode(data, calibration), strict=True):
+            np.testing.assert_array_equal(np.array(a), b)
+
+
+def test_into_torch_tensors(calibration: kvtc.Calibration, caches: list[tuple[Any, Any]]) -> None:
+    torch = pytest.importorskip("torch")
+    k, v = (torch.from_numpy(x).bfloat16() for x in caches[0])
+    data = kvtc.encode(k, v, kvtc.Codec(calibration, ratio=4, window=8))
+    expected = kvtc.decode(data, calibration)
+    found = kvtc.decode(data, calibration, out=(torch.empty_like(k), list(torch.empty_like(v))))
+    assert torch.equal(found[0], torch.from_dlpack(expected[0]))
+    assert torch.equal(torch.stack(found[1]), torch.from_dlpack(expected[1]))
+
+
+def test_buffers_that_do_not_fit(calibration: kvtc.Calibration, streams: list[bytes]) -> None:
+    k, v = kvtc.decode(streams[0], calibration)
+    frozen = np.empty_like(v)
+    frozen.flags.writeable = False
+    for out, error, message in (
+        ((k, v.astype(np.float16)), TypeError, "out V is float16, the stream decodes to float32"),
+        ((k[:, :, 1:], v), ValueError, "room for 69 tokens, found 70"),
+        ((k, v[1:]), ValueError, "out V has shape"),
+        ((k, frozen), BufferError, "out V cannot be written"),
+    ):
+        with pytest.raises(error, match=message):
+            kvtc.decode(streams[0], calibration, out=out)

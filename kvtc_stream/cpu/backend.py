@@ -284,7 +284,8 @@ class CpuSectionCoder:
         for block, slots in blocks:
             wanted = np.flatnonzero(slots >= 0)
             for found, out in zip(self.decode(block, layers), (k, v), strict=True):
-                out[:, :, slots[wanted]] = found[:, :, wanted]
+                for of_layer, array in zip(found, out, strict=True):
+                    array[:, slots[wanted]] = of_layer[:, wanted]
 
     def decode_layers(self, block: Block) -> Callable[[int], tuple[Any, Any]]:
         """See :meth:`kvtc_stream.backend.SectionCoder.decode_layers`."""
