@@ -150,9 +150,7 @@ class CudaSectionCoder:
     def encode(self, k: Any, v: Any, positions: NDArray[np.int64], start: int) -> list[Block]:
         """See :meth:`kvtc_stream.backend.SectionCoder.encode`."""
         if self._measure == "coefficients":
-            dtype = numpy_dtype(self._header.dtype)
-            host = [cupy.asnumpy(x).view(dtype) for x in (k, v)]
-            return self._cpu.encode(host[0], host[1], positions, start)
+            return self._cpu.encode(self._on_host(k), self._on_host(v), positions, start)
         size, tokens = self._header.block_tokens, len(positions)
         tensors = [Tensors.of_layers(list(x), self._header.dtype) for x in (k, v)]
         most = BATCH_TOKENS if self._uniform else self._decoder.batch_tokens
@@ -189,14 +187,15 @@ class CudaSectionCoder:
         blocks = []
         for i, (begin, end) in enumerate(zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True)):
             own = slice(begin - first, end - first)
-            where = (k[:, :, begin:end], v[:, :, begin:end], positions[begin:end], start + begin)
-            payload = found.payloads[i]
+            where = positions[begin:end], start + begin
+            payload, left_out = found.payloads[i], np.flatnonzero(found.verbatim[own])
+            which: Any = slice(begin, end) if payload is None else begin + left_out
+            host = [self._on_host(x, which) for x in (k, v)]
             if payload is None:
-                host = [cupy.asnumpy(x).view(numpy_dtype(self._header.dtype)) for x in where[:2]]
-                blocks += self._cpu.encode(host[0], host[1], *where[2:])
+                blocks += self._cpu.encode(host[0], host[1], *where)
             else:
                 errors = None if found.errors is None else found.errors[:, own]
-                blocks.append(self._block(*where, payload, found.verbatim[own], errors))
+                blocks.append(self._block(*host, *where, payload, left_out, errors))
         return blocks
 
     def _new_encoder(self) -> BatchEncoder | BandEncoder:
@@ -243,25 +242,36 @@ class CudaSectionCoder:
             offsets[i] = control.choose(len(own), size, error)
             control.expect(float(offsets[i]), len(own), size, error)
 
+    def reads(self, k: list[Any], v: list[Any]) -> bool:
+        """See :meth:`kvtc_stream.backend.SectionCoder.reads`."""
+        try:
+            for x in (k, v):
+                Tensors.of_layers(x, self._header.dtype)
+        except ValueError:  # of some kind that kernels do not read
+            return False
+        return True
+
+    def _on_host(self, x: Any, tokens: Any = slice(None)) -> NDArray[Any]:
+        """Values [layers, heads, tokens, dim] of some tokens, of one array or one a layer."""
+        if not isinstance(tokens, slice) and not len(tokens):
+            heads, _, dim = x[0].shape
+            return np.empty((len(x), heads, 0, dim), numpy_dtype(self._header.dtype))
+        found = np.stack([cupy.asnumpy(layer[:, tokens]) for layer in x])
+        return found.view(numpy_dtype(self._header.dtype))
+
     def _block(
         self,
-        k: Any,
-        v: Any,
+        k: NDArray[Any],
+        v: NDArray[Any],
         positions: NDArray[np.int64],
         start: int,
         payload: Payload,
-        verbatim: NDArray[np.bool_],
+        left_out: NDArray[np.int64],
         errors: NDArray[np.float32] | None,
     ) -> Block:
-        left_out = np.flatnonzero(verbatim)
-        host = [
-            cupy.asnumpy(x[:, :, left_out] if len(left_out) else x[:, :, :0]).view(
-                numpy_dtype(self._header.dtype)
-            )
-            for x in (k, v)
-        ]
-        verbatim_coder, data = compress(self._header.coder.of_bytes, *verbatim_planes(*host))
-        kept = np.flatnonzero(~verbatim)
+        """Of a payload; k and v are the values of the tokens that are left out."""
+        verbatim_coder, data = compress(self._header.coder.of_bytes, *verbatim_planes(k, v))
+        kept = np.delete(np.arange(len(positions)), left_out)
         return Block(
             section=self._index,
             role=Role.DATA,

@@ -30,7 +30,7 @@ BATCH_TOKENS = 8192
 #: two words in a part's first tile, where those are; and what a step may need.
 _SLACK = 1024
 #: Quarter octaves over which sizes and errors are measured at once.
-_SPAN = 8.0
+_SPAN = 2.0
 
 
 @dataclass(frozen=True)

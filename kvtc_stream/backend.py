@@ -31,8 +31,13 @@ class SectionCoder(Protocol):
         """Data blocks from k, v [layers, kv_heads, tokens, head_dim] in the stream's dtype.
 
         All but the last have the header's ``block_tokens``; ``start`` is the ordinal of the first
-        token in the section. The arrays are the backend's.
+        token in the section. The arrays are the backend's, or those of the layers in a list, where
+        :meth:`reads` says so.
         """
+        ...
+
+    def reads(self, k: list[Any], v: list[Any]) -> bool:
+        """Whether :meth:`encode` takes these arrays of layers, [kv_heads, tokens, head_dim]."""
         ...
 
     def decode(self, block: Block, layers: Sequence[int]) -> tuple[Any, Any]:

@@ -285,10 +285,8 @@ class Encoder:
             state = self._sections[entry.section]
             if entry.role is Role.TAIL:
                 k, v, positions = verbatim_tokens(stream.read_block(entry), header)
-                taken = 0
-                while taken < len(positions):
-                    own = [list(map(self._backend.array, x)) for x in (k, v)]
-                    taken += state.append(own[0], own[1], positions, taken)
+                own = [list(map(self._backend.array, x)) for x in (k, v)]
+                state.hold(own[0], own[1], positions)
             else:
                 state.coded_before(entry)
         self._opening = self._writer.start()
@@ -297,13 +295,7 @@ class Encoder:
         )
 
     def _take(self, index: int, chunk: _Chunk) -> Iterator[bytes]:
-        state = self._sections[index]
-        k_layers, v_layers, positions = chunk
-        taken = 0
-        while taken < len(positions):
-            room = state.append(k_layers, v_layers, positions, taken)
-            taken += room
-            yield from map(self._record, state.ready_blocks())
+        yield from map(self._record, self._sections[index].take(*chunk))
 
     def _record(self, block: Block) -> bytes:
         assert self._writer is not None
@@ -353,17 +345,60 @@ class _SectionState:
         self._begin = self._end = 0
         self._coded = 0
 
-    def append(
+    def take(
+        self, k_layers: list[Any], v_layers: list[Any], positions: NDArray[np.int64]
+    ) -> Iterator[Block]:
+        """Take some tokens; yield the blocks that no later token can change."""
+        taken, total = 0, len(positions)
+        straight = self._coder.reads(k_layers, v_layers)
+        while taken < total:
+            if straight and (count := self._at_once(positions[taken:])):
+                span = slice(taken, taken + count)
+                k, v = ([x[:, span] for x in layers] for layers in (k_layers, v_layers))
+                start, self._coded = self._coded, self._coded + count
+                self.last_position = int(positions[span.stop - 1])
+                taken += count
+                yield from self._coder.encode(k, v, positions[span], start)
+                continue
+            most = self._until_then(positions[taken:]) if straight else total
+            taken += self._append(k_layers, v_layers, positions, taken, most)
+            yield from self.ready_blocks(total - taken)
+
+    def hold(self, k_layers: list[Any], v_layers: list[Any], positions: NDArray[np.int64]) -> None:
+        """Take some tokens that become no block yet."""
+        taken = 0
+        while taken < len(positions):
+            taken += self._append(k_layers, v_layers, positions, taken, len(positions))
+
+    def _at_once(self, positions: NDArray[np.int64]) -> int:
+        """How many of the tokens that come can be coded where they are: whole blocks."""
+        if self._end > self._begin or (self._only_sinks and positions[0] < self._header.sinks):
+            return 0
+        size = self._header.block_tokens
+        return max((len(positions) - self._header.window) // size, 0) * size
+
+    def _until_then(self, positions: NDArray[np.int64]) -> int:
+        """How many tokens to copy until others can be coded where they are."""
+        size, pending = self._header.block_tokens, self._end - self._begin
+        if self._only_sinks and (sinks := int(np.searchsorted(positions, self._header.sinks))):
+            return sinks
+        short = -pending % size
+        if len(positions) - short >= self._header.window + size:
+            return short
+        return len(positions)
+
+    def _append(
         self,
         k_layers: list[Any],
         v_layers: list[Any],
         positions: NDArray[np.int64],
         first: int,
+        most: int,
     ) -> int:
-        """Copy tokens from ``first`` on, as many as fit; return how many."""
-        if self._end == len(self._positions):
+        """Copy up to ``most`` tokens from ``first`` on, as many as fit; return how many."""
+        if most and self._end == len(self._positions):
             self._make_room()
-        count = min(len(self._positions) - self._end, len(positions) - first)
+        count = min(len(self._positions) - self._end, len(positions) - first, most)
         source, target = slice(first, first + count), slice(self._end, self._end + count)
         for layer, (k, v) in enumerate(zip(k_layers, v_layers, strict=True)):
             self._k[layer, :, target] = k[:, source]
@@ -398,11 +433,12 @@ class _SectionState:
         self._v = self._backend.empty(self._section.v_shape(tokens), self.dtype)
         self._positions = np.empty(tokens, np.int64)
 
-    def ready_blocks(self) -> Iterator[Block]:
-        """Blocks that no later token can change."""
+    def ready_blocks(self, following: int = 0) -> Iterator[Block]:
+        """Blocks that no later token can change, when so many are known to follow."""
         size = self._header.block_tokens
         yield from self._sinks(complete=self.last_position >= self._header.sinks - 1)
-        whole = (self._end - self._begin - self._header.window) // size
+        pending = self._end - self._begin
+        whole = min(pending, pending + following - self._header.window) // size
         if whole > 0:
             yield from self._data(whole * size)
 

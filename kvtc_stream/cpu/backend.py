@@ -144,6 +144,10 @@ class CpuSectionCoder:
             for i in range(0, len(positions), size)
         ]
 
+    def reads(self, k: list[Any], v: list[Any]) -> bool:
+        """Not at all: see :meth:`kvtc_stream.backend.SectionCoder.reads`."""
+        return False
+
     def _encode(
         self, k: NDArray[Any], v: NDArray[Any], positions: NDArray[np.int64], start: int
     ) -> Block:
