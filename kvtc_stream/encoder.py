@@ -151,14 +151,24 @@ class Encoder:
         StateError
             After ``finish``, after a failure, or while another thread encodes.
         """
+        return b"".join(self.encode_records(k, v, positions=positions, section=section))
+
+    def finish(self) -> bytes:
+        """Code what is pending, and end the stream; return its last bytes."""
+        return b"".join(self.finish_records())
+
+    def encode_records(
+        self, k: Any, v: Any, *, positions: Any = None, section: int = 0
+    ) -> list[bytes]:
+        """As :meth:`encode`, the bytes in pieces: for who joins or writes them anyway."""
         with self._exclusive("encode"):
             dtype, chunk = self._check(k, v, positions, section)
             start = self._start(dtype)
             with self._failing():
-                return b"".join([*start, *self._take(section, chunk)])
+                return [*start, *self._take(section, chunk)]
 
-    def finish(self) -> bytes:
-        """Code what is pending, and end the stream; return its last bytes."""
+    def finish_records(self) -> list[bytes]:
+        """As :meth:`finish`, the bytes in pieces."""
         with self._exclusive("finish"), self._failing():
             # A stream without a chunk has no element type of its own.
             out = self._start(DType.FLOAT8_E4M3FN if self._scales else DType.BFLOAT16)
@@ -172,7 +182,7 @@ class Encoder:
             self._statistics.index_bytes = len(out[-1])
             self._state = "finished"
         self._warn()
-        return b"".join(out)
+        return out
 
     def _warn(self) -> None:
         s = self._statistics

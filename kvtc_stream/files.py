@@ -575,7 +575,7 @@ def encode(k: Any, v: Any, codec: Codec, *, positions: Any = None, **stream: Any
     ``codec.encoder(**stream)``.
     """
     encoder = codec.encoder(**stream)
-    return encoder.encode(k, v, positions=positions) + encoder.finish()
+    return b"".join([*encoder.encode_records(k, v, positions=positions), *encoder.finish_records()])
 
 
 def decode(

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from kvtc_stream.backend import BackendName, get_backend
 from kvtc_stream.calibration import Calibration
 from kvtc_stream.codec import Codec
-from kvtc_stream.files import Reader, open
+from kvtc_stream.files import Reader, encode, open
 from kvtc_stream.formats import Limits
 from kvtc_stream.interop import dtype_of, numpy_dtype, on_cuda, to_numpy
 
@@ -106,8 +106,7 @@ def encode_many(
     streams = []
     for cache in caches:
         k, v = cache.contiguous() if isinstance(cache, PagedCache) else cache
-        encoder = codec.encoder(**stream)
-        streams.append(encoder.encode(k, v) + encoder.finish())
+        streams.append(encode(k, v, codec, **stream))
     return streams
 
 
