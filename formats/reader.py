@@ -392,7 +392,7 @@ class StreamFile:
             pieces.append(piece)
             offset += len(piece)
             size -= len(piece)
-        return b"".join(pieces)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def _read_record(self, entry: IndexEntry) -> tuple[RecordHeader, memoryview]:
         return self._open(entry, self._read(entry.offset, entry.length))

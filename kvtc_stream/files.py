@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import sys
 import threading
@@ -594,5 +593,5 @@ def decode(
     """
     if out is not None and any(map(on_cuda, out)) and backend == "auto":
         backend = "cuda"
-    with open(io.BytesIO(data), calibration=calibration, backend=backend, limits=limits) as reader:
+    with open(data, calibration=calibration, backend=backend, limits=limits) as reader:
         return reader.read(section=section, out=out)

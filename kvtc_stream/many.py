@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -146,10 +145,7 @@ def decode_many(
     if name == "auto":
         name = "cuda" if out and on_cuda(_tensors(out[0])[0]) else "cpu"
     get_backend(name)
-    readers = [
-        open(io.BytesIO(data), calibration=calibration, backend=name, limits=limits)
-        for data in streams
-    ]
+    readers = [open(data, calibration=calibration, backend=name, limits=limits) for data in streams]
     kinds: dict[Any, list[int]] = {}
     for i, reader in enumerate(readers):
         h = reader.header
@@ -269,7 +265,7 @@ def decode_layers(
     a model can compute with one while the next is on its way. On a CUDA device a layer is ready in
     the order of the current stream.
     """
-    reader = open(io.BytesIO(data), calibration=calibration, backend=backend, limits=limits)
+    reader = open(data, calibration=calibration, backend=backend, limits=limits)
     blocks = reader.block_decoder
     items = [(b, np.arange(b.tokens) + b.start) for b in reader.stored_blocks(section)]
     layer = blocks.coder(section).layers_of(_cut(items), reader.tokens(section))

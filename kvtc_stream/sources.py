@@ -18,6 +18,8 @@ Source = str | os.PathLike[str] | BinaryIO | bytes | bytearray | memoryview | mm
 #: Bytes at the front and at the end of a remote file that are fetched when it is opened: header,
 #: trailer and index are in there, unless there are more than some thousand blocks.
 _FRONT, _BACK = 1 << 16, 1 << 18
+#: Bytes from which on a copy is worth avoiding.
+_LARGE = 1 << 16
 #: Seconds between looks at a growing file.
 _POLL = 0.02
 
@@ -44,7 +46,11 @@ def open_source(source: Source, *, mapped: bool = False) -> Iterator[BinaryIO]:
             ):
                 yield cast(BinaryIO, buffer)
     elif isinstance(source, bytes | bytearray | memoryview | mmap.mmap):
-        with memoryview(source) as view, view.cast("B") as data, _Buffer(data) as buffer:
+        with (
+            memoryview(source) as view,
+            view.cast("B") as data,
+            _Buffer(data, constant=isinstance(source, bytes)) as buffer,
+        ):
             yield cast(BinaryIO, buffer)
     else:
         yield source
@@ -83,14 +89,19 @@ class _Ranged(io.RawIOBase):
 
 
 class _Buffer(_Ranged):
-    """Memory, without a copy of all of it."""
+    """Memory, without a copy of all of it.
 
-    def __init__(self, view: memoryview) -> None:
+    What is read from memory that others may change is a copy, so that checksums are of what is
+    decoded. Large ranges of ``constant`` memory are not.
+    """
+
+    def __init__(self, view: memoryview, *, constant: bool = False) -> None:
         super().__init__(len(view))
-        self._view = view
+        self._view, self._constant = view, constant
 
     def _range(self, start: int, stop: int) -> bytes:
-        return bytes(self._view[start:stop])
+        part = self._view[start:stop]
+        return cast(bytes, part) if self._constant and len(part) >= _LARGE else bytes(part)
 
 
 class _Ranges(_Ranged):
