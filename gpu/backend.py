@@ -173,9 +173,8 @@ class CudaSectionCoder:
     ) -> list[Block]:
         first, last = int(edges[0]), int(edges[-1])
         encoder = self._encoder = self._encoder or self._new_encoder()
-        inputs = (
-            *tensors, np.arange(first, last), positions[first:last], edges - first
-        )  # fmt: skip
+        own_positions, starts = positions[first:last], edges - first
+        inputs = tensors[0], tensors[1], np.arange(first, last), own_positions, starts
         offsets = np.zeros(len(edges) - 1)
         if isinstance(encoder, BandEncoder):
             found = encoder.encode(*inputs)
@@ -190,12 +189,12 @@ class CudaSectionCoder:
             where = positions[begin:end], start + begin
             payload, left_out = found.payloads[i], np.flatnonzero(found.verbatim[own])
             which: Any = slice(begin, end) if payload is None else begin + left_out
-            host = [self._on_host(x, which) for x in (k, v)]
+            k_host, v_host = self._on_host(k, which), self._on_host(v, which)
             if payload is None:
-                blocks += self._cpu.encode(host[0], host[1], *where)
+                blocks += self._cpu.encode(k_host, v_host, *where)
             else:
                 errors = None if found.errors is None else found.errors[:, own]
-                blocks.append(self._block(*host, *where, payload, left_out, errors))
+                blocks.append(self._block(k_host, v_host, *where, payload, left_out, errors))
         return blocks
 
     def _new_encoder(self) -> BatchEncoder | BandEncoder:

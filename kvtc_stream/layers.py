@@ -27,6 +27,7 @@ from kvtc_stream.formats import (
     Quantiser,
     Section,
     SectionPlan,
+    SectionScales,
     StreamHeader,
 )
 from kvtc_stream.formats.coders import compress, decompress
@@ -67,7 +68,8 @@ class Selection:
         last = max(n for s in header.geometry.sections for n in s.layers)
         wanted = range(last + 1)[layers]
         self._chosen: dict[int, _Chosen] = {}
-        sections, plans, scales = [], [], []
+        sections: list[Section] = []
+        plans, scales = [], []
         for i, (section, plan) in enumerate(
             zip(header.geometry.sections, header.plan.sections, strict=True)
         ):
@@ -76,25 +78,17 @@ class Selection:
                 continue
             parts = _parts(section, plan, own)
             self._chosen[i] = _Chosen(len(sections), own, parts)
-            sections.append(
-                replace(
-                    section,
-                    layers=tuple(section.layers[j] for j in own),
-                    rope=tuple(section.rope[j] for j in own) if section.rope else (),
-                )
-            )
+            numbers = tuple(section.layers[j] for j in own)
+            rope = tuple(section.rope[j] for j in own) if section.rope else ()
+            sections.append(replace(section, layers=numbers, rope=rope))
             dealt = [_renumbered(plan.parts[j], own.index) for j in parts]
             plans.append(SectionPlan(plan.basis, tuple(dealt)))
             if header.scales:
-                heads = np.arange(len(section.layers) * section.kv_heads)
-                kept = heads.reshape(-1, section.kv_heads)[list(own)].ravel().tolist()
-                of = header.scales[i]
+                heads = section.kv_heads
+                kept = [j * heads + head for j in own for head in range(heads)]
+                k_scale, v_scale = header.scales[i].k_scale, header.scales[i].v_scale
                 scales.append(
-                    replace(
-                        of,
-                        k_scale=tuple(of.k_scale[j] for j in kept),
-                        v_scale=tuple(of.v_scale[j] for j in kept),
-                    )
+                    SectionScales(tuple(k_scale[j] for j in kept), tuple(v_scale[j] for j in kept))
                 )
         if not sections:
             raise ValueError(f"no layer of the stream is among {wanted}, it has up to {last}")
@@ -147,52 +141,65 @@ class Union:
                 f"the streams have {', '.join(map(str, sorted(counts)))} sections: layers of "
                 "every section must be in each of them"
             )
+        # Of every section of the result: which stream and which of its layers, or parts, it is.
+        self._layers: list[list[tuple[int, int]]] = []
+        self._parts: list[list[tuple[int, int]]] = []
         sections, plans, scales = [], [], []
-        self._orders: list[list[tuple[int, int]]] = []
-        self._part_orders: list[list[tuple[int, int]]] = []
         for i in range(counts.pop()):
-            own = [h.geometry.sections[i] for h in headers]
-            layers = sorted((n, j, k) for j, s in enumerate(own) for k, n in enumerate(s.layers))
-            numbers = tuple(n for n, _, _ in layers)
-            shapes = {(s.kv_heads, s.k_dim, s.v_dim, bool(s.rope)) for s in own}
-            bases = {h.plan.sections[i].basis for h in headers}
-            if len(set(numbers)) < len(numbers) or len(shapes) > 1 or len(bases) > 1:
-                raise UnsupportedError(
-                    f"section {i} cannot be joined: layers {list(numbers)}, shapes and bases "
-                    f"{sorted(map(str, shapes | bases))}; expected every layer once, and one kind"
-                )
-            order = [(j, k) for _, j, k in layers]
-            rope = tuple(own[j].rope[k] for j, k in order) if own[0].rope else ()
-            sections.append(replace(own[0], layers=numbers, rope=rope))
-            placed = []
-            for j, h in enumerate(headers):
-                numbers = [order.index((j, k)) for k in range(len(own[j].layers))]
-                for k, part in enumerate(h.plan.sections[i].parts):
-                    placed.append((_renumbered(part, numbers.__getitem__), j, k))
-            # As the calibration has them: parts with K first, then by layer.
-            placed.sort(key=lambda p: (not p[0].k_layers, min(p[0].k_layers + p[0].v_layers)))
-            self._orders.append(order)
-            self._part_orders.append([(j, k) for _, j, k in placed])
-            dealt = tuple(part for part, _, _ in placed)
-            plans.append(SectionPlan(bases.pop(), dealt))
+            sections.append(self._section(i, [h.geometry.sections[i] for h in headers]))
+            plans.append(self._plan([h.plan.sections[i] for h in headers]))
             if headers[0].scales:
-                heads = own[0].kv_heads
-                both = [
-                    [
-                        x
-                        for j, k in order
-                        for x in getattr(headers[j].scales[i], name)[k * heads : (k + 1) * heads]
-                    ]
-                    for name in ("k_scale", "v_scale")
-                ]
-                scales.append(
-                    replace(headers[0].scales[i], k_scale=tuple(both[0]), v_scale=tuple(both[1]))
-                )
+                scales.append(self._scales(i, sections[-1].kv_heads))
         self.header = replace(
             headers[0],
             geometry=Geometry(tuple(sections)),
             plan=Plan(headers[0].plan.preset, tuple(plans)),
             scales=tuple(scales),
+        )
+
+    def _section(self, index: int, own: Sequence[Section]) -> Section:
+        layers = sorted((n, j, k) for j, s in enumerate(own) for k, n in enumerate(s.layers))
+        numbers = tuple(n for n, _, _ in layers)
+        if len(set(numbers)) < len(numbers):
+            raise UnsupportedError(
+                f"section {index} of the streams has layers {list(numbers)}: expected every layer "
+                "once"
+            )
+        shapes = {(s.kv_heads, s.k_dim, s.v_dim, bool(s.rope)) for s in own}
+        if len(shapes) > 1:
+            raise UnsupportedError(
+                f"layers of section {index} have KV heads, dims of K and V, and RoPE "
+                f"{sorted(shapes)}: expected the same in all streams"
+            )
+        order = [(j, k) for _, j, k in layers]
+        self._layers.append(order)
+        rope = tuple(own[j].rope[k] for j, k in order) if own[0].rope else ()
+        return replace(own[0], layers=numbers, rope=rope)
+
+    def _plan(self, own: Sequence[SectionPlan]) -> SectionPlan:
+        """Of the section that :meth:`_section` was for."""
+        if len(bases := {plan.basis for plan in own}) > 1:
+            raise UnsupportedError(f"the streams have bases {sorted(bases)}: expected one")
+        order = self._layers[-1]
+        placed = []
+        for j, plan in enumerate(own):
+            # Where the stream's own layers are among all.
+            places = sorted((k, place) for place, (stream, k) in enumerate(order) if stream == j)
+            numbers = [place for _, place in places]
+            for k, part in enumerate(plan.parts):
+                placed.append((_renumbered(part, numbers.__getitem__), j, k))
+        # As the calibration has them: parts with K first, then by layer.
+        placed.sort(key=lambda p: (not p[0].k_layers, min(p[0].k_layers + p[0].v_layers)))
+        self._parts.append([(j, k) for _, j, k in placed])
+        return SectionPlan(bases.pop(), tuple(part for part, _, _ in placed))
+
+    def _scales(self, index: int, heads: int) -> SectionScales:
+        """Of the section that :meth:`_section` was for."""
+        own = [h.scales[index] for h in self._of]
+        spans = [(j, slice(k * heads, (k + 1) * heads)) for j, k in self._layers[-1]]
+        return SectionScales(
+            tuple(x for j, span in spans for x in own[j].k_scale[span]),
+            tuple(x for j, span in spans for x in own[j].v_scale[span]),
         )
 
     def block(self, blocks: Sequence[Block]) -> Block:
@@ -213,9 +220,9 @@ class Union:
                 "can be joined; decode, and encode together"
             )
         like = next((x for x in found if x.uniform), found[0])
-        kept = replace(like, parts=[found[j].parts[k] for j, k in self._part_orders[first.section]])
+        kept = replace(like, parts=[found[j].parts[k] for j, k in self._parts[first.section]])
         exact = [_verbatim(h, block) for h, block in zip(self._of, blocks, strict=True)]
-        order = self._orders[first.section]
+        order = self._layers[first.section]
         verbatim = [np.stack([exact[j][kind][k] for j, k in order]) for kind in (0, 1)]
         plan = self.header.plan.sections[first.section]
         return _assembled(first, self.header, plan, verbatim, kept)
@@ -257,8 +264,9 @@ class _Pieces:
     @property
     def head(self) -> tuple[float, int, int] | None:
         """Step, level and size of tiles."""
-        u = self.uniform
-        return u and (u.step, u.level, u.tile_components)
+        if (found := self.uniform) is None:
+            return None
+        return found.step, found.level, found.tile_components
 
 
 def _coded(plan: SectionPlan) -> list[int]:
