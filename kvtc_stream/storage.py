@@ -22,9 +22,14 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
     Until then the bytes are in ``.NAME.partial`` beside it, locked: a second writer of the same
     path, in this or another process, gets ``StateError``. A partial file left by a crash is
-    overwritten.
+    overwritten. Where a link stands, what it points to is replaced; a device or a named pipe is
+    written as it is.
     """
-    target = Path(path)
+    target = Path(os.path.realpath(path))
+    if target.exists() and not (target.is_file() or target.is_dir()):
+        with open(target, "wb") as special:
+            yield special
+        return
     if not target.parent.is_dir():
         raise FileNotFoundError(f"no directory {target.parent} to write {target.name} into")
     partial = _partial(target)
@@ -46,7 +51,7 @@ def append_to(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
     Meanwhile every other writer of the path gets ``StateError``, as with :func:`atomic_write`.
     """
-    target = Path(path)
+    target = Path(os.path.realpath(path))
     partial = _partial(target)
     with open(target, "r+b", buffering=0) as file, _open_locked(partial) as claim:
         try:

@@ -48,6 +48,27 @@ def test_write_and_read(tmp_path: Path, codec: kvtc.Codec, cache: Cache, stream:
             np.testing.assert_array_equal(x, y)
 
 
+def test_links_and_special_files_stay(
+    tmp_path: Path, codec: kvtc.Codec, cache: Cache, stream: bytes
+) -> None:
+    link, pipe = tmp_path / "link.kvtc", tmp_path / "pipe"
+    link.symlink_to(tmp_path / "real.kvtc")
+    with kvtc.open(link, "wb", codec=codec) as writer:
+        writer.write(*cache)
+    assert link.is_symlink()
+    assert (tmp_path / "real.kvtc").read_bytes() == stream
+    os.mkfifo(pipe)
+    found: list[bytes] = []
+    reader = threading.Thread(target=lambda: found.append(pipe.read_bytes()))
+    reader.start()
+    with kvtc.open(pipe, "wb", codec=codec) as writer:
+        writer.write(*cache)
+    reader.join(10)
+    assert found == [stream]
+    assert pipe.is_fifo()
+    assert files(tmp_path) == {"link.kvtc", "real.kvtc", "pipe"}
+
+
 def test_open_wants_the_right_arguments(tmp_path: Path, codec: kvtc.Codec, stream: bytes) -> None:
     path = tmp_path / "a"
     open_anyhow: Any = kvtc.open

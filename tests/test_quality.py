@@ -469,6 +469,29 @@ def test_command_end_to_end(
     assert [row["gain"] for row in result["at_equal_kl"]] == pytest.approx([1] * 4, rel=1e-3)
 
 
+def test_what_was_measured_is_kept(
+    folder: Path, texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An hour is not lost to what happens in its last minute."""
+    measured = quality.measure
+    calls: list[Any] = []
+
+    def measure(*arguments: Any, **options: Any) -> Any:
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return measured(*arguments, **options)
+
+    monkeypatch.setattr(quality, "measure", measure)
+    output = tmp_path / "q.json"
+    command = ("bench", "quality", "--model", str(folder), "--text", *texts, *SMALL)
+    status = main([*command, "--presets", "paper", "--no-retrieval", "--output", str(output)])
+    assert status != 0
+    result = json.loads(output.read_text(encoding="utf-8"))
+    assert result["texts_to_come"] == ["other.txt"]
+    assert [t["text"] for t in result["points"][0]["texts"]] == ["some.txt"]
+
+
 def test_command_prints_tables_of_other_judged_texts(
     folder: Path, texts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

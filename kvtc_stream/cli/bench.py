@@ -9,7 +9,7 @@ import os
 import platform
 import shlex
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean, harmonic_mean
@@ -23,6 +23,7 @@ from kvtc_stream import quality
 from kvtc_stream.cli import terminal
 from kvtc_stream.cli.arguments import UsageError, importance_options
 from kvtc_stream.integrations.loading import load_model
+from kvtc_stream.storage import atomic_write
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,11 +39,13 @@ _PACKAGES = ("kvtc-stream", "numpy", "numba", "torch", "transformers")
 def run(args: Namespace) -> int:
     """Measure; see ``kvtc bench quality --help``."""
     presets = _check(args)
+    result: dict[str, Any] = {}
     with terminal.progress() as bars:
-        result = _measure(args, presets, bars)
-    if args.output:
-        text = json.dumps(result, indent=2, allow_nan=False) + "\n"
-        Path(args.output).write_text(text, encoding="utf-8")
+        for result in _measure(args, presets, bars):
+            if args.output:
+                text = json.dumps(result, indent=2, allow_nan=False) + "\n"
+                with atomic_write(args.output) as file:
+                    file.write(text.encode())
     if args.plot:
         draw(result, args.plot)
     if args.json:
@@ -127,7 +130,8 @@ def _read(names: Iterable[str]) -> dict[Path, str]:
 # Measuring.
 
 
-def _measure(args: Namespace, presets: Sequence[str], bars: Progress) -> dict[str, Any]:
+def _measure(args: Namespace, presets: Sequence[str], bars: Progress) -> Iterator[dict[str, Any]]:
+    """What is known after each text, for those who stop before the last one."""
     to_learn, to_judge = _texts(args)
     model, tokenizer, name = _load(args, bars)
     prompts, needed = {}, args.context + args.following + 1
@@ -175,27 +179,30 @@ def _measure(args: Namespace, presets: Sequence[str], bars: Progress) -> dict[st
             point["texts"].append(row)
             bars.advance(task)
         texts.append(exact)
-    for point in points:
-        point["mean"] = _mean(point["texts"])
-    return {
-        "command": _command(args),
-        "device": _device(model),
-        "versions": {"python": platform.python_version()}
-        | {package: importlib.metadata.version(package) for package in _PACKAGES},
-        "model": {"name": name, "dtype": args.dtype},
-        "calibration": {"tokens": calibration.tokens, "digest": calibration.digest.hex()},
-        "judged": {
-            "context": args.context,
-            "following": args.following,
-            "sinks": codecs[0].sinks,
-            "window": args.window,
-            "cache_dtype": "bfloat16",
-            "texts": texts,
-            "mean": _mean(texts),
-        },
-        "points": points,
-        "at_equal_kl": [row for of in ("coded_ratio", "ratio") for row in at_equal_kl(points, of)],
-    }
+        for point in points:
+            point["mean"] = _mean(point["texts"])
+        to_come = list(prompts)[len(texts) :]
+        yield ({"texts_to_come": to_come} if to_come else {}) | {
+            "command": _command(args),
+            "device": _device(model),
+            "versions": {"python": platform.python_version()}
+            | {package: importlib.metadata.version(package) for package in _PACKAGES},
+            "model": {"name": name, "dtype": args.dtype},
+            "calibration": {"tokens": calibration.tokens, "digest": calibration.digest.hex()},
+            "judged": {
+                "context": args.context,
+                "following": args.following,
+                "sinks": codecs[0].sinks,
+                "window": args.window,
+                "cache_dtype": "bfloat16",
+                "texts": texts,
+                "mean": _mean(texts),
+            },
+            "points": points,
+            "at_equal_kl": [
+                row for of in ("coded_ratio", "ratio") for row in at_equal_kl(points, of)
+            ],
+        }
 
 
 def _load(args: Namespace, bars: Progress) -> tuple[PreTrainedModel, Any, str]:
