@@ -151,10 +151,10 @@ def decode_many(
         h = reader.header
         key = (h.plan, h.geometry, h.dtype, h.out_dtype, h.scales, h.block_tokens)
         cache = None if out is None else out[i]
-        if isinstance(cache, tuple):
-            reader.read(section=section, out=cache)
-        else:
+        if cache is None or isinstance(cache, PagedCache):
             kinds.setdefault((*key, cache and id(cache.k)), []).append(i)
+        else:
+            reader.read(section=section, out=cache)
     results: list[tuple[Any, Any]] = [(None, None)] * len(streams)
     for members in kinds.values():
         group = [readers[i] for i in members]
