@@ -801,6 +801,9 @@ def test_edit_streams(tmp_path, kvtc_command, files):
     run = kvtc_command("slice", whole, "--layers", "0:1", "-o", first)
     assert run.status == 1
     assert "layers are coded in groups (0 to 2)" in " ".join(run.err.split())
+    run = kvtc_command("slice", whole, "--heads", "0:1", "-o", first)
+    assert run.status == 1
+    assert "KV heads cannot be cut out" in run.err
     assert kvtc_command("truncate", whole, "--tokens", -1, "-o", first).status == 2
 
 

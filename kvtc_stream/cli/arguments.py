@@ -229,11 +229,12 @@ def _slice(commands: Any) -> argparse.ArgumentParser:
         "cut a range of tokens, or of layers, out of a stream",
         "Nothing is decoded: a range that ends inside a block keeps the block, and notes how many",
         "of its tokens count. Layers go by the model's numbers, in whole groups of the calibration",
-        "(kvtc calibrate --layer-groups); the same calibration opens what was cut out.",
+        "(kvtc calibrate --layer-groups); the same calibration opens what was cut out. KV heads",
+        "cannot be cut: every basis mixes them.",
     )
     parser.add_argument("input", metavar="FILE", help="the stream")
     chosen = parser.add_mutually_exclusive_group(required=True)
-    for name in ("tokens", "positions", "layers"):
+    for name in ("tokens", "positions", "layers", "heads"):
         chosen.add_argument(
             f"--{name}", type=_range, metavar="A:B", help=f"keep these {name}, as Python slices"
         )

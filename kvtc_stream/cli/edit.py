@@ -9,6 +9,7 @@ from typing import Any
 import kvtc_stream as kvtc
 from kvtc_stream.cli import terminal
 from kvtc_stream.cli.arguments import UsageError
+from kvtc_stream.errors import UnsupportedError
 from kvtc_stream.formats import StreamFile
 from kvtc_stream.sources import open_source
 
@@ -23,6 +24,11 @@ def run(args: Namespace) -> int:
         case "cat":
             kvtc.cat(args.inputs, target)
         case "slice":
+            if args.heads is not None:
+                raise UnsupportedError(
+                    "KV heads cannot be cut out: the components of a block mix all heads of a "
+                    "layer; decode, and take the heads of the arrays"
+                )
             chosen = {"tokens": args.tokens, "positions": args.positions, "layers": args.layers}
             kvtc.cut(args.input, target, **chosen)
         case "join":
