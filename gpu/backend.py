@@ -32,6 +32,9 @@ from kvtc_stream.gpu.rope import DeviceRopes
 from kvtc_stream.gpu.tensors import BITS, Tensors, entries, to_device
 from kvtc_stream.interop import layer_list, numpy_dtype
 
+#: Plans that are kept on the device for a calibration, those used last.
+_PLANS = 8
+
 
 class CudaBackend:
     """See :class:`kvtc_stream.backend.Backend`."""
@@ -124,6 +127,7 @@ class CudaSectionCoder:
         self._plan: Any = calibration.cached(
             key,
             lambda: (DevicePlan if plan.uniform else BandPlan)(calibration, section, plan),
+            most=_PLANS,
         )
         self._decoder: BlockDecoder = (UniformDecoder if plan.uniform else BandDecoder)(
             self._section, self._plan

@@ -30,6 +30,8 @@ from kvtc_stream.weights import apply_blocks
 #: Version of the calibration file's layout.
 CALIBRATION_VERSION = 3
 _METADATA_KEY = "kvtc_calibration"
+#: Views of some layers that are kept.
+_VIEWS = 8
 _DIGEST_KEY = "sha256"
 
 
@@ -176,12 +178,20 @@ class Calibration:
         model = self.model.name or "unnamed"
         return f"Calibration(model={model!r}, tokens={self.tokens}, digest={self.digest.hex()!r})"
 
-    def cached(self, key: Any, make: Any) -> Any:
-        """A value derived from this calibration, made once (plans, binary32 bases)."""
+    def cached(self, key: Any, make: Any, *, most: int | None = None) -> Any:
+        """A value derived from this calibration, made once (plans, binary32 bases).
+
+        ``most``: only so many, those used last, are kept of tuples that begin like ``key``; for
+        what depends on streams, of which somebody may send any number.
+        """
         with self._lock:
-            if key not in self._cache:
-                self._cache[key] = make()
-            return self._cache[key]
+            value = self._cache.pop(key) if key in self._cache else make()
+            self._cache[key] = value
+            if most is not None:
+                alike = [k for k in self._cache if isinstance(k, tuple) and k[:1] == key[:1]]
+                for old in alike[:-most]:
+                    del self._cache[old]
+            return value
 
     def of_layers(self, geometry: Geometry, plan: Plan) -> Calibration:
         """What a stream that holds some of the layers needs; itself where it holds all.
@@ -204,7 +214,8 @@ class Calibration:
             if not any(a != b and sorted(a) == sorted(b) for a, b in orders):
                 return self
         key = ("layers", plan.digest, tuple(section.layers for section in geometry.sections))
-        return self.cached(key, lambda: self._of_layers(geometry, plan))  # type: ignore[no-any-return]
+        found = self.cached(key, lambda: self._of_layers(geometry, plan), most=_VIEWS)
+        return found  # type: ignore[no-any-return]
 
     def _of_layers(self, geometry: Geometry, plan: Plan) -> Calibration:
         shapes, sections = [], []

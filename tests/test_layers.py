@@ -212,3 +212,16 @@ def test_values_are_the_caches(calibration: kvtc.Calibration) -> None:
         x = to_numpy(found)
         np.testing.assert_array_equal(x[:, :, :4], exact[4:, :, :4])
         np.testing.assert_array_equal(x[:, :, -24:], exact[4:, :, -24:])
+
+
+def test_views_of_a_calibration_are_few(calibration: kvtc.Calibration) -> None:
+    """Streams with any number of plans do not fill the memory."""
+    k, v = cache(70)
+    whole = kvtc.encode(k, v, kvtc.Codec(calibration, ratio=4, window=0, block_tokens=32))
+    header, *_ = StreamParser(Limits()).feed(cut(whole, layers=slice(0, 2)))
+    for i in range(30):
+        [section] = header.plan.sections
+        plan = replace(header.plan, sections=(replace(section, expected_bits=float(i)),))
+        assert calibration.of_layers(header.geometry, plan).digest == calibration.digest
+    kept = [key for key in calibration._cache if key[:1] == ("layers",)]
+    assert len(kept) == 8
