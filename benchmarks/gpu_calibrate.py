@@ -480,7 +480,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--gradient-documents", type=int, default=4)
     parser.add_argument("--bases", nargs="+", choices=["joint", "separate"], default=["joint"])
     parser.add_argument("--layer-groups", type=int, default=10)
-    parser.add_argument("--rank", type=int, default=None, help="default: the calibrator's")
+    parser.add_argument("--rank", type=int, default=3072)
     parser.add_argument("--ratio", type=float, default=16.0)
     parser.add_argument("--check-tokens", type=int, default=512, help="0: no check")
     parser.add_argument(

@@ -39,8 +39,10 @@ _BATCH = 2048
 _TOKENS_PER_COLUMN = 2
 #: Sampled rows that tables of bands are measured on.
 _BAND_ROWS = 2048
-#: Components of a joint basis that are kept unless the user says otherwise.
-_RANK = 3072
+#: Components of a joint basis that are kept unless the user says otherwise: two fifths of its
+#: columns, within these bounds. At a ratio of 16 about that many are worth their bits, at 32 and
+#: above 3,072 are enough.
+_LEAST_RANK, _MOST_RANK = 3072, 4608
 #: Sizes of matrices up to here are solved in full.
 _DENSE = 2048
 _OVERSAMPLING, _POWER_ITERATIONS = 128, 3
@@ -75,7 +77,8 @@ class Calibrator:
         needs more bits. 1 is the published method.
     rank
         Keep at most this many components of each part (the paper keeps 10,000). ``None``: all of
-        a separate basis, 3,072 of a joint one; those behind are rarely worth their bits.
+        a separate basis, of a joint one two fifths of its columns, but 3,072 to 4,608; those behind
+        are rarely worth their bits.
     sinks
         Tokens at positions below this are left out (KVTC, arXiv 2511.01815, section 3).
     sample_rows
@@ -178,7 +181,7 @@ class Calibrator:
             rows += (s.k_width + s.v_width) * (3 * options["sample_rows"] + 4 * _BATCH)
             for name in options["bases"]:
                 for width in (c.width(s) for c in _basis_columns(name, s, groups)):
-                    wanted = min(rank or (_RANK if name == "joint" else width), width)
+                    wanted = min(rank or (_joint_rank(width) if name == "joint" else width), width)
                     if widest is not None and width > widest and _in_full(width, wanted):
                         raise ValueError(
                             f"a {name} basis of {wanted} components for {width} columns needs all "
@@ -567,7 +570,9 @@ def _weighted_basis(
     if weights is not None:
         covariance = apply_blocks(covariance, weights, xp=xp)
         covariance = apply_blocks(xp.ascontiguousarray(covariance.T), weights, xp=xp)
-    values, vectors = leading_eigenvectors(covariance, min(rank or _RANK, len(covariance)), arrays)
+    width = len(covariance)
+    wanted = min(rank or _joint_rank(width), width)
+    values, vectors = leading_eigenvectors(covariance, wanted, arrays)
     variance = arrays.get(values)
     keep = _rank_of(variance, len(covariance), len(variance))
     k_weights, v_weights = weights or (None, None)
@@ -581,6 +586,10 @@ def _weighted_basis(
         k_weights=k_weights,
         v_weights=v_weights,
     )
+
+
+def _joint_rank(width: int) -> int:
+    return max(_LEAST_RANK, min(2 * width // 5, _MOST_RANK))
 
 
 def _in_full(size: int, count: int) -> bool:

@@ -93,7 +93,8 @@ def _calibrate(commands: Any) -> argparse.ArgumentParser:
         "--rank",
         type=int,
         metavar="N",
-        help="keep at most N components (default: all of K and of V apart, 3072 of both together)",
+        help="keep at most N components (default: all of K and of V apart; of both together two "
+        "fifths, but 3072 to 4608)",
     )
     parser.add_argument("--name", metavar="NAME", help="the model's name, to record")
     _backend(parser, default="cpu")
