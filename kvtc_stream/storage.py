@@ -31,7 +31,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             yield special
         return
     if not target.parent.is_dir():
-        raise FileNotFoundError(f"no directory {target.parent} to write {target.name} into")
+        raise FileNotFoundError(f"no directory {Path(path).parent} to write {target.name} into")
     partial = _partial(target)
     with _open_locked(partial) as file:
         try:
