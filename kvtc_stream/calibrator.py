@@ -40,8 +40,8 @@ _TOKENS_PER_COLUMN = 2
 #: Sampled rows that tables of bands are measured on.
 _BAND_ROWS = 2048
 #: Components of a joint basis that are kept unless the user says otherwise: two fifths of its
-#: columns, within these bounds. At a ratio of 16 about that many are worth their bits, at 32 and
-#: above 3,072 are enough.
+#: columns, within these bounds. On SmolLM2-135M, 11,520 columns, 4,608 instead of 3,072 halve the
+#: divergence at a ratio of 16.
 _LEAST_RANK, _MOST_RANK = 3072, 4608
 #: Sizes of matrices up to here are solved in full.
 _DENSE = 2048
