@@ -87,6 +87,9 @@ class Analyser:
         Tokens with a larger one are left out.
     """
 
+    #: Tokens of a batch.
+    batch_tokens: int
+
     def __init__(
         self,
         section: Section,

@@ -14,7 +14,7 @@ import cupy
 import numpy as np
 from numpy.typing import NDArray
 
-from kvtc_stream.backend import HOPELESS, Measure, block_errors
+from kvtc_stream.backend import HOPELESS, BackendName, Measure, block_errors
 from kvtc_stream.calibration import Calibration
 from kvtc_stream.control import Controls, SectionControl
 from kvtc_stream.cpu.backend import CpuBackend, CpuSectionCoder
@@ -26,7 +26,7 @@ from kvtc_stream.gpu import layout
 from kvtc_stream.gpu.analysis import Payload
 from kvtc_stream.gpu.band_coding import BandDecoder, BandEncoder
 from kvtc_stream.gpu.decoding import BlockDecoder, Placed, UniformDecoder, decode
-from kvtc_stream.gpu.encoding import BATCH_TOKENS, BatchEncoder, Prepared
+from kvtc_stream.gpu.encoding import BatchEncoder, Prepared
 from kvtc_stream.gpu.plan import BandPlan, DevicePlan
 from kvtc_stream.gpu.rope import DeviceRopes
 from kvtc_stream.gpu.tensors import BITS, Tensors, entries, to_device
@@ -39,7 +39,7 @@ _PLANS = 8
 class CudaBackend:
     """See :class:`kvtc_stream.backend.Backend`."""
 
-    name = "cuda"
+    name: BackendName = "cuda"
 
     def section_coder(
         self,
@@ -157,17 +157,18 @@ class CudaSectionCoder:
             return self._cpu.encode(self._on_host(k), self._on_host(v), positions, start)
         size, tokens = self._header.block_tokens, len(positions)
         tensors = [Tensors.of_layers(list(x), self._header.dtype) for x in (k, v)]
-        most = BATCH_TOKENS if self._uniform else self._decoder.batch_tokens
-        together = max(1, most // size) * size
+        encoder = self._encoder = self._encoder or self._new_encoder()
+        together = max(1, encoder.batch_tokens // size) * size
         blocks: list[Block] = []
         for first in range(0, tokens, together):
             last = min(first + together, tokens)
             edges = np.append(np.arange(first, last, size), last)
-            blocks += self._batch(k, v, tensors, positions, start, edges)
+            blocks += self._batch(encoder, k, v, tensors, positions, start, edges)
         return blocks
 
     def _batch(
         self,
+        encoder: BatchEncoder | BandEncoder,
         k: Any,
         v: Any,
         tensors: list[Tensors],
@@ -176,7 +177,6 @@ class CudaSectionCoder:
         edges: NDArray[np.int64],
     ) -> list[Block]:
         first, last = int(edges[0]), int(edges[-1])
-        encoder = self._encoder = self._encoder or self._new_encoder()
         own_positions, starts = positions[first:last], edges - first
         inputs = tensors[0], tensors[1], np.arange(first, last), own_positions, starts
         offsets = np.zeros(len(edges) - 1)

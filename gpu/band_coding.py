@@ -117,6 +117,7 @@ class BandEncoder(Analyser):
     Parameters are those of :class:`kvtc_stream.gpu.analysis.Analyser`, and ``coder``: of bytes.
     """
 
+    batch_tokens = BATCH_TOKENS
     _plan: BandPlan
 
     def __init__(
@@ -135,14 +136,7 @@ class BandEncoder(Analyser):
     ) -> Encoded:
         """Encode a batch of blocks, and wait for it.
 
-        Parameters
-        ----------
-        k, v
-            The cache.
-        slots, positions
-            int64 [tokens].
-        starts
-            int64 [blocks + 1]: first tokens of blocks.
+        Parameters are those of :meth:`kvtc_stream.gpu.encoding.BatchEncoder.prepare`.
         """
         plan, tokens = self._plan, len(positions)
         stride = stride_of(tokens)

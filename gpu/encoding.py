@@ -73,8 +73,8 @@ class _Steps:
 class Measured:
     """Sizes or errors over offsets, of many blocks at a time.
 
-    Measured where they are asked for, at both ends and in the middle of a span of 8 quarter
-    octaves; logarithms are taken as quadratic between. What is found of a block does not depend on
+    Measured where they are asked for, at both ends and in the middle of a span of ``_SPAN``;
+    logarithms are taken as quadratic between. What is found of a block does not depend on
     the blocks beside it.
 
     Parameters
@@ -103,6 +103,7 @@ class Measured:
 class BatchEncoder(Analyser):
     """Encodes blocks with uniform bands. One thread and one CUDA stream at a time."""
 
+    batch_tokens = BATCH_TOKENS
     _plan: DevicePlan
 
     def __init__(self, section: Section, plan: DevicePlan, *args: Any, **options: Any) -> None:

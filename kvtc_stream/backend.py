@@ -77,7 +77,7 @@ class SectionCoder(Protocol):
 class Backend(Protocol):
     """A way to run the codec, and the arrays that it works on."""
 
-    name: str
+    name: BackendName
 
     def layer_list(
         self, x: Any, name: str, layers: int, kv_heads: int, head_dim: int

@@ -29,7 +29,7 @@ from kvtc_stream.formats import (
     StreamHeader,
     StreamParser,
 )
-from kvtc_stream.interop import KVArray, as_kv_array, on_cuda
+from kvtc_stream.interop import KVArray, as_kv_array, check_memory
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,12 +130,7 @@ class BlockDecoder:
         found = []
         for tensors, name, dim in zip(out, ("out K", "out V"), (s.k_dim, s.v_dim), strict=True):
             for tensor in tensors if isinstance(tensors, list | tuple) else [tensors]:
-                if on_cuda(tensor) != (self._backend.name == "cuda"):
-                    raise BufferError(
-                        f"{name} is {'on a CUDA device' if on_cuda(tensor) else 'in host memory'}, "
-                        f"the backend is {self._backend.name!r}: choose the other, or give "
-                        "buffers where it decodes to"
-                    )
+                check_memory(tensor, name, self._backend.name)
             arrays, own = self._backend.layer_list(tensors, name, layers, s.kv_heads, dim)
             if own is not dtype:
                 raise TypeError(

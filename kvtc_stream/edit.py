@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, fields, replace
+from typing import BinaryIO
 
 from kvtc_stream.errors import UnsupportedError
 from kvtc_stream.formats import (
@@ -103,10 +104,7 @@ def cat(
             selection = Selection(header, layers)
             header, whole = selection.header, False
         writer = StreamWriter(replace(header, token_digest=token_digest), key)
-        if isinstance(target, str | os.PathLike):
-            out = cleanup.enter_context(atomic_write(target))
-        else:
-            out = target
+        out = cleanup.enter_context(_opened(target))
         write_all(out, writer.start())
         begun: set[int] = set()  # sections that have more than sinks
         for i, (stream, part) in enumerate(zip(streams, parts, strict=True)):
@@ -189,10 +187,7 @@ def join(
             _check_alike(headers[0], header, Union.MADE)
         union = Union(headers)
         writer = StreamWriter(union.header, key)
-        if isinstance(target, str | os.PathLike):
-            out = cleanup.enter_context(atomic_write(target))
-        else:
-            out = target
+        out = cleanup.enter_context(_opened(target))
         write_all(out, writer.start())
         for data in streams[0].user_records():
             write_all(out, writer.user(data))
@@ -205,6 +200,12 @@ def join(
         for blocks in zip(*(s.read_blocks(s.index) for s in streams), strict=True):
             write_all(out, writer.block(union.block(blocks)))
         write_all(out, writer.finish())
+
+
+def _opened(target: File) -> AbstractContextManager[BinaryIO]:
+    if isinstance(target, str | os.PathLike):
+        return atomic_write(target)
+    return nullcontext(target)
 
 
 def _check_alike(first: StreamHeader, other: StreamHeader, free: Sequence[str] = ()) -> None:

@@ -165,7 +165,7 @@ class Encoder:
             dtype, chunk = self._check(k, v, positions, section)
             start = self._start(dtype)
             with self._failing():
-                return [*start, *self._take(section, chunk)]
+                return [*start, *map(self._record, self._sections[section].take(*chunk))]
 
     def finish_records(self) -> list[bytes]:
         """As :meth:`finish`, the bytes in pieces."""
@@ -304,9 +304,6 @@ class Encoder:
             stream.end + len(self._opening) - self._statistics.stream_bytes_of_blocks
         )
 
-    def _take(self, index: int, chunk: _Chunk) -> Iterator[bytes]:
-        yield from map(self._record, self._sections[index].take(*chunk))
-
     def _record(self, block: Block) -> bytes:
         assert self._writer is not None
         record = self._writer.block(block)
@@ -360,7 +357,7 @@ class _SectionState:
     ) -> Iterator[Block]:
         """Take some tokens; yield the blocks that no later token can change."""
         taken, total = 0, len(positions)
-        straight = self._coder.reads(k_layers, v_layers)
+        straight = total >= self._header.block_tokens and self._coder.reads(k_layers, v_layers)
         while taken < total:
             if straight and (count := self._at_once(positions[taken:])):
                 span = slice(taken, taken + count)

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, ClassVar, Literal, Self, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from kvtc_stream.backend import BackendName
+from kvtc_stream.backend import BackendName, get_backend
 from kvtc_stream.calibration import Calibration
 from kvtc_stream.codec import Codec
 from kvtc_stream.decoder import BlockDecoder, KVBlock
@@ -38,7 +38,7 @@ from kvtc_stream.formats import (
     StreamHeader,
     StreamParser,
 )
-from kvtc_stream.interop import as_kv_array, on_cuda
+from kvtc_stream.interop import as_kv_array
 from kvtc_stream.sources import Growing, Source, open_source
 from kvtc_stream.statistics import StreamStatistics
 from kvtc_stream.storage import File, append_to, atomic_write, cut_on_failure, write_all
@@ -591,7 +591,7 @@ def decode(
     Equivalent to :meth:`Reader.read` of everything; ``"auto"`` is CUDA where ``out`` is on a CUDA
     device.
     """
-    if out is not None and any(map(on_cuda, out)) and backend == "auto":
-        backend = "cuda"
+    if out is not None:
+        backend = get_backend(backend, *out).name
     with open(data, calibration=calibration, backend=backend, limits=limits) as reader:
         return reader.read(section=section, out=out)

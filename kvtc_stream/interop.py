@@ -338,6 +338,15 @@ def on_cuda(x: Any) -> bool:
         return False  # whoever reads it says what is wrong
 
 
+def check_memory(x: Any, name: str, backend: str) -> None:
+    """Raise ``BufferError`` unless a tensor to write to is where the backend decodes to."""
+    if on_cuda(x) != (backend == "cuda"):
+        raise BufferError(
+            f"{name}: found {'a CUDA device' if on_cuda(x) else 'host memory'}, the backend is "
+            f"{backend!r}: choose the other, or give tensors where it decodes to"
+        )
+
+
 def layer_list(
     x: Any,
     name: str,

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from kvtc_stream import payload
+from kvtc_stream.cpu.coding import split_segments
 from kvtc_stream.cpu.quantise import segment_sizes
-from kvtc_stream.cpu.values import verbatim_arrays, verbatim_planes
+from kvtc_stream.cpu.values import verbatim_planes, verbatim_values
 from kvtc_stream.errors import UnsupportedError
 from kvtc_stream.formats import (
     Block,
@@ -30,7 +31,7 @@ from kvtc_stream.formats import (
     SectionScales,
     StreamHeader,
 )
-from kvtc_stream.formats.coders import compress, decompress
+from kvtc_stream.formats.coders import compress
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ class Selection:
         if (chosen := self._chosen.get(block.section)) is None:
             return None
         header = self._of
-        verbatim = [x[list(chosen.layers)] for x in _verbatim(header, block)]
+        verbatim = [x[list(chosen.layers)] for x in verbatim_values(block, header)]
         pieces = _pieces(header.plan.sections[block.section], block)
         kept = replace(pieces, parts=[pieces.parts[i] for i in chosen.parts])
         plan = self.header.plan.sections[chosen.place]
@@ -183,9 +184,8 @@ class Union:
         order = self._layers[-1]
         placed = []
         for j, plan in enumerate(own):
-            # Where the stream's own layers are among all.
-            places = sorted((k, place) for place, (stream, k) in enumerate(order) if stream == j)
-            numbers = [place for _, place in places]
+            # Where the stream's own layers, which rise, are among all.
+            numbers = [place for place, (stream, _) in enumerate(order) if stream == j]
             for k, part in enumerate(plan.parts):
                 placed.append((_renumbered(part, numbers.__getitem__), j, k))
         # As the calibration has them: parts with K first, then by layer.
@@ -221,7 +221,7 @@ class Union:
             )
         like = next((x for x in found if x.uniform), found[0])
         kept = replace(like, parts=[found[j].parts[k] for j, k in self._parts[first.section]])
-        exact = [_verbatim(h, block) for h, block in zip(self._of, blocks, strict=True)]
+        exact = [verbatim_values(block, h) for h, block in zip(self._of, blocks, strict=True)]
         order = self._layers[first.section]
         verbatim = [np.stack([exact[j][kind][k] for j, k in order]) for kind in (0, 1)]
         plan = self.header.plan.sections[first.section]
@@ -279,24 +279,7 @@ def _pieces(plan: SectionPlan, block: Block) -> _Pieces:
     if block.coder is Coder.RANS:
         return _Pieces(*payload.split_parts(block, _coded(plan)))
     sizes = [segment_sizes(block.coded_tokens, part.bands) for part in plan.parts]
-    if not block.coded_size:
-        return _Pieces(None, [[b""] * len(size) for size in sizes])
-    data = decompress(block.coder, block.coded, block.coded_size)
-    segments: list[list[bytes]] = [[] for _ in sizes]
-    at = 0
-    for kind in zip(*sizes, strict=True):
-        for own, size in zip(segments, kind, strict=True):
-            own.append(data[at : at + size])
-            at += size
-    return _Pieces(None, segments)
-
-
-def _verbatim(header: StreamHeader, block: Block) -> tuple[Any, Any]:
-    count = len(block.verbatim_tokens)
-    section = header.geometry.sections[block.section]
-    size = header.verbatim_size(block.section, count)
-    data = decompress(block.verbatim_coder, block.verbatim, size)
-    return verbatim_arrays(data, section.k_shape(count), section.v_shape(count), header.dtype)
+    return _Pieces(None, split_segments(block, sizes))
 
 
 def _assembled(

@@ -15,7 +15,7 @@ from kvtc_stream.calibration import Calibration
 from kvtc_stream.codec import Codec
 from kvtc_stream.files import Reader, encode, open
 from kvtc_stream.formats import Limits
-from kvtc_stream.interop import dtype_of, numpy_dtype, on_cuda, to_numpy
+from kvtc_stream.interop import check_memory, dtype_of, numpy_dtype, on_cuda, to_numpy
 
 Stream = bytes | bytearray | memoryview
 
@@ -141,10 +141,7 @@ def decode_many(
     """
     if out is not None and len(out) != len(streams):
         raise ValueError(f"found {len(streams)} streams and {len(out)} caches for them")
-    name = backend
-    if name == "auto":
-        name = "cuda" if out and on_cuda(_tensors(out[0])[0]) else "cpu"
-    get_backend(name)
+    name = get_backend(backend, *(_tensors(out[0]) if out else ())).name
     readers = [open(data, calibration=calibration, backend=name, limits=limits) for data in streams]
     kinds: dict[Any, list[int]] = {}
     for i, reader in enumerate(readers):
@@ -208,11 +205,7 @@ def _into_pages(
         if len(tensors) != layers:
             raise ValueError(f"found pages of {len(tensors)} layers, the stream has {layers}")
         for tensor in tensors:
-            if on_cuda(tensor) != (backend == "cuda"):
-                raise BufferError(
-                    f"pages are {'on a CUDA device' if on_cuda(tensor) else 'in host memory'}, the "
-                    f"backend is {backend!r}: choose the other, or pages where it decodes to"
-                )
+            check_memory(tensor, "pages", backend)
             found = dtype_of(np.dtype(_indexable(tensor).dtype), "pages")
             if found is not expected:
                 raise TypeError(

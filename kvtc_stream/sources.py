@@ -6,6 +6,7 @@ import io
 import mmap
 import os
 import time
+from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, BinaryIO, cast
@@ -63,8 +64,9 @@ class _Ranged(io.RawIOBase):
         self._size = size
         self._position = 0
 
+    @abstractmethod
     def _range(self, start: int, stop: int) -> bytes:
-        raise NotImplementedError
+        """The bytes from ``start`` to ``stop``, both inside."""
 
     def readable(self) -> bool:
         return True

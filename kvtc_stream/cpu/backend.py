@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvtc_stream.backend import HOPELESS, Measure, block_errors
+from kvtc_stream.backend import HOPELESS, BackendName, Measure, block_errors
 from kvtc_stream.calibration import Calibration, Part
 from kvtc_stream.control import Controls
 from kvtc_stream.cpu.coding import BandCoding, Quantised, UniformCoding
@@ -18,12 +18,12 @@ from kvtc_stream.cpu.values import (
     from_float32,
     stored_positions,
     to_float32,
-    verbatim_arrays,
     verbatim_planes,
+    verbatim_values,
 )
 from kvtc_stream.errors import UnsupportedError
 from kvtc_stream.formats import Block, DType, PartPlan, Role, StreamHeader
-from kvtc_stream.formats.coders import compress, decompress
+from kvtc_stream.formats.coders import compress
 from kvtc_stream.interop import as_kv_array, layer_list, numpy_dtype
 
 Float = NDArray[np.float32]
@@ -34,7 +34,7 @@ _Errors = tuple[NDArray[np.float64], NDArray[np.float64]]
 class CpuBackend:
     """See :class:`kvtc_stream.backend.Backend`."""
 
-    name = "cpu"
+    name: BackendName = "cpu"
 
     def section_coder(
         self,
@@ -333,7 +333,7 @@ class CpuSectionCoder:
 
     def verbatim(self, block: Block) -> tuple[NDArray[Any], NDArray[Any]]:
         """K and V [layers, kv_heads, verbatim tokens, head_dim] of a block's verbatim tokens."""
-        k, v = self._verbatim(block)
+        k, v = verbatim_values(block, self._header)
         dtype = self._header.out_dtype
         return convert(k, dtype, self._k_scale), convert(v, dtype, self._v_scale)
 
@@ -379,13 +379,6 @@ class CpuSectionCoder:
             from_float32(k, dtype, _of_layers(self._out_scale(self._k_scale), layers)),
             from_float32(v, dtype, _of_layers(self._out_scale(self._v_scale), layers)),
         )
-
-    def _verbatim(self, block: Block) -> tuple[NDArray[Any], NDArray[Any]]:
-        count = len(block.verbatim_tokens)
-        s, dtype = self._section, self._header.dtype
-        size = count * (s.k_width + s.v_width) * dtype.itemsize
-        data = decompress(block.verbatim_coder, block.verbatim, size)
-        return verbatim_arrays(data, s.k_shape(count), s.v_shape(count), dtype)
 
     def _empty(self, tokens: int, layers: int) -> tuple[NDArray[Any], NDArray[Any]]:
         s, dtype = self._section, numpy_dtype(self._header.out_dtype)

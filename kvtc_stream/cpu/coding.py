@@ -69,14 +69,20 @@ class BandCoding:
                 f"block at token {block.start}: {block.coder.name} payload of {block.coded_size} "
                 f"bytes, the plan needs {needed} of a byte coder for {len(kept)} tokens"
             )
-        data = memoryview(decompress(block.coder, block.coded, block.coded_size))
-        segments: list[list[memoryview]] = [[] for _ in self._bands]
-        for kind in zip(*sizes, strict=True):
-            for segment, size in zip(segments, kind, strict=True):
-                segment.append(data[:size])
-                data = data[size:]
+        segments = split_segments(block, sizes)
         for bands, segment, array in zip(self._bands, segments, out, strict=True):
             quantise.dequantise(quantise.unpack(segment, len(kept), bands), bands, array, kept)
+
+
+def split_segments(block: Block, sizes: Sequence[Sequence[int]]) -> list[list[memoryview]]:
+    """The segments of each part, of these ``sizes``, of a payload of bands."""
+    data = memoryview(decompress(block.coder, block.coded, block.coded_size))
+    segments: list[list[memoryview]] = [[] for _ in sizes]
+    for kind in zip(*sizes, strict=True):
+        for segment, size in zip(segments, kind, strict=True):
+            segment.append(data[:size])
+            data = data[size:]
+    return segments
 
 
 class UniformCoding:

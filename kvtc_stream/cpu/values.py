@@ -78,13 +78,17 @@ def verbatim_arrays(
     return values[:count].reshape(k_shape), values[count:].reshape(v_shape)
 
 
+def verbatim_values(block: Block, header: StreamHeader) -> tuple[Array, Array]:
+    """K and V of a block's verbatim tokens, as the cache held them."""
+    section, count = header.geometry.sections[block.section], len(block.verbatim_tokens)
+    size = header.verbatim_size(block.section, count)
+    data = decompress(block.verbatim_coder, block.verbatim, size)
+    return verbatim_arrays(data, section.k_shape(count), section.v_shape(count), header.dtype)
+
+
 def verbatim_tokens(block: Block, header: StreamHeader) -> tuple[Array, Array, NDArray[np.int64]]:
     """K, V and positions of a block that is all verbatim, as the cache held them, uncut tokens."""
-    section = header.geometry.sections[block.section]
-    size = header.verbatim_size(block.section, block.tokens)
-    data = decompress(block.verbatim_coder, block.verbatim, size)
-    shapes = section.k_shape(block.tokens), section.v_shape(block.tokens)
-    k, v = verbatim_arrays(data, *shapes, header.dtype)
+    k, v = verbatim_values(block, header)
     kept = slice(block.kept.start, block.kept.stop)
     return k[:, :, kept], v[:, :, kept], np.array(block.positions, np.int64)[kept]
 
