@@ -2,7 +2,7 @@
 
 from kvtc_stream.formats.block import Block, BlockErrors, Measure, Role
 from kvtc_stream.formats.checksum import Checksum
-from kvtc_stream.formats.coders import Coder, compress, decompress, join_planes, split_planes
+from kvtc_stream.formats.coders import Coder, compress, decompress
 from kvtc_stream.formats.geometry import DType, Geometry, Rope, Section
 from kvtc_stream.formats.header import ModelIdentity, SectionScales, StreamHeader
 from kvtc_stream.formats.index import TRAILER_SIZE, IndexEntry
@@ -52,6 +52,4 @@ __all__ = [
     "StreamWriter",
     "compress",
     "decompress",
-    "join_planes",
-    "split_planes",
 ]

@@ -16,9 +16,12 @@ _DOMAIN = b"kvtc stream authentication 1\0"
 _SIZE = 32
 
 
-def digest(data: bytes | memoryview) -> bytes:
-    """SHA-256."""
-    return hashlib.sha256(data).digest()
+def digest(*pieces: bytes | memoryview) -> bytes:
+    """SHA-256 of the bytes of ``pieces``."""
+    state = hashlib.sha256()
+    for piece in pieces:
+        state.update(piece)
+    return state.digest()
 
 
 def pack_auth(key: bytes, opening: bytes, entries: bytes, digests: bytes) -> bytes:

@@ -97,10 +97,10 @@ class Block:
     positions: range | array[int]
     verbatim_tokens: tuple[int, ...]
     coder: Coder
-    coded: bytes
+    coded: bytes | memoryview
     coded_size: int
     verbatim_coder: Coder
-    verbatim: bytes
+    verbatim: bytes | memoryview
     errors: BlockErrors = BlockErrors()
     cut: tuple[int, int] = (0, 0)
 
@@ -156,8 +156,8 @@ class Block:
         size = header.verbatim_size(self.section, len(self.verbatim_tokens))
         check_coded(self.verbatim_coder, len(self.verbatim), size, "verbatim values")
 
-    def pack(self) -> bytes:
-        """The payload of a block record."""
+    def pack(self) -> list[bytes | memoryview]:
+        """The payload of a block record, in pieces."""
         explicit = not isinstance(self.positions, range)
         writer = ByteWriter()
         writer.pack("IIQq", self.tokens, len(self.verbatim_tokens), self.start, self.positions[0])
@@ -173,13 +173,16 @@ class Block:
             for index in self.verbatim_tokens:
                 bitmap[index >> 3] |= 1 << (index & 7)
             writer.raw(bitmap)
-        return b"".join((writer.getvalue(), self.coded, self.verbatim))
+        return [writer.getvalue(), self.coded, self.verbatim]
 
     @classmethod
     def unpack(
         cls, reader: ByteReader, section: int, header: StreamHeader, limits: Limits
     ) -> Block:
-        """Undo :meth:`pack`; raises ``FormatError`` for a payload that is not a block."""
+        """Undo :meth:`pack`; raises ``FormatError`` for a payload that is not a block.
+
+        The block's bytes are views of the reader's.
+        """
         tokens, count, start, first = reader.unpack("IIQq", "tokens and positions")
         limits.check("max_block_tokens", tokens, reader.place("tokens"))
         if not tokens or count > tokens:
@@ -198,8 +201,8 @@ class Block:
         cut = reader.unpack("II", "tokens cut")
         positions = _read_positions(reader, explicit, first, tokens)
         verbatim_tokens = _read_bitmap(reader, count, tokens)
-        coded = reader.raw(coded_length, "symbols")
-        verbatim = reader.raw(verbatim_length, "verbatim values")
+        coded = reader.view(coded_length, "symbols")
+        verbatim = reader.view(verbatim_length, "verbatim values")
         reader.expect_end()
         with located(reader.where):
             block = cls(

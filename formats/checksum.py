@@ -15,14 +15,19 @@ class Checksum(enum.IntEnum):
     XXH3_64 = 1
 
 
-def checksum(data: bytes | bytearray | memoryview, seed: int = 0) -> int:
-    """XXH3-64 of ``data``, an unsigned 64-bit integer."""
-    return xxhash.xxh3_64_intdigest(data, seed)
+def checksum(*pieces: bytes | bytearray | memoryview, seed: int = 0) -> int:
+    """XXH3-64 of the bytes of ``pieces``, an unsigned 64-bit integer."""
+    if len(pieces) == 1:
+        return xxhash.xxh3_64_intdigest(pieces[0], seed)
+    state = xxhash.xxh3_64(seed=seed)
+    for piece in pieces:
+        state.update(piece)
+    return state.intdigest()
 
 
 def verify(found: int, data: bytes | bytearray | memoryview, seed: int, what: str) -> None:
     """Raise ``ChecksumError`` unless ``found`` is the checksum of ``data``."""
-    expected = checksum(data, seed)
+    expected = checksum(data, seed=seed)
     if found != expected:
         raise ChecksumError(
             f"{what}: the stored checksum is {found:#018x}, the bytes give {expected:#018x}; "

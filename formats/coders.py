@@ -10,6 +10,9 @@ from zlib_ng import zlib_ng
 
 from kvtc_stream.errors import FormatError
 
+#: What holds bytes.
+Bytes = bytes | memoryview
+
 
 class Coder(enum.IntEnum):
     """Coders, all but ``RANS`` of bytes. The numbers are those of the stream."""
@@ -19,11 +22,6 @@ class Coder(enum.IntEnum):
     ZSTD = 2
     LZ4 = 3
     RANS = 4
-
-    @property
-    def of_bytes(self) -> Coder:
-        """The coder of bytes beside it: itself, or ``DEFLATE`` beside ``RANS``."""
-        return Coder.DEFLATE if self is Coder.RANS else self
 
 
 # Packed symbols have skewed frequencies and hardly any repeats. Looking for matches at distance 1
@@ -38,11 +36,27 @@ _DEFLATE = {
 # The library's stub calls this an instance.
 _DeflateError: type[Exception] = zlib_ng.error  # type: ignore[assignment]
 
-_ZSTD_LEVEL = 3
+# Matches of 7 bytes or none: values have few, and searching for shorter ones takes twice as long
+# and leaves more bytes.
+_ZSTD = {"strategy": zstandard.STRATEGY_FAST, "min_match": 7}
 _ZSTD_MIN_WINDOW = 1 << 10
+#: Bytes from which on DEFLATE takes too long.
+_LARGE = 1 << 18
 
 
-def compress(coder: Coder, *segments: bytes) -> tuple[Coder, bytes]:
+def compress_beside(coder: Coder, *planes: Bytes) -> tuple[Coder, bytes]:
+    """Compress bytes in a stream whose symbols are coded by ``coder``.
+
+    Beside ``RANS``, which codes no bytes, ``DEFLATE`` leaves the fewest; from 256 KiB on it is
+    ``ZSTD``, five times as fast in both directions for one to two percent more. Returns as
+    :func:`compress`.
+    """
+    if coder is Coder.RANS:
+        coder = Coder.ZSTD if sum(map(len, planes)) >= _LARGE else Coder.DEFLATE
+    return compress(coder, *planes)
+
+
+def compress(coder: Coder, *segments: Bytes) -> tuple[Coder, bytes]:
     """Compress the concatenated ``segments``, or keep them when that would not make them smaller.
 
     Cut the data where its statistics change: DEFLATE starts new Huffman tables there.
@@ -55,21 +69,25 @@ def compress(coder: Coder, *segments: bytes) -> tuple[Coder, bytes]:
         Raw DEFLATE (RFC 1951), one Zstandard frame with its content size (RFC 8878), one LZ4
         block, or the segments.
     """
-    coded = data = b"".join(segments)
+    size = sum(map(len, segments))
     match coder:
         case Coder.STORED:
-            pass
+            coded = b"".join(segments)
         case Coder.DEFLATE:
             deflate = zlib_ng.compressobj(**_DEFLATE)
-            pieces = [deflate.compress(s) + deflate.flush(zlib_ng.Z_BLOCK) for s in segments if s]
+            pieces = [
+                deflate.compress(s) + deflate.flush(zlib_ng.Z_BLOCK) for s in segments if len(s)
+            ]
             coded = b"".join([*pieces, deflate.flush()])
         case Coder.ZSTD:
-            coded = zstandard.ZstdCompressor(level=_ZSTD_LEVEL).compress(data)
+            parameters = zstandard.ZstdCompressionParameters.from_level(1, **_ZSTD)
+            zstd = zstandard.ZstdCompressor(compression_params=parameters).compressobj(size=size)
+            coded = b"".join([*map(zstd.compress, segments), zstd.flush()])
         case Coder.LZ4:
-            coded = lz4.block.compress(data, store_size=False)
+            coded = lz4.block.compress(b"".join(segments), store_size=False)
         case Coder.RANS:
             raise ValueError("RANS codes symbols, not bytes")
-    return (coder, coded) if len(coded) < len(data) else (Coder.STORED, data)
+    return (coder, coded) if len(coded) < size else (Coder.STORED, b"".join(segments))
 
 
 def check_coded(coder: Coder, coded: int, size: int, what: str) -> None:
@@ -84,7 +102,7 @@ def check_coded(coder: Coder, coded: int, size: int, what: str) -> None:
         raise ValueError(f"{what}: {coder.name} needs {relation} {size} bytes, found {coded}")
 
 
-def decompress(coder: Coder, data: bytes, size: int) -> bytes:
+def decompress(coder: Coder, data: bytes | memoryview, size: int) -> bytes:
     """Undo :func:`compress`.
 
     Parameters
@@ -120,7 +138,7 @@ def decompress(coder: Coder, data: bytes, size: int) -> bytes:
     return found
 
 
-def _inflate(data: bytes, size: int) -> bytes:
+def _inflate(data: bytes | memoryview, size: int) -> bytes:
     inflate = zlib_ng.decompressobj(-zlib_ng.MAX_WBITS)
     # One byte more than allowed, so that an overlong result is seen and the end is reached.
     found: bytes = inflate.decompress(data, size + 1)
@@ -133,7 +151,7 @@ def _inflate(data: bytes, size: int) -> bytes:
     return found
 
 
-def _unzstd(data: bytes, size: int) -> bytes:
+def _unzstd(data: bytes | memoryview, size: int) -> bytes:
     # The library allocates what the frame claims: compare the claim first.
     claimed = zstandard.frame_content_size(data)
     if claimed != size:
@@ -141,22 +159,3 @@ def _unzstd(data: bytes, size: int) -> bytes:
     window = max(_ZSTD_MIN_WINDOW, 1 << size.bit_length())
     decompressor = zstandard.ZstdDecompressor(max_window_size=window)
     return decompressor.decompress(data, max_output_size=size, allow_extra_data=False)
-
-
-def split_planes(data: bytes, itemsize: int) -> list[bytes]:
-    """Byte planes: the first bytes of all items, then the second bytes, and so on.
-
-    High bytes of floating-point values are alike, low bytes are noise: apart, they compress.
-    """
-    return [data[i::itemsize] for i in range(itemsize)]
-
-
-def join_planes(data: bytes, itemsize: int) -> bytes:
-    """Undo :func:`split_planes`; ``data``, the planes joined, has whole items."""
-    items, rest = divmod(len(data), itemsize)
-    if rest:
-        raise ValueError(f"{len(data)} bytes are not whole items of {itemsize} bytes")
-    joined = bytearray(len(data))
-    for i in range(itemsize):
-        joined[i::itemsize] = data[i * items : (i + 1) * items]
-    return bytes(joined)

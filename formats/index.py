@@ -306,7 +306,7 @@ class Trailer:
     def pack(self, seed: int) -> bytes:
         """The last ``TRAILER_SIZE`` bytes of a stream."""
         body = _TRAILER.pack(self.index_offset, self.total_size, self.records, 0)
-        return body + _TRAILER_END.pack(checksum(body, seed), _END_MAGIC)
+        return body + _TRAILER_END.pack(checksum(body, seed=seed), _END_MAGIC)
 
     @staticmethod
     def is_present(data: bytes) -> bool:

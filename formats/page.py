@@ -30,12 +30,14 @@ def pack_page(block: Block, header: StreamHeader) -> bytes:
     """A page that holds ``block``."""
     block.check(header)
     payload = block.pack()
+    size = sum(map(len, payload))
     context = page_context(header)
     fields = _FIELDS.pack(
-        PAGE_MAGIC, *FORMAT_VERSION, 0, context, block.section, 0, Checksum.XXH3_64, len(payload)
+        PAGE_MAGIC, *FORMAT_VERSION, 0, context, block.section, 0, Checksum.XXH3_64, size
     )
     own = checksum(fields)
-    return b"".join((fields, _CHECKSUM.pack(own), payload, _CHECKSUM.pack(checksum(payload, own))))
+    end = checksum(*payload, seed=own)
+    return b"".join((fields, _CHECKSUM.pack(own), *payload, _CHECKSUM.pack(end)))
 
 
 def unpack_page(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Protocol
+from itertools import starmap
+from typing import Protocol, cast
 
 import xxhash
 
@@ -40,6 +41,8 @@ from kvtc_stream.formats.record import (
 )
 from kvtc_stream.formats.wire import ByteReader, located
 from kvtc_stream.formats.writer import StreamWriter
+from kvtc_stream.memory import LARGE, empty
+from kvtc_stream.threads import SHARE, in_turn
 
 _RECOVERY_CHUNK = 1 << 20
 #: Most bytes of neighbouring blocks that are read at a time.
@@ -301,6 +304,12 @@ class StreamFile:
 
         Raises as :meth:`read_block`.
         """
+        entries = list(entries)
+        several = len(entries) > 1 and sum(e.length for e in entries) >= SHARE * len(entries) // 8
+        yield from (in_turn if several else starmap)(self._block, self._pieces(entries))
+
+    def _pieces(self, entries: Iterable[IndexEntry]) -> Iterator[tuple[IndexEntry, memoryview]]:
+        """Entries, each with its bytes."""
         run: list[IndexEntry] = []
         size = 0
         for entry in entries:
@@ -313,12 +322,12 @@ class StreamFile:
         if run:
             yield from self._run(run, size)
 
-    def _run(self, entries: list[IndexEntry], size: int) -> Iterator[Block]:
+    def _run(self, entries: list[IndexEntry], size: int) -> Iterator[tuple[IndexEntry, memoryview]]:
         start = entries[0].offset
         data = memoryview(self._read(start, size))
         for entry in entries:
             at = entry.offset - start
-            yield self._block(entry, data[at : at + entry.length])
+            yield entry, data[at : at + entry.length]
 
     def _block(self, entry: IndexEntry, data: bytes | memoryview) -> Block:
         record, rest = self._open(entry, data)
@@ -380,19 +389,26 @@ class StreamFile:
         return writer
 
     def _read(self, offset: int, size: int) -> bytes:
-        self._file.seek(offset)
-        pieces = []
-        while size:
-            piece = self._file.read(size)
-            if not piece:
-                raise TruncatedError(
-                    f"the file ends {size} bytes before byte {offset + size}, which it had when it "
-                    "was opened: somebody is changing it"
-                )
-            pieces.append(piece)
-            offset += len(piece)
-            size -= len(piece)
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        """Bytes, or a view of memory that nobody writes to, which does for them."""
+        file, read = self._file, 0
+        file.seek(offset)
+        if size >= LARGE and isinstance(file, io.BufferedReader | io.FileIO):
+            buffer = empty(size)
+            while count := file.readinto(buffer[read:]):
+                read += count
+            data = cast(bytes, buffer[:read].toreadonly())
+        else:
+            pieces = []
+            while read < size and (piece := file.read(size - read)):
+                pieces.append(piece)
+                read += len(piece)
+            data = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        if read < size:
+            raise TruncatedError(
+                f"the file ends {size - read} bytes before byte {offset + size}, which it had when "
+                "it was opened: somebody is changing it"
+            )
+        return data
 
     def _read_record(self, entry: IndexEntry) -> tuple[RecordHeader, memoryview]:
         return self._open(entry, self._read(entry.offset, entry.length))

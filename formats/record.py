@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvtc_stream.errors import FormatError, VersionError
@@ -109,11 +110,16 @@ class RecordHeader:
         return payload
 
 
-def pack_record(
-    kind: RecordType, payload: bytes, *, sequence: int, seed: int, section: int = 0
-) -> bytes:
-    """A whole record; the checksum of its header is the seed of its payload's."""
+def record_head(
+    kind: RecordType, size: int, *, sequence: int, seed: int, section: int = 0
+) -> tuple[bytes, int]:
+    """What comes before a payload of ``size`` bytes, and the seed of the payload's checksum."""
     flags = _SKIPPABLE if kind.skippable else 0
-    fields = _FIELDS.pack(RECORD_MAGIC, kind, flags, section, sequence, 0, len(payload))
-    own = checksum(fields, seed)
-    return b"".join((fields, _CHECKSUM.pack(own), payload, _CHECKSUM.pack(checksum(payload, own))))
+    fields = _FIELDS.pack(RECORD_MAGIC, kind, flags, section, sequence, 0, size)
+    own = checksum(fields, seed=seed)
+    return fields + _CHECKSUM.pack(own), own
+
+
+def record_end(payload: Sequence[bytes | memoryview], seed: int) -> bytes:
+    """What comes after a payload, given in pieces."""
+    return _CHECKSUM.pack(checksum(*payload, seed=seed))

@@ -88,8 +88,8 @@ class ByteReader:
         """``field`` with where it is, for messages."""
         return f"{self.where}, {field} at byte {self.position}"
 
-    def raw(self, size: int, field: str) -> bytes:
-        """The next ``size`` bytes."""
+    def view(self, size: int, field: str) -> memoryview:
+        """The next ``size`` bytes, where they are."""
         left = len(self._data) - self._position
         if size > left:
             raise FormatError(
@@ -97,7 +97,11 @@ class ByteReader:
             )
         start = self._position
         self._position += size
-        return bytes(self._data[start : self._position])
+        return memoryview(self._data)[start : self._position]
+
+    def raw(self, size: int, field: str) -> bytes:
+        """A copy of the next ``size`` bytes."""
+        return bytes(self.view(size, field))
 
     def unpack(self, layout: str, field: str) -> tuple[Any, ...]:
         """Values of a :mod:`struct` layout without byte order."""

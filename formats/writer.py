@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import starmap
+
 from kvtc_stream.errors import StateError
 from kvtc_stream.formats.auth import digest, pack_auth
 from kvtc_stream.formats.block import Block
 from kvtc_stream.formats.header import StreamHeader
 from kvtc_stream.formats.index import IndexEntry, Order, Trailer, pack_index
 from kvtc_stream.formats.preamble import pack_opening
-from kvtc_stream.formats.record import RecordType, pack_record
+from kvtc_stream.formats.record import RECORD_OVERHEAD, RecordType, record_end, record_head
 from kvtc_stream.formats.wire import ByteWriter
+from kvtc_stream.threads import SHARE, in_turn
 
 
 class StreamWriter:
@@ -60,20 +64,39 @@ class StreamWriter:
         end = b"" if self._order.ended else self._end()
         payload = ByteWriter()
         payload.digest(self._header.token_digest)
-        return end + self._record(RecordType.SUPERSEDE, payload.getvalue(), None)
+        return end + self._record(RecordType.SUPERSEDE, payload.getvalue())
 
     def block(self, block: Block) -> bytes:
         """The record of a block, which must follow those of its section."""
-        block.check(self._header)
-        return self._record(RecordType.BLOCK, block.pack(), block)
+        return b"".join(self.blocks([block])[0])
+
+    def blocks(self, blocks: Sequence[Block]) -> list[list[bytes | memoryview]]:
+        """The records of blocks, in pieces, which are not copied; checksums on several threads.
+
+        If one is refused the stream cannot go on, unless it is the first.
+        """
+        heads, seeds, payloads = [], [], []
+        for block in blocks:
+            block.check(self._header)
+            payloads.append(block.pack())
+            head, seed = self._begin(RecordType.BLOCK, sum(map(len, payloads[-1])), block)
+            heads.append(head)
+            seeds.append(seed)
+        size = sum(len(b.coded) + len(b.verbatim) for b in blocks)
+        several = len(blocks) > 1 and size >= SHARE
+        ends = (in_turn if several else starmap)(record_end, zip(payloads, seeds, strict=True))
+        records = [[h, *p, e] for h, p, e in zip(heads, payloads, ends, strict=True)]
+        if self._key:
+            self._digests += b"".join(digest(*record) for record in records)
+        return records
 
     def user(self, data: bytes) -> bytes:
         """A record of the user's, which readers of blocks skip."""
-        return self._record(RecordType.USER, bytes(data), None)
+        return self._record(RecordType.USER, bytes(data))
 
     def encoder(self, state: bytes) -> bytes:
         """A record for an encoder that continues the stream; :meth:`finish` comes next."""
-        return self._record(RecordType.ENCODER, state, None)
+        return self._record(RecordType.ENCODER, state)
 
     def finish(self) -> bytes:
         """Index and trailer; nothing can follow."""
@@ -86,23 +109,30 @@ class StreamWriter:
         auth = b""
         if self._key:
             parts = self._opening_digest, bytes(self._entries), bytes(self._digests)
-            auth = self._record(RecordType.AUTH, pack_auth(self._key, *parts), None)
+            auth = self._record(RecordType.AUTH, pack_auth(self._key, *parts))
         start, records = order.offset, order.sequence + 1
-        index = self._record(RecordType.INDEX, pack_index(order.sequence, self._entries), None)
+        index = self._record(RecordType.INDEX, pack_index(order.sequence, self._entries))
         return auth + index + Trailer(start, order.offset, records).pack(self._seed)
 
-    def _record(self, kind: RecordType, payload: bytes, block: Block | None) -> bytes:
-        order = self._running()
-        section = block.section if block else 0
-        record = pack_record(
-            kind, payload, sequence=order.sequence, seed=self._seed, section=section
-        )
-        entry = IndexEntry.of(order.sequence, order.offset, len(record), kind, block)
-        order.accept(entry)
-        self._entries += entry.pack()
+    def _record(self, kind: RecordType, payload: bytes) -> bytes:
+        head, seed = self._begin(kind, len(payload), None)
+        record = b"".join((head, payload, record_end([payload], seed)))
         if self._key:
             self._digests += digest(record)
         return record
+
+    def _begin(self, kind: RecordType, size: int, block: Block | None) -> tuple[bytes, int]:
+        """The head of the next record, and the seed of its end."""
+        order = self._running()
+        section = block.section if block else 0
+        head, seed = record_head(
+            kind, size, sequence=order.sequence, seed=self._seed, section=section
+        )
+        length = RECORD_OVERHEAD + size
+        entry = IndexEntry.of(order.sequence, order.offset, length, kind, block)
+        order.accept(entry)
+        self._entries += entry.pack()
+        return head, seed
 
     def _running(self) -> Order:
         if self._order is None or not self._started or self._finished:

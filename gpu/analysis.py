@@ -34,7 +34,7 @@ class Payload(NamedTuple):
     """Of a block: how it is coded, what it takes, and the size it stands for."""
 
     coder: Coder
-    data: bytes
+    data: bytes | memoryview
     coded_size: int
 
 

@@ -6,7 +6,7 @@ values may still be on their way, as the stream's order tells.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,10 +18,16 @@ from kvtc_stream.backend import HOPELESS, BackendName, Measure, block_errors
 from kvtc_stream.calibration import Calibration
 from kvtc_stream.control import Controls, SectionControl
 from kvtc_stream.cpu.backend import CpuBackend, CpuSectionCoder
-from kvtc_stream.cpu.values import stored_positions, verbatim_planes
+from kvtc_stream.cpu.values import (
+    section_scales,
+    stored_positions,
+    verbatim_bytes,
+    verbatim_output,
+    verbatim_planes,
+)
 from kvtc_stream.errors import UnsupportedError
 from kvtc_stream.formats import Block, DType, Role, StreamHeader
-from kvtc_stream.formats.coders import compress
+from kvtc_stream.formats.coders import compress_beside
 from kvtc_stream.gpu import layout
 from kvtc_stream.gpu.analysis import Payload
 from kvtc_stream.gpu.band_coding import BandDecoder, BandEncoder
@@ -29,8 +35,10 @@ from kvtc_stream.gpu.decoding import BlockDecoder, Placed, UniformDecoder, decod
 from kvtc_stream.gpu.encoding import BatchEncoder, Prepared
 from kvtc_stream.gpu.plan import BandPlan, DevicePlan
 from kvtc_stream.gpu.rope import DeviceRopes
+from kvtc_stream.gpu.staging import Staging
 from kvtc_stream.gpu.tensors import BITS, Tensors, entries, to_device
 from kvtc_stream.interop import layer_list, numpy_dtype
+from kvtc_stream.threads import in_turn
 
 #: Plans that are kept on the device for a calibration, those used last.
 _PLANS = 8
@@ -84,10 +92,12 @@ class CudaBackend:
         """See :meth:`kvtc_stream.backend.Backend.empty`."""
         return cupy.empty(shape, BITS[dtype.itemsize])
 
-    def to_host(self, x: Any, dtype: DType) -> NDArray[Any]:
-        """See :meth:`kvtc_stream.backend.Backend.to_host`."""
-        found: NDArray[Any] = cupy.asnumpy(x).view(numpy_dtype(dtype))
-        return found
+    def planes(self, k: Any, v: Any) -> list[memoryview]:
+        """See :meth:`kvtc_stream.backend.Backend.planes`."""
+        values = cupy.concatenate([x.reshape(-1) for x in (k, v)])
+        items = values.view(np.uint8).reshape(-1, values.itemsize)
+        found = Staging().fetch(cupy.ascontiguousarray(items.T).reshape(-1))
+        return [plane.data for plane in found.reshape(values.itemsize, -1)]
 
     def output(self, x: Any, dtype: DType) -> Any:
         """See :meth:`kvtc_stream.backend.Backend.output`."""
@@ -153,24 +163,23 @@ class CudaSectionCoder:
 
     def encode(self, k: Any, v: Any, positions: NDArray[np.int64], start: int) -> list[Block]:
         """See :meth:`kvtc_stream.backend.SectionCoder.encode`."""
-        if self._measure == "coefficients":
-            return self._cpu.encode(self._on_host(k), self._on_host(v), positions, start)
-        size, tokens = self._header.block_tokens, len(positions)
         tensors = [Tensors.of_layers(list(x), self._header.dtype) for x in (k, v)]
+        if self._measure == "coefficients":
+            k_host, v_host = self._picked(tensors, np.arange(len(positions)))
+            return self._cpu.encode(k_host, v_host, positions, start)
+        size, tokens = self._header.block_tokens, len(positions)
         encoder = self._encoder = self._encoder or self._new_encoder()
         together = max(1, encoder.batch_tokens // size) * size
         blocks: list[Block] = []
         for first in range(0, tokens, together):
             last = min(first + together, tokens)
             edges = np.append(np.arange(first, last, size), last)
-            blocks += self._batch(encoder, k, v, tensors, positions, start, edges)
+            blocks += self._batch(encoder, tensors, positions, start, edges)
         return blocks
 
     def _batch(
         self,
         encoder: BatchEncoder | BandEncoder,
-        k: Any,
-        v: Any,
         tensors: list[Tensors],
         positions: NDArray[np.int64],
         start: int,
@@ -192,8 +201,8 @@ class CudaSectionCoder:
             own = slice(begin - first, end - first)
             where = positions[begin:end], start + begin
             payload, left_out = found.payloads[i], np.flatnonzero(found.verbatim[own])
-            which: Any = slice(begin, end) if payload is None else begin + left_out
-            k_host, v_host = self._on_host(k, which), self._on_host(v, which)
+            which = np.arange(begin, end) if payload is None else begin + left_out
+            k_host, v_host = self._picked(tensors, which)
             if payload is None:
                 blocks += self._cpu.encode(k_host, v_host, *where)
             else:
@@ -202,16 +211,15 @@ class CudaSectionCoder:
         return blocks
 
     def _new_encoder(self) -> BatchEncoder | BandEncoder:
+        k_scale, v_scale = section_scales(self._header, self._index)
         scales = None
-        if self._header.scales:
-            of = self._header.scales[self._index]
-            shape = (-1, self._section.kv_heads)
-            scales = np.array([*of.k_scale, *of.v_scale], np.float32).reshape(shape)
+        if k_scale is not None and v_scale is not None:
+            scales = np.concatenate([k_scale, v_scale])
         arguments = self._section, self._plan, self._header.out_dtype, scales
         options: dict[str, Any] = {"measure": self._measure == "full", "bound": self._bound}
         if self._uniform:
             return BatchEncoder(*arguments, **options)
-        return BandEncoder(*arguments, coder=self._header.coder.of_bytes, **options)
+        return BandEncoder(*arguments, coder=self._header.coder, **options)
 
     def _choose(
         self,
@@ -254,13 +262,17 @@ class CudaSectionCoder:
             return False
         return True
 
-    def _on_host(self, x: Any, tokens: Any = slice(None)) -> NDArray[Any]:
-        """Values [layers, heads, tokens, dim] of some tokens, of one array or one a layer."""
-        if not isinstance(tokens, slice) and not len(tokens):
-            heads, _, dim = x[0].shape
-            return np.empty((len(x), heads, 0, dim), numpy_dtype(self._header.dtype))
-        found = np.stack([cupy.asnumpy(layer[:, tokens]) for layer in x])
-        return found.view(numpy_dtype(self._header.dtype))
+    def _picked(self, tensors: Sequence[Tensors], slots: NDArray[np.int64]) -> list[NDArray[Any]]:
+        """K and V [layers, heads, tokens, dim] of some tokens, on the host."""
+        s, dtype = self._section, self._header.dtype
+        shapes = s.k_shape(len(slots)), s.v_shape(len(slots))
+        if not len(slots):
+            return [np.empty(shape, numpy_dtype(dtype)) for shape in shapes]
+        held = [cupy.empty(shape, BITS[dtype.itemsize]) for shape in shapes]
+        layers = range(len(s.layers))
+        dense = [x[i].data.ptr for x in held for i in layers]
+        self._move(slots, dense, layers, tensors[0], tensors[1], back=True)
+        return [cupy.asnumpy(x).view(numpy_dtype(dtype)) for x in held]
 
     def _block(
         self,
@@ -273,7 +285,7 @@ class CudaSectionCoder:
         errors: NDArray[np.float32] | None,
     ) -> Block:
         """Of a payload; k and v are the values of the tokens that are left out."""
-        verbatim_coder, data = compress(self._header.coder.of_bytes, *verbatim_planes(k, v))
+        verbatim_coder, data = compress_beside(self._header.coder, *verbatim_planes(k, v))
         kept = np.delete(np.arange(len(positions)), left_out)
         return Block(
             section=self._index,
@@ -319,15 +331,46 @@ class CudaSectionCoder:
         def on_cpu(p: Placed) -> None:
             self._place(p.slots, *self._cpu.decode(p.block, layers), layers, k_out, v_out)
 
+        exact = self._exact(placed)  # threads begin with these
         coded = [p for p in placed if p.block.coded_tokens]
         if coded:
             decode(self._decoder, coded, layers, k_out, v_out, on_cpu)
-        for p in placed:
-            tokens = np.array(p.block.verbatim_tokens, np.int64)
-            if len(tokens):
-                exact = self._cpu.verbatim(p.block)
-                host = [x[list(layers)] for x in exact]
-                self._place(p.slots[tokens], host[0], host[1], layers, k_out, v_out)
+        for slots, planes in exact:
+            self._place_exact(slots, self._joined(planes), layers, k_out, v_out)
+
+    def _exact(self, blocks: Iterable[Placed]) -> Iterator[tuple[NDArray[np.int64], bytes]]:
+        """Slots of the blocks' verbatim tokens, and byte planes of their values, on the host."""
+        header = self._header
+
+        def planes(p: Placed) -> tuple[NDArray[np.int64], bytes]:
+            slots = p.slots[np.array(p.block.verbatim_tokens)]
+            if header.dtype is header.out_dtype:
+                return slots, verbatim_bytes(p.block, header)
+            return slots, b"".join(verbatim_planes(*verbatim_output(p.block, header)))
+
+        return in_turn(planes, ((p,) for p in blocks if p.block.verbatim_tokens))
+
+    def _joined(self, planes: bytes) -> Any:
+        """Values on the device, of their byte planes."""
+        data, _ = self._decoder.staging.upload([planes])
+        rows = data[: len(planes)].reshape(self._header.out_dtype.itemsize, -1)
+        return cupy.ascontiguousarray(rows.T)
+
+    def _place_exact(
+        self,
+        slots: NDArray[np.int64],
+        values: Any,
+        layers: Sequence[int],
+        k_out: Tensors,
+        v_out: Tensors,
+    ) -> None:
+        """K [layers, heads, tokens, dim] of all layers and then V, on the device, to slots."""
+        s, size = self._section, self._header.out_dtype.itemsize * len(slots)
+        k_size, v_size = size * s.kv_heads * s.k_dim, size * s.kv_heads * s.v_dim
+        v_first = values.data.ptr + len(s.layers) * k_size
+        dense = [values.data.ptr + i * k_size for i in layers]
+        dense += [v_first + i * v_size for i in layers]
+        self._move(slots, dense, layers, k_out, v_out, back=False)
 
     def _spread(self, out: Tensors, layers: Sequence[int]) -> Tensors:
         """Addresses by layer of the section; those that are not wanted have none."""
@@ -346,18 +389,35 @@ class CudaSectionCoder:
         v_out: Tensors,
     ) -> None:
         """Host values [layers, heads, tokens, dim] to slots."""
-        bits = BITS[k.itemsize]
-        held = [cupy.asarray(np.ascontiguousarray(x).view(bits)) for x in (k, v)]
+        values = [np.ascontiguousarray(x).view(np.uint8) for x in (k, v)]
+        held, begins = self._decoder.staging.upload([x.reshape(-1) for x in values])
+        dense = [
+            held.data.ptr + begin + i * x[0].nbytes
+            for x, begin in zip(values, begins.tolist(), strict=True)
+            for i in range(len(layers))
+        ]
+        self._move(slots, dense, layers, k_out, v_out, back=False)
+
+    def _move(
+        self,
+        slots: NDArray[np.int64],
+        dense: Sequence[int],
+        layers: Sequence[int],
+        k: Tensors,
+        v: Tensors,
+        *,
+        back: bool,
+    ) -> None:
+        """Values of layers, K's and then V's, at the addresses ``dense``, to slots or back."""
         columns = [(kind, layer, 0) for kind in (0, 1) for layer in layers]
-        sources = [x[i].data.ptr for x in held for i in range(len(layers))]
-        layout.place(k.itemsize)(
+        layout.move(k.dtype.itemsize, back=back)(
             (len(slots), len(columns)),
             128,
             (
-                cupy.asarray(entries(k_out, v_out, columns, self._ropes)),
+                cupy.asarray(entries(k, v, columns, self._ropes)),
                 cupy.asarray(slots),
                 len(slots),
-                cupy.asarray(np.array(sources, np.int64)),
+                cupy.asarray(np.array(dense, np.int64)),
             ),
         )
 
@@ -373,16 +433,13 @@ class CudaSectionCoder:
         placed = [Placed(block, slots.astype(np.int64)) for block, slots in blocks]
         coded = [p for p in placed if p.block.coded_tokens]
         slow: list[Placed] = []
+        verbatim = self._exact(placed)
         found = [(some, self._decoder.symbols(some)) for some in self._decoder.batches(coded)]
         for some, batch in found:
             faults = np.flatnonzero(cupy.asnumpy(batch.faults)).tolist()
             slow += [some[i] for i in faults]
         on_host = [(p, self._cpu.decode_layers(p.block)) for p in slow]
-        exact = [
-            (p.slots[list(p.block.verbatim_tokens)], *self._cpu.verbatim(p.block))
-            for p in placed
-            if p.block.verbatim_tokens
-        ]
+        exact = [(slots, self._joined(planes)) for slots, planes in verbatim]
 
         def layer(index: int) -> tuple[Any, Any]:
             shape = (1, s.kv_heads, tokens)
@@ -400,9 +457,8 @@ class CudaSectionCoder:
                     decoded += [(p, self._cpu.decode_layers(p.block)) for p in some]
             for p, of_layer in decoded:
                 self._place(p.slots, *of_layer(index), [index], k_out, v_out)
-            for slots, *values in exact:
-                own = [x[[index]] for x in values]
-                self._place(slots, own[0], own[1], [index], k_out, v_out)
+            for slots, values in exact:
+                self._place_exact(slots, values, [index], k_out, v_out)
             return k.view(numpy_dtype(dtype)), v.view(numpy_dtype(dtype))
 
         return layer

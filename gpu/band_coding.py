@@ -6,10 +6,7 @@ of the host, many blocks at a time.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from itertools import accumulate
 from typing import Any
 
@@ -20,20 +17,16 @@ from numpy.typing import NDArray
 from kvtc_stream.cpu.quantise import segment_sizes
 from kvtc_stream.errors import FormatError
 from kvtc_stream.formats import Block, Coder, Section
-from kvtc_stream.formats.coders import compress, decompress
+from kvtc_stream.formats.coders import compress_beside, decompress
 from kvtc_stream.gpu import bands
 from kvtc_stream.gpu.analysis import Analyser, Encoded, Payload, stride_of
 from kvtc_stream.gpu.decoding import Batch, BlockDecoder, Placed, kept_columns
 from kvtc_stream.gpu.plan import BandPlan
 from kvtc_stream.gpu.tensors import Tensors
+from kvtc_stream.threads import threads
 
 #: Tokens of a batch: all components have coefficients, in binary32.
 BATCH_TOKENS = 4096
-
-
-@cache
-def _threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="kvtc-bytes")
 
 
 class BandDecoder(BlockDecoder):
@@ -55,7 +48,7 @@ class BandDecoder(BlockDecoder):
                     f"block at token {b.start}: {b.coder.name} payload of {b.coded_size} bytes, "
                     f"the plan needs {needed} of a byte coder for {b.coded_tokens} tokens"
                 )
-        payloads = b"".join(_threads().map(_decompressed, [p.block for p in blocks]))
+        payloads = b"".join(threads().map(_decompressed, [p.block for p in blocks]))
         tokens = sum(p.block.tokens for p in blocks)
         found = _unpacked(
             plan,
@@ -169,7 +162,7 @@ class BandEncoder(Analyser):
             self._pack(counts, cupy.asarray(columns), coefficients, parameters, stride)
         )
         places = _starts(plan, counts)
-        payloads = _threads().map(
+        payloads = threads().map(
             self._compressed, counts, np.split(packed, places[1:-1]) if counts else []
         )
         return Encoded(list(payloads), verbatim, errors)
@@ -200,4 +193,4 @@ class BandEncoder(Analyser):
     def _compressed(self, tokens: int, packed: NDArray[np.uint8]) -> Payload:
         sizes = np.sum([segment_sizes(tokens, part) for part in self._plan.bands], axis=0)
         segments = np.split(packed, np.cumsum(sizes)[:-1])
-        return Payload(*compress(self._coder, *(s.tobytes() for s in segments)), packed.size)
+        return Payload(*compress_beside(self._coder, *(x.data for x in segments)), packed.size)

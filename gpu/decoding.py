@@ -22,14 +22,16 @@ from kvtc_stream.gpu import layout, rans
 from kvtc_stream.gpu.plan import Basis, DevicePlan
 from kvtc_stream.gpu.products import synthesise
 from kvtc_stream.gpu.rope import DeviceRopes, Rotations
+from kvtc_stream.gpu.staging import Staging
 from kvtc_stream.gpu.tensors import Column, Tensors, entries
 from kvtc_stream.payload import UniformPayload, tiles
 
 #: Tokens of a batch, and bytes of rows between a product and its scatter: an H100 caches 50 MB.
 BATCH_TOKENS, PIECE_BYTES = 16_384, 32 << 20
-_ALIGNMENT = 16
 #: Blocks of threads of the coder that a processor holds at a time, for their tables' sake.
 _BLOCKS_OF_THREADS = 2
+#: cudaDevAttrMultiProcessorCount
+_MULTIPROCESSORS = 16
 
 
 @dataclass(frozen=True)
@@ -110,26 +112,6 @@ def kept_columns(blocks: Sequence[Placed]) -> NDArray[np.int32]:
     return np.flatnonzero(kept).astype(np.int32)
 
 
-def upload(blocks: Sequence[Block]) -> tuple[Any, NDArray[np.int64]]:
-    """Payloads on the device, and where each begins; asynchronous where host memory is pinned."""
-    sizes = np.array([len(b.coded) for b in blocks], np.int64)
-    ends = np.cumsum(-(-sizes // _ALIGNMENT) * _ALIGNMENT)
-    begins = np.concatenate([[0], ends[:-1]])
-    data = cupy.empty(int(ends[-1]) if len(ends) else 0, np.uint8)
-    stream = cupy.cuda.get_current_stream().ptr
-    for block, begin, size in zip(blocks, begins.tolist(), sizes.tolist(), strict=True):
-        if size:
-            source = np.frombuffer(block.coded, np.uint8)
-            cupy.cuda.runtime.memcpyAsync(
-                data.data.ptr + begin,
-                source.ctypes.data,
-                size,
-                cupy.cuda.runtime.memcpyHostToDevice,
-                stream,
-            )
-    return data, begins
-
-
 class TileTasks:
     """Makes the tasks of tiles, see :mod:`kvtc_stream.gpu.rans`; keeps what repeats."""
 
@@ -137,8 +119,9 @@ class TileTasks:
         self._plan = plan
         self._of_sizes: dict[int, tuple[NDArray[np.int64], NDArray[np.bool_]]] = {}
         self._orders: dict[tuple[int, int, int], NDArray[np.int64]] = {}
-        processors = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.runtime.getDevice())
-        self._resident = _BLOCKS_OF_THREADS * int(processors["multiProcessorCount"])
+        runtime = cupy.cuda.runtime
+        processors: int = runtime.deviceGetAttribute(_MULTIPROCESSORS, runtime.getDevice())
+        self._resident = _BLOCKS_OF_THREADS * processors
 
     def together(self, tiles_of_all: int) -> int:
         """How many of so many tiles share a block of threads: as few as let all blocks run at
@@ -235,6 +218,7 @@ class BlockDecoder(ABC):
     def __init__(self, section: Section, basis: Basis) -> None:
         self._section, self._basis = section, basis
         self._ropes = DeviceRopes(section)
+        self.staging = Staging()
 
     @abstractmethod
     def symbols(self, blocks: Sequence[Placed]) -> Batch:
@@ -370,7 +354,7 @@ class UniformDecoder(BlockDecoder):
         Raises ``FormatError`` for payloads that no writer makes.
         """
         payloads = [UniformPayload.parse(p.block, self._plan.coded) for p in blocks]
-        data, begins = upload([p.block for p in blocks])
+        data, begins = self.staging.upload([p.block.coded for p in blocks])
         return self.symbols_on_device(blocks, payloads, data, begins)
 
     def symbols_on_device(

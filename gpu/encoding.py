@@ -21,6 +21,7 @@ from kvtc_stream.gpu import rans, uniform
 from kvtc_stream.gpu.analysis import Analyser, Encoded, Payload, Source, stride_of
 from kvtc_stream.gpu.decoding import TileTasks
 from kvtc_stream.gpu.plan import DevicePlan
+from kvtc_stream.gpu.staging import Staging
 from kvtc_stream.gpu.tensors import Tensors
 from kvtc_stream.payload import TILE_COMPONENTS
 
@@ -110,6 +111,7 @@ class BatchEncoder(Analyser):
         plan.check_encodable()
         super().__init__(section, plan, *args, **options)
         self._tasks = TileTasks(plan)
+        self._staging = Staging()
         self._tiles = len(self._tasks.template(TILE_COMPONENTS)[0])
 
     def prepare(
@@ -230,7 +232,8 @@ class BatchEncoder(Analyser):
         """Encode a batch at an offset to the plan's step for each block, and wait for it."""
         found = self.encode_on_device(batch, offsets)
         places, full = cupy.asnumpy(found.places), cupy.asnumpy(found.faults) != 0
-        data = cupy.asnumpy(found.payloads[: int(places.sum(axis=1).max(initial=0))])
+        used = int(places.sum(axis=1).max(initial=0))
+        data = self._staging.fetch(found.payloads[:used]).data.toreadonly()
         verbatim = cupy.asnumpy(found.verbatim).astype(np.bool_)
         kept = [
             int(np.count_nonzero(~own)) for own in np.split(verbatim, batch.starts[1:-1].tolist())
@@ -240,7 +243,7 @@ class BatchEncoder(Analyser):
             if bad
             else Payload(
                 Coder.RANS if tokens else Coder.STORED,
-                data[begin : begin + size].tobytes(),
+                data[begin : begin + size],
                 tokens * self._plan.components,
             )
             for (begin, size), bad, tokens in zip(places.tolist(), full, kept, strict=True)

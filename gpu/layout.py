@@ -632,15 +632,16 @@ def relative_errors(lost, energy, count, stride, tokens, out):  # type: ignore[n
 
 
 @cache
-def place(size: int) -> Kernel:
-    """A kernel that copies elements of ``size`` bytes to slots; blocks [tokens, entries].
+def move(size: int, *, back: bool) -> Kernel:
+    """A kernel that copies elements of ``size`` bytes to slots, or ``back`` from them; blocks
+    [tokens, entries].
 
-    ``sources`` int64 [entries]: addresses of [heads, tokens, dim] of each.
+    ``dense`` int64 [entries]: addresses of [heads, tokens, dim] of each.
     """
     at = {1: u8_at, 2: u16_at, 4: u32_at}[size]
 
     @kernel(i64p, i64p, i32, i64p)
-    def place(entries, slots, tokens, sources):  # type: ignore[no-untyped-def]
+    def move(entries, slots, tokens, dense):  # type: ignore[no-untyped-def]
         entry = _I32(cuda.blockIdx.y) * _I32(FIELDS)
         dim, heads = _I32(entries[entry + DIM]), _I32(entries[entry + HEADS])
         token = _I32(cuda.blockIdx.x)
@@ -649,11 +650,15 @@ def place(size: int) -> Kernel:
             return
         for i in range(_I32(cuda.threadIdx.x), heads * dim, _I32(cuda.blockDim.x)):
             head, channel = _I32(i) // dim, _I32(i) % dim
-            to = slot * entries[entry + TOKEN_STRIDE] + head * entries[entry + HEAD_STRIDE]
-            found = at(sources[_I32(cuda.blockIdx.y)])[(head * tokens + token) * dim + channel]
-            at(entries[entry + ADDRESS])[to + channel] = found
+            there = slot * entries[entry + TOKEN_STRIDE] + head * entries[entry + HEAD_STRIDE]
+            here = (head * tokens + token) * dim + channel
+            tensor, own = at(entries[entry + ADDRESS]), at(dense[_I32(cuda.blockIdx.y)])
+            if back:
+                own[here] = tensor[there + channel]
+            else:
+                tensor[there + channel] = own[here]
 
-    return place  # type: ignore[no-any-return]
+    return move  # type: ignore[no-any-return]
 
 
 def variants() -> list[Kernel]:
@@ -665,5 +670,5 @@ def variants() -> list[Kernel]:
         *(scatter(d, True) for d in WIDE),
         *(errors(a, b, False) for a in _LOADS for b in _STORES),
         *(errors(a, b, True) for a in WIDE for b in _STORES),
-        *map(place, (1, 2, 4)),
+        *(move(size, back=back) for size in (1, 2, 4) for back in (False, True)),
     ]

@@ -93,8 +93,8 @@ class Backend(Protocol):
         """An uninitialised array."""
         ...
 
-    def to_host(self, x: Any, dtype: DType) -> NDArray[Any]:
-        """A host array of the backend's."""
+    def planes(self, k: Any, v: Any) -> list[memoryview]:
+        """See :func:`kvtc_stream.cpu.values.verbatim_planes`; of the backend's arrays."""
         ...
 
     def output(self, x: Any, dtype: DType) -> Any:

@@ -8,6 +8,8 @@ import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
+from itertools import islice, starmap
 from typing import Any
 
 import numpy as np
@@ -19,7 +21,6 @@ from kvtc_stream.control import Controls, SectionControl
 from kvtc_stream.cpu.values import (
     scale_grid,
     stored_positions,
-    verbatim_planes,
     verbatim_tokens,
 )
 from kvtc_stream.decoder import check_calibration
@@ -38,13 +39,19 @@ from kvtc_stream.formats import (
     StreamHeader,
     StreamWriter,
 )
-from kvtc_stream.formats.coders import compress
+from kvtc_stream.formats.coders import compress_beside
 from kvtc_stream.formats.wire import located
 from kvtc_stream.interop import check_positions
+from kvtc_stream.memory import joined
 from kvtc_stream.statistics import StreamStatistics
+from kvtc_stream.threads import in_turn
 
 #: A finished stream whose ratio is below this has gained little: worth a warning.
 _POOR_RATIO = 2.0
+#: Bytes of values of a verbatim block, if a token has not more.
+_VERBATIM_BYTES = 4 << 20
+#: Blocks whose records are made together.
+_BLOCKS_AT_A_TIME = 64
 
 
 class Encoder:
@@ -151,29 +158,29 @@ class Encoder:
         StateError
             After ``finish``, after a failure, or while another thread encodes.
         """
-        return b"".join(self.encode_records(k, v, positions=positions, section=section))
+        return joined(self.encode_pieces(k, v, positions=positions, section=section))
 
     def finish(self) -> bytes:
         """Code what is pending, and end the stream; return its last bytes."""
-        return b"".join(self.finish_records())
+        return joined(self.finish_pieces())
 
-    def encode_records(
+    def encode_pieces(
         self, k: Any, v: Any, *, positions: Any = None, section: int = 0
-    ) -> list[bytes]:
+    ) -> list[bytes | memoryview]:
         """As :meth:`encode`, the bytes in pieces: for who joins or writes them anyway."""
         with self._exclusive("encode"):
             dtype, chunk = self._check(k, v, positions, section)
             start = self._start(dtype)
             with self._failing():
-                return [*start, *map(self._record, self._sections[section].take(*chunk))]
+                return [*start, *self._records(self._sections[section].take(*chunk))]
 
-    def finish_records(self) -> list[bytes]:
+    def finish_pieces(self) -> list[bytes | memoryview]:
         """As :meth:`finish`, the bytes in pieces."""
         with self._exclusive("finish"), self._failing():
             # A stream without a chunk has no element type of its own.
             out = self._start(DType.FLOAT8_E4M3FN if self._scales else DType.BFLOAT16)
             for state in self._sections:
-                out += map(self._record, state.last_blocks())
+                out += self._records(state.last_blocks())
             assert self._writer is not None
             if self._controls is not None:
                 out.append(self._writer.encoder(self._controls.state()))
@@ -245,7 +252,7 @@ class Encoder:
         last = self._sections[index].last_position if self._sections else -1
         return k_dtype, (k_layers, v_layers, check_positions(positions, tokens, last))
 
-    def _start(self, dtype: DType) -> list[bytes]:
+    def _start(self, dtype: DType) -> list[bytes | memoryview]:
         """The header, once the element type is known."""
         if self._sections:
             opening, self._opening = self._opening, b""
@@ -304,14 +311,18 @@ class Encoder:
             stream.end + len(self._opening) - self._statistics.stream_bytes_of_blocks
         )
 
-    def _record(self, block: Block) -> bytes:
+    def _records(self, blocks: Iterator[Block]) -> list[bytes | memoryview]:
+        """Pieces of the records of blocks."""
         assert self._writer is not None
-        record = self._writer.block(block)
-        section = self._geometry.sections[block.section]
-        values = (section.k_width + section.v_width) * block.tokens
-        cache_bytes = values * self._sections[block.section].dtype.itemsize
-        self._statistics.add_block(block, len(record), cache_bytes)
-        return record
+        pieces: list[bytes | memoryview] = []
+        while some := list(islice(blocks, _BLOCKS_AT_A_TIME)):
+            for block, record in zip(some, self._writer.blocks(some), strict=True):
+                pieces += record
+                section = self._geometry.sections[block.section]
+                values = (section.k_width + section.v_width) * block.tokens
+                cache_bytes = values * self._sections[block.section].dtype.itemsize
+                self._statistics.add_block(block, sum(map(len, record)), cache_bytes)
+        return pieces
 
 
 #: K and V per layer [kv_heads, tokens, head_dim], and positions.
@@ -453,12 +464,10 @@ class _SectionState:
         """Everything that is pending, at the end of the stream."""
         yield from self._sinks(complete=True)
         yield from self.ready_blocks()
+        if self._header.window:
+            yield from self._verbatim(Role.TAIL, self._end - self._begin)
         while self._end > self._begin:
-            tokens = min(self._end - self._begin, self._header.block_tokens)
-            if self._header.window:
-                yield self._verbatim(Role.TAIL, tokens)
-            else:
-                yield from self._data(tokens)
+            yield from self._data(min(self._end - self._begin, self._header.block_tokens))
 
     def _leading_sinks(self) -> int:
         if not self._only_sinks:  # joined streams may have coded such positions already
@@ -469,7 +478,7 @@ class _SectionState:
     def _sinks(self, *, complete: bool) -> Iterator[Block]:
         size = self._header.block_tokens
         while (sinks := self._leading_sinks()) >= (1 if complete else size):
-            yield self._verbatim(Role.SINKS, min(sinks, size))
+            yield from self._verbatim(Role.SINKS, min(sinks, size))
 
     def _pop(self, tokens: int) -> tuple[Any, Any, NDArray[np.int64], int]:
         span = slice(self._begin, self._begin + tokens)
@@ -481,23 +490,30 @@ class _SectionState:
     def _data(self, tokens: int) -> list[Block]:
         return self._coder.encode(*self._pop(tokens))
 
-    def _verbatim(self, role: Role, tokens: int) -> Block:
-        k, v, positions, start = self._pop(tokens)
-        host = [self._backend.to_host(x, self.dtype) for x in (k, v)]
-        return verbatim_block(self._header, self._index, role, host[0], host[1], positions, start)
+    def _verbatim(self, role: Role, tokens: int) -> Iterator[Block]:
+        """Blocks of moderate size, which are compressed, and restored, on several threads."""
+        per_token = self._header.verbatim_size(self._index, 1)
+        most = max(1, min(self._header.block_tokens, _VERBATIM_BYTES // per_token))
+
+        def pieces() -> Iterator[tuple[list[memoryview], NDArray[np.int64], int]]:
+            for first in range(0, tokens, most):
+                k, v, positions, start = self._pop(min(most, tokens - first))
+                yield self._backend.planes(k, v), positions, start
+
+        block = partial(verbatim_block, self._header, self._index, role)
+        return (in_turn if tokens > most else starmap)(block, pieces())
 
 
 def verbatim_block(
     header: StreamHeader,
     section: int,
     role: Role,
-    k: NDArray[Any],
-    v: NDArray[Any],
+    planes: Sequence[memoryview],
     positions: NDArray[np.int64],
     start: int,
 ) -> Block:
-    """A block that holds k, v [layers, kv_heads, tokens, head_dim] bit for bit."""
-    coder, verbatim = compress(header.coder.of_bytes, *verbatim_planes(k, v))
+    """A block that holds tokens bit for bit; see :meth:`kvtc_stream.backend.Backend.planes`."""
+    coder, verbatim = compress_beside(header.coder, *planes)
     return Block(
         section=section,
         role=role,

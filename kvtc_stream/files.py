@@ -39,6 +39,7 @@ from kvtc_stream.formats import (
     StreamParser,
 )
 from kvtc_stream.interop import as_kv_array
+from kvtc_stream.memory import joined
 from kvtc_stream.sources import Growing, Source, open_source
 from kvtc_stream.statistics import StreamStatistics
 from kvtc_stream.storage import File, append_to, atomic_write, cut_on_failure, write_all
@@ -217,7 +218,7 @@ class Writer:
         if self._state != "open":
             raise StateError(f"cannot write: the writer is {self._state}")
         self._unchanged = False
-        return self._put(self._encoder.encode(k, v, positions=positions, section=section))
+        return self._put(self._encoder.encode_pieces(k, v, positions=positions, section=section))
 
     def close(self) -> None:
         """End the stream; a path takes its final name. Closing again does nothing.
@@ -233,7 +234,7 @@ class Writer:
             if self._state != "open":
                 raise StateError(f"cannot close: the writer is {self._state}")
             if not self._unchanged:  # a stream to which nothing was appended has its end
-                self._put(self._encoder.finish())
+                self._put(self._encoder.finish_pieces())
             self._file.flush()
         except BaseException:
             self._release(*sys.exc_info())
@@ -254,13 +255,16 @@ class Writer:
         elif self._state != "closed":
             self._release(kind, error, trace)
 
-    def _put(self, data: bytes) -> int:
+    def _put(self, pieces: Iterable[bytes | memoryview]) -> int:
+        written = 0
         try:
-            write_all(self._file, data)
+            for piece in pieces:
+                write_all(self._file, piece)
+                written += len(piece)
         except BaseException:
             self._state = "failed by an earlier exception"
             raise
-        return len(data)
+        return written
 
     def _release(
         self,
@@ -574,7 +578,7 @@ def encode(k: Any, v: Any, codec: Codec, *, positions: Any = None, **stream: Any
     ``codec.encoder(**stream)``.
     """
     encoder = codec.encoder(**stream)
-    return b"".join([*encoder.encode_records(k, v, positions=positions), *encoder.finish_records()])
+    return joined([*encoder.encode_pieces(k, v, positions=positions), *encoder.finish_pieces()])
 
 
 def decode(

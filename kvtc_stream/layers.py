@@ -31,7 +31,7 @@ from kvtc_stream.formats import (
     SectionScales,
     StreamHeader,
 )
-from kvtc_stream.formats.coders import compress
+from kvtc_stream.formats.coders import compress_beside
 
 
 @dataclass(frozen=True)
@@ -286,14 +286,14 @@ def _assembled(
     block: Block, header: StreamHeader, plan: SectionPlan, verbatim: Sequence[Any], pieces: _Pieces
 ) -> Block:
     """The block with other values and symbols, of ``plan``; its errors are not known."""
-    verbatim_coder, exact = compress(
-        header.coder.of_bytes, *verbatim_planes(*map(np.ascontiguousarray, verbatim))
+    verbatim_coder, exact = compress_beside(
+        header.coder, *verbatim_planes(*map(np.ascontiguousarray, verbatim))
     )
     symbols = sum(_coded(plan)) * block.coded_tokens
     if pieces.uniform is None or not symbols:
         parts = pieces.parts if pieces.uniform is None else []
         segments = [b"".join(kind) for kind in zip(*parts, strict=True)]
-        coder, coded = compress(header.coder.of_bytes, *segments)
+        coder, coded = compress_beside(header.coder, *segments)
         symbols = sum(map(len, segments))
     else:
         coder, coded = Coder.RANS, payload.join_parts(pieces.uniform, pieces.parts)

@@ -231,8 +231,9 @@ class PageCodec:
         return None
 
     def _raw(self, chunk: tuple[Any, Any, NDArray[np.int64]]) -> bytes:
-        k, v = (self._backend.to_host(x, self._header.dtype) for x in chunk[:2])
-        block = verbatim_block(self._header, self._section, Role.DATA, k, v, chunk[2], 0)
+        k, v, positions = chunk
+        planes = self._backend.planes(k, v)
+        block = verbatim_block(self._header, self._section, Role.DATA, planes, positions, 0)
         return pack_page(block, self._header)
 
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any, BinaryIO, cast
 
 from kvtc_stream.errors import TruncatedError
+from kvtc_stream.memory import copied
 
 #: What a stream can be read from.
 Source = str | os.PathLike[str] | BinaryIO | bytes | bytearray | memoryview | mmap.mmap
@@ -103,7 +104,9 @@ class _Buffer(_Ranged):
 
     def _range(self, start: int, stop: int) -> bytes:
         part = self._view[start:stop]
-        return cast(bytes, part) if self._constant and len(part) >= _LARGE else bytes(part)
+        if len(part) < _LARGE:
+            return bytes(part)
+        return cast(bytes, part if self._constant else copied(part))
 
 
 class _Ranges(_Ranged):

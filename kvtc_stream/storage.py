@@ -62,7 +62,7 @@ def append_to(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
                 partial.unlink(missing_ok=True)
 
 
-def write_all(file: BinaryIO, data: bytes) -> None:
+def write_all(file: BinaryIO, data: bytes | memoryview) -> None:
     """Write everything; a raw file may take less than it is given at a time.
 
     Raises

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvtc_stream.errors import FormatError
-from kvtc_stream.formats import Coder, compress, decompress, join_planes, split_planes
+from kvtc_stream.formats import Coder, compress, decompress
 
 BYTES = [c for c in Coder if c is not Coder.RANS]
 CODED = [c for c in BYTES if c is not Coder.STORED]
@@ -128,19 +128,6 @@ def test_a_frame_that_lies_about_its_size():
     unsized = zstandard.ZstdCompressor(write_content_size=False).compress(bytes(99))
     with pytest.raises(FormatError, match="frame claims"):
         decompress(Coder.ZSTD, unsized, 99)
-
-
-def test_planes():
-    assert split_planes(b"aAbBcC", 2) == [b"abc", b"ABC"]
-    assert join_planes(b"abcABC", 2) == b"aAbBcC"
-    with pytest.raises(ValueError, match="not whole items of 4"):
-        join_planes(b"12345", 4)
-
-
-@given(st.binary(max_size=64), st.sampled_from((1, 2, 4)))
-def test_planes_round_trip(data, itemsize):
-    data = data * itemsize
-    assert join_planes(b"".join(split_planes(data, itemsize)), itemsize) == data
 
 
 @pytest.mark.parametrize("coder", BYTES)

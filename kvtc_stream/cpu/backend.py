@@ -14,16 +14,16 @@ from kvtc_stream.control import Controls
 from kvtc_stream.cpu.coding import BandCoding, Quantised, UniformCoding
 from kvtc_stream.cpu.layout import Rotations, gather, scatter, squared_errors
 from kvtc_stream.cpu.values import (
-    convert,
     from_float32,
+    section_scales,
     stored_positions,
     to_float32,
+    verbatim_output,
     verbatim_planes,
-    verbatim_values,
 )
 from kvtc_stream.errors import UnsupportedError
 from kvtc_stream.formats import Block, DType, PartPlan, Role, StreamHeader
-from kvtc_stream.formats.coders import compress
+from kvtc_stream.formats.coders import compress_beside
 from kvtc_stream.interop import as_kv_array, layer_list, numpy_dtype
 
 Float = NDArray[np.float32]
@@ -63,9 +63,9 @@ class CpuBackend:
         """See :meth:`kvtc_stream.backend.Backend.empty`."""
         return np.empty(shape, numpy_dtype(dtype))
 
-    def to_host(self, x: NDArray[Any], dtype: DType) -> NDArray[Any]:
-        """See :meth:`kvtc_stream.backend.Backend.to_host`."""
-        return x
+    def planes(self, k: NDArray[Any], v: NDArray[Any]) -> list[memoryview]:
+        """See :meth:`kvtc_stream.backend.Backend.planes`."""
+        return verbatim_planes(k, v)
 
     def output(self, x: NDArray[Any], dtype: DType) -> Any:
         """See :meth:`kvtc_stream.backend.Backend.output`."""
@@ -104,11 +104,7 @@ class CpuSectionCoder:
         self._section = header.geometry.sections[section]
         self._max_error = max_error
         self._measure = measure
-        self._k_scale = self._v_scale = None
-        if header.scales:
-            shape = (len(self._section.layers), self._section.kv_heads)
-            self._k_scale = np.array(header.scales[section].k_scale, np.float32).reshape(shape)
-            self._v_scale = np.array(header.scales[section].v_scale, np.float32).reshape(shape)
+        self._k_scale, self._v_scale = section_scales(header, section)
         plan = header.plan.sections[section]
         basis = calibration.sections[section].parts(plan)
         self._parts = [
@@ -254,8 +250,8 @@ class CpuSectionCoder:
     ) -> Block:
         verbatim = np.delete(np.arange(len(positions)), kept)
         coder, coded, coded_size = self._coding.pack(quantised, kept)
-        verbatim_coder, verbatim_coded = compress(
-            self._header.coder.of_bytes, *verbatim_planes(k[:, :, verbatim], v[:, :, verbatim])
+        verbatim_coder, verbatim_coded = compress_beside(
+            self._header.coder, *verbatim_planes(k[:, :, verbatim], v[:, :, verbatim])
         )
         return Block(
             section=self._index,
@@ -329,13 +325,7 @@ class CpuSectionCoder:
             for part in self._parts:
                 part.coefficients[:] = 0
             self._coding.unpack(block, kept, [part.coefficients for part in self._parts])
-        return self.verbatim(block) if len(verbatim) else None
-
-    def verbatim(self, block: Block) -> tuple[NDArray[Any], NDArray[Any]]:
-        """K and V [layers, kv_heads, verbatim tokens, head_dim] of a block's verbatim tokens."""
-        k, v = verbatim_values(block, self._header)
-        dtype = self._header.out_dtype
-        return convert(k, dtype, self._k_scale), convert(v, dtype, self._v_scale)
+        return verbatim_output(block, self._header) if len(verbatim) else None
 
     def _join(
         self, block: Block, exact: tuple[NDArray[Any], NDArray[Any]] | None, layers: list[int]

@@ -15,7 +15,7 @@ from kvtc_stream.cpu import quantise, rans
 from kvtc_stream.cpu.uniform import UniformBands
 from kvtc_stream.errors import FormatError
 from kvtc_stream.formats import Block, Coder, PartPlan
-from kvtc_stream.formats.coders import compress, decompress
+from kvtc_stream.formats.coders import compress_beside, decompress
 
 Float = NDArray[np.float32]
 #: Class of a token where nothing predicts it.
@@ -38,7 +38,7 @@ class BandCoding:
 
     def __init__(self, plans: Sequence[PartPlan], coder: Coder) -> None:
         self._bands = [plan.bands for plan in plans]
-        self._coder = coder.of_bytes
+        self._coder = coder
 
     def quantise(self, coefficients: Sequence[Float]) -> Quantised:
         """Symbols of float32 [tokens, components] a part."""
@@ -58,7 +58,7 @@ class BandCoding:
         ]
         # Segments of a kind lie side by side, so that the coder sees them as one.
         segments = [b"".join(kind) for kind in zip(*packed, strict=True)]
-        return *compress(self._coder, *segments), sum(map(len, segments))
+        return *compress_beside(self._coder, *segments), sum(map(len, segments))
 
     def unpack(self, block: Block, kept: NDArray[np.int64], out: Sequence[Float]) -> None:
         """Values of a block's tokens into rows ``kept`` of ``out``; ``FormatError`` if damaged."""

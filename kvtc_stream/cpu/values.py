@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvtc_stream.formats import Block, DType, StreamHeader
-from kvtc_stream.formats.coders import decompress, join_planes, split_planes
+from kvtc_stream.formats.coders import decompress
 from kvtc_stream.interop import numpy_dtype
 
 Array = NDArray[Any]
@@ -44,6 +44,15 @@ def convert(x: Array, dtype: DType, scale: Float | None) -> Array:
     return from_float32(to_float32(x, scale), dtype, scale)
 
 
+def section_scales(header: StreamHeader, section: int) -> tuple[Float | None, Float | None]:
+    """fp8 scales [layers, kv_heads] of K and of V, if the cache has any."""
+    if not header.scales:
+        return None, None
+    of, shape = header.scales[section], (-1, header.geometry.sections[section].kv_heads)
+    k, v = (np.array(x, np.float32).reshape(shape) for x in (of.k_scale, of.v_scale))
+    return k, v
+
+
 def scale_grid(scale: Any, name: str, layers: int, kv_heads: int) -> Float:
     """fp8 scales, given as a scalar, [layers] or [layers, kv_heads], as [layers, kv_heads]."""
     grid = np.asarray(1.0 if scale is None else scale, np.float32)
@@ -61,29 +70,50 @@ def scale_grid(scale: Any, name: str, layers: int, kv_heads: int) -> Float:
     return grid
 
 
-def verbatim_planes(k: Array, v: Array) -> list[bytes]:
+def verbatim_planes(k: Array, v: Array) -> list[memoryview]:
     """K then V, each [layers, heads, tokens, dim] in C order, as byte planes, low bytes first.
 
     Planes put the bytes with sign and exponent together, where a byte coder finds redundancy.
     """
-    return split_planes(k.tobytes() + v.tobytes(), k.dtype.itemsize)
+    planes = np.empty((k.dtype.itemsize, k.size + v.size), np.uint8)
+    for x, own in ((k, planes[:, : k.size]), (v, planes[:, k.size :])):
+        items = np.ascontiguousarray(x).view(np.uint8).reshape(-1, x.dtype.itemsize)
+        for place, plane in enumerate(own):
+            plane[:] = items[:, place]
+    return [plane.data for plane in planes]
 
 
 def verbatim_arrays(
     data: bytes, k_shape: tuple[int, ...], v_shape: tuple[int, ...], dtype: DType
 ) -> tuple[Array, Array]:
     """What :func:`verbatim_planes` was given."""
-    values = np.frombuffer(join_planes(data, dtype.itemsize), numpy_dtype(dtype))
+    planes = np.frombuffer(data, np.uint8).reshape(dtype.itemsize, -1)
+    items = np.empty(planes.shape[::-1], np.uint8)
+    for place, plane in enumerate(planes):  # quicker than one transposed copy
+        items[:, place] = plane
+    values = items.reshape(-1).view(numpy_dtype(dtype))
     count = int(np.prod(k_shape))
     return values[:count].reshape(k_shape), values[count:].reshape(v_shape)
+
+
+def verbatim_bytes(block: Block, header: StreamHeader) -> bytes:
+    """The planes of a block's verbatim tokens, one after the other."""
+    size = header.verbatim_size(block.section, len(block.verbatim_tokens))
+    return decompress(block.verbatim_coder, block.verbatim, size)
 
 
 def verbatim_values(block: Block, header: StreamHeader) -> tuple[Array, Array]:
     """K and V of a block's verbatim tokens, as the cache held them."""
     section, count = header.geometry.sections[block.section], len(block.verbatim_tokens)
-    size = header.verbatim_size(block.section, count)
-    data = decompress(block.verbatim_coder, block.verbatim, size)
+    data = verbatim_bytes(block, header)
     return verbatim_arrays(data, section.k_shape(count), section.v_shape(count), header.dtype)
+
+
+def verbatim_output(block: Block, header: StreamHeader) -> tuple[Array, Array]:
+    """K and V [layers, kv_heads, n, head_dim] of a block's verbatim tokens, in the out_dtype."""
+    k, v = verbatim_values(block, header)
+    k_scale, v_scale = section_scales(header, block.section)
+    return convert(k, header.out_dtype, k_scale), convert(v, header.out_dtype, v_scale)
 
 
 def verbatim_tokens(block: Block, header: StreamHeader) -> tuple[Array, Array, NDArray[np.int64]]:

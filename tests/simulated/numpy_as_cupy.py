@@ -23,6 +23,11 @@ class ndarray(np.ndarray):  # noqa: N801
         return SimpleNamespace(id=0)
 
 
+class _Event:
+    def __init__(self, *, disable_timing: bool) -> None:
+        self.record = self.synchronize = lambda: None
+
+
 def _made(make: Any) -> Any:
     return lambda *arguments, **names: make(*arguments, **names).view(ndarray)
 
@@ -76,15 +81,19 @@ def install() -> None:
     runtime = SimpleNamespace(
         getDevice=lambda: 0,
         getDeviceCount=lambda: 1,
-        getDeviceProperties=lambda _: {"multiProcessorCount": 2},
+        deviceGetAttribute=lambda *_: 2,
         memcpyAsync=copy,
         memcpyHostToDevice=1,
+        memcpyDeviceToHost=2,
+        pointerGetAttributes=lambda _: SimpleNamespace(type=0),
     )
     device = _module("cupy.cuda.device", get_cublas_handle=lambda: 0)
     cuda = _module(
         "cupy.cuda",
         runtime=runtime,
         device=device,
+        alloc_pinned_memory=bytearray,
+        Event=_Event,
         get_current_stream=lambda: SimpleNamespace(ptr=0, synchronize=lambda: None),
     )
     _module(
@@ -92,7 +101,9 @@ def install() -> None:
         cuda=cuda,
         ndarray=ndarray,
         asarray=_made(np.array),
+        ascontiguousarray=_made(lambda x: np.array(x, order="C")),
         asnumpy=lambda x: np.array(x),
+        concatenate=_made(np.concatenate),
         empty=_made(_empty),
         full=_made(np.full),
         ones=_made(np.ones),

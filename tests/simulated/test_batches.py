@@ -148,7 +148,9 @@ def test_damage_of_the_published_method_is_the_same_error(
     bad[len(bad) // 4] = 0xFF  # among the parameters' high bytes: not finite
     hostile = {
         "FormatError": replace(block, coded=bytes(bad)),
-        "payload of": replace(block, coded=block.coded + b"0", coded_size=block.coded_size + 1),
+        "payload of": replace(
+            block, coded=bytes(block.coded) + b"0", coded_size=block.coded_size + 1
+        ),
         "corrupt": replace(block, coder=Coder.DEFLATE, coded=b"abc"),
     }
     for changed in hostile.values():

@@ -178,7 +178,7 @@ def test_elements_are_copied_to_their_slots(dtype: DType) -> None:
     rng = np.random.default_rng(8)
     source = rng.integers(-16, 16, case.shape).astype(case.slots.dtype)
     sources = np.array([x.ctypes.data for x in source], np.int64)
-    kernel = layout.place(source.itemsize)
+    kernel = layout.move(source.itemsize, back=False)
     simulate(kernel, (TOKENS, 3), 4, [case.entries, PLACES, TOKENS, sources])
     expected = Case(False, dtype, 1)
     expected.fill(source)
