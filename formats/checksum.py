@@ -27,7 +27,11 @@ def checksum(*pieces: bytes | bytearray | memoryview, seed: int = 0) -> int:
 
 def verify(found: int, data: bytes | bytearray | memoryview, seed: int, what: str) -> None:
     """Raise ``ChecksumError`` unless ``found`` is the checksum of ``data``."""
-    expected = checksum(data, seed=seed)
+    compare(found, checksum(data, seed=seed), what)
+
+
+def compare(found: int, expected: int, what: str) -> None:
+    """Raise ``ChecksumError`` unless ``found`` is what the bytes give."""
     if found != expected:
         raise ChecksumError(
             f"{what}: the stored checksum is {found:#018x}, the bytes give {expected:#018x}; "

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, replace
-from itertools import starmap
 from typing import Protocol, cast
 
 import xxhash
@@ -42,11 +41,13 @@ from kvtc_stream.formats.record import (
 from kvtc_stream.formats.wire import ByteReader, located
 from kvtc_stream.formats.writer import StreamWriter
 from kvtc_stream.memory import LARGE, empty
-from kvtc_stream.threads import SHARE, in_turn
+from kvtc_stream.threads import spread
 
 _RECOVERY_CHUNK = 1 << 20
 #: Most bytes of neighbouring blocks that are read at a time.
 _READ_AHEAD = 8 << 20
+#: Bytes of blocks that are verified together.
+_TOGETHER = 32 << 20
 
 
 # What the parser found: the header, or a record's entry with its block, if it is one.
@@ -297,16 +298,38 @@ class StreamFile:
         """
         if not entry.is_block:
             raise ValueError(f"entry {entry.sequence} is no block")
-        return self._block(entry, self._read(entry.offset, entry.length))
+        return self._block(entry, *self._read_record(entry))
 
     def read_blocks(self, entries: Iterable[IndexEntry]) -> Iterator[Block]:
         """Read blocks that :attr:`index` lists; those that lie side by side, in one go.
 
         Raises as :meth:`read_block`.
         """
-        entries = list(entries)
-        several = len(entries) > 1 and sum(e.length for e in entries) >= SHARE * len(entries) // 8
-        yield from (in_turn if several else starmap)(self._block, self._pieces(entries))
+        some: list[tuple[IndexEntry, memoryview]] = []
+        size = 0
+        for entry, data in self._pieces(entries):
+            some.append((entry, data))
+            size += len(data)
+            if size >= _TOGETHER:
+                yield from self._opened(some, size)
+                some, size = [], 0
+        yield from self._opened(some, size)
+
+    def _opened(self, pieces: list[tuple[IndexEntry, memoryview]], size: int) -> Iterator[Block]:
+        """Blocks, their checksums on several threads; those before a fault come before it."""
+        records = []
+        fault = None
+        for entry, data in pieces:
+            try:
+                records.append(self._open(entry, data))
+            except KVTCError as error:
+                fault = error
+                break
+        sums = spread(RecordHeader.checksum, records, size)
+        for (entry, _), record, found in zip(pieces, records, sums, strict=False):
+            yield self._block(entry, *record, found)
+        if fault is not None:
+            raise fault
 
     def _pieces(self, entries: Iterable[IndexEntry]) -> Iterator[tuple[IndexEntry, memoryview]]:
         """Entries, each with its bytes."""
@@ -329,9 +352,10 @@ class StreamFile:
             at = entry.offset - start
             yield entry, data[at : at + entry.length]
 
-    def _block(self, entry: IndexEntry, data: bytes | memoryview) -> Block:
-        record, rest = self._open(entry, data)
-        block, found = _open_record(record, rest, entry.offset, self.header, self._limits)
+    def _block(
+        self, entry: IndexEntry, record: RecordHeader, rest: memoryview, expected: int | None = None
+    ) -> Block:
+        block, found = _open_record(record, rest, entry.offset, self.header, self._limits, expected)
         if not isinstance(block, Block) or found != entry:
             raise FormatError(
                 f"record {entry.sequence} at byte {entry.offset} differs from the index: "
@@ -494,12 +518,14 @@ def _open_record(
     offset: int,
     header: StreamHeader,
     limits: Limits,
+    expected: int | None = None,
 ) -> tuple[Block | StreamHeader | None, IndexEntry]:
     """Check what follows a record's header; returns what it holds, and its entry.
 
     A block, the header as it is from here on where the end was superseded, or nothing.
+    ``expected`` is as for :meth:`RecordHeader.open`.
     """
-    payload = record.open(data, offset)
+    payload = record.open(data, offset, expected)
     where = f"record {record.sequence} ({record.label}) at byte {offset}"
     reader = ByteReader(payload, where, offset + RECORD_HEADER_SIZE)
     if record.type == RecordType.BLOCK:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvtc_stream.errors import FormatError, VersionError
-from kvtc_stream.formats.checksum import checksum, verify
+from kvtc_stream.formats.checksum import checksum, compare, verify
 from kvtc_stream.formats.limits import Limits
 
 #: What a record begins with.
@@ -101,13 +101,21 @@ class RecordHeader:
         limits.check("max_records", sequence + 1, f"{where}, number of records")
         return record
 
-    def open(self, data: bytes | memoryview, offset: int) -> memoryview:
-        """Check what follows the header, the payload and its checksum; returns the payload."""
-        payload = memoryview(data)[: self.size]
+    def checksum(self, data: bytes | memoryview) -> int:
+        """That of the payload, which ``data`` begins with."""
+        return checksum(memoryview(data)[: self.size], seed=self.seed)
+
+    def open(
+        self, data: bytes | memoryview, offset: int, expected: int | None = None
+    ) -> memoryview:
+        """Check what follows the header, the payload and its checksum; returns the payload.
+
+        ``expected`` is :meth:`checksum` if somebody computed it already.
+        """
         (found,) = _CHECKSUM.unpack_from(data, self.size)
         where = f"record {self.sequence} ({self.label}) at byte {offset}, payload"
-        verify(found, payload, self.seed, where)
-        return payload
+        compare(found, self.checksum(data) if expected is None else expected, where)
+        return memoryview(data)[: self.size]
 
 
 def record_head(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import starmap
 
 from kvtc_stream.errors import StateError
 from kvtc_stream.formats.auth import digest, pack_auth
@@ -13,7 +12,7 @@ from kvtc_stream.formats.index import IndexEntry, Order, Trailer, pack_index
 from kvtc_stream.formats.preamble import pack_opening
 from kvtc_stream.formats.record import RECORD_OVERHEAD, RecordType, record_end, record_head
 from kvtc_stream.formats.wire import ByteWriter
-from kvtc_stream.threads import SHARE, in_turn
+from kvtc_stream.threads import spread
 
 
 class StreamWriter:
@@ -83,8 +82,7 @@ class StreamWriter:
             heads.append(head)
             seeds.append(seed)
         size = sum(len(b.coded) + len(b.verbatim) for b in blocks)
-        several = len(blocks) > 1 and size >= SHARE
-        ends = (in_turn if several else starmap)(record_end, zip(payloads, seeds, strict=True))
+        ends = spread(record_end, list(zip(payloads, seeds, strict=True)), size)
         records = [[h, *p, e] for h, p, e in zip(heads, payloads, ends, strict=True)]
         if self._key:
             self._digests += b"".join(digest(*record) for record in records)

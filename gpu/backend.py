@@ -26,7 +26,7 @@ from kvtc_stream.cpu.values import (
     verbatim_planes,
 )
 from kvtc_stream.errors import UnsupportedError
-from kvtc_stream.formats import Block, DType, Role, StreamHeader
+from kvtc_stream.formats import Block, Coder, DType, Role, StreamHeader
 from kvtc_stream.formats.coders import compress_beside
 from kvtc_stream.gpu import layout
 from kvtc_stream.gpu.analysis import Payload
@@ -92,12 +92,17 @@ class CudaBackend:
         """See :meth:`kvtc_stream.backend.Backend.empty`."""
         return cupy.empty(shape, BITS[dtype.itemsize])
 
-    def planes(self, k: Any, v: Any) -> list[memoryview]:
+    def planes(self, pieces: Sequence[tuple[Any, Any]]) -> list[list[memoryview]]:
         """See :meth:`kvtc_stream.backend.Backend.planes`."""
-        values = cupy.concatenate([x.reshape(-1) for x in (k, v)])
-        items = values.view(np.uint8).reshape(-1, values.itemsize)
-        found = Staging().fetch(cupy.ascontiguousarray(items.T).reshape(-1))
-        return [plane.data for plane in found.reshape(values.itemsize, -1)]
+        itemsize = pieces[0][0].itemsize
+        planes = []
+        for piece in pieces:
+            values = cupy.concatenate([x.reshape(-1) for x in piece])
+            items = values.view(np.uint8).reshape(-1, itemsize)
+            planes.append(cupy.ascontiguousarray(items.T).reshape(-1))
+        found = Staging().fetch(cupy.concatenate(planes))
+        own = np.split(found, np.cumsum([len(x) for x in planes])[:-1])
+        return [[plane.data for plane in x.reshape(itemsize, -1)] for x in own]
 
     def output(self, x: Any, dtype: DType) -> Any:
         """See :meth:`kvtc_stream.backend.Backend.output`."""
@@ -285,7 +290,9 @@ class CudaSectionCoder:
         errors: NDArray[np.float32] | None,
     ) -> Block:
         """Of a payload; k and v are the values of the tokens that are left out."""
-        verbatim_coder, data = compress_beside(self._header.coder, *verbatim_planes(k, v))
+        verbatim_coder, data = Coder.STORED, b""
+        if len(left_out):
+            verbatim_coder, data = compress_beside(self._header.coder, *verbatim_planes(k, v))
         kept = np.delete(np.arange(len(positions)), left_out)
         return Block(
             section=self._index,

@@ -93,8 +93,8 @@ class Backend(Protocol):
         """An uninitialised array."""
         ...
 
-    def planes(self, k: Any, v: Any) -> list[memoryview]:
-        """See :func:`kvtc_stream.cpu.values.verbatim_planes`; of the backend's arrays."""
+    def planes(self, pieces: Sequence[tuple[Any, Any]]) -> list[list[memoryview]]:
+        """See :func:`kvtc_stream.cpu.values.verbatim_planes`; of pieces of K and V."""
         ...
 
     def output(self, x: Any, dtype: DType) -> Any:

@@ -50,6 +50,8 @@ from kvtc_stream.threads import in_turn
 _POOR_RATIO = 2.0
 #: Bytes of values of a verbatim block, if a token has not more.
 _VERBATIM_BYTES = 4 << 20
+#: Verbatim blocks whose values are fetched together.
+_PIECES = 16
 #: Blocks whose records are made together.
 _BLOCKS_AT_A_TIME = 64
 
@@ -496,9 +498,11 @@ class _SectionState:
         most = max(1, min(self._header.block_tokens, _VERBATIM_BYTES // per_token))
 
         def pieces() -> Iterator[tuple[list[memoryview], NDArray[np.int64], int]]:
-            for first in range(0, tokens, most):
-                k, v, positions, start = self._pop(min(most, tokens - first))
-                yield self._backend.planes(k, v), positions, start
+            counts = iter([min(most, tokens - first) for first in range(0, tokens, most)])
+            while some := [self._pop(count) for count in islice(counts, _PIECES)]:
+                planes = self._backend.planes([(k, v) for k, v, _, _ in some])
+                for own, (_, _, positions, start) in zip(planes, some, strict=True):
+                    yield own, positions, start
 
         block = partial(verbatim_block, self._header, self._index, role)
         return (in_turn if tokens > most else starmap)(block, pieces())

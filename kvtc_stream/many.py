@@ -16,8 +16,12 @@ from kvtc_stream.codec import Codec
 from kvtc_stream.files import Reader, encode, open
 from kvtc_stream.formats import Limits
 from kvtc_stream.interop import check_memory, dtype_of, numpy_dtype, on_cuda, to_numpy
+from kvtc_stream.memory import joined
 
 Stream = bytes | bytearray | memoryview
+
+#: Of paged caches, copied before they are encoded.
+_TOKENS_AT_A_TIME = 8192
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,14 +58,15 @@ class PagedCache:
         token = np.arange(self.tokens)
         return table[token // page] * page + token % page
 
-    def contiguous(self) -> tuple[list[Any], list[Any]]:
-        """K and V of each layer as [kv_heads, tokens, head_dim]; copies."""
+    def contiguous(self, tokens: slice = slice(None)) -> tuple[list[Any], list[Any]]:
+        """K and V of some tokens, of each layer, as [kv_heads, tokens, head_dim]; copies."""
         found = []
+        slots = self.slots()[tokens]
         for pages in (self.k, self.v):
             layers = []
             for layer in pages:
                 array = _indexable(layer)
-                rows = array.reshape(-1, *array.shape[2:])[_like(array, self.slots())]
+                rows = array.reshape(-1, *array.shape[2:])[_like(array, slots)]
                 layers.append(rows.swapaxes(0, 1))
             found.append(layers)
         return found[0], found[1]
@@ -100,13 +105,24 @@ def encode_many(
         Options of :meth:`kvtc_stream.Codec.encoder`, for all of them.
 
     The stream of a cache does not depend on the others. On a CUDA device the blocks of a cache
-    share launches.
+    share launches. Of pages, 8,192 tokens at a time are copied.
     """
-    streams = []
-    for cache in caches:
-        k, v = cache.contiguous() if isinstance(cache, PagedCache) else cache
-        streams.append(encode(k, v, codec, **stream))
-    return streams
+    return [
+        _encode_pages(cache, codec, **stream)
+        if isinstance(cache, PagedCache)
+        else encode(*cache, codec, **stream)
+        for cache in caches
+    ]
+
+
+def _encode_pages(cache: PagedCache, codec: Codec, **stream: Any) -> bytes:
+    """A stream of what pages hold, of which some thousand tokens are copied at a time."""
+    encoder = codec.encoder(**stream)
+    pieces: list[bytes | memoryview] = []
+    for first in range(0, max(cache.tokens, 1), _TOKENS_AT_A_TIME):
+        k, v = cache.contiguous(slice(first, first + _TOKENS_AT_A_TIME))
+        pieces += encoder.encode_pieces(k, v)
+    return joined([*pieces, *encoder.finish_pieces()])
 
 
 def decode_many(

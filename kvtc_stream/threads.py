@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from itertools import islice
+from itertools import islice, starmap
 from typing import Any, TypeVar
 
 import numpy as np
@@ -19,6 +19,10 @@ R = TypeVar("R")
 SHARE = 2 << 20
 #: Calls that are begun before the first result is taken.
 _AHEAD = 16
+#: Threads that share the calls of one task.
+_MOST_SHARES = 8
+#: Bytes below which a copy is not worth handing over.
+_SMALL = 1 << 16
 
 
 @cache
@@ -46,21 +50,34 @@ def in_turn(function: Callable[..., R], arguments: Iterable[tuple[Any, ...]]) ->
     return results()
 
 
-def copy(sources: Sequence[NDArray[Any]], targets: Sequence[NDArray[Any]]) -> None:
-    """Each to each, on several threads if they are large."""
-    pieces = [
-        (source[at : at + SHARE], target[at : at + SHARE])
-        for source, target in zip(sources, targets, strict=True)
-        for at in range(0, len(source), SHARE)
-    ]
-    total = sum(map(len, sources))
-    shares = min(total // SHARE, len(pieces), os.cpu_count() or 1)
+def spread(function: Callable[..., R], arguments: Sequence[tuple[Any, ...]], size: int) -> list[R]:
+    """All of ``itertools.starmap``; on threads if it is about many bytes, ``size`` in all.
+
+    For calls that leave Python's lock for most of their time.
+    """
+    shares = min(size // SHARE, len(arguments), _MOST_SHARES, os.cpu_count() or 1)
     if shares < 2:
-        _copy(pieces)
-    else:
-        list(threads().map(_copy, [pieces[i::shares] for i in range(shares)]))
+        return list(starmap(function, arguments))
+    parts = [slice(i, None, shares) for i in range(shares)]
+    found = threads().map(lambda part: list(starmap(function, arguments[part])), parts)
+    out: list[Any] = [None] * len(arguments)
+    for part, own in zip(parts, found, strict=True):
+        out[part] = own
+    return out
 
 
-def _copy(pieces: Sequence[tuple[NDArray[Any], NDArray[Any]]]) -> None:
-    for source, target in pieces:
-        np.copyto(target, source)
+def copy(sources: Sequence[NDArray[Any]], targets: Sequence[NDArray[Any]]) -> None:
+    """Each to each; large ones on several threads."""
+    small, large = [], []
+    for source, target in zip(sources, targets, strict=True):
+        if len(source) < _SMALL:
+            small.append((target, source))
+        else:
+            large += [
+                (target[at : at + SHARE], source[at : at + SHARE])
+                for at in range(0, len(source), SHARE)
+            ]
+    spread(np.copyto, large, sum(len(x) for x, _ in large))
+    # Threads would wait for each other's lock; and whoever comes first maps the page.
+    for target, source in small:
+        target[:] = source

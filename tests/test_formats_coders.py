@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from kvtc_stream.errors import FormatError
 from kvtc_stream.formats import Coder, compress, decompress
+from kvtc_stream.formats.coders import compress_beside
 
 BYTES = [c for c in Coder if c is not Coder.RANS]
 CODED = [c for c in BYTES if c is not Coder.STORED]
@@ -37,6 +38,22 @@ def test_noise_is_stored(coder):
     noise = random.Random(0).randbytes(1000)
     assert compress(coder, noise) == (Coder.STORED, noise)
     assert compress(coder, b"") == (Coder.STORED, b"")
+
+
+@pytest.mark.parametrize(
+    ("coder", "size", "expected"),
+    [
+        (Coder.RANS, 1 << 17, Coder.DEFLATE),
+        (Coder.RANS, 1 << 18, Coder.ZSTD),
+        *((coder, 1 << 18, coder) for coder in CODED),
+    ],
+)
+def test_bytes_beside_another_coder(coder, size, expected):
+    data = (SKEWED * (size // len(SKEWED) + 1))[:size]
+    used, coded = compress_beside(coder, data[: size // 2], b"", data[size // 2 :])
+    assert used is expected
+    assert decompress(used, coded, size) == data
+    assert compress_beside(coder) == (Coder.STORED, b"")
 
 
 def test_what_is_written_is_the_public_format():

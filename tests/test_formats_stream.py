@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 from array import array
 from dataclasses import replace
 
@@ -42,6 +43,7 @@ from kvtc_stream.formats import (
     StreamParser,
     StreamWriter,
 )
+from kvtc_stream.sources import open_source
 
 STREAM, HEADER, BLOCKS = small_stream()
 
@@ -255,6 +257,28 @@ def test_every_missing_end_is_found_and_what_is_whole_is_recovered():
             file = StreamFile(io.BytesIO(data), recover=True)
             assert [file.read_block(e) for e in file.index] == BLOCKS[:whole]
             assert isinstance(file.fault, TruncatedError)
+
+
+def test_a_fault_among_large_blocks_comes_after_those_before_it(tmp_path):
+    """Large blocks are read together, and verified on several threads."""
+    header = small_header()
+    large = bytes(range(256)) * (3 << 10)  # 768 KiB
+    blocks = [make_block(header, 2 * i, range(2 * i, 2 * i + 2), symbols=large) for i in range(6)]
+    stream = write(header, blocks)
+    (tmp_path / "large").write_bytes(stream)
+    for source in (tmp_path / "large", io.BytesIO(stream), stream, bytearray(stream)):
+        with open_source(source) as opened:
+            file = StreamFile(opened)
+            assert list(file.read_blocks(file.index)) == blocks
+    for at, (first, last) in enumerate(itertools.pairwise(records(stream)[:7])):
+        for place in (first + 5, (first + last) // 2, last - 1):
+            data = bytearray(stream)
+            data[place] ^= 4
+            file = StreamFile(io.BytesIO(data))
+            found = file.read_blocks(file.index)
+            assert list(itertools.islice(found, at)) == blocks[:at]
+            with pytest.raises(FormatError, match=f"record {at} "):
+                next(found)
 
 
 def test_recovery_stops_at_the_first_fault():

@@ -78,6 +78,25 @@ def test_pages_in_and_out(
             np.testing.assert_array_equal(np.stack(own), b)
     again = [kvtc.decode(d, calibration)[0] for d in kvtc.encode_many(held, codec)]
     assert [x.shape[2] for x in again] == TOKENS
+
+
+@pytest.mark.parametrize("together", [1, 33, 8192])
+def test_pages_are_copied_a_few_tokens_at_a_time(
+    codec: kvtc.Codec,
+    caches: list[tuple[Any, Any]],
+    streams: list[bytes],
+    monkeypatch: pytest.MonkeyPatch,
+    together: int,
+) -> None:
+    monkeypatch.setattr("kvtc_stream.many._TOKENS_AT_A_TIME", together)
+    k, v, tables = pages(caches, 16)
+    held = []
+    for (own_k, own_v), table, tokens in zip(caches, tables, TOKENS, strict=True):
+        held.append(kvtc.PagedCache(k, v, table, tokens))
+        for pool, own in ((k, own_k), (v, own_v)):
+            slots = pool.reshape(pool.shape[0], -1, *pool.shape[3:])
+            slots[:, held[-1].slots()] = own.swapaxes(1, 2)
+    assert kvtc.encode_many(held, codec) == streams
     untouched = set(range(k.shape[1])) - {page for table in tables for page in table}
     assert np.isnan(k[:, sorted(untouched)]).all()
 

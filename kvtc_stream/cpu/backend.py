@@ -63,9 +63,9 @@ class CpuBackend:
         """See :meth:`kvtc_stream.backend.Backend.empty`."""
         return np.empty(shape, numpy_dtype(dtype))
 
-    def planes(self, k: NDArray[Any], v: NDArray[Any]) -> list[memoryview]:
+    def planes(self, pieces: Sequence[tuple[Any, Any]]) -> list[list[memoryview]]:
         """See :meth:`kvtc_stream.backend.Backend.planes`."""
-        return verbatim_planes(k, v)
+        return [verbatim_planes(k, v) for k, v in pieces]
 
     def output(self, x: NDArray[Any], dtype: DType) -> Any:
         """See :meth:`kvtc_stream.backend.Backend.output`."""
