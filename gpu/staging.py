@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from kvtc_stream.threads import SHARE, copy
 
 #: Pieces begin at multiples of this on the device.
-ALIGNMENT = 16
+_ALIGNMENT = 16
 #: cudaMemoryTypeHost
 _PINNED = 1
 
@@ -24,12 +24,18 @@ _PINNED = 1
 class Staging:
     """Copies through two pinned buffers in turn, each as large as the largest copy was.
 
-    One thread and one CUDA stream at a time. Who drops it waits for the stream first.
+    One thread and one CUDA stream at a time.
     """
 
     def __init__(self) -> None:
         empty: tuple[NDArray[np.uint8], Any] = np.empty(0, np.uint8), None
         self._buffers = [empty, empty]
+
+    def __del__(self) -> None:
+        # The pool gives the memory to the next one, which must not write what is still read.
+        for _, event in self._buffers:
+            if event is not None:
+                event.synchronize()
 
     def upload(self, pieces: Sequence[Any]) -> tuple[Any, NDArray[np.int64]]:
         """Buffers of bytes, one after the other in uint8 on the device, and where each begins.
@@ -39,7 +45,7 @@ class Staging:
         """
         sources = [np.frombuffer(piece, np.uint8) for piece in pieces]
         sizes = np.array([x.size for x in sources], np.int64)
-        ends = np.cumsum(-(-sizes // ALIGNMENT) * ALIGNMENT)
+        ends = np.cumsum(-(-sizes // _ALIGNMENT) * _ALIGNMENT)
         begins = np.concatenate([[0], ends[:-1]])
         total = int(ends[-1]) if len(ends) else 0
         data = cupy.empty(total, np.uint8)

@@ -160,3 +160,30 @@ def test_damage_of_the_published_method_is_the_same_error(
                 decoder.decode(changed)
             messages.append(str(caught.value))
         assert messages[0] == messages[1]
+
+
+def test_pinned_memory_stays_until_it_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever drops it may have work on the stream before the copy, and the pool gives it away."""
+    import cupy
+
+    from kvtc_stream.gpu.staging import Staging
+
+    waited = []
+
+    class Event:
+        def __init__(self, **_: Any) -> None:
+            self.recorded = False
+
+        def record(self) -> None:
+            self.recorded = True
+
+        def synchronize(self) -> None:
+            waited.append(self.recorded)
+
+    monkeypatch.setattr(cupy.cuda, "Event", Event)
+    staging = Staging()
+    for _ in range(3):
+        staging.upload([bytes(100)])
+    assert waited == [True]  # before a buffer is used again
+    del staging
+    assert waited == [True] * 3
