@@ -3,8 +3,8 @@
     python benchmarks/format.py [--output benchmarks/results/format.json]
 
 Streams have the geometry of SmolLM2-135M in bfloat16 and payloads of random bytes, a sixteenth of
-the cache. Times are the best of seven, of a file in the page cache, on one thread: of the clock,
-and of the core, which other programs on the machine do not lengthen.
+the cache. Times are the best of seven, of a file in the page cache: of the clock, and of all cores
+together, which other programs on the machine do not lengthen.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def make_stream(tokens: int) -> bytes:
 
 
 def best(action: Callable[[], Any], repeats: int = 7) -> dict[str, float]:
-    """Seconds of the quickest run: of the clock, and of one core."""
+    """Seconds of the quickest run: of the clock, and of all cores."""
     times = []
     for _ in range(repeats):
         start = time.perf_counter(), time.process_time()

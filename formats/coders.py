@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 
 import lz4.block
 import zstandard
 from zlib_ng import zlib_ng
 
 from kvtc_stream.errors import FormatError
-
-#: What holds bytes.
-Bytes = bytes | memoryview
 
 
 class Coder(enum.IntEnum):
@@ -36,27 +34,34 @@ _DEFLATE = {
 # The library's stub calls this an instance.
 _DeflateError: type[Exception] = zlib_ng.error  # type: ignore[assignment]
 
-# Matches of 7 bytes or none: values have few, and searching for shorter ones takes twice as long
-# and leaves more bytes.
-_ZSTD = {"strategy": zstandard.STRATEGY_FAST, "min_match": 7}
+_ZSTD = zstandard.ZstdCompressionParameters.from_level(3)
+# Values have few matches: those of 7 bytes or none. Searching for shorter ones takes twice as long
+# and leaves more bytes (benchmarks/verbatim.py).
+_ZSTD_OF_VALUES = zstandard.ZstdCompressionParameters.from_level(
+    1, strategy=zstandard.STRATEGY_FAST, min_match=7
+)
 _ZSTD_MIN_WINDOW = 1 << 10
-#: Bytes from which on DEFLATE takes too long.
+#: Bytes of values from which on DEFLATE takes too long.
 _LARGE = 1 << 18
 
 
-def compress_beside(coder: Coder, *planes: Bytes) -> tuple[Coder, bytes]:
-    """Compress bytes in a stream whose symbols are coded by ``coder``.
+def compress_beside(coder: Coder, *segments: bytes | memoryview) -> tuple[Coder, bytes]:
+    """Compress bytes in a stream whose symbols are coded by ``coder``; returns as :func:`compress`.
 
-    Beside ``RANS``, which codes no bytes, ``DEFLATE`` leaves the fewest; from 256 KiB on it is
-    ``ZSTD``, five times as fast in both directions for one to two percent more. Returns as
-    :func:`compress`.
+    Beside ``RANS``, which codes no bytes, these are verbatim values: ``DEFLATE`` leaves the
+    fewest; from 256 KiB on it is ``ZSTD``, which leaves one percent more, and takes less than half
+    the time to write and a fifth to read (benchmarks/verbatim.py).
     """
-    if coder is Coder.RANS:
-        coder = Coder.ZSTD if sum(map(len, planes)) >= _LARGE else Coder.DEFLATE
-    return compress(coder, *planes)
+    if coder is not Coder.RANS:
+        return compress(coder, *segments)
+    size = sum(map(len, segments))
+    if size < _LARGE:
+        return compress(Coder.DEFLATE, *segments)
+    coded = _zstd(_ZSTD_OF_VALUES, segments, size)
+    return _smaller(Coder.ZSTD, coded, segments, size)
 
 
-def compress(coder: Coder, *segments: Bytes) -> tuple[Coder, bytes]:
+def compress(coder: Coder, *segments: bytes | memoryview) -> tuple[Coder, bytes]:
     """Compress the concatenated ``segments``, or keep them when that would not make them smaller.
 
     Cut the data where its statistics change: DEFLATE starts new Huffman tables there.
@@ -70,6 +75,8 @@ def compress(coder: Coder, *segments: Bytes) -> tuple[Coder, bytes]:
         block, or the segments.
     """
     size = sum(map(len, segments))
+    if not size:
+        return Coder.STORED, b""
     match coder:
         case Coder.STORED:
             coded = b"".join(segments)
@@ -80,13 +87,26 @@ def compress(coder: Coder, *segments: Bytes) -> tuple[Coder, bytes]:
             ]
             coded = b"".join([*pieces, deflate.flush()])
         case Coder.ZSTD:
-            parameters = zstandard.ZstdCompressionParameters.from_level(1, **_ZSTD)
-            zstd = zstandard.ZstdCompressor(compression_params=parameters).compressobj(size=size)
-            coded = b"".join([*map(zstd.compress, segments), zstd.flush()])
+            coded = _zstd(_ZSTD, segments, size)
         case Coder.LZ4:
             coded = lz4.block.compress(b"".join(segments), store_size=False)
         case Coder.RANS:
             raise ValueError("RANS codes symbols, not bytes")
+    return _smaller(coder, coded, segments, size)
+
+
+def _zstd(
+    parameters: zstandard.ZstdCompressionParameters,
+    segments: Sequence[bytes | memoryview],
+    size: int,
+) -> bytes:
+    frame = zstandard.ZstdCompressor(compression_params=parameters).compressobj(size=size)
+    return b"".join([*map(frame.compress, segments), frame.flush()])
+
+
+def _smaller(
+    coder: Coder, coded: bytes, segments: Sequence[bytes | memoryview], size: int
+) -> tuple[Coder, bytes]:
     return (coder, coded) if len(coded) < size else (Coder.STORED, b"".join(segments))
 
 

@@ -26,7 +26,7 @@ from kvtc_stream.cpu.values import (
     verbatim_planes,
 )
 from kvtc_stream.errors import UnsupportedError
-from kvtc_stream.formats import Block, Coder, DType, Role, StreamHeader
+from kvtc_stream.formats import Block, DType, Role, StreamHeader
 from kvtc_stream.formats.coders import compress_beside
 from kvtc_stream.gpu import layout
 from kvtc_stream.gpu.analysis import Payload
@@ -290,9 +290,7 @@ class CudaSectionCoder:
         errors: NDArray[np.float32] | None,
     ) -> Block:
         """Of a payload; k and v are the values of the tokens that are left out."""
-        verbatim_coder, data = Coder.STORED, b""
-        if len(left_out):
-            verbatim_coder, data = compress_beside(self._header.coder, *verbatim_planes(k, v))
+        verbatim_coder, data = compress_beside(self._header.coder, *verbatim_planes(k, v))
         kept = np.delete(np.arange(len(positions)), left_out)
         return Block(
             section=self._index,

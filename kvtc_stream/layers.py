@@ -286,9 +286,7 @@ def _assembled(
     block: Block, header: StreamHeader, plan: SectionPlan, verbatim: Sequence[Any], pieces: _Pieces
 ) -> Block:
     """The block with other values and symbols, of ``plan``; its errors are not known."""
-    verbatim_coder, exact = compress_beside(
-        header.coder, *verbatim_planes(*map(np.ascontiguousarray, verbatim))
-    )
+    verbatim_coder, exact = compress_beside(header.coder, *verbatim_planes(*verbatim))
     symbols = sum(_coded(plan)) * block.coded_tokens
     if pieces.uniform is None or not symbols:
         parts = pieces.parts if pieces.uniform is None else []
