@@ -46,8 +46,6 @@ from kvtc_stream.threads import spread
 _RECOVERY_CHUNK = 1 << 20
 #: Most bytes of neighbouring blocks that are read at a time.
 _READ_AHEAD = 8 << 20
-#: Bytes of blocks that are verified together.
-_TOGETHER = 32 << 20
 
 
 # What the parser found: the header, or a record's entry with its block, if it is one.
@@ -305,39 +303,13 @@ class StreamFile:
 
         Raises as :meth:`read_block`.
         """
-        some: list[tuple[IndexEntry, memoryview]] = []
-        size = 0
-        for entry, data in self._pieces(entries):
-            some.append((entry, data))
-            size += len(data)
-            if size >= _TOGETHER:
-                yield from self._opened(some, size)
-                some, size = [], 0
-        yield from self._opened(some, size)
-
-    def _opened(self, pieces: list[tuple[IndexEntry, memoryview]], size: int) -> Iterator[Block]:
-        """Blocks, their checksums on several threads; those before a fault come before it."""
-        records = []
-        fault = None
-        for entry, data in pieces:
-            try:
-                records.append(self._open(entry, data))
-            except KVTCError as error:
-                fault = error
-                break
-        sums = spread(RecordHeader.checksum, records, size)
-        for (entry, _), record, found in zip(pieces, records, sums, strict=False):
-            yield self._block(entry, *record, found)
-        if fault is not None:
-            raise fault
-
-    def _pieces(self, entries: Iterable[IndexEntry]) -> Iterator[tuple[IndexEntry, memoryview]]:
-        """Entries, each with its bytes."""
+        # Where nothing is copied, more may be looked at together.
+        most = getattr(self._file, "read_ahead", _READ_AHEAD)
         run: list[IndexEntry] = []
         size = 0
         for entry in entries:
             follows = run and entry.offset == run[-1].offset + run[-1].length
-            if run and not (follows and size + entry.length <= _READ_AHEAD):
+            if run and not (follows and size + entry.length <= most):
                 yield from self._run(run, size)
                 run, size = [], 0
             run.append(entry)
@@ -345,12 +317,24 @@ class StreamFile:
         if run:
             yield from self._run(run, size)
 
-    def _run(self, entries: list[IndexEntry], size: int) -> Iterator[tuple[IndexEntry, memoryview]]:
+    def _run(self, entries: list[IndexEntry], size: int) -> Iterator[Block]:
+        """Blocks side by side, their checksums on several threads; a fault comes in its turn."""
         start = entries[0].offset
         data = memoryview(self._read(start, size))
+        records = []
+        fault = None
         for entry in entries:
             at = entry.offset - start
-            yield entry, data[at : at + entry.length]
+            try:
+                records.append(self._open(entry, data[at : at + entry.length]))
+            except KVTCError as error:
+                fault = error
+                break
+        sums = spread(RecordHeader.checksum, records, size)
+        for entry, record, found in zip(entries, records, sums, strict=False):
+            yield self._block(entry, *record, found)
+        if fault is not None:
+            raise fault
 
     def _block(
         self, entry: IndexEntry, record: RecordHeader, rest: memoryview, expected: int | None = None

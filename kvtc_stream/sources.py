@@ -22,6 +22,8 @@ Source = str | os.PathLike[str] | BinaryIO | bytes | bytearray | memoryview | mm
 _FRONT, _BACK = 1 << 16, 1 << 18
 #: Bytes from which on a copy is worth avoiding.
 _LARGE = 1 << 16
+#: Bytes of blocks in constant memory that are looked at together.
+_READ_AHEAD = 32 << 20
 #: Seconds between looks at a growing file.
 _POLL = 0.02
 
@@ -101,6 +103,8 @@ class _Buffer(_Ranged):
     def __init__(self, view: memoryview, *, constant: bool = False) -> None:
         super().__init__(len(view))
         self._view, self._constant = view, constant
+        if constant:
+            self.read_ahead = _READ_AHEAD
 
     def _range(self, start: int, stop: int) -> bytes:
         part = self._view[start:stop]
