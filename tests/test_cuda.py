@@ -475,3 +475,21 @@ def test_into_buffers(preset: str) -> None:
     )
     with pytest.raises(BufferError, match="host memory"):
         kvtc.decode_many([data], calibration, out=[pages], backend="cuda")
+
+
+def test_pinned_memory_is_not_used_again_too_early() -> None:
+    calibration = CALIBRATIONS["halves"]
+    caches = [kvtc.testing.drawn_cache(calibration.geometry, 100, seed=s) for s in range(8)]
+    codec = kvtc.Codec(calibration, ratio=6, window=128)  # all verbatim: decoding waits for nothing
+    streams = [kvtc.encode(k, v, codec) for k, v in caches]
+    slow = cupy.ones((8192, 8192), np.float32)
+    with cupy.cuda.Stream(non_blocking=True) as stream:
+        kvtc.decode(streams[0], calibration, backend="cuda")
+        stream.synchronize()
+        for _ in range(5):
+            slow = slow @ slow * np.float32(1e-4)  # the copies queue behind it
+        found = [kvtc.decode(data, calibration, backend="cuda") for data in streams]
+        stream.synchronize()
+    for pair, exact in zip(found, caches, strict=True):
+        for a, b in zip(pair, exact, strict=True):
+            np.testing.assert_array_equal(cupy.asnumpy(a), b)
