@@ -178,6 +178,7 @@ class Model:
                         rows.data.ptr,
                         rows.shape[1],
                         overflow,
+                        cp.ones(1, np.float32),
                     ),
                 )
         return k, v

@@ -4,7 +4,8 @@
 
 Every array is an allocation of its own there (no pool), so that an access one byte beyond an array
 is seen. API calls that fail are not counted: libraries probe for functions that a driver lacks.
-For ``initcheck``, copies to the host are not counted: they take gaps between payloads along.
+For ``initcheck``, copies to the host are not counted: they take gaps between payloads along. It
+does not see what cuBLAS writes: before a product, what that must write is set to a NaN.
 """
 
 from __future__ import annotations
@@ -33,10 +34,10 @@ def main() -> int:
     parser.add_argument(
         "-o", "--output", type=Path, default=Path(__file__).parent / "results" / "sanitizer.json"
     )
-    parser.add_argument("--tests-only", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--tests-only", metavar="TOOL", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.tests_only:
-        return _tests(args.k)
+        return _tests(args.tests_only, args.k)
     console = Console(highlight=False)
     result = environment()
     tools: dict[str, Any] = {}
@@ -56,7 +57,7 @@ def _run(tool: str, args: argparse.Namespace) -> dict[str, Any]:
     began = time.perf_counter()
     try:
         done = subprocess.run(
-            [*command, sys.executable, __file__, "--tests-only", "-k", args.k],
+            [*command, sys.executable, __file__, "--tests-only", tool, "-k", args.k],
             capture_output=True,
             text=True,
             timeout=args.timeout,
@@ -77,11 +78,29 @@ def _run(tool: str, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _tests(expression: str) -> int:
+def _tests(tool: str, expression: str) -> int:
     import cupy
     import pytest
 
+    from kvtc_stream.gpu import products
+
     cupy.cuda.set_allocator(None)
+    if tool == "initcheck":
+        product = products.gemm
+
+        def seen(*args: Any) -> None:
+            *_, rows, columns, _, _, _, _, _, _, out, kind, stride = args
+            dtype = {products.R_16F: cupy.float16, products.R_32F: cupy.float32}[kind]
+            size = (columns - 1) * stride + rows
+            memory = cupy.cuda.UnownedMemory(out, size * dtype().itemsize, None)
+            written = cupy.ndarray(
+                (columns, rows), dtype, cupy.cuda.MemoryPointer(memory, 0),
+                strides=(stride * dtype().itemsize, dtype().itemsize),
+            )  # fmt: skip
+            written.fill(cupy.nan)
+            product(*args)
+
+        products.gemm = seen
     options = ["-q", "-p", "no:cacheprovider", "-o", "addopts=", "-m", "gpu", "-k", expression]
     return int(pytest.main([*options, str(TESTS)]))
 

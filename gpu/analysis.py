@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from kvtc_stream.formats import Coder, DType, Section
 from kvtc_stream.gpu import layout
-from kvtc_stream.gpu.decoding import PIECE_BYTES
+from kvtc_stream.gpu.decoding import PIECE_BYTES, device_scales
 from kvtc_stream.gpu.plan import Basis
 from kvtc_stream.gpu.products import analyse, synthesise
 from kvtc_stream.gpu.rope import DeviceRopes, Rotations
@@ -102,8 +102,7 @@ class Analyser:
     ) -> None:
         self._section, self._plan, self._out_dtype = section, plan, out_dtype
         self._measure, self._bound = measure, bound
-        shape = (2 * len(section.layers), section.kv_heads)
-        self._scales = cupy.asarray(np.ones(shape, np.float32) if scales is None else scales)
+        self._scales = device_scales(section, scales)
         self._ropes = DeviceRopes(section)
         self._values: dict[DType, Any] = {}
 
@@ -186,7 +185,11 @@ class Analyser:
         s, plan, tokens = self._section, self._plan, source.tokens
         rotations = self._ropes.at(source.positions, sign=1)
         dims = s.k_dim // 16, s.v_dim // 16
-        wide = source.wide and all(d <= 32 and d & (d - 1) == 0 for d in dims)
+        wide = (
+            source.wide
+            and not self._out_dtype.is_fp8
+            and all(d <= 32 and d & (d - 1) == 0 for d in dims)
+        )
         compare = layout.errors(source.dtype, self._out_dtype, wide)
         lost, energy = cupy.zeros((2, 2 * len(s.layers), stride), np.float32)
         for i, part in enumerate(plan.parts):

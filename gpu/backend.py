@@ -122,11 +122,6 @@ class CudaSectionCoder:
         target: Controls | None,
     ) -> None:
         plan = header.plan.sections[section]
-        if header.out_dtype.is_fp8:
-            raise UnsupportedError(
-                f"the CUDA backend does not decode to {header.out_dtype.label}: choose another "
-                f"out_dtype, or backend='cpu'"
-            )
         self._header, self._index = header, section
         self._section = header.geometry.sections[section]
         self._calibration, self._measure = calibration, measure
@@ -144,8 +139,12 @@ class CudaSectionCoder:
             lambda: (DevicePlan if plan.uniform else BandPlan)(calibration, section, plan),
             most=_PLANS,
         )
+        scales = section_scales(header, section)
+        self._scales = None
+        if scales[0] is not None and scales[1] is not None:
+            self._scales = np.concatenate(scales)
         self._decoder: BlockDecoder = (UniformDecoder if plan.uniform else BandDecoder)(
-            self._section, self._plan
+            self._section, self._plan, self._scales
         )
         self._encoder: BatchEncoder | BandEncoder | None = None
         self._control = None if target is None else target.control(header, section)
@@ -216,11 +215,7 @@ class CudaSectionCoder:
         return blocks
 
     def _new_encoder(self) -> BatchEncoder | BandEncoder:
-        k_scale, v_scale = section_scales(self._header, self._index)
-        scales = None
-        if k_scale is not None and v_scale is not None:
-            scales = np.concatenate([k_scale, v_scale])
-        arguments = self._section, self._plan, self._header.out_dtype, scales
+        arguments = self._section, self._plan, self._header.out_dtype, self._scales
         options: dict[str, Any] = {"measure": self._measure == "full", "bound": self._bound}
         if self._uniform:
             return BatchEncoder(*arguments, **options)

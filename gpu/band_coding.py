@@ -34,8 +34,10 @@ class BandDecoder(BlockDecoder):
 
     batch_tokens = BATCH_TOKENS
 
-    def __init__(self, section: Section, plan: BandPlan) -> None:
-        super().__init__(section, plan)
+    def __init__(
+        self, section: Section, plan: BandPlan, scales: NDArray[np.float32] | None = None
+    ) -> None:
+        super().__init__(section, plan, scales)
         self._plan = plan
 
     def symbols(self, blocks: Sequence[Placed]) -> Batch:

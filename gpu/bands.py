@@ -20,6 +20,7 @@ from numba import cuda
 
 from kvtc_stream.cpu.quantise import segment_sizes
 from kvtc_stream.formats.plan import Band, Quantiser
+from kvtc_stream.gpu.fp8 import e4m3_code, e4m3_value
 from kvtc_stream.gpu.intrinsics import (
     WARP,
     f16_bits,
@@ -128,19 +129,6 @@ def tasks(
 def grid(tokens: int, strips: int, blocks: int = 1) -> tuple[int, int, int]:
     """Blocks of ``THREADS`` threads; ``tokens`` is the most that a block of the stream has."""
     return -(-tokens // THREADS), strips, blocks
-
-
-@cuda.jit(device=True)
-def _e4m3_code(y):  # type: ignore[no-untyped-def]
-    """See :func:`kvtc_stream.cpu.quantise.e4m3_encode`."""
-    bits = _I32(f32_bits(y))
-    magnitude = _I32(bits & _I32(0x7FFFFFFF))
-    if magnitude < _I32(0x3C800000):  # 2⁻⁶: steps of 2⁻⁹, the last place of 2¹⁴
-        code = _I32(f32_bits(f32_from_bits(_U32(magnitude)) + _F32(16384.0))) - _I32(0x46800000)
-    else:
-        rounded = _I64(magnitude) + _I64(0x7FFFF) + _I64((magnitude >> _I32(20)) & _I32(1))
-        code = _I32(min((rounded >> _I64(20)) - _I64(120 << 3), _I64(0x7E)))
-    return _I32(code | ((bits >> _I32(24)) & _I32(0x80)))
 
 
 @kernel(i32p, f32p, i64, i32, u16p, u8p)
@@ -261,7 +249,7 @@ def pack(  # type: ignore[no-untyped-def]
         code = _I32(0)
         if active and scale != _F32(0.0):
             y = (coefficients[source] - shift) / scale
-            code = _e4m3_code(y) if bits == _FP8 else min(max(round_to_int(y), _I32(0)), levels)
+            code = e4m3_code(y) if bits == _FP8 else min(max(round_to_int(y), _I32(0)), levels)
         # Lanes without a token have the code 0.
         if bits == _INT2:
             code = _I32(code | (shuffle_down(code, 1) << _I32(2)))
@@ -337,9 +325,7 @@ def unpack(  # type: ignore[no-untyped-def]
         code = _I32(byte & mask)
         if bits == _FP8:
             fault |= (code & _I32(0x7F)) == _I32(0x7F)
-            # A binary16 has the same subnormals, and exponents that are 8 more.
-            half = (code & _I32(0x80)) << _I32(8) | (code & _I32(0x7F)) << _I32(7)
-            value = f16_value(np.uint16(half)) * _F32(256.0)
+            value = e4m3_value(code)
         else:
             value = _F32(code)
         out[target] = shift + value * scale

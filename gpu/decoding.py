@@ -210,13 +210,19 @@ class TileTasks:
 
 
 class BlockDecoder(ABC):
-    """Decodes data blocks of one kind of stream. One thread and one CUDA stream at a time."""
+    """Decodes data blocks of one kind of stream. One thread and one CUDA stream at a time.
+
+    ``scales`` float32 [2 · layers, heads] of K and then V: of fp8 that comes out; ``None``: 1.
+    """
 
     #: Tokens of a batch.
     batch_tokens = BATCH_TOKENS
 
-    def __init__(self, section: Section, basis: Basis) -> None:
+    def __init__(
+        self, section: Section, basis: Basis, scales: NDArray[np.float32] | None = None
+    ) -> None:
         self._section, self._basis = section, basis
+        self._scales = device_scales(section, scales)
         self._ropes = DeviceRopes(section)
         self.staging = Staging()
 
@@ -336,6 +342,7 @@ class BlockDecoder(ABC):
                         rows.data.ptr,
                         width,
                         batch.overflow,
+                        self._scales,
                     ),
                 )
 
@@ -343,8 +350,10 @@ class BlockDecoder(ABC):
 class UniformDecoder(BlockDecoder):
     """Of uniform bands."""
 
-    def __init__(self, section: Section, plan: DevicePlan) -> None:
-        super().__init__(section, plan)
+    def __init__(
+        self, section: Section, plan: DevicePlan, scales: NDArray[np.float32] | None = None
+    ) -> None:
+        super().__init__(section, plan, scales)
         self._plan = plan
         self._tasks = TileTasks(plan)
 
@@ -402,6 +411,12 @@ class UniformDecoder(BlockDecoder):
             shared=plan.decode_shared,
         )
         return self._batch(blocks, symbols, scales, stride, faults)
+
+
+def device_scales(section: Section, scales: NDArray[np.float32] | None) -> Any:
+    """float32 [2 · layers, heads] of K and then V on the device; ``None``: 1."""
+    shape = (2 * len(section.layers), section.kv_heads)
+    return cupy.asarray(np.ones(shape, np.float32) if scales is None else scales)
 
 
 def _positions(block: Block) -> NDArray[np.int64]:

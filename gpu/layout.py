@@ -21,6 +21,7 @@ import numpy as np
 from numba import cuda
 
 from kvtc_stream.formats import DType
+from kvtc_stream.gpu.fp8 import e4m3_code, e4m3_value, e5m2_code, e5m2_value
 from kvtc_stream.gpu.intrinsics import (
     WARP,
     bf16_bits,
@@ -41,6 +42,7 @@ from kvtc_stream.gpu.intrinsics import (
     load_u32x4,
     shuffle_down,
     store_u32x4,
+    u8,
     u8_at,
     u16_at,
     u32_at,
@@ -105,28 +107,44 @@ def _load_fp8(address, i, table):  # type: ignore[no-untyped-def]
     return table[u8_at(address)[i]]
 
 
-def _store_f32(address, i, value):  # type: ignore[no-untyped-def]
+def _store_f32(address, i, value, _scale):  # type: ignore[no-untyped-def]
     f32_at(address)[i] = value
 
 
-def _store_f16(address, i, value):  # type: ignore[no-untyped-def]
+def _store_f16(address, i, value, _scale):  # type: ignore[no-untyped-def]
     u16_at(address)[i] = f16_bits(value)
 
 
-def _store_bf16(address, i, value):  # type: ignore[no-untyped-def]
+def _store_bf16(address, i, value, _scale):  # type: ignore[no-untyped-def]
     u16_at(address)[i] = bf16_bits(value)
 
 
-def _round_f32(value):  # type: ignore[no-untyped-def]
+def _store_e4m3(address, i, value, scale):  # type: ignore[no-untyped-def]
+    u8_at(address)[i] = u8(e4m3_code(value / scale))
+
+
+def _store_e5m2(address, i, value, scale):  # type: ignore[no-untyped-def]
+    u8_at(address)[i] = u8(e5m2_code(value / scale))
+
+
+def _round_f32(value, _scale):  # type: ignore[no-untyped-def]
     return value
 
 
-def _round_f16(value):  # type: ignore[no-untyped-def]
+def _round_f16(value, _scale):  # type: ignore[no-untyped-def]
     return f16_value(f16_bits(value))
 
 
-def _round_bf16(value):  # type: ignore[no-untyped-def]
+def _round_bf16(value, _scale):  # type: ignore[no-untyped-def]
     return f32_from_bits(_U32(bf16_bits(value)) << _U32(16))
+
+
+def _round_e4m3(value, scale):  # type: ignore[no-untyped-def]
+    return e4m3_value(e4m3_code(value / scale)) * scale
+
+
+def _round_e5m2(value, scale):  # type: ignore[no-untyped-def]
+    return e5m2_value(e5m2_code(value / scale)) * scale
 
 
 def _device(function: Any) -> Any:
@@ -144,11 +162,15 @@ _STORES = {
     DType.FLOAT32: _device(_store_f32),
     DType.FLOAT16: _device(_store_f16),
     DType.BFLOAT16: _device(_store_bf16),
+    DType.FLOAT8_E4M3FN: _device(_store_e4m3),
+    DType.FLOAT8_E5M2: _device(_store_e5m2),
 }
 _ROUNDS = {
     DType.FLOAT32: _device(_round_f32),
     DType.FLOAT16: _device(_round_f16),
     DType.BFLOAT16: _device(_round_bf16),
+    DType.FLOAT8_E4M3FN: _device(_round_e4m3),
+    DType.FLOAT8_E5M2: _device(_round_e5m2),
 }
 
 
@@ -339,7 +361,8 @@ def scatter(dtype: DType, wide: bool) -> Kernel:
     """The inverse kernel, to tensors of ``dtype``; blocks as for :func:`gather`.
 
     ``x[h, t, d] = rotate(rows[t, (h, d)] · steps[t] · scale + mean[(h, d)])``; ``steps`` float32
-    [tokens]. ``overflow`` int32 [1] becomes 1 where a row is not finite.
+    [tokens]. ``overflow`` int32 [1] becomes 1 where a row is not finite. ``scales`` float32 [rows
+    of entries, heads]: fp8 is divided by them, and saturates.
     """
     if wide:
         _, _, pair = _HALVES[dtype]
@@ -361,10 +384,10 @@ def scatter(dtype: DType, wide: bool) -> Kernel:
                 bad |= (word & _U32(0x7C000000)) == _U32(0x7C000000)
             return bad
 
-        @kernel(*_COMMON, f32p, f32, u64, u64, i64, i32p)
+        @kernel(*_COMMON, f32p, f32, u64, u64, i64, i32p, f32p)
         def scatter(  # type: ignore[no-untyped-def]
             entries, slots, tokens, cosines, sines, _pairs, _interleaved, most, table_tokens,
-            table_token, steps, scale, mean, rows, width, overflow,
+            table_token, steps, scale, mean, rows, width, overflow, _scales,
         ):  # fmt: skip
             entry = _I32(cuda.blockIdx.y) * _I32(FIELDS)
             dim, heads = _I32(entries[entry + DIM]), _I32(entries[entry + HEADS])
@@ -418,10 +441,10 @@ def scatter(dtype: DType, wide: bool) -> Kernel:
 
     store = _STORES[dtype]
 
-    @kernel(*_COMMON, f32p, f32, u64, u64, i64, i32p)  # type: ignore[no-redef]
+    @kernel(*_COMMON, f32p, f32, u64, u64, i64, i32p, f32p)  # type: ignore[no-redef]
     def scatter(  # type: ignore[no-untyped-def]
         entries, slots, tokens, cosines, sines, pairs, interleaved, most, table_tokens,
-        table_token, steps, scale, mean, rows, width, overflow,
+        table_token, steps, scale, mean, rows, width, overflow, scales,
     ):  # fmt: skip
         entry = _I32(cuda.blockIdx.y) * _I32(FIELDS)
         dim, heads = _I32(entries[entry + DIM]), _I32(entries[entry + HEADS])
@@ -455,9 +478,10 @@ def scatter(dtype: DType, wide: bool) -> Kernel:
             if not (math.isfinite(x) and math.isfinite(y)):
                 overflow[0] = _I32(1)
             at = slot * entries[entry + TOKEN_STRIDE] + head * entries[entry + HEAD_STRIDE]
-            store(entries[entry + ADDRESS], at + a, x)
+            of_head = scales[entries[entry + ROW] * heads + head]
+            store(entries[entry + ADDRESS], at + a, x, of_head)
             if b < dim:
-                store(entries[entry + ADDRESS], at + b, y)
+                store(entries[entry + ADDRESS], at + b, y, of_head)
 
     return scatter  # type: ignore[no-any-return]
 
@@ -477,10 +501,10 @@ def errors(dtype: DType, out_dtype: DType, wide: bool) -> Kernel:
         def compare(a, b, xa, xb, c0, c1, s0, s1, ma0, ma1, mb0, mb1, step):  # type: ignore[no-untyped-def]
             a0, a1 = _low_f16(a) * step + ma0, _high_f16(a) * step + ma1
             b0, b1 = _low_f16(b) * step + mb0, _high_f16(b) * step + mb1
-            d0 = round_to(a0 * c0 - b0 * s0) - low(xa)
-            d1 = round_to(a1 * c1 - b1 * s1) - high(xa)
-            e0 = round_to(b0 * c0 + a0 * s0) - low(xb)
-            e1 = round_to(b1 * c1 + a1 * s1) - high(xb)
+            d0 = round_to(a0 * c0 - b0 * s0, _F32(1)) - low(xa)
+            d1 = round_to(a1 * c1 - b1 * s1, _F32(1)) - high(xa)
+            e0 = round_to(b0 * c0 + a0 * s0, _F32(1)) - low(xb)
+            e1 = round_to(b1 * c1 + a1 * s1, _F32(1)) - high(xb)
             return (
                 d0 * d0 + d1 * d1 + e0 * e0 + e1 * e1,
                 low(xa) * low(xa) + high(xa) * high(xa) + low(xb) * low(xb) + high(xb) * high(xb),
@@ -596,12 +620,12 @@ def errors(dtype: DType, out_dtype: DType, wide: bool) -> Kernel:
                         c, s = f32_at(cosines)[r], f32_at(sines)[r]
                         x, y = x * c - y * s, y * c + x * s
                     exact = load(entries[entry + ADDRESS], at + a, values) * scale
-                    delta = round_to(x) - exact
+                    delta = round_to(x, scale) - exact
                     difference += delta * delta
                     total += exact * exact
                     if b < dim:
                         exact = load(entries[entry + ADDRESS], at + b, values) * scale
-                        delta = round_to(y) - exact
+                        delta = round_to(y, scale) - exact
                         difference += delta * delta
                         total += exact * exact
             for by in (16, 8, 4, 2, 1):
@@ -669,6 +693,6 @@ def variants() -> list[Kernel]:
         *(scatter(d, False) for d in _STORES),
         *(scatter(d, True) for d in WIDE),
         *(errors(a, b, False) for a in _LOADS for b in _STORES),
-        *(errors(a, b, True) for a in WIDE for b in _STORES),
+        *(errors(a, b, True) for a in WIDE for b in _STORES if not b.is_fp8),
         *(move(size, back=back) for size in (1, 2, 4) for back in (False, True)),
     ]

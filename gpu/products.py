@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 
-_R_16F, _R_32F, _COMPUTE_32F = 2, 0, 68
+R_16F, R_32F, _COMPUTE_32F = 2, 0, 68
 _NONE, _TRANSPOSED = 0, 1
 _DEFAULT = -1
 _ZERO = np.zeros((), np.float32)
 
 
-def _gemm(
+def gemm(
     a_op: int, b_op: int, m: int, n: int, k: int, scale: float,
     a: int, a_stride: int, b: int, b_stride: int, c: int, c_type: int, c_stride: int,
 ) -> None:  # fmt: skip
@@ -22,7 +22,7 @@ def _gemm(
     alpha = np.array(scale, np.float32)
     cublas.gemmEx(
         device.get_cublas_handle(), a_op, b_op, m, n, k,
-        alpha.ctypes.data, a, _R_16F, a_stride, b, _R_16F, b_stride,
+        alpha.ctypes.data, a, R_16F, a_stride, b, R_16F, b_stride,
         _ZERO.ctypes.data, c, c_type, c_stride, _COMPUTE_32F, _DEFAULT,
     )  # fmt: skip
 
@@ -32,9 +32,9 @@ def analyse(rows: Any, analysis: Any, scale: float, out: int, stride: int) -> No
     elements from component to component. ``rows`` and ``analysis`` are binary16."""
     (tokens, width), count = rows.shape, len(analysis)
     if tokens and count:
-        _gemm(
+        gemm(
             _TRANSPOSED, _NONE, tokens, count, width, scale,
-            rows.data.ptr, width, analysis.data.ptr, width, out, _R_32F, stride,
+            rows.data.ptr, width, analysis.data.ptr, width, out, R_32F, stride,
         )  # fmt: skip
 
 
@@ -49,7 +49,7 @@ def synthesise(
     count, of_basis = synthesis.shape
     taken = columns.stop - columns.start
     if tokens and taken and count:
-        _gemm(
+        gemm(
             _NONE, _TRANSPOSED, taken, tokens, count, 1.0,
-            synthesis.data.ptr + 2 * columns.start, of_basis, symbols, stride, out, _R_16F, width,
+            synthesis.data.ptr + 2 * columns.start, of_basis, symbols, stride, out, R_16F, width,
         )  # fmt: skip

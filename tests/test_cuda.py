@@ -334,6 +334,35 @@ def test_fp8_goes_in() -> None:
     assert distance(b[0], exact) < distance(a[0], exact) + 0.05
 
 
+@pytest.mark.parametrize("preset", ["default", "paper"])
+@pytest.mark.parametrize("kind", ["float8_e4m3fn", "float8_e5m2"])
+def test_fp8_comes_out(kind: str, preset: str) -> None:
+    calibration = CALIBRATIONS["halves"]
+    k, v = kvtc.testing.drawn_cache(calibration.geometry, 300, seed=13)
+    fp8 = [(x * 20).astype(getattr(ml_dtypes, kind)) for x in (k, v)]
+    codec = kvtc.Codec(calibration, preset, ratio=4, window=20, out_dtype=kind)
+    streams = [
+        kvtc.encode(*fp8, replace(codec, backend=b), k_scale=0.05, v_scale=0.06)
+        for b in ("cpu", "cuda")
+    ]
+    for data in streams:
+        expected = kvtc.decode(data, calibration, backend="cpu")
+        found = kvtc.decode(data, calibration, backend="cuda")
+        for a, b in zip(found, expected, strict=True):
+            assert str(a.dtype) == str(b.dtype) == kind
+            a = cupy.asnumpy(a.view(np.uint8)).view(b.dtype)
+            same = a.view(np.uint8) == b.view(np.uint8)
+            assert same.mean() > 0.97  # others are beside one another
+            np.testing.assert_allclose(
+                a.astype(np.float32), b.astype(np.float32), rtol=0.26, atol=0.02
+            )
+    errors = [
+        np.mean([b.errors.k_mean for b in StreamParser(Limits()).feed(x)[1:] if b.coded])
+        for x in streams
+    ]
+    assert errors[1] == pytest.approx(errors[0], rel=0.03)
+
+
 def test_a_real_cache() -> None:
     sample = load_real_sample()
     calibrator = kvtc.Calibrator(sample.geometry)

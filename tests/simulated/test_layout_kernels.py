@@ -11,6 +11,7 @@ import pytest
 
 import kvtc_stream as kvtc
 from kvtc_stream.cpu import layout as cpu
+from kvtc_stream.cpu.values import from_float32
 from kvtc_stream.gpu import layout
 from kvtc_stream.gpu.simulator import simulate
 from kvtc_stream.interop import numpy_dtype
@@ -91,7 +92,8 @@ def _rotations(section: kvtc.Section, sign: int) -> tuple[Array, Array]:
     return cosines, sines
 
 
-NARROW = [DType.FLOAT32, DType.FLOAT16, DType.BFLOAT16, DType.FLOAT8_E4M3FN]
+FP8 = [DType.FLOAT8_E4M3FN, DType.FLOAT8_E5M2]
+NARROW = [DType.FLOAT32, DType.FLOAT16, DType.BFLOAT16, *FP8]
 WIDE = [DType.FLOAT16, DType.BFLOAT16]
 KINDS = [*((d, False) for d in NARROW), *((d, True) for d in WIDE)]
 
@@ -123,7 +125,7 @@ def test_rows_are_those_of_the_cpu(dtype: DType, wide: bool) -> None:
     np.testing.assert_allclose(found, exact, rtol=2**-10, atol=1e-6)
 
 
-@pytest.mark.parametrize(("dtype", "wide"), [k for k in KINDS if not k[0].is_fp8])
+@pytest.mark.parametrize(("dtype", "wide"), KINDS)
 def test_tensors_are_those_of_the_cpu(dtype: DType, wide: bool) -> None:
     case = Case(wide, dtype, 1)
     rng = np.random.default_rng(6)
@@ -131,42 +133,58 @@ def test_tensors_are_those_of_the_cpu(dtype: DType, wide: bool) -> None:
     mean = rng.standard_normal(case.width).astype(np.float32)
     steps = rng.uniform(0.5, 2, TOKENS).astype(np.float32)
     overflow = np.zeros(1, np.int32)
-    arguments = [steps, 0.5, mean.ctypes.data, rows.ctypes.data, case.width, overflow]
+    scales = np.ones((3, HEADS), np.float32)
+    if dtype.is_fp8:  # subnormals, and values that saturate
+        scales[:] = [[1, 100], [1e3, 1e-2], [1e-3, 3e-5]]
+    arguments = [steps, 0.5, mean.ctypes.data, rows.ctypes.data, case.width, overflow, scales]
     case.run(layout.scatter(dtype, wide), arguments)
 
     out = np.empty(case.shape, np.float32)
     values = rows.astype(np.float32) * (steps * np.float32(0.5))[:, None] + mean
     cpu.scatter(values, case.rotations, out)
     wanted = Case(wide, dtype, 1)
-    wanted.fill(out.astype(numpy_dtype(dtype)))
+    wanted.fill(from_float32(out, dtype, scales))
     found, exact = (x.slots.astype(np.float32) for x in (case, wanted))
-    last_place = {DType.FLOAT32: 2**-22, DType.FLOAT16: 2**-10, DType.BFLOAT16: 2**-7}[dtype]
-    np.testing.assert_allclose(found, exact, rtol=last_place, atol=1e-6)
+    last_place = {DType.FLOAT32: 2**-22, DType.FLOAT16: 2**-10, DType.BFLOAT16: 2**-7}.get(dtype, 0)
+    np.testing.assert_allclose(found, exact, rtol=last_place, atol=0 if dtype.is_fp8 else 1e-6)
     assert not overflow[0]
     rows[GONE - 1, 3] = np.inf
     case.run(layout.scatter(dtype, wide), arguments)
     assert overflow[0]
 
 
-@pytest.mark.parametrize(("dtype", "wide"), [(DType.FLOAT32, False), (DType.BFLOAT16, True)])
-def test_errors_are_those_of_what_scatter_writes(dtype: DType, wide: bool) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "out", "wide"),
+    [
+        (DType.FLOAT32, DType.BFLOAT16, False),
+        (DType.BFLOAT16, DType.BFLOAT16, True),
+        *((dtype, dtype, False) for dtype in FP8),
+    ],
+)
+def test_errors_are_those_of_what_scatter_writes(dtype: DType, out: DType, wide: bool) -> None:
     case = Case(wide, dtype, 1)
     rng = np.random.default_rng(7)
     rows = rng.standard_normal((TOKENS, case.width)).astype(np.float16)
     case.fill(rng.standard_normal(case.shape).astype(case.slots.dtype))
     mean = np.zeros(case.width, np.float32)
     steps, scales = np.ones(TOKENS, np.float32), np.ones((3, HEADS), np.float32)
+    values = np.zeros(256, np.float32)
+    if dtype.is_fp8:
+        scales[:] = [[0.5, 0.01], [3, 1], [1, 0.001]]
+        values = np.arange(256, dtype=np.uint8).view(numpy_dtype(dtype)).astype(np.float32)
     lost, energy = np.full((2, 3, TOKENS), -1, np.float32)
-    arguments = [np.zeros(256, np.float32), scales, steps, 1.0, mean.ctypes.data]
+    arguments = [values, scales, steps, 1.0, mean.ctypes.data]
     arguments += [rows.ctypes.data, case.width, lost, energy, TOKENS]
-    case.run(layout.errors(dtype, DType.BFLOAT16, wide), arguments)
+    case.run(layout.errors(dtype, out, wide), arguments)
 
     expected = np.empty(case.shape, np.float32)
     cpu.scatter(rows.astype(np.float32), case.rotations, expected)
-    rounded = expected.astype(numpy_dtype(DType.BFLOAT16)).astype(np.float32)
+    rounded = from_float32(expected, out, scales).astype(np.float32)
+    if out.is_fp8:
+        rounded *= scales[:, :, None, None]
     for token, slot in enumerate(PLACES):
         if slot >= 0:
-            exact = case.slots[:, slot].astype(np.float32)
+            exact = case.slots[:, slot].astype(np.float32) * scales[:, :, None]
             error = rounded[:, :, token] - exact
             np.testing.assert_allclose(lost[:, token], (error**2).sum((1, 2)), rtol=1e-3)
             np.testing.assert_allclose(energy[:, token], (exact**2).sum((1, 2)), rtol=1e-5)
