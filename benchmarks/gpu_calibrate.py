@@ -424,7 +424,7 @@ def ceilings(
 def orthonormality(calibration: kvtc.Calibration, machine: Machine) -> float:
     """The greatest entry of C Cᵀ - I of the first part's components, in binary16 as stored."""
     part = next(iter(calibration.sections[0].bases.values()))[0]
-    c = machine.arrays.put(part.components).astype(np.float32)
+    c = machine.arrays.put(part.components.matrix()).astype(np.float32)
     return float(machine.xp.abs(c @ c.T - machine.xp.eye(len(c), dtype=np.float32)).max())
 
 

@@ -63,8 +63,8 @@ class Coding:
         self.uniform, self.importance = part.uniform, part.uniform.importance
         self.families = Families(part.uniform.families.frequencies)
         self.bands = UniformBands(dealt.bands, self.families, part.uniform.families.ids)
-        self.components = part.components[self.bands.components].astype(np.float32)
-        self.whole = part.components.astype(np.float32)
+        self.components = part.components.matrix()[self.bands.components].astype(np.float32)
+        self.whole = part.components.matrix().astype(np.float32)
         self.deltas = steps(part.uniform.unit)
         self.source, self.width = source, part.width
 

@@ -150,7 +150,8 @@ def _products(
     for section, plan in enumerate(codec.plan.sections):
         for i, part in enumerate(plan.parts):
             count = part.components
-            basis = codec.calibration.transforms(section, plan.basis, i, count)[0][:count]
+            basis = codec.calibration.transforms(section, plan.basis, i, count)[0].first(count)
+            basis = basis.matrix()
             rows = rng.standard_normal((size, basis.shape[1]), np.float32)
             operands.append((rows, basis, rng.standard_normal((size, count), np.float32)))
     outputs = [(np.empty_like(c), np.empty_like(r)) for r, _, c in operands]

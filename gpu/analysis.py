@@ -13,7 +13,7 @@ from kvtc_stream.formats import Coder, DType, Section
 from kvtc_stream.gpu import layout
 from kvtc_stream.gpu.decoding import PIECE_BYTES, device_scales
 from kvtc_stream.gpu.plan import Basis
-from kvtc_stream.gpu.products import analyse, synthesise
+from kvtc_stream.gpu.products import R_16F, analyse, analyse_leading, synthesise
 from kvtc_stream.gpu.rope import DeviceRopes, Rotations
 from kvtc_stream.gpu.tensors import Column, Tensors, entries
 from kvtc_stream.interop import numpy_dtype
@@ -113,7 +113,7 @@ class Analyser:
         k_size, v_size = s.kv_heads * s.k_dim, s.kv_heads * s.v_dim
         parts: list[tuple[int, int]] = []
         rows: list[Column] = []
-        for part in self._plan.parts:
+        for part in self._plan.leaves:
             columns: list[Column] = [(0, x, i * k_size) for i, x in enumerate(part.k_layers)]
             split = len(columns) * k_size
             columns += [(1, x, split + i * v_size) for i, x in enumerate(part.v_layers)]
@@ -160,9 +160,11 @@ class Analyser:
         rotations = self._ropes.at(source.positions, sign=-1)
         gather = layout.gather(source.dtype, source.wide)
         out = cupy.empty((max(plan.components, 1), stride), np.float32)
-        for i, part in enumerate(plan.parts):
-            most = max(1, ROW_BYTES // (2 * part.width * _MULTIPLE)) * _MULTIPLE
-            rows = cupy.zeros((min(stride, most), part.width), np.uint16)
+        leading = cupy.empty((sum(leaf.leading for leaf in plan.leaves), stride), np.float16)
+        first = 0
+        for i, leaf in enumerate(plan.leaves):
+            most = max(1, ROW_BYTES // (2 * leaf.width * _MULTIPLE)) * _MULTIPLE
+            rows = cupy.zeros((min(stride, most), leaf.width), np.uint16)
             for at in range(0, tokens, len(rows)):
                 count = min(len(rows), tokens - at)
                 gather(
@@ -170,14 +172,27 @@ class Analyser:
                     layout.THREADS,
                     [
                         *self._common(source, i, at, count, rotations),
-                        part.mean.data.ptr,
+                        leaf.mean.data.ptr,
                         rows.data.ptr,
-                        part.width,
+                        leaf.width,
                     ],
                 )
-                first = out.data.ptr + 4 * (part.first * stride + at)
-                analyse(rows[: stride_of(count)], part.analysis, part.analysis_scale, first, stride)
-        return out
+                whole = rows[: stride_of(count)]
+                if leaf.leading:
+                    scale = leaf.analysis_scale * plan.seconds[0].leading_scale
+                    to = leading.data.ptr + 2 * (first * stride + at)
+                    analyse(whole, leaf.analysis[: leaf.leading], scale, to, stride, R_16F)
+                to = out.data.ptr + 4 * (leaf.inner * stride + at)
+                analyse(whole, leaf.analysis[leaf.leading :], leaf.analysis_scale, to, stride)
+            first += leaf.leading
+        first = 0
+        for second in plan.seconds:
+            count = sum(leaf.leading for leaf in second.leaves)
+            own = leading[first : first + count]
+            to = out.data.ptr + 4 * second.inner * stride
+            analyse_leading(own, second.analysis, second.analysis_scale, to)
+            first += count
+        return plan.ordered(out)
 
     def _compare(self, source: Source, symbols: Any, scales: Any, stride: int) -> Any:
         """float32 [2, stride]: errors of each token's K and V, after the cast to the output's
@@ -192,7 +207,8 @@ class Analyser:
         )
         compare = layout.errors(source.dtype, self._out_dtype, wide)
         lost, energy = cupy.zeros((2, 2 * len(s.layers), stride), np.float32)
-        for i, part in enumerate(plan.parts):
+        stack = plan.stacked(symbols)
+        for i, part in enumerate(plan.leaves):
             piece = min(max(64, PIECE_BYTES // (2 * part.width) // 64 * 64), tokens)
             rows = cupy.empty((piece, part.width), np.uint16)
             if part.count == 0:
@@ -200,7 +216,7 @@ class Analyser:
             for at in range(0, tokens, piece):
                 count = min(piece, tokens - at)
                 synthesise(
-                    symbols.data.ptr + 2 * (part.first * stride + at),
+                    stack.data.ptr + 2 * (part.first * stride + at),
                     stride,
                     part.synthesis,
                     slice(0, part.width),
@@ -213,7 +229,7 @@ class Analyser:
                     layout.THREADS,
                     [
                         *self._common(source, i, at, count, rotations),
-                        scales.data.ptr + 4 * (i * stride + at),
+                        scales.data.ptr + 4 * (part.part * stride + at),
                         part.synthesis_scale,
                         part.mean.data.ptr,
                         rows.data.ptr,

@@ -139,10 +139,10 @@ class CudaSectionCoder:
             lambda: (DevicePlan if plan.uniform else BandPlan)(calibration, section, plan),
             most=_PLANS,
         )
-        scales = section_scales(header, section)
-        self._scales = None
-        if scales[0] is not None and scales[1] is not None:
-            self._scales = np.concatenate(scales)
+        k_scale, v_scale = section_scales(header, section)
+        self._scales: NDArray[np.float32] | None = None
+        if k_scale is not None and v_scale is not None:
+            self._scales = np.concatenate([k_scale, v_scale])
         self._decoder: BlockDecoder = (UniformDecoder if plan.uniform else BandDecoder)(
             self._section, self._plan, self._scales
         )

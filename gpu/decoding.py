@@ -49,7 +49,7 @@ class Batch:
     Attributes
     ----------
     symbols, scales
-        Bits of binary16 [components, stride], float32 [parts, stride].
+        Bits of binary16 [rows, stride], see :meth:`Basis.stacked`, and float32 [parts, stride].
     tokens, stride
         Tokens in all, and from component to component.
     slots, rotations
@@ -70,10 +70,10 @@ class Batch:
 
 @dataclass(frozen=True)
 class Span:
-    """Columns of a part's rows, from ``begin`` to ``end``, that ``count`` entries from ``row`` on
+    """Columns of a leaf's rows, from ``begin`` to ``end``, that ``count`` entries from ``row`` on
     take."""
 
-    part: int
+    leaf: int
     row: int
     count: int
     begin: int
@@ -89,7 +89,7 @@ class Target:
     entries
         int64 [entries, layout.FIELDS] on the device.
     spans
-        What they take of the parts' rows.
+        What they take of the leaves' rows.
     dtype, wide
         Element type, and whether the wide kernel serves.
     """
@@ -133,7 +133,7 @@ class TileTasks:
         is its part's first one."""
         if size not in self._of_sizes:
             found = [
-                (part, self._plan.parts[part].first + t.start, t.stop - t.start, t.start == 0)
+                (part, self._plan.parts[part].start + t.start, t.stop - t.start, t.start == 0)
                 for part, coded in enumerate(self._plan.coded)
                 for t in tiles(coded, size)
             ]
@@ -251,7 +251,7 @@ class BlockDecoder(ABC):
     ) -> Batch:
         positions = np.concatenate([_positions(p.block) for p in blocks])
         return Batch(
-            symbols,
+            self._basis.stacked(symbols),
             scales,
             len(positions),
             stride,
@@ -269,10 +269,10 @@ class BlockDecoder(ABC):
         chosen = frozenset(layers)
         spans: list[Span] = []
         rows: list[Column] = []
-        for index, part in enumerate(self._basis.parts):
+        for index, leaf in enumerate(self._basis.leaves):
             first = 0
             found: list[list[Column]] = []
-            for kind, own, out in ((0, part.k_layers, k_out), (1, part.v_layers, v_out)):
+            for kind, own, out in ((0, leaf.k_layers, k_out), (1, leaf.v_layers, v_out)):
                 columns = [
                     (kind, x, first + i * sizes[kind])
                     for i, x in enumerate(own)
@@ -281,7 +281,7 @@ class BlockDecoder(ABC):
                 first += len(own) * sizes[kind]
                 found.append(columns)
             # Of some layers only, K and V lie apart: what is between them is not computed.
-            together = sum(map(len, found)) == len(part.k_layers) + len(part.v_layers)
+            together = sum(map(len, found)) == len(leaf.k_layers) + len(leaf.v_layers)
             for columns in [found[0] + found[1]] if together else found:
                 if columns:
                     begin = columns[0][2]
@@ -302,21 +302,21 @@ class BlockDecoder(ABC):
         ropes, found = self._ropes, batch.rotations
         scatter = layout.scatter(target.dtype, target.wide)
         for span in target.spans:
-            part, begin, end = self._basis.parts[span.part], span.begin, span.end
+            leaf, begin, end = self._basis.leaves[span.leaf], span.begin, span.end
             width = end - begin
             piece = min(max(64, PIECE_BYTES // (2 * width) // 64 * 64), batch.tokens)
             rows = cupy.empty((piece, width), np.uint16)
-            if part.count == 0:
+            if leaf.count == 0:
                 rows[...] = 0
-            symbols = batch.symbols.data.ptr + 2 * part.first * batch.stride
-            scales = batch.scales.data.ptr + 4 * span.part * batch.stride
+            symbols = batch.symbols.data.ptr + 2 * leaf.first * batch.stride
+            scales = batch.scales.data.ptr + 4 * leaf.part * batch.stride
             own = target.entries.data.ptr + 8 * layout.FIELDS * span.row
             for at in range(0, batch.tokens, piece):
                 tokens = min(piece, batch.tokens - at)
                 synthesise(
                     symbols + 2 * at,
                     batch.stride,
-                    part.synthesis,
+                    leaf.synthesis,
                     slice(begin, end),
                     tokens,
                     rows.data.ptr,
@@ -337,8 +337,8 @@ class BlockDecoder(ABC):
                         found.tokens,
                         at,
                         scales + 4 * at,
-                        part.synthesis_scale,
-                        part.mean.data.ptr + 4 * begin,
+                        leaf.synthesis_scale,
+                        leaf.mean.data.ptr + 4 * begin,
                         rows.data.ptr,
                         width,
                         batch.overflow,

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
 import cupy
 import numpy as np
+from numpy.typing import NDArray
 
 from kvtc_stream import importance
 from kvtc_stream.calibration import Calibration, Part
+from kvtc_stream.components import Components
 from kvtc_stream.cpu.rans import CLASSES, Families
 from kvtc_stream.cpu.uniform import UniformBands
 from kvtc_stream.errors import UnsupportedError
 from kvtc_stream.formats import SectionPlan
 from kvtc_stream.gpu import tables
 from kvtc_stream.gpu.bands import strips
+from kvtc_stream.gpu.products import synthesise_leading
 
 #: Rows of binary16 are scaled so that so many deviations of the widest channel, at the step of
 #: offset 0 and class 0, have this size. Binary16 ends at 65,504.
@@ -26,17 +30,23 @@ _USUAL = 256.0
 
 
 @dataclass(frozen=True, eq=False)
-class DevicePart:
-    """A part of the basis.
+class Leaf:
+    """Columns of a part that are multiplied by one matrix: all, or a group of the first level.
 
     Attributes
     ----------
+    part
+        Whose columns.
     k_layers, v_layers
         Indices into the section's layers.
     width
         Values of a row.
-    first, count
-        Its coded components among those of all parts.
+    first, count, leading
+        Rows of the symbols that it is made of, as :meth:`Basis.stacked` gives them; the ``leading``
+        first of them come from the second level.
+    inner
+        Where coefficients behind the leading ones are among those of all parts, before
+        :meth:`Basis.ordered`.
     mean
         float32 [width].
     analysis, synthesis
@@ -46,16 +56,49 @@ class DevicePart:
         What products are multiplied by.
     """
 
+    part: int
     k_layers: tuple[int, ...]
     v_layers: tuple[int, ...]
     width: int
     first: int
     count: int
+    leading: int
+    inner: int
     mean: Any
     analysis: Any
     synthesis: Any
     analysis_scale: float
     synthesis_scale: float
+
+
+@dataclass(frozen=True, eq=False)
+class SecondLevel:
+    """What a part's leading coefficients are multiplied by.
+
+    Attributes
+    ----------
+    leaves
+        Of the part, in order.
+    first, count
+        Rows of the stacked symbols that are its own.
+    inner
+        As for :class:`Leaf`.
+    analysis, synthesis
+        Bits of binary16 [count, leading of all leaves].
+    leading_scale
+        What leading coefficients are multiplied by to be binary16.
+    analysis_scale
+        What products are multiplied by.
+    """
+
+    leaves: tuple[Leaf, ...]
+    first: int
+    count: int
+    inner: int
+    analysis: Any
+    synthesis: Any
+    leading_scale: float
+    analysis_scale: float
 
 
 class Basis:
@@ -64,13 +107,152 @@ class Basis:
     Attributes
     ----------
     parts
-        Of the basis.
+        Of the basis: components of each that have a row of coefficients.
     components
-        Of all parts together that have a row of coefficients.
+        Of all parts together.
+    leaves, seconds
+        What the products are with.
+    rows
+        Of the stacked symbols.
     """
 
-    parts: list[DevicePart]
-    components: int
+    def __init__(self, counts: Sequence[int]) -> None:
+        self.parts = [range(b - a, b) for a, b in zip(counts, accumulate(counts), strict=True)]
+        self.components = sum(counts)
+        self.leaves: list[Leaf] = []
+        self.seconds: list[SecondLevel] = []
+        self.rows = 0
+        # Of each component: its row of the stacked symbols, and of coefficients before they are
+        # put in order.
+        self._rows: list[NDArray[np.int64]] = []
+        self._inner: list[NDArray[np.int64]] = []
+
+    def add(
+        self,
+        part: Part,
+        analysis: Components,
+        synthesis: Components,
+        sizes: Sizes,
+        k_size: int,
+    ) -> None:
+        """The next part. ``analysis`` and ``synthesis`` have its coded components, in float32, and
+        whatever factors these have on the device; ``k_size`` channels has a layer's K."""
+        index = len(self._rows)
+        first, firsts, inner = self.rows, [], self.parts[index].start
+        begins = [inner + x for x in analysis.inner]
+        two = analysis.order is not None
+        leading_up = _power_of_two(max((x.max(initial=0) for x in sizes.leading), default=0))
+        leaves = []
+        layers = 0
+        groups = zip(
+            analysis.groups, analysis.local, synthesis.local, analysis.leading, sizes.rows,
+            begins[1:], strict=False,
+        )  # fmt: skip
+        for spans, a, s, leading, size, begin in groups:
+            k_layers, v_layers = part.k_layers, part.v_layers
+            if two:
+                count = (spans[0].stop - spans[0].start) // k_size
+                k_layers = v_layers = part.k_layers[layers : layers + count]
+                layers += count
+            up = _power_of_two(float(np.abs(a).max(initial=0)))
+            down = _power_of_two(size)
+            own = np.concatenate([s[:leading] * leading_up, s[leading:]]) / down
+            firsts.append(self.rows)
+            leaves.append(
+                Leaf(
+                    index,
+                    k_layers,
+                    v_layers,
+                    a.shape[1],
+                    self.rows,
+                    len(a),
+                    leading,
+                    begin,
+                    cupy.asarray(np.concatenate([part.mean[span] for span in spans])),
+                    _half(a / up),
+                    _half(own),
+                    up,
+                    down,
+                )
+            )
+            self.rows += len(a)
+        self.leaves += leaves
+        order = np.arange(analysis.rank) if analysis.order is None else analysis.order
+        places = [first + np.arange(len(analysis.local[0]))]
+        if analysis.second is not None and synthesis.second is not None:
+            up = _power_of_two(float(np.abs(analysis.second).max(initial=0)))
+            self.seconds.append(
+                SecondLevel(
+                    tuple(leaves),
+                    self.rows,
+                    len(analysis.second),
+                    inner,
+                    _half(analysis.second / up),
+                    _half(synthesis.second / leading_up),
+                    1 / sizes.leading_scale,
+                    up * sizes.leading_scale,
+                )
+            )
+            places = [self.rows + np.arange(len(analysis.second))]
+            places += [leaf.first + np.arange(leaf.leading, leaf.count) for leaf in leaves]
+            self.rows += len(analysis.second)
+        self._rows.append(np.concatenate(places)[order])
+        self._inner.append(inner + order.astype(np.int64))
+
+    def finish(self) -> None:
+        """After the last part."""
+        self._to_rows, self._from_inner = (
+            cupy.asarray(np.concatenate([np.zeros(0, np.int64), *x]))
+            for x in (self._rows, self._inner)
+        )
+
+    def stacked(self, symbols: Any) -> Any:
+        """Bits of binary16 [rows, stride], what leaves are multiplied by, of symbols [components,
+        stride], whose stride is a multiple of 64."""
+        if not self.seconds:
+            return symbols
+        stride = symbols.shape[1]
+        stack = cupy.empty((self.rows, stride), np.uint16)
+        if any(second.count == 0 for second in self.seconds):
+            stack[...] = 0  # no product writes leading coefficients
+        # Eight bytes at a time.
+        stack.view(np.uint64)[self._to_rows] = symbols.view(np.uint64)
+        for second in self.seconds:
+            column = 0
+            for leaf in second.leaves:
+                columns = slice(column, column + leaf.leading)
+                synthesise_leading(
+                    stack.data.ptr + 2 * second.first * stride,
+                    stride,
+                    second.synthesis,
+                    columns,
+                    stack.data.ptr + 2 * leaf.first * stride,
+                )
+                column = columns.stop
+        return stack
+
+    def ordered(self, coefficients: Any) -> Any:
+        """Coefficients [components, stride] of the leaves, in the components' order."""
+        return cupy.take(coefficients, self._from_inner, axis=0) if self.seconds else coefficients
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How large what is between the products becomes, in units of binary16's room.
+
+    Attributes
+    ----------
+    rows
+        Of each leaf's rows, when decoded.
+    leading
+        Of each leaf's leading coefficients, when decoded.
+    leading_scale
+        A power of two, when encoded.
+    """
+
+    rows: list[float]
+    leading: list[NDArray[np.floating[Any]]] = field(default_factory=list)
+    leading_scale: float = 1.0
 
 
 class BandPlan(Basis):
@@ -90,19 +272,20 @@ class BandPlan(Basis):
         stored = calibration.sections[section].parts(plan)
         self.bands = [part.bands for part in plan.parts]
         counts = [part.components for part in plan.parts]
-        self.components = sum(counts)
-        firsts = [0, *accumulate(counts)]
-        self.parts = []
-        for i, (part, first, count) in enumerate(zip(stored, firsts, counts, strict=False)):
-            analysis, synthesis = calibration.transforms(section, plan.basis, i, count)
-            analysis, synthesis = analysis[:count], synthesis[:count]
-            up = _power_of_two(float(np.abs(analysis).max(initial=0)))
+        super().__init__(counts)
+        for i, (part, count) in enumerate(zip(stored, counts, strict=True)):
+            analysis, synthesis = (
+                Components.dense(x.first(count).matrix())
+                for x in calibration.transforms(section, plan.basis, i, count)
+            )
             # Coefficients are 1 at most on the device; so are rows, but for their number's root.
-            down = _power_of_two(float(np.sqrt((synthesis**2).sum(axis=0).max(initial=0))))
-            self.parts.append(_part(part, first, analysis / up, synthesis / down, up, down))
+            [_, deviations] = synthesis.deviations(np.ones(count, np.float32))
+            self.add(part, analysis, synthesis, Sizes([float(deviations.max(initial=0))]), 0)
+        self.finish()
+        firsts = [own.start for own in self.parts]
         self.whole = cupy.asarray(strips(self.bands, None))
         self.cut = cupy.asarray(strips(self.bands))
-        self.fields = cupy.asarray(np.array([firsts[:-1], counts], np.int32).T.copy())
+        self.fields = cupy.asarray(np.array([firsts, counts], np.int32).T.copy())
 
 
 class DevicePlan(Basis):
@@ -137,29 +320,35 @@ class DevicePlan(Basis):
             bands.append(UniformBands(dealt.bands, coder, families.ids))
             self.unit = part.uniform.unit
         self.coded = [len(b.components) for b in bands]
-        self.components = sum(self.coded)
+        super().__init__(self.coded)
         self.leading = all((b.components == np.arange(len(b.components))).all() for b in bands)
-        firsts = np.concatenate([[0], np.cumsum(self.coded)]).tolist()
-        self.parts = []
+        shape = calibration.geometry.sections[section]
         downs: list[Any] = []
         for i, (part, dealt, own) in enumerate(zip(parts, plan.parts, bands, strict=True)):
-            analysis, synthesis = calibration.transforms(section, plan.basis, i, dealt.components)
-            analysis, synthesis = analysis[own.components], synthesis[own.components]
-            deviation = float(
-                np.sqrt(
-                    (part.spectrum[own.components, None] * synthesis**2).sum(axis=0).max(initial=0)
-                )
+            analysis, synthesis = (
+                x.taken(own.components)
+                for x in calibration.transforms(section, plan.basis, i, dealt.components)
             )
+            variance = part.spectrum[own.components]
+            found = [d * (_DEVIATIONS / _SIZE) for d in synthesis.deviations(variance)]
+            leading, rows = found[: len(found) // 2], found[len(found) // 2 :]
             # Coefficients on the device are without the factors of base steps.
-            factors = np.exp2(own.base[:, None] / np.float32(4))
-            analysis, synthesis = analysis / factors, synthesis * factors
-            deviations = np.sqrt(part.spectrum[own.components]) / (factors[:, 0] * self.unit)
-            downs.append(_down(deviations))
-            synthesis = synthesis / downs[-1][:, None]
-            size = _DEVIATIONS * max(deviation, 1e-30) / self.unit
-            down = _power_of_two(size / _SIZE)
-            up = _power_of_two(float(np.abs(analysis).max(initial=0)))
-            self.parts.append(_part(part, firsts[i], analysis / up, synthesis / down, up, down))
+            factors = np.exp2(own.base / np.float32(4))
+            downs.append(_down(np.sqrt(variance) / (factors * self.unit)))
+            sizes = Sizes(
+                [max(float(d.max(initial=0)), 1e-30) / self.unit for d in rows],
+                [d / self.unit for d in leading],
+                _power_of_two(max((float(d.max(initial=0)) for d in leading), default=0)),
+            )
+            self.add(
+                part,
+                analysis.scaled(1 / factors),
+                synthesis.scaled(factors / downs[-1]),
+                sizes,
+                shape.kv_heads * shape.k_dim,
+            )
+        self.finish()
+        firsts = [own.start for own in self.parts]
         self.down = cupy.asarray(np.concatenate(downs).astype(np.float32))
         self._coder_tables(bands)
         self._importance(parts, bands, firsts)
@@ -225,28 +414,6 @@ class DevicePlan(Basis):
                 "the CUDA backend encodes plans whose coded components come first, this plan has "
                 "bands without bits before them: use backend='cpu'"
             )
-
-
-def _part(
-    part: Part,
-    first: int,
-    analysis: np.ndarray[Any, Any],
-    synthesis: np.ndarray[Any, Any],
-    up: float,
-    down: float,
-) -> DevicePart:
-    return DevicePart(
-        part.k_layers,
-        part.v_layers,
-        part.width,
-        first,
-        len(analysis),
-        cupy.asarray(part.mean),
-        _half(analysis),
-        _half(synthesis),
-        up,
-        down,
-    )
 
 
 def _down(deviations: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

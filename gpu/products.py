@@ -16,9 +16,12 @@ def gemm(
     a_op: int, b_op: int, m: int, n: int, k: int, scale: float,
     a: int, a_stride: int, b: int, b_stride: int, c: int, c_type: int, c_stride: int,
 ) -> None:  # fmt: skip
+    """``c = scale · a · b``, as BLAS has it: [m, n], [m, k] and [k, n], columns side by side."""
     from cupy.cuda import device
     from cupy_backends.cuda.libs import cublas
 
+    if not (m and n and k):
+        return
     alpha = np.array(scale, np.float32)
     cublas.gemmEx(
         device.get_cublas_handle(), a_op, b_op, m, n, k,
@@ -27,15 +30,17 @@ def gemm(
     )  # fmt: skip
 
 
-def analyse(rows: Any, analysis: Any, scale: float, out: int, stride: int) -> None:
-    """``out[c, t] = scale · Σ rows[t, i] · analysis[c, i]``: float32, at an address, ``stride``
-    elements from component to component. ``rows`` and ``analysis`` are binary16."""
+def analyse(
+    rows: Any, analysis: Any, scale: float, out: int, stride: int, kind: int = R_32F
+) -> None:
+    """``out[c, t] = scale · Σ rows[t, i] · analysis[c, i]``: float32 or, if ``kind`` says so,
+    binary16, at an address, ``stride`` elements from component to component. ``rows`` and
+    ``analysis`` are binary16."""
     (tokens, width), count = rows.shape, len(analysis)
-    if tokens and count:
-        gemm(
-            _TRANSPOSED, _NONE, tokens, count, width, scale,
-            rows.data.ptr, width, analysis.data.ptr, width, out, R_32F, stride,
-        )  # fmt: skip
+    gemm(
+        _TRANSPOSED, _NONE, tokens, count, width, scale,
+        rows.data.ptr, width, analysis.data.ptr, width, out, kind, stride,
+    )  # fmt: skip
 
 
 def synthesise(
@@ -47,9 +52,27 @@ def synthesise(
     to token of ``out``.
     """
     count, of_basis = synthesis.shape
-    taken = columns.stop - columns.start
-    if tokens and taken and count:
-        gemm(
-            _NONE, _TRANSPOSED, taken, tokens, count, 1.0,
-            synthesis.data.ptr + 2 * columns.start, of_basis, symbols, stride, out, R_16F, width,
-        )  # fmt: skip
+    gemm(
+        _NONE, _TRANSPOSED, columns.stop - columns.start, tokens, count, 1.0,
+        synthesis.data.ptr + 2 * columns.start, of_basis, symbols, stride, out, R_16F, width,
+    )  # fmt: skip
+
+
+def synthesise_leading(symbols: int, stride: int, synthesis: Any, columns: slice, out: int) -> None:
+    """``out[i, t] = Σ symbols[c, t] · synthesis[c, columns][i]``: binary16 at addresses, like
+    ``symbols`` with ``stride`` elements from row to row, of which all are computed."""
+    count, of_basis = synthesis.shape
+    gemm(
+        _NONE, _TRANSPOSED, stride, columns.stop - columns.start, count, 1.0,
+        symbols, stride, synthesis.data.ptr + 2 * columns.start, of_basis, out, R_16F, stride,
+    )  # fmt: skip
+
+
+def analyse_leading(leading: Any, analysis: Any, scale: float, out: int) -> None:
+    """``out[c, t] = scale · Σ leading[i, t] · analysis[c, i]``: float32 at an address; binary16
+    [leading, tokens] and [components, leading]."""
+    width, tokens = leading.shape
+    gemm(
+        _NONE, _NONE, tokens, len(analysis), width, scale,
+        leading.data.ptr, tokens, analysis.data.ptr, width, out, R_32F, tokens,
+    )  # fmt: skip

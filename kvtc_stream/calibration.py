@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kvtc_stream.components import Components, columns_of_layers
 from kvtc_stream.cpu.rans import CLASSES, Families
 from kvtc_stream.errors import ChecksumError, FormatError, UnsupportedError, VersionError
 from kvtc_stream.formats import Geometry, ModelIdentity, Plan, Rope, Section, SectionPlan
@@ -25,10 +26,9 @@ from kvtc_stream.importance import TokenImportance
 from kvtc_stream.planning.families import FamilyTables
 from kvtc_stream.planning.tables import BAND_SIZES, BAND_TYPES, ErrorTables
 from kvtc_stream.storage import atomic_write
-from kvtc_stream.weights import apply_blocks
 
-#: Version of the calibration file's layout.
-CALIBRATION_VERSION = 3
+#: Versions of the calibration file's layout: without components in two levels, and with.
+CALIBRATION_VERSIONS = (3, 4)
 _METADATA_KEY = "kvtc_calibration"
 #: Views of some layers that are kept.
 _VIEWS = 8
@@ -71,7 +71,7 @@ class Part:
     mean
         float32 [width].
     components
-        float16 [rank, width]: the leading principal directions, strongest first. Orthonormal; of
+        float16, [rank, width]: the leading principal directions, strongest first. Orthonormal; of
         weighted rows, where there are weights.
     spectrum
         float32 [rank]: variance along each.
@@ -89,7 +89,7 @@ class Part:
     k_layers: tuple[int, ...]
     v_layers: tuple[int, ...]
     mean: NDArray[np.float32]
-    components: NDArray[np.float16]
+    components: Components
     spectrum: NDArray[np.float32]
     energy: float
     errors: ErrorTables | None = None
@@ -105,12 +105,29 @@ class Part:
     @property
     def width(self) -> int:
         """Values of a row."""
-        return int(self.components.shape[1])
+        return self.components.width
 
     @property
     def rank(self) -> int:
         """Components kept."""
-        return int(self.components.shape[0])
+        return self.components.rank
+
+    def transforms(
+        self, put: Callable[[NDArray[Any]], Any] = lambda x: x, xp: Any = None
+    ) -> tuple[Components, Components]:
+        """Analysis and synthesis, float32, of the array module ``xp``, which ``put`` gives arrays.
+
+        A row less its mean projected by the analysis gives coefficients; these expanded by the
+        synthesis give the row less its mean. Without weights they are the same.
+        """
+        components = self.components.mapped(lambda x: put(x).astype(np.float32), xp)
+        if self.k_weights is None or self.v_weights is None:
+            return components, components
+        weights = (self.k_weights, self.v_weights)
+        return (
+            components.weighted(weights, inverse=False),
+            components.weighted(weights, inverse=True),
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -253,25 +270,14 @@ class Calibration:
 
     def transforms(
         self, section: int, basis: str, part: int, count: int
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Analysis and synthesis of a part, float32 [at least ``count``, width] each, made once.
-
-        A row less its mean, times the transposed analysis, gives coefficients; these times the
-        synthesis give the row less its mean. Without weights they are the same array.
-        """
+    ) -> tuple[Components, Components]:
+        """See :meth:`Part.transforms`: of at least ``count`` components, made once."""
         key = ("transforms", section, basis, part)
         with self._lock:
-            if key not in self._cache or len(self._cache[key][0]) < count:
+            if key not in self._cache or self._cache[key][0].rank < count:
                 stored = self.sections[section].basis(basis)[part]
-                components = stored.components[:count].astype(np.float32)
-                if stored.k_weights is None or stored.v_weights is None:
-                    self._cache[key] = components, components
-                else:
-                    weights = (stored.k_weights, stored.v_weights)
-                    self._cache[key] = (
-                        apply_blocks(components, weights),
-                        apply_blocks(components, weights, inverse=True),
-                    )
+                some = replace(stored, components=stored.components.first(count))
+                self._cache[key] = some.transforms()
             return self._cache[key]  # type: ignore[no-any-return]
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -330,11 +336,16 @@ class Calibration:
             )
         return calibration
 
+    @property
+    def _two_levels(self) -> bool:
+        parts = [p for s in self.sections for basis in s.bases.values() for p in basis]
+        return any(part.components.second is not None for part in parts)
+
     def _description(self) -> str:
         """Canonical JSON: everything but the arrays."""
         return json.dumps(
             {
-                "version": CALIBRATION_VERSION,
+                "version": CALIBRATION_VERSIONS[self._two_levels],
                 "sinks": self.sinks,
                 "model": {**asdict(self.model), "fingerprint": self.model.fingerprint.hex()},
                 "sections": [
@@ -348,6 +359,7 @@ class Calibration:
                                     "v_layers": part.v_layers,
                                     "energy": part.energy,
                                     "weighted": part.weighted,
+                                    **_levels(section, part.components),
                                     "errors": part.errors
                                     and {
                                         "dropped": part.errors.dropped,
@@ -379,7 +391,8 @@ class Calibration:
                 for j, part in enumerate(parts):
                     prefix = f"{i}.{name}.{j}."
                     yield prefix + "mean", part.mean
-                    yield prefix + "components", part.components
+                    for array, value in _component_arrays(part.components).items():
+                        yield prefix + array, value
                     yield prefix + "spectrum", part.spectrum
                     if part.errors is not None:
                         yield prefix + "errors", part.errors.errors
@@ -401,10 +414,11 @@ class Calibration:
 
 
 def _parse(description: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> Calibration:
-    if description["version"] != CALIBRATION_VERSION:
+    if description["version"] not in CALIBRATION_VERSIONS:
+        known = " or ".join(map(str, CALIBRATION_VERSIONS))
         raise VersionError(
-            f"calibration file of version {description['version']}, expected "
-            f"{CALIBRATION_VERSION}: use the package version that wrote it, or calibrate again"
+            f"calibration file of version {description['version']}, expected {known}: use the "
+            f"package version that wrote it, or calibrate again"
         )
     geometry, sections = [], []
     for i, entry in enumerate(description["sections"]):
@@ -466,13 +480,19 @@ def _parse_part(
         if list(layers) != sorted(set(layers)) or not all(i < count for i in layers):
             raise FormatError(f"{prefix}: layers {layers} of a section of {count}")
     width = section.kv_heads * (len(k_layers) * section.k_dim + len(v_layers) * section.v_dim)
-    rank = arrays[prefix + "components"].shape[0]
+    rank = arrays[prefix + "spectrum"].shape[0]
 
     def take(
-        name: str, dtype: type[np.generic], *shape: int, least: float = -np.inf, finite: bool = True
+        name: str,
+        dtype: type[np.generic],
+        *shape: int | None,
+        least: float = -np.inf,
+        finite: bool = True,
     ) -> NDArray[Any]:
         array = arrays.pop(prefix + name)
-        if array.dtype != dtype or array.shape != shape:
+        # None stands for any number.
+        expected = [n if m is None else m for n, m in zip(array.shape, shape, strict=False)]
+        if array.dtype != dtype or list(array.shape) != expected or array.ndim != len(shape):
             raise FormatError(
                 f"{prefix}{name}: found {array.dtype} {array.shape}, expected "
                 f"{np.dtype(dtype)} {shape}"
@@ -485,6 +505,12 @@ def _parse_part(
         array.setflags(write=False)
         return array
 
+    if "levels" not in entry:
+        components = Components.dense(take("components", np.float16, rank, width))
+    elif k_layers == v_layers:
+        components = _parse_components(section, entry["levels"], len(k_layers), rank, take)
+    else:
+        raise FormatError(f"{prefix}: two levels of K of {k_layers} and V of {v_layers}")
     errors = uniform = None
     if entry["errors"] is not None:
         errors = ErrorTables(
@@ -511,13 +537,51 @@ def _parse_part(
         k_layers,
         v_layers,
         take("mean", np.float32, width),
-        take("components", np.float16, rank, width),
+        components,
         take("spectrum", np.float32, rank, least=0),
         _energy(entry["energy"]),
         errors,
         uniform,
         **weights,
     )
+
+
+def _levels(section: Section, components: Components) -> dict[str, Any]:
+    """What the description says of two levels: layers of each group, and leading coefficients."""
+    if components.second is None:
+        return {}
+    k_size = section.kv_heads * section.k_dim
+    layers = [(k.stop - k.start) // k_size for k, _ in components.groups]
+    return {"levels": {"layers": layers, "leading": components.leading}}
+
+
+def _component_arrays(components: Components) -> dict[str, NDArray[Any]]:
+    if components.second is None or components.order is None:
+        return {"components": components.local[0]}
+    local = {f"local.{i}": matrix for i, matrix in enumerate(components.local)}
+    return {**local, "second": components.second, "order": components.order}
+
+
+def _parse_components(
+    section: Section, entry: Any, layers: int, rank: int, take: Callable[..., NDArray[Any]]
+) -> Components:
+    k_size, v_size = section.kv_heads * section.k_dim, section.kv_heads * section.v_dim
+    runs, leading = _layers(entry["layers"]), _layers(entry["leading"])
+    if sum(runs) != layers or 0 in runs or len(leading) != len(runs) or sum(leading) == 0:
+        raise FormatError(f"groups of {runs} layers with {leading} leading, of {layers} layers")
+    groups = columns_of_layers(runs, k_size, v_size)
+    local = tuple(
+        take(f"local.{i}", np.float16, None, sum(s.stop - s.start for s in spans))
+        for i, spans in enumerate(groups)
+    )
+    second = take("second", np.float16, None, sum(leading))
+    order = take("order", np.int32, rank)
+    if any(n > len(m) for n, m in zip(leading, local, strict=True)):
+        raise FormatError(f"{leading} leading of {list(map(len, local))} components")
+    components = Components(groups, local, leading, second, order)
+    if components.inner[-1] != rank or (np.sort(order) != np.arange(rank)).any():
+        raise FormatError(f"the order of {rank} components has others or some twice")
+    return components
 
 
 def _uniform_arrays(uniform: UniformTables) -> dict[str, NDArray[Any]]:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from kvtc_stream.arrays import HOST, Array, HostArrays
 from kvtc_stream.backend import BackendName, get_arrays
 from kvtc_stream.calibration import Calibration, Part, SectionCalibration
+from kvtc_stream.components import Components, columns_of_layers
 from kvtc_stream.cpu.values import scale_grid
 from kvtc_stream.errors import KVTCWarning
 from kvtc_stream.formats import Geometry, ModelIdentity, Section
@@ -24,6 +25,7 @@ from kvtc_stream.planning.uniform import uniform_tables, unit_of
 from kvtc_stream.weights import (
     SectionWeights,
     apply_blocks,
+    blocks_of,
     importance_matrices,
     scaling_matrices,
 )
@@ -50,6 +52,8 @@ _OVERSAMPLING, _POWER_ITERATIONS = 128, 3
 _SEPARATE_POWER_ITERATIONS = 8
 #: Rows of a covariance matrix that are worked on at a time, where a copy of all would be too much.
 _SLAB = 1024
+#: Columns from which on a batch's products are half of these at a time.
+_WIDE = 16_384
 #: Most rows with gradients that are kept, and about the most memory for them.
 _GRADIENT_ROWS, _GRADIENT_BYTES = 16_384, 1 << 30
 _BINARY16_MAX = 65504.0
@@ -75,10 +79,15 @@ class Calibrator:
     layer_groups
         Cut each section's layers into this many runs with a basis each: a cheaper transform that
         needs more bits. 1 is the published method.
+    second_level
+        Transform so many of the groups' coefficients of the joint basis once more, the strongest,
+        those of all groups together: nearly the bits of one basis for about half of its
+        multiply-adds. A quarter to three eighths of a row's values serve well. The groups are one
+        part then: layers of such a stream cannot be cut. 0: groups stay apart.
     rank
         Keep at most this many components of each part (the paper keeps 10,000). ``None``: all of
-        a separate basis, of a joint one two fifths of its columns, but 3,072 to 4,608; those behind
-        are rarely worth their bits.
+        a separate basis, of a joint one two fifths of its columns, but 3,072 to 4,608, or with a
+        second level three fifths, but at least 3,072; those behind are rarely worth their bits.
     sinks
         Tokens at positions below this are left out (KVTC, arXiv 2511.01815, section 3).
     sample_rows
@@ -123,6 +132,7 @@ class Calibrator:
         *,
         bases: Sequence[str] = ("separate", "joint"),
         layer_groups: int = 1,
+        second_level: int = 0,
         rank: int | None = None,
         sinks: int = 4,
         sample_rows: int = 4096,
@@ -135,18 +145,25 @@ class Calibrator:
             raise ValueError(f"bases must be among 'separate' and 'joint', found {list(bases)}")
         for name, value, least in (
             ("layer_groups", layer_groups, 1),
+            ("second_level", second_level, 0),
             ("rank", 1 if rank is None else rank, 1),
             ("sinks", sinks, 0),
             ("sample_rows", sample_rows, 1),
         ):
             if value < least:
                 raise ValueError(f"{name} must be at least {least}, found {value}")
+        if second_level and (layer_groups == 1 or "joint" not in bases):
+            raise ValueError(
+                f"second_level={second_level} is of a joint basis in layer_groups of 2 or more, "
+                f"found bases {list(bases)} and layer_groups={layer_groups}"
+            )
         self._arrays = get_arrays(backend)
         self._options: dict[str, Any] = {
             "backend": self._arrays.name,
             "geometry": geometry,
             "bases": tuple(dict.fromkeys(bases)),
             "layer_groups": layer_groups,
+            "second_level": second_level,
             "rank": rank,
             "sinks": sinks,
             "sample_rows": sample_rows,
@@ -158,7 +175,12 @@ class Calibrator:
             self._weights = importance_matrices(weights, geometry.sections)
         self._sections = [
             _SectionMoments(
-                section, self._options["bases"], layer_groups, sample_rows, self._arrays
+                section,
+                self._options["bases"],
+                layer_groups,
+                second_level,
+                sample_rows,
+                self._arrays,
             )
             for section in geometry.sections
         ]
@@ -172,14 +194,19 @@ class Calibrator:
         """Raise ``ValueError`` now for what would not fit after all documents were read."""
         options = self._options
         rank, groups, widest = options["rank"], options["layer_groups"], self._arrays.widest
+        second = options["second_level"]
         covariances = largest = rows = 0
         for s in geometry.sections:
             kept = "joint" if "joint" in options["bases"] else "separate"
-            widths = [c.width(s) for c in _basis_columns(kept, s, groups)]
+            widths = [c.width(s) for c in _basis_columns(kept, s, 1 if second else groups)]
             covariances += sum(width * width for width in widths)
-            largest = max(largest, *(width * width for width in widths))
+            if second:
+                widths = [c.width(s) for c in _basis_columns("joint", s, groups)]
+            largest = max(largest, *(width * width for width in widths), second * second)
             rows += (s.k_width + s.v_width) * (3 * options["sample_rows"] + 4 * _BATCH)
             for name in options["bases"]:
+                if name == "joint" and second:
+                    continue
                 for width in (c.width(s) for c in _basis_columns(name, s, groups)):
                     wanted = min(rank or (_joint_rank(width) if name == "joint" else width), width)
                     if widest is not None and width > widest and _in_full(width, wanted):
@@ -404,21 +431,26 @@ class _SectionMoments:
         section: Section,
         bases: Sequence[str],
         layer_groups: int,
+        second_level: int,
         sample_rows: int,
         arrays: HostArrays,
     ) -> None:
         self.section = section
         self._arrays = arrays
+        self._groups, self._second_level = layer_groups, second_level
+        of_joint = 1 if second_level else layer_groups
         self.parts = [
             (name, columns)
             for name in bases
-            for columns in _basis_columns(name, section, layer_groups)
+            for columns in _basis_columns(
+                name, section, of_joint if name == "joint" else layer_groups
+            )
         ]
         # The moments of K and of V apart are blocks of those of both.
         kept = "joint" if "joint" in bases else "separate"
         self.moments = {
             columns: _Moments(columns.width(section), arrays)
-            for columns in _basis_columns(kept, section, layer_groups)
+            for columns in _basis_columns(kept, section, of_joint)
         }
         self.sample = _RowSample(sample_rows, arrays)
         self.importance = _Importance(section, arrays)
@@ -452,12 +484,28 @@ class _SectionMoments:
         if columns in self.moments:
             return self.moments[columns]
         for both, moments in self.moments.items():
-            split = _Columns(both.k_layers, ()).width(self.section)
-            if columns == _Columns(both.k_layers, ()):
-                return moments.block(slice(0, split))
-            if columns == _Columns((), both.v_layers):
-                return moments.block(slice(split, None))
+            k, v = (
+                own.width(self.section)
+                for own in (_Columns(both.k_layers, ()), _Columns((), both.v_layers))
+            )
+            for own, of, first, width in (
+                (columns.k_layers, both.k_layers, 0, k),
+                (columns.v_layers, both.v_layers, k, v),
+            ):
+                if own and {*own} <= {*of}:
+                    each = width // len(of)
+                    begin = first + of.index(own[0]) * each
+                    return moments.block(slice(begin, begin + len(own) * each))
         raise AssertionError(columns)
+
+    def _column_groups(self, columns: _Columns) -> tuple[tuple[slice, ...], ...]:
+        """Columns of each group of layers."""
+        section = self.section
+        groups = np.array_split(np.array(columns.k_layers), self._groups)
+        layers = [len(group) for group in groups if len(group)]
+        return columns_of_layers(
+            layers, *(section.kv_heads * d for d in (section.k_dim, section.v_dim))
+        )
 
     def solve(
         self, rank: int | None, scaling: _Pair | None, advance: Callable[[], None]
@@ -488,7 +536,12 @@ class _SectionMoments:
                 if scaling is not None:
                     k, v = scaling
                     weights = k[list(columns.k_layers)], v[list(columns.v_layers)]
-                part = _weighted_basis(columns, moments, weights, rank, arrays)
+                if self._second_level:
+                    groups = self._column_groups(columns)
+                    solved = _two_levels(moments, weights, groups, self._second_level, rank, arrays)
+                else:
+                    solved = _one_level(moments, weights, rank, arrays)
+                part = _weighted_part(columns, moments, weights, *solved, arrays)
             else:
                 part = _separate_part(columns, moments, rows[:_BAND_ROWS], rank, arrays)
                 advance()
@@ -546,7 +599,7 @@ def _separate_part(
         columns.k_layers,
         columns.v_layers,
         arrays.get(mean),
-        arrays.get(stored),
+        Components.dense(arrays.get(stored)),
         variance[:keep].clip(0).astype(np.float32),
         total + float(moments.mean @ moments.mean),
         errors=error_tables(
@@ -556,36 +609,111 @@ def _separate_part(
     )
 
 
-def _weighted_basis(
+#: Components, and their variances, falling.
+_Solved: TypeAlias = tuple[Components, NDArray[np.floating[Any]]]
+
+
+def _weighted_part(
     columns: _Columns,
     moments: _Moments,
     weights: _Pair | None,
-    rank: int | None,
+    components: Components,
+    variance: NDArray[np.floating[Any]],
     arrays: HostArrays,
 ) -> Part:
-    """Leading principal components of weighted rows; tables are still lacking."""
-    xp = arrays.xp
-    covariance = moments.covariance(np.float32)
-    energy = float(xp.trace(covariance, dtype=np.float64) + moments.mean @ moments.mean)
-    if weights is not None:
-        covariance = apply_blocks(covariance, weights, xp=xp)
-        covariance = apply_blocks(xp.ascontiguousarray(covariance.T), weights, xp=xp)
-    width = len(covariance)
-    wanted = min(rank or _joint_rank(width), width)
-    values, vectors = leading_eigenvectors(covariance, wanted, arrays)
-    variance = arrays.get(values)
-    keep = _rank_of(variance, len(covariance), len(variance))
+    """A part of weighted rows; tables are still lacking."""
+    total = float(arrays.xp.trace(moments.scatter)) / moments.count
     k_weights, v_weights = weights or (None, None)
     return Part(
         columns.k_layers,
         columns.v_layers,
         arrays.get(moments.mean.astype(np.float32)),
-        arrays.get(_components(vectors[:, :keep], xp)),
-        variance[:keep].clip(0).astype(np.float32),
-        energy,
+        components,
+        variance.clip(0).astype(np.float32),
+        total + float(moments.mean @ moments.mean),
         k_weights=k_weights,
         v_weights=v_weights,
     )
+
+
+def _one_level(
+    moments: _Moments, weights: _Pair | None, rank: int | None, arrays: HostArrays
+) -> _Solved:
+    """Leading principal components of weighted rows."""
+    width = len(moments.mean)
+    everything = (slice(0, width),)
+    covariance = _weighted_block(moments, weights, everything, everything, arrays.xp)
+    wanted = min(rank or _joint_rank(width), width)
+    values, vectors = leading_eigenvectors(covariance, wanted, arrays)
+    variance = arrays.get(values)
+    keep = _rank_of(variance, width, len(variance))
+    stored = arrays.get(_components(vectors[:, :keep], arrays.xp))
+    return Components.dense(stored), variance[:keep]
+
+
+def _two_levels(
+    moments: _Moments,
+    weights: _Pair | None,
+    groups: tuple[tuple[slice, ...], ...],
+    second_level: int,
+    rank: int | None,
+    arrays: HostArrays,
+) -> _Solved:
+    """Principal components of weighted rows' groups, and of their ``second_level`` strongest."""
+    xp, width = arrays.xp, len(moments.mean)
+    local, variances = [], []
+    for spans in groups:
+        block = _weighted_block(moments, weights, spans, spans, xp)
+        solvable = arrays.widest is None or len(block) <= arrays.widest
+        count = len(block) if solvable else len(block) // 2
+        values, vectors = leading_eigenvectors(block, count, arrays)
+        local.append(vectors.astype(np.float32))
+        variances.append(arrays.get(values))
+    together = np.sort(np.concatenate(variances))[::-1]
+    least = together[min(second_level, len(together)) - 1]
+    leading = tuple(int((own >= least).sum()) for own in variances)
+    strongest = [vectors[:, :n] for vectors, n in zip(local, leading, strict=True)]
+    products: list[list[Array]] = [[] for _ in groups]
+    for i, own in enumerate(groups):
+        for j, other in enumerate(groups):
+            if j < i:
+                products[i].append(products[j][i].T)
+            else:
+                block = _weighted_block(moments, weights, own, other, xp)
+                products[i].append(strongest[i].T @ (block @ strongest[j]))
+    inner = xp.concatenate([xp.concatenate(row, axis=1) for row in products])
+    values, vectors = leading_eigenvectors(inner, len(inner), arrays)
+    variance = np.concatenate(
+        [arrays.get(values), *(own[n:] for own, n in zip(variances, leading, strict=True))]
+    )
+    order = np.argsort(-variance, kind="stable")
+    keep = _rank_of(
+        variance[order], width, min(rank or max(_LEAST_RANK, 3 * width // 5), len(order))
+    )
+    components = Components(
+        groups,
+        tuple(arrays.get(_components(vectors, xp)) for vectors in local),
+        leading,
+        arrays.get(_components(vectors, xp)),
+        order.astype(np.int32),
+    )
+    return components.taken(np.arange(keep)), variance[order[:keep]]
+
+
+def _weighted_block(
+    moments: _Moments,
+    weights: _Pair | None,
+    rows: Sequence[slice],
+    columns: Sequence[slice],
+    xp: Any,
+) -> Array:
+    """float32: these rows and columns of the covariance matrix of weighted rows."""
+    block = moments.covariance(np.float32, rows, columns)
+    if weights is None:
+        return block
+    block = apply_blocks(block, blocks_of(weights, columns), xp=xp)
+    block = xp.ascontiguousarray(block.T)
+    return apply_blocks(block, blocks_of(weights, rows), xp=xp).T
 
 
 def _joint_rank(width: int) -> int:
@@ -701,14 +829,33 @@ class _Moments:
         centred = xp.empty((count + 1, width), np.float64 if width <= _CHUNK else np.float32)
         xp.subtract(rows, mean.astype(centred.dtype), out=centred[:-1])
         centred[-1] = self._combine(count, mean)
-        self.scatter += centred.T @ centred
+        if width <= _WIDE:
+            self.scatter += centred.T @ centred
+            return
+        for first in range(0, width, _WIDE // 2):
+            slab = slice(first, first + _WIDE // 2)
+            self.scatter[slab] += centred[:, slab].T @ centred
 
-    def covariance(self, dtype: type[np.floating]) -> Array:
-        """Scatter over count, as a matrix of its own."""
-        out = self._arrays.xp.empty(self.scatter.shape, dtype)
-        for first in range(0, len(out), _SLAB):
-            slab = slice(first, first + _SLAB)
-            out[slab] = self.scatter[slab] / self.count
+    def covariance(
+        self,
+        dtype: type[np.floating],
+        rows: Sequence[slice] = (slice(None),),
+        columns: Sequence[slice] = (slice(None),),
+    ) -> Array:
+        """Scatter over count, as a matrix of its own; or some of its rows and columns."""
+        size = len(self.scatter)
+        heights, widths = ([len(range(size)[s]) for s in own] for own in (rows, columns))
+        out = self._arrays.xp.empty((sum(heights), sum(widths)), dtype)
+        top = 0
+        for own, height in zip(rows, heights, strict=True):
+            for first in range(0, height, _SLAB):
+                count, left = min(_SLAB, height - first), 0
+                begin = range(size)[own].start + first
+                for other, width in zip(columns, widths, strict=True):
+                    piece = self.scatter[begin : begin + count, other]
+                    out[top : top + count, left : left + width] = piece / self.count
+                    left += width
+                top += count
         return out
 
     def block(self, columns: slice) -> _Moments:

@@ -128,3 +128,21 @@ def apply_blocks(
             out[:, columns] = x[:, columns] @ matrix
             first += dim
     return out
+
+
+def blocks_of(
+    blocks: Sequence[NDArray[np.float32]], spans: Sequence[slice]
+) -> list[NDArray[np.float32]]:
+    """Those of ``blocks``, as for :func:`apply_blocks`, that some columns have: ascending slices,
+    each of whole blocks."""
+    found, first = [], 0
+    for part in blocks:
+        dim = part.shape[-1]
+        matrices = part.reshape(-1, dim, dim)
+        last = first + dim * len(matrices)
+        for span in spans:
+            begin, end = max(span.start, first), min(span.stop, last)
+            if begin < end:
+                found.append(matrices[(begin - first) // dim : (end - first) // dim])
+        first = last
+    return found

@@ -166,7 +166,7 @@ def test_parts_are_principal_components(
                 np.testing.assert_allclose(
                     part.spectrum, variance[::-1][: part.rank], rtol=1e-3, atol=1e-5
                 )
-                components = part.components.astype(np.float64)
+                components = part.components.matrix().astype(np.float64)
                 gram = components @ components.T
                 np.testing.assert_allclose(gram, np.eye(part.rank), atol=4e-3)
                 projected = (rows - rows.mean(axis=0)) @ components.T

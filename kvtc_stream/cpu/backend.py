@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from kvtc_stream.backend import HOPELESS, BackendName, Measure, block_errors
 from kvtc_stream.calibration import Calibration, Part
+from kvtc_stream.components import Components
 from kvtc_stream.control import Controls
 from kvtc_stream.cpu.coding import BandCoding, Quantised, UniformCoding
 from kvtc_stream.cpu.layout import Rotations, gather, scatter, squared_errors
@@ -76,12 +77,16 @@ class _Part:
     """A part of the basis, ready for products."""
 
     def __init__(
-        self, part: Part, plan: PartPlan, transforms: tuple[Float, Float], block_tokens: int
+        self,
+        part: Part,
+        plan: PartPlan,
+        transforms: tuple[Components, Components],
+        block_tokens: int,
     ) -> None:
         self.k_layers = np.array(part.k_layers, np.int64)
         self.v_layers = np.array(part.v_layers, np.int64)
         self.mean = part.mean
-        self.analysis, self.synthesis = (x[: plan.components] for x in transforms)
+        self.analysis, self.synthesis = (x.first(plan.components) for x in transforms)
         # One fixed shape for every product: however the input is cut, the sums are the same.
         self.rows = np.zeros((block_tokens, part.width), np.float32)
         self.coefficients = np.zeros((block_tokens, plan.components), np.float32)
@@ -207,7 +212,7 @@ class CpuSectionCoder:
             with np.errstate(over="ignore", invalid="ignore"):
                 part.rows[:tokens] -= part.mean
                 part.rows[tokens:] = 0
-                np.matmul(part.rows, part.analysis.T, out=part.coefficients)
+                part.analysis.project(part.rows, part.coefficients)
         return [part.coefficients[:tokens] for part in self._parts]
 
     def _reconstruction_errors(self, k: Float, v: Float, positions: NDArray[np.int64]) -> _Errors:
@@ -353,17 +358,21 @@ class CpuSectionCoder:
         v = np.empty((len(layers), s.kv_heads, tokens, s.v_dim), np.float32)
         for part in self._parts:
             split = len(part.k_layers) * s.kv_heads * s.k_dim
+            wanted, targets = [], []
             for out, rotations, own, first, width in (
                 (k, put_on, part.k_layers, 0, s.kv_heads * s.k_dim),
                 (v, straight, part.v_layers, split, s.kv_heads * s.v_dim),
             ):
                 for source, target, count in _runs(own, layers):
-                    columns = slice(first + source * width, first + (source + count) * width)
-                    with np.errstate(over="ignore", invalid="ignore"):
-                        rows = np.matmul(part.coefficients, part.synthesis[:, columns])
-                        rows += part.mean[columns]
-                    wanted = layers[target : target + count]
-                    scatter(rows, rotations.select(wanted), out[target : target + count])
+                    begin = first + source * width
+                    wanted.append(slice(begin, begin + count * width))
+                    targets.append((out, rotations, slice(target, target + count)))
+            with np.errstate(over="ignore", invalid="ignore"):
+                found = part.synthesis.expand(part.coefficients, wanted)
+            for rows, columns, (out, rotations, target) in zip(found, wanted, targets, strict=True):
+                with np.errstate(over="ignore", invalid="ignore"):
+                    rows += part.mean[columns]
+                scatter(rows, rotations.select(layers[target]), out[target])
         dtype = self._header.out_dtype
         return (
             from_float32(k, dtype, _of_layers(self._out_scale(self._k_scale), layers)),

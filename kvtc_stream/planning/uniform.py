@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 
 from kvtc_stream.arrays import HOST, Array, HostArrays
 from kvtc_stream.calibration import Part, UniformTables
+from kvtc_stream.components import Components
 from kvtc_stream.importance import MIDDLE, TokenImportance, classes_of, fit
 from kvtc_stream.planning.families import STEPS_PER_OCTAVE, fit_families
-from kvtc_stream.weights import apply_blocks
 
 #: Base steps. In the middle class the coarsest is twice the strongest component's deviation.
 STEPS = 56
@@ -58,14 +58,9 @@ def uniform_tables(
     """
     xp = arrays.xp
     mean = arrays.put(part.mean)
-    components = arrays.put(part.components).astype(np.float32)
-    analysis = synthesis = components
-    if part.k_weights is not None and part.v_weights is not None:
-        weights = (part.k_weights, part.v_weights)
-        analysis = apply_blocks(components, weights, xp=xp)
-        synthesis = apply_blocks(components, weights, inverse=True, xp=xp)
+    analysis, synthesis = part.transforms(arrays.put, xp)
     with np.errstate(over="ignore", invalid="ignore"):
-        projected = (rows - mean) @ analysis.T
+        projected = analysis.project(rows - mean)
         sound = xp.isfinite(projected).all(axis=1)
     rows, measured = rows[sound], xp.ascontiguousarray(projected[sound], np.float32)
     coefficients = arrays.get(measured)
@@ -95,8 +90,8 @@ def uniform_tables(
 def _importance(
     part: Part,
     mean: Array,
-    analysis: Array,
-    synthesis: Array,
+    analysis: Components,
+    synthesis: Components,
     rows: Array,
     gradients: Array,
     arrays: HostArrays,
@@ -104,8 +99,9 @@ def _importance(
     xp = arrays.xp
     # A coefficient's gradient is that of its direction in the synthesis.
     with np.errstate(over="ignore", invalid="ignore"):
-        norms = xp.square(gradients @ synthesis[:_IMPORTANT].T, dtype=np.float64).sum(axis=1)
-        coefficients = (rows - mean) @ analysis.T
+        important = synthesis.first(min(_IMPORTANT, synthesis.rank))
+        norms = xp.square(important.project(gradients), dtype=np.float64).sum(axis=1)
+        coefficients = analysis.project(rows - mean)
         sound = xp.isfinite(norms) & xp.isfinite(coefficients).all(axis=1)
     return fit(arrays.get(coefficients[sound]), part.spectrum, arrays.get(norms[sound]))
 
@@ -115,7 +111,7 @@ def _errors(
     mean: Array,
     coefficients: Array,
     classes: NDArray[np.uint8],
-    synthesis: Array,
+    synthesis: Components,
     unit: float,
     split: int,
     arrays: HostArrays,
@@ -129,7 +125,8 @@ def _errors(
     found = np.zeros((2, len(measured)))
     for i, j in enumerate(measured.tolist()):
         steps = unit * xp.exp2((j + of_class) / STEPS_PER_OCTAVE)
-        decoded = (xp.rint(coefficients / steps) * steps).astype(np.float32) @ synthesis
+        values = (xp.rint(coefficients / steps) * steps).astype(np.float32)
+        [decoded] = synthesis.expand(values, [slice(0, synthesis.width)])
         difference = xp.square(decoded - exact, dtype=np.float64)
         for kind, columns in enumerate((slice(0, split), slice(split, None))):
             lost, of = (arrays.get(x[:, columns].sum(axis=1)) for x in (difference, energy))
