@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from kvtc_stream.formats import Coder, DType, Section
 from kvtc_stream.gpu import layout
-from kvtc_stream.gpu.decoding import PIECE_BYTES, device_scales
+from kvtc_stream.gpu.decoding import device_scales, piece_tokens
 from kvtc_stream.gpu.plan import Basis
 from kvtc_stream.gpu.products import R_16F, analyse, analyse_leading, synthesise
 from kvtc_stream.gpu.rope import DeviceRopes, Rotations
@@ -209,7 +209,7 @@ class Analyser:
         lost, energy = cupy.zeros((2, 2 * len(s.layers), stride), np.float32)
         stack = plan.stacked(symbols)
         for i, part in enumerate(plan.leaves):
-            piece = min(max(64, PIECE_BYTES // (2 * part.width) // 64 * 64), tokens)
+            piece = piece_tokens(part.width, part.count, tokens)
             rows = cupy.empty((piece, part.width), np.uint16)
             if part.count == 0:
                 rows[...] = 0

@@ -101,6 +101,13 @@ class Target:
     _owners: tuple[Any, ...]
 
 
+def piece_tokens(width: int, count: int, tokens: int) -> int:
+    """How many of ``tokens`` go through a product of ``count`` components and its scatter at a
+    time: so many that their rows stay in the cache, or, of large matrices, that reading the
+    matrix for each piece costs little."""
+    return min(max(PIECE_BYTES // (2 * width), count // 4, 64) // 64 * 64, tokens)
+
+
 def kept_columns(blocks: Sequence[Placed]) -> NDArray[np.int32]:
     """int32: where the coded tokens of blocks are, among all tokens."""
     kept = np.ones(sum(p.block.tokens for p in blocks), np.bool_)
@@ -304,7 +311,7 @@ class BlockDecoder(ABC):
         for span in target.spans:
             leaf, begin, end = self._basis.leaves[span.leaf], span.begin, span.end
             width = end - begin
-            piece = min(max(64, PIECE_BYTES // (2 * width) // 64 * 64), batch.tokens)
+            piece = piece_tokens(width, leaf.count, batch.tokens)
             rows = cupy.empty((piece, width), np.uint16)
             if leaf.count == 0:
                 rows[...] = 0
@@ -383,7 +390,10 @@ class UniformDecoder(BlockDecoder):
             block_steps = cupy.asarray(steps.astype(np.float32))
         host_tasks, together = self._tasks.decoding(payloads, coded, firsts, begins)
         tasks = cupy.asarray(host_tasks)
-        symbols = cupy.empty((plan.components, stride), np.uint16)
+        kept = kept_columns(blocks)
+        # Columns that no tile writes go through the products too, where nothing may be infinite.
+        new = cupy.empty if len(kept) == stride else cupy.zeros
+        symbols = new((plan.components, stride), np.uint16)
         scales = cupy.zeros((len(plan.parts), stride), np.float32)
         faults = cupy.zeros(len(blocks), np.int32)
         rans.decode(
@@ -400,7 +410,7 @@ class UniformDecoder(BlockDecoder):
                 len(plan.parts),
                 plan.ids,
                 plan.components,
-                cupy.asarray(kept_columns(blocks)),
+                cupy.asarray(kept),
                 block_steps,
                 scales,
                 plan.down,

@@ -114,6 +114,8 @@ class Basis:
         What the products are with.
     rows
         Of the stacked symbols.
+    places
+        int64 [components] on the device: the row of each.
     """
 
     def __init__(self, counts: Sequence[int]) -> None:
@@ -201,7 +203,7 @@ class Basis:
 
     def finish(self) -> None:
         """After the last part."""
-        self._to_rows, self._from_inner = (
+        self.places, self._from_inner = (
             cupy.asarray(np.concatenate([np.zeros(0, np.int64), *x]))
             for x in (self._rows, self._inner)
         )
@@ -216,7 +218,7 @@ class Basis:
         if any(second.count == 0 for second in self.seconds):
             stack[...] = 0  # no product writes leading coefficients
         # Eight bytes at a time.
-        stack.view(np.uint64)[self._to_rows] = symbols.view(np.uint64)
+        stack.view(np.uint64)[self.places] = symbols.view(np.uint64)
         for second in self.seconds:
             column = 0
             for leaf in second.leaves:

@@ -65,6 +65,7 @@ GEOMETRIES = {
 }
 CALIBRATIONS = {name: calibrated(geometry) for name, geometry in GEOMETRIES.items()}
 CALIBRATIONS["groups"] = calibrated(GEOMETRIES["halves"], layer_groups=3)
+CALIBRATIONS["levels"] = calibrated(GEOMETRIES["halves"], layer_groups=3, second_level=70)
 
 
 @pytest.fixture(params=sorted(CALIBRATIONS))
@@ -121,7 +122,7 @@ def test_symbols_are_the_same(calibration: kvtc.Calibration) -> None:
     decoder = UniformDecoder(header.geometry.sections[0], plan)
     batch = decoder.symbols([Placed(b, np.arange(b.tokens)) for b in blocks])
     assert not cupy.asnumpy(batch.faults).any()
-    found = cupy.asnumpy(batch.symbols).view(np.float16).astype(np.float64)
+    found = cupy.asnumpy(batch.symbols[plan.places]).view(np.float16).astype(np.float64)
     coder = CpuBackend().section_coder(header, 0, calibration)
     first = 0
     for block in blocks:
@@ -129,9 +130,9 @@ def test_symbols_are_the_same(calibration: kvtc.Calibration) -> None:
         step = UniformPayload.parse(block, plan.coded).step
         scales = cupy.asnumpy(batch.scales)[:, first : first + block.tokens]
         for i, (part, own) in enumerate(zip(plan.parts, coder._parts, strict=True)):
-            rows = slice(part.first, part.first + part.count)
+            rows = slice(part.start, part.stop)
             base = plan.steps[rows, None]
-            values = own.coefficients[: block.tokens, : part.count].T
+            values = own.coefficients[: block.tokens, : len(part)].T
             expected = np.rint(values / (scales[i].astype(np.float64) * base))
             expected *= cupy.asnumpy(plan.down)[rows, None]
             np.testing.assert_array_equal(found[rows, first : first + block.tokens], expected)
@@ -354,7 +355,7 @@ def test_fp8_comes_out(kind: str, preset: str) -> None:
             same = a.view(np.uint8) == b.view(np.uint8)
             assert same.mean() > 0.97  # others are beside one another
             np.testing.assert_allclose(
-                a.astype(np.float32), b.astype(np.float32), rtol=0.26, atol=0.02
+                a.astype(np.float32), b.astype(np.float32), rtol=0.26, atol=0.2
             )
     errors = [
         np.mean([b.errors.k_mean for b in StreamParser(Limits()).feed(x)[1:] if b.coded])
@@ -397,6 +398,26 @@ def test_many_streams_in_pages() -> None:
             assert distance(c, a) <= ROUNDING
     again = kvtc.encode_many(held, replace(codec, backend="cuda"))
     assert [kvtc.decode(d, calibration)[0].shape[2] for d in again] == [150, 3, 64]
+
+
+def test_a_token_that_cannot_be_coded_costs_no_other_the_device(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from kvtc_stream.gpu.backend import CudaSectionCoder
+
+    calibration = CALIBRATIONS["halves"]
+    k, v = kvtc.testing.drawn_cache(calibration.geometry, 300, seed=14)
+    k[1, 0, 100, 2] = np.nan
+    data = kvtc.encode(k, v, kvtc.Codec(calibration, ratio=6, window=20, block_tokens=32))
+    expected = kvtc.decode(data, calibration, backend="cpu")
+    left = cupy.full(1 << 24, 0x7C00, np.uint16)  # infinities in what the pool gives next
+    del left
+    monkeypatch.setattr(CudaSectionCoder, "_cpu", property(lambda _: pytest.fail("not needed")))
+    found = kvtc.decode(data, calibration, backend="cuda")
+    np.testing.assert_array_equal(host(found[0])[:, :, 100], k[:, :, 100])
+    fine = np.delete(np.arange(300), 100)
+    for a, b in zip(found, expected, strict=True):
+        assert distance(host(a)[:, :, fine], b[:, :, fine]) <= ROUNDING
 
 
 def test_layer_by_layer() -> None:
