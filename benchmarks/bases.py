@@ -1,13 +1,13 @@
 """What a basis is worth: bits at equal error, error at equal bits, and multiply-adds per token.
 
 The rows are those of the preset `default`: K before RoPE and V of all layers, less the mean, times
-the importance weights of a calibration. A dense basis for K and V together is compared with one
-for each, with one per run of layers, and with two levels: one per run of layers, and then another
-one for the leading coefficients of all runs. All are principal components of the same rows, with
-one step for all components, and tables fitted to the rows that made the basis. Bits and error are
-of other caches, where every token has the middle step class; bits are the tables' ideal lengths,
-without a block's head. The error is the root of the weighted squared error over that of leaving
-everything out.
+the importance weights of a calibration. One basis for all is compared with one for K and one for V,
+with one for each group of layers, and with two levels: one for each group of layers, and then
+another one for the leading coefficients of all groups. All are principal components of the same
+rows, with one step for all components, and tables fitted to rows that made the basis. Bits and
+error are of other caches, where every token has the middle step class; bits are the tables' ideal
+lengths, without a block's head. The error is the root of the weighted squared error over that of
+leaving everything out.
 
     python benchmarks/bases.py --calibration CAL --cache FILES... --judge FILES...
     python benchmarks/bases.py --model PATH --text FILES...
@@ -23,7 +23,6 @@ import math
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +34,10 @@ from rich.table import Table
 
 import kvtc_stream as kvtc
 from kvtc_stream import demo, quality
-from kvtc_stream.calibrator import leading_eigenvectors
+from kvtc_stream.arrays import HOST
+from kvtc_stream.calibrator import Moments, leading_eigenvectors, one_level, two_levels
 from kvtc_stream.cli.bench import CALIBRATED_UNTIL, JUDGED_FROM
+from kvtc_stream.components import Components, columns_of_layers
 from kvtc_stream.cpu.layout import Rotations, gather
 from kvtc_stream.cpu.rans import Families
 from kvtc_stream.cpu.uniform import UniformBands
@@ -48,104 +49,51 @@ from kvtc_stream.planning.families import STEPS_PER_OCTAVE, fit_families
 from kvtc_stream.weights import apply_blocks
 
 Rows = NDArray[np.float32]
-Columns = NDArray[np.intp]
 
 #: Rows that tables are fitted to, and rows of each judged cache.
 FITTED, JUDGED = 4096, 1024
-#: Most components of a dense basis, and of a part of another one.
-RANK, PART_RANK = 3072, 2304
 #: Base steps; the coarsest is twice the strongest component's deviation.
 STEPS = 48
 #: What a component that is not coded counts, as a multiple of its energy, as for the planner.
 LEFT_OUT = 2.0
-#: Runs of layers, alone; and with a second level over so many components of each.
-RUNS = (2, 3, 6, 10, 30)
-TWO_LEVELS = ((3, 960), (6, 480), (6, 240), (10, 240))
+#: Groups of layers, alone; and with a second level over so many coefficients of all.
+RUNS = (2, 3, 6, 10, 15, 30)
+TWO_LEVELS = ((3, 4320), (6, 4320), (6, 2880), (6, 1440), (10, 4320), (10, 2880), (10, 1440))
 
 
-@dataclass
-class Basis:
-    """An orthonormal transform of weighted rows: add one to :func:`bases` to compare it.
-
-    Attributes
-    ----------
-    columns, local
-        Of every part: the columns that it takes, and its matrix [columns, components].
-    leading, second
-        The first ``leading`` components of every part are transformed once more, by ``second``
-        [parts * leading, components]. 0 and ``None`` in a basis of one level.
-    """
-
-    name: str
-    columns: list[Columns]
-    local: list[Rows]
-    leading: int = 0
-    second: Rows | None = None
-
-    def coefficients(self, rows: Rows) -> Rows:
-        """[rows, components]: those of the second level, then the others of every part."""
-        parts = [rows[:, c] @ u for c, u in zip(self.columns, self.local, strict=True)]
-        found = [part[:, self.leading :] for part in parts]
-        if self.second is not None:
-            leading = np.concatenate([part[:, : self.leading] for part in parts], axis=1)
-            found.insert(0, leading @ self.second)
-        return np.concatenate(found, axis=1)
-
-    def multiply_adds(self, coded: NDArray[np.bool_]) -> int:
-        """Per token and direction, when these components are coded."""
-        total = first = 0
-        if self.second is not None:
-            first = self.second.shape[1]
-            total = len(self.second) * int(coded[:first].sum())
-        for columns, local in zip(self.columns, self.local, strict=True):
-            end = first + local.shape[1] - self.leading
-            total += len(columns) * (self.leading + int(coded[first:end].sum()))
-            first = end
-        return total
-
-
-def bases(section: Section, covariance: Rows) -> Iterator[Basis]:
+def bases(section: Section, covariance: Rows) -> Iterator[tuple[str, Components]]:
     """All that are compared; the first is what the others are compared with."""
-    k_columns, v_columns = np.split(np.arange(len(covariance)), [section.k_width])
-    by_layer = [np.split(c, len(section.layers)) for c in (k_columns, v_columns)]
-    yield _one_level("joint", covariance, [np.arange(len(covariance))], RANK)
-    yield _one_level("K and V apart", covariance, [k_columns, v_columns])
+    moments = Moments(0)
+    moments.count, moments.mean, moments.scatter = 1, np.zeros(len(covariance)), covariance
+    yield "one", _float32(one_level(moments, None, len(covariance), HOST)[0])
+    everything, split = len(covariance), section.k_width
+    yield "K and V apart", _one_level(moments, ((slice(0, split),), (slice(split, everything),)))
     for count in sorted({*RUNS, *(count for count, _ in TWO_LEVELS)}):
         if count > len(section.layers):
             continue
-        runs = np.array_split(np.arange(len(section.layers)), count)
-        columns = [np.concatenate([kind[i] for kind in by_layer for i in run]) for run in runs]
-        basis = _one_level(f"{count} runs of layers", covariance, columns)
+        runs = list(map(len, np.array_split(np.arange(len(section.layers)), count)))
+        sizes = (section.kv_heads * dim for dim in (section.k_dim, section.v_dim))
+        groups = columns_of_layers(runs, *sizes)
         if count in RUNS:
-            yield basis
+            yield f"{count} groups", _one_level(moments, groups)
         for leading in (leading for of, leading in TWO_LEVELS if of == count):
-            yield _two_levels(basis, covariance, leading)
+            found, _ = two_levels(moments, None, groups, leading, everything, HOST)
+            yield f"{count} groups, then {leading:,}", _float32(found)
 
 
-def _one_level(name: str, covariance: Rows, columns: list[Columns], rank: int = PART_RANK) -> Basis:
+def _float32(components: Components) -> Components:
+    return components.mapped(lambda x: x.astype(np.float32))
+
+
+def _one_level(moments: Moments, groups: tuple[tuple[slice, ...], ...]) -> Components:
+    """Each group by itself."""
     local = []
-    for own in columns:
-        block = np.ascontiguousarray(covariance[np.ix_(own, own)])
-        local.append(leading_eigenvectors(block, min(rank, len(own)))[1].astype(np.float32))
-    return Basis(name, columns, local)
-
-
-def _two_levels(basis: Basis, covariance: Rows, leading: int) -> Basis:
-    leading = min(leading, *(u.shape[1] for u in basis.local))
-    inner = [
-        np.concatenate(
-            [
-                u[:, :leading].T @ (covariance[np.ix_(rows, columns)] @ v[:, :leading])
-                for columns, v in zip(basis.columns, basis.local, strict=True)
-            ],
-            axis=1,
-        )
-        for rows, u in zip(basis.columns, basis.local, strict=True)
-    ]
-    matrix = np.concatenate(inner)
-    second = leading_eigenvectors(matrix, len(matrix))[1].astype(np.float32)
-    name = f"{basis.name}, then {leading:,} of each"
-    return Basis(name, basis.columns, basis.local, leading, second)
+    for spans in groups:
+        block = moments.covariance(np.float32, spans, spans)
+        local.append(leading_eigenvectors(block, len(block))[1].T.astype(np.float32))
+    order = np.arange(len(moments.mean), dtype=np.int32)
+    nothing = np.zeros((0, 0), np.float32)
+    return Components(groups, tuple(local), (0,) * len(groups), nothing, order)
 
 
 # Rows.
@@ -183,16 +131,16 @@ def spread(rows: Rows, count: int) -> Rows:
 # Measuring.
 
 
-def measure(basis: Basis, fitted: Rows, judged: Rows) -> list[dict[str, float]]:
+def measure(name: str, basis: Components, fitted: Rows, judged: Rows) -> list[dict[str, float]]:
     """Bits, error, and work at every step of interest."""
-    own = basis.coefficients(fitted)
+    own = basis.project(fitted)
     order = np.argsort(-np.square(own).mean(axis=0), kind="stable")
-    own, total = np.ascontiguousarray(own[:, order]), own.shape[1]
-    coefficients = basis.coefficients(judged)[:, order]
+    own = np.ascontiguousarray(own[:, order])
+    coefficients = basis.project(judged)[:, order]
     energy = float(np.square(judged, dtype=np.float64).sum())
     behind = energy - float(np.square(coefficients, dtype=np.float64).sum())
     if behind < -1e-4 * energy:
-        raise AssertionError(f"{basis.name} is not orthonormal: {behind / energy:.2e} too much")
+        raise AssertionError(f"{name} is not orthonormal: {behind / energy:.2e} too much")
 
     unit = 2 * float(own[:, 0].std()) / 2 ** ((STEPS - 1 + MIDDLE) / STEPS_PER_OCTAVE)
     classes = np.full(len(own), MIDDLE, np.uint8)
@@ -212,14 +160,14 @@ def measure(basis: Basis, fitted: Rows, judged: Rows) -> list[dict[str, float]]:
         kept = coefficients[:, :count]
         lost = np.square(kept - np.rint(kept / step) * step, dtype=np.float64).sum()
         lost += np.square(coefficients[:, count:], dtype=np.float64).sum()
-        coded = np.zeros(total, np.bool_)
-        coded[order[:count]] = True
+        coded = basis.taken(order[:count])
         points.append(
             {
                 "bits": bands.bits(coefficients, classes, unit, 0) / len(judged),
                 "error": math.sqrt((lost + max(behind, 0)) / energy),
                 "components": count,
-                "multiply_adds": basis.multiply_adds(coded),
+                "of_second_level": 0 if coded.second is None else len(coded.second),
+                "multiply_adds": coded.multiply_adds,
             }
         )
     return points
@@ -232,7 +180,9 @@ def at(points: list[dict[str, float]], name: str, value: float) -> dict[str, flo
         return None
     logs = [math.log(point[name]) for point in curve]
     return {
-        other: float(np.exp(np.interp(math.log(value), logs, [math.log(p[other]) for p in curve])))
+        other: float(
+            np.expm1(np.interp(math.log(value), logs, [math.log1p(p[other]) for p in curve]))
+        )
         for other in curve[0]
     }
 
@@ -256,6 +206,7 @@ def compare(
                     "bits_at_equal_error": same["bits"],
                     "ratio_at_equal_error": 16 * width / same["bits"],
                     "components": round(same["components"]),
+                    "of_second_level": round(same["of_second_level"]),
                     "multiply_adds": round(same["multiply_adds"]),
                 }
             rows.append(row)
@@ -284,15 +235,18 @@ def main() -> None:
         judged = np.concatenate([spread(source.rows(path), JUDGED) for path in args.judge])
     measured = {}
     fitted_rows = np.concatenate(fitted)
-    for basis in bases(source.section, covariance):
-        with steps.step(f"Measuring: {basis.name}"):
-            measured[basis.name] = measure(basis, fitted_rows, judged)
+    shapes = {}
+    for name, basis in bases(source.section, covariance):
+        shapes[name] = {"groups": len(basis.groups), "leading": sum(basis.leading)}
+        with steps.step(f"Measuring: {name}"):
+            measured[name] = measure(name, basis, fitted_rows, judged)
     result |= {
         "calibration": calibration.digest.hex(),
         "tokens": tokens,
         "fitted_rows": len(fitted_rows),
         "judged_rows": len(judged),
         "width": source.part.width,
+        "bases": shapes,
         "rows": compare(measured, source.part.width, args.ratios),
         "points": measured,
     }

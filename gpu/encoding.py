@@ -342,7 +342,9 @@ class BatchEncoder(Analyser):
         """float32 [2, stride]: of each token's K and V, after the cast to the output's dtype."""
         plan, stride, starts = self._plan, batch.stride, batch.starts
         tokens = batch.source.tokens
-        symbols = cupy.empty((plan.components, stride), np.uint16)
+        symbols = (cupy.empty if tokens == stride else cupy.zeros)(
+            (plan.components, stride), np.uint16
+        )
         scales = cupy.zeros((len(plan.parts), stride), np.float32)
         of_tokens = np.repeat(np.arange(len(starts) - 1), np.diff(starts)).astype(np.int32)
         uniform.quantise(

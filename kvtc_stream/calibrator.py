@@ -449,7 +449,7 @@ class _SectionMoments:
         # The moments of K and of V apart are blocks of those of both.
         kept = "joint" if "joint" in bases else "separate"
         self.moments = {
-            columns: _Moments(columns.width(section), arrays)
+            columns: Moments(columns.width(section), arrays)
             for columns in _basis_columns(kept, section, of_joint)
         }
         self.sample = _RowSample(sample_rows, arrays)
@@ -480,7 +480,7 @@ class _SectionMoments:
         self.sample.merge(other.sample)
         self.importance.merge(other.importance)
 
-    def _moments_of(self, columns: _Columns) -> _Moments:
+    def _moments_of(self, columns: _Columns) -> Moments:
         if columns in self.moments:
             return self.moments[columns]
         for both, moments in self.moments.items():
@@ -538,9 +538,9 @@ class _SectionMoments:
                     weights = k[list(columns.k_layers)], v[list(columns.v_layers)]
                 if self._second_level:
                     groups = self._column_groups(columns)
-                    solved = _two_levels(moments, weights, groups, self._second_level, rank, arrays)
+                    solved = two_levels(moments, weights, groups, self._second_level, rank, arrays)
                 else:
-                    solved = _one_level(moments, weights, rank, arrays)
+                    solved = one_level(moments, weights, rank, arrays)
                 part = _weighted_part(columns, moments, weights, *solved, arrays)
             else:
                 part = _separate_part(columns, moments, rows[:_BAND_ROWS], rank, arrays)
@@ -575,7 +575,7 @@ def _rank_of(variance: NDArray[np.floating], width: int, most: int) -> int:
 
 
 def _separate_part(
-    columns: _Columns, moments: _Moments, sample: Array, rank: int | None, arrays: HostArrays
+    columns: _Columns, moments: Moments, sample: Array, rank: int | None, arrays: HostArrays
 ) -> Part:
     """Principal components from the covariance, and error tables from the sampled rows."""
     xp, width = arrays.xp, len(moments.mean)
@@ -615,7 +615,7 @@ _Solved: TypeAlias = tuple[Components, NDArray[np.floating[Any]]]
 
 def _weighted_part(
     columns: _Columns,
-    moments: _Moments,
+    moments: Moments,
     weights: _Pair | None,
     components: Components,
     variance: NDArray[np.floating[Any]],
@@ -636,8 +636,8 @@ def _weighted_part(
     )
 
 
-def _one_level(
-    moments: _Moments, weights: _Pair | None, rank: int | None, arrays: HostArrays
+def one_level(
+    moments: Moments, weights: _Pair | None, rank: int | None, arrays: HostArrays
 ) -> _Solved:
     """Leading principal components of weighted rows."""
     width = len(moments.mean)
@@ -651,8 +651,8 @@ def _one_level(
     return Components.dense(stored), variance[:keep]
 
 
-def _two_levels(
-    moments: _Moments,
+def two_levels(
+    moments: Moments,
     weights: _Pair | None,
     groups: tuple[tuple[slice, ...], ...],
     second_level: int,
@@ -701,7 +701,7 @@ def _two_levels(
 
 
 def _weighted_block(
-    moments: _Moments,
+    moments: Moments,
     weights: _Pair | None,
     rows: Sequence[slice],
     columns: Sequence[slice],
@@ -806,7 +806,7 @@ class _Importance:
         return rows, xp.ldexp(gradients, sample[:, -1:].astype(np.int32))
 
 
-class _Moments:
+class Moments:
     """Count, mean and scatter matrix about the mean, in float64.
 
     A batch is centred on its own mean, so that a binary32 product suffices, and combined by the
@@ -858,14 +858,14 @@ class _Moments:
                 top += count
         return out
 
-    def block(self, columns: slice) -> _Moments:
+    def block(self, columns: slice) -> Moments:
         """The moments of some columns; shares memory."""
-        moments = _Moments(0, self._arrays)
+        moments = Moments(0, self._arrays)
         moments.count, moments.mean = self.count, self.mean[columns]
         moments.scatter = self.scatter[columns, columns]
         return moments
 
-    def merge(self, other: _Moments) -> None:
+    def merge(self, other: Moments) -> None:
         if other.count == 0:
             return
         self.scatter += other.scatter
