@@ -253,8 +253,9 @@ def read_calibration(path: Path) -> Calibration:
     size = _u64(data, 0)
     header = json.loads(data[8 : 8 + size])
     metadata = header.pop("__metadata__")
-    kinds = {"F16": "<f2", "F32": "<f4", "F64": "<f8", "U8": "u1", "U16": "<u2"}
-    names = {"<f2": "float16", "<f4": "float32", "<f8": "float64", "u1": "uint8", "<u2": "uint16"}
+    kinds = {"F16": "<f2", "F32": "<f4", "F64": "<f8", "U8": "u1", "U16": "<u2", "I32": "<i4"}
+    names = {"<f2": "float16", "<f4": "float32", "<f8": "float64", "u1": "uint8"}
+    names |= {"<u2": "uint16", "<i4": "int32"}
     text = metadata["kvtc_calibration"]
     sha = hashlib.sha256(text.encode())
     arrays = {}
@@ -628,6 +629,28 @@ class Decoder:
         need(all(x in stored for x in wanted), "a part that the calibration has not")
         return [f"{of[0]}.{basis}.{stored.index(x)}." for x in wanted]
 
+    def components(self, section: Section, prefix: str) -> NDArray[np.float64]:
+        """[rank, width], from one matrix or from those of two levels."""
+        arrays = self.calibration.arrays
+        if prefix + "components" in arrays:
+            return arrays[prefix + "components"].astype(np.float64)
+        of, basis, part = prefix.split(".")[:3]
+        levels = self.calibration.description["sections"][int(of)]["bases"][basis][int(part)]
+        counts, leading = levels["levels"]["layers"], levels["levels"]["leading"]
+        need(levels["k_layers"] == levels["v_layers"], "two levels of other K and V layers")
+        layers, k, v = sum(counts), section.heads * section.k_dim, section.heads * section.v_dim
+        above, below, first = [], [], 0
+        for g, (count, n) in enumerate(zip(counts, leading, strict=True)):
+            columns = [*range(first * k, (first + count) * k)]
+            columns += range(layers * k + first * v, layers * k + (first + count) * v)
+            whole = np.zeros((len(arrays[f"{prefix}local.{g}"]), layers * (k + v)))
+            whole[:, columns] = arrays[f"{prefix}local.{g}"]
+            above.append(whole[:n])
+            below.append(whole[n:])
+            first += count
+        second = arrays[prefix + "second"].astype(np.float64) @ np.concatenate(above)
+        return np.concatenate([second, *below])[arrays[prefix + "order"]]
+
     def symbols(self, block: Block) -> tuple[bytes, list[NDArray[np.float32]]]:
         """What the golden manifest has the SHA-256 of, and coefficients [tokens, components]."""
         _, parts = self.header.plans[block.section]
@@ -750,7 +773,7 @@ class Decoder:
         for j, part in enumerate(parts):
             prefix = self.prefixes[block.section][j]
             arrays = self.calibration.arrays
-            components = arrays[prefix + "components"].astype(np.float32)
+            components = self.components(s, prefix)
             rows = coefficients[j].astype(np.float64) @ components[: coefficients[j].shape[1]]
             at = 0
             mean = arrays[prefix + "mean"]

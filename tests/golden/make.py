@@ -1,6 +1,7 @@
 """Make the golden streams of a version. Run once per version, by hand; it never overwrites.
 
     python tests/golden/make.py tests/golden/1.0
+    python tests/golden/make.py tests/golden/1.0-two-levels --two-levels
 
 ``manifest.json`` says what each file must give: for a stream or page, the SHA-256 of the symbols
 of each block, and a file with K and V as float32 [layers, heads, tokens, dim], little-endian; for
@@ -35,8 +36,8 @@ warnings.simplefilter("ignore")
 KEY = b"golden key"
 
 
-def main(folder: Path) -> None:
-    """Write every file; fails if one is there."""
+def main(folder: Path, two_levels: bool) -> None:
+    """Write every file; fails if one is there. Of two levels, one stream."""
     folder.mkdir(parents=True)
     cases: list[dict[str, Any]] = []
     geometry = kvtc.Geometry(
@@ -45,7 +46,9 @@ def main(folder: Path) -> None:
             kvtc.Section((1,), 1, 4, 4, (kvtc.Rope.from_theta(500, 2, interleaved=True),)),
         )
     )
-    calibrator = kvtc.Calibrator(geometry, model=kvtc.ModelIdentity("golden", "1"))
+    options = {"layer_groups": 2, "second_level": 9} if two_levels else {}
+    model = kvtc.ModelIdentity("golden", "1")
+    calibrator = kvtc.Calibrator(geometry, model=model, **options)
     for section in range(2):
         calibrator.update(
             *kvtc.testing.drawn_cache(geometry, 200, seed=1, section=section), section=section
@@ -96,6 +99,14 @@ def main(folder: Path) -> None:
     common = {"sinks": 2, "window": 3, "block_tokens": 36}
     default = kvtc.Codec(calibration, ratio=3, **common)
     whole = add("default.kvtc", stream(default, DType.BFLOAT16, metadata={"n": 1}))
+
+    def manifest() -> None:
+        text = json.dumps({"version": folder.name, "key": KEY.hex(), "cases": cases}, indent=1)
+        (folder / "manifest.json").write_text(text + "\n")
+
+    if two_levels:
+        manifest()
+        return
     add("default-float32.kvtc", stream(default, DType.FLOAT32, token_digest=bytes(range(32))))
     add("authenticated.kvtc", stream(default, DType.FLOAT16, key=KEY))
     for coder in ("deflate", "zstd", "lz4", "stored"):
@@ -159,9 +170,8 @@ def main(folder: Path) -> None:
     bad("bad-index.kvtc", patched(starts[-1] + 36 + 24, "I", 1), "format")
     bad("bad-calibration.kvtc", patched(40 + 16, "B", whole[56] ^ 1), "calibration")
     bad("bad-superseding.kvtc", patched(starts[1] + 4, "B", 4), "format")
-    text = json.dumps({"version": "1.0", "key": KEY.hex(), "cases": cases}, indent=1)
-    (folder / "manifest.json").write_text(text + "\n")
+    manifest()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), "--two-levels" in sys.argv[2:])
