@@ -356,7 +356,7 @@ def moments_error(calibrator: kvtc.Calibrator, caches: Caches, machine: Machine)
     ]
     width = min(8192, taken[0].shape[1])
     taken = [x[:, :width] for x in taken]
-    found = module._Moments(width, machine.arrays)
+    found = module.Moments(width, machine.arrays)
     for first in range(0, len(taken), 4):
         found.add(xp.concatenate(taken[first : first + 4]))
     exact = xp.concatenate(taken).astype(np.float64)

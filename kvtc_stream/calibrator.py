@@ -667,12 +667,13 @@ def two_levels(
         solvable = arrays.widest is None or len(block) <= arrays.widest
         count = len(block) if solvable else len(block) // 2
         values, vectors = leading_eigenvectors(block, count, arrays)
-        local.append(vectors.astype(np.float32))
+        local.append(_components(vectors, xp))
         variances.append(arrays.get(values))
     together = np.sort(np.concatenate(variances))[::-1]
     least = together[min(second_level, len(together)) - 1]
     leading = tuple(int((own >= least).sum()) for own in variances)
-    strongest = [vectors[:, :n] for vectors, n in zip(local, leading, strict=True)]
+    # As they will be, signs and rounding included.
+    strongest = [x[:n].astype(np.float32) for x, n in zip(local, leading, strict=True)]
     products: list[list[Array]] = [[] for _ in groups]
     for i, own in enumerate(groups):
         for j, other in enumerate(groups):
@@ -680,7 +681,7 @@ def two_levels(
                 products[i].append(products[j][i].T)
             else:
                 block = _weighted_block(moments, weights, own, other, xp)
-                products[i].append(strongest[i].T @ (block @ strongest[j]))
+                products[i].append(strongest[i] @ (block @ strongest[j].T))
     inner = xp.concatenate([xp.concatenate(row, axis=1) for row in products])
     values, vectors = leading_eigenvectors(inner, len(inner), arrays)
     variance = np.concatenate(
@@ -692,7 +693,7 @@ def two_levels(
     )
     components = Components(
         groups,
-        tuple(arrays.get(_components(vectors, xp)) for vectors in local),
+        tuple(map(arrays.get, local)),
         leading,
         arrays.get(_components(vectors, xp)),
         order.astype(np.int32),

@@ -220,8 +220,9 @@ def cases(draw: st.DrawFn, *, hostile: bool = True) -> Case:
     preset, coder = draw(
         st.sampled_from([("default", "rans"), *(("paper", c) for c in BYTE_CODERS)])
     )
+    levels = draw(st.sampled_from([{}, {"layer_groups": 2, "second_level": 6}]))
     codec = kvtc.Codec(
-        calibrate(geometry),
+        calibrate(geometry, **levels),
         preset,
         ratio=draw(st.sampled_from([1.5, 3, 8, 1000])),
         sinks=draw(st.integers(0, 20)),

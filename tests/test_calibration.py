@@ -57,6 +57,8 @@ def test_merging_equals_one_pass(geometry: kvtc.Geometry, data: st.DataObject) -
         "layer_groups": data.draw(st.integers(1, 3)),
         "sample_rows": data.draw(st.sampled_from([1, 50, 1000])),
     }
+    if "joint" in options["bases"] and options["layer_groups"] > 1:
+        options["second_level"] = data.draw(st.sampled_from([0, 3, 50]))
     texts = documents(geometry, 4)
     whole = kvtc.Calibrator(geometry, **options)
     for section, texts_of in enumerate(texts):
@@ -183,7 +185,14 @@ def test_parts_are_principal_components(
 
 @pytest.mark.parametrize(
     "options",
-    [{"layer_groups": 2}, {"layer_groups": 9}, {"rank": 5}, {"layer_groups": 2, "rank": 3}],
+    [
+        {"layer_groups": 2},
+        {"layer_groups": 9},
+        {"rank": 5},
+        {"layer_groups": 2, "rank": 3},
+        {"layer_groups": 2, "second_level": 20},
+        {"layer_groups": 9, "second_level": 1000, "rank": 30},
+    ],
 )
 def test_options_of_the_basis_serve_a_stream(options: dict[str, int]) -> None:
     rope = kvtc.Rope.from_theta(1e4, 6)
@@ -528,6 +537,41 @@ def test_hostile_descriptions(saved: Path, name: str) -> None:
     rewrite(saved, HOSTILE[name])
     with pytest.raises(kvtc.FormatError) as refusal:
         kvtc.Calibration.load(saved)
+    assert not isinstance(refusal.value, kvtc.ChecksumError), refusal.value
+
+
+LEVELS = (*JOINT, "levels")
+HOSTILE_LEVELS = {
+    "levels of text": put(*LEVELS, value="two"),
+    "no groups": put(*LEVELS, "layers", value=[]),
+    "empty group": put(*LEVELS, "layers", value=[2, 0]),
+    "missing layer": put(*LEVELS, "layers", value=[1]),
+    "negative leading": put(*LEVELS, "leading", value=[-1, 5]),
+    "nothing leads": put(*LEVELS, "leading", value=[0, 0]),
+    "more than there are": put(*LEVELS, "leading", value=[99, 1]),
+    "other leading": put(*LEVELS, "leading", value=[1, 1]),
+    "other layers of V": put(*JOINT, "v_layers", value=[0]),
+    "twice in order": lambda _, a: a["0.joint.0.order"].__setitem__(0, 1),
+    "not in order": lambda _, a: a["0.joint.0.order"].__setitem__(0, 10**6),
+    "short order": lambda _, a: a.update({"0.joint.0.order": np.zeros(1, np.int32)}),
+    "no second": lambda _, a: a.pop("0.joint.0.second"),
+    "narrow local": lambda _, a: a.update({"0.joint.0.local.1": np.zeros((3, 2), np.float16)}),
+    "flat local": lambda _, a: a.update({"0.joint.0.local.0": np.zeros(9, np.float16)}),
+    "second not finite": lambda _, a: a["0.joint.0.second"].__setitem__(0, np.inf),
+    "components too": lambda _, a: a.update({"0.joint.0.components": np.zeros((3, 3), np.float16)}),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE_LEVELS)
+def test_hostile_levels(tmp_path: Path, calibration: kvtc.Calibration, name: str) -> None:
+    calibrator = kvtc.Calibrator(calibration.geometry, layer_groups=2, second_level=12)
+    calibrator.update(*kvtc.testing.drawn_cache(calibration.geometry, 512, seed=1))
+    path = tmp_path / "levels.safetensors"
+    calibrator.finish().save(path)
+    assert kvtc.Calibration.load(path) == calibrator.finish()
+    rewrite(path, HOSTILE_LEVELS[name])
+    with pytest.raises(kvtc.FormatError) as refusal:
+        kvtc.Calibration.load(path)
     assert not isinstance(refusal.value, kvtc.ChecksumError), refusal.value
 
 

@@ -210,6 +210,15 @@ def test_calibrate_records_what_the_keys_carry(tmp_path, kvtc_command, options, 
     assert {part.rank for part in parts} == {min(20, 16)}
 
 
+def test_calibrate_in_two_levels(tmp_path, kvtc_command):
+    cache, cal = write_cache(tmp_path / "x.npz"), tmp_path / "cal.safetensors"
+    options = ["--rope", "none", "--layer-groups", "3", "--second-level", "40"]
+    run = kvtc_command("calibrate", cache, "-o", cal, *options)
+    assert (run.status, run.err) == (0, "")
+    [part] = kvtc.Calibration.load(cal).sections[0].basis("joint")
+    assert sum(part.components.leading) == 40
+
+
 def test_calibrate_takes_positions_and_scales(tmp_path, kvtc_command):
     """Bytes with scales calibrate as their values do."""
     geometry = Geometry.uniform(layers=2, kv_heads=2, head_dim=8)

@@ -147,7 +147,7 @@ def test_moments_against_float64(arrays: DeviceArrays) -> None:
     rng = np.random.default_rng(0)
     deviation = np.exp2(-np.arange(600) / 60)
     rows = (rng.standard_normal((5000, 600)) * deviation + 30 * deviation[::-1]).astype(np.float32)
-    moments = module._Moments(600, arrays)
+    moments = module.Moments(600, arrays)
     for first in range(0, 5000, 900):
         moments.add(arrays.put(rows[first : first + 900]))
     exact = rows - rows.mean(axis=0, dtype=np.float64)
@@ -157,12 +157,15 @@ def test_moments_against_float64(arrays: DeviceArrays) -> None:
 
 
 @pytest.mark.parametrize(
-    ("with_gradients", "dtype"), [(False, DType.FLOAT32), (True, DType.BFLOAT16)]
+    ("with_gradients", "dtype", "second_level"),
+    [(False, DType.FLOAT32, 0), (True, DType.BFLOAT16, 0), (True, DType.FLOAT32, 25)],
 )
-def test_calibrations_agree(arrays: DeviceArrays, with_gradients: bool, dtype: DType) -> None:
+def test_calibrations_agree(
+    arrays: DeviceArrays, with_gradients: bool, dtype: DType, second_level: int
+) -> None:
     """With all rows in the sample, everything agrees to rounding."""
     geometry = Geometry.uniform(layers=4, kv_heads=2, head_dim=8, rope=HALVES)
-    both = calibrators(geometry, layer_groups=2, rank=20)
+    both = calibrators(geometry, layer_groups=2, rank=20, second_level=second_level)
     for seed in range(3):
         k, v = kvtc.testing.drawn_cache(geometry, 650, seed=seed, dtype=dtype)
         for calibrator in both:

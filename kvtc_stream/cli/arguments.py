@@ -90,11 +90,19 @@ def _calibrate(commands: Any) -> argparse.ArgumentParser:
         help="a basis for each of N runs of layers: quicker, needs more bits (default: 1)",
     )
     parser.add_argument(
+        "--second-level",
+        type=int,
+        default=0,
+        metavar="N",
+        help="transform the strongest N coefficients of the groups once more, together: most of "
+        "the bits back for some of the speed (default: 0, not at all)",
+    )
+    parser.add_argument(
         "--rank",
         type=int,
         metavar="N",
         help="keep at most N components (default: all of K and of V apart; of both together two "
-        "fifths, but 3072 to 4608)",
+        "fifths, but 3072 to 4608, or three fifths with --second-level)",
     )
     parser.add_argument("--name", metavar="NAME", help="the model's name, to record")
     _backend(parser, default="cpu")

@@ -26,6 +26,7 @@ def run(args: Namespace) -> int:
     options = {
         "sinks": args.sinks,
         "layer_groups": args.layer_groups,
+        "second_level": args.second_level,
         "rank": args.rank,
         "backend": args.backend,
     }
