@@ -1,8 +1,9 @@
 """Speed of the CUDA backend, beside what the device can do at all.
 
     python benchmarks/gpu.py [-o benchmarks/results/h100.json] [--quick]
+    python benchmarks/gpu.py --frontier benchmarks/results/bases.json -o FILE
 
-Caches are drawn on the device in the layout of well-known models, from bases of random orthonormal
+Caches are drawn on the device in the layout of well-known models, from bases of drawn orthonormal
 directions for every group of layers. Coefficients are Laplacian, with the spectrum of the joint
 basis of SmolLM2-135M (stretched to the rank), and a scale for each token, from which its class is
 predicted as on real caches; so that symbols, escapes and classes are about as frequent as there.
@@ -32,6 +33,7 @@ from rich.table import Table
 
 import kvtc_stream as kvtc
 from kvtc_stream.calibration import Calibration, Part, SectionCalibration, UniformTables
+from kvtc_stream.components import Components, columns_of_layers
 from kvtc_stream.formats import Block, BlockErrors, Coder, DType, Limits, Role, StreamParser
 from kvtc_stream.formats.coders import decompress
 from kvtc_stream.gpu import encoding, layout, rans
@@ -44,11 +46,11 @@ from kvtc_stream.importance import MIDDLE, TokenImportance, classes_of, group_ed
 from kvtc_stream.payload import UniformPayload
 from kvtc_stream.planning.families import fit_families
 
-#: layers, KV heads, channels of a head, and layers of a group, see docs.
+#: layers, KV heads, channels of a head, and groups of layers, see docs.
 GEOMETRIES = {
-    "Mistral-NeMo-12B": (40, 8, 128, 2),
-    "Llama-3.1-8B": (32, 8, 128, 2),
-    "SmolLM2-135M": (30, 3, 64, 30),
+    "Mistral-NeMo-12B": (40, 8, 128, 20),
+    "Llama-3.1-8B": (32, 8, 128, 16),
+    "SmolLM2-135M": (30, 3, 64, 1),
 }
 BATCHES = {"8 × 8K": (8, 8192), "1 × 8K": (1, 8192), "1 × 128K": (1, 131_072)}
 BLOCK, RATIO = 128, 16
@@ -61,6 +63,11 @@ SPECTRUM = {
     0.4: 0.0002208, 0.5: 0.0001357, 0.6: 8.874e-05, 0.7: 6.091e-05, 0.8: 4.301e-05,
     0.9: 3.074e-05, 1: 2.114e-05,
 }  # fmt: skip
+RANK = 3072
+#: How the logarithm falls behind, per share.
+BEHIND = 3.7
+#: Most components that tables are fitted to.
+TABLES = 2048
 #: Deviation of the logarithm of a token's scale, and what it says about the token's importance.
 TOKEN_SCALE, IMPORTANCE = 0.3, 1.3
 
@@ -82,38 +89,103 @@ def seconds(task: Callable[[], Any], repeats: int = 5) -> tuple[float, float]:
     return sorted(found)[repeats // 2]
 
 
-class Model:
-    """A drawn model: its calibration, and caches of it."""
+def orthonormal(rng: np.random.Generator, rows: int, columns: int) -> Any:
+    """float16 [rows, columns]: rows of a cosine transform, columns in another order, with signs."""
+    if not rows:
+        return np.zeros((0, columns), np.float16)
+    which = cp.asarray(rng.choice(columns, rows, replace=False))
+    where = cp.asarray(rng.permutation(columns))
+    signs = cp.asarray(rng.choice([-1.0, 1.0], columns).astype(np.float32))
+    out = np.empty((rows, columns), np.float16)
+    for first in range(0, rows, 1024):
+        some = which[first : first + 1024, None]
+        # An integer, so that the angle is exact however large it is.
+        turns = ((2 * where + 1) * some) % (4 * columns)
+        matrix = cp.cos(turns.astype(np.float32) * np.float32(np.pi / (2 * columns)))
+        matrix *= cp.where(some == 0, np.sqrt(1 / columns), np.sqrt(2 / columns)) * signs
+        out[first : first + 1024] = cp.asnumpy(matrix.astype(np.float16))
+    return out
 
-    def __init__(self, layers: int, heads: int, dim: int, per_group: int) -> None:
+
+class Model:
+    """A drawn model: its calibration, and caches of it.
+
+    Parameters
+    ----------
+    layers, heads, dim, groups
+        Its shape, and groups of layers.
+    components, leading, of_second
+        Coded components of all groups, ``None`` for a share of the width; leading coefficients of
+        all groups if there is a second level, and how many of the components are of that.
+    reach
+        How far the spectrum goes, in that of SmolLM2-135M.
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        heads: int,
+        dim: int,
+        groups: int,
+        *,
+        components: int | None = None,
+        leading: int = 0,
+        of_second: int = 0,
+        reach: float = 1.0,
+    ) -> None:
         self.shape = (layers, heads, dim)
         rope = kvtc.Rope.from_theta(1e6, dim)
         self.geometry = kvtc.Geometry.uniform(
             layers=layers, kv_heads=heads, head_dim=dim, rope=rope
         )
-        width = 2 * per_group * heads * dim
-        rank = min(int(RANK_SHARE * width), MOST_RANK)
-        shares = np.arange(rank) / max(rank - 1, 1)
+        size = heads * dim
+        runs = list(map(len, np.array_split(np.arange(layers), groups)))
+        spans = columns_of_layers(runs, size, size)
+        if components is None:
+            components = groups * min(int(RANK_SHARE * 2 * size * runs[0]), MOST_RANK)
+        rng = np.random.default_rng(0)
+        if leading:
+            each = [leading // groups] * groups
+            of_second = min(of_second, sum(each))
+            others = np.diff(np.linspace(0, components - of_second, groups + 1).astype(int))
+            local = tuple(
+                orthonormal(rng, n + m, 2 * run * size)
+                for n, m, run in zip(each, others, runs, strict=True)
+            )
+            # The second level's among the others, evenly.
+            order = np.argsort(
+                np.concatenate([np.linspace(0, 1, n) for n in (of_second, *others)]), kind="stable"
+            )
+            second = orthonormal(rng, of_second, sum(each))
+            whole = Components(spans, local, tuple(each), second, order.astype(np.int32))
+            found = [(tuple(range(layers)), whole)]
+        else:
+            firsts = np.cumsum([0, *runs])
+            found = [
+                (
+                    tuple(range(first, first + run)),
+                    Components.dense(orthonormal(rng, components // groups, 2 * run * size)),
+                )
+                for first, run in zip(firsts.tolist(), runs, strict=False)
+            ]
+        rank = found[0][1].rank
+        shares = reach * np.arange(rank) / max(rank - 1, 1)
         logarithms = np.interp(shares, list(SPECTRUM), np.log(list(SPECTRUM.values())))
+        logarithms -= np.maximum(shares - 1, 0) * BEHIND
         self.spectrum = np.exp(logarithms).astype(np.float32)
         tables = self._tables(rank)
-        rng = cp.random.default_rng(0)
-        host = np.random.default_rng(0)
         parts = []
-        for first in range(0, layers, per_group):
-            own = tuple(range(first, min(first + per_group, layers)))
-            size = 2 * len(own) * heads * dim
-            directions, _ = cp.linalg.qr(rng.standard_normal((size, rank), dtype=cp.float32))
-            components = cp.asnumpy(directions.T.astype(cp.float16))
-            del directions
-            mean = (0.1 * host.standard_normal(size)).astype(np.float32)
+        for own, matrices in found:
+            mean = (0.1 * rng.standard_normal(2 * len(own) * size)).astype(np.float32)
             energy = float(self.spectrum.sum() + (mean**2).sum())
-            parts.append(Part(own, own, mean, components, self.spectrum, energy, uniform=tables))
+            parts.append(Part(own, own, mean, matrices, self.spectrum, energy, uniform=tables))
         section = SectionCalibration({"joint": tuple(parts)}, 100_000)
         self.calibration = Calibration(self.geometry, (section,), 4)
         cp.get_default_memory_pool().free_all_blocks()
 
     def _tables(self, rank: int) -> UniformTables:
+        """Of some of the components; those between have their neighbours'."""
+        some = np.unique(np.linspace(0, rank - 1, min(rank, TABLES)).astype(int))
         rng = np.random.default_rng(0)
         scale = np.exp(TOKEN_SCALE * rng.standard_normal((4096, 1)))
         x = rng.laplace(size=(4096, rank)) / np.sqrt(2) * np.sqrt(self.spectrum) * scale
@@ -130,7 +202,15 @@ class Model:
         rows = x.astype(np.float32)
         classes = classes_of(predictor.predict(rows))
         unit = 2 * float(np.sqrt(self.spectrum[0])) / 2 ** ((55 + MIDDLE) / 4)
-        families = fit_families(rows, classes, unit=unit, steps=56)
+        families = fit_families(np.ascontiguousarray(rows[:, some]), classes, unit=unit, steps=56)
+        nearest = np.searchsorted(some, np.arange(rank)).clip(0, len(some) - 1)
+        families = replace(
+            families,
+            ids=np.ascontiguousarray(families.ids[:, :, nearest]),
+            rate=np.ascontiguousarray(families.rate[:, nearest]),
+            distortion=np.ascontiguousarray(families.distortion[:, nearest]),
+            energy=families.energy[nearest],
+        )
         errors = np.linspace(0.01, 0.5, 56, dtype=np.float32)
         return UniformTables(unit, families, errors, errors, predictor)
 
@@ -150,13 +230,13 @@ class Model:
             split = len(columns) * size
             columns += [(1, x, split + i * size) for i, x in enumerate(part.v_layers)]
             own = cp.asarray(entries(tensors[0], tensors[1], columns, ropes))
-            directions, mean = cp.asarray(part.components), cp.asarray(part.mean)
+            matrices, mean = part.components.mapped(cp.asarray, cp), cp.asarray(part.mean)
             for first in range(0, tokens, 8192):
                 count = min(8192, tokens - first)
                 u = rng.random((count, part.rank), dtype=cp.float32) - 0.5
                 x = -cp.sign(u) * cp.log1p(-1.99998 * cp.abs(u))
                 x *= deviations * scale[first : first + count]
-                rows = (x.astype(cp.float16) @ directions).astype(cp.float16)
+                [rows] = matrices.expand(x.astype(cp.float16), [slice(0, part.width)])
                 rotations = ropes.at(cp.arange(first, first + count), sign=1)
                 layout.scatter(DType.BFLOAT16, True)(
                     (-(-count // layout.TOKENS), len(columns)),
@@ -215,11 +295,25 @@ def block_of(payload: Any, start: int, coded: int) -> Block:
     )
 
 
-def measure(model: Model, streams: int, tokens: int, pinned_gbps: float) -> dict[str, Any]:
-    """All figures of a geometry and a batch."""
+def measure(
+    model: Model,
+    streams: int,
+    tokens: int,
+    pinned_gbps: float,
+    ratio: float = RATIO,
+    *,
+    frontier: bool = False,
+) -> dict[str, Any]:
+    """All figures of a geometry and a batch; for the ``frontier`` speeds only, with all components
+    coded."""
     layers = model.shape[0]
-    codec = kvtc.Codec(model.calibration, ratio=RATIO, window=0, sinks=0, block_tokens=BLOCK)
-    plan = DevicePlan(model.calibration, 0, codec.plan.sections[0])
+    codec = kvtc.Codec(model.calibration, ratio=ratio, window=0, sinks=0, block_tokens=BLOCK)
+    dealt = codec.plan.sections[0]
+    if frontier:
+        rank = model.calibration.sections[0].bases["joint"][0].rank
+        bands = (replace(dealt.parts[0].bands[0], size=rank),)
+        dealt = replace(dealt, parts=tuple(replace(p, bands=bands) for p in dealt.parts))
+    plan = DevicePlan(model.calibration, 0, dealt)
     section = model.geometry.sections[0]
     per_token = 2 * (section.k_width + section.v_width)
     size = per_token * streams * tokens
@@ -227,7 +321,8 @@ def measure(model: Model, streams: int, tokens: int, pinned_gbps: float) -> dict
         "kv_bytes": size,
         "components": plan.components,
         "parts": len(plan.parts),
-        "multiply_adds_per_token": sum(p.count * p.width for p in plan.parts),
+        "multiply_adds_per_token": sum(p.count * p.width for p in plan.leaves)
+        + sum(s.analysis.size for s in plan.seconds),
     }
     caches = [model.cache(tokens, seed) for seed in range(streams)]
     tensors = [[Tensors.of_layers(list(x), DType.BFLOAT16) for x in kv] for kv in caches]
@@ -237,7 +332,7 @@ def measure(model: Model, streams: int, tokens: int, pinned_gbps: float) -> dict
         for i in range(streams)
         for first in range(0, tokens, together)
     ]
-    share = per_token / RATIO
+    share = per_token / ratio
     found: list[Any] = []
 
     offset = 0.0
@@ -265,7 +360,7 @@ def measure(model: Model, streams: int, tokens: int, pinned_gbps: float) -> dict
         encoder = encoding.BatchEncoder(
             section, plan, DType.BFLOAT16, None, measure=with_errors, bound=2.0
         )
-        if with_errors and tokens > 100_000:
+        if with_errors and (frontier or tokens > 100_000):
             continue
         device, host = seconds(lambda encoder=encoder: encode(encoder), 3)
         result[f"{name}_gbps"] = size / device / 1e9
@@ -330,6 +425,8 @@ def measure(model: Model, streams: int, tokens: int, pinned_gbps: float) -> dict
     device, host = seconds(decode)
     result["decode_gbps"], result["decode_host_s"] = size / device / 1e9, host
     assert not any(int(b.faults.any()) or int(b.overflow[0]) for b in batches)
+    if frontier:
+        return result
     device, _ = seconds(restore, 3)
     result["restore_s"] = device
     result["restore_vs_raw_copy"] = (size / pinned_gbps / 1e9) / device
@@ -342,7 +439,7 @@ def measure(model: Model, streams: int, tokens: int, pinned_gbps: float) -> dict
     batch = encoder.prepare(*tensors[0], slots, slots, starts)
     source = batch.source
     flops = 2 * result["multiply_adds_per_token"] * count
-    rows = cp.zeros((count, max(p.width for p in plan.parts)), np.uint16)
+    rows = cp.zeros((count, max(p.width for p in plan.leaves)), np.uint16)
     c = batch.coefficients
     stages = {}
     stages["gather and analysis"], _ = seconds(lambda: encoder._coefficients(source, batch.stride))
@@ -355,7 +452,7 @@ def measure(model: Model, streams: int, tokens: int, pinned_gbps: float) -> dict
                 c.data.ptr,
                 batch.stride,
             )
-            for p in plan.parts
+            for p in plan.leaves
         ]
     )
     decoded = symbols(work[0])
@@ -373,7 +470,7 @@ def measure(model: Model, streams: int, tokens: int, pinned_gbps: float) -> dict
                 rows.data.ptr,
                 p.width,
             )
-            for p in plan.parts
+            for p in plan.leaves
         ]
     )
     result["stages_s"] = stages
@@ -515,8 +612,7 @@ def public_speed(model: Model) -> dict[str, Any]:
 def paper_speed() -> dict[str, Any]:
     """The preset ``paper`` by the public functions, whose coder of bytes is on the host: of
     SmolLM2-135M's geometry, on caches that the calibration is of."""
-    layers, heads, dim, per_group = GEOMETRIES["SmolLM2-135M"]
-    model = Model(layers, heads, dim, per_group)
+    model = Model(*GEOMETRIES["SmolLM2-135M"])
     calibrator = kvtc.Calibrator(model.geometry, bases=("separate",), backend="cuda")
     caches = [[x.view(ml_dtypes.bfloat16) for x in model.cache(8192, seed)] for seed in range(3)]
     for k, v in caches[1:]:
@@ -569,24 +665,80 @@ def nvcomp_inflate(blocks: list[Block], plain: list[bytes], host_s: float) -> di
     return {"same_bytes": same, "against_threads_of_the_host": host_s / device_s}
 
 
-def runs(args: argparse.Namespace, limits: dict[str, float], console: Console) -> dict[str, Any]:
-    """All geometries and batches."""
+def device_result() -> dict[str, Any]:
+    """What a result says of where it was measured."""
     properties = cp.cuda.runtime.getDeviceProperties(0)
-    result = environment() | {
+    return environment() | {
         "gpu": properties["name"].decode(),
         "cuda": {
             "runtime": cp.cuda.runtime.runtimeGetVersion(),
             "driver": cp.cuda.runtime.driverGetVersion(),
             "cupy": cp.__version__,
         },
-        "ceilings": limits,
-        "runs": {},
-        "frontier": {},
     }
+
+
+def frontier(args: argparse.Namespace, limits: dict[str, float], console: Console) -> None:
+    """Speed of Mistral-NeMo-12B's geometry with bases that were compared on a small model: the
+    same groups, and as many components and leading coefficients for each column. Bits are those
+    of the small model, relative to one basis for everything."""
+    layers, heads, dim, _ = GEOMETRIES["Mistral-NeMo-12B"]
+    small = json.loads(args.frontier.read_text())
+    scale = 2 * layers * heads * dim / small["width"]
+    result = device_result() | {"ceilings": limits, "points": []}
+    if args.output.exists():
+        result["points"] = json.loads(args.output.read_text())["points"]
+    done = {(p["basis"], p["ratio"]) for p in result["points"]}
+    rows = [
+        (ratio, row)
+        for ratio in args.ratios
+        for row in small["rows"]
+        if row["ratio"] == ratio and "multiply_adds" in row
+    ]
+    for ratio, row in rows:
+        shape = small["bases"][row["basis"]]
+        if row["basis"] == "K and V apart" or (row["basis"], ratio) in done:
+            continue
+        components = round(row["components"] * scale)
+        begin = time.perf_counter()
+        model = Model(
+            layers,
+            heads,
+            dim,
+            shape["groups"],
+            components=components,
+            leading=round(shape["leading"] * scale),
+            of_second=round(row["of_second_level"] * scale),
+            reach=row["components"] / RANK,
+        )
+        found = measure(model, 2, 8192, limits["pinned_copy_gbps"], ratio, frontier=True)
+        del model
+        cp.get_default_memory_pool().free_all_blocks()
+        point = {"basis": row["basis"], "ratio": ratio}
+        point["bits"] = row["bits_at_equal_error"] / row["bits"]
+        for name in ("decode_gbps", "encode_gbps", "multiply_adds_per_token", "components"):
+            point[name] = found[name]
+        result["points"].append(point)
+        result["best_within_5_percent"] = {
+            str(r): max(
+                (p for p in result["points"] if p["ratio"] == r and p["bits"] <= 1.05),
+                key=lambda p: p["decode_gbps"],
+                default=None,
+            )
+            for r in sorted({p["ratio"] for p in result["points"]})
+        }
+        console.print(point, f"{time.perf_counter() - begin:.0f} s")
+        args.output.write_text(json.dumps(result))  # what there is, should the rest fail
+    write_result(args.output, result, console)
+
+
+def runs(args: argparse.Namespace, limits: dict[str, float], console: Console) -> dict[str, Any]:
+    """All geometries and batches."""
+    result = device_result() | {"ceilings": limits, "runs": {}}
     table = Table("geometry", "batch", "ratio", "decode", "encode", "measured", "restore × copy")
     first = True
-    for geometry, (layers, heads, dim, per_group) in GEOMETRIES.items():
-        model = Model(layers, heads, dim, per_group)
+    for geometry, shape in GEOMETRIES.items():
+        model = Model(*shape)
         for batch, (streams, tokens) in BATCHES.items():
             if args.quick and not first:
                 continue
@@ -621,11 +773,12 @@ def main() -> None:
     )
     parser.add_argument("--quick", action="store_true", help="the first geometry and batch only")
     parser.add_argument(
-        "--groups", type=int, nargs="*", default=[1, 2, 4, 8, 20, 40], help="layers of a group"
+        "--frontier",
+        type=Path,
+        metavar="BASES",
+        help="only that: NeMo with the bases of a result of bases.py, scaled to its rows",
     )
-    parser.add_argument(
-        "--frontier", action="store_true", help="only that of groups, into a result that exists"
-    )
+    parser.add_argument("--ratios", type=float, nargs="+", default=[64.0, 32.0, 16.0])
     args = parser.parse_args()
     console = Console(highlight=False)
     begin = time.perf_counter()
@@ -641,27 +794,19 @@ def main() -> None:
         console.print(result["public"], result["paper"])
         write_result(args.output, result, console)
         return
-    found_before = json.loads(args.output.read_text()) if args.frontier else None
-    result = found_before or runs(args, limits, console)
-    result["frontier"] = {}
-    layers, heads, dim, _ = GEOMETRIES["Mistral-NeMo-12B"]
-    for per_group in args.groups:
-        model = Model(layers, heads, dim, per_group)
-        found = measure(model, 2, 8192, limits["pinned_copy_gbps"])
-        result["frontier"][str(per_group)] = found
-        args.output.write_text(json.dumps(result))
-        console.print("layers per group", per_group, found["decode_gbps"], found["encode_gbps"])
-        cp.get_default_memory_pool().free_all_blocks()
-    if not args.frontier:
-        model = Model(*GEOMETRIES["Mistral-NeMo-12B"])
-        codec = kvtc.Codec(model.calibration, ratio=RATIO, window=0, sinks=0)
-        plan = DevicePlan(model.calibration, 0, codec.plan.sections[0])
-        result["nvcomp"] = nvcomp_speed(model, plan)
-        console.print(result["nvcomp"])
-        del model, plan
-        cp.get_default_memory_pool().free_all_blocks()
-        result["paper"] = paper_speed()
-        console.print(result["paper"])
+    if args.frontier:
+        frontier(args, limits, console)
+        return
+    result = runs(args, limits, console)
+    model = Model(*GEOMETRIES["Mistral-NeMo-12B"])
+    codec = kvtc.Codec(model.calibration, ratio=RATIO, window=0, sinks=0)
+    plan = DevicePlan(model.calibration, 0, codec.plan.sections[0])
+    result["nvcomp"] = nvcomp_speed(model, plan)
+    console.print(result["nvcomp"])
+    del model, plan
+    cp.get_default_memory_pool().free_all_blocks()
+    result["paper"] = paper_speed()
+    console.print(result["paper"])
     nemo = result["runs"]["Mistral-NeMo-12B"]["8 × 8K"]
     result |= {
         name: nemo[name]
@@ -675,7 +820,7 @@ def main() -> None:
             "scratch_fraction",
         )
     }
-    result["seconds" if not args.frontier else "frontier_seconds"] = time.perf_counter() - begin
+    result["seconds"] = time.perf_counter() - begin
     write_result(args.output, result, console)
 
 
