@@ -426,6 +426,14 @@ def measure(
     result["decode_gbps"], result["decode_host_s"] = size / device / 1e9, host
     assert not any(int(b.faults.any()) or int(b.overflow[0]) for b in batches)
     if frontier:
+        decoded = symbols(work[0])
+        tasks = {
+            "symbols": lambda: symbols(work[0]),
+            "second level": lambda: plan.stacked(decoded.symbols[: plan.components]),
+            "synthesis and scatter": lambda: decoder.values(decoded, target),
+        }
+        result["stages_s"] = {name: seconds(task)[0] for name, task in tasks.items()}
+        result["stage_tokens"] = decoded.tokens
         return result
     device, _ = seconds(restore, 3)
     result["restore_s"] = device
@@ -716,8 +724,7 @@ def frontier(args: argparse.Namespace, limits: dict[str, float], console: Consol
         cp.get_default_memory_pool().free_all_blocks()
         point = {"basis": row["basis"], "ratio": ratio}
         point["bits"] = row["bits_at_equal_error"] / row["bits"]
-        for name in ("decode_gbps", "encode_gbps", "multiply_adds_per_token", "components"):
-            point[name] = found[name]
+        point |= {name: x for name, x in found.items() if name not in ("kv_bytes", "parts")}
         result["points"].append(point)
         result["best_within_5_percent"] = {
             str(r): max(

@@ -108,6 +108,23 @@ class Components:
         second = self.second * inner[: begins[1], None]
         return replace(self, local=tuple(local), second=second)
 
+    def aligned(self, multiple: int) -> Components:
+        """The same matrix, with rows and columns of zeros so that each group's number of leading
+        coefficients is a multiple of this."""
+        if self.second is None:
+            return self
+        xp = self.xp or np
+        local, pieces, first = [], [], 0
+        for m, n in zip(self.local, self.leading, strict=True):
+            more = -n % multiple
+            local.append(xp.concatenate([m[:n], xp.zeros((more, m.shape[1]), m.dtype), m[n:]]))
+            own = self.second[:, first : first + n]
+            pieces += [own, xp.zeros((len(own), more), own.dtype)]
+            first += n
+        leading = tuple(-(-n // multiple) * multiple for n in self.leading)
+        second = xp.concatenate(pieces, axis=1)
+        return replace(self, local=tuple(local), leading=leading, second=second)
+
     def taken(self, which: NDArray[np.integer[Any]]) -> Components:
         """Only some components, in this order."""
         if self.order is None:

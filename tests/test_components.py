@@ -80,6 +80,10 @@ def test_products_are_those_of_the_matrix(drawn: Any, data: st.DataObject) -> No
     for inverse in (False, True):
         weighted = components.weighted(weights, inverse=inverse)
         close(weighted.matrix(), apply_blocks(matrix, weights, inverse=inverse))
+    padded = components.aligned(4)
+    assert not any(n % 4 for n in padded.leading)
+    close(padded.matrix(), matrix)
+    close(padded.project(rows), rows @ matrix.T)
     assert components.taken(which).multiply_adds <= components.multiply_adds
 
 
