@@ -67,7 +67,7 @@ RANK = 3072
 #: How the logarithm falls behind, per share.
 BEHIND = 3.7
 #: Most components that tables are fitted to.
-TABLES = 2048
+TABLES = 512
 #: Deviation of the logarithm of a token's scale, and what it says about the token's importance.
 TOKEN_SCALE, IMPORTANCE = 0.3, 1.3
 
@@ -724,7 +724,9 @@ def frontier(args: argparse.Namespace, limits: dict[str, float], console: Consol
         cp.get_default_memory_pool().free_all_blocks()
         point = {"basis": row["basis"], "ratio": ratio}
         point["bits"] = row["bits_at_equal_error"] / row["bits"]
-        point |= {name: x for name, x in found.items() if name not in ("kv_bytes", "parts")}
+        point |= {
+            name: x for name, x in found.items() if name not in ("kv_bytes", "parts", "ratio")
+        }
         result["points"].append(point)
         result["best_within_5_percent"] = {
             str(r): max(
