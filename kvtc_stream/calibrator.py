@@ -202,13 +202,13 @@ class Calibrator:
             covariances += sum(width * width for width in widths)
             if second:
                 widths = [c.width(s) for c in _basis_columns("joint", s, groups)]
-            largest = max(largest, *(width * width for width in widths), second * second)
+            largest = max(largest, *(width * width for width in widths), 2 * second * second)
             rows += (s.k_width + s.v_width) * (3 * options["sample_rows"] + 4 * _BATCH)
             for name in options["bases"]:
-                if name == "joint" and second:
-                    continue
                 for width in (c.width(s) for c in _basis_columns(name, s, groups)):
                     wanted = min(rank or (_joint_rank(width) if name == "joint" else width), width)
+                    if name == "joint" and second:
+                        wanted = _local_rank(width, rank)
                     if widest is not None and width > widest and _in_full(width, wanted):
                         raise ValueError(
                             f"a {name} basis of {wanted} components for {width} columns needs all "
@@ -216,6 +216,11 @@ class Calibrator:
                             f"choose rank={width // 2} or less, more layer_groups, or "
                             f"backend='cpu'"
                         )
+        if widest is not None and second > widest:
+            raise ValueError(
+                f"second_level={second} needs all eigenvectors of so many columns, for which this "
+                f"backend takes up to {widest}: choose that or less"
+            )
         # In float64; with them copies of the largest, and rows, in float32.
         self._arrays.check_memory(8 * covariances + 12 * largest + 4 * rows)
 
@@ -664,8 +669,7 @@ def two_levels(
     local, variances = [], []
     for spans in groups:
         block = _weighted_block(moments, weights, spans, spans, xp)
-        solvable = arrays.widest is None or len(block) <= arrays.widest
-        count = len(block) if solvable else len(block) // 2
+        count = _local_rank(len(block), rank)
         values, vectors = leading_eigenvectors(block, count, arrays)
         local.append(_components(vectors, xp))
         variances.append(arrays.get(values))
@@ -719,6 +723,11 @@ def _weighted_block(
 
 def _joint_rank(width: int) -> int:
     return max(_LEAST_RANK, min(2 * width // 5, _MOST_RANK))
+
+
+def _local_rank(width: int, rank: int | None) -> int:
+    """Of a group under a second level."""
+    return min(rank or (width if width <= _DENSE else width // 2), width)
 
 
 def _in_full(size: int, count: int) -> bool:

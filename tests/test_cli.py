@@ -217,6 +217,10 @@ def test_calibrate_in_two_levels(tmp_path, kvtc_command):
     assert (run.status, run.err) == (0, "")
     [part] = kvtc.Calibration.load(cal).sections[0].basis("joint")
     assert sum(part.components.leading) == 40
+    assert "of 3 groups, then 40" in run.out
+    shown = json.loads(kvtc_command("info", cal, "--json").out)
+    [found] = shown["sections"][0]["bases"]["joint"]
+    assert (found["groups"], found["second_level"]) == (3, 40)
 
 
 def test_calibrate_takes_positions_and_scales(tmp_path, kvtc_command):

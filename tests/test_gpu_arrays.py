@@ -323,6 +323,11 @@ def test_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
         kvtc.Calibrator(geometry, backend="cuda", bases=("joint",))
     with pytest.raises(ValueError, match=r"separate basis of 40960 components for 40960 columns"):
         kvtc.Calibrator(geometry, backend="cuda", bases=("separate",))
+    levels = {"bases": ("joint",), "layer_groups": 6, "backend": "cuda"}
+    with pytest.raises(ValueError, match=r"needs about 6[0-9] GB on the device, which has 40"):
+        kvtc.Calibrator(geometry, second_level=16_384, **levels)
+    with pytest.raises(ValueError, match=r"second_level=20480 .* up to 16384: choose that or less"):
+        kvtc.Calibrator(geometry, second_level=20_480, **levels)
 
 
 def test_backends_are_not_merged(arrays: DeviceArrays) -> None:

@@ -184,6 +184,8 @@ def calibration_json(calibration: Calibration) -> dict[str, Any]:
                             "v_layers": list(part.v_layers),
                             "width": part.width,
                             "rank": part.rank,
+                            "groups": len(part.components.groups),
+                            "second_level": sum(part.components.leading),
                             "weighted": part.weighted,
                             "token_importance": bool(part.uniform and part.uniform.importance),
                             "components_for_90_percent": _components_for(part, 0.9),
@@ -365,7 +367,7 @@ def calibration_tables(name: str, calibration: Calibration) -> Iterator[Table]:
             (
                 f"{f'{i}: ' if several else ''}{basis}, {_part_name(part)}",
                 str(part.width),
-                str(part.rank),
+                _rank(part),
                 str(_components_for(part, 0.9)),
                 str(_components_for(part, 0.99)),
                 _weighted(part),
@@ -375,6 +377,13 @@ def calibration_tables(name: str, calibration: Calibration) -> Iterator[Table]:
             for part in parts
         ],
     )
+
+
+def _rank(part: Part) -> str:
+    components = part.components
+    if components.second is None:
+        return str(part.rank)
+    return f"{part.rank}, of {len(components.groups)} groups, then {sum(components.leading)}"
 
 
 def _weighted(part: Part) -> str:
