@@ -700,7 +700,7 @@ def frontier(args: argparse.Namespace, limits: dict[str, float], console: Consol
     rows = [
         (ratio, row)
         for ratio in args.ratios
-        for row in small["rows"]
+        for row in sorted(small["rows"], key=lambda row: row.get("multiply_adds", 0))
         if row["ratio"] == ratio and "multiply_adds" in row
     ]
     for ratio, row in rows:

@@ -2,6 +2,7 @@
 
     python benchmarks/gpu_calibrate.py                       # layer groups, for the preset default
     python benchmarks/gpu_calibrate.py --bases separate --layer-groups 1 --rank 10000     # paper
+    python benchmarks/gpu_calibrate.py --layer-groups 6 --second-level 16384 --rank 0
 
 The geometry is Mistral-NeMo-12B's. Caches are drawn on the device, a document at a time, with what
 real ones have: a spectrum that falls like a power law, shared between K and V and most by
@@ -65,7 +66,7 @@ def main() -> None:
     with machine.timed(result.setdefault("seconds", {}), "first_calls"):
         small = kvtc.Geometry.uniform(layers=2, kv_heads=2, head_dim=64)
         of_small = Caches(small, machine, 256)
-        _, found = calibrate(of_small, args, 512, machine, {}, groups=1, rank=None)
+        _, found = calibrate(of_small, args, 512, machine, {}, groups=1, second_level=0, rank=None)
         for preset, of in kvtc.PRESETS.items():
             if of.basis in args.bases:
                 kvtc.Codec(found, preset, ratio=args.ratio)
@@ -73,7 +74,14 @@ def main() -> None:
 
     seconds: dict[str, float] = {}
     calibrator, calibration = calibrate(
-        caches, args, args.tokens, machine, seconds, groups=args.layer_groups, rank=args.rank
+        caches,
+        args,
+        args.tokens,
+        machine,
+        seconds,
+        groups=args.layer_groups,
+        second_level=args.second_level,
+        rank=args.rank or None,
     )
     result["peak_device_bytes"] = machine.peaks
     codecs = {}
@@ -94,12 +102,14 @@ def main() -> None:
         name: [len(parts), parts[0].rank, parts[0].width]
         for name, parts in calibration.sections[0].bases.items()
     }
-    result["pieces_of_an_update"] = pieces(calibrator, caches, machine)
-    result["moments_error"] = moments_error(calibrator, caches, machine)
+    if not args.second_level:
+        result["pieces_of_an_update"] = pieces(calibrator, caches, machine)
+        result["moments_error"] = moments_error(calibrator, caches, machine)
     del calibrator
     machine.free()
-    result["ceilings"] = ceilings(result, calibration, machine)
-    result["orthonormality"] = orthonormality(calibration, machine)
+    if not args.second_level:
+        result["ceilings"] = ceilings(result, calibration, machine)
+        result["orthonormality"] = orthonormality(calibration, machine)
     if args.check_tokens:
         result["check"] = check(codecs, caches, args.check_tokens)
     show(result, console)
@@ -260,6 +270,7 @@ def calibrate(
     seconds: dict[str, float],
     *,
     groups: int,
+    second_level: int,
     rank: int | None,
 ) -> tuple[kvtc.Calibrator, kvtc.Calibration]:
     """Calibrate on drawn documents; only what the calibrator does is counted."""
@@ -267,6 +278,7 @@ def calibrate(
         caches.geometry,
         bases=args.bases,
         layer_groups=groups,
+        second_level=second_level,
         rank=rank,
         backend="cuda" if machine.cuda else "cpu",
     )
@@ -283,7 +295,8 @@ def calibrate(
     machine.note_peak()
     with ExitStack() as stack:
         for owner, function, name in (
-            (module, "_weighted_basis", "finish_joint_bases"),
+            (module, "one_level", "finish_joint_bases"),
+            (module, "two_levels", "finish_joint_bases"),
             (module, "leading_eigenvectors", "finish_eigenvectors"),
             (module, "_separate_part", "finish_separate_parts"),
             (module, "error_tables", "finish_band_tables"),
@@ -458,7 +471,7 @@ def show(result: dict[str, Any], console: Console) -> None:
     table = Table("what", "value", title="Calibration")
     for group in ("seconds", "pieces_of_an_update", "ceilings", "moments_error"):
         table.add_section()
-        for name, value in result[group].items():
+        for name, value in result.get(group, {}).items():
             table.add_row(f"{group} {name}", f"{value:.4g}")
     table.add_section()
     for name in ("calibrated_tokens", "parts", "peak_device_bytes", "orthonormality", "check"):
@@ -480,7 +493,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--gradient-documents", type=int, default=4)
     parser.add_argument("--bases", nargs="+", choices=["joint", "separate"], default=["joint"])
     parser.add_argument("--layer-groups", type=int, default=10)
-    parser.add_argument("--rank", type=int, default=3072)
+    parser.add_argument("--second-level", type=int, default=0)
+    parser.add_argument("--rank", type=int, default=3072, help="0: as many as by default")
     parser.add_argument("--ratio", type=float, default=16.0)
     parser.add_argument("--check-tokens", type=int, default=512, help="0: no check")
     parser.add_argument(
