@@ -17,10 +17,16 @@ import matplotlib as mpl
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import FixedLocator, NullLocator
 
 INK, APART, LEVELS, GREY = "#222222", "#2166ac", "#b2182b", "#999999"
 RESULTS = Path(__file__).parent / "results"
 Point = dict[str, Any]
+
+
+def complete(result: dict[str, Any]) -> list[float]:
+    """Ratios at which one basis for everything was measured too."""
+    return sorted({p["ratio"] for p in result["points"] if p["basis"] == "one"})
 
 
 def pareto(points: list[Point]) -> list[Point]:
@@ -48,9 +54,10 @@ def knee(points: list[Point]) -> Point:
 
 def draw(result: dict[str, Any], output: Path) -> None:
     """Save the picture."""
-    ratios = sorted({p["ratio"] for p in result["points"]})
+    ratios = complete(result)
     plt.rcParams.update({"font.size": 9, "axes.titlesize": 10})
-    figure, axes = plt.subplots(1, len(ratios), figsize=(4.2 * len(ratios), 3.8), sharey=True)
+    size = (2.6 + 4.2 * len(ratios), 4.2)
+    figure, [axes] = plt.subplots(1, len(ratios), figsize=size, sharey=True, squeeze=False)
     for axis, ratio in zip(axes, ratios, strict=True):
         points = [p for p in result["points"] if p["ratio"] == ratio]
         best = pareto(points)
@@ -63,13 +70,18 @@ def draw(result: dict[str, Any], output: Path) -> None:
             x, y = 100 * p["bits"] - 100, p["decode_gbps"]
             axis.plot(x, y, "o", color=LEVELS if two else APART, ms=5)
             name = p["basis"].replace(" groups", "").replace(", then ", " → ")
-            axis.annotate(name, (x, y), (4, -9), textcoords="offset points", fontsize=6.5)
+            left = two and not 3 < x < 10  # where no other name is
+            place = {"xytext": (-6, 4), "ha": "right"} if left else {"xytext": (6, -9)}
+            axis.annotate(name, (x, y), textcoords="offset points", fontsize=6.5, **place)
         found = knee(best)
         axis.plot(100 * found["bits"] - 100, found["decode_gbps"], "o", ms=12, mfc="none", mec=INK)
-        axis.axvspan(-20, 5, color=GREY, alpha=0.15, lw=0)
+        axis.axvspan(-22, 5, color=GREY, alpha=0.15, lw=0)
         axis.axhline(result["ceilings"]["pinned_copy_gbps"], color=GREY, ls=":", lw=1)
         most = max(100 * p["bits"] - 100 for p in points)
-        axis.set(xlim=(-6, 1.12 * most), yscale="log", title=f"{ratio:g} times smaller")
+        axis.set(xlim=(-22, 1.12 * most), yscale="log", title=f"{ratio:g} times smaller")
+        axis.yaxis.set_major_locator(FixedLocator([20, 30, 40, 60, 80, 100, 150, 200, 300]))
+        axis.yaxis.set_major_formatter("{x:.0f}")
+        axis.yaxis.set_minor_locator(NullLocator())
         axis.set(xlabel="% more bits than one basis")
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set(ylabel="decode, GB of K and V a second")
@@ -90,7 +102,7 @@ def main() -> None:
     args = parser.parse_args()
     result = json.loads(args.result.read_text())
     draw(result, args.output)
-    for ratio in sorted({p["ratio"] for p in result["points"]}):
+    for ratio in complete(result):
         found = knee(pareto([p for p in result["points"] if p["ratio"] == ratio]))
         print(f"{ratio:g}: knee at {found['basis']}, {found['decode_gbps']:.0f} GB/s")
     print(args.output)

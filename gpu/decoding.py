@@ -26,6 +26,8 @@ from kvtc_stream.gpu.staging import Staging
 from kvtc_stream.gpu.tensors import Column, Tensors, entries
 from kvtc_stream.payload import UniformPayload, tiles
 
+#: Most bytes of a batch's symbols, stacked ones included.
+SYMBOL_BYTES = 1 << 30
 #: Tokens of a batch, and bytes of rows between a product and its scatter: an H100 caches 50 MB.
 BATCH_TOKENS, PIECE_BYTES = 16_384, 32 << 20
 #: Blocks of threads of the coder that a processor holds at a time, for their tables' sake.
@@ -230,6 +232,9 @@ class BlockDecoder(ABC):
     ) -> None:
         self._section, self._basis = section, basis
         self._scales = device_scales(section, scales)
+        held = basis.components + (basis.rows if basis.seconds else 0)
+        most = max(SYMBOL_BYTES // (2 * max(held, 1)), 1024)
+        self.batch_tokens = min(type(self).batch_tokens, most)
         self._ropes = DeviceRopes(section)
         self.staging = Staging()
 

@@ -107,6 +107,7 @@ def install() -> None:
         empty=_made(_empty),
         full=_made(np.full),
         ones=_made(np.ones),
+        take=_made(np.take),
         zeros=_made(np.zeros),
     )
     _module("cupy_backends")

@@ -26,10 +26,15 @@ TOKENS, BLOCK, RATIO = 35, 24, 4.0
 HOSTILE = 30
 
 
+in_two_levels_too = pytest.mark.parametrize(
+    "calibration", [{}, {"layer_groups": 2, "second_level": 10}], indirect=True, scope="module"
+)
+
+
 @pytest.fixture(scope="module")
-def calibration() -> kvtc.Calibration:
-    """With gradients, so that tokens have classes."""
-    calibrator = kvtc.Calibrator(GEOMETRY)
+def calibration(request: pytest.FixtureRequest) -> kvtc.Calibration:
+    """With gradients, so that tokens have classes; with options of the calibrator."""
+    calibrator = kvtc.Calibrator(GEOMETRY, **getattr(request, "param", {}))
     k, v = kvtc.testing.drawn_cache(GEOMETRY, 1500, seed=1)
     calibrator.update(k, v)
     rng = np.random.default_rng(3)
@@ -59,6 +64,7 @@ def cuda() -> BackendName:
     return "cuda"
 
 
+@in_two_levels_too
 def test_values_are_those_of_the_cpu(
     calibration: kvtc.Calibration, stream: bytes, cuda: BackendName
 ) -> None:
@@ -80,6 +86,7 @@ def test_layers_one_by_one(calibration: kvtc.Calibration, stream: bytes, cuda: B
             np.testing.assert_allclose(np.array(a, np.float32), exact, atol=2e-3 * scale)
 
 
+@in_two_levels_too
 def test_streams_are_what_the_cpu_reads(
     calibration: kvtc.Calibration, cache: tuple[Array, Array], cuda: BackendName
 ) -> None:
