@@ -16,7 +16,17 @@ from numpy.typing import NDArray
 import kvtc_stream as kvtc
 from kvtc_stream import importance
 from kvtc_stream.cpu.uniform import MAX_SYMBOL, UniformBands, steps
-from kvtc_stream.formats import Band, Coder, Geometry, Quantiser, Role, Rope, StreamFile
+from kvtc_stream.formats import (
+    Band,
+    Coder,
+    Geometry,
+    Limits,
+    Quantiser,
+    Role,
+    Rope,
+    StreamFile,
+    StreamParser,
+)
 from kvtc_stream.weights import apply_blocks, importance_matrices, scaling_matrices
 
 # Drawn caches gain little, and some are meant to be unlike the calibration: streams say so.
@@ -86,6 +96,22 @@ def test_errors_are_met_on_other_text(learnt: kvtc.Calibration, error: float) ->
     _, statistics = encoded(codec, *cache(1024, 9))
     found = max(statistics.k_error_mean, statistics.v_error_mean)
     assert found == pytest.approx(error, rel=0.02)
+
+
+@pytest.mark.parametrize("target", [{"ratio": 8}, {"max_relative_error": 0.05}])
+def test_tokens_that_cannot_be_coded_cost_no_others(
+    learnt: kvtc.Calibration, target: dict[str, float]
+) -> None:
+    codec = kvtc.Codec(learnt, **target, sinks=0, window=0, block_tokens=128)
+    k, v = (x.astype(np.float32) for x in cache(512, 9))
+    unfit = k.copy()
+    unfit[0, 0, [40, 300], 1] = np.nan
+    without, with_them = (
+        np.array([b.errors.v_mean for b in StreamParser(Limits()).feed(data)[1:] if b.coded])
+        for data in (kvtc.encode(x, v, codec) for x in (k, unfit))
+    )
+    assert len(with_them) == 4
+    np.testing.assert_allclose(with_them, without, rtol=0.03)
 
 
 def test_a_target_out_of_reach_is_approached(learnt: kvtc.Calibration) -> None:

@@ -193,11 +193,19 @@ class CpuSectionCoder:
         classes = coding.classify(exact)
         offset = 0.0
         if self._control is not None:
-            offset = self._control.choose(
-                len(exact[0]),
-                lambda offset: coding.size(exact, classes, offset),
-                lambda offset: errors(coding.quantise(exact, classes, offset)),
-            )
+            # Those that will be verbatim take nothing, however fine the step.
+            fits = coding.quantise(exact, classes, offset).representable
+            kept = [x if fits.all() else x[fits] for x in exact]
+            of_kept = [x[fits] for x in classes]
+
+            def errors_of_kept(offset: float) -> _Errors:
+                k, v = errors(coding.quantise(exact, classes, offset))
+                return k[fits], v[fits]
+
+            if fits.any():
+                offset = self._control.choose(
+                    len(kept[0]), lambda x: coding.size(kept, of_kept, x), errors_of_kept
+                )
         return coding.quantise(exact, classes, offset), offset
 
     def _analyse(self, k: Float, v: Float, positions: NDArray[np.int64]) -> list[Float]:
