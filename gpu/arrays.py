@@ -21,14 +21,12 @@ from kvtc_stream.cpu.rans import ESCAPE, ZERO
 from kvtc_stream.errors import BackendUnavailableError
 from kvtc_stream.formats import Section
 from kvtc_stream.formats.geometry import DType
-from kvtc_stream.interop import dtype_of, layer_list, numpy_dtype, to_numpy
+from kvtc_stream.interop import dtype_of, layer_list, numpy_dtype, on_cuda, to_numpy
 from kvtc_stream.planning.families import SymbolCounter
 
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 _ONE = np.uint64(1)
 _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32}
-#: DLPack's types of CUDA memory: of a device, and managed.
-_CUDA_MEMORY = (2, 13)
 #: The largest matrix that is solved for all its eigenvectors.
 _WIDEST = 16_384
 #: Errors of products of basis vectors that binary32 cannot do without.
@@ -91,7 +89,7 @@ class DeviceArrays(HostArrays):
         xp = self.xp
         if isinstance(x, xp.ndarray):
             array = x
-        elif _is_on_device(x):
+        elif on_cuda(x):
             array = self._from_dlpack(x, name)
         else:
             # As integers: not every array module copies the narrow types.
@@ -284,12 +282,6 @@ class DeviceSymbolCounter(SymbolCounter):
     def get(self, x: Array) -> NDArray[Any]:
         """See :class:`SymbolCounter`."""
         return self.xp.asnumpy(x)  # type: ignore[no-any-return]
-
-
-def _is_on_device(x: Any) -> bool:
-    if isinstance(x, np.ndarray) or not hasattr(x, "__dlpack_device__"):
-        return False
-    return int(x.__dlpack_device__()[0]) in _CUDA_MEMORY
 
 
 def _mixed(x: NDArray[np.uint64]) -> NDArray[np.uint64]:

@@ -41,6 +41,8 @@ _UINT: Final = {1: np.dtype(np.uint8), 2: np.dtype(np.uint16)}
 
 # DLDeviceType: CPU, and pinned host memory of CUDA and ROCm.
 _HOST_DEVICES: Final = frozenset({1, 3, 11})
+# Memory of a CUDA device, and managed.
+_CUDA_DEVICES: Final = frozenset({2, 13})
 _DEVICE_NAMES: Final = {2: "CUDA", 8: "Metal", 10: "ROCm", 13: "CUDA managed", 14: "oneAPI"}
 
 _INT64_MAX: Final = 2**63 - 1
@@ -333,7 +335,7 @@ def on_cuda(x: Any) -> bool:
     if isinstance(x, np.ndarray) or not hasattr(x, "__dlpack_device__"):
         return False
     try:
-        return int(x.__dlpack_device__()[0]) == 2
+        return int(x.__dlpack_device__()[0]) in _CUDA_DEVICES
     except Exception:
         return False  # whoever reads it says what is wrong
 

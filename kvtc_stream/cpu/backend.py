@@ -377,10 +377,10 @@ class CpuSectionCoder:
                     targets.append((out, rotations, slice(target, target + count)))
             with np.errstate(over="ignore", invalid="ignore"):
                 found = part.synthesis.expand(part.coefficients, wanted)
-            for rows, columns, (out, rotations, target) in zip(found, wanted, targets, strict=True):
+            for rows, columns, (out, rotations, place) in zip(found, wanted, targets, strict=True):
                 with np.errstate(over="ignore", invalid="ignore"):
                     rows += part.mean[columns]
-                scatter(rows, rotations.select(layers[target]), out[target])
+                scatter(rows, rotations.select(layers[place]), out[place])
         dtype = self._header.out_dtype
         return (
             from_float32(k, dtype, _of_layers(self._out_scale(self._k_scale), layers)),
