@@ -142,7 +142,7 @@ class Basis:
         # Tensor cores read 16 bytes at a time.
         analysis, synthesis = analysis.aligned(8), synthesis.aligned(8)
         index = len(self._rows)
-        first, firsts, inner = self.rows, [], self.parts[index].start
+        first, inner = self.rows, self.parts[index].start
         begins = [inner + x for x in analysis.inner]
         two = analysis.order is not None
         leading_up = _power_of_two(max((x.max(initial=0) for x in sizes.leading), default=0))
@@ -161,7 +161,6 @@ class Basis:
             up = _power_of_two(float(np.abs(a).max(initial=0)))
             down = _power_of_two(size)
             own = np.concatenate([s[:leading] * leading_up, s[leading:]]) / down
-            firsts.append(self.rows)
             leaves.append(
                 Leaf(
                     index,

@@ -7,7 +7,7 @@ of the multiply-adds of one matrix for all columns, and finds nearly all that it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from typing import Any
@@ -98,14 +98,13 @@ class Components:
         if self.order is None:
             return replace(self, local=(self.local[0] * factors[:, None],))
         assert self.second is not None
-        begins = self.inner
         inner = np.empty_like(factors)
         inner[self.order] = factors
         local = [
-            np.concatenate([m[:n], m[n:] * inner[a:b, None]])
-            for m, n, (a, b) in zip(self.local, self.leading, pairwise(begins[1:]), strict=True)
+            np.concatenate([m[:n], m[n:] * inner[others, None]])
+            for (_, m, _, others), n in zip(self._of_groups(), self.leading, strict=True)
         ]
-        second = self.second * inner[: begins[1], None]
+        second = self.second * inner[: len(self.second), None]
         return replace(self, local=tuple(local), second=second)
 
     def aligned(self, multiple: int) -> Components:
@@ -114,16 +113,15 @@ class Components:
         if self.second is None:
             return self
         xp = self.xp or np
-        local, pieces, first = [], [], 0
-        for m, n in zip(self.local, self.leading, strict=True):
+        local, pieces = [], []
+        for (_, m, leading, _), n in zip(self._of_groups(), self.leading, strict=True):
             more = -n % multiple
             local.append(xp.concatenate([m[:n], xp.zeros((more, m.shape[1]), m.dtype), m[n:]]))
-            own = self.second[:, first : first + n]
+            own = self.second[:, leading]
             pieces += [own, xp.zeros((len(own), more), own.dtype)]
-            first += n
-        leading = tuple(-(-n // multiple) * multiple for n in self.leading)
+        counts = tuple(n + -n % multiple for n in self.leading)
         second = xp.concatenate(pieces, axis=1)
-        return replace(self, local=tuple(local), leading=leading, second=second)
+        return replace(self, local=tuple(local), leading=counts, second=second)
 
     def taken(self, which: NDArray[np.integer[Any]]) -> Components:
         """Only some components, in this order."""
@@ -166,18 +164,14 @@ class Components:
         if self.order is None:
             return [coefficients @ self.local[0][:, span] for span in wanted]
         assert self.second is not None
-        xp, count, begins = self.xp or np, len(coefficients), self.inner
+        xp, count = self.xp or np, len(coefficients)
         inner = xp.take(coefficients, xp.asarray(self.order.argsort()), axis=1)
-        leading = inner[:, : begins[1]] @ self.second
-        out = [xp.empty((count, s.stop - s.start), leading.dtype) for s in wanted]
-        firsts = accumulate(self.leading, initial=0)
-        for spans, matrix, n, first, begin in zip(
-            self.groups, self.local, self.leading, firsts, begins[1:], strict=False
-        ):
+        strongest = inner[:, : len(self.second)] @ self.second
+        out = [xp.empty((count, s.stop - s.start), strongest.dtype) for s in wanted]
+        for spans, matrix, leading, others in self._of_groups():
             targets = _overlaps(spans, wanted, out)
             if targets:
-                others = inner[:, begin : begin + len(matrix) - n]
-                own = xp.concatenate([leading[:, first : first + n], others], axis=1)
+                own = xp.concatenate([strongest[:, leading], inner[:, others]], axis=1)
                 for columns, target in targets:
                     target[...] = own @ matrix[:, columns]
         return out
@@ -198,18 +192,23 @@ class Components:
         if self.order is None:
             return [np.zeros(0), np.sqrt(variance @ np.square(self.local[0]))]
         assert self.second is not None
-        begins = self.inner
-        inner = np.zeros(begins[-1], variance.dtype)
+        inner = np.empty_like(variance)
         inner[self.order] = variance
-        leading = inner[: begins[1]] @ np.square(self.second)
-        firsts = accumulate(self.leading, initial=0)
+        strongest = inner[: len(self.second)] @ np.square(self.second)
         found: list[NDArray[np.floating[Any]]] = []
-        for m, n, first, (a, b) in zip(
-            self.local, self.leading, firsts, pairwise(begins[1:]), strict=False
-        ):
-            own = np.concatenate([leading[first : first + n], inner[a:b]])
-            found += [np.sqrt(leading[first : first + n]), np.sqrt(own @ np.square(m))]
+        for _, m, leading, others in self._of_groups():
+            own = np.concatenate([strongest[leading], inner[others]])
+            found += [np.sqrt(strongest[leading]), np.sqrt(own @ np.square(m))]
         return found[0::2] + found[1::2]
+
+    def _of_groups(self) -> Iterator[tuple[tuple[slice, ...], Array, slice, slice]]:
+        """Of each group its columns and matrix, which of all leading coefficients are its, and
+        which others, as ``order`` counts them."""
+        firsts = accumulate(self.leading, initial=0)
+        for spans, m, n, first, (begin, end) in zip(
+            self.groups, self.local, self.leading, firsts, pairwise(self.inner[1:]), strict=False
+        ):
+            yield spans, m, slice(first, first + n), slice(begin, end)
 
 
 def columns_of_layers(
