@@ -166,12 +166,13 @@ class Components:
         assert self.second is not None
         xp, count = self.xp or np, len(coefficients)
         inner = xp.take(coefficients, xp.asarray(self.order.argsort()), axis=1)
-        strongest = inner[:, : len(self.second)] @ self.second
-        out = [xp.empty((count, s.stop - s.start), strongest.dtype) for s in wanted]
+        second = inner[:, : len(self.second)]
+        out = [xp.empty((count, s.stop - s.start), inner.dtype) for s in wanted]
         for spans, matrix, leading, others in self._of_groups():
             targets = _overlaps(spans, wanted, out)
             if targets:
-                own = xp.concatenate([strongest[:, leading], inner[:, others]], axis=1)
+                strongest = second @ self.second[:, leading]
+                own = xp.concatenate([strongest, inner[:, others]], axis=1)
                 for columns, target in targets:
                     target[...] = own @ matrix[:, columns]
         return out
