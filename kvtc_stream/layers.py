@@ -1,7 +1,7 @@
 """Streams with some of the layers, and streams put together by layers, without decoding them.
 
-That goes where the basis has groups of layers (``Calibrator(layer_groups=…)``): what was coded of
-one group is apart from the others. Values that are stored as they are can be taken by layer
+That goes where the basis has groups of layers (``Calibrator(layer_groups=…)``, and no second level):
+what was coded of one group is apart from the others. Values that are stored as they are can be taken by layer
 always; KV heads cannot be taken apart, because every basis mixes them.
 """
 
@@ -241,7 +241,7 @@ def _parts(section: Section, plan: SectionPlan, layers: tuple[int, ...]) -> tupl
             raise UnsupportedError(
                 f"layers are coded in groups ({named}), and groups cannot be cut: choose whole "
                 "ones, or decode the layers (`kvtc decode --layers`); a calibration with "
-                "layer_groups has more of them"
+                "layer_groups and without second_level has more of them"
             )
     return tuple(found)
 
