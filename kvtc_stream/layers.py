@@ -1,8 +1,8 @@
 """Streams with some of the layers, and streams put together by layers, without decoding them.
 
-That goes where the basis has groups of layers (``Calibrator(layer_groups=…)``, and no second level):
-what was coded of one group is apart from the others. Values that are stored as they are can be taken by layer
-always; KV heads cannot be taken apart, because every basis mixes them.
+That goes where the basis has groups of layers (``Calibrator(layer_groups=…)``) and no second level:
+what was coded of one group is apart from the others. Values that are stored as they are can be
+taken by layer always; KV heads cannot be taken apart, because every basis mixes them.
 """
 
 from __future__ import annotations

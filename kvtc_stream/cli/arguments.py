@@ -238,8 +238,8 @@ def _slice(commands: Any) -> argparse.ArgumentParser:
         "cut a range of tokens, or of layers, out of a stream",
         "Nothing is decoded: a range that ends inside a block keeps the block, and notes how many",
         "of its tokens count. Layers go by the model's numbers, in whole groups of the calibration",
-        "(kvtc calibrate --layer-groups, no --second-level); the same calibration opens what was cut out. KV heads",
-        "cannot be cut: every basis mixes them.",
+        "(kvtc calibrate --layer-groups, no --second-level); the same calibration opens what was",
+        "cut out. KV heads cannot be cut: every basis mixes them.",
     )
     parser.add_argument("input", metavar="FILE", help="the stream")
     chosen = parser.add_mutually_exclusive_group(required=True)
