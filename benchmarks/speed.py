@@ -151,22 +151,21 @@ def _products(
         for i, part in enumerate(plan.parts):
             count = part.components
             basis = codec.calibration.transforms(section, plan.basis, i, count)[0].first(count)
-            basis = basis.matrix()
-            rows = rng.standard_normal((size, basis.shape[1]), np.float32)
+            rows = rng.standard_normal((size, basis.width), np.float32)
             operands.append((rows, basis, rng.standard_normal((size, count), np.float32)))
-    outputs = [(np.empty_like(c), np.empty_like(r)) for r, _, c in operands]
+    outputs = [np.empty_like(c) for _, _, c in operands]
 
     def project() -> None:
         for _ in range(blocks):
-            for (rows, basis, _), (out, _) in zip(operands, outputs, strict=True):
-                np.matmul(rows, basis.T, out=out)
+            for (rows, basis, _), out in zip(operands, outputs, strict=True):
+                basis.project(rows, out)
 
     def reconstruct() -> None:
         for _ in range(blocks):
-            for (_, basis, coefficients), (_, out) in zip(operands, outputs, strict=True):
-                np.matmul(coefficients, basis, out=out)
+            for _, basis, coefficients in operands:
+                basis.expand(coefficients, [slice(0, basis.width)])
 
-    shapes = [[blocks, size, basis.shape[1], basis.shape[0]] for _, basis, _ in operands]
+    shapes = [[blocks, size, basis.width, basis.rank] for _, basis, _ in operands]
     return project, reconstruct, shapes
 
 
