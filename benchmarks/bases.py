@@ -54,7 +54,7 @@ Rows = NDArray[np.float32]
 FITTED, JUDGED = 4096, 1024
 #: Base steps; the coarsest is twice the strongest component's deviation.
 STEPS = 48
-#: What a component that is not coded counts, as a multiple of its energy, as for the planner.
+#: What a component that is not coded counts, as a multiple of its energy.
 LEFT_OUT = 2.0
 #: Groups of layers, alone; and with a second level over so many coefficients of all.
 RUNS = (2, 3, 6, 10, 15, 30)
