@@ -105,6 +105,10 @@ def main() -> None:
     for ratio in complete(result):
         found = knee(pareto([p for p in result["points"] if p["ratio"] == ratio]))
         print(f"{ratio:g}: knee at {found['basis']}, {found['decode_gbps']:.0f} GB/s")
+    for p in result["points"]:
+        flops = 2 * p["multiply_adds_per_token"] * p["stage_tokens"]
+        spent = p["stages_s"]["second level"] + p["stages_s"]["synthesis and scatter"]
+        print(f"{p['ratio']:g}, {p['basis']}: {flops / spent / 1e12:.0f} TFLOP/s, scatter included")
     print(args.output)
 
 

@@ -179,7 +179,7 @@ class Analyser:
                 )
                 whole = rows[: stride_of(count)]
                 if leaf.leading:
-                    scale = leaf.analysis_scale * plan.seconds[0].leading_scale
+                    scale = leaf.analysis_scale * leaf.leading_scale
                     to = leading.data.ptr + 2 * (first * stride + at)
                     analyse(whole, leaf.analysis[: leaf.leading], scale, to, stride, R_16F)
                 to = out.data.ptr + 4 * (leaf.inner * stride + at)

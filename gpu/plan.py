@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
@@ -54,6 +54,8 @@ class Leaf:
         powers of two.
     analysis_scale, synthesis_scale
         What products are multiplied by.
+    leading_scale
+        What leading coefficients are multiplied by besides, to be binary16.
     """
 
     part: int
@@ -69,6 +71,7 @@ class Leaf:
     synthesis: Any
     analysis_scale: float
     synthesis_scale: float
+    leading_scale: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,8 +88,6 @@ class SecondLevel:
         As for :class:`Leaf`.
     analysis, synthesis
         Bits of binary16 [count, leading of all leaves].
-    leading_scale
-        What leading coefficients are multiplied by to be binary16.
     analysis_scale
         What products are multiplied by.
     """
@@ -97,7 +98,6 @@ class SecondLevel:
     inner: int
     analysis: Any
     synthesis: Any
-    leading_scale: float
     analysis_scale: float
 
 
@@ -145,7 +145,7 @@ class Basis:
         first, inner = self.rows, self.parts[index].start
         begins = [inner + x for x in analysis.inner]
         two = analysis.order is not None
-        leading_up = _power_of_two(max((x.max(initial=0) for x in sizes.leading), default=0))
+        leading_up = _power_of_two(sizes.leading)
         leaves = []
         layers = 0
         groups = zip(
@@ -176,6 +176,7 @@ class Basis:
                     _half(own),
                     up,
                     down,
+                    1 / sizes.leading_scale,
                 )
             )
             self.rows += len(a)
@@ -192,7 +193,6 @@ class Basis:
                     inner,
                     _half(analysis.second / up),
                     _half(synthesis.second / leading_up),
-                    1 / sizes.leading_scale,
                     up * sizes.leading_scale,
                 )
             )
@@ -248,13 +248,13 @@ class Sizes:
     rows
         Of each leaf's rows, when decoded.
     leading
-        Of each leaf's leading coefficients, when decoded.
+        Of the leading coefficients, when decoded.
     leading_scale
         A power of two, when encoded.
     """
 
     rows: list[float]
-    leading: list[NDArray[np.floating[Any]]] = field(default_factory=list)
+    leading: float = 0.0
     leading_scale: float = 1.0
 
 
@@ -282,7 +282,7 @@ class BandPlan(Basis):
                 for x in calibration.transforms(section, plan.basis, i, count)
             )
             # Coefficients are 1 at most on the device; so are rows, but for their number's root.
-            [_, deviations] = synthesis.deviations(np.ones(count, np.float32))
+            _, [deviations] = synthesis.deviations(np.ones(count, np.float32))
             self.add(part, analysis, synthesis, Sizes([float(deviations.max(initial=0))]), 0)
         self.finish()
         firsts = [own.start for own in self.parts]
@@ -333,15 +333,17 @@ class DevicePlan(Basis):
                 for x in calibration.transforms(section, plan.basis, i, dealt.components)
             )
             variance = part.spectrum[own.components]
-            found = [d * (_DEVIATIONS / _SIZE) for d in synthesis.deviations(variance)]
-            leading, rows = found[: len(found) // 2], found[len(found) // 2 :]
+            leading, rows = (
+                [float(d.max(initial=0)) * (_DEVIATIONS / _SIZE) for d in found]
+                for found in synthesis.deviations(variance)
+            )
             # Coefficients on the device are without the factors of base steps.
             factors = np.exp2(own.base / np.float32(4))
             downs.append(_down(np.sqrt(variance) / (factors * self.unit)))
             sizes = Sizes(
-                [max(float(d.max(initial=0)), 1e-30) / self.unit for d in rows],
-                [d / self.unit for d in leading],
-                _power_of_two(max((float(d.max(initial=0)) for d in leading), default=0)),
+                [max(d, 1e-30) / self.unit for d in rows],
+                max(leading, default=0) / self.unit,
+                _power_of_two(max(leading, default=0)),
             )
             self.add(
                 part,

@@ -184,23 +184,26 @@ class Components:
         unit = (self.xp or np).eye(self.rank, dtype=self.local[0].dtype)
         return self.expand(unit, [slice(0, self.width)])[0]
 
-    def deviations(self, variance: NDArray[np.floating[Any]]) -> list[NDArray[np.floating[Any]]]:
+    def deviations(
+        self, variance: NDArray[np.floating[Any]]
+    ) -> tuple[list[NDArray[np.floating[Any]]], list[NDArray[np.floating[Any]]]]:
         """What coefficients of these variances become, as deviations: of each group's leading
-        coefficients, and then of each group's columns.
+        coefficients, none with one level, and of each group's columns.
 
         The former are taken to be uncorrelated in a group, which they are by the calibration.
         """
         if self.order is None:
-            return [np.zeros(0), np.sqrt(variance @ np.square(self.local[0]))]
+            return [], [np.sqrt(variance @ np.square(self.local[0]))]
         assert self.second is not None
         inner = np.empty_like(variance)
         inner[self.order] = variance
         strongest = inner[: len(self.second)] @ np.square(self.second)
-        found: list[NDArray[np.floating[Any]]] = []
+        of_leading, of_columns = [], []
         for _, m, leading, others in self._of_groups():
             own = np.concatenate([strongest[leading], inner[others]])
-            found += [np.sqrt(strongest[leading]), np.sqrt(own @ np.square(m))]
-        return found[0::2] + found[1::2]
+            of_leading.append(np.sqrt(strongest[leading]))
+            of_columns.append(np.sqrt(own @ np.square(m)))
+        return of_leading, of_columns
 
     def _of_groups(self) -> Iterator[tuple[tuple[slice, ...], Array, slice, slice]]:
         """Of each group its columns and matrix, which of all leading coefficients are its, and

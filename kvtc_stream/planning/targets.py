@@ -22,7 +22,8 @@ RATIO_BITS = 16
 #: What a uniform band's component costs that is not coded, as a part of its energy: its squared
 #: error, and half of that again because it is lacking from all tokens alike (see ``FamilyTables``).
 #: As much again would code half as many components more at high ratios, on SmolLM2-135M at 64
-#: times 4,607 instead of 3,045, which takes time and brings predictions no closer.
+#: times 4,607 instead of 3,045, which takes time and brings predictions no closer
+#: (benchmarks/results/two_levels.json).
 _LEFT_OUT = 1.5
 
 
