@@ -20,6 +20,7 @@ from kvtc_stream.formats import Coder, Section
 from kvtc_stream.gpu import rans, uniform
 from kvtc_stream.gpu.analysis import Analyser, Encoded, Payload, Source, stride_of
 from kvtc_stream.gpu.decoding import TileTasks
+from kvtc_stream.gpu.intrinsics import WARP
 from kvtc_stream.gpu.plan import DevicePlan
 from kvtc_stream.gpu.staging import Staging
 from kvtc_stream.gpu.tensors import Tensors
@@ -141,8 +142,8 @@ class BatchEncoder(Analyser):
         classes = cupy.empty((parts, stride), np.uint8)
         peaks = cupy.empty((parts, stride), np.float32)
         uniform.classify(
-            (-(-tokens // uniform.THREADS), parts),
-            uniform.THREADS,
+            (-(-tokens // WARP), parts),
+            uniform.CLASSIFY_THREADS,
             (
                 c,
                 stride,
@@ -193,9 +194,10 @@ class BatchEncoder(Analyser):
         plan = self._plan
         blocks, parts = len(batch.starts) - 1, len(plan.parts)
         steps = self._steps(np.tile(offsets, (blocks, 1)))
-        bits = cupy.empty((blocks, parts, uniform.SIZES), np.float32)
+        chunks = uniform.chunks(max(plan.coded, default=0))
+        bits = cupy.empty((blocks, parts * chunks, uniform.SIZES), np.float32)
         uniform.sizes(
-            (blocks, parts),
+            (blocks, parts, chunks),
             uniform.THREADS,
             (
                 batch.coefficients,

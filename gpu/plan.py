@@ -218,8 +218,8 @@ class Basis:
         stack = cupy.empty((self.rows, stride), np.uint16)
         if any(second.count == 0 for second in self.seconds):
             stack[...] = 0  # no product writes leading coefficients
-        # Eight bytes at a time.
-        stack.view(np.uint64)[self.places] = symbols.view(np.uint64)
+        # Sixteen bytes at a time.
+        stack.view(np.complex128)[self.places] = symbols.view(np.complex128)
         for second in self.seconds:
             column = 0
             for leaf in second.leaves:
@@ -235,8 +235,12 @@ class Basis:
         return stack
 
     def ordered(self, coefficients: Any) -> Any:
-        """Coefficients [components, stride] of the leaves, in the components' order."""
-        return cupy.take(coefficients, self._from_inner, axis=0) if self.seconds else coefficients
+        """Coefficients float32 [components, stride] of the leaves, in the components' order; as for
+        :meth:`stacked`."""
+        if not self.seconds:
+            return coefficients
+        # Sixteen bytes at a time.
+        return coefficients.view(np.complex128)[self._from_inner].view(np.float32)
 
 
 @dataclass(frozen=True)

@@ -35,11 +35,16 @@ from kvtc_stream.gpu.intrinsics import (
 from kvtc_stream.gpu.kernel import kernel
 
 THREADS = 256
+CLASSIFY_THREADS = 512
+#: What a thread of :func:`classify` finds: a peak, features of leading ones, up to 7 energies.
+_FOUND = 9 * CLASSIFY_THREADS
 #: Offsets at which sizes of a block are measured.
 SIZES = 3
 #: Components that sizes are measured on, of a part with ``MANY``: one of so many. Neighbours take
 #: almost the same bits.
 SAMPLED, MANY = 4, 1024
+#: Of those that sizes are measured on, so many share a block of threads.
+SIZED = 256
 #: Components that a thread quantises for a reconstruction.
 TOGETHER = 32
 
@@ -54,7 +59,10 @@ _I32, _I64, _U32, _F32, _F64 = np.int32, np.int64, np.uint32, np.float32, np.flo
 def classify(  # type: ignore[no-untyped-def]
     coefficients, stride, tokens, parts, scale, weights, groups, per_class, classes, peaks
 ):
-    """The class of each token in each part, and its largest coefficient; blocks [tokens, parts].
+    """The class of each token in each part, and its largest coefficient.
+
+    Blocks of threads [tokens / WARP, parts] of CLASSIFY_THREADS: a warp's lanes are tokens, and a
+    token's components are shared out to the warps.
 
     Parameters
     ----------
@@ -73,52 +81,73 @@ def classify(  # type: ignore[no-untyped-def]
     classes, peaks
         uint8, float32 [parts, stride]. A peak is not finite where a coefficient is not.
     """
-    token = _I32(cuda.blockIdx.x) * _I32(THREADS) + _I32(cuda.threadIdx.x)
-    if token >= tokens:
-        return
+    # What each warp finds of each token: largest coefficient, leading features, energies.
+    found = cuda.shared.array(_FOUND, f32)
+    thread = _I32(cuda.threadIdx.x)
+    lane, warp = thread % _I32(WARP), thread // _I32(WARP)
+    warps = _I32(CLASSIFY_THREADS // WARP)
+    token = _I32(cuda.blockIdx.x) * _I32(WARP) + lane
     part = _I32(cuda.blockIdx.y)
     first, count, read = parts[part * 6], parts[part * 6 + 1], parts[part * 6 + 2]
     leading, number, at = parts[part * 6 + 3], parts[part * 6 + 4], parts[part * 6 + 5]
     features = _I32(2) * leading + number
-    peak = _F32(0)
-    sound = True
-    total = _F32(0)
-    if read >= 0:
-        total = weights[at]
-    energy = _F32(0)
-    group, begin = _I32(0), _I32(0)
-    for i in range(_I32(0), count):
-        x = coefficients[_I64(first + i) * stride + token]
-        sound &= math.isfinite(x)
-        peak = max(peak, abs(x))
-        if i < read:
-            z = x * scale[first + i]
-            if i < leading:
-                clipped = min(max(z, _F32(-_CLIP_COEFFICIENT)), _F32(_CLIP_COEFFICIENT))
-                for j in range(2):
-                    k = at + _I32(1) + _I32(j) * leading + i
-                    value = (clipped - weights[k + features]) / weights[k + _I32(2) * features]
-                    value = min(max(value, _F32(-_CLIP_FEATURE)), _F32(_CLIP_FEATURE))
-                    total += weights[k] * value
-                    clipped = abs(clipped)
+    column = _I64(first) * stride + min(token, tokens - _I32(1))
+    hop = _I64(CLASSIFY_THREADS // WARP) * stride
+
+    peak, total = _F32(0), _F32(0)
+    source = column + warp * stride
+    for _ in range(warp, count, warps):
+        x = abs(coefficients[source])
+        peak = max(peak, x if x < _F32(math.inf) else _F32(math.inf))
+        source += hop
+    for i in range(warp, min(leading, read), warps):
+        z = coefficients[column + i * stride] * scale[first + i]
+        value = min(max(z, _F32(-_CLIP_COEFFICIENT)), _F32(_CLIP_COEFFICIENT))
+        k = at + _I32(1) + _I32(i)
+        total += _feature(value, weights, k, features)
+        total += _feature(abs(value), weights, k + leading, features)
+    found[thread] = peak
+    found[_I32(CLASSIFY_THREADS) + thread] = total
+    for group in range(number):
+        energy = _F32(0)
+        begin, end = groups[part * 8 + group], min(groups[part * 8 + group + 1], read)
+        for i in range(begin + warp, end, warps):
+            z = coefficients[column + i * stride] * scale[first + i]
             energy += z * z
-            end = min(groups[part * 8 + group + 1], count)
-            if i + 1 == end:
-                mean = energy / _F32(end - begin)
-                mean = min(max(mean, _F32(_LEAST_ENERGY)), _F32(1 / _LEAST_ENERGY))
-                k = at + _I32(1) + _I32(2) * leading + group
-                value = (_F32(math.log(mean)) - weights[k + features]) / weights[
-                    k + _I32(2) * features
-                ]
-                total += weights[k] * min(max(value, _F32(-_CLIP_FEATURE)), _F32(_CLIP_FEATURE))
-                energy, begin = _F32(0), end
-                group = min(group + _I32(1), number - _I32(1))
+        found[_I32(CLASSIFY_THREADS) * _I32(2 + group) + thread] = energy
+    cuda.syncthreads()
+
+    if warp > 0 or token >= tokens:
+        return
+    for w in range(_I32(1), warps):
+        peak = max(peak, found[w * _I32(WARP) + lane])
     klass = _I32(_MIDDLE)
     if read >= 0:
+        total = weights[at]
+        for w in range(warps):
+            total += found[_I32(CLASSIFY_THREADS + w * WARP) + lane]
+        for group in range(number):
+            begin, end = groups[part * 8 + group], min(groups[part * 8 + group + 1], read)
+            if begin < end:
+                energy = _F32(0)
+                for w in range(warps):
+                    own = _I32(CLASSIFY_THREADS) * _I32(2 + group) + _I32(w * WARP)
+                    energy += found[own + lane]
+                mean = energy / _F32(end - begin)
+                mean = min(max(mean, _F32(_LEAST_ENERGY)), _F32(1 / _LEAST_ENERGY))
+                k = at + _I32(1) + _I32(2) * leading + _I32(group)
+                total += _feature(_F32(math.log(mean)), weights, k, features)
         klass = min(max(klass + round_to_int(total * per_class), _I32(0)), _I32(15))
     to = _I64(part) * stride + token
     classes[to] = np.uint8(klass)
-    peaks[to] = peak if sound else _F32(math.inf)
+    peaks[to] = peak
+
+
+@cuda.jit(device=True)
+def _feature(value, weights, k, features):  # type: ignore[no-untyped-def]
+    """What a feature adds to the logarithm of importance."""
+    value = (value - weights[k + features]) / weights[k + _I32(2) * features]
+    return weights[k] * min(max(value, _F32(-_CLIP_FEATURE)), _F32(_CLIP_FEATURE))
 
 
 @cuda.jit(device=True)
@@ -143,22 +172,31 @@ def sizes(  # type: ignore[no-untyped-def]
     out,
     starts,
 ):
-    """Bits of a block's tokens in a part at each offset; blocks of threads [blocks, parts].
+    """Bits of a block's tokens in a part at each offset; blocks of threads [blocks, parts, chunks],
+    see :func:`chunks`.
 
     Tokens that will be verbatim, see :func:`keep`, take none. ``factors`` and ``indices`` are those
     of :func:`steps` for [blocks, SIZES]. ``bits`` float32
-    [families, 256]; ``out`` float32 [blocks, parts, SIZES]; ``starts`` int32 [blocks + 1]: first
-    tokens.
+    [families, 256]; ``out`` float32 [blocks, parts, chunks, SIZES];
+    ``starts`` int32 [blocks + 1]: first tokens.
     """
     table = cuda.shared.array(0, f32)
     block, part = _I32(cuda.blockIdx.x), _I32(cuda.blockIdx.y)
-    thread = _I32(cuda.threadIdx.x)
+    chunk, thread = _I32(cuda.blockIdx.z), _I32(cuda.threadIdx.x)
+    to = (block * _I32(cuda.gridDim.y) + part) * _I32(cuda.gridDim.z) + chunk
+    first, count = parts[part * 6], parts[part * 6 + 1]
+    every = _I32(SAMPLED) if count >= _I32(MANY) else _I32(1)
+    taken = (count + every - _I32(1)) // every
+    sized = min(taken, chunk * _I32(SIZED) + _I32(SIZED))
+    if sized <= chunk * _I32(SIZED):
+        if thread < _I32(SIZES):
+            out[to * _I32(SIZES) + thread] = _F32(0)
+        return
     first_family = _U32(families[part])
     size = (_U32(families[part + 1]) - first_family) << _U32(8)
     for i in range(_U32(thread), size, _U32(THREADS)):
         table[_U32(i)] = bits[(first_family << _U32(8)) + _U32(i)]
     cuda.syncthreads()
-    first, count = parts[part * 6], parts[part * 6 + 1]
     begin, end = starts[block], starts[block + 1]
     # A warp's lanes are tokens of one component.
     across = min((end - begin + _I32(WARP - 1)) & ~_I32(WARP - 1), _I32(THREADS))
@@ -168,8 +206,6 @@ def sizes(  # type: ignore[no-untyped-def]
     level_0 = _I64(indices[at]) * components * 16
     level_1 = _I64(indices[at + 1]) * components * 16
     level_2 = _I64(indices[at + 2]) * components * 16
-    every = _I32(SAMPLED) if count >= _I32(MANY) else _I32(1)
-    taken = (count + every - _I32(1)) // every
     if thread < together * across:
         for t in range(begin + thread % across, end, across):
             row = _I64(part) * stride + t
@@ -178,7 +214,7 @@ def sizes(  # type: ignore[no-untyped-def]
             f_0, f_1, f_2 = factors[f], factors[f + 16], factors[f + 32]
             if not peaks[row] * f_1 < _F32(_CODED):
                 continue  # see keep
-            for i in range(thread // across, taken, together):
+            for i in range(chunk * _I32(SIZED) + thread // across, sized, together):
                 c = first + min(_I32(i) * every + every // _I32(2), count - _I32(1))
                 x = coefficients[_I64(c) * stride + t]
                 own = c * _I32(16) + klass
@@ -191,18 +227,22 @@ def sizes(  # type: ignore[no-untyped-def]
         sum_2 += shuffle_down(sum_2, _I32(by))
     cuda.syncthreads()
     if thread % _I32(WARP) == 0:
-        to = _U32(thread // _I32(WARP)) * _U32(SIZES)
-        table[to] = sum_0
-        table[to + _U32(1)] = sum_1
-        table[to + _U32(2)] = sum_2
+        own_sums = _U32(thread // _I32(WARP)) * _U32(SIZES)
+        table[own_sums] = sum_0
+        table[own_sums + _U32(1)] = sum_1
+        table[own_sums + _U32(2)] = sum_2
     cuda.syncthreads()
     if thread < _I32(SIZES):
         total = _F32(0)
         for i in range(THREADS // WARP):
             total += table[_U32(i * SIZES + thread)]
-        scale = _F32(count) / _F32(max(taken, _I32(1)))
-        to = (block * _I32(cuda.gridDim.y) + part) * _I32(SIZES) + thread
-        out[to] = total * scale
+        out[to * _I32(SIZES) + thread] = total * (_F32(count) / _F32(taken))
+
+
+def chunks(components: int) -> int:
+    """Blocks of threads that measure the sizes of a part with so many components, 1 at least."""
+    taken = -(-components // SAMPLED) if components >= MANY else components
+    return max(-(-taken // SIZED), 1)
 
 
 @kernel(i32, f64p, f64, i32, i32, f32p, f32p, i32p, i32p, f32p)
