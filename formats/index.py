@@ -286,8 +286,10 @@ def unpack_index(
     for e in entries:
         limits.check("max_record_bytes", e.length - RECORD_OVERHEAD, f"{where}, record length")
         limits.check("max_block_tokens", e.tokens, f"{where}, tokens")
-        bare = IndexEntry(e.sequence, e.offset, e.length, e.type)
-        sound = 0 <= e.verbatim_tokens <= e.tokens > 0 if e.is_block else e == bare
+        if e.is_block:
+            sound = 0 <= e.verbatim_tokens <= e.tokens > 0
+        else:
+            sound = e == IndexEntry(e.sequence, e.offset, e.length, e.type)
         if e.length < RECORD_OVERHEAD or not sound:
             raise FormatError(f"{where}: {e} cannot be: the writer is at fault")
     if pack_index(count, b"".join(e.pack() for e in entries)) != payload:

@@ -41,7 +41,7 @@ from kvtc_stream.formats.record import (
 from kvtc_stream.formats.wire import ByteReader, located
 from kvtc_stream.formats.writer import StreamWriter
 from kvtc_stream.memory import LARGE, empty
-from kvtc_stream.threads import spread
+from kvtc_stream.threads import begin
 
 _RECOVERY_CHUNK = 1 << 20
 #: Most bytes of neighbouring blocks that are read at a time.
@@ -303,6 +303,15 @@ class StreamFile:
 
         Raises as :meth:`read_block`.
         """
+        # Checksums of the next run are computed while the blocks of one are looked at.
+        ahead: Iterator[Block] = iter(())
+        for run in self._runs(entries):
+            blocks, ahead = ahead, self._begun(run)
+            yield from blocks
+        yield from ahead
+
+    def _runs(self, entries: Iterable[IndexEntry]) -> Iterator[list[IndexEntry]]:
+        """Entries of blocks that lie side by side, some bytes of them."""
         # Where nothing is copied, more may be looked at together.
         most = getattr(self._file, "read_ahead", _READ_AHEAD)
         run: list[IndexEntry] = []
@@ -310,31 +319,35 @@ class StreamFile:
         for entry in entries:
             follows = run and entry.offset == run[-1].offset + run[-1].length
             if run and not (follows and size + entry.length <= most):
-                yield from self._run(run, size)
+                yield run
                 run, size = [], 0
             run.append(entry)
             size += entry.length
         if run:
-            yield from self._run(run, size)
+            yield run
 
-    def _run(self, entries: list[IndexEntry], size: int) -> Iterator[Block]:
-        """Blocks side by side, their checksums on several threads; a fault comes in its turn."""
-        start = entries[0].offset
-        data = memoryview(self._read(start, size))
-        records = []
-        fault = None
-        for entry in entries:
-            at = entry.offset - start
-            try:
+    def _begun(self, entries: list[IndexEntry]) -> Iterator[Block]:
+        """Blocks side by side, whose checksums several threads begin with; a fault comes in its
+        turn."""
+        start, size = entries[0].offset, sum(entry.length for entry in entries)
+        records: list[tuple[RecordHeader, memoryview]] = []
+        fault: Exception | None = None
+        try:
+            data = memoryview(self._read(start, size))
+            for entry in entries:
+                at = entry.offset - start
                 records.append(self._open(entry, data[at : at + entry.length]))
-            except KVTCError as error:
-                fault = error
-                break
-        sums = spread(RecordHeader.checksum, records, size)
-        for entry, record, found in zip(entries, records, sums, strict=False):
-            yield self._block(entry, *record, found)
-        if fault is not None:
-            raise fault
+        except (KVTCError, OSError) as error:
+            fault = error
+        sums = begin(RecordHeader.checksum, records, size)
+
+        def blocks() -> Iterator[Block]:
+            for entry, record, found in zip(entries, records, sums(), strict=False):
+                yield self._block(entry, *record, found)
+            if fault is not None:
+                raise fault
+
+        return blocks()
 
     def _block(
         self, entry: IndexEntry, record: RecordHeader, rest: memoryview, expected: int | None = None

@@ -6,6 +6,7 @@ import contextlib
 import enum
 import struct
 from collections.abc import Iterable, Iterator
+from functools import cache
 from typing import Any, TypeVar
 
 from kvtc_stream.errors import FormatError, VersionError
@@ -84,19 +85,14 @@ class ByteReader:
         """Offset of the next field in the stream."""
         return self._offset + self._position
 
-    def place(self, field: str) -> str:
-        """``field`` with where it is, for messages."""
-        return f"{self.where}, {field} at byte {self.position}"
+    def place(self, field: str, read: int = 0) -> str:
+        """``field`` with where it is, for messages; ``read`` of its bytes were read."""
+        return f"{self.where}, {field} at byte {self.position - read}"
 
     def view(self, size: int, field: str) -> memoryview:
         """The next ``size`` bytes, where they are."""
-        left = len(self._data) - self._position
-        if size > left:
-            raise FormatError(
-                f"{self.place(field)} needs {size} bytes, found {left}: the writer is at fault"
-            )
         start = self._position
-        self._position += size
+        self._skip(size, field)
         return memoryview(self._data)[start : self._position]
 
     def raw(self, size: int, field: str) -> bytes:
@@ -105,8 +101,9 @@ class ByteReader:
 
     def unpack(self, layout: str, field: str) -> tuple[Any, ...]:
         """Values of a :mod:`struct` layout without byte order."""
-        layout = "<" + layout
-        return struct.unpack(layout, self.raw(struct.calcsize(layout), field))
+        packed, start = _struct(layout), self._position
+        self._skip(packed.size, field)
+        return packed.unpack_from(self._data, start)
 
     def integer(self, code: str, field: str) -> int:
         """One integer of a struct code."""
@@ -114,25 +111,29 @@ class ByteReader:
 
     def array(self, code: str, count: int, field: str) -> tuple[Any, ...]:
         """``count`` values of one struct code."""
-        data = self.raw(count * struct.calcsize("<" + code), field)
+        data = self.raw(count * _struct(code).size, field)
         return struct.unpack(f"<{count}{code}", data)
 
     def enum(self, kind: type[E], field: str) -> E:
         """One u8 of a registry; an unknown number is a ``VersionError``."""
-        place, number = self.place(field), self.integer("B", field)
+        number = self.integer("B", field)
         try:
             return kind(number)
         except ValueError:
             known = ", ".join(f"{m.value} ({m.name})" for m in kind)
             raise VersionError(
-                f"{place} is {number}, this reader knows {known}; read with a newer kvtc-stream"
+                f"{self.place(field, 1)} is {number}, this reader knows {known}; read with a newer "
+                f"kvtc-stream"
             ) from None
 
     def zero(self, size: int, field: str) -> None:
         """Reserved bytes, which must be zero."""
-        place, data = self.place(field), self.raw(size, field)
+        data = self.raw(size, field)
         if any(data):
-            raise FormatError(f"{place} must be zero, found {data.hex()}: the writer is at fault")
+            raise FormatError(
+                f"{self.place(field, size)} must be zero, found {data.hex()}: the writer is at "
+                f"fault"
+            )
 
     def text(self, field: str) -> str:
         """UTF-8 after its length in bytes, u16."""
@@ -151,3 +152,16 @@ class ByteReader:
             raise FormatError(
                 f"{self.place('end')}: expected no more bytes, found {left}: the writer is at fault"
             )
+
+    def _skip(self, size: int, field: str) -> None:
+        left = len(self._data) - self._position
+        if size > left:
+            raise FormatError(
+                f"{self.place(field)} needs {size} bytes, found {left}: the writer is at fault"
+            )
+        self._position += size
+
+
+@cache
+def _struct(layout: str) -> struct.Struct:
+    return struct.Struct("<" + layout)

@@ -6,9 +6,11 @@ values may still be on their way, as the stream's order tells.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, MutableSequence, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import cupy
 import numpy as np
@@ -31,17 +33,22 @@ from kvtc_stream.formats.coders import compress_beside
 from kvtc_stream.gpu import layout
 from kvtc_stream.gpu.analysis import Payload
 from kvtc_stream.gpu.band_coding import BandDecoder, BandEncoder
-from kvtc_stream.gpu.decoding import BlockDecoder, Placed, UniformDecoder, decode
+from kvtc_stream.gpu.decoding import BlockDecoder, Placed, UniformDecoder, faulty
 from kvtc_stream.gpu.encoding import BatchEncoder, Prepared
 from kvtc_stream.gpu.plan import BandPlan, DevicePlan
 from kvtc_stream.gpu.rope import DeviceRopes
 from kvtc_stream.gpu.staging import Staging
 from kvtc_stream.gpu.tensors import BITS, Tensors, entries, to_device
 from kvtc_stream.interop import layer_list, numpy_dtype
-from kvtc_stream.threads import in_turn
+from kvtc_stream.threads import threads
 
 #: Plans that are kept on the device for a calibration, those used last.
 _PLANS = 8
+#: Blocks whose verbatim tokens are uploaded at a time.
+_TOGETHER = 16
+
+#: Slots and byte planes of a block's verbatim tokens, from a thread.
+_Exact: TypeAlias = "Future[tuple[NDArray[np.int64], bytes]]"
 
 
 class CudaBackend:
@@ -271,7 +278,7 @@ class CudaSectionCoder:
         held = [cupy.empty(shape, BITS[dtype.itemsize]) for shape in shapes]
         layers = range(len(s.layers))
         dense = [x[i].data.ptr for x in held for i in layers]
-        self._move(slots, dense, layers, tensors[0], tensors[1], back=True)
+        self._move(slots, dense, self._columns(layers, *tensors), dtype, back=True)
         return [cupy.asnumpy(x).view(numpy_dtype(dtype)) for x in held]
 
     def _block(
@@ -315,7 +322,7 @@ class CudaSectionCoder:
 
     def decode_into(
         self,
-        blocks: Sequence[tuple[Block, NDArray[np.int64]]],
+        blocks: Iterable[tuple[Block, NDArray[np.int64]]],
         layers: Sequence[int],
         k: Any,
         v: Any,
@@ -326,43 +333,60 @@ class CudaSectionCoder:
             x if isinstance(x, Tensors) else Tensors.of_layers(list(x), dtype) for x in (k, v)
         ]
         k_out, v_out = (self._spread(x, layers) for x in outputs)
-        placed = [Placed(block, slots.astype(np.int64)) for block, slots in blocks]
+        exact: deque[_Exact] = deque()
+        columns = self._columns(layers, k_out, v_out)
 
-        def on_cpu(p: Placed) -> None:
-            self._place(p.slots, *self._cpu.decode(p.block, layers), layers, k_out, v_out)
+        def place(left: int) -> None:
+            """Verbatim tokens, until so many are left."""
+            some = [exact.popleft().result() for _ in range(len(exact) - left)]
+            for slots, values in self._uploaded(some):
+                self._place_exact(slots, values, layers, columns)
 
-        exact = self._exact(placed)  # threads begin with these
-        coded = [p for p in placed if p.block.coded_tokens]
-        if coded:
-            decode(self._decoder, coded, layers, k_out, v_out, on_cpu)
-        for slots, planes in exact:
-            self._place_exact(slots, self._joined(planes), layers, k_out, v_out)
+        def coded() -> Iterator[Placed]:
+            for placed in self._parted(blocks, exact):
+                yield placed
+                if len(exact) > 2 * _TOGETHER:
+                    place(_TOGETHER)
 
-    def _exact(self, blocks: Iterable[Placed]) -> Iterator[tuple[NDArray[np.int64], bytes]]:
-        """Slots of the blocks' verbatim tokens, and byte planes of their values, on the host."""
+        started = self._decoder.start(coded(), layers, k_out, v_out)
+        place(0)  # beside what the device does
+        for p in faulty(started):
+            self._place(p.slots, *self._cpu.decode(p.block, layers), columns)
+
+    def _parted(
+        self, blocks: Iterable[tuple[Block, NDArray[np.int64]]], exact: MutableSequence[_Exact]
+    ) -> Iterator[Placed]:
+        """Blocks with coded tokens, and where these go; threads begin with verbatim tokens, which
+        are added to ``exact``."""
+        for block, slots in blocks:
+            own = slots.astype(np.int64)
+            if block.verbatim_tokens:
+                chosen = np.array(block.verbatim_tokens)
+                exact.append(threads().submit(self._exact, block, own[chosen]))
+                own[chosen] = -1
+            if block.coded_tokens:
+                yield Placed(block, own)
+
+    def _exact(self, block: Block, slots: NDArray[np.int64]) -> tuple[NDArray[np.int64], bytes]:
+        """Slots, and byte planes of a block's verbatim tokens in the output's dtype."""
         header = self._header
+        if header.dtype is header.out_dtype:
+            return slots, verbatim_bytes(block, header)
+        return slots, b"".join(verbatim_planes(*verbatim_output(block, header)))
 
-        def planes(p: Placed) -> tuple[NDArray[np.int64], bytes]:
-            slots = p.slots[np.array(p.block.verbatim_tokens)]
-            if header.dtype is header.out_dtype:
-                return slots, verbatim_bytes(p.block, header)
-            return slots, b"".join(verbatim_planes(*verbatim_output(p.block, header)))
-
-        return in_turn(planes, ((p,) for p in blocks if p.block.verbatim_tokens))
-
-    def _joined(self, planes: bytes) -> Any:
-        """Values on the device, of their byte planes."""
-        data, _ = self._decoder.staging.upload([planes])
-        rows = data[: len(planes)].reshape(self._header.out_dtype.itemsize, -1)
-        return cupy.ascontiguousarray(rows.T)
+    def _uploaded(
+        self, found: Sequence[tuple[NDArray[np.int64], bytes]]
+    ) -> list[tuple[NDArray[np.int64], Any]]:
+        """Slots, and values on the device."""
+        data, begins = self._decoder.staging.upload([planes for _, planes in found])
+        size = self._header.out_dtype.itemsize
+        return [
+            (slots, cupy.ascontiguousarray(data[at : at + len(planes)].reshape(size, -1).T))
+            for (slots, planes), at in zip(found, begins.tolist(), strict=True)
+        ]
 
     def _place_exact(
-        self,
-        slots: NDArray[np.int64],
-        values: Any,
-        layers: Sequence[int],
-        k_out: Tensors,
-        v_out: Tensors,
+        self, slots: NDArray[np.int64], values: Any, layers: Sequence[int], columns: Any
     ) -> None:
         """K [layers, heads, tokens, dim] of all layers and then V, on the device, to slots."""
         s, size = self._section, self._header.out_dtype.itemsize * len(slots)
@@ -370,7 +394,7 @@ class CudaSectionCoder:
         v_first = values.data.ptr + len(s.layers) * k_size
         dense = [values.data.ptr + i * k_size for i in layers]
         dense += [v_first + i * v_size for i in layers]
-        self._move(slots, dense, layers, k_out, v_out, back=False)
+        self._move(slots, dense, columns, self._header.out_dtype, back=False)
 
     def _spread(self, out: Tensors, layers: Sequence[int]) -> Tensors:
         """Addresses by layer of the section; those that are not wanted have none."""
@@ -384,9 +408,7 @@ class CudaSectionCoder:
         slots: NDArray[np.int64],
         k: NDArray[Any],
         v: NDArray[Any],
-        layers: Sequence[int],
-        k_out: Tensors,
-        v_out: Tensors,
+        columns: Any,
     ) -> None:
         """Host values [layers, heads, tokens, dim] to slots."""
         values = [np.ascontiguousarray(x).view(np.uint8) for x in (k, v)]
@@ -394,27 +416,30 @@ class CudaSectionCoder:
         dense = [
             held.data.ptr + begin + i * x[0].nbytes
             for x, begin in zip(values, begins.tolist(), strict=True)
-            for i in range(len(layers))
+            for i in range(len(x))
         ]
-        self._move(slots, dense, layers, k_out, v_out, back=False)
+        self._move(slots, dense, columns, self._header.out_dtype, back=False)
+
+    def _columns(self, layers: Sequence[int], k: Tensors, v: Tensors) -> Any:
+        """Entries of layers, K's and then V's, on the device."""
+        columns = [(kind, layer, 0) for kind in (0, 1) for layer in layers]
+        return cupy.asarray(entries(k, v, columns, self._ropes))
 
     def _move(
         self,
         slots: NDArray[np.int64],
         dense: Sequence[int],
-        layers: Sequence[int],
-        k: Tensors,
-        v: Tensors,
+        columns: Any,
+        dtype: DType,
         *,
         back: bool,
     ) -> None:
-        """Values of layers, K's and then V's, at the addresses ``dense``, to slots or back."""
-        columns = [(kind, layer, 0) for kind in (0, 1) for layer in layers]
-        layout.move(k.dtype.itemsize, back=back)(
+        """Values at the addresses ``dense``, one a column, to slots or back."""
+        layout.move(dtype.itemsize, back=back)(
             (len(slots), len(columns)),
             128,
             (
-                cupy.asarray(entries(k, v, columns, self._ropes)),
+                columns,
                 cupy.asarray(slots),
                 len(slots),
                 cupy.asarray(np.array(dense, np.int64)),
@@ -430,16 +455,15 @@ class CudaSectionCoder:
     ) -> Callable[[int], tuple[Any, Any]]:
         """See :meth:`kvtc_stream.backend.SectionCoder.layers_of`."""
         s, dtype = self._section, self._header.out_dtype
-        placed = [Placed(block, slots.astype(np.int64)) for block, slots in blocks]
-        coded = [p for p in placed if p.block.coded_tokens]
+        verbatim: list[_Exact] = []
+        coded = list(self._parted(blocks, verbatim))
         slow: list[Placed] = []
-        verbatim = self._exact(placed)
         found = [(some, self._decoder.symbols(some)) for some in self._decoder.batches(coded)]
         for some, batch in found:
             faults = np.flatnonzero(cupy.asnumpy(batch.faults)).tolist()
             slow += [some[i] for i in faults]
         on_host = [(p, self._cpu.decode_layers(p.block)) for p in slow]
-        exact = [(slots, self._joined(planes)) for slots, planes in verbatim]
+        exact = self._uploaded([x.result() for x in verbatim])
 
         def layer(index: int) -> tuple[Any, Any]:
             shape = (1, s.kv_heads, tokens)
@@ -455,10 +479,11 @@ class CudaSectionCoder:
             for some, batch in found:
                 if int(batch.overflow[0]):
                     decoded += [(p, self._cpu.decode_layers(p.block)) for p in some]
+            columns = self._columns([index], k_out, v_out)
             for p, of_layer in decoded:
-                self._place(p.slots, *of_layer(index), [index], k_out, v_out)
+                self._place(p.slots, *of_layer(index), columns)
             for slots, values in exact:
-                self._place_exact(slots, values, [index], k_out, v_out)
+                self._place_exact(slots, values, [index], columns)
             return k.view(numpy_dtype(dtype)), v.view(numpy_dtype(dtype))
 
         return layer

@@ -9,9 +9,9 @@ decoded on the CPU, which says what is wrong with it, or copes.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import cupy
 import numpy as np
@@ -66,6 +66,14 @@ class Batch:
     stride: int
     slots: Any
     rotations: Rotations
+    faults: Any
+    overflow: Any
+
+
+class Started(NamedTuple):
+    """A batch that was begun, and what will tell how it went: see :class:`Batch`."""
+
+    blocks: Sequence[Placed]
     faults: Any
     overflow: Any
 
@@ -245,7 +253,7 @@ class BlockDecoder(ABC):
         Raises ``FormatError`` for payloads that no writer makes.
         """
 
-    def batches(self, blocks: Sequence[Placed]) -> Iterator[Sequence[Placed]]:
+    def batches(self, blocks: Iterable[Placed]) -> Iterator[Sequence[Placed]]:
         """Blocks of about :attr:`batch_tokens` tokens together."""
         batch: list[Placed] = []
         tokens = 0
@@ -308,6 +316,23 @@ class BlockDecoder(ABC):
             all(t.wide for t in wanted) and self._ropes.halves,
             (k_out, v_out),
         )
+
+    def start(
+        self,
+        blocks: Iterable[Placed],
+        layers: Sequence[int],
+        k_out: Tensors,
+        v_out: Tensors,
+    ) -> list[Started]:
+        """Decode blocks, all of which have coded tokens, into tensors: batch after batch as they
+        come, without waiting for the device. See :func:`faulty`."""
+        started = []
+        target = self.target(layers, k_out, v_out)
+        for some in self.batches(blocks):
+            batch = self.symbols(some)
+            self.values(batch, target)
+            started.append(Started(some, batch.faults, batch.overflow))
+        return started
 
     def values(self, batch: Batch, target: Target) -> None:
         """Symbols to K and V."""
@@ -441,27 +466,11 @@ def _positions(block: Block) -> NDArray[np.int64]:
     return np.frombuffer(found, np.int64)
 
 
-def decode(
-    decoder: BlockDecoder,
-    blocks: Sequence[Placed],
-    layers: Sequence[int],
-    k_out: Tensors,
-    v_out: Tensors,
-    on_cpu: Callable[[Placed], None],
-) -> None:
-    """Decode blocks, all of which have coded tokens, into tensors; waits for the device at the end.
-
-    ``on_cpu`` decodes and places a block that the device could not.
-    """
-    done = []
-    target = decoder.target(layers, k_out, v_out)
-    for some in decoder.batches(blocks):
-        batch = decoder.symbols(some)
-        decoder.values(batch, target)
-        done.append((some, batch.faults, batch.overflow))
-    for some, faults, overflow in done:
+def faulty(started: Iterable[Started]) -> Iterator[Placed]:
+    """The blocks that the device could not decode; waits for it."""
+    for blocks, faults, overflow in started:
         found = cupy.asnumpy(faults)
         if int(overflow[0]):
             found[:] = rans.LARGE
         for i in np.flatnonzero(found).tolist():
-            on_cpu(some[i])
+            yield blocks[i]

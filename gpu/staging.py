@@ -46,7 +46,7 @@ class Staging:
         sources = [np.frombuffer(piece, np.uint8) for piece in pieces]
         sizes = np.array([x.size for x in sources], np.int64)
         ends = np.cumsum(-(-sizes // _ALIGNMENT) * _ALIGNMENT)
-        begins = np.concatenate([[0], ends[:-1]])
+        begins = np.concatenate([[0], ends])[:-1]
         total = int(ends[-1]) if len(ends) else 0
         data = cupy.empty(total, np.uint8)
         places = begins.tolist()

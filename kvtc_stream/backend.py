@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -46,7 +46,7 @@ class SectionCoder(Protocol):
 
     def decode_into(
         self,
-        blocks: Sequence[tuple[Block, NDArray[np.int64]]],
+        blocks: Iterable[tuple[Block, NDArray[np.int64]]],
         layers: Sequence[int],
         k: Any,
         v: Any,

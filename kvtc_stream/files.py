@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import chain, islice
 from mmap import mmap as MappedMemory  # noqa: N812
 from types import TracebackType
 from typing import Any, BinaryIO, ClassVar, Literal, Self, overload
@@ -109,7 +109,8 @@ def open(
     ``file`` is a path or a binary file object; pipes work both ways. File objects are left open.
     Reading takes memory too (``bytes``, ``memoryview``, ``mmap``), and URLs that fsspec knows, as
     ``s3://bucket/prompt.kvtc``: opening one takes three requests, and neighbouring blocks one more
-    for each 8 MiB of them.
+    for each 8 MiB of them. ``bytes`` and read-only views are read where they are, and may not change
+    meanwhile; other memory is copied first.
 
     Reading with ``mmap=True`` maps a path into memory; nobody may shorten the file meanwhile. With
     ``follow``, a stream that is still being written is read from the front as it grows, until its
@@ -398,10 +399,12 @@ class Reader:
         while True:
             with self._lock:
                 self._check_open()
-                some = [(b, _slots(b, first, last)) for b in islice(blocks, _BLOCKS_AT_A_TIME)]
+                some = list(islice(blocks, 1))
                 if not some:
                     return out or (self._blocks.output(k), self._blocks.output(v))
-                self._blocks.coder(section).decode_into(some, chosen, k, v)
+                following = islice(blocks, _BLOCKS_AT_A_TIME - 1)
+                slotted = ((b, _slots(b, first, last)) for b in chain(some, following))
+                self._blocks.coder(section).decode_into(slotted, chosen, k, v)
 
     def blocks(
         self,

@@ -14,7 +14,7 @@ from kvtc_stream.backend import BackendName, get_backend
 from kvtc_stream.calibration import Calibration
 from kvtc_stream.codec import Codec
 from kvtc_stream.files import Reader, encode, open
-from kvtc_stream.formats import Limits
+from kvtc_stream.formats import Block, Limits
 from kvtc_stream.interop import check_memory, dtype_of, numpy_dtype, on_cuda, to_numpy
 from kvtc_stream.memory import joined
 
@@ -139,7 +139,8 @@ def decode_many(
     Parameters
     ----------
     streams
-        Bytes of each. On a CUDA device copies from pinned memory are asynchronous.
+        Bytes of each. Copies to a CUDA device are quickest from read-only views of pinned memory,
+        which may not change until the device is done.
     calibration
         That of all of them.
     out
@@ -190,12 +191,12 @@ def _together(readers: list[Reader], section: int) -> Iterator[tuple[Any, Any]]:
     layers = len(readers[0].header.geometry.sections[section].layers)
     blocks = readers[0].block_decoder
     k, v = blocks.empty(section, layers, ends[-1])
-    items = [
-        (block, first + np.arange(block.tokens) + block.start)
+    items = (
+        _placed(block, first + block.start + np.arange(len(block.kept)))
         for reader, first in zip(readers, ends, strict=False)
         for block in reader.stored_blocks(section)
-    ]
-    blocks.coder(section).decode_into(_cut(items), range(layers), k, v)
+    )
+    blocks.coder(section).decode_into(items, range(layers), k, v)
     for first, last in pairwise(ends):
         yield tuple(blocks.output(x[:, :, first:last]) for x in (k, v))
 
@@ -204,18 +205,11 @@ def _into_pages(
     readers: list[Reader], pages: list[PagedCache], section: int, backend: BackendName
 ) -> None:
     layers = len(readers[0].header.geometry.sections[section].layers)
-    items = []
     for reader, cache in zip(readers, pages, strict=True):
         if reader.tokens(section) != cache.tokens:
             raise ValueError(
                 f"the stream has {reader.tokens(section)} tokens, the pages are for {cache.tokens}"
             )
-        slots = cache.slots()
-        for block in reader.stored_blocks(section):
-            own = np.full(block.tokens, -1, np.int64)
-            kept = slice(block.kept.start, block.kept.stop)
-            own[kept] = slots[block.start : block.start + len(block.kept)]
-            items.append((block, own))
     expected = readers[0].header.out_dtype
     for tensors in (pages[0].k, pages[0].v):
         if len(tensors) != layers:
@@ -229,6 +223,11 @@ def _into_pages(
                     f"of that, or choose another out_dtype when encoding"
                 )
     coder = readers[0].block_decoder.coder(section)
+    items = (
+        _placed(block, slots[block.start : block.start + len(block.kept)])
+        for reader, slots in zip(readers, [cache.slots() for cache in pages], strict=True)
+        for block in reader.stored_blocks(section)
+    )
     if backend == "cuda":
         from kvtc_stream.gpu.tensors import Tensors, to_device
 
@@ -249,15 +248,11 @@ def _into_pages(
                 pool[page, place] = decoded[layer][:, wanted].swapaxes(0, 1)
 
 
-def _cut(items: list[tuple[Any, NDArray[np.int64]]]) -> list[tuple[Any, NDArray[np.int64]]]:
-    """Tokens that were cut from their stream go nowhere."""
-    done = []
-    for block, slots in items:
-        own = slots - block.kept.start
-        own[: block.kept.start] = -1
-        own[block.kept.stop :] = -1
-        done.append((block, own))
-    return done
+def _placed(block: Block, slots: NDArray[np.int64]) -> tuple[Block, NDArray[np.int64]]:
+    """Where all tokens of a block go; those that were cut from the stream, nowhere."""
+    own = np.full(block.tokens, -1, np.int64)
+    own[block.kept.start : block.kept.stop] = slots
+    return block, own
 
 
 def decode_layers(
@@ -276,8 +271,8 @@ def decode_layers(
     """
     reader = open(data, calibration=calibration, backend=backend, limits=limits)
     blocks = reader.block_decoder
-    items = [(b, np.arange(b.tokens) + b.start) for b in reader.stored_blocks(section)]
-    layer = blocks.coder(section).layers_of(_cut(items), reader.tokens(section))
+    items = [_placed(b, b.start + np.arange(len(b.kept))) for b in reader.stored_blocks(section)]
+    layer = blocks.coder(section).layers_of(items, reader.tokens(section))
     for index in range(len(reader.header.geometry.sections[section].layers)):
         k, v = layer(index)
         yield blocks.output(k)[0], blocks.output(v)[0]

@@ -76,7 +76,8 @@ class UniformPayload:
                 f"{where}: a payload of {size} bytes, expected {head + tail} at least for {count} "
                 f"tiles"
             )
-        lengths = np.frombuffer(block.coded, "<u4", count, _HEAD.size)
+        # A copy, so that what is checked is what counts whoever changes the memory.
+        lengths = np.frombuffer(block.coded, "<u4", count, _HEAD.size).copy()
         total = int(lengths.sum(dtype=np.uint64))
         if (lengths % 2).any():
             raise FormatError(f"{where}: a tile of an odd number of bytes: the writer is at fault")

@@ -23,7 +23,7 @@ _FRONT, _BACK = 1 << 16, 1 << 18
 #: Bytes from which on a copy is worth avoiding.
 _LARGE = 1 << 16
 #: Bytes of blocks in constant memory that are looked at together.
-_READ_AHEAD = 32 << 20
+_READ_AHEAD = 256 << 20
 #: Seconds between looks at a growing file.
 _POLL = 0.02
 
@@ -53,7 +53,7 @@ def open_source(source: Source, *, mapped: bool = False) -> Iterator[BinaryIO]:
         with (
             memoryview(source) as view,
             view.cast("B") as data,
-            _Buffer(data, constant=isinstance(source, bytes)) as buffer,
+            _Buffer(data, constant=_is_constant(view)) as buffer,
         ):
             yield cast(BinaryIO, buffer)
     else:
@@ -91,6 +91,11 @@ class _Ranged(io.RawIOBase):
         data = self._range(start, stop) if stop > start else b""
         self._position = start + len(data)
         return data
+
+
+def _is_constant(view: memoryview) -> bool:
+    """Whether nobody changes the memory meanwhile; of a map others may change the file."""
+    return view.readonly and not isinstance(view.obj, mmap.mmap)
 
 
 class _Buffer(_Ranged):

@@ -20,7 +20,7 @@ SHARE = 2 << 20
 #: Calls that are begun before the first result is taken.
 _AHEAD = 16
 #: Threads that share the calls of one task.
-_MOST_SHARES = 8
+_MOST_SHARES = 16
 #: Bytes below which a copy is not worth handing over.
 _SMALL = 1 << 16
 
@@ -50,20 +50,35 @@ def in_turn(function: Callable[..., R], arguments: Iterable[tuple[Any, ...]]) ->
     return results()
 
 
-def spread(function: Callable[..., R], arguments: Sequence[tuple[Any, ...]], size: int) -> list[R]:
-    """All of ``itertools.starmap``; on threads if it is about many bytes, ``size`` in all.
+def begin(
+    function: Callable[..., R], arguments: Sequence[tuple[Any, ...]], size: int
+) -> Callable[[], list[R]]:
+    """Begin with all of ``itertools.starmap``; the result waits for it.
 
-    For calls that leave Python's lock for most of their time.
+    On threads if it is about many bytes, ``size`` in all; otherwise the result does it. For calls
+    that leave Python's lock for most of their time.
     """
     shares = min(size // SHARE, len(arguments), _MOST_SHARES, os.cpu_count() or 1)
     if shares < 2:
-        return list(starmap(function, arguments))
+        return lambda: list(starmap(function, arguments))
     parts = [slice(i, None, shares) for i in range(shares)]
-    found = threads().map(lambda part: list(starmap(function, arguments[part])), parts)
-    out: list[Any] = [None] * len(arguments)
-    for part, own in zip(parts, found, strict=True):
-        out[part] = own
-    return out
+    found = [
+        threads().submit(lambda part=part: list(starmap(function, arguments[part])))
+        for part in parts
+    ]
+
+    def result() -> list[R]:
+        out: list[Any] = [None] * len(arguments)
+        for part, own in zip(parts, found, strict=True):
+            out[part] = own.result()
+        return out
+
+    return result
+
+
+def spread(function: Callable[..., R], arguments: Sequence[tuple[Any, ...]], size: int) -> list[R]:
+    """As :func:`begin`, and wait."""
+    return begin(function, arguments, size)()
 
 
 def copy(sources: Sequence[NDArray[Any]], targets: Sequence[NDArray[Any]]) -> None:

@@ -107,6 +107,29 @@ def test_a_server_that_gives_less(codec: kvtc.Codec, long_stream: tuple[bytes, C
             reader.read(slice(1000, 1100))
 
 
+def test_only_memory_that_may_change_is_copied(
+    tmp_path: Path, codec: kvtc.Codec, long_stream: tuple[bytes, Cache]
+) -> None:
+    """So that checksums are of what is decoded."""
+    data, _ = long_stream
+    path = tmp_path / "a.kvtc"
+    path.write_bytes(data)
+    writable = bytearray(data)
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        for source, shared in (
+            (data, True),
+            (memoryview(writable).toreadonly(), True),
+            (writable, False),
+            (memoryview(writable), False),
+            (mapped, False),
+        ):
+            with kvtc.open(source, calibration=codec.calibration) as reader:
+                block = reader.stored_blocks(0)[1]
+                own, whole = (np.frombuffer(x, np.uint8) for x in (block.coded, source))
+                assert np.shares_memory(own, whole) is shared
+                del own, whole, block
+
+
 def test_memory_and_mapped_files(
     tmp_path: Path, codec: kvtc.Codec, stream: bytes, long_stream: tuple[bytes, Cache]
 ) -> None:

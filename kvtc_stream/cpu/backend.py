@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -288,7 +288,7 @@ class CpuSectionCoder:
 
     def decode_into(
         self,
-        blocks: Sequence[tuple[Block, NDArray[np.int64]]],
+        blocks: Iterable[tuple[Block, NDArray[np.int64]]],
         layers: Sequence[int],
         k: NDArray[Any],
         v: NDArray[Any],
