@@ -35,7 +35,6 @@ from rich.table import Table
 import kvtc_stream as kvtc
 from kvtc_stream import demo, quality
 from kvtc_stream.arrays import HOST
-from kvtc_stream.calibrator import Moments, leading_eigenvectors, one_level, two_levels
 from kvtc_stream.cli.bench import CALIBRATED_UNTIL, JUDGED_FROM
 from kvtc_stream.components import Components, columns_of_layers
 from kvtc_stream.cpu.layout import Rotations, gather
@@ -46,6 +45,8 @@ from kvtc_stream.formats import Band, Quantiser, Section
 from kvtc_stream.importance import MIDDLE
 from kvtc_stream.integrations.loading import load_model
 from kvtc_stream.planning.families import STEPS_PER_OCTAVE, fit_families
+from kvtc_stream.planning.targets import LEFT_OUT
+from kvtc_stream.principal import Moments, leading_eigenvectors, one_level, two_levels
 from kvtc_stream.weights import apply_blocks
 
 Rows = NDArray[np.float32]
@@ -54,8 +55,6 @@ Rows = NDArray[np.float32]
 FITTED, JUDGED = 4096, 1024
 #: Base steps; the coarsest is twice the strongest component's deviation.
 STEPS = 48
-#: What a component that is not coded counts, as a multiple of its energy.
-LEFT_OUT = 2.0
 #: Groups of layers, alone; and with a second level over so many coefficients of all.
 RUNS = (2, 3, 6, 10, 15, 30)
 TWO_LEVELS = ((3, 4320), (6, 4320), (6, 2880), (6, 1440), (10, 4320), (10, 2880), (10, 1440))

@@ -37,6 +37,7 @@ from rich.table import Table
 
 import kvtc_stream as kvtc
 from kvtc_stream import calibrator as module
+from kvtc_stream import principal
 from kvtc_stream.backend import get_arrays
 from kvtc_stream.cpu.layout import Rotations
 from kvtc_stream.gpu.arrays import DeviceArrays
@@ -297,7 +298,7 @@ def calibrate(
         for owner, function, name in (
             (module, "one_level", "finish_joint_bases"),
             (module, "two_levels", "finish_joint_bases"),
-            (module, "leading_eigenvectors", "finish_eigenvectors"),
+            (principal, "leading_eigenvectors", "finish_eigenvectors"),
             (module, "_separate_part", "finish_separate_parts"),
             (module, "error_tables", "finish_band_tables"),
             (module, "uniform_tables", "finish_uniform_tables"),
@@ -369,7 +370,7 @@ def moments_error(calibrator: kvtc.Calibrator, caches: Caches, machine: Machine)
     ]
     width = min(8192, taken[0].shape[1])
     taken = [x[:, :width] for x in taken]
-    found = module.Moments(width, machine.arrays)
+    found = principal.Moments(width, machine.arrays)
     for first in range(0, len(taken), 4):
         found.add(xp.concatenate(taken[first : first + 4]))
     exact = xp.concatenate(taken).astype(np.float64)
@@ -413,8 +414,8 @@ def ceilings(
         moments += batches * found[name + "_seconds"]
     found["moments_seconds"] = moments
     part = next(iter(parts.values()))[0]
-    wide = part.rank + module._OVERSAMPLING
-    if module._in_full(part.width, part.rank):
+    wide = part.rank + principal._OVERSAMPLING
+    if principal.in_full(part.width, part.rank):
         a = rng.standard_normal((part.width, part.width), dtype=np.float64)
         a += a.T
         found[f"eigh_float64_{part.width}_seconds"] = machine.median(lambda: xp.linalg.eigh(a), 1)

@@ -109,8 +109,8 @@ def open(
     ``file`` is a path or a binary file object; pipes work both ways. File objects are left open.
     Reading takes memory too (``bytes``, ``memoryview``, ``mmap``), and URLs that fsspec knows, as
     ``s3://bucket/prompt.kvtc``: opening one takes three requests, and neighbouring blocks one more
-    for each 8 MiB of them. ``bytes`` and read-only views are read where they are, and may not change
-    meanwhile; other memory is copied first.
+    for each 8 MiB of them. ``bytes`` and read-only views are read where they are, and may not
+    change meanwhile; other memory is copied first.
 
     Reading with ``mmap=True`` maps a path into memory; nobody may shorten the file meanwhile. With
     ``follow``, a stream that is still being written is read from the front as it grows, until its

@@ -16,11 +16,12 @@ from real_sample import RealSample
 
 import kvtc_stream as kvtc
 from kvtc_stream import calibrator as module
+from kvtc_stream import principal
 from kvtc_stream.arrays import HOST
-from kvtc_stream.calibrator import leading_eigenvectors
 from kvtc_stream.formats import DType, Geometry, Rope, Section
 from kvtc_stream.gpu.arrays import DeviceArrays, require_cupy
 from kvtc_stream.planning.families import SymbolCounter, fit_families
+from kvtc_stream.principal import Moments, leading_eigenvectors
 
 GB = 10**9
 HALVES = Rope.from_theta(1e4, 8)
@@ -147,7 +148,7 @@ def test_moments_against_float64(arrays: DeviceArrays) -> None:
     rng = np.random.default_rng(0)
     deviation = np.exp2(-np.arange(600) / 60)
     rows = (rng.standard_normal((5000, 600)) * deviation + 30 * deviation[::-1]).astype(np.float32)
-    moments = module.Moments(600, arrays)
+    moments = Moments(600, arrays)
     for first in range(0, 5000, 900):
         moments.add(arrays.put(rows[first : first + 900]))
     exact = rows - rows.mean(axis=0, dtype=np.float64)
@@ -216,7 +217,7 @@ def test_a_real_cache_codes_as_well(arrays: DeviceArrays, real_sample: RealSampl
 def test_leading_eigenvectors(arrays: DeviceArrays, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of few of a large matrix, by subspace iteration."""
     rng = np.random.default_rng(0)
-    monkeypatch.setattr(module, "_DENSE", 256)
+    monkeypatch.setattr(principal, "_DENSE", 256)
     spectrum = np.arange(1, 401, dtype=np.float32) ** -1.5
     vectors, _ = np.linalg.qr(rng.standard_normal((400, 400), np.float32))
     matrix = (vectors * spectrum) @ vectors.T
@@ -232,7 +233,7 @@ def test_a_separate_basis_of_few_components(
     arrays: DeviceArrays, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From the leading eigenvectors on a device, from all on the CPU."""
-    monkeypatch.setattr(module, "_DENSE", 256)
+    monkeypatch.setattr(principal, "_DENSE", 256)
     geometry = Geometry.uniform(layers=3, kv_heads=2, head_dim=64)
     both = calibrators(geometry, bases=("separate",), rank=64)
     k, v = kvtc.testing.drawn_cache(geometry, 900)

@@ -18,9 +18,10 @@ from strategies import cuts
 
 import kvtc_stream as kvtc
 from kvtc_stream import calibrator as module
+from kvtc_stream import principal
 from kvtc_stream.calibration import Part
-from kvtc_stream.calibrator import leading_eigenvectors
 from kvtc_stream.formats import Geometry, Rope, Section
+from kvtc_stream.principal import leading_eigenvectors
 from kvtc_stream.weights import apply_blocks, importance_matrices, scaling_matrices
 
 Array = NDArray[Any]
@@ -255,7 +256,7 @@ def test_subspace_iteration_captures_what_dense_does(
 ) -> None:
     matrix = decaying(600)
     exact = np.linalg.eigvalsh(matrix.astype(np.float64))[::-1][:count]
-    monkeypatch.setattr(module, "_DENSE", 0)
+    monkeypatch.setattr(principal, "_DENSE", 0)
     variance, vectors = leading_eigenvectors(matrix, count)
     assert vectors.shape == (600, count)
     assert (np.diff(variance) <= 0).all()
@@ -269,7 +270,7 @@ def test_subspace_iteration_captures_what_dense_does(
 
 def test_subspace_iteration_of_a_matrix_of_low_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fewer tokens than components: no more than there are, or nothing but noise."""
-    monkeypatch.setattr(module, "_DENSE", 0)
+    monkeypatch.setattr(principal, "_DENSE", 0)
     rows = np.random.default_rng(0).standard_normal((5, 400)).astype(np.float32)
     variance, vectors = leading_eigenvectors(rows.T @ rows, 40)
     assert np.isfinite(vectors).all()

@@ -24,7 +24,7 @@ RATIO_BITS = 16
 #: As much again would code half as many components more at high ratios, on SmolLM2-135M at 64
 #: times 4,607 instead of 3,045, which takes time and brings predictions no closer
 #: (benchmarks/results/two_levels.json).
-_LEFT_OUT = 1.5
+LEFT_OUT = 1.5
 
 
 def make_plan(
@@ -107,7 +107,7 @@ def _uniform_section(
     price = np.divide(-gained, spent, out=np.zeros(steps), where=spent < 0).clip(0)
 
     def coded(family: FamilyTables, j: int) -> int:
-        saved = _LEFT_OUT * family.energy - family.distortion[j] - price[j] * family.rate[j]
+        saved = LEFT_OUT * family.energy - family.distortion[j] - price[j] * family.rate[j]
         return int(np.cumsum(saved).argmax()) + 1 if target != "max_relative_error" else len(saved)
 
     def bits(j: int) -> float:
