@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -105,14 +105,33 @@ def encode_many(
         Options of :meth:`kvtc_stream.Codec.encoder`, for all of them.
 
     The stream of a cache does not depend on the others. On a CUDA device the blocks of a cache
-    share launches. Of pages, 8,192 tokens at a time are copied.
+    share launches, and two caches are encoded at a time, each with scratch of its own. Of pages,
+    8,192 tokens at a time are copied.
     """
-    return [
-        _encode_pages(cache, codec, **stream)
-        if isinstance(cache, PagedCache)
-        else encode(*cache, codec, **stream)
-        for cache in caches
-    ]
+
+    def one(cache: tuple[Any, Any] | PagedCache) -> bytes:
+        if isinstance(cache, PagedCache):
+            return _encode_pages(cache, codec, **stream)
+        return encode(*cache, codec, **stream)
+
+    if len(caches) < 2 or get_backend(codec.backend, *_tensors(caches[0])).name == "cpu":
+        return [one(cache) for cache in caches]
+    from kvtc_stream.gpu.streams import side_by_side
+
+    # On this thread, whose frameworks know what streams their tensors are ready in.
+    return side_by_side(one, [_held(cache) for cache in caches])
+
+
+def _held(cache: tuple[Any, Any] | PagedCache) -> tuple[Any, Any] | PagedCache:
+    """The same tensors as CuPy's, those on a CUDA device, ready in the current stream."""
+
+    def held(x: Any) -> Any:
+        if isinstance(x, list | tuple):
+            return [held(layer) for layer in x]
+        return _indexable(x) if on_cuda(x) else x
+
+    k, v = map(held, _tensors(cache))
+    return replace(cache, k=k, v=v) if isinstance(cache, PagedCache) else (k, v)
 
 
 def _encode_pages(cache: PagedCache, codec: Codec, **stream: Any) -> bytes:

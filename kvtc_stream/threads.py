@@ -63,7 +63,7 @@ def begin(
         return lambda: list(starmap(function, arguments))
     parts = [slice(i, None, shares) for i in range(shares)]
     found = [
-        threads().submit(lambda part=part: list(starmap(function, arguments[part])))
+        threads().submit(lambda own: list(starmap(function, own)), arguments[part])
         for part in parts
     ]
 

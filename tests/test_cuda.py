@@ -451,6 +451,26 @@ def test_threads_and_streams_of_their_own() -> None:
         assert max(pool.map(work, range(12))) <= ROUNDING
 
 
+def test_caches_side_by_side() -> None:
+    """Their streams are those of each alone, whatever stream the caches become ready in."""
+    calibration = CALIBRATIONS["halves"]
+    codec = kvtc.Codec(calibration, ratio=6, window=20, block_tokens=32, backend="cuda")
+    hosts = [kvtc.testing.drawn_cache(calibration.geometry, 300 + s, seed=s) for s in range(6)]
+    expected = [kvtc.encode(k, v, codec) for k, v in hosts]
+    slow = cupy.ones((4096, 4096), np.float32)
+    with cupy.cuda.Stream(non_blocking=True):
+        caches = [[cupy.zeros(x.shape, x.dtype) for x in kv] for kv in hosts]
+        for _ in range(5):
+            slow = slow @ slow * np.float32(1e-4)
+        for kv, own in zip(hosts, caches, strict=True):
+            for x, y in zip(kv, own, strict=True):
+                y[...] = cupy.asarray(x)
+        assert kvtc.encode_many([tuple(kv) for kv in caches], codec) == expected
+        caches[3][0] = cupy.zeros((1, 2, 3, 4), np.float32)
+        with pytest.raises(ValueError, match="k has"):
+            kvtc.encode_many([tuple(kv) for kv in caches], codec)
+
+
 def test_steps_so_fine_that_symbols_are_huge() -> None:
     calibration = CALIBRATIONS["halves"]
     k, v = kvtc.testing.drawn_cache(calibration.geometry, 200, seed=15)

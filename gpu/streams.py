@@ -1,0 +1,58 @@
+"""Independent calls side by side, on threads and CUDA streams of their own."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any, TypeVar
+
+import cupy
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+#: Calls at a time: while one waits for the host's work or a copy, another keeps the device busy.
+#: Each has scratch of its own.
+AT_A_TIME = 2
+
+
+@cache
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(AT_A_TIME, thread_name_prefix="kvtc-cuda")
+
+
+# A fork has none of them.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_threads.cache_clear)
+
+_own = threading.local()
+
+
+def _stream(device: int) -> Any:
+    """The thread's on a device; CuPy's pool keeps what a stream freed for that stream."""
+    streams = _own.__dict__.setdefault("streams", {})
+    if device not in streams:
+        streams[device] = cupy.cuda.Stream(non_blocking=True)
+    return streams[device]
+
+
+def side_by_side(function: Callable[[T], R], arguments: Sequence[T]) -> list[R]:
+    """``function`` of each argument, all on the current device, after what is in the current
+    stream; waits for them.
+
+    Results must be ready when a call returns, whatever the stream: on the host.
+    """
+    device, ready = cupy.cuda.runtime.getDevice(), cupy.cuda.Event(disable_timing=True)
+    ready.record()
+
+    def call(argument: T) -> R:
+        with cupy.cuda.Device(device):
+            stream = _stream(device)
+            stream.wait_event(ready)
+            with stream:
+                return function(argument)
+
+    return list(_threads().map(call, arguments))
