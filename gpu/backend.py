@@ -28,7 +28,7 @@ from kvtc_stream.cpu.values import (
     verbatim_planes,
 )
 from kvtc_stream.errors import UnsupportedError
-from kvtc_stream.formats import Block, DType, Role, StreamHeader
+from kvtc_stream.formats import Block, DType, Role, SectionPlan, StreamHeader
 from kvtc_stream.formats.coders import compress_beside
 from kvtc_stream.gpu import layout
 from kvtc_stream.gpu.analysis import Payload
@@ -116,6 +116,15 @@ class CudaBackend:
         return x.view(numpy_dtype(dtype))
 
 
+def _device_plan(
+    calibration: Calibration, section: int, plan: SectionPlan
+) -> DevicePlan | BandPlan:
+    made = (DevicePlan if plan.uniform else BandPlan)(calibration, section, plan)
+    # Others use it in streams of their own.
+    cupy.cuda.get_current_stream().synchronize()
+    return made
+
+
 class CudaSectionCoder:
     """See :class:`kvtc_stream.backend.SectionCoder`."""
 
@@ -143,7 +152,7 @@ class CudaSectionCoder:
         key = ("cuda", cupy.cuda.runtime.getDevice(), section, header.plan.digest)
         self._plan: Any = calibration.cached(
             key,
-            lambda: (DevicePlan if plan.uniform else BandPlan)(calibration, section, plan),
+            lambda: _device_plan(calibration, section, plan),
             most=_PLANS,
         )
         k_scale, v_scale = section_scales(header, section)

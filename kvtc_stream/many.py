@@ -173,7 +173,8 @@ def decode_many(
     K and V [layers, kv_heads, tokens, head_dim] of each stream; on a CUDA device views of arrays
     that streams of one kind share. Nothing where ``out`` is given.
 
-    On a CUDA device all blocks of streams of one kind (plan, geometry, types) share launches.
+    On a CUDA device streams of one kind (plan, geometry, types) share launches, and where they are
+    many two batches are decoded at a time, each with scratch of its own.
     """
     if out is not None and len(out) != len(streams):
         raise ValueError(f"found {len(streams)} streams and {len(out)} caches for them")
@@ -192,7 +193,7 @@ def decode_many(
     for members in kinds.values():
         group = [readers[i] for i in members]
         if out is None:
-            for i, pair in zip(members, _together(group, section), strict=True):
+            for i, pair in zip(members, _together(group, section, name), strict=True):
                 results[i] = pair
         else:
             pages = [cache for i in members if isinstance(cache := out[i], PagedCache)]
@@ -204,20 +205,48 @@ def _tensors(cache: PagedCache | tuple[Any, Any]) -> tuple[Any, Any]:
     return (cache.k, cache.v) if isinstance(cache, PagedCache) else cache
 
 
-def _together(readers: list[Reader], section: int) -> Iterator[tuple[Any, Any]]:
+def _together(
+    readers: list[Reader], section: int, backend: BackendName
+) -> Iterator[tuple[Any, Any]]:
     counts = [r.tokens(section) for r in readers]
     ends = np.cumsum([0, *counts]).tolist()
-    layers = len(readers[0].header.geometry.sections[section].layers)
     blocks = readers[0].block_decoder
+    layers = len(readers[0].header.geometry.sections[section].layers)
     k, v = blocks.empty(section, layers, ends[-1])
-    items = (
-        _placed(block, first + block.start + np.arange(len(block.kept)))
-        for reader, first in zip(readers, ends, strict=False)
-        for block in reader.stored_blocks(section)
-    )
-    blocks.coder(section).decode_into(items, range(layers), k, v)
+    slots = [np.arange(first, last) for first, last in pairwise(ends)]
+    _decode_into(list(zip(readers, slots, strict=True)), section, backend, k, v)
     for first, last in pairwise(ends):
         yield tuple(blocks.output(x[:, :, first:last]) for x in (k, v))
+
+
+def _decode_into(
+    streams: Sequence[tuple[Reader, NDArray[np.int64]]],
+    section: int,
+    backend: BackendName,
+    k: Any,
+    v: Any,
+) -> None:
+    """Streams of one kind, and the slots of their tokens, into arrays of the backend."""
+    layers = range(len(streams[0][0].header.geometry.sections[section].layers))
+
+    def one(group: Sequence[tuple[Reader, NDArray[np.int64]]]) -> None:
+        blocks = (
+            _placed(block, slots[block.start : block.start + len(block.kept)])
+            for reader, slots in group
+            for block in reader.stored_blocks(section)
+        )
+        group[0][0].block_decoder.coder(section).decode_into(blocks, layers, k, v)
+
+    if backend == "cpu":
+        one(streams)
+        return
+    from kvtc_stream.gpu.decoding import BATCH_TOKENS
+    from kvtc_stream.gpu.streams import side_by_side
+
+    tokens = np.cumsum([len(slots) for _, slots in streams])
+    edges = np.searchsorted(tokens, np.arange(0, tokens[-1], BATCH_TOKENS), side="right")
+    groups = [streams[i:j] for i, j in pairwise([*np.unique(edges).tolist(), len(streams)])]
+    side_by_side(one, groups)
 
 
 def _into_pages(
@@ -241,12 +270,7 @@ def _into_pages(
                     f"pages are {found.label}, the stream decodes to {expected.label}: make pages "
                     f"of that, or choose another out_dtype when encoding"
                 )
-    coder = readers[0].block_decoder.coder(section)
-    items = (
-        _placed(block, slots[block.start : block.start + len(block.kept)])
-        for reader, slots in zip(readers, [cache.slots() for cache in pages], strict=True)
-        for block in reader.stored_blocks(section)
-    )
+    streams = list(zip(readers, [cache.slots() for cache in pages], strict=True))
     if backend == "cuda":
         from kvtc_stream.gpu.tensors import Tensors, to_device
 
@@ -254,17 +278,20 @@ def _into_pages(
         for tensors in (pages[0].k, pages[0].v):
             arrays, dtypes = zip(*(to_device(x, "pages") for x in tensors), strict=True)
             pools.append(Tensors.of_layers(arrays, dtypes[0], paged=True))
-        coder.decode_into(items, range(layers), *pools)
+        _decode_into(streams, section, backend, *pools)
         return
-    for block, own in items:
-        wanted = np.flatnonzero(own >= 0)
-        for decoded, tensors in zip(
-            coder.decode(block, range(layers)), (pages[0].k, pages[0].v), strict=True
-        ):
-            for layer, tensor in enumerate(tensors):
-                pool = _indexable(tensor)
-                page, place = np.divmod(own[wanted], pool.shape[1])
-                pool[page, place] = decoded[layer][:, wanted].swapaxes(0, 1)
+    coder = readers[0].block_decoder.coder(section)
+    for reader, slots in streams:
+        for block in reader.stored_blocks(section):
+            kept = slice(block.kept.start, block.kept.stop)
+            own = slots[block.start : block.start + len(block.kept)]
+            for decoded, tensors in zip(
+                coder.decode(block, range(layers)), (pages[0].k, pages[0].v), strict=True
+            ):
+                for layer, tensor in enumerate(tensors):
+                    pool = _indexable(tensor)
+                    page, place = np.divmod(own, pool.shape[1])
+                    pool[page, place] = decoded[layer][:, kept].swapaxes(0, 1)
 
 
 def _placed(block: Block, slots: NDArray[np.int64]) -> tuple[Block, NDArray[np.int64]]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import itertools
+import threading
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -451,8 +453,36 @@ def test_threads_and_streams_of_their_own() -> None:
         assert max(pool.map(work, range(12))) <= ROUNDING
 
 
-def test_caches_side_by_side() -> None:
+def test_a_plan_that_is_not_on_the_device_yet_is_waited_for() -> None:
+    known = CALIBRATIONS["halves"]
+    calibration = kvtc.Calibration(known.geometry, known.sections, known.sinks, known.model)
+    codec = kvtc.Codec(calibration, ratio=6, window=20, block_tokens=32, backend="cuda")
+    k, v = kvtc.testing.drawn_cache(calibration.geometry, 300, seed=21)
+    expected = kvtc.encode(k, v, replace(codec, calibration=known))
+    busy = cupy.cuda.Stream(non_blocking=True)
+    slow = cupy.ones((8192, 8192), np.float32)
+    cupy.cuda.Device().synchronize()
+    found: list[bytes] = []
+
+    def first() -> None:
+        with busy:
+            found.append(kvtc.encode(k, v, codec))
+
+    with busy:
+        for _ in range(60):  # longer than it takes to make a plan
+            slow = slow @ slow * np.float32(1e-4)
+    thread = threading.Thread(target=first)
+    thread.start()
+    time.sleep(0.05)
+    with cupy.cuda.Stream(non_blocking=True):
+        found.append(kvtc.encode(k, v, codec))
+    thread.join()
+    assert found == [expected, expected]
+
+
+def test_caches_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
     """Their streams are those of each alone, whatever stream the caches become ready in."""
+    monkeypatch.setattr("kvtc_stream.gpu.decoding.BATCH_TOKENS", 600)
     calibration = CALIBRATIONS["halves"]
     codec = kvtc.Codec(calibration, ratio=6, window=20, block_tokens=32, backend="cuda")
     hosts = [kvtc.testing.drawn_cache(calibration.geometry, 300 + s, seed=s) for s in range(6)]
@@ -466,6 +496,10 @@ def test_caches_side_by_side() -> None:
             for x, y in zip(kv, own, strict=True):
                 y[...] = cupy.asarray(x)
         assert kvtc.encode_many([tuple(kv) for kv in caches], codec) == expected
+        found = kvtc.decode_many(expected, calibration, backend="cuda")
+        for pair, data in zip(found, expected, strict=True):
+            for a, b in zip(pair, kvtc.decode(data, calibration, backend="cuda"), strict=True):
+                np.testing.assert_array_equal(cupy.asnumpy(a), cupy.asnumpy(b))
         caches[3][0] = cupy.zeros((1, 2, 3, 4), np.float32)
         with pytest.raises(ValueError, match="k has"):
             kvtc.encode_many([tuple(kv) for kv in caches], codec)
