@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import itertools
-import threading
-import time
 from dataclasses import replace
 from typing import Any
 
@@ -451,33 +449,6 @@ def test_threads_and_streams_of_their_own() -> None:
 
     with ThreadPoolExecutor(4) as pool:
         assert max(pool.map(work, range(12))) <= ROUNDING
-
-
-def test_a_plan_that_is_not_on_the_device_yet_is_waited_for() -> None:
-    known = CALIBRATIONS["halves"]
-    calibration = kvtc.Calibration(known.geometry, known.sections, known.sinks, known.model)
-    codec = kvtc.Codec(calibration, ratio=6, window=20, block_tokens=32, backend="cuda")
-    k, v = kvtc.testing.drawn_cache(calibration.geometry, 300, seed=21)
-    expected = kvtc.encode(k, v, replace(codec, calibration=known))
-    busy = cupy.cuda.Stream(non_blocking=True)
-    slow = cupy.ones((8192, 8192), np.float32)
-    cupy.cuda.Device().synchronize()
-    found: list[bytes] = []
-
-    def first() -> None:
-        with busy:
-            found.append(kvtc.encode(k, v, codec))
-
-    with busy:
-        for _ in range(60):  # longer than it takes to make a plan
-            slow = slow @ slow * np.float32(1e-4)
-    thread = threading.Thread(target=first)
-    thread.start()
-    time.sleep(0.05)
-    with cupy.cuda.Stream(non_blocking=True):
-        found.append(kvtc.encode(k, v, codec))
-    thread.join()
-    assert found == [expected, expected]
 
 
 def test_caches_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
