@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from functools import cache
 from typing import Any, TypeVar
 
@@ -57,4 +57,9 @@ def side_by_side(function: Callable[[T], R], arguments: Sequence[T]) -> list[R]:
             with stream:
                 return function(argument)
 
-    return list(_threads().map(call, arguments))
+    found = [_threads().submit(call, argument) for argument in arguments]
+    wait(found, return_when=FIRST_EXCEPTION)
+    for future in found:
+        future.cancel()  # those that did not begin, after a failure
+    wait(found)  # nobody writes once this has returned
+    return [future.result() for future in found]

@@ -24,8 +24,8 @@ _OVERSAMPLING, _POWER_ITERATIONS = 128, 3
 _SEPARATE_POWER_ITERATIONS = 8
 #: Rows of a covariance matrix that are worked on at a time, where a copy of all would be too much.
 _SLAB = 1024
-#: Columns from which on a batch's products are half of these at a time.
-_WIDE = 16_384
+#: Columns from which on a batch's products are of some rows at a time, and above the diagonal only.
+_WIDE, _TALL = 16_384, 4096
 #: Up to so many columns the product of a batch is float64, which costs little.
 _EXACT = 512
 
@@ -46,7 +46,22 @@ class Moments:
         self._arrays = arrays
         self.count = 0
         self.mean = arrays.xp.zeros(width)
-        self.scatter = arrays.xp.zeros((width, width))
+        self._scatter = arrays.xp.zeros((width, width))
+        self._mirrored = True  # else what is below the diagonal is out of date
+
+    @property
+    def scatter(self) -> Array:
+        """float64 [width, width]."""
+        if not self._mirrored:
+            for first in range(0, len(self._scatter), _TALL):
+                slab, behind = slice(first, first + _TALL), slice(first + _TALL, None)
+                self._scatter[behind, slab] = self._scatter[slab, behind].T
+            self._mirrored = True
+        return self._scatter
+
+    @scatter.setter
+    def scatter(self, value: Array) -> None:
+        self._scatter, self._mirrored = value, True
 
     def add(self, rows: Array) -> None:
         xp = self._arrays.xp
@@ -58,11 +73,12 @@ class Moments:
         xp.subtract(rows, mean.astype(centred.dtype), out=centred[:-1])
         centred[-1] = self._combine(count, mean)
         if width <= _WIDE:
-            self.scatter += centred.T @ centred
+            self._scatter += centred.T @ centred
             return
-        for first in range(0, width, _WIDE // 2):
-            slab = slice(first, first + _WIDE // 2)
-            self.scatter[slab] += centred[:, slab].T @ centred
+        self._mirrored = False
+        for first in range(0, width, _TALL):
+            slab = slice(first, first + _TALL)
+            self._scatter[slab, first:] += centred[:, slab].T @ centred[:, first:]
 
     def covariance(
         self,
@@ -71,7 +87,7 @@ class Moments:
         columns: Sequence[slice] = (slice(None),),
     ) -> Array:
         """Scatter over count, as a matrix of its own; or some of its rows and columns."""
-        size = len(self.scatter)
+        scatter, size = self.scatter, len(self.mean)
         heights, widths = ([len(range(size)[s]) for s in own] for own in (rows, columns))
         out = self._arrays.xp.empty((sum(heights), sum(widths)), dtype)
         top = 0
@@ -80,7 +96,7 @@ class Moments:
                 count, left = min(_SLAB, height - first), 0
                 begin = range(size)[own].start + first
                 for other, width in zip(columns, widths, strict=True):
-                    piece = self.scatter[begin : begin + count, other]
+                    piece = scatter[begin : begin + count, other]
                     out[top : top + count, left : left + width] = piece / self.count
                     left += width
                 top += count
@@ -96,11 +112,12 @@ class Moments:
     def merge(self, other: Moments) -> None:
         if other.count == 0:
             return
-        self.scatter += other.scatter
+        scatter = self.scatter
+        scatter += other.scatter
         delta = self._combine(other.count, other.mean)
         for first in range(0, len(delta), _SLAB):
             slab = slice(first, first + _SLAB)
-            self.scatter[slab] += delta[slab, None] * delta
+            scatter[slab] += delta[slab, None] * delta
 
     def _combine(self, count: int, mean: Array) -> Array:
         """Take in a count and mean; return the vector whose outer product the scatter lacks."""

@@ -474,6 +474,10 @@ def test_caches_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
         caches[3][0] = cupy.zeros((1, 2, 3, 4), np.float32)
         with pytest.raises(ValueError, match="k has"):
             kvtc.encode_many([tuple(kv) for kv in caches], codec)
+        damaged = bytearray(expected[2])
+        damaged[len(damaged) // 2] ^= 1
+        with pytest.raises(kvtc.FormatError):
+            kvtc.decode_many([*expected[:2], damaged, *expected[3:]], calibration, backend="cuda")
 
 
 def test_steps_so_fine_that_symbols_are_huge() -> None:

@@ -143,14 +143,24 @@ def test_the_sample_does_not_depend_on_order(arrays: DeviceArrays) -> None:
 # Moments and bases.
 
 
-def test_moments_against_float64(arrays: DeviceArrays) -> None:
+@pytest.mark.parametrize("wide", [False, True])
+def test_moments_against_float64(
+    arrays: DeviceArrays, monkeypatch: pytest.MonkeyPatch, wide: bool
+) -> None:
     """Binary32 products of rows less their mean, even where the mean is large."""
+    if wide:
+        monkeypatch.setattr(principal, "_WIDE", 500)
+        monkeypatch.setattr(principal, "_TALL", 250)
     rng = np.random.default_rng(0)
     deviation = np.exp2(-np.arange(600) / 60)
     rows = (rng.standard_normal((5000, 600)) * deviation + 30 * deviation[::-1]).astype(np.float32)
-    moments = Moments(600, arrays)
-    for first in range(0, 5000, 900):
+    moments, others = Moments(600, arrays), Moments(600, arrays)
+    for first in range(0, 4500, 900):
         moments.add(arrays.put(rows[first : first + 900]))
+        found = arrays.get(moments.scatter)
+        assert not wide or (found == found.T).all()
+    others.add(arrays.put(rows[4500:]))
+    moments.merge(others)
     exact = rows - rows.mean(axis=0, dtype=np.float64)
     expected = exact.T @ exact
     scale = np.sqrt(np.multiply.outer(np.diagonal(expected), np.diagonal(expected)))
