@@ -12,10 +12,13 @@ from kvtc_stream.formats.coders import Coder, check_coded
 from kvtc_stream.formats.geometry import binary32
 from kvtc_stream.formats.header import StreamHeader
 from kvtc_stream.formats.limits import Limits
-from kvtc_stream.formats.wire import ByteReader, ByteWriter, located
+from kvtc_stream.formats.wire import ByteReader, ByteWriter, known, located
 
 _POSITION_END = 1 << 63
 _CONTIGUOUS, _EXPLICIT = 0, 1
+#: What every block begins with, in the order of :meth:`Block.pack`. In one go, because readers
+#: meet many blocks.
+_FIELDS, _RESERVED = "IIQqBBBBB3sQQQ4fII", bytes(3)
 
 
 class Role(enum.IntEnum):
@@ -162,12 +165,24 @@ class Block:
         """The payload of a block record, in pieces."""
         explicit = not isinstance(self.positions, range)
         writer = ByteWriter()
-        writer.pack("IIQq", self.tokens, len(self.verbatim_tokens), self.start, self.positions[0])
-        writer.pack("BB", self.role, _EXPLICIT if explicit else _CONTIGUOUS)
-        writer.pack("BBBxxx", self.errors.measure, self.coder, self.verbatim_coder)
-        writer.pack("QQQ", self.coded_size, len(self.coded), len(self.verbatim))
-        writer.pack("4f", *self.errors.values)
-        writer.pack("II", *self.cut)
+        writer.pack(
+            _FIELDS,
+            self.tokens,
+            len(self.verbatim_tokens),
+            self.start,
+            self.positions[0],
+            self.role,
+            _EXPLICIT if explicit else _CONTIGUOUS,
+            self.errors.measure,
+            self.coder,
+            self.verbatim_coder,
+            _RESERVED,
+            self.coded_size,
+            len(self.coded),
+            len(self.verbatim),
+            *self.errors.values,
+            *self.cut,
+        )
         if explicit:
             writer.array("q", self.positions[1:])
         if 0 < len(self.verbatim_tokens) < self.tokens:
@@ -185,28 +200,45 @@ class Block:
 
         The block's bytes are views of the reader's.
         """
-        tokens, count, start, first = reader.unpack("IIQq", "tokens and positions")
-        limits.check("max_block_tokens", tokens, reader.place("tokens"))
+        (
+            tokens,
+            count,
+            start,
+            first,
+            role,
+            explicit,
+            measure,
+            coder,
+            verbatim_coder,
+            reserved,
+            coded_size,
+            coded_length,
+            verbatim_length,
+            *errors,
+            cut_front,
+            cut_end,
+        ) = reader.unpack(_FIELDS, "fields of a block")
+        where = reader.where
+        limits.check("max_block_tokens", tokens, f"{where}, tokens")
+        limits.check("max_block_bytes", coded_size, f"{where}, size of symbols")
         if not tokens or count > tokens:
             raise FormatError(
-                f"{reader.where}: {count} of {tokens} tokens are verbatim: the writer is at fault"
+                f"{where}: {count} of {tokens} tokens are verbatim: the writer is at fault"
             )
-        role = reader.enum(Role, "role")
-        explicit = reader.integer("B", "kind of positions")
-        measure = reader.enum(Measure, "measure")
-        coder = reader.enum(Coder, "coder")
-        verbatim_coder = reader.enum(Coder, "verbatim coder")
-        reader.zero(3, "reserved")
-        coded_size, coded_length, verbatim_length = reader.unpack("QQQ", "sizes")
-        limits.check("max_block_bytes", coded_size, reader.place("size of symbols"))
-        errors = reader.unpack("4f", "errors")
-        cut = reader.unpack("II", "tokens cut")
+        if reserved != _RESERVED:
+            raise FormatError(
+                f"{where}, reserved must be zero, found {reserved.hex()}: the writer is at fault"
+            )
+        role = known(Role, role, f"{where}, role")
+        measure = known(Measure, measure, f"{where}, measure")
+        coder = known(Coder, coder, f"{where}, coder")
+        verbatim_coder = known(Coder, verbatim_coder, f"{where}, verbatim coder")
         positions = _read_positions(reader, explicit, first, tokens)
         verbatim_tokens = _read_bitmap(reader, count, tokens)
         coded = reader.view(coded_length, "symbols")
         verbatim = reader.view(verbatim_length, "verbatim values")
         reader.expect_end()
-        with located(reader.where):
+        with located(where):
             block = cls(
                 section=section,
                 role=role,
@@ -220,15 +252,13 @@ class Block:
                 verbatim_coder=verbatim_coder,
                 verbatim=verbatim,
                 errors=BlockErrors(measure, *errors),
-                cut=cut,
+                cut=(cut_front, cut_end),
             )
             block.check(header)
         if explicit and isinstance(block.positions, range):
-            raise FormatError(
-                f"{reader.where}: contiguous positions are listed: the writer is at fault"
-            )
+            raise FormatError(f"{where}: contiguous positions are listed: the writer is at fault")
         size = header.verbatim_size(section, count)
-        limits.check("max_block_bytes", size, f"{reader.where}, size of verbatim values")
+        limits.check("max_block_bytes", size, f"{where}, size of verbatim values")
         return block
 
 

@@ -30,7 +30,7 @@ class DType(enum.IntEnum):
     @property
     def itemsize(self) -> int:
         """Bytes per element."""
-        return {1: 4, 2: 2, 3: 2, 4: 1, 5: 1}[self.value]
+        return (0, 4, 2, 2, 1, 1)[self]
 
     @property
     def label(self) -> str:

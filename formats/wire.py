@@ -116,15 +116,8 @@ class ByteReader:
 
     def enum(self, kind: type[E], field: str) -> E:
         """One u8 of a registry; an unknown number is a ``VersionError``."""
-        number = self.integer("B", field)
-        try:
-            return kind(number)
-        except ValueError:
-            known = ", ".join(f"{m.value} ({m.name})" for m in kind)
-            raise VersionError(
-                f"{self.place(field, 1)} is {number}, this reader knows {known}; read with a newer "
-                f"kvtc-stream"
-            ) from None
+        place = self.place(field)
+        return known(kind, self.integer("B", field), place)
 
     def zero(self, size: int, field: str) -> None:
         """Reserved bytes, which must be zero."""
@@ -160,6 +153,17 @@ class ByteReader:
                 f"{self.place(field)} needs {size} bytes, found {left}: the writer is at fault"
             )
         self._position += size
+
+
+def known(kind: type[E], number: int, place: str) -> E:
+    """A number of a registry, read at ``place``; an unknown one is a ``VersionError``."""
+    try:
+        return kind(number)
+    except ValueError:
+        names = ", ".join(f"{m.value} ({m.name})" for m in kind)
+        raise VersionError(
+            f"{place} is {number}, this reader knows {names}; read with a newer kvtc-stream"
+        ) from None
 
 
 @cache
