@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
+from typing import Any
 
 from kvtc_stream.errors import FormatError
 from kvtc_stream.formats.block import Block, BlockErrors, Measure, Role
@@ -12,11 +13,10 @@ from kvtc_stream.formats.checksum import checksum, verify
 from kvtc_stream.formats.header import StreamHeader
 from kvtc_stream.formats.limits import Limits
 from kvtc_stream.formats.record import RECORD_OVERHEAD, RecordType
-from kvtc_stream.formats.wire import ByteReader, located
+from kvtc_stream.formats.wire import ByteReader
 
 _COUNT = struct.Struct("<I")
-_ENTRY = "QQBBBxHxxIIQqqQQ4f"
-_ENTRY_STRUCT = struct.Struct("<" + _ENTRY)
+_ENTRY = struct.Struct("<QQBBBxHxxIIQqqQQ4f")
 
 _NO_ERRORS = BlockErrors()
 
@@ -106,7 +106,7 @@ class IndexEntry:
 
     def pack(self) -> bytes:
         """The entry's bytes; its sequence number is its place in the index."""
-        return _ENTRY_STRUCT.pack(
+        return _ENTRY.pack(
             self.offset,
             self.length,
             self.type,
@@ -124,9 +124,8 @@ class IndexEntry:
         )
 
     @classmethod
-    def unpack(cls, reader: ByteReader, sequence: int) -> IndexEntry:
-        """Undo :meth:`pack`."""
-        where = f"{reader.where}, entry {sequence} at byte {reader.position}"
+    def unpack(cls, found: tuple[Any, ...], sequence: int) -> IndexEntry:
+        """Undo :meth:`pack`, of what the struct holds; raises ``ValueError``."""
         (
             offset,
             length,
@@ -142,24 +141,23 @@ class IndexEntry:
             coded_bytes,
             verbatim_bytes,
             *errors,
-        ) = reader.unpack(_ENTRY, f"entry {sequence}")
-        with located(where):
-            return cls(
-                sequence,
-                offset,
-                length,
-                kind,
-                section=section,
-                role=Role(role),
-                start=start,
-                tokens=tokens,
-                first_position=first,
-                last_position=last,
-                verbatim_tokens=verbatim_tokens,
-                coded_bytes=coded_bytes,
-                verbatim_bytes=verbatim_bytes,
-                errors=BlockErrors(Measure(measure), *errors),
-            )
+        ) = found
+        return cls(
+            sequence,
+            offset,
+            length,
+            kind,
+            section=section,
+            role=Role(role),
+            start=start,
+            tokens=tokens,
+            first_position=first,
+            last_position=last,
+            verbatim_tokens=verbatim_tokens,
+            coded_bytes=coded_bytes,
+            verbatim_bytes=verbatim_bytes,
+            errors=BlockErrors(Measure(measure), *errors),
+        )
 
 
 class Order:
@@ -276,13 +274,20 @@ def unpack_index(
     reader = ByteReader(payload, where, offset)
     count = reader.integer("I", "entry count")
     limits.check("max_records", count, reader.place("entry count"))
-    expected = _COUNT.size + count * _ENTRY_STRUCT.size
+    expected = _COUNT.size + count * _ENTRY.size
     if len(payload) != expected:
         raise FormatError(
             f"{where}: {count} entries need {expected} bytes, found {len(payload)}: "
             "the writer is at fault"
         )
-    entries = [IndexEntry.unpack(reader, i) for i in range(count)]
+    entries: list[IndexEntry] = []
+    try:
+        for i, found in enumerate(_ENTRY.iter_unpack(memoryview(payload)[_COUNT.size :])):
+            entries.append(IndexEntry.unpack(found, i))
+    except ValueError as error:
+        i = len(entries)
+        place = f"{where}, entry {i} at byte {reader.position + i * _ENTRY.size}"
+        raise FormatError(f"{place}: {error}") from error
     for e in entries:
         limits.check("max_record_bytes", e.length - RECORD_OVERHEAD, f"{where}, record length")
         limits.check("max_block_tokens", e.tokens, f"{where}, tokens")

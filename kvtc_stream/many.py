@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,8 @@ from kvtc_stream.interop import check_memory, dtype_of, numpy_dtype, on_cuda, to
 from kvtc_stream.memory import joined
 
 Stream = bytes | bytearray | memoryview
+T = TypeVar("T")
+R = TypeVar("R")
 
 #: Of paged caches, copied before they are encoded.
 _TOKENS_AT_A_TIME = 8192
@@ -72,14 +74,14 @@ class PagedCache:
         return found[0], found[1]
 
 
-def _indexable(x: Any) -> Any:
+def _indexable(x: Any, name: str = "pages") -> Any:
     """An array that can be indexed by an array: CuPy's on a CUDA device, else NumPy's."""
     if on_cuda(x):
         from kvtc_stream.gpu.tensors import to_device
 
-        bits, dtype = to_device(x, "pages")
+        bits, dtype = to_device(x, name)
         return bits.view(numpy_dtype(dtype))
-    return to_numpy(x, "pages")
+    return to_numpy(x, name)
 
 
 def _like(array: Any, index: NDArray[np.int64]) -> Any:
@@ -114,21 +116,35 @@ def encode_many(
             return _encode_pages(cache, codec, **stream)
         return encode(*cache, codec, **stream)
 
-    if len(caches) < 2 or get_backend(codec.backend, *_tensors(caches[0])).name == "cpu":
-        return [one(cache) for cache in caches]
+    if not caches:
+        return []
+    backend = get_backend(codec.backend, *_tensors(caches[0])).name
+    return _side_by_side(one, [_held(cache) for cache in caches], backend)
+
+
+def _side_by_side(
+    function: Callable[[T], R], arguments: Sequence[T], backend: BackendName
+) -> list[R]:
+    """``function`` of each argument; on a CUDA device on threads and streams of their own."""
+    if backend == "cpu":
+        return list(map(function, arguments))
     from kvtc_stream.gpu.streams import side_by_side
 
-    # On this thread, whose frameworks know what streams their tensors are ready in.
-    return side_by_side(one, [_held(cache) for cache in caches])
+    return side_by_side(function, arguments)
 
 
+@overload
+def _held(cache: tuple[Any, Any]) -> tuple[Any, Any]: ...
+@overload
+def _held(cache: tuple[Any, Any] | PagedCache) -> tuple[Any, Any] | PagedCache: ...
 def _held(cache: tuple[Any, Any] | PagedCache) -> tuple[Any, Any] | PagedCache:
-    """The same tensors as CuPy's, those on a CUDA device, ready in the current stream."""
+    """The same tensors as CuPy's, those on a CUDA device, ready in the current stream: only on the
+    caller's thread do frameworks know what streams their tensors are used in."""
 
     def held(x: Any) -> Any:
         if isinstance(x, list | tuple):
             return [held(layer) for layer in x]
-        return _indexable(x) if on_cuda(x) else x
+        return _indexable(x, "a cache's tensor") if on_cuda(x) else x
 
     k, v = map(held, _tensors(cache))
     return replace(cache, k=k, v=v) if isinstance(cache, PagedCache) else (k, v)
@@ -181,6 +197,7 @@ def decode_many(
     name = get_backend(backend, *(_tensors(out[0]) if out else ())).name
     readers = [open(data, calibration=calibration, backend=name, limits=limits) for data in streams]
     kinds: dict[Any, list[int]] = {}
+    apart: list[tuple[Reader, tuple[Any, Any]]] = []
     for i, reader in enumerate(readers):
         h = reader.header
         key = (h.plan, h.geometry, h.dtype, h.out_dtype, h.scales, h.block_tokens)
@@ -188,7 +205,12 @@ def decode_many(
         if cache is None or isinstance(cache, PagedCache):
             kinds.setdefault((*key, cache and id(cache.k)), []).append(i)
         else:
-            reader.read(section=section, out=cache)
+            apart.append((reader, cache))
+
+    def read(one: tuple[Reader, tuple[Any, Any]]) -> None:
+        one[0].read(section=section, out=one[1])
+
+    _side_by_side(read, [(reader, _held(cache)) for reader, cache in apart], name)
     results: list[tuple[Any, Any]] = [(None, None)] * len(streams)
     for members in kinds.values():
         group = [readers[i] for i in members]
@@ -241,12 +263,11 @@ def _decode_into(
         one(streams)
         return
     from kvtc_stream.gpu.decoding import BATCH_TOKENS
-    from kvtc_stream.gpu.streams import side_by_side
 
     tokens = np.cumsum([len(slots) for _, slots in streams])
     edges = np.searchsorted(tokens, np.arange(0, tokens[-1], BATCH_TOKENS), side="right")
     groups = [streams[i:j] for i, j in pairwise([*np.unique(edges).tolist(), len(streams)])]
-    side_by_side(one, groups)
+    _side_by_side(one, groups, backend)
 
 
 def _into_pages(
