@@ -78,7 +78,8 @@ class Moments:
         self._mirrored = False
         for first in range(0, width, _TALL):
             slab = slice(first, first + _TALL)
-            self._scatter[slab, first:] += centred[:, slab].T @ centred[:, first:]
+            own = self._scatter[slab, first:]
+            own += centred[:, slab].T @ centred[:, first:]
 
     def covariance(
         self,

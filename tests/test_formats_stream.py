@@ -162,6 +162,25 @@ def test_a_file_that_shrinks_while_it_is_read():
         file.read_block(file.index[1])
 
 
+@pytest.mark.parametrize("ahead", [1, 1 << 20])
+@pytest.mark.parametrize("shrunk", [False, True])
+def test_a_fault_comes_after_the_blocks_before_it(monkeypatch, ahead, shrunk):
+    """Though the next blocks are read, and their checksums begun with, while one is looked at."""
+    monkeypatch.setattr("kvtc_stream.formats.reader._READ_AHEAD", ahead)
+    buffer = io.BytesIO(STREAM)
+    file = StreamFile(buffer)
+    last = file.index[-1]
+    if shrunk:
+        buffer.truncate(last.offset + 5)
+    else:
+        buffer.getbuffer()[last.offset + last.length - 1] ^= 1
+    found = file.read_blocks(file.index)
+    if ahead == 1 or not shrunk:  # what is read in one go lacks all of it
+        assert [next(found) for _ in BLOCKS[:-1]] == BLOCKS[:-1]
+    with pytest.raises(FormatError):
+        next(found)
+
+
 def test_an_interrupted_parser_does_not_go_on(monkeypatch):
     def interrupt(*_args, **_options):
         raise KeyboardInterrupt
