@@ -225,14 +225,14 @@ class Block:
             raise FormatError(
                 f"{where}: {count} of {tokens} tokens are verbatim: the writer is at fault"
             )
-        if reserved != _RESERVED:
-            raise FormatError(
-                f"{where}, reserved must be zero, found {reserved.hex()}: the writer is at fault"
-            )
         role = known(Role, role, f"{where}, role")
         measure = known(Measure, measure, f"{where}, measure")
         coder = known(Coder, coder, f"{where}, coder")
         verbatim_coder = known(Coder, verbatim_coder, f"{where}, verbatim coder")
+        if reserved != _RESERVED:
+            raise FormatError(
+                f"{where}, reserved must be zero, found {reserved.hex()}: the writer is at fault"
+            )
         positions = _read_positions(reader, explicit, first, tokens)
         verbatim_tokens = _read_bitmap(reader, count, tokens)
         coded = reader.view(coded_length, "symbols")

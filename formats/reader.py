@@ -337,7 +337,7 @@ class StreamFile:
             for entry in entries:
                 at = entry.offset - start
                 records.append(self._open(entry, data[at : at + entry.length]))
-        except (KVTCError, OSError) as error:
+        except Exception as error:  # whatever a file raises, too
             fault = error
         sums = begin(RecordHeader.checksum, records, size)
 

@@ -7,7 +7,7 @@ values may still be on their way, as the stream's order tells.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, MutableSequence, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any, TypeAlias
@@ -44,8 +44,8 @@ from kvtc_stream.threads import threads
 
 #: Plans that are kept on the device for a calibration, those used last.
 _PLANS = 8
-#: Blocks whose verbatim tokens are uploaded at a time.
-_TOGETHER = 16
+#: About the most bytes of verbatim tokens that wait to be uploaded.
+_VERBATIM_BYTES = 64 << 20
 
 #: Slots and byte planes of a block's verbatim tokens, from a thread.
 _Exact: TypeAlias = "Future[tuple[NDArray[np.int64], bytes]]"
@@ -342,36 +342,42 @@ class CudaSectionCoder:
             x if isinstance(x, Tensors) else Tensors.of_layers(list(x), dtype) for x in (k, v)
         ]
         k_out, v_out = (self._spread(x, layers) for x in outputs)
-        exact: deque[_Exact] = deque()
         columns = self._columns(layers, k_out, v_out)
+        exact: deque[_Exact] = deque()
+        waiting = 0
 
-        def place(left: int) -> None:
-            """Verbatim tokens, until so many are left."""
-            some = [exact.popleft().result() for _ in range(len(exact) - left)]
+        def place(count: int) -> None:
+            """So many blocks' verbatim tokens, the oldest."""
+            some = [exact.popleft().result() for _ in range(count)]
             for slots, values in self._uploaded(some):
                 self._place_exact(slots, values, layers, columns)
 
-        def coded() -> Iterator[Placed]:
-            for placed in self._parted(blocks, exact):
-                yield placed
-                if len(exact) > 2 * _TOGETHER:
-                    place(_TOGETHER)
+        def begun(verbatim: _Exact, size: int) -> None:
+            nonlocal waiting
+            exact.append(verbatim)
+            waiting += size
+            if waiting > _VERBATIM_BYTES:
+                place(-(-len(exact) // 2))
+                waiting //= 2
 
-        started = self._decoder.start(coded(), layers, k_out, v_out)
-        place(0)  # beside what the device does
+        started = self._decoder.start(self._parted(blocks, begun), layers, k_out, v_out)
+        place(len(exact))  # beside what the device does
         for p in faulty(started):
             self._place(p.slots, *self._cpu.decode(p.block, layers), columns)
 
     def _parted(
-        self, blocks: Iterable[tuple[Block, NDArray[np.int64]]], exact: MutableSequence[_Exact]
+        self,
+        blocks: Iterable[tuple[Block, NDArray[np.int64]]],
+        begun: Callable[[_Exact, int], None],
     ) -> Iterator[Placed]:
-        """Blocks with coded tokens, and where these go; threads begin with verbatim tokens, which
-        are added to ``exact``."""
+        """Blocks with coded tokens, and where these go; threads begin with verbatim tokens, of
+        which ``begun`` is told, and how many bytes they are."""
         for block, slots in blocks:
             own = slots.astype(np.int64)
             if block.verbatim_tokens:
                 chosen = np.array(block.verbatim_tokens)
-                exact.append(threads().submit(self._exact, block, own[chosen]))
+                size = self._header.verbatim_size(self._index, len(chosen))
+                begun(threads().submit(self._exact, block, own[chosen]), size)
                 own[chosen] = -1
             if block.coded_tokens:
                 yield Placed(block, own)
@@ -465,14 +471,14 @@ class CudaSectionCoder:
         """See :meth:`kvtc_stream.backend.SectionCoder.layers_of`."""
         s, dtype = self._section, self._header.out_dtype
         verbatim: list[_Exact] = []
-        coded = list(self._parted(blocks, verbatim))
+        coded = list(self._parted(blocks, lambda own, _: verbatim.append(own)))
         slow: list[Placed] = []
         found = [(some, self._decoder.symbols(some)) for some in self._decoder.batches(coded)]
         for some, batch in found:
             faults = np.flatnonzero(cupy.asnumpy(batch.faults)).tolist()
             slow += [some[i] for i in faults]
         on_host = [(p, self._cpu.decode_layers(p.block)) for p in slow]
-        exact = self._uploaded([x.result() for x in verbatim])
+        exact = [own for x in verbatim for own in self._uploaded([x.result()])]
 
         def layer(index: int) -> tuple[Any, Any]:
             shape = (1, s.kv_heads, tokens)

@@ -194,7 +194,7 @@ class BatchEncoder(Analyser):
         plan = self._plan
         blocks, parts = len(batch.starts) - 1, len(plan.parts)
         steps = self._steps(np.tile(offsets, (blocks, 1)))
-        chunks = uniform.chunks(max(plan.coded, default=0))
+        chunks = uniform.chunks(plan.coded)
         bits = cupy.empty((blocks, parts * chunks, uniform.SIZES), np.float32)
         uniform.sizes(
             (blocks, parts, chunks),

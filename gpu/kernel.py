@@ -77,7 +77,9 @@ class Kernel:
             with self._lock:
                 loaded = self._loaded.setdefault(device, _Loaded(self))
         if shared > loaded.granted:
-            loaded.grant(shared)
+            with self._lock:
+                if shared > loaded.granted:
+                    loaded.grant(shared)
         values = [v if isinstance(v, int | float) else v.data.ptr for v in arguments]
         try:
             buffer, pointers = self._own.room

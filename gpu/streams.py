@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from functools import cache
 from typing import Any, TypeVar
 
@@ -41,9 +41,7 @@ def _stream(device: int) -> Any:
 
 def side_by_side(function: Callable[[T], R], arguments: Sequence[T]) -> list[R]:
     """``function`` of each argument, all on the current device, after what is in the current
-    stream; waits for them. One alone is in the current stream itself.
-
-    A call must not return before the device is done with it.
+    stream; waits for them, and for the device. One alone is in the current stream itself.
     """
     if len(arguments) < 2:
         return list(map(function, arguments))
@@ -54,12 +52,18 @@ def side_by_side(function: Callable[[T], R], arguments: Sequence[T]) -> list[R]:
         with cupy.cuda.Device(device):
             stream = _stream(device)
             stream.wait_event(ready)
-            with stream:
-                return function(argument)
+            try:
+                with stream:
+                    return function(argument)
+            finally:
+                stream.synchronize()
 
-    found = [_threads().submit(call, argument) for argument in arguments]
-    wait(found, return_when=FIRST_EXCEPTION)
-    for future in found:
-        future.cancel()  # those that did not begin, after a failure
-    wait(found)  # nobody writes once this has returned
+    found: list[Future[R]] = []
+    try:
+        found += [_threads().submit(call, argument) for argument in arguments]
+        wait(found, return_when=FIRST_EXCEPTION)
+    finally:  # nobody writes once this has returned, or raised
+        for future in found:
+            future.cancel()  # those that did not begin, after a failure
+        wait(found)
     return [future.result() for future in found]

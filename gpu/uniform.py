@@ -8,6 +8,7 @@ are divided by 2^(b/4) of their base steps b, so that a step is that of a token'
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from numba import cuda
@@ -239,10 +240,10 @@ def sizes(  # type: ignore[no-untyped-def]
         out[to * _I32(SIZES) + thread] = total * (_F32(count) / _F32(taken))
 
 
-def chunks(components: int) -> int:
-    """Blocks of threads that measure the sizes of a part with so many components, 1 at least."""
-    taken = -(-components // SAMPLED) if components >= MANY else components
-    return max(-(-taken // SIZED), 1)
+def chunks(coded: Sequence[int]) -> int:
+    """Blocks of threads that sizes of each part are measured by, of so many components each."""
+    taken = (-(-count // SAMPLED) if count >= MANY else count for count in coded)
+    return max([1, *(-(-count // SIZED) for count in taken)])
 
 
 @kernel(i32, f64p, f64, i32, i32, f32p, f32p, i32p, i32p, f32p)

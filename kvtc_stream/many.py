@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -250,6 +251,8 @@ def _decode_into(
 ) -> None:
     """Streams of one kind, and the slots of their tokens, into arrays of the backend."""
     layers = range(len(streams[0][0].header.geometry.sections[section].layers))
+    # Coders keep buffers: as few as work at a time.
+    idle: deque[Any] = deque()
 
     def one(group: Sequence[tuple[Reader, NDArray[np.int64]]]) -> None:
         blocks = (
@@ -257,7 +260,12 @@ def _decode_into(
             for reader, slots in group
             for block in reader.stored_blocks(section)
         )
-        group[0][0].block_decoder.coder(section).decode_into(blocks, layers, k, v)
+        try:
+            coder = idle.pop()
+        except IndexError:
+            coder = group[0][0].block_decoder.coder(section)
+        coder.decode_into(blocks, layers, k, v)
+        idle.append(coder)
 
     if backend == "cpu":
         one(streams)

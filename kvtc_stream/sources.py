@@ -94,15 +94,21 @@ class _Ranged(io.RawIOBase):
 
 
 def _is_constant(view: memoryview) -> bool:
-    """Whether nobody changes the memory meanwhile; of a map others may change the file."""
-    return view.readonly and not isinstance(view.obj, mmap.mmap)
+    """Whether nobody changes the memory meanwhile: read-only, and no map, whose file others may
+    change."""
+    owner: Any = view
+    while owner is not None:
+        if isinstance(owner, mmap.mmap):
+            return False
+        owner = owner.obj if isinstance(owner, memoryview) else getattr(owner, "base", None)
+    return view.readonly
 
 
 class _Buffer(_Ranged):
     """Memory, without a copy of all of it.
 
-    What is read from memory that others may change is a copy, so that checksums are of what is
-    decoded. Large ranges of ``constant`` memory are not.
+    What is read from memory that may change is a copy, so that checksums are of what is decoded.
+    Large ranges of ``constant`` memory are not.
     """
 
     def __init__(self, view: memoryview, *, constant: bool = False) -> None:

@@ -122,12 +122,15 @@ def test_only_memory_that_may_change_is_copied(
             (writable, False),
             (memoryview(writable), False),
             (mapped, False),
+            (memoryview(mapped), False),
+            (memoryview(np.frombuffer(mapped, np.uint8)), False),
+            (memoryview(np.memmap(path, np.uint8, "r")), False),
         ):
             with kvtc.open(source, calibration=codec.calibration) as reader:
                 block = reader.stored_blocks(0)[1]
                 own, whole = (np.frombuffer(x, np.uint8) for x in (block.coded, source))
                 assert np.shares_memory(own, whole) is shared
-                del own, whole, block
+                del own, whole, block, source
 
 
 def test_memory_and_mapped_files(
