@@ -120,15 +120,13 @@ def encode_many(
     if not caches:
         return []
     backend = get_backend(codec.backend, *_tensors(caches[0])).name
-    return _side_by_side(one, [_held(cache) for cache in caches], backend)
-
-
-def _side_by_side(
-    function: Callable[[T], R], arguments: Sequence[T], backend: BackendName
-) -> list[R]:
-    """``function`` of each argument; on a CUDA device on threads and streams of their own."""
     if backend == "cpu":
-        return list(map(function, arguments))
+        return [one(cache) for cache in caches]
+    return _side_by_side(one, [_held(cache) for cache in caches])
+
+
+def _side_by_side(function: Callable[[T], R], arguments: Sequence[T]) -> list[R]:
+    """``function`` of each argument, on threads and CUDA streams of their own."""
     from kvtc_stream.gpu.streams import side_by_side
 
     return side_by_side(function, arguments)
@@ -211,7 +209,11 @@ def decode_many(
     def read(one: tuple[Reader, tuple[Any, Any]]) -> None:
         one[0].read(section=section, out=one[1])
 
-    _side_by_side(read, [(reader, _held(cache)) for reader, cache in apart], name)
+    if name == "cpu":
+        for one in apart:
+            read(one)
+    else:
+        _side_by_side(read, [(reader, _held(cache)) for reader, cache in apart])
     results: list[tuple[Any, Any]] = [(None, None)] * len(streams)
     for members in kinds.values():
         group = [readers[i] for i in members]
@@ -275,7 +277,7 @@ def _decode_into(
     tokens = np.cumsum([len(slots) for _, slots in streams])
     edges = np.searchsorted(tokens, np.arange(0, tokens[-1], BATCH_TOKENS), side="right")
     groups = [streams[i:j] for i, j in pairwise([*np.unique(edges).tolist(), len(streams)])]
-    _side_by_side(one, groups, backend)
+    _side_by_side(one, groups)
 
 
 def _into_pages(
