@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from contextlib import nullcontext
 from importlib.machinery import ModuleSpec
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -26,6 +27,25 @@ class ndarray(np.ndarray):  # noqa: N801
 class _Event:
     def __init__(self, *, disable_timing: bool) -> None:
         self.record = self.synchronize = lambda: None
+
+
+class _Stream:
+    """Everything is done when a call returns; counts how often somebody waits."""
+
+    waits = 0
+
+    def __init__(self, *, non_blocking: bool) -> None:
+        self.ptr = 0
+
+    def __enter__(self) -> _Stream:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def wait_event(self, event: Any) -> None: ...
+
+    def synchronize(self) -> None:
+        type(self).waits += 1
 
 
 def _made(make: Any) -> Any:
@@ -94,6 +114,8 @@ def install() -> None:
         device=device,
         alloc_pinned_memory=bytearray,
         Event=_Event,
+        Stream=_Stream,
+        Device=lambda _: nullcontext(),
         get_current_stream=lambda: SimpleNamespace(ptr=0, synchronize=lambda: None),
     )
     _module(
