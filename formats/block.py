@@ -50,7 +50,7 @@ class BlockErrors:
     def __post_init__(self) -> None:
         for name in ("k_mean", "k_worst", "v_mean", "v_worst"):
             if not getattr(self, name):
-                continue  # as quickly as most blocks of an index
+                continue  # needs no rounding; a whole index of these is quick
             value = binary32(getattr(self, name))
             if not 0 <= value < float("inf"):
                 raise ValueError(f"{name} must be finite and not negative, found {value}")

@@ -98,7 +98,7 @@ def compress(coder: Coder, *segments: bytes | memoryview) -> tuple[Coder, bytes]
 def _zstd(
     parameters: zstandard.ZstdCompressionParameters, segments: Sequence[bytes | memoryview]
 ) -> bytes:
-    data = b"".join(segments)  # in one go it is a fifth quicker
+    data = b"".join(segments)  # quicker in one go than piece by piece
     return zstandard.ZstdCompressor(compression_params=parameters).compress(data)
 
 

@@ -303,7 +303,7 @@ class StreamFile:
 
         Raises as :meth:`read_block`.
         """
-        # Checksums of the next run are computed while the blocks of one are looked at.
+        # The next run is read while threads compute the checksums of one.
         ahead: Iterator[Block] = iter(())
         for run in self._runs(entries):
             blocks, ahead = ahead, self._begun(run)

@@ -6,7 +6,6 @@ values may still be on their way, as the stream's order tells.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
@@ -343,25 +342,24 @@ class CudaSectionCoder:
         ]
         k_out, v_out = (self._spread(x, layers) for x in outputs)
         columns = self._columns(layers, k_out, v_out)
-        exact: deque[_Exact] = deque()
+        exact: list[_Exact] = []
         waiting = 0
 
-        def place(count: int) -> None:
-            """So many blocks' verbatim tokens, the oldest."""
-            some = [exact.popleft().result() for _ in range(count)]
-            for slots, values in self._uploaded(some):
+        def place() -> None:
+            for slots, values in self._uploaded([x.result() for x in exact]):
                 self._place_exact(slots, values, layers, columns)
+            exact.clear()
 
         def begun(verbatim: _Exact, size: int) -> None:
             nonlocal waiting
             exact.append(verbatim)
             waiting += size
             if waiting > _VERBATIM_BYTES:
-                place(-(-len(exact) // 2))
-                waiting //= 2
+                place()
+                waiting = 0
 
         started = self._decoder.start(self._parted(blocks, begun), layers, k_out, v_out)
-        place(len(exact))  # beside what the device does
+        place()  # beside what the device does
         for p in faulty(started):
             self._place(p.slots, *self._cpu.decode(p.block, layers), columns)
 

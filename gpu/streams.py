@@ -21,6 +21,8 @@ AT_A_TIME = 2
 
 @cache
 def _threads() -> ThreadPoolExecutor:
+    """Kept, for each has a stream, and handles of libraries, of its own; and not those of bytes,
+    which the calls wait for."""
     return ThreadPoolExecutor(AT_A_TIME, thread_name_prefix="kvtc-cuda")
 
 

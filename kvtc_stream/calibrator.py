@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +31,7 @@ from kvtc_stream.principal import (
     two_levels,
 )
 from kvtc_stream.weights import (
+    Pair,
     SectionWeights,
     importance_matrices,
     scaling_matrices,
@@ -50,7 +51,6 @@ _BAND_ROWS = 2048
 #: Most rows with gradients that are kept, and about the most memory for them.
 _GRADIENT_ROWS, _GRADIENT_BYTES = 16_384, 1 << 30
 _BINARY16_MAX = 65504.0
-_Pair: TypeAlias = tuple[NDArray[Any], NDArray[Any]]
 
 
 class Calibrator:
@@ -374,7 +374,7 @@ class Calibrator:
         """
         steps = sum(len(m.parts) for m in self._sections)
         given = self._weights or [m.importance.matrices() for m in self._sections]
-        scaling: Sequence[_Pair | None] = scaling_matrices(given) or [None] * len(given)
+        scaling: Sequence[Pair | None] = scaling_matrices(given) or [None] * len(given)
         done = 0
 
         def advance() -> None:
@@ -506,7 +506,7 @@ class _SectionMoments:
         )
 
     def solve(
-        self, rank: int | None, scaling: _Pair | None, advance: Callable[[], None]
+        self, rank: int | None, scaling: Pair | None, advance: Callable[[], None]
     ) -> SectionCalibration:
         self._flush()
         tokens = next(iter(self.moments.values())).count
@@ -582,7 +582,7 @@ def _separate_part(
 def _weighted_part(
     columns: _Columns,
     moments: Moments,
-    weights: _Pair | None,
+    weights: Pair | None,
     components: Components,
     variance: NDArray[np.floating[Any]],
     arrays: HostArrays,
@@ -641,7 +641,7 @@ class _Importance:
         self._v += other._v
         self._sample.merge(other._sample)
 
-    def matrices(self) -> _Pair:
+    def matrices(self) -> Pair:
         """Of K and V, in host memory; per token, so that sections compare however many gradients
         each was given."""
         tokens = max(self._tokens, 1)
@@ -660,7 +660,7 @@ class _Importance:
         return rows, xp.ldexp(gradients, sample[:, -1:].astype(np.int32))
 
 
-def _same_weights(a: Sequence[_Pair] | None, b: Sequence[_Pair] | None) -> bool:
+def _same_weights(a: Sequence[Pair] | None, b: Sequence[Pair] | None) -> bool:
     if a is None or b is None:
         return a is b
     return all(np.array_equal(x, y) for x, y in zip(sum(a, ()), sum(b, ()), strict=True))

@@ -399,11 +399,11 @@ class Reader:
         while True:
             with self._lock:
                 self._check_open()
-                some = list(islice(blocks, 1))
-                if not some:
+                block = next(blocks, None)
+                if block is None:
                     return out or (self._blocks.output(k), self._blocks.output(v))
-                following = islice(blocks, _BLOCKS_AT_A_TIME - 1)
-                slotted = ((b, _slots(b, first, last)) for b in chain(some, following))
+                some = chain([block], islice(blocks, _BLOCKS_AT_A_TIME - 1))
+                slotted = ((b, _slots(b, first, last)) for b in some)
                 self._blocks.coder(section).decode_into(slotted, chosen, k, v)
 
     def blocks(

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, TypeVar, overload
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -132,11 +132,7 @@ def _side_by_side(function: Callable[[T], R], arguments: Sequence[T]) -> list[R]
     return side_by_side(function, arguments)
 
 
-@overload
-def _held(cache: tuple[Any, Any]) -> tuple[Any, Any]: ...
-@overload
-def _held(cache: tuple[Any, Any] | PagedCache) -> tuple[Any, Any] | PagedCache: ...
-def _held(cache: tuple[Any, Any] | PagedCache) -> tuple[Any, Any] | PagedCache:
+def _held(cache: Any) -> Any:
     """The same tensors as CuPy's, those on a CUDA device, ready in the current stream: only on the
     caller's thread do frameworks know what streams their tensors are used in."""
 

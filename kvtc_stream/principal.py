@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from kvtc_stream.arrays import HOST, Array, HostArrays
 from kvtc_stream.components import Components
-from kvtc_stream.weights import apply_blocks, blocks_of
+from kvtc_stream.weights import Pair, apply_blocks, blocks_of
 
 #: Components of a joint basis that are kept unless the user says otherwise: two fifths of its
 #: columns, within these bounds. On SmolLM2-135M, 11,520 columns, 4,608 instead of 3,072 halve the
@@ -31,8 +31,6 @@ _EXACT = 512
 
 #: Components, and their variances, falling.
 Solved: TypeAlias = tuple[Components, NDArray[np.floating[Any]]]
-#: Weights of K and of V, see :mod:`kvtc_stream.weights`.
-_Pair: TypeAlias = tuple[NDArray[Any], NDArray[Any]]
 
 
 class Moments:
@@ -152,7 +150,7 @@ def separate(
 
 
 def one_level(
-    moments: Moments, weights: _Pair | None, rank: int | None, arrays: HostArrays
+    moments: Moments, weights: Pair | None, rank: int | None, arrays: HostArrays
 ) -> Solved:
     """Leading principal components of weighted rows."""
     width = len(moments.mean)
@@ -168,7 +166,7 @@ def one_level(
 
 def two_levels(
     moments: Moments,
-    weights: _Pair | None,
+    weights: Pair | None,
     groups: tuple[tuple[slice, ...], ...],
     second_level: int,
     rank: int | None,
@@ -217,7 +215,7 @@ def two_levels(
 
 def _weighted_block(
     moments: Moments,
-    weights: _Pair | None,
+    weights: Pair | None,
     rows: Sequence[slice],
     columns: Sequence[slice],
     xp: Any,

@@ -17,7 +17,8 @@ from kvtc_stream.formats import Section
 
 #: Importances of K and of V of a section; see :class:`kvtc_stream.Calibrator`.
 SectionWeights: TypeAlias = tuple[ArrayLike, ArrayLike]
-_Pair: TypeAlias = tuple[NDArray[Any], NDArray[Any]]
+#: Arrays of K and of V.
+Pair: TypeAlias = tuple[NDArray[Any], NDArray[Any]]
 
 #: One half would make the expected loss the plain squared error of ``W x``, if the errors of
 #: tokens were independent. They are not quite, and 0.35 serves models better: on SmolLM2-135M the
@@ -31,7 +32,7 @@ _OWN, _COMMON = 1e-2, 1e-4
 
 def importance_matrices(
     weights: SectionWeights | Sequence[SectionWeights], sections: Sequence[Section]
-) -> list[_Pair]:
+) -> list[Pair]:
     """What a user gives, as float64 [layers, kv_heads, dim, dim] for K and V of every section.
 
     Raises
@@ -86,7 +87,7 @@ def _matrices(name: str, value: ArrayLike, shape: tuple[int, int, int]) -> NDArr
     )
 
 
-def scaling_matrices(importances: Sequence[_Pair]) -> list[_Pair] | None:
+def scaling_matrices(importances: Sequence[Pair]) -> list[Pair] | None:
     """The matrices ``W`` of every section, float32 [layers, kv_heads, dim, dim] for K and V.
 
     Scaled together so that their mean diagonal is 1: a step means the same in every section.
