@@ -43,7 +43,7 @@ from kvtc_stream.cpu.uniform import UniformBands
 from kvtc_stream.cpu.values import to_float32
 from kvtc_stream.formats import Band, Quantiser, Section
 from kvtc_stream.importance import MIDDLE
-from kvtc_stream.integrations.loading import load_model
+from kvtc_stream.integrations.transformers import load_model
 from kvtc_stream.planning.families import STEPS_PER_OCTAVE, fit_families
 from kvtc_stream.planning.targets import LEFT_OUT
 from kvtc_stream.principal import Moments, leading_eigenvectors, one_level, two_levels

@@ -35,7 +35,7 @@ from rich.table import Table
 
 import kvtc_stream as kvtc
 from kvtc_stream import calibrator, demo, quality
-from kvtc_stream.integrations.loading import load_model
+from kvtc_stream.integrations.transformers import load_model
 
 MEASUREMENTS = ("codec", "memory", "calibration")
 #: Targets: time over that of the products; bytes; seconds.

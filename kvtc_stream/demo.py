@@ -26,7 +26,7 @@ from rich.text import Text
 import kvtc_stream as kvtc
 from kvtc_stream.errors import KVTCError
 from kvtc_stream.formats import StreamFile
-from kvtc_stream.integrations.loading import load_model
+from kvtc_stream.integrations.transformers import load_model
 from kvtc_stream.quality import (
     DOCUMENT_TOKENS,
     cast_cache,

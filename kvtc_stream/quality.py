@@ -78,7 +78,7 @@ def prefill(model: PreTrainedModel, ids: Ids, dtype: torch.dtype | None = None) 
     """The cache after a model has read ``ids`` [tokens], in ``dtype`` or the model's own."""
     from transformers.cache_utils import DynamicCache
 
-    from kvtc_stream.integrations._transformers_model import decoder_of, growing, inference
+    from kvtc_stream.integrations.transformers.model import decoder_of, growing, inference
 
     cache, decoder = DynamicCache(config=model.config), decoder_of(model)
     with inference(decoder):
@@ -104,7 +104,7 @@ def next_token_log_probabilities(model: PreTrainedModel, cache: DynamicCache, id
     """
     import torch
 
-    from kvtc_stream.integrations._transformers_model import growing
+    from kvtc_stream.integrations.transformers.model import growing
 
     with torch.inference_mode():
         output = model(input_ids=_row(model, ids), **growing(model, _branch(cache)))
@@ -119,7 +119,7 @@ def continue_greedily(model: PreTrainedModel, cache: DynamicCache, ids: Ids, cou
     """
     import torch
 
-    from kvtc_stream.integrations._transformers_model import growing
+    from kvtc_stream.integrations.transformers.model import growing
 
     grown, given, found = _branch(cache), _row(model, ids), []
     with torch.inference_mode():

@@ -340,8 +340,7 @@ def test_calibrate_a_model(tmp_path, tiny, kvtc_command):
 )
 def test_calibrate_by_importance(tmp_path, tiny, kvtc_command, importance, documents):
     """As the library does it; documents of 50 tokens, 4 in all."""
-    from kvtc_stream.integrations.loading import load_model
-    from kvtc_stream.integrations.transformers import calibrate
+    from kvtc_stream.integrations.transformers import calibrate, load_model
 
     folder, texts = tiny
     chosen = {"importance": importance, "importance_documents": documents}

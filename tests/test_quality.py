@@ -23,8 +23,11 @@ import kvtc_stream as kvtc  # noqa: E402
 from kvtc_stream import quality  # noqa: E402
 from kvtc_stream.cli import bench, main  # noqa: E402
 from kvtc_stream.codec import PRESETS  # noqa: E402
-from kvtc_stream.integrations.loading import load_model  # noqa: E402
-from kvtc_stream.integrations.transformers import calibrate, encode_cache  # noqa: E402
+from kvtc_stream.integrations.transformers import (  # noqa: E402
+    calibrate,
+    encode_cache,
+    load_model,
+)
 
 CONTEXT = 500
 TEXT = "".join(f"Line {i} has {i * i} things, {i % 7} of them good.\n" for i in range(300))

@@ -26,6 +26,7 @@ from transformers.cache_utils import (  # noqa: E402
 import kvtc_stream as kvtc  # noqa: E402
 from kvtc_stream.cpu.layout import Rotations, gather  # noqa: E402
 from kvtc_stream.formats import Geometry, Role  # noqa: E402
+from kvtc_stream.integrations.transformers import cache as cache_module  # noqa: E402
 from kvtc_stream.integrations.transformers import (  # noqa: E402
     calibrate,
     capture,
@@ -488,7 +489,8 @@ def test_calibrate_cuts_texts_into_documents(
     built: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = built("llama")
-    module = kvtc.integrations.transformers
+    from kvtc_stream.integrations.transformers import calibration as module
+
     seen: list[list[int]] = []
 
     def record(model: Any, document: np.ndarray[Any, Any]) -> Any:
@@ -645,7 +647,7 @@ def test_files_pipes_and_metadata(
     path = tmp_path / "prompt.kvtc"
     assert encode_cache(cache, codec, path, metadata={"user": 7}) is None
     data = path.read_bytes()
-    monkeypatch.setattr(kvtc.integrations.transformers, "_CHUNK", 17)
+    monkeypatch.setattr(cache_module, "_CHUNK", 17)
     assert data == encode_cache(cache, codec, metadata={"user": 7})
     with kvtc.open(path, calibration=calibration) as reader:
         assert json.loads(reader.header.metadata) == {"user": 7}

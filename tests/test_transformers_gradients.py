@@ -17,11 +17,11 @@ from transformers.cache_utils import DynamicCache  # noqa: E402
 
 import kvtc_stream as kvtc  # noqa: E402
 from kvtc_stream.cpu.layout import Rotations, gather  # noqa: E402
-from kvtc_stream.integrations._transformers_gradients import (  # noqa: E402
+from kvtc_stream.integrations.transformers import capture, geometry_of  # noqa: E402
+from kvtc_stream.integrations.transformers.gradients import (  # noqa: E402
     _loss_gradient,
     capture_gradients,
 )
-from kvtc_stream.integrations.transformers import capture, geometry_of  # noqa: E402
 
 TOKENS = 3 * WINDOW
 AFTER = TOKENS - WINDOW // 2  # the first tokens have left the window

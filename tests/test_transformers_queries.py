@@ -17,11 +17,11 @@ from test_transformers_gradients import gpt2, gpt_neox, made, state  # noqa: E40
 from transformers import AttentionInterface  # noqa: E402
 
 import kvtc_stream as kvtc  # noqa: E402
-from kvtc_stream.integrations._transformers_queries import (  # noqa: E402
+from kvtc_stream.integrations.transformers import geometry_of  # noqa: E402
+from kvtc_stream.integrations.transformers.queries import (  # noqa: E402
     output_norms,
     query_second_moments,
 )
-from kvtc_stream.integrations.transformers import geometry_of  # noqa: E402
 
 TOKENS = 40
 

@@ -22,7 +22,7 @@ import kvtc_stream as kvtc
 from kvtc_stream import quality
 from kvtc_stream.cli import terminal
 from kvtc_stream.cli.arguments import UsageError, importance_options
-from kvtc_stream.integrations.loading import load_model
+from kvtc_stream.integrations.transformers import load_model
 from kvtc_stream.storage import atomic_write
 
 if TYPE_CHECKING:

@@ -22,13 +22,10 @@ from transformers.cache_utils import DynamicCache
 
 from kvtc_stream.errors import UnsupportedError
 from kvtc_stream.formats import Section
-from kvtc_stream.integrations._transformers_gradients import TokenIds, onto_unrotated
-from kvtc_stream.integrations._transformers_model import (
-    decoder_of,
-    geometry_of,
-    growing,
-    inference,
-)
+from kvtc_stream.integrations.transformers.geometry import geometry_of
+from kvtc_stream.integrations.transformers.gradients import onto_unrotated
+from kvtc_stream.integrations.transformers.identity import TokenIds
+from kvtc_stream.integrations.transformers.model import decoder_of, growing, inference
 
 #: Of the short run that shows output projections.
 _PROBE_TOKENS = 4

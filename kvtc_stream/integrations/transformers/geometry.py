@@ -1,70 +1,30 @@
-"""What a transformers model caches, and who it is; the public names are in ``transformers``."""
+"""What a transformers model caches: its sections, and the rotary table of every layer."""
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-import json
-import os
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import (
-    DummyLayer,
-    DynamicCache,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-)
+from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
 
 from kvtc_stream.cpu.layout import Rotations, gather
-from kvtc_stream.errors import UnsupportedError
-from kvtc_stream.formats import Geometry, ModelIdentity, Rope, Section
+from kvtc_stream.errors import CalibrationMismatchError, UnsupportedError
+from kvtc_stream.formats import Geometry, Rope, Section
+from kvtc_stream.integrations.transformers.model import (
+    attention_layers,
+    decoder_of,
+    growing,
+    inference,
+)
 
 #: Positions at which keys are compared; later ones would show the model's binary32 angles.
 _PROBE_POSITIONS = (0, 1, 2, 5, 17, 61, 251, 1021)
-#: Values of a parameter that enter the fingerprint.
-_FINGERPRINT_SAMPLES = 64
-SUPPORTED_CACHES = (
-    "supported is a DynamicCache of one sequence whose layers are full or sliding-window attention"
-)
-
-#: Configuration entries that enter the fingerprint.
-FINGERPRINT_CONFIG = (
-    "attention_chunk_size",
-    "attention_multiplier",
-    "attn_logit_softcapping",
-    "embedding_multiplier",
-    "head_dim",
-    "hidden_act",
-    "hidden_activation",
-    "hidden_size",
-    "intermediate_size",
-    "layer_norm_eps",
-    "layer_norm_epsilon",
-    "layer_types",
-    "model_type",
-    "no_rope_layers",
-    "norm_eps",
-    "norm_epsilon",
-    "num_attention_heads",
-    "num_experts_per_tok",
-    "num_hidden_layers",
-    "num_key_value_heads",
-    "query_pre_attn_scalar",
-    "residual_multiplier",
-    "rms_norm_eps",
-    "rope_parameters",
-    "sliding_window",
-    "vocab_size",
-)
 
 _geometries: weakref.WeakKeyDictionary[PreTrainedModel, Geometry] = weakref.WeakKeyDictionary()
 
@@ -93,87 +53,6 @@ def geometry_of(model: PreTrainedModel) -> Geometry:
     if model not in _geometries:
         _geometries[model] = _probe(model)
     return _geometries[model]
-
-
-def model_identity(
-    model: PreTrainedModel, *, name: str | None = None, revision: str | None = None
-) -> ModelIdentity:
-    """Name, revision and fingerprint of what determines a model's cache.
-
-    ``name`` and ``revision`` default to what the model was loaded from (of a local folder, its
-    last part) and to the commit it was loaded at, if known.
-
-    The fingerprint is the SHA-256 of, in this order:
-
-    1. The configuration as UTF-8 JSON: an object of those entries of the text decoder's
-       configuration that are named in ``FINGERPRINT_CONFIG`` and are not null (entries of
-       objects within too), keys sorted, no white space, non-ASCII characters escaped; a number
-       that is whole as an integer, any other as the string that Python's ``float.hex`` gives.
-       A line feed.
-    2. For each parameter of the text decoder (without the output head, under its name in the
-       decoder, a shared one once, under its first), in order of the names' UTF-8 bytes: the line
-       ``NAME [DIM,DIM,...]`` and a line feed, then its sample. Of a parameter with ``n`` values,
-       ``m = min(n, 64)`` are sampled, at row-major indices ``i * (n - 1) // (m - 1)`` for ``i``
-       from 0 (index 0 if ``m`` is 1). Each is rounded to bfloat16, ties to even, and written as
-       two bytes, little-endian; a parameter of integers (quantised weights) as int64, eight bytes.
-
-    Hence the fingerprint does not depend on whether weights are loaded as float32, bfloat16 or
-    their own dtype (loading as float16 rounds them first, and may change it), on their device, or
-    on the head. It changes with training and with quantisation.
-
-    Raises
-    ------
-    UnsupportedError
-        Some weights are not loaded (meta device).
-    """
-    decoder = decoder_of(model)
-    source = getattr(model.config, "_name_or_path", None) or ""
-    if name is None:
-        name = os.path.basename(os.path.abspath(source)) if os.path.isdir(source) else source
-    if revision is None:
-        revision = getattr(model.config, "_commit_hash", None) or ""
-    return ModelIdentity(name, revision, _fingerprint(decoder))
-
-
-def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
-    """The part of a model that fills the cache: without head, without vision tower."""
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"model must be a transformers PreTrainedModel, found {type(model)}")
-    if model.config.is_encoder_decoder:
-        raise UnsupportedError(
-            f"{type(model).__name__} is an encoder-decoder model, supported are causal decoders"
-        )
-    decoder: PreTrainedModel = model.get_decoder()  # type: ignore[no-untyped-call]
-    return decoder
-
-
-@contextmanager
-def inference(module: torch.nn.Module) -> Iterator[None]:
-    """Without gradients and dropout."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        for part, training in modes:
-            part.training = training
-
-
-def growing(module: torch.nn.Module, cache: DynamicCache) -> dict[str, Any]:
-    """Arguments with which a model goes on from a cache; transformers 5.24 renamed one."""
-    renamed = "cache" in inspect.signature(module.forward).parameters
-    return {"cache" if renamed else "past_key_values": cache, "use_cache": True}
-
-
-def attention_layers(cache: DynamicCache, owner: str) -> dict[int, Any]:
-    """The layers that hold keys and values, by number; refuses kinds that cannot be encoded."""
-    for number, layer in enumerate(cache.layers):
-        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer):
-            raise UnsupportedError(
-                f"layer {number} of {owner} is a {type(layer).__name__}; {SUPPORTED_CACHES}"
-            )
-    return {n: layer for n, layer in enumerate(cache.layers) if type(layer) is not DummyLayer}
 
 
 def _probe(model: PreTrainedModel) -> Geometry:
@@ -294,46 +173,44 @@ def _differences(rows: NDArray[np.float32], layers: int) -> NDArray[np.float32]:
         return np.asarray(spread / np.linalg.norm(x[0], axis=1), np.float32)
 
 
-def _fingerprint(decoder: PreTrainedModel) -> bytes:
-    config = decoder.config.to_dict()
-    entries = {k: _canonical(config[k]) for k in FINGERPRINT_CONFIG if config.get(k) is not None}
-    digest = hashlib.sha256(json.dumps(entries, sort_keys=True, separators=(",", ":")).encode())
-    digest.update(b"\n")
-    for name, sample in sorted(_samples(decoder).items(), key=lambda item: item[0].encode()):
-        digest.update(name.encode() + b"\n" + sample)
-    return digest.digest()
+def check_geometry(found: Geometry, expected: Geometry) -> None:
+    alike = len(found.sections) == len(expected.sections) and all(
+        replace(a, rope=()) == replace(b, rope=())
+        and len(a.rope) == len(b.rope)
+        and all(map(_same_rope, a.rope, b.rope))
+        for a, b in zip(found.sections, expected.sections, strict=True)
+    )
+    if not alike:
+        raise CalibrationMismatchError(
+            f"the model's cache has {_describe(found)}; the calibration is for "
+            f"{_describe(expected)}: calibrate this model"
+        )
 
 
-def _canonical(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(k): _canonical(v) for k, v in value.items() if v is not None}
-    if isinstance(value, list | tuple):
-        return [_canonical(v) for v in value]
-    if isinstance(value, float):
-        return int(value) if value.is_integer() else value.hex()
-    return value
+def _describe(geometry: Geometry) -> str:
+    return "; ".join(
+        f"layers {','.join(map(str, s.layers))} of {s.kv_heads} KV heads with {s.k_dim} and "
+        f"{s.v_dim} channels, {' and '.join(map(_describe_rope, dict.fromkeys(s.rope or (None,))))}"
+        for s in geometry.sections
+    )
 
 
-def _samples(decoder: PreTrainedModel) -> dict[str, bytes]:
-    """Per ``NAME [DIM,...]`` the sampled values, in one transfer per device and dtype."""
-    groups: dict[tuple[torch.device, torch.dtype], list[tuple[str, Tensor]]] = {}
-    for name, parameter in decoder.named_parameters():
-        if parameter.is_meta:
-            raise UnsupportedError(
-                f"parameter {name} is not loaded (meta device): load the model without offloading"
-            )
-        n = parameter.numel()
-        m = min(n, _FINGERPRINT_SAMPLES)
-        index = torch.arange(m, device=parameter.device) * (n - 1) // max(m - 1, 1)
-        values = parameter.detach().flatten()[index]
-        dtype = torch.bfloat16 if values.is_floating_point() else torch.int64
-        title = f"{name} [{','.join(map(str, parameter.shape))}]"
-        groups.setdefault((values.device, dtype), []).append((title, values.to(dtype)))
-    samples = {}
-    for group in groups.values():
-        flat = torch.cat([values for _, values in group]).cpu()
-        raw = flat.view(torch.int16 if flat.dtype == torch.bfloat16 else torch.int64).numpy()
-        pieces = np.split(raw, np.cumsum([len(values) for _, values in group])[:-1])
-        for (title, _), piece in zip(group, pieces, strict=True):
-            samples[title] = piece.astype(piece.dtype.newbyteorder("<")).tobytes()
-    return samples
+def _describe_rope(rope: Rope | None) -> str:
+    if rope is None:
+        return "no RoPE"
+    pairs = "interleaved" if rope.interleaved else "half-split"
+    return (
+        f"{pairs} RoPE over {rope.rotary_dim} channels (frequencies {rope.inv_freq[0]:.4g} to "
+        f"{rope.inv_freq[-1]:.4g}, scale {rope.scale:.4g})"
+    )
+
+
+def _same_rope(a: Rope | None, b: Rope | None) -> bool:
+    """Alike up to rounding: devices compute frequencies with different last bits."""
+    if a is None or b is None:
+        return a is b
+    return (
+        a.interleaved == b.interleaved
+        and a.rotary_dim == b.rotary_dim
+        and np.allclose([*a.inv_freq, a.scale], [*b.inv_freq, b.scale], rtol=1e-5, atol=0)
+    )

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -22,15 +21,14 @@ from transformers.cache_utils import DynamicCache
 from kvtc_stream.cpu.layout import Rotations, gather
 from kvtc_stream.errors import UnsupportedError
 from kvtc_stream.formats import Section
-from kvtc_stream.integrations._transformers_model import (
+from kvtc_stream.integrations.transformers.geometry import geometry_of
+from kvtc_stream.integrations.transformers.identity import TokenIds
+from kvtc_stream.integrations.transformers.model import (
     attention_layers,
     decoder_of,
-    geometry_of,
     growing,
     inference,
 )
-
-TokenIds: TypeAlias = "Sequence[int] | NDArray[np.integer[Any]] | Tensor"
 
 #: Tokens whose probabilities are in memory at once, in float32.
 _CHUNK = 128
