@@ -17,8 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 
-from kvtc_stream import plain, quality
-from kvtc_stream.interop import to_numpy
+from kvtc_stream.evaluation import quality
+from kvtc_stream.io import plain
+from kvtc_stream.io.dlpack import to_numpy
 
 _PACKAGES = (
     "kvtc-stream",

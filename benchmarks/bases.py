@@ -33,21 +33,21 @@ from rich.console import Console
 from rich.table import Table
 
 import kvtc_stream as kvtc
-from kvtc_stream import demo, quality
-from kvtc_stream.arrays import HOST
+from kvtc_stream.calibration.arrays import HOST
+from kvtc_stream.calibration.components import Components, columns_of_layers
+from kvtc_stream.calibration.families import STEPS_PER_OCTAVE, fit_families
+from kvtc_stream.calibration.importance import MIDDLE
+from kvtc_stream.calibration.principal import Moments, leading_eigenvectors, one_level, two_levels
+from kvtc_stream.calibration.weights import apply_blocks
 from kvtc_stream.cli.bench import CALIBRATED_UNTIL, JUDGED_FROM
-from kvtc_stream.components import Components, columns_of_layers
-from kvtc_stream.cpu.layout import Rotations, gather
-from kvtc_stream.cpu.rans import Families
-from kvtc_stream.cpu.uniform import UniformBands
-from kvtc_stream.cpu.values import to_float32
+from kvtc_stream.coding.rans import Families
+from kvtc_stream.coding.rope import Rotations, gather
+from kvtc_stream.coding.uniform import UniformBands
+from kvtc_stream.coding.values import to_float32
+from kvtc_stream.evaluation import demo, quality
 from kvtc_stream.formats import Band, Quantiser, Section
-from kvtc_stream.importance import MIDDLE
 from kvtc_stream.integrations.transformers import load_model
-from kvtc_stream.planning.families import STEPS_PER_OCTAVE, fit_families
 from kvtc_stream.planning.targets import LEFT_OUT
-from kvtc_stream.principal import Moments, leading_eigenvectors, one_level, two_levels
-from kvtc_stream.weights import apply_blocks
 
 Rows = NDArray[np.float32]
 

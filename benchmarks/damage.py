@@ -34,9 +34,9 @@ from rich.console import Console
 from rich.progress import track
 
 import kvtc_stream as kvtc
-from kvtc_stream.backend import BackendName
-from kvtc_stream.decoder import BlockDecoder
 from kvtc_stream.formats import Limits, StreamParser
+from kvtc_stream.io.dlpack import BackendName
+from kvtc_stream.stream.decoder import BlockDecoder
 
 #: Mutations that a process makes before it takes the next ones.
 TOGETHER = 500

@@ -32,19 +32,21 @@ from rich.console import Console
 from rich.table import Table
 
 import kvtc_stream as kvtc
-from kvtc_stream.calibration import Calibration, Part, SectionCalibration, UniformTables
-from kvtc_stream.components import Components, columns_of_layers
+from kvtc_stream.calibration.components import Components, columns_of_layers
+from kvtc_stream.calibration.families import fit_families
+from kvtc_stream.calibration.importance import MIDDLE, TokenImportance, classes_of, group_edges
+from kvtc_stream.calibration.model import Calibration
+from kvtc_stream.calibration.parts import Part, SectionCalibration, UniformTables
+from kvtc_stream.coding.payload import UniformPayload
 from kvtc_stream.formats import Block, BlockErrors, Coder, DType, Limits, Role, StreamParser
 from kvtc_stream.formats.coders import decompress
-from kvtc_stream.gpu import encoding, layout, rans
-from kvtc_stream.gpu.decoding import Placed, UniformDecoder
-from kvtc_stream.gpu.plan import DevicePlan
-from kvtc_stream.gpu.products import analyse, synthesise
-from kvtc_stream.gpu.rope import DeviceRopes
-from kvtc_stream.gpu.tensors import Tensors, entries
-from kvtc_stream.importance import MIDDLE, TokenImportance, classes_of, group_edges
-from kvtc_stream.payload import UniformPayload
-from kvtc_stream.planning.families import fit_families
+from kvtc_stream.gpu.coder import encoding
+from kvtc_stream.gpu.coder.decoding import Placed, UniformDecoder
+from kvtc_stream.gpu.coder.plan import DevicePlan
+from kvtc_stream.gpu.coder.products import analyse, synthesise
+from kvtc_stream.gpu.coder.rope import DeviceRopes
+from kvtc_stream.gpu.kernels import layout, rans
+from kvtc_stream.gpu.runtime.tensors import Tensors, entries
 
 #: layers, KV heads, channels of a head, and groups of layers, see docs.
 GEOMETRIES = {

@@ -36,12 +36,12 @@ from rich.console import Console
 from rich.table import Table
 
 import kvtc_stream as kvtc
-from kvtc_stream import calibrator as module
-from kvtc_stream import principal
-from kvtc_stream.backend import get_arrays
-from kvtc_stream.cpu.layout import Rotations
+from kvtc_stream.calibration import calibrator as module
+from kvtc_stream.calibration import principal
+from kvtc_stream.calibration import uniform_tables as uniform
+from kvtc_stream.calibration.arrays import get_arrays
+from kvtc_stream.coding.rope import Rotations
 from kvtc_stream.gpu.arrays import DeviceArrays
-from kvtc_stream.planning import uniform
 
 #: Targets in seconds: in all, and of the plan.
 SECONDS, PLAN_SECONDS = 60.0, 20.0

@@ -29,9 +29,9 @@ from rich.console import Console
 from rich.table import Table
 
 import kvtc_stream as kvtc
-from kvtc_stream.cpu.rans import CLASSES, ESCAPE, ZERO, Families
-from kvtc_stream.cpu.uniform import UniformBands, steps
-from kvtc_stream.planning.families import STEPS_PER_OCTAVE
+from kvtc_stream.calibration.families import STEPS_PER_OCTAVE
+from kvtc_stream.coding.rans import CLASSES, ESCAPE, ZERO, Families
+from kvtc_stream.coding.uniform import UniformBands, steps
 
 Symbols = NDArray[np.int32]
 

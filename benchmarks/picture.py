@@ -18,7 +18,7 @@ import matplotlib.pyplot as plt
 
 import kvtc_stream as kvtc
 from kvtc_stream.formats import BAND_PARAMETER_BITS, Role
-from kvtc_stream.plain import read
+from kvtc_stream.io.plain import read
 
 INK, K_COLOUR, V_COLOUR, GREY = "#222222", "#2166ac", "#b2182b", "#999999"
 

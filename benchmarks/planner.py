@@ -29,13 +29,13 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from kvtc_stream.calibration import Part, SectionCalibration, UniformTables
-from kvtc_stream.importance import MIDDLE
+from kvtc_stream.calibration.band_tables import error_tables
+from kvtc_stream.calibration.families import fit_families
+from kvtc_stream.calibration.importance import MIDDLE
+from kvtc_stream.calibration.parts import Part, SectionCalibration, UniformTables
+from kvtc_stream.calibration.uniform_tables import STEPS, unit_of
 from kvtc_stream.planning.dynamic import frontier
-from kvtc_stream.planning.families import fit_families
-from kvtc_stream.planning.tables import error_tables
 from kvtc_stream.planning.targets import make_plan
-from kvtc_stream.planning.uniform import STEPS, unit_of
 
 WIDTHS = (5_760, 40_960)
 ROWS = 1024

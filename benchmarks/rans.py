@@ -24,7 +24,7 @@ from _common import environment, write_result
 from rich.console import Console
 from rich.table import Table
 
-from kvtc_stream.cpu import rans
+from kvtc_stream.coding import rans
 from kvtc_stream.formats import Coder, compress, decompress
 
 TOKENS, COMPONENTS, FAMILIES = 128, 4000, 64

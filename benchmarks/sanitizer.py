@@ -82,7 +82,7 @@ def _tests(tool: str, expression: str) -> int:
     import cupy
     import pytest
 
-    from kvtc_stream.gpu import products
+    from kvtc_stream.gpu.coder import products
 
     cupy.cuda.set_allocator(None)
     if tool == "initcheck":

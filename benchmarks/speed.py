@@ -34,7 +34,8 @@ from rich.console import Console
 from rich.table import Table
 
 import kvtc_stream as kvtc
-from kvtc_stream import calibrator, demo, quality
+from kvtc_stream.calibration import calibrator
+from kvtc_stream.evaluation import demo, quality
 from kvtc_stream.integrations.transformers import load_model
 
 MEASUREMENTS = ("codec", "memory", "calibration")

@@ -21,7 +21,7 @@ from _common import environment, load_cache, write_result
 from rich.console import Console
 from rich.table import Table
 
-from kvtc_stream.cpu.values import verbatim_planes
+from kvtc_stream.coding.values import verbatim_planes
 from kvtc_stream.formats import Coder, compress, decompress
 from kvtc_stream.formats.coders import compress_beside
 

@@ -40,8 +40,8 @@ from kvtc_stream.formats.record import (
 )
 from kvtc_stream.formats.wire import ByteReader, located
 from kvtc_stream.formats.writer import StreamWriter
-from kvtc_stream.memory import LARGE, empty
-from kvtc_stream.threads import begin
+from kvtc_stream.io.memory import LARGE, empty
+from kvtc_stream.io.threads import begin
 
 _RECOVERY_CHUNK = 1 << 20
 #: Most bytes of neighbouring blocks that are read at a time.

@@ -12,7 +12,7 @@ from kvtc_stream.formats.index import IndexEntry, Order, Trailer, pack_index
 from kvtc_stream.formats.preamble import pack_opening
 from kvtc_stream.formats.record import RECORD_OVERHEAD, RecordType, record_end, record_head
 from kvtc_stream.formats.wire import ByteWriter
-from kvtc_stream.threads import spread
+from kvtc_stream.io.threads import spread
 
 
 class StreamWriter:

@@ -15,14 +15,14 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from kvtc_stream.arrays import Array, HostArrays
-from kvtc_stream.cpu.layout import Rotations
-from kvtc_stream.cpu.rans import ESCAPE, ZERO
+from kvtc_stream.calibration.arrays import Array, HostArrays
+from kvtc_stream.calibration.families import SymbolCounter
+from kvtc_stream.coding.rans import ESCAPE, ZERO
+from kvtc_stream.coding.rope import Rotations
 from kvtc_stream.errors import BackendUnavailableError
 from kvtc_stream.formats import Section
 from kvtc_stream.formats.geometry import DType
-from kvtc_stream.interop import dtype_of, layer_list, numpy_dtype, on_cuda, to_numpy
-from kvtc_stream.planning.families import SymbolCounter
+from kvtc_stream.io.dlpack import dtype_of, layer_list, numpy_dtype, on_cuda, to_numpy
 
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 _ONE = np.uint64(1)

@@ -15,11 +15,10 @@ import cupy
 import numpy as np
 from numpy.typing import NDArray
 
-from kvtc_stream.backend import HOPELESS, BackendName, Measure, block_errors
-from kvtc_stream.calibration import Calibration
-from kvtc_stream.control import Controls, SectionControl
-from kvtc_stream.cpu.backend import CpuBackend, CpuSectionCoder
-from kvtc_stream.cpu.values import (
+from kvtc_stream.backends.base import HOPELESS, Measure, block_errors
+from kvtc_stream.backends.cpu import CpuBackend, CpuSectionCoder
+from kvtc_stream.calibration.parts import CalibratedBases
+from kvtc_stream.coding.values import (
     section_scales,
     stored_positions,
     verbatim_bytes,
@@ -29,17 +28,18 @@ from kvtc_stream.cpu.values import (
 from kvtc_stream.errors import UnsupportedError
 from kvtc_stream.formats import Block, DType, Role, SectionPlan, StreamHeader
 from kvtc_stream.formats.coders import compress_beside
-from kvtc_stream.gpu import layout
-from kvtc_stream.gpu.analysis import Payload
-from kvtc_stream.gpu.band_coding import BandDecoder, BandEncoder
-from kvtc_stream.gpu.decoding import BlockDecoder, Placed, UniformDecoder, faulty
-from kvtc_stream.gpu.encoding import BatchEncoder, Prepared
-from kvtc_stream.gpu.plan import BandPlan, DevicePlan
-from kvtc_stream.gpu.rope import DeviceRopes
-from kvtc_stream.gpu.staging import Staging
-from kvtc_stream.gpu.tensors import BITS, Tensors, entries, to_device
-from kvtc_stream.interop import layer_list, numpy_dtype
-from kvtc_stream.threads import threads
+from kvtc_stream.gpu.coder.analysis import Payload
+from kvtc_stream.gpu.coder.band_coding import BandDecoder, BandEncoder
+from kvtc_stream.gpu.coder.decoding import BlockDecoder, Placed, UniformDecoder, faulty
+from kvtc_stream.gpu.coder.encoding import BatchEncoder, Prepared
+from kvtc_stream.gpu.coder.plan import BandPlan, DevicePlan
+from kvtc_stream.gpu.coder.rope import DeviceRopes
+from kvtc_stream.gpu.kernels import layout
+from kvtc_stream.gpu.runtime.staging import Staging
+from kvtc_stream.gpu.runtime.tensors import BITS, Tensors, entries, to_device
+from kvtc_stream.io.dlpack import BackendName, layer_list, numpy_dtype
+from kvtc_stream.io.threads import threads
+from kvtc_stream.planning.rate_control import Controls, SectionControl
 
 #: Plans that are kept on the device for a calibration, those used last.
 _PLANS = 8
@@ -51,7 +51,7 @@ _Exact: TypeAlias = "Future[tuple[NDArray[np.int64], bytes]]"
 
 
 class CudaBackend:
-    """See :class:`kvtc_stream.backend.Backend`."""
+    """See :class:`kvtc_stream.backends.base.Backend`."""
 
     name: BackendName = "cuda"
 
@@ -59,19 +59,19 @@ class CudaBackend:
         self,
         header: StreamHeader,
         section: int,
-        calibration: Calibration,
+        calibration: CalibratedBases,
         *,
         max_error: float | None = None,
         measure: Measure = "full",
         target: Controls | None = None,
     ) -> CudaSectionCoder:
-        """See :meth:`kvtc_stream.backend.Backend.section_coder`."""
+        """See :meth:`kvtc_stream.backends.base.Backend.section_coder`."""
         return CudaSectionCoder(header, section, calibration, max_error, measure, target)
 
     def layer_list(
         self, x: Any, name: str, layers: int, kv_heads: int, head_dim: int
     ) -> tuple[list[Any], DType]:
-        """See :meth:`kvtc_stream.backend.Backend.layer_list`."""
+        """See :meth:`kvtc_stream.backends.base.Backend.layer_list`."""
         dtypes: list[DType] = []
 
         def convert(tensor: Any, own: str) -> Any:
@@ -91,15 +91,15 @@ class CudaBackend:
         return found
 
     def array(self, x: NDArray[Any]) -> Any:
-        """See :meth:`kvtc_stream.backend.Backend.array`."""
+        """See :meth:`kvtc_stream.backends.base.Backend.array`."""
         return cupy.asarray(np.ascontiguousarray(x).view(BITS[x.itemsize]))
 
     def empty(self, shape: tuple[int, ...], dtype: DType) -> Any:
-        """See :meth:`kvtc_stream.backend.Backend.empty`."""
+        """See :meth:`kvtc_stream.backends.base.Backend.empty`."""
         return cupy.empty(shape, BITS[dtype.itemsize])
 
     def planes(self, pieces: Sequence[tuple[Any, Any]]) -> list[list[memoryview]]:
-        """See :meth:`kvtc_stream.backend.Backend.planes`."""
+        """See :meth:`kvtc_stream.backends.base.Backend.planes`."""
         itemsize = pieces[0][0].itemsize
         planes = []
         for piece in pieces:
@@ -111,12 +111,12 @@ class CudaBackend:
         return [[plane.data for plane in x.reshape(itemsize, -1)] for x in own]
 
     def output(self, x: Any, dtype: DType) -> Any:
-        """See :meth:`kvtc_stream.backend.Backend.output`."""
+        """See :meth:`kvtc_stream.backends.base.Backend.output`."""
         return x.view(numpy_dtype(dtype))
 
 
 def _device_plan(
-    calibration: Calibration, section: int, plan: SectionPlan
+    calibration: CalibratedBases, section: int, plan: SectionPlan
 ) -> DevicePlan | BandPlan:
     made = (DevicePlan if plan.uniform else BandPlan)(calibration, section, plan)
     # Others use it in streams of their own.
@@ -125,13 +125,13 @@ def _device_plan(
 
 
 class CudaSectionCoder:
-    """See :class:`kvtc_stream.backend.SectionCoder`."""
+    """See :class:`kvtc_stream.backends.base.SectionCoder`."""
 
     def __init__(
         self,
         header: StreamHeader,
         section: int,
-        calibration: Calibration,
+        calibration: CalibratedBases,
         max_error: float | None,
         measure: Measure,
         target: Controls | None,
@@ -149,11 +149,7 @@ class CudaSectionCoder:
         self._ropes = DeviceRopes(self._section)
         self._uniform = plan.uniform
         key = ("cuda", cupy.cuda.runtime.getDevice(), section, header.plan.digest)
-        self._plan: Any = calibration.cached(
-            key,
-            lambda: _device_plan(calibration, section, plan),
-            most=_PLANS,
-        )
+        self._plan: Any = calibration.memo(key, lambda: _device_plan(calibration, section, plan))
         k_scale, v_scale = section_scales(header, section)
         self._scales: NDArray[np.float32] | None = None
         if k_scale is not None and v_scale is not None:
@@ -181,7 +177,7 @@ class CudaSectionCoder:
     # Encoding.
 
     def encode(self, k: Any, v: Any, positions: NDArray[np.int64], start: int) -> list[Block]:
-        """See :meth:`kvtc_stream.backend.SectionCoder.encode`."""
+        """See :meth:`kvtc_stream.backends.base.SectionCoder.encode`."""
         tensors = [Tensors.of_layers(list(x), self._header.dtype) for x in (k, v)]
         if self._measure == "coefficients":
             k_host, v_host = self._picked(tensors, np.arange(len(positions)))
@@ -269,7 +265,7 @@ class CudaSectionCoder:
             control.expect(float(offsets[i]), len(own), size, error)
 
     def reads(self, k: list[Any], v: list[Any]) -> bool:
-        """See :meth:`kvtc_stream.backend.SectionCoder.reads`."""
+        """See :meth:`kvtc_stream.backends.base.SectionCoder.reads`."""
         try:
             for x in (k, v):
                 Tensors.of_layers(x, self._header.dtype)
@@ -320,7 +316,7 @@ class CudaSectionCoder:
     # Decoding.
 
     def decode(self, block: Block, layers: Sequence[int]) -> tuple[Any, Any]:
-        """See :meth:`kvtc_stream.backend.SectionCoder.decode`."""
+        """See :meth:`kvtc_stream.backends.base.SectionCoder.decode`."""
         s, chosen = self._section, list(layers)
         dtype = self._header.out_dtype
         shape = (len(chosen), s.kv_heads, block.tokens)
@@ -335,7 +331,7 @@ class CudaSectionCoder:
         k: Any,
         v: Any,
     ) -> None:
-        """See :meth:`kvtc_stream.backend.SectionCoder.decode_into`."""
+        """See :meth:`kvtc_stream.backends.base.SectionCoder.decode_into`."""
         dtype = self._header.out_dtype
         outputs = [
             x if isinstance(x, Tensors) else Tensors.of_layers(list(x), dtype) for x in (k, v)
@@ -460,13 +456,13 @@ class CudaSectionCoder:
         )
 
     def decode_layers(self, block: Block) -> Callable[[int], tuple[Any, Any]]:
-        """See :meth:`kvtc_stream.backend.SectionCoder.decode_layers`."""
+        """See :meth:`kvtc_stream.backends.base.SectionCoder.decode_layers`."""
         return self.layers_of([(block, np.arange(block.tokens))], block.tokens)
 
     def layers_of(
         self, blocks: Sequence[tuple[Block, NDArray[np.int64]]], tokens: int
     ) -> Callable[[int], tuple[Any, Any]]:
-        """See :meth:`kvtc_stream.backend.SectionCoder.layers_of`."""
+        """See :meth:`kvtc_stream.backends.base.SectionCoder.layers_of`."""
         s, dtype = self._section, self._header.out_dtype
         verbatim: list[_Exact] = []
         coded = list(self._parted(blocks, lambda own, _: verbatim.append(own)))

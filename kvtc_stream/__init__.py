@@ -25,52 +25,55 @@ from kvtc_stream.errors import (
 
 if TYPE_CHECKING:
     from kvtc_stream import testing
-    from kvtc_stream.calibration import Calibration
-    from kvtc_stream.calibrator import Calibrator
-    from kvtc_stream.codec import PRESETS, Codec
-    from kvtc_stream.decoder import Decoder, KVBlock
-    from kvtc_stream.edit import Piece, cat, cut, join
-    from kvtc_stream.encoder import Encoder
-    from kvtc_stream.files import Reader, Writer, decode, encode, open
+    from kvtc_stream.calibration.calibrator import Calibrator
+    from kvtc_stream.calibration.model import Calibration
     from kvtc_stream.formats import DType, Geometry, Limits, ModelIdentity, Plan, Rope, Section
-    from kvtc_stream.interop import KVArray
-    from kvtc_stream.many import PagedCache, decode_layers, decode_many, encode_many
-    from kvtc_stream.pages import PageCodec
-    from kvtc_stream.statistics import StreamStatistics
+    from kvtc_stream.io.dlpack import KVArray
+    from kvtc_stream.io.paged import PagedCache
+    from kvtc_stream.stream.batch import decode_layers, decode_many, encode_many
+    from kvtc_stream.stream.codec import PRESETS, Codec
+    from kvtc_stream.stream.decoder import Decoder, KVBlock
+    from kvtc_stream.stream.edit import Piece, cat, cut, join
+    from kvtc_stream.stream.encoder import Encoder
+    from kvtc_stream.stream.opening import decode, encode, open
+    from kvtc_stream.stream.pages import PageCodec
+    from kvtc_stream.stream.reader import Reader
+    from kvtc_stream.stream.statistics import StreamStatistics
+    from kvtc_stream.stream.writer import Writer
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "PRESETS": "codec",
-    "Calibration": "calibration",
-    "Calibrator": "calibrator",
-    "Codec": "codec",
+    "PRESETS": "stream.codec",
+    "Calibration": "calibration.model",
+    "Calibrator": "calibration.calibrator",
+    "Codec": "stream.codec",
     "DType": "formats",
-    "Decoder": "decoder",
-    "Encoder": "encoder",
+    "Decoder": "stream.decoder",
+    "Encoder": "stream.encoder",
     "Geometry": "formats",
-    "KVArray": "interop",
-    "KVBlock": "decoder",
+    "KVArray": "io.dlpack",
+    "KVBlock": "stream.decoder",
     "Limits": "formats",
     "ModelIdentity": "formats",
-    "PageCodec": "pages",
-    "PagedCache": "many",
-    "Piece": "edit",
+    "PageCodec": "stream.pages",
+    "PagedCache": "io.paged",
+    "Piece": "stream.edit",
     "Plan": "formats",
-    "Reader": "files",
+    "Reader": "stream.reader",
     "Rope": "formats",
     "Section": "formats",
-    "StreamStatistics": "statistics",
-    "Writer": "files",
-    "cat": "edit",
-    "cut": "edit",
-    "decode": "files",
-    "decode_layers": "many",
-    "decode_many": "many",
-    "encode": "files",
-    "encode_many": "many",
-    "join": "edit",
-    "open": "files",
+    "StreamStatistics": "stream.statistics",
+    "Writer": "stream.writer",
+    "cat": "stream.edit",
+    "cut": "stream.edit",
+    "decode": "stream.opening",
+    "decode_layers": "stream.batch",
+    "decode_many": "stream.batch",
+    "encode": "stream.opening",
+    "encode_many": "stream.batch",
+    "join": "stream.edit",
+    "open": "stream.opening",
 }
 
 __all__ = [

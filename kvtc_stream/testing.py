@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvtc_stream.calibration import Calibration
-from kvtc_stream.calibrator import Calibrator
+from kvtc_stream.calibration.calibrator import Calibrator
+from kvtc_stream.calibration.model import Calibration
 from kvtc_stream.formats import DType, Geometry, Rope
-from kvtc_stream.interop import numpy_dtype
+from kvtc_stream.io.dlpack import numpy_dtype
 
 
 def drawn_cache(

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 import kvtc_stream as kvtc
-from kvtc_stream.backend import BackendName
+from kvtc_stream.io.dlpack import BackendName
 
 
 def mutate(data: bytes, rng: random.Random) -> bytes:

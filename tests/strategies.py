@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import kvtc_stream as kvtc
-from kvtc_stream.interop import numpy_dtype
+from kvtc_stream.io.dlpack import numpy_dtype
 
 Array = NDArray[Any]
 

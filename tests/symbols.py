@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 import kvtc_stream as kvtc
-from kvtc_stream.cpu import rans
-from kvtc_stream.cpu.uniform import UniformBands
+from kvtc_stream.coding import rans
+from kvtc_stream.coding.payload import UniformPayload, nibbles, tiles, unpack_classes
+from kvtc_stream.coding.uniform import UniformBands
 from kvtc_stream.formats import Block, StreamHeader, decompress
-from kvtc_stream.payload import UniformPayload, nibbles, tiles, unpack_classes
 
 
 def block_symbols(header: StreamHeader, block: Block, calibration: kvtc.Calibration) -> bytes:

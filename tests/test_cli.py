@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 
 import kvtc_stream as kvtc
-from kvtc_stream import plain
 from kvtc_stream.cli import main
 from kvtc_stream.formats import DType, Geometry, Rope, StreamFile
-from kvtc_stream.plain import PlainSection
+from kvtc_stream.io import plain
+from kvtc_stream.io.plain import PlainSection
 
 GEOMETRY = Geometry.uniform(layers=3, kv_heads=2, head_dim=8, rope=Rope.from_theta(1e4, 8))
 TOKENS = 300
@@ -902,7 +902,7 @@ def test_debug_shows_the_traceback(kvtc_command):
 def test_demo_passes_its_arguments(kvtc_command, monkeypatch):
     called = []
     fake = SimpleNamespace(run=lambda **arguments: called.append(arguments))
-    monkeypatch.setitem(sys.modules, "kvtc_stream.demo", fake)
+    monkeypatch.setitem(sys.modules, "kvtc_stream.evaluation.demo", fake)
     monkeypatch.setattr(kvtc, "demo", fake, raising=False)
     assert kvtc_command("demo", "--json", "--context", 100).status == 0
     assert called == [{"json": True, "ratio": 16.0, "context": 100}]

@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from strategies import HOSTILE, calibrate, geometries
 
 import kvtc_stream as kvtc
-from kvtc_stream.calibration import Part
+from kvtc_stream.calibration.parts import Part
 from kvtc_stream.formats import Band, PartPlan, Quantiser, Role, SectionPlan
-from kvtc_stream.interop import numpy_dtype
+from kvtc_stream.io.dlpack import numpy_dtype
 from kvtc_stream.planning.dynamic import allocate
 
 Array = NDArray[Any]
@@ -364,7 +364,7 @@ def test_finish_after_a_failure(
     encoder = codec.encoder()
     encoder.encode(*cache)
     with monkeypatch.context() as patch:
-        patch.setattr("kvtc_stream.cpu.coding.UniformCoding.quantise", lambda *_: 1 / 0)
+        patch.setattr("kvtc_stream.backends.cpu_payloads.UniformCoding.quantise", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             encoder.encode(*cache)
     for use in (lambda: encoder.encode(*cache), encoder.finish):

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import kvtc_stream as kvtc
-from kvtc_stream.components import Components, columns_of_layers
+from kvtc_stream.calibration.components import Components, columns_of_layers
+from kvtc_stream.calibration.weights import apply_blocks
 from kvtc_stream.formats import StreamParser
-from kvtc_stream.weights import apply_blocks
 
 
 def orthonormal(rng: np.random.Generator, rows: int, columns: int) -> NDArray[np.float32]:

@@ -14,7 +14,7 @@ from real_sample import load_real_sample
 
 import kvtc_stream as kvtc
 from kvtc_stream.formats import Block, DType, Limits, StreamParser
-from kvtc_stream.interop import numpy_dtype
+from kvtc_stream.io.dlpack import numpy_dtype
 
 cupy = pytest.importorskip("cupy")
 pytest.importorskip("numba_cuda")
@@ -109,10 +109,10 @@ def test_streams_of_the_cpu_are_read(calibration: kvtc.Calibration, dtype: DType
 
 
 def test_symbols_are_the_same(calibration: kvtc.Calibration) -> None:
-    from kvtc_stream.cpu.backend import CpuBackend
-    from kvtc_stream.gpu.decoding import Placed, UniformDecoder
-    from kvtc_stream.gpu.plan import DevicePlan
-    from kvtc_stream.payload import UniformPayload
+    from kvtc_stream.backends.cpu import CpuBackend
+    from kvtc_stream.coding.payload import UniformPayload
+    from kvtc_stream.gpu.coder.decoding import Placed, UniformDecoder
+    from kvtc_stream.gpu.coder.plan import DevicePlan
 
     k, v = kvtc.testing.drawn_cache(calibration.geometry, 300, seed=3)
     data = kvtc.encode(k, v, kvtc.Codec(calibration, ratio=5, window=0, block_tokens=50))
@@ -275,7 +275,7 @@ def test_torch_tensors_in_and_out() -> None:
 @pytest.mark.parametrize("preset", ["default", "paper"])
 def test_damage_is_an_error_on_both(kind: str, preset: str) -> None:
     """Even where a writer at fault has made every checksum right."""
-    from kvtc_stream.decoder import BlockDecoder
+    from kvtc_stream.stream.decoder import BlockDecoder
 
     calibration = CALIBRATIONS["groups"]
     k, v = kvtc.testing.drawn_cache(calibration.geometry, 200, seed=11)
@@ -453,7 +453,7 @@ def test_threads_and_streams_of_their_own() -> None:
 
 def test_caches_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
     """Their streams are those of each alone, whatever stream the caches become ready in."""
-    monkeypatch.setattr("kvtc_stream.gpu.decoding.BATCH_TOKENS", 600)
+    monkeypatch.setattr("kvtc_stream.gpu.coder.decoding.BATCH_TOKENS", 600)
     calibration = CALIBRATIONS["halves"]
     codec = kvtc.Codec(calibration, ratio=6, window=20, block_tokens=32, backend="cuda")
     hosts = [kvtc.testing.drawn_cache(calibration.geometry, 300 + s, seed=s) for s in range(6)]

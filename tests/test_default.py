@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import kvtc_stream as kvtc
-from kvtc_stream import importance
-from kvtc_stream.cpu.uniform import MAX_SYMBOL, UniformBands, steps
+from kvtc_stream.calibration import importance
+from kvtc_stream.calibration.weights import apply_blocks, importance_matrices, scaling_matrices
+from kvtc_stream.coding.uniform import MAX_SYMBOL, UniformBands, steps
 from kvtc_stream.formats import (
     Band,
     Coder,
@@ -27,7 +28,6 @@ from kvtc_stream.formats import (
     StreamFile,
     StreamParser,
 )
-from kvtc_stream.weights import apply_blocks, importance_matrices, scaling_matrices
 
 # Drawn caches gain little, and some are meant to be unlike the calibration: streams say so.
 pytestmark = pytest.mark.filterwarnings("ignore::kvtc_stream.KVTCWarning")
@@ -221,7 +221,7 @@ def payloads(data: bytes, codec: kvtc.Codec) -> Any:
     parser = kvtc.formats.StreamParser(kvtc.Limits())
     header, *blocks = parser.feed(data)
     block = next(b for b in blocks if b.coded_tokens)
-    from kvtc_stream.decoder import BlockDecoder
+    from kvtc_stream.stream.decoder import BlockDecoder
 
     decoder = BlockDecoder(header, codec.calibration, "cpu")
     return block, lambda coded, **changes: decoder.decode(replace(block, coded=coded, **changes))
@@ -283,7 +283,7 @@ def test_values_come_back_within_half_a_step(seed: int, step: float) -> None:
     calibration = kvtc.testing.tiny_calibration()
     uniform = calibration.sections[0].basis("joint")[0].uniform
     assert uniform is not None
-    from kvtc_stream.cpu.rans import Families
+    from kvtc_stream.coding.rans import Families
 
     families = Families(uniform.families.frequencies)
     bands = (Band(3, Quantiser.NONE), Band(20, Quantiser.UNIFORM, 2))

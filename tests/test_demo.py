@@ -15,7 +15,8 @@ pytest.importorskip("transformers")
 
 from tiny_model import save_tiny_model  # noqa: E402
 
-from kvtc_stream import KVTCError, demo  # noqa: E402
+from kvtc_stream import KVTCError  # noqa: E402
+from kvtc_stream.evaluation import demo  # noqa: E402
 
 CONTEXT = 600
 

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from kvtc_stream.cpu.rans import CLASSES, ESCAPE, TOTAL, ZERO, Families, decode, encode
-from kvtc_stream.planning.families import FamilyTables, fit_families
+from kvtc_stream.calibration.families import FamilyTables, fit_families
+from kvtc_stream.coding.rans import CLASSES, ESCAPE, TOTAL, ZERO, Families, decode, encode
 
 Rows = npt.NDArray[np.float32]
 Classes = npt.NDArray[np.uint8]

@@ -112,7 +112,7 @@ def test_a_failed_encoder_leaves_the_old_file(
     path.write_bytes(b"old")
     writer = kvtc.open(path, "wb", codec=codec)
     with monkeypatch.context() as patch:
-        patch.setattr("kvtc_stream.cpu.coding.UniformCoding.quantise", lambda *_: 1 / 0)
+        patch.setattr("kvtc_stream.backends.cpu_payloads.UniformCoding.quantise", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             writer.write(*cache)
     with pytest.raises(kvtc.StateError, match="failed by an earlier exception"):

@@ -43,7 +43,7 @@ from kvtc_stream.formats import (
     StreamParser,
     StreamWriter,
 )
-from kvtc_stream.sources import open_source
+from kvtc_stream.io.sources import open_source
 
 STREAM, HEADER, BLOCKS = small_stream()
 

@@ -20,7 +20,7 @@ import xxhash
 from symbols import block_symbols
 
 import kvtc_stream as kvtc
-from kvtc_stream.cpu import rans
+from kvtc_stream.coding import rans
 from kvtc_stream.formats import Limits, StreamFile, StreamHeader, StreamParser
 from kvtc_stream.formats.page import unpack_page
 

@@ -15,13 +15,13 @@ from device_stand_in import NumpyDevice
 from real_sample import RealSample
 
 import kvtc_stream as kvtc
-from kvtc_stream import calibrator as module
-from kvtc_stream import principal
-from kvtc_stream.arrays import HOST
+from kvtc_stream.calibration import calibrator as module
+from kvtc_stream.calibration import principal
+from kvtc_stream.calibration.arrays import HOST
+from kvtc_stream.calibration.families import SymbolCounter, fit_families
+from kvtc_stream.calibration.principal import Moments, leading_eigenvectors
 from kvtc_stream.formats import DType, Geometry, Rope, Section
 from kvtc_stream.gpu.arrays import DeviceArrays, require_cupy
-from kvtc_stream.planning.families import SymbolCounter, fit_families
-from kvtc_stream.principal import Moments, leading_eigenvectors
 
 GB = 10**9
 HALVES = Rope.from_theta(1e4, 8)

@@ -41,7 +41,7 @@ CAPABILITIES = [(8, 0), (9, 0), (10, 0)]
 
 def _kernels() -> Iterator[tuple[str, Any]]:
     """Every kernel of the package, and those that its factories can make, by name."""
-    from kvtc_stream.gpu.kernel import Kernel
+    from kvtc_stream.gpu.runtime.compile import Kernel
 
     for found in pkgutil.iter_modules(kvtc_stream.gpu.__path__):
         try:

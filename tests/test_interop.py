@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch.utils.dlpack import from_dlpack
 
 from kvtc_stream.formats.geometry import DType
-from kvtc_stream.interop import (
+from kvtc_stream.io.dlpack import (
     KVArray,
     as_bits,
     as_kv_array,
@@ -318,7 +318,9 @@ class TestToNumpy:
                 assert bits(np.asarray(y)) == bits(numbers(dtype, 2, 3, 4))
 
     def test_importing_does_not_import_frameworks(self) -> None:
-        script = "import sys, kvtc_stream.interop; print({'torch', 'cupy', 'jax'} & {*sys.modules})"
+        script = (
+            "import sys, kvtc_stream.io.dlpack; print({'torch', 'cupy', 'jax'} & {*sys.modules})"
+        )
         done = subprocess.run(
             [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60
         )

@@ -13,7 +13,7 @@ import second_reader
 
 import kvtc_stream as kvtc
 from kvtc_stream.formats import DType, Limits, StreamFile, StreamParser
-from kvtc_stream.interop import to_numpy
+from kvtc_stream.io.dlpack import to_numpy
 
 pytestmark = pytest.mark.filterwarnings("ignore::kvtc_stream.KVTCWarning")
 
@@ -222,6 +222,6 @@ def test_views_of_a_calibration_are_few(calibration: kvtc.Calibration) -> None:
     for i in range(30):
         [section] = header.plan.sections
         plan = replace(header.plan, sections=(replace(section, expected_bits=float(i)),))
-        assert calibration.of_layers(header.geometry, plan).digest == calibration.digest
-    kept = [key for key in calibration._cache if key[:1] == ("layers",)]
+        assert calibration.for_stream(header.geometry, plan).geometry == header.geometry
+    kept = [key for key in calibration._memo if key[:1] == ("layers",)]
     assert len(kept) == 8

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from strategies import sections
 
 import kvtc_stream as kvtc
-from kvtc_stream.cpu.layout import Rotations, gather, scatter
+from kvtc_stream.coding.rope import Rotations, gather, scatter
 
 Float = NDArray[np.float64]
 Keys = tuple[kvtc.Section, NDArray[np.float32], NDArray[np.int64]]

@@ -90,7 +90,7 @@ def test_pages_are_copied_a_few_tokens_at_a_time(
     monkeypatch: pytest.MonkeyPatch,
     together: int,
 ) -> None:
-    monkeypatch.setattr("kvtc_stream.many._TOKENS_AT_A_TIME", together)
+    monkeypatch.setattr("kvtc_stream.stream.batch._TOKENS_AT_A_TIME", together)
     k, v, tables = pages(caches, 16)
     held = []
     for (own_k, own_v), table, tokens in zip(caches, tables, TOKENS, strict=True):

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvtc_stream.memory import LARGE, copied, joined
-from kvtc_stream.threads import SHARE, copy, in_turn, spread, threads
+from kvtc_stream.io.memory import LARGE, copied, joined
+from kvtc_stream.io.threads import SHARE, copy, in_turn, spread, threads
 
 #: Around what decides how something is done.
 SIZES = st.sampled_from([0, 1, 7, 1 << 16, (1 << 16) - 1, SHARE, SHARE + 1, LARGE, LARGE + 5])

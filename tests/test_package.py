@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 import kvtc_stream as kvtc
-from kvtc_stream.backend import cuda_runs
+from kvtc_stream.backends.select import cuda_runs
 
 ROOT = Path(__file__).parents[1]
 

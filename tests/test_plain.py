@@ -17,11 +17,11 @@ import safetensors.numpy
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvtc_stream import plain
 from kvtc_stream.errors import FormatError
 from kvtc_stream.formats import DType
-from kvtc_stream.interop import numpy_dtype
-from kvtc_stream.plain import PlainSection
+from kvtc_stream.io import plain
+from kvtc_stream.io.dlpack import numpy_dtype
+from kvtc_stream.io.plain import PlainSection
 
 FORMATS = ("npz", "safetensors")
 PLAIN_DTYPES = (DType.FLOAT32, DType.FLOAT16, DType.BFLOAT16)

@@ -12,16 +12,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvtc_stream.cpu.quantise import dequantise, quantise
-from kvtc_stream.formats.plan import Band, Quantiser
-from kvtc_stream.planning.dynamic import allocate, allocate_for_error, frontier
-from kvtc_stream.planning.tables import (
+from kvtc_stream.calibration.band_tables import (
     BAND_SIZES,
     BAND_TYPES,
     ErrorTables,
     error_tables,
     sampled_rows,
 )
+from kvtc_stream.coding.bands import dequantise, quantise
+from kvtc_stream.formats.plan import Band, Quantiser
+from kvtc_stream.planning.dynamic import allocate, allocate_for_error, frontier
 
 Float = npt.NDArray[np.float32]
 

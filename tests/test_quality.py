@@ -20,14 +20,14 @@ from tiny_model import save_tiny_model  # noqa: E402
 from transformers.cache_utils import DynamicCache  # noqa: E402
 
 import kvtc_stream as kvtc  # noqa: E402
-from kvtc_stream import quality  # noqa: E402
 from kvtc_stream.cli import bench, main  # noqa: E402
-from kvtc_stream.codec import PRESETS  # noqa: E402
+from kvtc_stream.evaluation import quality  # noqa: E402
 from kvtc_stream.integrations.transformers import (  # noqa: E402
     calibrate,
     encode_cache,
     load_model,
 )
+from kvtc_stream.stream.codec import PRESETS  # noqa: E402
 
 CONTEXT = 500
 TEXT = "".join(f"Line {i} has {i * i} things, {i % 7} of them good.\n" for i in range(300))
@@ -426,7 +426,7 @@ def test_command_end_to_end(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(kvtc, "PRESETS", PRESETS | {"twin": PRESETS["paper"]}, raising=False)
-    monkeypatch.setattr("kvtc_stream.codec.PRESETS", kvtc.PRESETS)
+    monkeypatch.setattr("kvtc_stream.stream.codec.PRESETS", kvtc.PRESETS)
     output, plot = tmp_path / "q.json", tmp_path / "q.png"
 
     status = main(

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
-from kvtc_stream.cpu import quantise as cpu
+from kvtc_stream.coding import bands as cpu
 from kvtc_stream.errors import FormatError
 from kvtc_stream.formats.plan import Band, Quantiser
 

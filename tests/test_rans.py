@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvtc_stream.cpu.rans import Families, decode, encode, ideal_bits
+from kvtc_stream.coding.rans import Families, decode, encode, ideal_bits
 from kvtc_stream.errors import FormatError
 
 Symbols = npt.NDArray[np.int32]

@@ -29,7 +29,7 @@ from strategies import (
 
 import kvtc_stream as kvtc
 from kvtc_stream.formats import Measure, Role
-from kvtc_stream.interop import numpy_dtype
+from kvtc_stream.io.dlpack import numpy_dtype
 
 # Short drawn streams gain nothing, hostile ones are unlike the calibration: both say so.
 pytestmark = pytest.mark.filterwarnings("ignore::kvtc_stream.KVTCWarning")

@@ -24,7 +24,7 @@ from transformers.cache_utils import (  # noqa: E402
 )
 
 import kvtc_stream as kvtc  # noqa: E402
-from kvtc_stream.cpu.layout import Rotations, gather  # noqa: E402
+from kvtc_stream.coding.rope import Rotations, gather  # noqa: E402
 from kvtc_stream.formats import Geometry, Role  # noqa: E402
 from kvtc_stream.integrations.transformers import cache as cache_module  # noqa: E402
 from kvtc_stream.integrations.transformers import (  # noqa: E402

@@ -16,7 +16,7 @@ from test_transformers import MODELS, SIZES, VOCABULARY, WINDOW, drawn_ids, llam
 from transformers.cache_utils import DynamicCache  # noqa: E402
 
 import kvtc_stream as kvtc  # noqa: E402
-from kvtc_stream.cpu.layout import Rotations, gather  # noqa: E402
+from kvtc_stream.coding.rope import Rotations, gather  # noqa: E402
 from kvtc_stream.integrations.transformers import capture, geometry_of  # noqa: E402
 from kvtc_stream.integrations.transformers.gradients import (  # noqa: E402
     _loss_gradient,

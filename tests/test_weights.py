@@ -17,12 +17,12 @@ from safetensors.numpy import load_file, save_file
 from strategies import cuts
 
 import kvtc_stream as kvtc
-from kvtc_stream import calibrator as module
-from kvtc_stream import principal
-from kvtc_stream.calibration import Part
+from kvtc_stream.calibration import file, principal
+from kvtc_stream.calibration import moments as module
+from kvtc_stream.calibration.parts import Part
+from kvtc_stream.calibration.principal import leading_eigenvectors
+from kvtc_stream.calibration.weights import apply_blocks, importance_matrices, scaling_matrices
 from kvtc_stream.formats import Geometry, Rope, Section
-from kvtc_stream.principal import leading_eigenvectors
-from kvtc_stream.weights import apply_blocks, importance_matrices, scaling_matrices
 
 Array = NDArray[Any]
 
@@ -186,7 +186,7 @@ def assert_same_gradients(one: kvtc.Calibrator, two: kvtc.Calibrator) -> None:
     a, b = (c._sections[0].importance for c in (one, two))
     for x, y in zip(a.matrices(), b.matrices(), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-9 * np.abs(y).max(initial=0))
-    whole = module._Columns((0, 1), (0, 1))
+    whole = module.Columns((0, 1), (0, 1))
     for x, y in zip(a.pairs(whole) or (), b.pairs(whole) or (), strict=True):
         np.testing.assert_array_equal(x, y)
 
@@ -218,7 +218,7 @@ def test_the_sample_keeps_tiny_gradients() -> None:
     for scale in (1e-21, 1e19):
         calibrator = kvtc.Calibrator(GEOMETRY, sinks=0)
         calibrator.update_gradients(k, v, a * np.float32(scale), b * np.float32(scale))
-        pairs = calibrator._sections[0].importance.pairs(module._Columns((0, 1), (0, 1)))
+        pairs = calibrator._sections[0].importance.pairs(module.Columns((0, 1), (0, 1)))
         assert pairs is not None
         found = np.sort(np.linalg.norm(pairs[1].astype(np.float64), axis=1))
         flat = np.concatenate([x.transpose(2, 0, 1, 3).reshape(60, -1) for x in (a, b)], axis=1)
@@ -333,7 +333,7 @@ def saved(tmp_path: Path) -> Path:
 def test_every_array_comes_back(saved: Path) -> None:
     loaded = kvtc.Calibration.load(saved)
     assert loaded == learnt()
-    ours, theirs = dict(learnt()._arrays()), dict(loaded._arrays())
+    ours, theirs = dict(file.arrays_of(learnt())), dict(file.arrays_of(loaded))
     assert ours.keys() == theirs.keys()
     assert {"0.joint.0.k_weights", "0.joint.0.uniform.importance.weights"} < ours.keys()
     for name, array in ours.items():
@@ -356,7 +356,7 @@ def rewrite(path: Path, arrays: dict[str, Array]) -> None:
     save_file(arrays, path, metadata)
 
 
-@pytest.mark.parametrize("name", sorted(dict(learnt()._arrays())))
+@pytest.mark.parametrize("name", sorted(dict(file.arrays_of(learnt()))))
 def test_spoilt_arrays_are_refused(saved: Path, name: str) -> None:
     """Of another shape or type, absent, or with numbers that no calibration makes."""
     good = load_file(saved)

@@ -19,11 +19,11 @@ from rich.progress import Progress
 from rich.table import Table
 
 import kvtc_stream as kvtc
-from kvtc_stream import quality
 from kvtc_stream.cli import terminal
 from kvtc_stream.cli.arguments import UsageError, importance_options
+from kvtc_stream.evaluation import quality
 from kvtc_stream.integrations.transformers import load_model
-from kvtc_stream.storage import atomic_write
+from kvtc_stream.io.storage import atomic_write
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -208,7 +208,7 @@ def _measure(args: Namespace, presets: Sequence[str], bars: Progress) -> Iterato
 def _load(args: Namespace, bars: Progress) -> tuple[PreTrainedModel, Any, str]:
     source = args.model
     if source is None:
-        from kvtc_stream.demo import bundled_model
+        from kvtc_stream.evaluation.demo import bundled_model
 
         source = bundled_model()
     task = bars.add_task("Loading the model", total=None)

@@ -9,10 +9,10 @@ from typing import Any
 from rich.progress import Progress
 
 import kvtc_stream as kvtc
-from kvtc_stream import plain
 from kvtc_stream.cli import report, terminal
 from kvtc_stream.cli.arguments import UsageError, importance_options
 from kvtc_stream.integrations.transformers import load_model
+from kvtc_stream.io import plain
 
 #: Tokens handed to the calibrator at a time.
 _CHUNK = 512

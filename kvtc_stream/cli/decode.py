@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 from rich.progress import Progress
 
 import kvtc_stream as kvtc
-from kvtc_stream import plain
 from kvtc_stream.cli import terminal
 from kvtc_stream.formats import StreamHeader
-from kvtc_stream.interop import numpy_dtype, to_host
+from kvtc_stream.io import plain
+from kvtc_stream.io.dlpack import numpy_dtype, to_host
 
 
 def run(args: Namespace) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 
-from kvtc_stream import demo
+from kvtc_stream.evaluation import demo
 
 
 def run(args: Namespace) -> int:

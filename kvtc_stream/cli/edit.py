@@ -11,7 +11,7 @@ from kvtc_stream.cli import terminal
 from kvtc_stream.cli.arguments import UsageError
 from kvtc_stream.errors import UnsupportedError
 from kvtc_stream.formats import StreamFile
-from kvtc_stream.sources import open_source
+from kvtc_stream.io.sources import open_source
 
 
 def run(args: Namespace) -> int:

@@ -6,9 +6,9 @@ from argparse import Namespace
 from typing import Any
 
 import kvtc_stream as kvtc
-from kvtc_stream import plain
 from kvtc_stream.cli import report, terminal
 from kvtc_stream.cli.arguments import UsageError
+from kvtc_stream.io import plain
 
 #: Tokens handed to the encoder at a time.
 _CHUNK = 512

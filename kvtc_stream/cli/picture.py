@@ -8,10 +8,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from kvtc_stream.calibration import Calibration
-from kvtc_stream.decoder import check_calibration
+from kvtc_stream.calibration.model import Calibration
 from kvtc_stream.formats import PartPlan, Quantiser, Role, StreamFile
-from kvtc_stream.statistics import StreamStatistics
+from kvtc_stream.stream.decoder import check_calibration
+from kvtc_stream.stream.statistics import StreamStatistics
 
 
 def draw(path: str, stream: StreamFile, calibration: Calibration | None) -> None:

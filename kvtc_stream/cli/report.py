@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from kvtc_stream.calibration import Calibration, Part
+from kvtc_stream.calibration.model import Calibration
+from kvtc_stream.calibration.parts import Part
 from kvtc_stream.cli import terminal
 from kvtc_stream.formats import (
     FORMAT_VERSION,
@@ -26,7 +27,7 @@ from kvtc_stream.formats import (
     StreamFile,
     StreamHeader,
 )
-from kvtc_stream.statistics import StreamStatistics
+from kvtc_stream.stream.statistics import StreamStatistics
 
 #: Bits per value that a plan's ratio is relative to, as published.
 _RATIO_BITS = 16

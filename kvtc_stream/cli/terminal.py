@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kvtc_stream.cli.arguments import UsageError
-from kvtc_stream.sources import open_source
+from kvtc_stream.io.sources import open_source
 
 STANDARD = "-"
 

@@ -13,12 +13,10 @@ from numpy.typing import NDArray
 from rich.progress import Progress
 
 import kvtc_stream as kvtc
-from kvtc_stream import plain
 from kvtc_stream.cli import terminal
 from kvtc_stream.cli.arguments import UsageError
-from kvtc_stream.cpu.layout import squared_errors
-from kvtc_stream.cpu.values import convert, to_float32
-from kvtc_stream.decoder import BlockDecoder
+from kvtc_stream.coding.rope import squared_errors
+from kvtc_stream.coding.values import convert, to_float32
 from kvtc_stream.errors import FormatError, KVTCError
 from kvtc_stream.formats import (
     Block,
@@ -29,7 +27,9 @@ from kvtc_stream.formats import (
     StreamParser,
     decompress,
 )
-from kvtc_stream.interop import numpy_dtype, to_host
+from kvtc_stream.io import plain
+from kvtc_stream.io.dlpack import numpy_dtype, to_host
+from kvtc_stream.stream.decoder import BlockDecoder
 
 _READ_SIZE = 1 << 20
 

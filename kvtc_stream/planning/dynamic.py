@@ -23,8 +23,8 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
+from kvtc_stream.calibration.band_tables import ErrorTables
 from kvtc_stream.formats.plan import Band, Quantiser
-from kvtc_stream.planning.tables import ErrorTables
 
 #: Components that one task advances, and cells (of the budget) that one pass keeps in cache.
 _ROWS = 128

@@ -7,14 +7,15 @@ from dataclasses import replace
 
 import numpy as np
 
-from kvtc_stream.calibration import Calibration, Part
-from kvtc_stream.calibrator import Progress
-from kvtc_stream.cpu.rans import CLASS_BITS
+from kvtc_stream.calibration.band_tables import ErrorTables
+from kvtc_stream.calibration.families import FamilyTables
+from kvtc_stream.calibration.model import Calibration
+from kvtc_stream.calibration.parts import Part
+from kvtc_stream.coding.rans import CLASS_BITS
 from kvtc_stream.errors import UnsupportedError
 from kvtc_stream.formats import Band, PartPlan, Plan, Quantiser, SectionPlan
 from kvtc_stream.planning.dynamic import allocate, allocate_for_error
-from kvtc_stream.planning.families import FamilyTables
-from kvtc_stream.planning.tables import ErrorTables
+from kvtc_stream.progress import Progress
 
 #: Bits per value that a ratio is relative to, whatever the cache's dtype (as published).
 RATIO_BITS = 16

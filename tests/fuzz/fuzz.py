@@ -33,7 +33,7 @@ from damage import restore  # noqa: E402
 from formats_samples import reseal  # noqa: E402
 
 import kvtc_stream as kvtc  # noqa: E402
-from kvtc_stream.cpu import rans  # noqa: E402
+from kvtc_stream.coding import rans  # noqa: E402
 from kvtc_stream.formats import Coder, decompress  # noqa: E402
 
 #: Modules whose coverage guides; compiled kernels cannot.

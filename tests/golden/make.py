@@ -28,9 +28,9 @@ from formats_samples import records, reseal
 from symbols import block_symbols
 
 import kvtc_stream as kvtc
-from kvtc_stream.encoder import page_header
 from kvtc_stream.formats import DType, StreamFile, StreamWriter
 from kvtc_stream.formats.page import unpack_page
+from kvtc_stream.stream.encoder import page_header
 
 warnings.simplefilter("ignore")
 KEY = b"golden key"

@@ -9,11 +9,11 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from kvtc_stream.cpu import quantise as cpu
+from kvtc_stream.coding import bands as cpu
 from kvtc_stream.errors import FormatError
 from kvtc_stream.formats.plan import Band, Quantiser
-from kvtc_stream.gpu import bands
-from kvtc_stream.gpu.simulator import simulate
+from kvtc_stream.gpu.kernels import bands
+from kvtc_stream.gpu.runtime.simulator import simulate
 
 Array = npt.NDArray[Any]
 

@@ -11,8 +11,8 @@ import numpy.typing as npt
 import pytest
 
 import kvtc_stream as kvtc
-from kvtc_stream.backend import BackendName
 from kvtc_stream.formats import Geometry, Limits, Rope, StreamFile, StreamParser
+from kvtc_stream.io.dlpack import BackendName
 
 Array = npt.NDArray[Any]
 
@@ -143,8 +143,8 @@ def test_the_published_method(
 def test_damage_of_the_published_method_is_the_same_error(
     calibration: kvtc.Calibration, cache: tuple[Array, Array], cuda: BackendName
 ) -> None:
-    from kvtc_stream.decoder import BlockDecoder
     from kvtc_stream.formats import Coder
+    from kvtc_stream.stream.decoder import BlockDecoder
 
     codec = kvtc.Codec(calibration, "paper", ratio=RATIO, sinks=0, window=0, block_tokens=24)
     codec = replace(codec, coder="stored")
@@ -173,7 +173,7 @@ def test_pinned_memory_stays_until_it_is_copied(monkeypatch: pytest.MonkeyPatch)
     """Whoever drops it may have work on the stream before the copy, and the pool gives it away."""
     import cupy
 
-    from kvtc_stream.gpu.staging import Staging
+    from kvtc_stream.gpu.runtime.staging import Staging
 
     waited = []
 

@@ -10,11 +10,11 @@ import numpy.typing as npt
 import pytest
 
 import kvtc_stream as kvtc
-from kvtc_stream.cpu import layout as cpu
-from kvtc_stream.cpu.values import from_float32
-from kvtc_stream.gpu import layout
-from kvtc_stream.gpu.simulator import simulate
-from kvtc_stream.interop import numpy_dtype
+from kvtc_stream.coding import rope as cpu
+from kvtc_stream.coding.values import from_float32
+from kvtc_stream.gpu.kernels import layout
+from kvtc_stream.gpu.runtime.simulator import simulate
+from kvtc_stream.io.dlpack import numpy_dtype
 
 Array = npt.NDArray[Any]
 DType = kvtc.DType

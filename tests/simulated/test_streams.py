@@ -8,7 +8,7 @@ import time
 import cupy
 import pytest
 
-from kvtc_stream.gpu.streams import AT_A_TIME, side_by_side
+from kvtc_stream.gpu.runtime.streams import AT_A_TIME, side_by_side
 
 
 def test_results_are_in_order_and_waited_for() -> None:

@@ -8,9 +8,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from kvtc_stream import importance
-from kvtc_stream.gpu import uniform
-from kvtc_stream.gpu.simulator import simulate
+from kvtc_stream.calibration import importance
+from kvtc_stream.gpu.kernels import uniform
+from kvtc_stream.gpu.runtime.simulator import simulate
 
 Array = npt.NDArray[Any]
 

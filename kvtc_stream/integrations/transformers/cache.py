@@ -21,7 +21,7 @@ from transformers.cache_utils import (
 )
 
 import kvtc_stream as kvtc
-from kvtc_stream.backend import BackendName, cuda_runs
+from kvtc_stream.backends.select import cuda_runs
 from kvtc_stream.errors import CalibrationMismatchError, UnsupportedError
 from kvtc_stream.formats import Geometry, Section
 from kvtc_stream.integrations.transformers.identity import (
@@ -35,6 +35,7 @@ from kvtc_stream.integrations.transformers.model import (
     attention_layers,
     decoder_of,
 )
+from kvtc_stream.io.dlpack import BackendName
 
 Source: TypeAlias = "str | os.PathLike[str] | BinaryIO | bytes | bytearray | memoryview"
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
 
-from kvtc_stream.cpu.layout import Rotations, gather
+from kvtc_stream.coding.rope import Rotations, gather
 from kvtc_stream.errors import CalibrationMismatchError, UnsupportedError
 from kvtc_stream.formats import Geometry, Rope, Section
 from kvtc_stream.integrations.transformers.model import (

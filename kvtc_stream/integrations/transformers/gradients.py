@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
-from kvtc_stream.cpu.layout import Rotations, gather
+from kvtc_stream.coding.rope import Rotations, gather
 from kvtc_stream.errors import UnsupportedError
 from kvtc_stream.formats import Section
 from kvtc_stream.integrations.transformers.geometry import geometry_of

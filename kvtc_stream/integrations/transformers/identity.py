@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvtc_stream.calibration import Calibration
+from kvtc_stream.calibration.model import Calibration
 from kvtc_stream.errors import CalibrationMismatchError, UnsupportedError
 from kvtc_stream.formats import ModelIdentity
 from kvtc_stream.integrations.transformers.geometry import check_geometry, geometry_of

@@ -1,0 +1,251 @@
+"""Tensors to coefficients, and the error of what is decoded; whatever bands code them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import cupy
+import numpy as np
+from numpy.typing import NDArray
+
+from kvtc_stream.formats import Coder, DType, Section
+from kvtc_stream.gpu.coder.decoding import device_scales, piece_tokens
+from kvtc_stream.gpu.coder.plan import Basis
+from kvtc_stream.gpu.coder.products import R_16F, analyse, analyse_leading, synthesise
+from kvtc_stream.gpu.coder.rope import DeviceRopes, Rotations
+from kvtc_stream.gpu.kernels import layout
+from kvtc_stream.gpu.runtime.tensors import Column, Tensors, entries
+from kvtc_stream.io.dlpack import numpy_dtype
+
+#: Most bytes of the gathered rows of a part.
+ROW_BYTES = 128 << 20
+#: Tokens of a product are a multiple of this. cuBLAS sums fewer in another order, and a block's
+#: bytes shall not depend on how many blocks come together.
+_MULTIPLE = 512
+
+
+def stride_of(tokens: int) -> int:
+    """From component to component of coefficients, in elements."""
+    return -(-tokens // _MULTIPLE) * _MULTIPLE
+
+
+class Payload(NamedTuple):
+    """Of a block: how it is coded, what it takes, and the size it stands for."""
+
+    coder: Coder
+    data: bytes | memoryview
+    coded_size: int
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What became of a batch of blocks; on the host.
+
+    Attributes
+    ----------
+    payloads
+        One a block; ``None`` where the device could not.
+    verbatim
+        bool [tokens].
+    errors
+        float32 [2, tokens] of K and V, or ``None`` if they were not measured.
+    """
+
+    payloads: list[Payload | None]
+    verbatim: NDArray[np.bool_]
+    errors: NDArray[np.float32] | None
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the tokens of a batch are: entries of each part, and what they have in common."""
+
+    entries: Any
+    parts: list[tuple[int, int]]
+    slots: Any
+    positions: Any
+    tokens: int
+    dtype: DType
+    wide: bool
+
+
+class Analyser:
+    """Tensors to coefficients, and how far what is decoded from them is from the tensors.
+
+    Parameters
+    ----------
+    section, plan
+        What of.
+    out_dtype
+        What errors are measured after the cast to.
+    scales
+        float32 [2 · layers, heads] of K and then V: of fp8; ``None``: 1.
+    measure
+        Whether errors of the reconstruction are measured, on every token.
+    bound
+        Tokens with a larger one are left out.
+    """
+
+    #: Tokens of a batch.
+    batch_tokens: int
+
+    def __init__(
+        self,
+        section: Section,
+        plan: Basis,
+        out_dtype: DType,
+        scales: NDArray[np.float32] | None,
+        *,
+        measure: bool,
+        bound: float,
+    ) -> None:
+        self._section, self._plan, self._out_dtype = section, plan, out_dtype
+        self._measure, self._bound = measure, bound
+        self._scales = device_scales(section, scales)
+        self._ropes = DeviceRopes(section)
+        self._values: dict[DType, Any] = {}
+
+    def _source(
+        self, k: Tensors, v: Tensors, slots: NDArray[np.int64], positions: NDArray[np.int64]
+    ) -> Source:
+        s = self._section
+        k_size, v_size = s.kv_heads * s.k_dim, s.kv_heads * s.v_dim
+        parts: list[tuple[int, int]] = []
+        rows: list[Column] = []
+        for part in self._plan.leaves:
+            columns: list[Column] = [(0, x, i * k_size) for i, x in enumerate(part.k_layers)]
+            split = len(columns) * k_size
+            columns += [(1, x, split + i * v_size) for i, x in enumerate(part.v_layers)]
+            parts.append((len(rows), len(columns)))
+            rows += columns
+        return Source(
+            cupy.asarray(entries(k, v, rows, self._ropes)),
+            parts,
+            cupy.asarray(slots),
+            cupy.asarray(positions),
+            len(positions),
+            k.dtype,
+            k.wide and v.wide and self._ropes.halves,
+        )
+
+    def _common(self, source: Source, part: int, at: int, tokens: int, r: Rotations) -> list[Any]:
+        """What kernels that read tensors have in common: ``tokens`` from ``at`` on."""
+        return [
+            source.entries.data.ptr + 8 * layout.FIELDS * source.parts[part][0],
+            source.slots.data.ptr + 8 * at,
+            tokens,
+            r.cosines.data.ptr,
+            r.sines.data.ptr,
+            self._ropes.pairs,
+            self._ropes.interleaved,
+            self._ropes.most,
+            r.tokens,
+            at,
+            self._fp8(source.dtype),
+            self._scales,
+        ]
+
+    def _fp8(self, dtype: DType) -> Any:
+        """float32 [256]: the values of an fp8 type."""
+        if dtype not in self._values:
+            bits = np.arange(256, dtype=np.uint8)
+            values = bits.view(numpy_dtype(dtype)) if dtype.is_fp8 else bits
+            self._values[dtype] = cupy.asarray(values.astype(np.float32))
+        return self._values[dtype]
+
+    def _coefficients(self, source: Source, stride: int) -> Any:
+        """float32 [components, stride], see :func:`stride_of`."""
+        plan, tokens = self._plan, source.tokens
+        rotations = self._ropes.at(source.positions, sign=-1)
+        gather = layout.gather(source.dtype, source.wide)
+        out = cupy.empty((max(plan.components, 1), stride), np.float32)
+        leading = cupy.empty((sum(leaf.leading for leaf in plan.leaves), stride), np.float16)
+        first = 0
+        for i, leaf in enumerate(plan.leaves):
+            most = max(1, ROW_BYTES // (2 * leaf.width * _MULTIPLE)) * _MULTIPLE
+            rows = cupy.zeros((min(stride, most), leaf.width), np.uint16)
+            for at in range(0, tokens, len(rows)):
+                count = min(len(rows), tokens - at)
+                gather(
+                    (-(-count // layout.TOKENS), source.parts[i][1]),
+                    layout.THREADS,
+                    [
+                        *self._common(source, i, at, count, rotations),
+                        leaf.mean.data.ptr,
+                        rows.data.ptr,
+                        leaf.width,
+                    ],
+                )
+                whole = rows[: stride_of(count)]
+                if leaf.leading:
+                    scale = leaf.analysis_scale * leaf.leading_scale
+                    to = leading.data.ptr + 2 * (first * stride + at)
+                    analyse(whole, leaf.analysis[: leaf.leading], scale, to, stride, R_16F)
+                to = out.data.ptr + 4 * (leaf.inner * stride + at)
+                analyse(whole, leaf.analysis[leaf.leading :], leaf.analysis_scale, to, stride)
+            first += leaf.leading
+        first = 0
+        for second in plan.seconds:
+            count = sum(leaf.leading for leaf in second.leaves)
+            own = leading[first : first + count]
+            to = out.data.ptr + 4 * second.inner * stride
+            analyse_leading(own, second.analysis, second.analysis_scale, to)
+            first += count
+        return plan.ordered(out)
+
+    def _compare(self, source: Source, symbols: Any, scales: Any, stride: int) -> Any:
+        """float32 [2, stride]: errors of each token's K and V, after the cast to the output's
+        dtype, of binary16 ``symbols`` [components, stride] times ``scales`` [parts, stride]."""
+        s, plan, tokens = self._section, self._plan, source.tokens
+        rotations = self._ropes.at(source.positions, sign=1)
+        dims = s.k_dim // 16, s.v_dim // 16
+        wide = (
+            source.wide
+            and not self._out_dtype.is_fp8
+            and all(d <= 32 and d & (d - 1) == 0 for d in dims)
+        )
+        compare = layout.errors(source.dtype, self._out_dtype, wide)
+        lost, energy = cupy.zeros((2, 2 * len(s.layers), stride), np.float32)
+        stack = plan.stacked(symbols)
+        for i, part in enumerate(plan.leaves):
+            piece = piece_tokens(part.width, part.count, tokens)
+            rows = cupy.empty((piece, part.width), np.uint16)
+            if part.count == 0:
+                rows[...] = 0
+            for at in range(0, tokens, piece):
+                count = min(piece, tokens - at)
+                synthesise(
+                    stack.data.ptr + 2 * (part.first * stride + at),
+                    stride,
+                    part.synthesis,
+                    slice(0, part.width),
+                    count,
+                    rows.data.ptr,
+                    part.width,
+                )
+                compare(
+                    (-(-count // layout.TOKENS), source.parts[i][1]),
+                    layout.THREADS,
+                    [
+                        *self._common(source, i, at, count, rotations),
+                        scales.data.ptr + 4 * (part.part * stride + at),
+                        part.synthesis_scale,
+                        part.mean.data.ptr,
+                        rows.data.ptr,
+                        part.width,
+                        lost.data.ptr + 4 * at,
+                        energy.data.ptr + 4 * at,
+                        stride,
+                    ],
+                )
+        out = cupy.zeros((2, stride), np.float32)
+        layers = len(s.layers)
+        for kind in range(2):
+            own = slice(kind * layers, (kind + 1) * layers)
+            layout.relative_errors(
+                -(-tokens // layout.THREADS),
+                layout.THREADS,
+                (lost[own], energy[own], layers, stride, tokens, out[kind]),
+            )
+        return out

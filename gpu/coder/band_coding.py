@@ -1,0 +1,199 @@
+"""Bands with a scale per token: tensors to payloads and back; the coder of bytes is on the host.
+
+The kernels are in :mod:`kvtc_stream.gpu.kernels.bands`. Bytes are compressed and decompressed on
+threads of the host, many blocks at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
+
+import cupy
+import numpy as np
+from numpy.typing import NDArray
+
+from kvtc_stream.coding.bands import segment_sizes
+from kvtc_stream.errors import FormatError
+from kvtc_stream.formats import Block, Coder, Section
+from kvtc_stream.formats.coders import compress_beside, decompress
+from kvtc_stream.gpu.coder.analysis import Analyser, Encoded, Payload, stride_of
+from kvtc_stream.gpu.coder.decoding import Batch, BlockDecoder, Placed, kept_columns
+from kvtc_stream.gpu.coder.plan import BandPlan
+from kvtc_stream.gpu.kernels import bands
+from kvtc_stream.gpu.runtime.tensors import Tensors
+from kvtc_stream.io.threads import threads
+
+#: Tokens of a batch: all components have coefficients, in binary32.
+BATCH_TOKENS = 4096
+
+
+class BandDecoder(BlockDecoder):
+    """Of bands with a scale and a shift per token."""
+
+    batch_tokens = BATCH_TOKENS
+
+    def __init__(
+        self, section: Section, plan: BandPlan, scales: NDArray[np.float32] | None = None
+    ) -> None:
+        super().__init__(section, plan, scales)
+        self._plan = plan
+
+    def symbols(self, blocks: Sequence[Placed]) -> Batch:
+        """See :meth:`kvtc_stream.gpu.coder.decoding.BlockDecoder.symbols`."""
+        plan = self._plan
+        for p in blocks:
+            b, needed = p.block, bands.payload_size(p.block.coded_tokens, plan.bands)
+            if b.coder is Coder.RANS or b.coded_size != needed:
+                raise FormatError(
+                    f"block at token {b.start}: {b.coder.name} payload of {b.coded_size} bytes, "
+                    f"the plan needs {needed} of a byte coder for {b.coded_tokens} tokens"
+                )
+        payloads = b"".join(threads().map(_decompressed, [p.block for p in blocks]))
+        tokens = sum(p.block.tokens for p in blocks)
+        found = _unpacked(
+            plan,
+            [p.block.coded_tokens for p in blocks],
+            cupy.asarray(kept_columns(blocks)),
+            cupy.asarray(np.frombuffer(payloads, np.uint8)),
+            tokens,
+        )
+        return self._batch(blocks, *found)
+
+
+def _decompressed(block: Block) -> bytes:
+    return decompress(block.coder, block.coded, block.coded_size)
+
+
+def _starts(plan: BandPlan, counts: Sequence[int]) -> list[int]:
+    """Where the payloads of blocks of so many coded tokens begin, and where the last one ends."""
+    return [0, *accumulate(bands.payload_size(count, plan.bands) for count in counts)]
+
+
+def _unpacked(
+    plan: BandPlan, counts: Sequence[int], columns: Any, payloads: Any, tokens: int
+) -> tuple[Any, Any, int, Any]:
+    """Symbols, scales, stride and faults, as a batch has them, of payloads on the device.
+
+    ``counts`` are the blocks' coded tokens, which have these ``columns`` among all ``tokens``.
+    """
+    stride = -(-tokens // 64) * 64
+    coefficients = cupy.zeros((plan.components, stride), np.float32)
+    faults = cupy.zeros(len(counts), np.int32)
+    if plan.components:
+        bands.unpack(
+            bands.grid(max(counts), len(plan.cut), len(counts)),
+            bands.THREADS,
+            (
+                cupy.asarray(bands.tasks(counts, plan.bands, _starts(plan, counts))),
+                len(plan.parts),
+                plan.cut,
+                columns,
+                payloads,
+                coefficients,
+                stride,
+                faults,
+            ),
+        )
+    symbols = cupy.empty((plan.components, stride), np.uint16)
+    scales = cupy.empty((len(plan.parts), stride), np.float32)
+    bands.normalise(
+        (-(-tokens // bands.THREADS), len(plan.parts)),
+        bands.THREADS,
+        (plan.fields, coefficients, stride, tokens, symbols, scales),
+    )
+    return symbols, scales, stride, faults
+
+
+class BandEncoder(Analyser):
+    """Encodes blocks of bands with a scale per token. One thread and one CUDA stream at a time.
+
+    Parameters are those of :class:`kvtc_stream.gpu.coder.analysis.Analyser`, and ``coder``: of
+    bytes.
+    """
+
+    batch_tokens = BATCH_TOKENS
+    _plan: BandPlan
+
+    def __init__(
+        self, section: Section, plan: BandPlan, *args: Any, coder: Coder, **options: Any
+    ) -> None:
+        super().__init__(section, plan, *args, **options)
+        self._coder = coder
+
+    def encode(
+        self,
+        k: Tensors,
+        v: Tensors,
+        slots: NDArray[np.int64],
+        positions: NDArray[np.int64],
+        starts: NDArray[np.int64],
+    ) -> Encoded:
+        """Encode a batch of blocks, and wait for it.
+
+        Parameters are those of :meth:`kvtc_stream.gpu.coder.encoding.BatchEncoder.prepare`.
+        """
+        plan, tokens = self._plan, len(positions)
+        stride = stride_of(tokens)
+        source = self._source(k, v, slots, positions)
+        coefficients = self._coefficients(source, stride)
+        of_bands = sum(band.quantiser.bits != 0 for part in plan.bands for band in part)
+        parameters = cupy.zeros((max(of_bands, 1), 2, stride), np.uint16)
+        unfit = cupy.zeros(stride, np.uint8)
+        if of_bands:
+            bands.measure(
+                bands.grid(tokens, len(plan.whole)),
+                bands.THREADS,
+                (plan.whole, coefficients, stride, tokens, parameters, unfit),
+            )
+        verbatim = cupy.asnumpy(unfit)[:tokens] != 0
+        errors = None
+        if self._measure:
+            # What all tokens would come back as.
+            counts = np.diff(starts).tolist()
+            columns = cupy.asarray(np.arange(tokens, dtype=np.int32))
+            packed = self._pack(counts, columns, coefficients, parameters, stride)
+            symbols, scales, width, _ = _unpacked(plan, counts, columns, packed, tokens)
+            errors = cupy.asnumpy(self._compare(source, symbols, scales, width))[:, :tokens]
+            with np.errstate(invalid="ignore"):
+                verbatim |= ~(errors <= self._bound).all(axis=0)
+        kept = [np.flatnonzero(~own) for own in np.split(verbatim, starts[1:-1])]
+        counts = list(map(len, kept))
+        columns = np.flatnonzero(~verbatim).astype(np.int32)
+        packed = cupy.asnumpy(
+            self._pack(counts, cupy.asarray(columns), coefficients, parameters, stride)
+        )
+        places = _starts(plan, counts)
+        payloads = threads().map(
+            self._compressed, counts, np.split(packed, places[1:-1]) if counts else []
+        )
+        return Encoded(list(payloads), verbatim, errors)
+
+    def _pack(
+        self, counts: Sequence[int], columns: Any, coefficients: Any, parameters: Any, stride: int
+    ) -> Any:
+        """Payloads of blocks with so many coded tokens, before the coder of bytes."""
+        plan, starts = self._plan, _starts(self._plan, counts)
+        packed = cupy.empty(starts[-1], np.uint8)
+        if starts[-1]:
+            bands.pack(
+                bands.grid(max(counts), len(plan.cut), len(counts)),
+                bands.THREADS,
+                (
+                    cupy.asarray(bands.tasks(counts, plan.bands, starts)),
+                    len(plan.parts),
+                    plan.cut,
+                    columns,
+                    coefficients,
+                    parameters,
+                    stride,
+                    packed,
+                ),
+            )
+        return packed
+
+    def _compressed(self, tokens: int, packed: NDArray[np.uint8]) -> Payload:
+        sizes = np.sum([segment_sizes(tokens, part) for part in self._plan.bands], axis=0)
+        segments = np.split(packed, np.cumsum(sizes)[:-1])
+        return Payload(*compress_beside(self._coder, *(x.data for x in segments)), packed.size)

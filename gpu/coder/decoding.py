@@ -1,0 +1,476 @@
+"""Blocks to tensors, many at a time.
+
+Blocks go through in batches of some thousand tokens: payloads to the device, there to symbols, and
+for each part of the basis a product and a scatter, in pieces whose rows stay in the cache between
+the two. Nothing waits for the device before the end, when faults are looked at: a block with one is
+decoded on the CPU, which says what is wrong with it, or copes.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import cupy
+import numpy as np
+from numpy.typing import NDArray
+
+from kvtc_stream.coding.payload import UniformPayload, tiles
+from kvtc_stream.formats import Block, DType, Section
+from kvtc_stream.gpu.coder.plan import Basis, DevicePlan
+from kvtc_stream.gpu.coder.products import synthesise
+from kvtc_stream.gpu.coder.rope import DeviceRopes, Rotations
+from kvtc_stream.gpu.kernels import layout, rans
+from kvtc_stream.gpu.runtime.staging import Staging
+from kvtc_stream.gpu.runtime.tensors import Column, Tensors, entries
+
+#: Most bytes of a batch's symbols, stacked ones included.
+SYMBOL_BYTES = 1 << 30
+#: Tokens of a batch, and bytes of rows between a product and its scatter: an H100 caches 50 MB.
+BATCH_TOKENS, PIECE_BYTES = 16_384, 32 << 20
+#: Blocks of threads of the coder that a processor holds at a time, for their tables' sake.
+_BLOCKS_OF_THREADS = 2
+#: cudaDevAttrMultiProcessorCount
+_MULTIPROCESSORS = 16
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A block, and where its tokens go: int64 [tokens], -1 for those that nobody wants."""
+
+    block: Block
+    slots: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Symbols of some blocks on the device, and what turns them into values.
+
+    Attributes
+    ----------
+    symbols, scales
+        Bits of binary16 [rows, stride], see :meth:`Basis.stacked`, and float32 [parts, stride].
+    tokens, stride
+        Tokens in all, and from component to component.
+    slots, rotations
+        Of the tokens.
+    faults, overflow
+        int32 [blocks] and [1]: what went wrong.
+    """
+
+    symbols: Any
+    scales: Any
+    tokens: int
+    stride: int
+    slots: Any
+    rotations: Rotations
+    faults: Any
+    overflow: Any
+
+
+class Started(NamedTuple):
+    """A batch that was begun, and what will tell how it went: see :class:`Batch`."""
+
+    blocks: Sequence[Placed]
+    faults: Any
+    overflow: Any
+
+
+@dataclass(frozen=True)
+class Span:
+    """Columns of a leaf's rows, from ``begin`` to ``end``, that ``count`` entries from ``row`` on
+    take."""
+
+    leaf: int
+    row: int
+    count: int
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Target:
+    """Tensors that values go to.
+
+    Attributes
+    ----------
+    entries
+        int64 [entries, layout.FIELDS] on the device.
+    spans
+        What they take of the leaves' rows.
+    dtype, wide
+        Element type, and whether the wide kernel serves.
+    """
+
+    entries: Any
+    spans: list[Span]
+    dtype: DType
+    wide: bool
+    _owners: tuple[Any, ...]
+
+
+def piece_tokens(width: int, count: int, tokens: int) -> int:
+    """How many of ``tokens`` go through a product of ``count`` components and its scatter at a
+    time: so many that their rows stay in the cache, or, of large matrices, that reading the
+    matrix for each piece costs little."""
+    return min(max(PIECE_BYTES // (2 * width), count // 4, 64) // 64 * 64, tokens)
+
+
+def kept_columns(blocks: Sequence[Placed]) -> NDArray[np.int32]:
+    """int32: where the coded tokens of blocks are, among all tokens."""
+    kept = np.ones(sum(p.block.tokens for p in blocks), np.bool_)
+    first = 0
+    for p in blocks:
+        if p.block.verbatim_tokens:
+            kept[first + np.array(p.block.verbatim_tokens)] = False
+        first += p.block.tokens
+    return np.flatnonzero(kept).astype(np.int32)
+
+
+class TileTasks:
+    """Makes the tasks of tiles, see :mod:`kvtc_stream.gpu.kernels.rans`; keeps what repeats."""
+
+    def __init__(self, plan: DevicePlan) -> None:
+        self._plan = plan
+        self._of_sizes: dict[int, tuple[NDArray[np.int64], NDArray[np.bool_]]] = {}
+        self._orders: dict[tuple[int, int, int], NDArray[np.int64]] = {}
+        runtime = cupy.cuda.runtime
+        processors: int = runtime.deviceGetAttribute(_MULTIPROCESSORS, runtime.getDevice())
+        self._resident = _BLOCKS_OF_THREADS * processors
+
+    def together(self, tiles_of_all: int) -> int:
+        """How many of so many tiles share a block of threads: as few as let all blocks run at
+        once, so that no processor waits for a last one."""
+        return min(max(-(-tiles_of_all // self._resident), 4), rans.MOST_TILES)
+
+    def template(self, size: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """int64 [tiles, FIELDS] of a block whose tiles have ``size`` components, and whether each
+        is its part's first one."""
+        if size not in self._of_sizes:
+            found = [
+                (part, self._plan.parts[part].start + t.start, t.stop - t.start, t.start == 0)
+                for part, coded in enumerate(self._plan.coded)
+                for t in tiles(coded, size)
+            ]
+            columns = np.array(found, np.int64).reshape(-1, 4)
+            task = np.zeros((len(found), rans.FIELDS), np.int64)
+            task[:, [rans.PART, rans.FIRST, rans.COUNT]] = columns[:, :3]
+            self._of_sizes[size] = task, columns[:, 3] != 0
+        return self._of_sizes[size]
+
+    def order(self, size: int, blocks: int, together: int) -> NDArray[np.int64]:
+        """Which of the blocks' tiles, block after block, is at each place when those of a part lie
+        side by side, filled up to blocks of threads of ``together``; -1 - part where none is."""
+        if (size, blocks, together) not in self._orders:
+            parts = np.tile(self.template(size)[0][:, rans.PART], blocks)
+            places = []
+            for part in range(len(self._plan.parts)):
+                own = np.flatnonzero(parts == part)
+                filled = np.full(-(-len(own) // together) * together, -1 - part, np.int64)
+                filled[: len(own)] = own
+                places.append(filled)
+            self._orders[size, blocks, together] = np.concatenate(places)
+        return self._orders[size, blocks, together]
+
+    def arranged(
+        self, tasks: NDArray[np.int64], size: int, blocks: int, together: int
+    ) -> NDArray[np.int64]:
+        """``tasks`` [blocks, tiles, FIELDS] in that order."""
+        order = self.order(size, blocks, together)
+        flat = tasks.reshape(-1, rans.FIELDS)
+        out = np.zeros((len(order), rans.FIELDS), np.int64)
+        real = order >= 0
+        out[real] = flat[order[real]]
+        out[~real, rans.PART] = -1 - order[~real]
+        return out
+
+    def decoding(
+        self,
+        payloads: Sequence[UniformPayload],
+        tokens: NDArray[np.int64],
+        firsts: NDArray[np.int64],
+        begins: NDArray[np.int64],
+    ) -> tuple[NDArray[np.int64], int]:
+        """int64 [tiles, FIELDS], and how many share a block of threads.
+
+        Payloads begin at ``begins``; ``tokens`` and ``firsts`` [blocks] are coded tokens, and the
+        first one among all.
+        """
+        out = []
+        sizes = np.array([p.tile_components for p in payloads])
+        together = self.together(sum(len(p.lengths) for p in payloads))
+        for size in np.unique(sizes).tolist():
+            own = np.flatnonzero(sizes == size)
+            chosen = [payloads[b] for b in own.tolist()]
+            template, leading = self.template(size)
+            task = np.tile(template, (len(own), 1, 1))
+            lengths = np.stack([p.lengths for p in chosen]).astype(np.int64)
+            of_tiles = np.array([p.tiles for p in chosen])
+            of_classes = np.array([p.classes for p in chosen])
+            levels = np.array([p.level for p in chosen])
+            plan = self._plan
+            task[:, :, rans.TOKENS] = tokens[own, None]
+            task[:, :, rans.TOKEN] = firsts[own, None]
+            task[:, :, rans.BLOCK] = own[:, None]
+            ends = (begins[own] + of_tiles)[:, None] + np.cumsum(lengths, axis=1)
+            task[:, :, rans.WORDS] = (ends - lengths) // 2
+            task[:, :, rans.LENGTH] = lengths // 2
+            halves = (tokens[own, None] + 1) // 2 * template[:, rans.PART]
+            classes = (begins[own] + of_classes)[:, None] + halves
+            task[:, :, rans.CLASSES] = np.where(leading, classes, -1 - classes)
+            level = levels.clip(plan.lowest, plan.highest) - plan.lowest
+            task[:, :, rans.LEVEL] = level[:, None]
+            out.append(self.arranged(task, size, len(own), together))
+        return np.concatenate(out), together
+
+
+class BlockDecoder(ABC):
+    """Decodes data blocks of one kind of stream. One thread and one CUDA stream at a time.
+
+    ``scales`` float32 [2 · layers, heads] of K and then V: of fp8 that comes out; ``None``: 1.
+    """
+
+    #: Tokens of a batch.
+    batch_tokens = BATCH_TOKENS
+
+    def __init__(
+        self, section: Section, basis: Basis, scales: NDArray[np.float32] | None = None
+    ) -> None:
+        self._section, self._basis = section, basis
+        self._scales = device_scales(section, scales)
+        held = basis.components + (basis.rows if basis.seconds else 0)
+        most = max(SYMBOL_BYTES // (2 * max(held, 1)), 1024)
+        self.batch_tokens = min(type(self).batch_tokens, most)
+        self._ropes = DeviceRopes(section)
+        self.staging = Staging()
+
+    @abstractmethod
+    def symbols(self, blocks: Sequence[Placed]) -> Batch:
+        """Payloads of a batch of blocks, all of which have coded tokens, to symbols.
+
+        Raises ``FormatError`` for payloads that no writer makes.
+        """
+
+    def batches(self, blocks: Iterable[Placed]) -> Iterator[Sequence[Placed]]:
+        """Blocks of about :attr:`batch_tokens` tokens together."""
+        batch: list[Placed] = []
+        tokens = 0
+        for placed in blocks:
+            if batch and tokens + placed.block.tokens > self.batch_tokens:
+                yield batch
+                batch, tokens = [], 0
+            batch.append(placed)
+            tokens += placed.block.tokens
+        if batch:
+            yield batch
+
+    def _batch(
+        self, blocks: Sequence[Placed], symbols: Any, scales: Any, stride: int, faults: Any
+    ) -> Batch:
+        positions = np.concatenate([_positions(p.block) for p in blocks])
+        return Batch(
+            self._basis.stacked(symbols),
+            scales,
+            len(positions),
+            stride,
+            cupy.asarray(np.concatenate([p.slots for p in blocks])),
+            self._ropes.at(cupy.asarray(positions), sign=1),
+            faults,
+            cupy.zeros(1, np.int32),
+        )
+
+    def target(self, layers: Sequence[int], k_out: Tensors | None, v_out: Tensors | None) -> Target:
+        """Where values of ``layers`` go: indices into the section's, as those of the tensors'
+        addresses are; ``None`` is not wanted."""
+        s = self._section
+        sizes = s.kv_heads * s.k_dim, s.kv_heads * s.v_dim
+        chosen = frozenset(layers)
+        spans: list[Span] = []
+        rows: list[Column] = []
+        for index, leaf in enumerate(self._basis.leaves):
+            first = 0
+            found: list[list[Column]] = []
+            for kind, own, out in ((0, leaf.k_layers, k_out), (1, leaf.v_layers, v_out)):
+                columns = [
+                    (kind, x, first + i * sizes[kind])
+                    for i, x in enumerate(own)
+                    if x in chosen and out is not None
+                ]
+                first += len(own) * sizes[kind]
+                found.append(columns)
+            # Of some layers only, K and V lie apart: what is between them is not computed.
+            together = sum(map(len, found)) == len(leaf.k_layers) + len(leaf.v_layers)
+            for columns in [found[0] + found[1]] if together else found:
+                if columns:
+                    begin = columns[0][2]
+                    end = columns[-1][2] + sizes[columns[-1][0]]
+                    spans.append(Span(index, len(rows), len(columns), begin, end))
+                    rows += [(kind, x, c - begin) for kind, x, c in columns]
+        wanted = [t for t in (k_out, v_out) if t is not None]
+        return Target(
+            cupy.asarray(entries(k_out, v_out, rows, self._ropes)),
+            spans,
+            wanted[0].dtype,
+            all(t.wide for t in wanted) and self._ropes.halves,
+            (k_out, v_out),
+        )
+
+    def start(
+        self,
+        blocks: Iterable[Placed],
+        layers: Sequence[int],
+        k_out: Tensors,
+        v_out: Tensors,
+    ) -> list[Started]:
+        """Decode blocks, all of which have coded tokens, into tensors: batch after batch as they
+        come, without waiting for the device. See :func:`faulty`."""
+        started = []
+        target = self.target(layers, k_out, v_out)
+        for some in self.batches(blocks):
+            batch = self.symbols(some)
+            self.values(batch, target)
+            started.append(Started(some, batch.faults, batch.overflow))
+        return started
+
+    def values(self, batch: Batch, target: Target) -> None:
+        """Symbols to K and V."""
+        ropes, found = self._ropes, batch.rotations
+        scatter = layout.scatter(target.dtype, target.wide)
+        for span in target.spans:
+            leaf, begin, end = self._basis.leaves[span.leaf], span.begin, span.end
+            width = end - begin
+            piece = piece_tokens(width, leaf.count, batch.tokens)
+            rows = cupy.empty((piece, width), np.uint16)
+            if leaf.count == 0:
+                rows[...] = 0
+            symbols = batch.symbols.data.ptr + 2 * leaf.first * batch.stride
+            scales = batch.scales.data.ptr + 4 * leaf.part * batch.stride
+            own = target.entries.data.ptr + 8 * layout.FIELDS * span.row
+            for at in range(0, batch.tokens, piece):
+                tokens = min(piece, batch.tokens - at)
+                synthesise(
+                    symbols + 2 * at,
+                    batch.stride,
+                    leaf.synthesis,
+                    slice(begin, end),
+                    tokens,
+                    rows.data.ptr,
+                    width,
+                )
+                scatter(
+                    (-(-tokens // layout.TOKENS), span.count),
+                    layout.THREADS,
+                    (
+                        own,
+                        batch.slots.data.ptr + 8 * at,
+                        tokens,
+                        found.cosines.data.ptr,
+                        found.sines.data.ptr,
+                        ropes.pairs,
+                        ropes.interleaved,
+                        ropes.most,
+                        found.tokens,
+                        at,
+                        scales + 4 * at,
+                        leaf.synthesis_scale,
+                        leaf.mean.data.ptr + 4 * begin,
+                        rows.data.ptr,
+                        width,
+                        batch.overflow,
+                        self._scales,
+                    ),
+                )
+
+
+class UniformDecoder(BlockDecoder):
+    """Of uniform bands."""
+
+    def __init__(
+        self, section: Section, plan: DevicePlan, scales: NDArray[np.float32] | None = None
+    ) -> None:
+        super().__init__(section, plan, scales)
+        self._plan = plan
+        self._tasks = TileTasks(plan)
+
+    def symbols(self, blocks: Sequence[Placed]) -> Batch:
+        """Payloads of a batch of blocks, all of which have coded tokens, to symbols.
+
+        Raises ``FormatError`` for payloads that no writer makes.
+        """
+        payloads = [UniformPayload.parse(p.block, self._plan.coded) for p in blocks]
+        data, begins = self.staging.upload([p.block.coded for p in blocks])
+        return self.symbols_on_device(blocks, payloads, data, begins)
+
+    def symbols_on_device(
+        self,
+        blocks: Sequence[Placed],
+        payloads: Sequence[UniformPayload],
+        data: Any,
+        begins: NDArray[np.int64],
+    ) -> Batch:
+        """As :meth:`symbols`, of payloads that are on the device already."""
+        plan = self._plan
+        coded = np.array([p.block.coded_tokens for p in blocks])
+        firsts = np.concatenate([[0], np.cumsum(coded)[:-1]])
+        stride = -(-sum(p.block.tokens for p in blocks) // 64) * 64
+        steps = np.array([p.step for p in payloads])[:, None] * np.exp2(np.arange(16) / 4)
+        with np.errstate(over="ignore"):
+            block_steps = cupy.asarray(steps.astype(np.float32))
+        host_tasks, together = self._tasks.decoding(payloads, coded, firsts, begins)
+        tasks = cupy.asarray(host_tasks)
+        kept = kept_columns(blocks)
+        # Columns that no tile writes go through the products too, where nothing may be infinite.
+        new = cupy.empty if len(kept) == stride else cupy.zeros
+        symbols = new((plan.components, stride), np.uint16)
+        scales = cupy.zeros((len(plan.parts), stride), np.float32)
+        faults = cupy.zeros(len(blocks), np.int32)
+        rans.decode(
+            len(tasks) // together,
+            together * 32,
+            (
+                tasks,
+                data,
+                data,
+                plan.buckets,
+                plan.symbols,
+                plan.codes,
+                plan.families,
+                len(plan.parts),
+                plan.ids,
+                plan.components,
+                cupy.asarray(kept),
+                block_steps,
+                scales,
+                plan.down,
+                symbols,
+                stride,
+                faults,
+            ),
+            shared=plan.decode_shared,
+        )
+        return self._batch(blocks, symbols, scales, stride, faults)
+
+
+def device_scales(section: Section, scales: NDArray[np.float32] | None) -> Any:
+    """float32 [2 · layers, heads] of K and then V on the device; ``None``: 1."""
+    shape = (2 * len(section.layers), section.kv_heads)
+    return cupy.asarray(np.ones(shape, np.float32) if scales is None else scales)
+
+
+def _positions(block: Block) -> NDArray[np.int64]:
+    found = block.positions
+    if isinstance(found, range):
+        return np.arange(found.start, found.stop, dtype=np.int64)
+    return np.frombuffer(found, np.int64)
+
+
+def faulty(started: Iterable[Started]) -> Iterator[Placed]:
+    """The blocks that the device could not decode; waits for it."""
+    for blocks, faults, overflow in started:
+        found = cupy.asnumpy(faults)
+        if int(overflow[0]):
+            found[:] = rans.LARGE
+        for i in np.flatnonzero(found).tolist():
+            yield blocks[i]

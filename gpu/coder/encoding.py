@@ -1,0 +1,400 @@
+"""Tensors to blocks with uniform bands, many at a time.
+
+A batch of blocks is gathered, projected and classified; sizes, or errors, are measured at some
+steps, from which the rate control chooses; tokens that cannot be coded are left out; the rest
+becomes tiles and then payloads. The host waits for sizes twice: to choose steps, and to fetch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import cupy
+import numpy as np
+from numpy.typing import NDArray
+
+from kvtc_stream.coding.payload import TILE_COMPONENTS
+from kvtc_stream.formats import Coder, Section
+from kvtc_stream.gpu.coder.analysis import Analyser, Encoded, Payload, Source, stride_of
+from kvtc_stream.gpu.coder.decoding import TileTasks
+from kvtc_stream.gpu.coder.plan import DevicePlan
+from kvtc_stream.gpu.kernels import rans, uniform
+from kvtc_stream.gpu.kernels.intrinsics import WARP
+from kvtc_stream.gpu.runtime.staging import Staging
+from kvtc_stream.gpu.runtime.tensors import Tensors
+
+#: Tokens of a batch.
+BATCH_TOKENS = 8192
+#: Room for a tile: three quarters of a word for each symbol, which holds everything but escapes;
+#: two words in a part's first tile, where those are; and what a step may need.
+_SLACK = 1024
+#: Quarter octaves over which sizes and errors are measured at once.
+_SPAN = 2.0
+
+
+@dataclass(frozen=True)
+class OnDevice:
+    """What becomes of a batch, before anybody waits for it: uint8 payloads; their places int64
+    [blocks, 2], begin and bytes; uint8 [tokens]; int32 [blocks] faults; errors."""
+
+    payloads: Any
+    places: Any
+    verbatim: Any
+    faults: Any
+    errors: Any
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A batch whose coefficients are known: float32 [components, stride], uint8 classes and
+    float32 peaks [parts, stride], and first tokens of blocks."""
+
+    source: Source
+    coefficients: Any
+    stride: int
+    classes: Any
+    peaks: Any
+    starts: NDArray[np.int64]
+    starts_d: Any
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """See :func:`kvtc_stream.gpu.kernels.uniform.steps`."""
+
+    block_steps: Any
+    factors: Any
+    levels: Any
+    indices: Any
+    heads: Any
+
+
+class Measured:
+    """Sizes or errors over offsets, of many blocks at a time.
+
+    Measured where they are asked for, at both ends and in the middle of a span of ``_SPAN``;
+    logarithms are taken as quadratic between. What is found of a block does not depend on
+    the blocks beside it.
+
+    Parameters
+    ----------
+    measure
+        Amounts [..., offsets] at some offsets.
+    """
+
+    def __init__(self, measure: Callable[[NDArray[np.float64]], NDArray[np.floating[Any]]]) -> None:
+        self._measure = measure
+        self._spans: dict[int, NDArray[np.float64]] = {}
+
+    def at(self, index: Any, offset: float) -> Any:
+        """Elements at an offset."""
+        span = math.floor(offset / _SPAN)
+        if span not in self._spans:
+            found = self._measure(_SPAN * (span + np.array([0, 0.5, 1])))
+            self._spans[span] = np.log(np.maximum(found, 1e-30, dtype=np.float64))
+        own = self._spans[span][index]
+        low, middle, high = own[..., 0], own[..., 1], own[..., 2]
+        x = 2 * (offset / _SPAN - span) - 1
+        with np.errstate(over="ignore", invalid="ignore"):
+            return np.exp(middle + x * (high - low) / 2 + x * x * ((low + high) / 2 - middle))
+
+
+class BatchEncoder(Analyser):
+    """Encodes blocks with uniform bands. One thread and one CUDA stream at a time."""
+
+    batch_tokens = BATCH_TOKENS
+    _plan: DevicePlan
+
+    def __init__(self, section: Section, plan: DevicePlan, *args: Any, **options: Any) -> None:
+        plan.check_encodable()
+        super().__init__(section, plan, *args, **options)
+        self._tasks = TileTasks(plan)
+        self._staging = Staging()
+        self._tiles = len(self._tasks.template(TILE_COMPONENTS)[0])
+
+    def prepare(
+        self,
+        k: Tensors,
+        v: Tensors,
+        slots: NDArray[np.int64],
+        positions: NDArray[np.int64],
+        starts: NDArray[np.int64],
+    ) -> Prepared:
+        """Coefficients and classes of a batch.
+
+        Parameters
+        ----------
+        k, v
+            The cache.
+        slots, positions
+            int64 [tokens].
+        starts
+            int64 [blocks + 1]: first tokens of blocks.
+        """
+        plan = self._plan
+        tokens, parts = len(positions), len(plan.parts)
+        stride = stride_of(tokens)
+        source = self._source(k, v, slots, positions)
+        c = self._coefficients(source, stride)
+        classes = cupy.empty((parts, stride), np.uint8)
+        peaks = cupy.empty((parts, stride), np.float32)
+        uniform.classify(
+            (-(-tokens // WARP), parts),
+            uniform.CLASSIFY_THREADS,
+            (
+                c,
+                stride,
+                tokens,
+                plan.fields,
+                plan.scale,
+                plan.weights,
+                plan.groups,
+                plan.per_class,
+                classes,
+                peaks,
+            ),
+        )
+        starts_d = cupy.asarray(starts.astype(np.int32))
+        return Prepared(source, c, stride, classes, peaks, starts, starts_d)
+
+    def _steps(self, offsets: NDArray[np.float64]) -> _Steps:
+        plan, count = self._plan, offsets.size
+        block_steps, factors = cupy.empty((2, count, 16), np.float32)
+        levels, indices = cupy.empty((2, count), np.int32)
+        heads = cupy.empty(count, np.float32)
+        uniform.steps(
+            -(-count * 16 // uniform.THREADS),
+            uniform.THREADS,
+            (
+                count,
+                cupy.asarray(offsets.ravel()),
+                plan.unit,
+                plan.lowest,
+                plan.highest,
+                block_steps,
+                factors,
+                levels,
+                indices,
+                heads,
+            ),
+        )
+        return _Steps(block_steps, factors, levels, indices, heads)
+
+    def sizes(self, batch: Prepared) -> Measured:
+        """Bytes of the blocks' payloads [blocks] over offsets; waits for the device."""
+        tokens, parts = np.diff(batch.starts), len(self._plan.parts)
+        overhead = 8 + self._tiles * (4 + 3 * np.minimum(tokens, 32)) + parts * ((tokens + 1) // 2)
+        return Measured(lambda offsets: self._bits(batch, offsets) / 8 + overhead[:, None])
+
+    def _bits(self, batch: Prepared, offsets: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Of symbols and escapes, [blocks, offsets]."""
+        plan = self._plan
+        blocks, parts = len(batch.starts) - 1, len(plan.parts)
+        steps = self._steps(np.tile(offsets, (blocks, 1)))
+        chunks = uniform.chunks(plan.coded)
+        bits = cupy.empty((blocks, parts * chunks, uniform.SIZES), np.float32)
+        uniform.sizes(
+            (blocks, parts, chunks),
+            uniform.THREADS,
+            (
+                batch.coefficients,
+                batch.stride,
+                plan.fields,
+                plan.ids,
+                plan.components,
+                batch.classes,
+                batch.peaks,
+                steps.factors,
+                steps.indices,
+                plan.bits,
+                plan.families,
+                bits,
+                batch.starts_d,
+            ),
+            shared=max(plan.encode_shared, 1024),
+        )
+        found: NDArray[np.float64] = cupy.asnumpy(bits).sum(axis=1, dtype=np.float64)
+        return found
+
+    def errors(self, batch: Prepared) -> Measured:
+        """Errors of K and V [2, tokens] over offsets; waits for the device."""
+        blocks, tokens = len(batch.starts) - 1, int(batch.starts[-1])
+
+        def measure(offsets: NDArray[np.float64]) -> NDArray[np.float32]:
+            steps = (self._steps(np.full(blocks, offset)) for offset in offsets)
+            found = [cupy.asnumpy(self._errors(batch, x))[:, :tokens] for x in steps]
+            return np.stack(found, axis=-1)
+
+        return Measured(measure)
+
+    def encode(self, batch: Prepared, offsets: NDArray[np.float64]) -> Encoded:
+        """Encode a batch at an offset to the plan's step for each block, and wait for it."""
+        found = self.encode_on_device(batch, offsets)
+        places, full = cupy.asnumpy(found.places), cupy.asnumpy(found.faults) != 0
+        used = int(places.sum(axis=1).max(initial=0))
+        data = self._staging.fetch(found.payloads[:used]).data.toreadonly()
+        verbatim = cupy.asnumpy(found.verbatim).astype(np.bool_)
+        kept = [
+            int(np.count_nonzero(~own)) for own in np.split(verbatim, batch.starts[1:-1].tolist())
+        ]
+        payloads = [
+            None
+            if bad
+            else Payload(
+                Coder.RANS if tokens else Coder.STORED,
+                data[begin : begin + size],
+                tokens * self._plan.components,
+            )
+            for (begin, size), bad, tokens in zip(places.tolist(), full, kept, strict=True)
+        ]
+        errors = None
+        if found.errors is not None:
+            errors = cupy.asnumpy(found.errors)[:, : int(batch.starts[-1])]
+        return Encoded(payloads, verbatim, errors)
+
+    def encode_on_device(self, batch: Prepared, offsets: NDArray[np.float64]) -> OnDevice:
+        """As :meth:`encode` without waiting. The batch's coefficients are gone."""
+        plan, c, stride, starts = self._plan, batch.coefficients, batch.stride, batch.starts
+        blocks, tokens, parts = len(starts) - 1, int(starts[-1]), len(plan.parts)
+        steps = self._steps(offsets)
+        errors = self._errors(batch, steps) if self._measure else None
+        columns = cupy.empty(tokens, np.int32)
+        kept = cupy.empty(blocks, np.int32)
+        verbatim = cupy.empty(tokens, np.uint8)
+        uniform.keep(
+            blocks,
+            32,
+            (
+                batch.starts_d,
+                parts,
+                stride,
+                batch.classes,
+                batch.peaks,
+                steps.factors,
+                batch.peaks if errors is None else errors,
+                -1.0 if errors is None else self._bound,
+                columns,
+                kept,
+                verbatim,
+            ),
+        )
+        tasks, of_blocks, words, together = self._room(starts)
+        tasks_d, of_blocks_d = cupy.asarray(tasks), cupy.asarray(of_blocks)
+        room = cupy.empty(max(words, 1), np.uint16)
+        lengths = cupy.zeros(max(len(tasks), 1), np.int32)
+        faults = cupy.zeros(blocks, np.int32)
+        rans.encode(
+            len(tasks) // together,
+            together * 32,
+            (
+                tasks_d,
+                plan.codes,
+                plan.families,
+                plan.ids,
+                plan.components,
+                columns,
+                steps.factors,
+                c,
+                stride,
+                steps.indices,
+                batch.classes,
+                kept,
+                room,
+                lengths,
+                faults,
+            ),
+            shared=plan.encode_shared,
+        )
+        places = cupy.empty((blocks, 2), np.int64)
+        uniform.lay_out(1, 1, (blocks, self._tiles, parts, kept, lengths, of_blocks_d, places, 0))
+        # The coefficients are done with, and as a rule larger than what they became.
+        bound = 2 * words + blocks * (24 + 4 * self._tiles) + parts * tokens
+        data = c.view(np.uint8).ravel()
+        out = data if data.size >= bound else cupy.empty(bound, np.uint8)
+        uniform.assemble(
+            (blocks, self._tiles + 1),
+            uniform.THREADS,
+            (
+                batch.starts_d,
+                kept,
+                steps.levels,
+                lengths,
+                steps.heads,
+                places,
+                tasks_d,
+                of_blocks_d,
+                columns,
+                stride,
+                batch.classes,
+                room,
+                self._tiles,
+                parts,
+                TILE_COMPONENTS,
+                out.size,
+                out,
+                out,
+            ),
+        )
+        return OnDevice(out, places, verbatim, faults, errors)
+
+    def _errors(self, batch: Prepared, steps: _Steps) -> Any:
+        """float32 [2, stride]: of each token's K and V, after the cast to the output's dtype."""
+        plan, stride, starts = self._plan, batch.stride, batch.starts
+        tokens = batch.source.tokens
+        symbols = (cupy.empty if tokens == stride else cupy.zeros)(
+            (plan.components, stride), np.uint16
+        )
+        scales = cupy.zeros((len(plan.parts), stride), np.float32)
+        of_tokens = np.repeat(np.arange(len(starts) - 1), np.diff(starts)).astype(np.int32)
+        uniform.quantise(
+            (
+                -(-tokens // uniform.THREADS),
+                -(-max(plan.coded, default=0) // uniform.TOGETHER),
+                len(plan.parts),
+            ),
+            uniform.THREADS,
+            (
+                batch.coefficients,
+                stride,
+                tokens,
+                plan.fields,
+                cupy.asarray(of_tokens),
+                batch.classes,
+                steps.factors,
+                steps.block_steps,
+                plan.down,
+                symbols,
+                scales,
+            ),
+        )
+        return self._compare(batch.source, symbols, scales, stride)
+
+    def _room(
+        self, starts: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int32], int, int]:
+        """Tasks, int32 [blocks, tiles] where each tile's is, words of room in all, and how many
+        tiles share a block of threads."""
+        blocks, tokens = len(starts) - 1, np.diff(starts)
+        template, leading = self._tasks.template(TILE_COMPONENTS)
+        counts = template[:, rans.COUNT]
+        words = tokens[:, None] * np.where(leading, 2 * counts, 3 * counts // 4) + _SLACK
+        task = np.tile(template, (blocks, 1, 1))
+        task[:, :, rans.TOKENS] = tokens[:, None]
+        task[:, :, rans.TOKEN] = starts[:-1, None]
+        task[:, :, rans.BLOCK] = np.arange(blocks)[:, None]
+        task[:, :, rans.WORDS] = np.cumsum(words.ravel()).reshape(words.shape)
+        task[:, :, rans.LENGTH] = words
+        together = self._tasks.together(blocks * self._tiles)
+        order = self._tasks.order(TILE_COMPONENTS, blocks, together)
+        of_blocks = np.empty(blocks * self._tiles, np.int32)
+        real = np.flatnonzero(order >= 0)
+        of_blocks[order[real]] = real
+        return (
+            self._tasks.arranged(task, TILE_COMPONENTS, blocks, together),
+            of_blocks,
+            int(words.sum()) if words.size else 0,
+            together,
+        )

@@ -1,0 +1,440 @@
+"""What the kernels need of a plan and a calibration, on the device. Made once, immutable."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import cupy
+import numpy as np
+from numpy.typing import NDArray
+
+from kvtc_stream.calibration import importance
+from kvtc_stream.calibration.components import Components
+from kvtc_stream.calibration.parts import CalibratedBases, Part
+from kvtc_stream.coding.rans import CLASSES, Families
+from kvtc_stream.coding.uniform import UniformBands
+from kvtc_stream.errors import UnsupportedError
+from kvtc_stream.formats import SectionPlan
+from kvtc_stream.gpu.coder import tables
+from kvtc_stream.gpu.coder.products import synthesise_leading
+from kvtc_stream.gpu.kernels.bands import strips
+
+#: Rows of binary16 are scaled so that so many deviations of the widest channel, at the step of
+#: offset 0 and class 0, have this size. Binary16 ends at 65,504.
+_DEVIATIONS, _SIZE = 64.0, 8192.0
+#: Symbols' deviation, in class 0 at offset 0, up to which they are kept as they are.
+_USUAL = 256.0
+
+
+@dataclass(frozen=True, eq=False)
+class Leaf:
+    """Columns of a part that are multiplied by one matrix: all, or a group of the first level.
+
+    Attributes
+    ----------
+    part
+        Whose columns.
+    k_layers, v_layers
+        Indices into the section's layers.
+    width
+        Values of a row.
+    first, count, leading
+        Rows of the symbols that it is made of, as :meth:`Basis.stacked` gives them; the ``leading``
+        first of them come from the second level.
+    inner
+        Where coefficients behind the leading ones are among those of all parts, before
+        :meth:`Basis.ordered`.
+    mean
+        float32 [width].
+    analysis, synthesis
+        Bits of binary16 [count, width]: what rows are multiplied by, and what symbols are, times
+        powers of two.
+    analysis_scale, synthesis_scale
+        What products are multiplied by.
+    leading_scale
+        What leading coefficients are multiplied by besides, to be binary16.
+    """
+
+    part: int
+    k_layers: tuple[int, ...]
+    v_layers: tuple[int, ...]
+    width: int
+    first: int
+    count: int
+    leading: int
+    inner: int
+    mean: Any
+    analysis: Any
+    synthesis: Any
+    analysis_scale: float
+    synthesis_scale: float
+    leading_scale: float
+
+
+@dataclass(frozen=True, eq=False)
+class SecondLevel:
+    """What a part's leading coefficients are multiplied by.
+
+    Attributes
+    ----------
+    leaves
+        Of the part, in order.
+    first, count
+        Rows of the stacked symbols that are its own.
+    inner
+        As for :class:`Leaf`.
+    analysis, synthesis
+        Bits of binary16 [count, leading of all leaves].
+    analysis_scale
+        What products are multiplied by.
+    """
+
+    leaves: tuple[Leaf, ...]
+    first: int
+    count: int
+    inner: int
+    analysis: Any
+    synthesis: Any
+    analysis_scale: float
+
+
+class Basis:
+    """What analysis and synthesis need of a section's plan, whatever its bands.
+
+    Attributes
+    ----------
+    parts
+        Of the basis: components of each that have a row of coefficients.
+    components
+        Of all parts together.
+    leaves, seconds
+        What the products are with.
+    rows
+        Of the stacked symbols.
+    places
+        int64 [components] on the device: the row of each.
+    """
+
+    def __init__(self, counts: Sequence[int]) -> None:
+        self.parts = [range(b - a, b) for a, b in zip(counts, accumulate(counts), strict=True)]
+        self.components = sum(counts)
+        self.leaves: list[Leaf] = []
+        self.seconds: list[SecondLevel] = []
+        self.rows = 0
+        # Of each component: its row of the stacked symbols, and of coefficients before they are
+        # put in order.
+        self._rows: list[NDArray[np.int64]] = []
+        self._inner: list[NDArray[np.int64]] = []
+
+    def add(
+        self,
+        part: Part,
+        analysis: Components,
+        synthesis: Components,
+        sizes: Sizes,
+        k_size: int,
+    ) -> None:
+        """The next part. ``analysis`` and ``synthesis`` have its coded components, in float32, and
+        whatever factors these have on the device; ``k_size`` channels has a layer's K."""
+        # Tensor cores read 16 bytes at a time.
+        analysis, synthesis = analysis.aligned(8), synthesis.aligned(8)
+        index = len(self._rows)
+        first, inner = self.rows, self.parts[index].start
+        begins = [inner + x for x in analysis.inner]
+        two = analysis.order is not None
+        leading_up = _power_of_two(sizes.leading)
+        leaves = []
+        layers = 0
+        groups = zip(
+            analysis.groups, analysis.local, synthesis.local, analysis.leading, sizes.rows,
+            begins[1:], strict=False,
+        )  # fmt: skip
+        for spans, a, s, leading, size, begin in groups:
+            k_layers, v_layers = part.k_layers, part.v_layers
+            if two:
+                count = (spans[0].stop - spans[0].start) // k_size
+                k_layers = v_layers = part.k_layers[layers : layers + count]
+                layers += count
+            up = _power_of_two(float(np.abs(a).max(initial=0)))
+            down = _power_of_two(size)
+            own = np.concatenate([s[:leading] * leading_up, s[leading:]]) / down
+            leaves.append(
+                Leaf(
+                    index,
+                    k_layers,
+                    v_layers,
+                    a.shape[1],
+                    self.rows,
+                    len(a),
+                    leading,
+                    begin,
+                    cupy.asarray(np.concatenate([part.mean[span] for span in spans])),
+                    _half(a / up),
+                    _half(own),
+                    up,
+                    down,
+                    1 / sizes.leading_scale,
+                )
+            )
+            self.rows += len(a)
+        self.leaves += leaves
+        order = np.arange(analysis.rank) if analysis.order is None else analysis.order
+        places = [first + np.arange(len(analysis.local[0]))]
+        if analysis.second is not None and synthesis.second is not None:
+            up = _power_of_two(float(np.abs(analysis.second).max(initial=0)))
+            self.seconds.append(
+                SecondLevel(
+                    tuple(leaves),
+                    self.rows,
+                    len(analysis.second),
+                    inner,
+                    _half(analysis.second / up),
+                    _half(synthesis.second / leading_up),
+                    up * sizes.leading_scale,
+                )
+            )
+            places = [self.rows + np.arange(len(analysis.second))]
+            places += [leaf.first + np.arange(leaf.leading, leaf.count) for leaf in leaves]
+            self.rows += len(analysis.second)
+        self._rows.append(np.concatenate(places)[order])
+        self._inner.append(inner + order.astype(np.int64))
+
+    def finish(self) -> None:
+        """After the last part."""
+        self.places, self._from_inner = (
+            cupy.asarray(np.concatenate([np.zeros(0, np.int64), *x]))
+            for x in (self._rows, self._inner)
+        )
+
+    def stacked(self, symbols: Any) -> Any:
+        """Bits of binary16 [rows, stride], what leaves are multiplied by, of symbols [components,
+        stride], whose stride is a multiple of 64."""
+        if not self.seconds:
+            return symbols
+        stride = symbols.shape[1]
+        stack = cupy.empty((self.rows, stride), np.uint16)
+        if any(second.count == 0 for second in self.seconds):
+            stack[...] = 0  # no product writes leading coefficients
+        # Sixteen bytes at a time.
+        stack.view(np.complex128)[self.places] = symbols.view(np.complex128)
+        for second in self.seconds:
+            column = 0
+            for leaf in second.leaves:
+                columns = slice(column, column + leaf.leading)
+                synthesise_leading(
+                    stack.data.ptr + 2 * second.first * stride,
+                    stride,
+                    second.synthesis,
+                    columns,
+                    stack.data.ptr + 2 * leaf.first * stride,
+                )
+                column = columns.stop
+        return stack
+
+    def ordered(self, coefficients: Any) -> Any:
+        """Coefficients float32 [components, stride] of the leaves, in the components' order; as for
+        :meth:`stacked`."""
+        if not self.seconds:
+            return coefficients
+        # Sixteen bytes at a time.
+        return coefficients.view(np.complex128)[self._from_inner].view(np.float32)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How large what is between the products becomes, in units of binary16's room.
+
+    Attributes
+    ----------
+    rows
+        Of each leaf's rows, when decoded.
+    leading
+        Of the leading coefficients, when decoded.
+    leading_scale
+        A power of two, when encoded.
+    """
+
+    rows: list[float]
+    leading: float = 0.0
+    leading_scale: float = 1.0
+
+
+class BandPlan(Basis):
+    """A section's plan whose bands have a scale and a shift per token.
+
+    Attributes
+    ----------
+    bands
+        Of each part.
+    whole, cut
+        Tables of strips: whole bands, and pieces of them, see
+        :func:`kvtc_stream.gpu.kernels.bands.strips`.
+    fields
+        int32 [parts, 2]: first component, and components.
+    """
+
+    def __init__(self, calibration: CalibratedBases, section: int, plan: SectionPlan) -> None:
+        stored = calibration.sections[section].parts(plan)
+        self.bands = [part.bands for part in plan.parts]
+        counts = [part.components for part in plan.parts]
+        super().__init__(counts)
+        for i, (part, count) in enumerate(zip(stored, counts, strict=True)):
+            analysis, synthesis = (
+                Components.dense(x.first(count).matrix())
+                for x in calibration.transforms(section, plan.basis, i, count)
+            )
+            # Coefficients are 1 at most on the device; so are rows, but for their number's root.
+            _, [deviations] = synthesis.deviations(np.ones(count, np.float32))
+            self.add(part, analysis, synthesis, Sizes([float(deviations.max(initial=0))]), 0)
+        self.finish()
+        firsts = [own.start for own in self.parts]
+        self.whole = cupy.asarray(strips(self.bands, None))
+        self.cut = cupy.asarray(strips(self.bands))
+        self.fields = cupy.asarray(np.array([firsts, counts], np.int32).T.copy())
+
+
+class DevicePlan(Basis):
+    """A section's plan with uniform bands.
+
+    Attributes
+    ----------
+    coded
+        Components that are coded, of each part.
+    unit
+        The step of base step 0 and class 0 at offset 0.
+    ids, families, buckets, symbols, codes, bits
+        Tables of the coder, see :mod:`kvtc_stream.gpu.kernels.rans`; ``codes`` are the encoder's
+        entries.
+    down
+        float32 [components]: powers of two that symbols are multiplied by on the device, so that
+        binary16 has room for those of the strongest components.
+    decode_shared, encode_shared
+        Bytes of shared memory for them.
+    lowest, highest
+        Levels that ``ids`` has rows for, those below and above share the first and the last.
+    fields, scale, weights, groups, per_class
+        Of the predictor of importance, see :func:`kvtc_stream.gpu.kernels.uniform.classify`.
+    """
+
+    def __init__(self, calibration: CalibratedBases, section: int, plan: SectionPlan) -> None:
+        parts = calibration.sections[section].parts(plan)
+        bands = []
+        for part, dealt in zip(parts, plan.parts, strict=True):
+            assert part.uniform is not None
+            families = part.uniform.families
+            coder = Families(families.frequencies)
+            bands.append(UniformBands(dealt.bands, coder, families.ids))
+            self.unit = part.uniform.unit
+        self.coded = [len(b.components) for b in bands]
+        super().__init__(self.coded)
+        self.leading = all((b.components == np.arange(len(b.components))).all() for b in bands)
+        shape = calibration.geometry.sections[section]
+        downs: list[Any] = []
+        for i, (part, dealt, own) in enumerate(zip(parts, plan.parts, bands, strict=True)):
+            analysis, synthesis = (
+                x.taken(own.components)
+                for x in calibration.transforms(section, plan.basis, i, dealt.components)
+            )
+            variance = part.spectrum[own.components]
+            leading, rows = (
+                [float(d.max(initial=0)) * (_DEVIATIONS / _SIZE) for d in found]
+                for found in synthesis.deviations(variance)
+            )
+            # Coefficients on the device are without the factors of base steps.
+            factors = np.exp2(own.base / np.float32(4))
+            downs.append(_down(np.sqrt(variance) / (factors * self.unit)))
+            sizes = Sizes(
+                [max(d, 1e-30) / self.unit for d in rows],
+                max(leading, default=0) / self.unit,
+                _power_of_two(max(leading, default=0)),
+            )
+            self.add(
+                part,
+                analysis.scaled(1 / factors),
+                synthesis.scaled(factors / downs[-1]),
+                sizes,
+                shape.kv_heads * shape.k_dim,
+            )
+        self.finish()
+        firsts = [own.start for own in self.parts]
+        self.down = cupy.asarray(np.concatenate(downs).astype(np.float32))
+        self._coder_tables(bands)
+        self._importance(parts, bands, firsts)
+
+    def _coder_tables(self, bands: list[UniformBands]) -> None:
+        base = np.concatenate([b.base for b in bands]).astype(np.int64)
+        self.steps = 2.0 ** (base / 4)
+        most = max(len(b._ids) for b in bands)
+        self.lowest = -int(base.max(initial=0))
+        self.highest = most - 1 - int(base.min(initial=0))
+        levels = range(self.lowest, self.highest + 1)
+        ids = np.zeros((len(levels) * self.components + 4) * CLASSES, np.uint8)
+        shaped = ids[: len(levels) * self.components * CLASSES].reshape(
+            len(levels), self.components, CLASSES
+        )
+        for i, level in enumerate(levels):
+            shaped[i] = np.concatenate([b.ids(level) for b in bands], axis=1).T
+        self.ids = cupy.asarray(ids)
+        frequencies = [b.families.frequencies for b in bands]
+        found = [tables.decode_tables(f) for f in frequencies]
+        counts = [[len(f) for f in frequencies], [len(symbols) for _, symbols in found]]
+        begins = np.concatenate([np.zeros((2, 1), np.int64), np.cumsum(counts, axis=1)], axis=1)
+        self.families = cupy.asarray(begins.astype(np.int32))
+        self.buckets = cupy.asarray(np.concatenate([buckets for buckets, _ in found]))
+        self.symbols = cupy.asarray(np.concatenate([symbols for _, symbols in found]))
+        self.codes = cupy.asarray(tables.encode_entries(np.concatenate(frequencies)))
+        self.decode_shared = 4 * max(256 * f + s for f, s in zip(*counts, strict=True))
+        self.encode_shared = 1024 * max(counts[0])
+        self.bits = cupy.asarray(np.concatenate([b.families.bits for b in bands]))
+
+    def _importance(self, parts: Any, bands: list[UniformBands], firsts: list[int]) -> None:
+        fields = np.zeros((len(parts), 6), np.int32)
+        groups = np.zeros((len(parts), 8), np.int32)
+        scale = np.zeros(max(self.components, 1), np.float32)
+        weights: list[np.ndarray[Any, Any]] = []
+        at = 0
+        for i, part in enumerate(parts):
+            predictor = part.uniform.importance
+            fields[i] = firsts[i], self.coded[i], -1, 0, 0, 0
+            if predictor is None:
+                continue
+            read = min(self.coded[i], len(predictor.scale))
+            edges = importance.group_edges(len(predictor.scale))
+            features = len(predictor.centre)
+            leading = (features - len(edges) + 1) // 2
+            fields[i] = firsts[i], self.coded[i], read, leading, len(edges) - 1, at
+            groups[i, : len(edges)] = edges
+            own = slice(firsts[i], firsts[i] + read)
+            scale[own] = predictor.scale[:read] * self.steps[own]
+            weights += [
+                predictor.weights[-1:], predictor.weights[:-1], predictor.centre, predictor.spread,
+            ]  # fmt: skip
+            at += 1 + 3 * features
+        self.fields, self.groups = cupy.asarray(fields), cupy.asarray(groups)
+        self.scale = cupy.asarray(scale)
+        self.weights = cupy.asarray(np.concatenate([*weights, np.zeros(1, np.float32)]))
+        self.per_class = -4 * importance.ALPHA / np.log(2)
+
+    def check_encodable(self) -> None:
+        """Raise ``UnsupportedError`` where the encoder's predictor would lack components."""
+        if not self.leading:
+            raise UnsupportedError(
+                "the CUDA backend encodes plans whose coded components come first, this plan has "
+                "bands without bits before them: use backend='cpu'"
+            )
+
+
+def _down(deviations: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Powers of two, 1 at most, that bring a deviation to ``_USUAL`` at most."""
+    return np.exp2(-np.ceil(np.log2(np.maximum(deviations / _USUAL, 1))))
+
+
+def _power_of_two(x: float) -> float:
+    return float(np.exp2(np.round(np.log2(x)))) if x > 0 else 1.0
+
+
+def _half(x: np.ndarray[Any, Any]) -> Any:
+    return cupy.asarray(np.ascontiguousarray(x, np.float16))

@@ -1,0 +1,77 @@
+"""Rotary tables of a section's layers, on the device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import cupy
+import numpy as np
+
+from kvtc_stream.formats import Rope, Section
+from kvtc_stream.gpu.kernels import layout
+
+
+@dataclass(frozen=True)
+class Rotations:
+    """Cosines and sines, float32 [rotations, tokens, most pairs], of some tokens."""
+
+    cosines: Any
+    sines: Any
+    tokens: int
+
+
+class DeviceRopes:
+    """The distinct rotations of a section. Immutable.
+
+    Attributes
+    ----------
+    tables
+        The rotation of each layer, or -1.
+    pairs, interleaved
+        int32 [rotations] on the device.
+    most
+        Most pairs.
+    halves
+        Whether every rotation pairs the halves of a key.
+    """
+
+    def __init__(self, section: Section) -> None:
+        ropes: list[Rope] = list(dict.fromkeys(r for r in section.rope if r is not None))
+        per_layer = section.rope or (None,) * len(section.layers)
+        self.tables = [-1 if r is None else ropes.index(r) for r in per_layer]
+        pairs = np.array([len(r.inv_freq) for r in ropes] or [0], np.int32)
+        self.most = int(pairs.max())
+        self.halves = all(not r.interleaved and 2 * len(r.inv_freq) == section.k_dim for r in ropes)
+        frequencies = np.zeros((max(len(ropes), 1), max(self.most, 1)))
+        for i, rope in enumerate(ropes):
+            frequencies[i, : pairs[i]] = rope.inv_freq
+        self._count = len(ropes)
+        self._frequencies = cupy.asarray(frequencies)
+        self._scales = cupy.asarray(np.array([r.scale for r in ropes] or [1.0]))
+        self.pairs = cupy.asarray(pairs)
+        self.interleaved = cupy.asarray(
+            np.array([int(r.interleaved) for r in ropes] or [0], np.int32)
+        )
+
+    def at(self, positions: Any, *, sign: int) -> Rotations:
+        """Of int64 positions on the device; ``sign`` is 1 to put RoPE on, -1 to take it off."""
+        tokens = len(positions)
+        shape = (self._count, tokens, self.most)
+        found = Rotations(cupy.empty(shape, np.float32), cupy.empty(shape, np.float32), tokens)
+        layout.rotations(
+            (-(-tokens * self.most // layout.THREADS), self._count),
+            layout.THREADS,
+            (
+                positions,
+                self._frequencies,
+                self.pairs,
+                self._scales,
+                tokens,
+                self.most,
+                sign,
+                found.cosines,
+                found.sines,
+            ),
+        )
+        return found

@@ -1,0 +1,449 @@
+"""Uniform bands on the GPU: classes of tokens, sizes, steps, kept tokens, payloads.
+
+Coefficients are float32 [components, stride]: a component's tokens lie side by side. Components are
+those of all parts, one part after the other; tokens those of all blocks of a batch. Coefficients
+are divided by 2^(b/4) of their base steps b, so that a step is that of a token's class alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from numba import cuda
+
+from kvtc_stream.gpu.kernels import rans
+from kvtc_stream.gpu.kernels.intrinsics import (
+    WARP,
+    ballot,
+    f16_bits,
+    f32,
+    f32_bits,
+    f32p,
+    f64,
+    f64p,
+    i32,
+    i32p,
+    i64,
+    i64p,
+    popc,
+    round_to_int,
+    shuffle_down,
+    u8p,
+    u16p,
+)
+from kvtc_stream.gpu.runtime.compile import kernel
+
+THREADS = 256
+CLASSIFY_THREADS = 512
+#: What a thread of :func:`classify` finds: a peak, features of leading ones, up to 7 energies.
+_FOUND = 9 * CLASSIFY_THREADS
+#: Offsets at which sizes of a block are measured.
+SIZES = 3
+#: Components that sizes are measured on, of a part with ``MANY``: one of so many. Neighbours take
+#: almost the same bits.
+SAMPLED, MANY = 4, 1024
+#: Of those that sizes are measured on, so many share a block of threads.
+SIZED = 256
+#: Components that a thread quantises for a reconstruction.
+TOGETHER = 32
+
+_CLIP_COEFFICIENT, _CLIP_FEATURE, _LEAST_ENERGY = 6.0, 8.0, 1e-6
+_MIDDLE, _MOST_SYMBOL = 8, float(1 << 24)
+#: Symbols of a token that is coded are smaller.
+_CODED = 0.999 * _MOST_SYMBOL
+_I32, _I64, _U32, _F32, _F64 = np.int32, np.int64, np.uint32, np.float32, np.float64
+
+
+@kernel(f32p, i64, i32, i32p, f32p, f32p, i32p, f32, u8p, f32p)
+def classify(  # type: ignore[no-untyped-def]
+    coefficients, stride, tokens, parts, scale, weights, groups, per_class, classes, peaks
+):
+    """The class of each token in each part, and its largest coefficient.
+
+    Blocks of threads [tokens / WARP, parts] of CLASSIFY_THREADS: a warp's lanes are tokens, and a
+    token's components are shared out to the warps.
+
+    Parameters
+    ----------
+    parts
+        int32 [parts, 6]: first component, components, those read by the predictor (-1 without
+        one), leading ones, groups of energy, where ``weights`` begin.
+    scale
+        float32 [components]: one over the deviation.
+    weights
+        float32, a part: constant, then weight, centre and spread of each feature: leading
+        coefficients, their magnitudes, energies (see ``kvtc_stream.calibration.importance``).
+    groups
+        int32 [parts, 8]: borders of the groups.
+    per_class
+        Classes for a unit of the logarithm of importance.
+    classes, peaks
+        uint8, float32 [parts, stride]. A peak is not finite where a coefficient is not.
+    """
+    # What each warp finds of each token: largest coefficient, leading features, energies.
+    found = cuda.shared.array(_FOUND, f32)
+    thread = _I32(cuda.threadIdx.x)
+    lane, warp = thread % _I32(WARP), thread // _I32(WARP)
+    warps = _I32(CLASSIFY_THREADS // WARP)
+    token = _I32(cuda.blockIdx.x) * _I32(WARP) + lane
+    part = _I32(cuda.blockIdx.y)
+    first, count, read = parts[part * 6], parts[part * 6 + 1], parts[part * 6 + 2]
+    leading, number, at = parts[part * 6 + 3], parts[part * 6 + 4], parts[part * 6 + 5]
+    features = _I32(2) * leading + number
+    column = _I64(first) * stride + min(token, tokens - _I32(1))
+    hop = _I64(CLASSIFY_THREADS // WARP) * stride
+
+    peak, total = _F32(0), _F32(0)
+    source = column + warp * stride
+    for _ in range(warp, count, warps):
+        x = abs(coefficients[source])
+        peak = max(peak, x if x < _F32(math.inf) else _F32(math.inf))
+        source += hop
+    for i in range(warp, min(leading, read), warps):
+        z = coefficients[column + i * stride] * scale[first + i]
+        value = min(max(z, _F32(-_CLIP_COEFFICIENT)), _F32(_CLIP_COEFFICIENT))
+        k = at + _I32(1) + _I32(i)
+        total += _feature(value, weights, k, features)
+        total += _feature(abs(value), weights, k + leading, features)
+    found[thread] = peak
+    found[_I32(CLASSIFY_THREADS) + thread] = total
+    for group in range(number):
+        energy = _F32(0)
+        begin, end = groups[part * 8 + group], min(groups[part * 8 + group + 1], read)
+        for i in range(begin + warp, end, warps):
+            z = coefficients[column + i * stride] * scale[first + i]
+            energy += z * z
+        found[_I32(CLASSIFY_THREADS) * _I32(2 + group) + thread] = energy
+    cuda.syncthreads()
+
+    if warp > 0 or token >= tokens:
+        return
+    for w in range(_I32(1), warps):
+        peak = max(peak, found[w * _I32(WARP) + lane])
+    klass = _I32(_MIDDLE)
+    if read >= 0:
+        total = weights[at]
+        for w in range(warps):
+            total += found[_I32(CLASSIFY_THREADS + w * WARP) + lane]
+        for group in range(number):
+            begin, end = groups[part * 8 + group], min(groups[part * 8 + group + 1], read)
+            if begin < end:
+                energy = _F32(0)
+                for w in range(warps):
+                    own = _I32(CLASSIFY_THREADS) * _I32(2 + group) + _I32(w * WARP)
+                    energy += found[own + lane]
+                mean = energy / _F32(end - begin)
+                mean = min(max(mean, _F32(_LEAST_ENERGY)), _F32(1 / _LEAST_ENERGY))
+                k = at + _I32(1) + _I32(2) * leading + _I32(group)
+                total += _feature(_F32(math.log(mean)), weights, k, features)
+        klass = min(max(klass + round_to_int(total * per_class), _I32(0)), _I32(15))
+    to = _I64(part) * stride + token
+    classes[to] = np.uint8(klass)
+    peaks[to] = peak
+
+
+@cuda.jit(device=True)
+def _feature(value, weights, k, features):  # type: ignore[no-untyped-def]
+    """What a feature adds to the logarithm of importance."""
+    value = (value - weights[k + features]) / weights[k + _I32(2) * features]
+    return weights[k] * min(max(value, _F32(-_CLIP_FEATURE)), _F32(_CLIP_FEATURE))
+
+
+@cuda.jit(device=True)
+def _cost(x, factor, family, table):  # type: ignore[no-untyped-def]
+    place = min(_U32(round_to_int(x * factor) + _I32(127)), _U32(255))
+    return table[(_U32(family) << _U32(8)) + place]
+
+
+@kernel(f32p, i64, i32p, u8p, i32, u8p, f32p, f32p, i32p, f32p, i32p, f32p, i32p)
+def sizes(  # type: ignore[no-untyped-def]
+    coefficients,
+    stride,
+    parts,
+    ids,
+    components,
+    classes,
+    peaks,
+    factors,
+    indices,
+    bits,
+    families,
+    out,
+    starts,
+):
+    """Bits of a block's tokens in a part at each offset; blocks of threads [blocks, parts, chunks],
+    see :func:`chunks`.
+
+    Tokens that will be verbatim, see :func:`keep`, take none. ``factors`` and ``indices`` are those
+    of :func:`steps` for [blocks, SIZES]. ``bits`` float32
+    [families, 256]; ``out`` float32 [blocks, parts, chunks, SIZES];
+    ``starts`` int32 [blocks + 1]: first tokens.
+    """
+    table = cuda.shared.array(0, f32)
+    block, part = _I32(cuda.blockIdx.x), _I32(cuda.blockIdx.y)
+    chunk, thread = _I32(cuda.blockIdx.z), _I32(cuda.threadIdx.x)
+    to = (block * _I32(cuda.gridDim.y) + part) * _I32(cuda.gridDim.z) + chunk
+    first, count = parts[part * 6], parts[part * 6 + 1]
+    every = _I32(SAMPLED) if count >= _I32(MANY) else _I32(1)
+    taken = (count + every - _I32(1)) // every
+    sized = min(taken, chunk * _I32(SIZED) + _I32(SIZED))
+    if sized <= chunk * _I32(SIZED):
+        if thread < _I32(SIZES):
+            out[to * _I32(SIZES) + thread] = _F32(0)
+        return
+    first_family = _U32(families[part])
+    size = (_U32(families[part + 1]) - first_family) << _U32(8)
+    for i in range(_U32(thread), size, _U32(THREADS)):
+        table[_U32(i)] = bits[(first_family << _U32(8)) + _U32(i)]
+    cuda.syncthreads()
+    begin, end = starts[block], starts[block + 1]
+    # A warp's lanes are tokens of one component.
+    across = min((end - begin + _I32(WARP - 1)) & ~_I32(WARP - 1), _I32(THREADS))
+    together = _I32(THREADS) // across
+    sum_0, sum_1, sum_2 = _F32(0), _F32(0), _F32(0)
+    at = block * _I32(SIZES)
+    level_0 = _I64(indices[at]) * components * 16
+    level_1 = _I64(indices[at + 1]) * components * 16
+    level_2 = _I64(indices[at + 2]) * components * 16
+    if thread < together * across:
+        for t in range(begin + thread % across, end, across):
+            row = _I64(part) * stride + t
+            klass = _I32(classes[row])
+            f = at * _I32(16) + klass
+            f_0, f_1, f_2 = factors[f], factors[f + 16], factors[f + 32]
+            if not peaks[row] * f_1 < _F32(_CODED):
+                continue  # see keep
+            for i in range(chunk * _I32(SIZED) + thread // across, sized, together):
+                c = first + min(_I32(i) * every + every // _I32(2), count - _I32(1))
+                x = coefficients[_I64(c) * stride + t]
+                own = c * _I32(16) + klass
+                sum_0 += _cost(x, f_0, ids[level_0 + own], table)
+                sum_1 += _cost(x, f_1, ids[level_1 + own], table)
+                sum_2 += _cost(x, f_2, ids[level_2 + own], table)
+    for by in (16, 8, 4, 2, 1):
+        sum_0 += shuffle_down(sum_0, _I32(by))
+        sum_1 += shuffle_down(sum_1, _I32(by))
+        sum_2 += shuffle_down(sum_2, _I32(by))
+    cuda.syncthreads()
+    if thread % _I32(WARP) == 0:
+        own_sums = _U32(thread // _I32(WARP)) * _U32(SIZES)
+        table[own_sums] = sum_0
+        table[own_sums + _U32(1)] = sum_1
+        table[own_sums + _U32(2)] = sum_2
+    cuda.syncthreads()
+    if thread < _I32(SIZES):
+        total = _F32(0)
+        for i in range(THREADS // WARP):
+            total += table[_U32(i * SIZES + thread)]
+        out[to * _I32(SIZES) + thread] = total * (_F32(count) / _F32(taken))
+
+
+def chunks(coded: Sequence[int]) -> int:
+    """Blocks of threads that sizes of each part are measured by, of so many components each."""
+    taken = (-(-count // SAMPLED) if count >= MANY else count for count in coded)
+    return max([1, *(-(-count // SIZED) for count in taken)])
+
+
+@kernel(i32, f64p, f64, i32, i32, f32p, f32p, i32p, i32p, f32p)
+def steps(  # type: ignore[no-untyped-def]
+    blocks, offsets, unit, lowest, highest, block_steps, factors, levels, indices, heads
+):
+    """Steps of the classes of each block, float32 [blocks, 16], and one over them.
+
+    ``offsets`` float64 [blocks]: to the plan's step, in quarter octaves.
+
+    ``heads`` float32 and ``levels`` int32 [blocks] are what payloads say; ``indices`` int32
+    [blocks] count levels from ``lowest`` to ``highest``.
+    """
+    i = _I32(cuda.blockIdx.x) * _I32(THREADS) + _I32(cuda.threadIdx.x)
+    if i >= blocks * _I32(16):
+        return
+    block, klass = i // _I32(16), i % _I32(16)
+    step = _F32(unit * math.pow(2.0, offsets[block] * 0.25))
+    quarter = klass % _I32(4)
+    power = 1.0
+    if quarter == 1:
+        power = 1.189207115002721
+    elif quarter == 2:
+        power = 1.4142135623730951
+    elif quarter == 3:
+        power = 1.681792830507429
+    delta = _F32(math.ldexp(_F64(step) * power, int(klass // _I32(4))))
+    factors[i] = _F32(1) / delta
+    block_steps[i] = delta
+    if klass == 0:
+        heads[block] = step
+        level = _I32(min(max(math.floor(offsets[block] + 0.5), -128.0), 127.0))
+        levels[block] = level
+        indices[block] = min(max(level, lowest), highest) - lowest
+
+
+@kernel(f32p, i64, i32, i32p, i32p, u8p, f32p, f32p, f32p, u16p, f32p)
+def quantise(  # type: ignore[no-untyped-def]
+    coefficients,
+    stride,
+    tokens,
+    parts,
+    blocks,
+    classes,
+    factors,
+    block_steps,
+    down,
+    symbols,
+    scales,
+):
+    """What :func:`kvtc_stream.gpu.kernels.rans.decode` gives: symbols times ``down``, and steps.
+
+    Blocks of threads [tokens, TOGETHER components, parts]. ``blocks`` int32 [tokens]: the block of
+    a token.
+    """
+    token = _I32(cuda.blockIdx.x) * _I32(THREADS) + _I32(cuda.threadIdx.x)
+    if token >= tokens:
+        return
+    part = _I32(cuda.blockIdx.z)
+    begin = _I32(cuda.blockIdx.y) * _I32(TOGETHER)
+    klass = _I32(classes[_I64(part) * stride + token])
+    own = blocks[token] * _I32(16) + klass
+    factor = factors[own]
+    at = _I64(parts[part * 6] + begin) * stride + token
+    for i in range(begin, min(begin + _I32(TOGETHER), parts[part * 6 + 1])):
+        value = _F32(round_to_int(coefficients[at] * factor))
+        symbols[at] = f16_bits(value * down[parts[part * 6] + _I32(i)])
+        at += stride
+    if begin == 0:
+        scales[_I64(part) * stride + token] = block_steps[own]
+
+
+@kernel(i32p, i32, i64, u8p, f32p, f32p, f32p, f32, i32p, i32p, u8p)
+def keep(starts, parts, stride, classes, peaks, factors, errors, bound, columns, kept, verbatim):  # type: ignore[no-untyped-def]
+    """Which tokens of a block are coded: a warp a block.
+
+    ``errors`` float32 [2, stride] of K and V; ``bound`` negative: not measured. ``columns`` int32
+    [tokens]: from a block's first token on, those kept, ``kept`` int32 [blocks]: how many.
+    ``verbatim`` uint8 [tokens]: 1 for the others.
+    """
+    block = _I32(cuda.blockIdx.x)
+    lane = _U32(cuda.threadIdx.x)
+    begin, end = starts[block], starts[block + 1]
+    count = _I32(0)
+    below = (_U32(1) << lane) - _U32(1)
+    for first in range(begin, end, _I32(WARP)):
+        token = _I32(first) + _I32(lane)
+        good = token < end
+        if good:
+            for part in range(parts):
+                at = _I64(part) * stride + token
+                klass = _I32(classes[at])
+                largest = peaks[at] * factors[block * _I32(16) + klass]
+                good &= largest < _F32(_CODED)
+            if bound >= 0:
+                good &= errors[token] <= bound and errors[stride + token] <= bound
+            verbatim[token] = np.uint8(0) if good else np.uint8(1)
+        mask = ballot(good)
+        if good:
+            columns[begin + count + _I32(popc(mask & below))] = token
+        count += _I32(popc(mask))
+    if lane == 0:
+        kept[block] = count
+
+
+@kernel(i32, i32, i32, i32p, i32p, i32p, i64p, i64)
+def lay_out(blocks, tiles, parts, kept, lengths, tasks_of_blocks, places, first):  # type: ignore[no-untyped-def]
+    """Where each block's payload goes: int64 [blocks, 2], begin and bytes; one thread.
+
+    ``tasks_of_blocks`` int32 [blocks, tiles]: where a tile's length lies. Payloads begin at
+    multiples of 16 from ``first`` on.
+    """
+    place = first
+    for b in range(blocks):
+        size = _I64(0)
+        if kept[b] > 0:
+            size = _I64(8 + 4 * tiles + parts * ((kept[b] + 1) // 2))
+            for t in range(tiles):
+                size += 2 * _I64(lengths[tasks_of_blocks[b * tiles + t]])
+        places[2 * b] = place
+        places[2 * b + 1] = size
+        place = (place + size + 15) & ~_I64(15)
+
+
+@kernel(
+    i32p,
+    i32p,
+    i32p,
+    i32p,
+    f32p,
+    i64p,
+    i64p,
+    i32p,
+    i32p,
+    i64,
+    u8p,
+    u16p,
+    i32,
+    i32,
+    i32,
+    i64,
+    u8p,
+    u16p,
+)
+def assemble(  # type: ignore[no-untyped-def]
+    starts,
+    kept,
+    levels,
+    lengths,
+    heads,
+    places,
+    tasks,
+    tasks_of_blocks,
+    columns,
+    stride,
+    classes,
+    words,
+    tiles,
+    parts,
+    tile_components,
+    capacity,
+    out,
+    out_words,
+):
+    """Payloads from tiles; blocks of threads [blocks, tiles + 1], the last writes all else."""
+    block, tile = _I32(cuda.blockIdx.x), _I32(cuda.blockIdx.y)
+    thread = _I32(cuda.threadIdx.x)
+    begin, size = places[2 * block], places[2 * block + 1]
+    if size == 0 or begin + size > capacity:
+        return
+    own = tasks_of_blocks[block * tiles + min(tile, tiles - _I32(1))]
+    if tile < tiles:
+        to = (begin + 8 + 4 * tiles) >> 1
+        for t in range(tile):
+            to += lengths[tasks_of_blocks[block * tiles + t]]
+        length = lengths[own]
+        source = tasks[_I64(own) * rans.FIELDS + rans.WORDS] - length
+        for i in range(thread, length, _I32(THREADS)):
+            out_words[to + i] = words[source + i]
+        return
+    if thread == 0:
+        head = f32_bits(heads[block])
+        at = begin >> 1
+        out_words[at] = np.uint16(head & _U32(0xFFFF))
+        out_words[at + 1] = np.uint16(head >> _U32(16))
+        out_words[at + 2] = np.uint16(levels[block] & _I32(0xFF))
+        out_words[at + 3] = np.uint16(tile_components)
+    for t in range(thread, tiles, _I32(THREADS)):
+        bytes_of = _U32(2 * lengths[tasks_of_blocks[block * tiles + t]])
+        at = (begin >> 1) + 4 + 2 * t
+        out_words[at] = np.uint16(bytes_of & _U32(0xFFFF))
+        out_words[at + 1] = np.uint16(bytes_of >> _U32(16))
+    n = kept[block]
+    halves = (n + _I32(1)) // _I32(2)
+    to = begin + size - _I64(parts) * halves
+    for i in range(thread, parts * halves, _I32(THREADS)):
+        part, j = _I32(i) // halves, _I32(i) % halves
+        at = starts[block] + _I32(2) * j
+        row = _I64(part) * stride
+        pair = _U32(classes[row + columns[at]])
+        if _I32(2) * j + _I32(1) < n:
+            pair |= _U32(classes[row + columns[at + 1]]) << _U32(4)
+        out[to + i] = np.uint8(pair)

@@ -1,0 +1,106 @@
+"""Bytes between ordinary memory of the host and the device, through pinned memory.
+
+The driver copies to and from ordinary memory on one thread, and waits; from pinned memory copies
+are as fast as the bus and asynchronous. What is to be copied first is copied on several threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import cupy
+import numpy as np
+from numpy.typing import NDArray
+
+from kvtc_stream.io.threads import SHARE, copy
+
+#: Pieces begin at multiples of this on the device.
+_ALIGNMENT = 16
+#: cudaMemoryTypeHost
+_PINNED = 1
+
+
+class Staging:
+    """Copies through two pinned buffers in turn, each as large as the largest copy was.
+
+    One thread and one CUDA stream at a time.
+    """
+
+    def __init__(self) -> None:
+        empty: tuple[NDArray[np.uint8], Any] = np.empty(0, np.uint8), None
+        self._buffers = [empty, empty]
+
+    def __del__(self) -> None:
+        # The pool gives the memory to the next one, which must not write what is still read.
+        for _, event in self._buffers:
+            if event is not None:
+                event.synchronize()
+
+    def upload(self, pieces: Sequence[Any]) -> tuple[Any, NDArray[np.int64]]:
+        """Buffers of bytes, one after the other in uint8 on the device, and where each begins.
+
+        Returns before they are there, in the current stream's order; pinned pieces must stay as
+        they are until then.
+        """
+        sources = [np.frombuffer(piece, np.uint8) for piece in pieces]
+        sizes = np.array([x.size for x in sources], np.int64)
+        ends = np.cumsum(-(-sizes // _ALIGNMENT) * _ALIGNMENT)
+        begins = np.concatenate([[0], ends])[:-1]
+        total = int(ends[-1]) if len(ends) else 0
+        data = cupy.empty(total, np.uint8)
+        places = begins.tolist()
+        if all(map(_is_pinned, sources)):
+            for source, begin in zip(sources, places, strict=True):
+                _copy(data.data.ptr + begin, source, source.size, "HostToDevice")
+        else:
+            buffer = self._next(total)
+            copy(sources, [buffer[b : b + s.size] for s, b in zip(sources, places, strict=True)])
+            _copy(data.data.ptr, buffer, total, "HostToDevice")
+            self._used(buffer)
+        return data, begins
+
+    def fetch(self, data: Any) -> NDArray[np.uint8]:
+        """The bytes of a contiguous uint8 array of the device, in ordinary memory; waits."""
+        if data.size < SHARE:
+            found: NDArray[np.uint8] = cupy.asnumpy(data)
+            return found
+        buffer = self._next(data.size)
+        _copy(buffer, data.data.ptr, data.size, "DeviceToHost")
+        cupy.cuda.get_current_stream().synchronize()
+        out = np.empty(data.size, np.uint8)
+        copy([buffer[: data.size]], [out])
+        return out
+
+    def _next(self, size: int) -> NDArray[np.uint8]:
+        """The buffer whose turn it is, once it is free, with room for ``size`` bytes."""
+        buffer, event = self._buffers.pop(0)
+        if event is not None:
+            event.synchronize()
+        if len(buffer) < size:
+            # Powers of two, so that the pool finds one that was used before.
+            size = 1 << (size - 1).bit_length()
+            memory = cupy.cuda.alloc_pinned_memory(size)
+            buffer = np.frombuffer(memory, np.uint8, size)
+        self._buffers.append((buffer, None))
+        return buffer
+
+    def _used(self, buffer: NDArray[np.uint8]) -> None:
+        """Whoever wants the buffer next waits for what the stream does now."""
+        event = cupy.cuda.Event(disable_timing=True)
+        event.record()
+        self._buffers[-1] = buffer, event
+
+
+def _is_pinned(source: NDArray[np.uint8]) -> bool:
+    found = cupy.cuda.runtime.pointerGetAttributes(source.ctypes.data).type
+    return not source.size or bool(found == _PINNED)
+
+
+def _copy(to: Any, source: Any, size: int, kind: str) -> None:
+    """Asynchronous; one end is pinned memory, the other an address of the device."""
+    runtime = cupy.cuda.runtime
+    if size:
+        to, source = (x.ctypes.data if isinstance(x, np.ndarray) else x for x in (to, source))
+        stream = cupy.cuda.get_current_stream().ptr
+        runtime.memcpyAsync(to, source, size, getattr(runtime, f"memcpy{kind}"), stream)

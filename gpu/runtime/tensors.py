@@ -1,0 +1,149 @@
+"""Where a cache's values are on the device: contiguous tensors, one a layer, or pages.
+
+Nothing here copies, but host tensors to the device. DLPack goes through CuPy; the stream is CuPy's
+current one, as every producer is asked to make its data ready there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import cupy
+import numpy as np
+from numpy.typing import NDArray
+
+from kvtc_stream.formats import DType
+from kvtc_stream.gpu.coder.rope import DeviceRopes
+from kvtc_stream.gpu.kernels import layout
+from kvtc_stream.io.dlpack import as_bits, dtype_of, on_cuda, to_numpy
+
+#: What elements are on the device: their bits.
+BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32}
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """K, or V, of the layers of a section.
+
+    Attributes
+    ----------
+    addresses
+        Of each layer, on the device.
+    token_stride, head_stride
+        In elements. Channels of a head lie side by side.
+    heads, dim
+        KV heads, and channels of one.
+    slots
+        How many tokens a layer has room for.
+    dtype
+        Element type.
+    """
+
+    addresses: tuple[int, ...]
+    token_stride: int
+    head_stride: int
+    heads: int
+    dim: int
+    slots: int
+    dtype: DType
+    _owners: tuple[Any, ...] = field(default=(), repr=False, compare=False)
+
+    @classmethod
+    def of_layers(cls, arrays: Sequence[Any], dtype: DType, *, paged: bool = False) -> Tensors:
+        """From CuPy arrays a layer: [heads, tokens, dim], or [pages, page size, heads, dim]."""
+        first, size = arrays[0], dtype.itemsize
+        strides = [s // size for s in first.strides]
+        for array in arrays:
+            if array.strides != first.strides or array.shape != first.shape:
+                raise ValueError(
+                    f"layers differ: shapes {list(first.shape)} and {list(array.shape)}, strides "
+                    f"{list(first.strides)} and {list(array.strides)}: they must be alike"
+                )
+        if paged:
+            pages, page, heads, dim = first.shape
+            _, token_stride, head_stride, channel = strides
+            slots = pages * page
+            if pages > 1 and strides[0] != page * token_stride:
+                raise ValueError(
+                    f"pages of {page} tokens are {strides[0]} elements apart, tokens "
+                    f"{token_stride}: pages must follow one another without a gap"
+                )
+        else:
+            heads, slots, dim = first.shape
+            head_stride, token_stride, channel = strides
+        if dim > 1 and channel != 1:
+            raise ValueError(f"channels are {channel} elements apart: they must lie side by side")
+        addresses = tuple(a.data.ptr for a in arrays)
+        owners = tuple(arrays)
+        return cls(addresses, token_stride, head_stride, heads, dim, slots, dtype, owners)
+
+    @property
+    def wide(self) -> bool:
+        """Whether kernels may move 16 bytes at a time."""
+        strides = (self.token_stride, self.head_stride, self.dim // 2)
+        return (
+            self.dtype in layout.WIDE
+            and self.dim % 16 == 0
+            and not any(a % 16 for a in self.addresses)
+            and not any(s % 8 for s in strides)
+        )
+
+
+#: A layer's K (0) or V (1), and where its channels begin in a part's rows.
+Column = tuple[int, int, int]
+
+
+def entries(
+    k: Tensors | None, v: Tensors | None, columns: Iterable[Column], ropes: DeviceRopes
+) -> NDArray[np.int64]:
+    """int64 [columns, layout.FIELDS] of (kind, layer, column); layers are the section's indices."""
+    layers = len(ropes.tables)
+    rows = []
+    for kind, layer, column in columns:
+        t = v if kind else k
+        assert t is not None
+        rows.append(
+            (
+                t.addresses[layer],
+                t.token_stride,
+                t.head_stride,
+                t.heads,
+                t.dim,
+                -1 if kind else ropes.tables[layer],
+                column,
+                kind * layers + layer,
+            )
+        )
+    return np.array(rows, np.int64).reshape(-1, layout.FIELDS)
+
+
+def to_device(x: Any, name: str) -> tuple[Any, DType]:
+    """The bits of a tensor as a CuPy array, and its element type.
+
+    Shares a CUDA tensor's memory; copies a host tensor. Raises as
+    :func:`kvtc_stream.io.dlpack.to_numpy`, and ``BufferError`` for a tensor of another device.
+    """
+    if not on_cuda(x):
+        host = to_numpy(x, name)
+        dtype = dtype_of(host.dtype, name)
+        return cupy.asarray(np.ascontiguousarray(host).view(BITS[dtype.itemsize])), dtype
+    device, current = int(x.__dlpack_device__()[1]), cupy.cuda.runtime.getDevice()
+    if device != current:
+        raise BufferError(
+            f"{name} is on CUDA device {device}, the current one is {current}: make its device "
+            f"current"
+        )
+    if isinstance(x, cupy.ndarray):
+        dtype = dtype_of(np.dtype(x.dtype), name)
+        return x.view(BITS[dtype.itemsize]), dtype
+    # DLPack calls the legacy default stream 1.
+    bits, dtype = as_bits(x, name, cupy.cuda.get_current_stream().ptr or 1)
+    try:
+        return cupy.from_dlpack(bits), dtype
+    except (BufferError, RuntimeError, ValueError, TypeError) as error:
+        raise BufferError(
+            f"{name}: CuPy cannot read this {type(x).__name__} ({error}); pass a dense, detached "
+            f"tensor"
+        ) from error

@@ -1,0 +1,132 @@
+"""What a backend must do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvtc_stream.calibration.parts import CalibratedBases
+from kvtc_stream.formats import Block, BlockErrors, DType, StreamHeader
+from kvtc_stream.formats import Measure as MeasureId
+from kvtc_stream.io.dlpack import BackendName
+from kvtc_stream.planning.rate_control import Controls
+
+Measure = Literal["full", "coefficients", "none"]
+
+#: A token whose relative error is beyond this is stored verbatim whatever was asked for: what
+#: would come back has nothing to do with it (a vanishing token, say, would become the mean).
+HOPELESS = 2.0
+
+
+class SectionCoder(Protocol):
+    """Codes the blocks of one section of one stream. Used by one thread at a time."""
+
+    def encode(self, k: Any, v: Any, positions: NDArray[np.int64], start: int) -> list[Block]:
+        """Data blocks from k, v [layers, kv_heads, tokens, head_dim] in the stream's dtype.
+
+        All but the last have the header's ``block_tokens``; ``start`` is the ordinal of the first
+        token in the section. The arrays are the backend's, or those of the layers in a list, where
+        :meth:`reads` says so.
+        """
+        ...
+
+    def reads(self, k: list[Any], v: list[Any]) -> bool:
+        """Whether :meth:`encode` takes these arrays of layers, [kv_heads, tokens, head_dim]."""
+        ...
+
+    def decode(self, block: Block, layers: Sequence[int]) -> tuple[Any, Any]:
+        """K and V of some layers (indices into the section's), in the header's ``out_dtype``."""
+        ...
+
+    def decode_into(
+        self,
+        blocks: Iterable[tuple[Block, NDArray[np.int64]]],
+        layers: Sequence[int],
+        k: Any,
+        v: Any,
+    ) -> None:
+        """Decode blocks into k, v [layers, kv_heads, tokens, head_dim], the backend's arrays.
+
+        With each block comes where its tokens go, int64 [tokens]; -1 is nowhere.
+        """
+        ...
+
+    def decode_layers(self, block: Block) -> Callable[[int], tuple[Any, Any]]:
+        """Decode the symbols once; the result gives K and V [1, …] of a layer when it is called.
+
+        Other blocks may be decoded in between.
+        """
+        ...
+
+    def layers_of(
+        self, blocks: Sequence[tuple[Block, NDArray[np.int64]]], tokens: int
+    ) -> Callable[[int], tuple[Any, Any]]:
+        """As :meth:`decode_layers` of many blocks: K and V [1, kv_heads, tokens, head_dim].
+
+        Blocks come with slots, as for :meth:`decode_into`.
+        """
+        ...
+
+
+class Backend(Protocol):
+    """A way to run the codec, and the arrays that it works on."""
+
+    name: BackendName
+
+    def layer_list(
+        self, x: Any, name: str, layers: int, kv_heads: int, head_dim: int
+    ) -> tuple[list[Any], DType]:
+        """See :func:`kvtc_stream.io.dlpack.layer_list`; the arrays are the backend's."""
+        ...
+
+    def array(self, x: NDArray[Any]) -> Any:
+        """The backend's array of a host array."""
+        ...
+
+    def empty(self, shape: tuple[int, ...], dtype: DType) -> Any:
+        """An uninitialised array."""
+        ...
+
+    def planes(self, pieces: Sequence[tuple[Any, Any]]) -> list[list[memoryview]]:
+        """See :func:`kvtc_stream.coding.values.verbatim_planes`; of pieces of K and V."""
+        ...
+
+    def output(self, x: Any, dtype: DType) -> Any:
+        """What users get of an array: with an element type, and DLPack."""
+        ...
+
+    def section_coder(
+        self,
+        header: StreamHeader,
+        section: int,
+        calibration: CalibratedBases,
+        *,
+        max_error: float | None = None,
+        measure: Measure = "full",
+        target: Controls | None = None,
+    ) -> SectionCoder:
+        """A coder for one section of the stream that ``header`` describes.
+
+        ``target`` is what an encoder with uniform bands keeps to.
+        """
+        ...
+
+
+def block_errors(
+    measure: Measure, errors: NDArray[np.floating[Any]] | None, kept: NDArray[np.int64]
+) -> BlockErrors:
+    """Mean and worst of [2, tokens] errors of K and V over the coded tokens, rounded up."""
+    if errors is None:
+        return BlockErrors()
+    found = []
+    for own in errors[:, kept]:
+        for value in (own.mean(), own.max()) if len(kept) else (0.0, 0.0):
+            rounded = np.float32(value)
+            found.append(
+                float(np.nextafter(rounded, np.float32(np.inf)) if rounded < value else rounded)
+            )
+    kind = MeasureId.RECONSTRUCTION if measure == "full" else MeasureId.COEFFICIENTS
+    return BlockErrors(kind, *found)

@@ -1,0 +1,422 @@
+"""The CPU backend: NumPy products, Numba kernels, byte coders."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvtc_stream.backends.base import HOPELESS, Measure, block_errors
+from kvtc_stream.backends.cpu_payloads import BandCoding, Quantised, UniformCoding
+from kvtc_stream.calibration.components import Components
+from kvtc_stream.calibration.parts import CalibratedBases, Part
+from kvtc_stream.coding.rope import Rotations, gather, scatter, squared_errors
+from kvtc_stream.coding.values import (
+    from_float32,
+    section_scales,
+    stored_positions,
+    to_float32,
+    verbatim_output,
+    verbatim_planes,
+)
+from kvtc_stream.errors import UnsupportedError
+from kvtc_stream.formats import Block, DType, PartPlan, Role, StreamHeader
+from kvtc_stream.formats.coders import compress_beside
+from kvtc_stream.io.dlpack import BackendName, as_kv_array, layer_list, numpy_dtype
+from kvtc_stream.planning.rate_control import Controls
+
+Float = NDArray[np.float32]
+#: Of K and of V, float64 [tokens].
+_Errors = tuple[NDArray[np.float64], NDArray[np.float64]]
+
+
+class CpuBackend:
+    """See :class:`kvtc_stream.backends.base.Backend`."""
+
+    name: BackendName = "cpu"
+
+    def section_coder(
+        self,
+        header: StreamHeader,
+        section: int,
+        calibration: CalibratedBases,
+        *,
+        max_error: float | None = None,
+        measure: Measure = "full",
+        target: Controls | None = None,
+    ) -> CpuSectionCoder:
+        """See :meth:`kvtc_stream.backends.base.Backend.section_coder`."""
+        return CpuSectionCoder(header, section, calibration, max_error, measure, target)
+
+    def layer_list(
+        self, x: Any, name: str, layers: int, kv_heads: int, head_dim: int
+    ) -> tuple[list[Any], DType]:
+        """See :meth:`kvtc_stream.backends.base.Backend.layer_list`."""
+        return layer_list(x, name, layers, kv_heads, head_dim)
+
+    def array(self, x: NDArray[Any]) -> NDArray[Any]:
+        """See :meth:`kvtc_stream.backends.base.Backend.array`."""
+        return x
+
+    def empty(self, shape: tuple[int, ...], dtype: DType) -> NDArray[Any]:
+        """See :meth:`kvtc_stream.backends.base.Backend.empty`."""
+        return np.empty(shape, numpy_dtype(dtype))
+
+    def planes(self, pieces: Sequence[tuple[Any, Any]]) -> list[list[memoryview]]:
+        """See :meth:`kvtc_stream.backends.base.Backend.planes`."""
+        return [verbatim_planes(k, v) for k, v in pieces]
+
+    def output(self, x: NDArray[Any], dtype: DType) -> Any:
+        """See :meth:`kvtc_stream.backends.base.Backend.output`."""
+        return as_kv_array(x)
+
+
+class _Part:
+    """A part of the basis, ready for products."""
+
+    def __init__(
+        self,
+        part: Part,
+        plan: PartPlan,
+        transforms: tuple[Components, Components],
+        block_tokens: int,
+    ) -> None:
+        self.k_layers = np.array(part.k_layers, np.int64)
+        self.v_layers = np.array(part.v_layers, np.int64)
+        self.mean = part.mean
+        self.analysis, self.synthesis = (x.first(plan.components) for x in transforms)
+        # One fixed shape for every product: however the input is cut, the sums are the same.
+        self.rows = np.zeros((block_tokens, part.width), np.float32)
+        self.coefficients = np.zeros((block_tokens, plan.components), np.float32)
+
+
+class CpuSectionCoder:
+    """See :class:`kvtc_stream.backends.base.SectionCoder`."""
+
+    def __init__(
+        self,
+        header: StreamHeader,
+        section: int,
+        calibration: CalibratedBases,
+        max_error: float | None,
+        measure: Measure,
+        target: Controls | None,
+    ) -> None:
+        self._header = header
+        self._index = section
+        self._section = header.geometry.sections[section]
+        self._max_error = max_error
+        self._measure = measure
+        self._k_scale, self._v_scale = section_scales(header, section)
+        plan = header.plan.sections[section]
+        basis = calibration.sections[section].parts(plan)
+        self._parts = [
+            _Part(
+                part,
+                part_plan,
+                calibration.transforms(section, plan.basis, i, part_plan.components),
+                header.block_tokens,
+            )
+            for i, (part, part_plan) in enumerate(zip(basis, plan.parts, strict=True))
+        ]
+        if measure == "coefficients" and any(
+            p.weighted or (p.k_layers and p.v_layers) for p in basis
+        ):
+            raise UnsupportedError(
+                f"basis {plan.basis!r} codes K and V together, or weighted, so the coefficients' "
+                f"error is not that of K or of V: use measure='full'"
+            )
+        self._coding: BandCoding | UniformCoding = BandCoding(plan.parts, header.coder)
+        if plan.uniform:
+            self._coding = UniformCoding(basis, plan.parts)
+        self._control = None if target is None else target.control(header, section)
+
+    def encode(
+        self, k: NDArray[Any], v: NDArray[Any], positions: NDArray[np.int64], start: int
+    ) -> list[Block]:
+        """See :meth:`kvtc_stream.backends.base.SectionCoder.encode`."""
+        size = self._header.block_tokens
+        return [
+            self._encode(
+                k[:, :, i : i + size], v[:, :, i : i + size], positions[i : i + size], start + i
+            )
+            for i in range(0, len(positions), size)
+        ]
+
+    def reads(self, k: list[Any], v: list[Any]) -> bool:
+        """Not at all: see :meth:`kvtc_stream.backends.base.SectionCoder.reads`."""
+        return False
+
+    def _encode(
+        self, k: NDArray[Any], v: NDArray[Any], positions: NDArray[np.int64], start: int
+    ) -> Block:
+        k32, v32 = to_float32(k, self._k_scale), to_float32(v, self._v_scale)
+        coefficients = self._analyse(k32, v32, positions)
+
+        def full(quantised: Quantised) -> _Errors:
+            self._coding.dequantise(quantised, coefficients)
+            return self._reconstruction_errors(k32, v32, positions)
+
+        offset = 0.0
+        if isinstance(self._coding, UniformCoding):
+            quantised, offset = self._uniform(coefficients, full)
+        else:
+            quantised = self._coding.quantise(coefficients)
+        found: _Errors | None = None
+        if self._measure == "full":
+            found = full(quantised)
+        elif self._measure == "coefficients":
+            exact = [array.copy() for array in coefficients]
+            self._coding.dequantise(quantised, coefficients)
+            found = self._coefficient_errors(exact)
+        codable = quantised.representable.copy()
+        if found is not None:
+            # Comparisons are false for tokens that are not finite or have no relative error.
+            bound = HOPELESS if self._max_error is None else min(HOPELESS, self._max_error)
+            with np.errstate(invalid="ignore"):
+                codable &= (found[0] <= bound) & (found[1] <= bound)
+        errors = None if found is None else np.stack(found)
+        block = self._block(k, v, positions, start, quantised, np.flatnonzero(codable), errors)
+        if self._control is not None:
+            self._control.record(offset, block)
+        return block
+
+    def _uniform(
+        self, coefficients: list[Float], errors: Callable[[Quantised], _Errors]
+    ) -> tuple[Quantised, float]:
+        """Symbols at the offset to the plan's step that the target asks for, and that offset."""
+        coding = self._coding
+        assert isinstance(coding, UniformCoding)
+        exact = [array.copy() for array in coefficients]  # measuring errors overwrites them
+        classes = coding.classify(exact)
+        offset = 0.0
+        if self._control is not None:
+            # Those that will be verbatim take nothing, however fine the step.
+            fits = coding.quantise(exact, classes, offset).representable
+            kept = [x if fits.all() else x[fits] for x in exact]
+            of_kept = [x[fits] for x in classes]
+
+            def errors_of_kept(offset: float) -> _Errors:
+                k, v = errors(coding.quantise(exact, classes, offset))
+                return k[fits], v[fits]
+
+            if fits.any():
+                offset = self._control.choose(
+                    len(kept[0]), lambda x: coding.size(kept, of_kept, x), errors_of_kept
+                )
+        return coding.quantise(exact, classes, offset), offset
+
+    def _analyse(self, k: Float, v: Float, positions: NDArray[np.int64]) -> list[Float]:
+        """Coefficients [tokens, components] a part, views of what the parts hold."""
+        tokens = k.shape[2]
+        take_off = Rotations.of(self._section, positions, inverse=True)
+        straight = Rotations.none(len(self._section.layers))
+        for part in self._parts:
+            split = len(part.k_layers) * self._section.kv_heads * self._section.k_dim
+            gather(k, part.k_layers, take_off, part.rows[:, :split])
+            gather(v, part.v_layers, straight, part.rows[:, split:])
+            with np.errstate(over="ignore", invalid="ignore"):
+                part.rows[:tokens] -= part.mean
+                part.rows[tokens:] = 0
+                part.analysis.project(part.rows, part.coefficients)
+        return [part.coefficients[:tokens] for part in self._parts]
+
+    def _reconstruction_errors(self, k: Float, v: Float, positions: NDArray[np.int64]) -> _Errors:
+        """Errors of K and V from the parts' coefficients, decoded."""
+        for part in self._parts:
+            part.coefficients[k.shape[2] :] = 0
+        layers = range(len(self._section.layers))
+        k_out, v_out = self._synthesise(positions, layers)
+        return (
+            _relative(*squared_errors(k, to_float32(k_out, self._out_scale(self._k_scale)))),
+            _relative(*squared_errors(v, to_float32(v_out, self._out_scale(self._v_scale)))),
+        )
+
+    def _coefficient_errors(self, exact: list[Float]) -> _Errors:
+        """Error from the coefficients: what quantisation lost plus what the basis leaves out."""
+        tokens = len(exact[0])
+        # Relative to the rows, which like the coefficients have no RoPE and none of its scale.
+        lost = {"k": np.zeros(tokens), "v": np.zeros(tokens)}
+        energy = {"k": np.zeros(tokens), "v": np.zeros(tokens)}
+        for part, coefficients in zip(self._parts, exact, strict=True):
+            kind = "k" if len(part.k_layers) else "v"
+            rows = part.rows[:tokens]
+            with np.errstate(invalid="ignore"):
+                left_out = np.square(rows, dtype=np.float64).sum(axis=1)
+                left_out -= np.square(coefficients, dtype=np.float64).sum(axis=1)
+                difference = coefficients.astype(np.float64) - part.coefficients[:tokens]
+                lost[kind] += left_out.clip(0) + np.square(difference).sum(axis=1)
+                energy[kind] += np.square(rows + part.mean, dtype=np.float64).sum(axis=1)
+        return _relative(lost["k"], energy["k"]), _relative(lost["v"], energy["v"])
+
+    def _block(
+        self,
+        k: NDArray[Any],
+        v: NDArray[Any],
+        positions: NDArray[np.int64],
+        start: int,
+        quantised: Quantised,
+        kept: NDArray[np.int64],
+        errors: NDArray[np.float64] | None,
+    ) -> Block:
+        verbatim = np.delete(np.arange(len(positions)), kept)
+        coder, coded, coded_size = self._coding.pack(quantised, kept)
+        verbatim_coder, verbatim_coded = compress_beside(
+            self._header.coder, *verbatim_planes(k[:, :, verbatim], v[:, :, verbatim])
+        )
+        return Block(
+            section=self._index,
+            role=Role.DATA,
+            start=start,
+            tokens=len(positions),
+            positions=stored_positions(positions),
+            verbatim_tokens=tuple(verbatim.tolist()),
+            coder=coder,
+            coded=coded,
+            coded_size=coded_size,
+            verbatim_coder=verbatim_coder,
+            verbatim=verbatim_coded,
+            errors=block_errors(self._measure, errors, kept),
+        )
+
+    def decode(self, block: Block, layers: Sequence[int]) -> tuple[Any, Any]:
+        """See :meth:`kvtc_stream.backends.base.SectionCoder.decode`."""
+        exact = self._unpack(block)
+        return self._join(block, exact, list(layers))
+
+    def decode_into(
+        self,
+        blocks: Iterable[tuple[Block, NDArray[np.int64]]],
+        layers: Sequence[int],
+        k: NDArray[Any],
+        v: NDArray[Any],
+    ) -> None:
+        """See :meth:`kvtc_stream.backends.base.SectionCoder.decode_into`."""
+        for block, slots in blocks:
+            wanted = np.flatnonzero(slots >= 0)
+            for found, out in zip(self.decode(block, layers), (k, v), strict=True):
+                for of_layer, array in zip(found, out, strict=True):
+                    array[:, slots[wanted]] = of_layer[:, wanted]
+
+    def decode_layers(self, block: Block) -> Callable[[int], tuple[Any, Any]]:
+        """See :meth:`kvtc_stream.backends.base.SectionCoder.decode_layers`."""
+        exact = self._unpack(block)
+        saved = [part.coefficients.copy() for part in self._parts]
+
+        def layer(index: int) -> tuple[Any, Any]:
+            for part, coefficients in zip(self._parts, saved, strict=True):
+                if index in part.k_layers or index in part.v_layers:
+                    part.coefficients[:] = coefficients
+            return self._join(block, exact, [index])
+
+        return layer
+
+    def layers_of(
+        self, blocks: Sequence[tuple[Block, NDArray[np.int64]]], tokens: int
+    ) -> Callable[[int], tuple[Any, Any]]:
+        """See :meth:`kvtc_stream.backends.base.SectionCoder.layers_of`."""
+        decoded = [(self.decode_layers(block), slots) for block, slots in blocks]
+
+        def layer(index: int) -> tuple[Any, Any]:
+            k, v = self._empty(tokens, 1)
+            for of_block, slots in decoded:
+                wanted = np.flatnonzero(slots >= 0)
+                for found, out in zip(of_block(index), (k, v), strict=True):
+                    out[:, :, slots[wanted]] = found[:, :, wanted]
+            return as_kv_array(k), as_kv_array(v)
+
+        return layer
+
+    def _unpack(self, block: Block) -> tuple[NDArray[Any], NDArray[Any]] | None:
+        """The parts' coefficients of a block's coded tokens; returns its verbatim tokens."""
+        verbatim = np.array(block.verbatim_tokens, np.int64)
+        if len(verbatim) < block.tokens:
+            kept = np.delete(np.arange(block.tokens), verbatim)
+            # Tokens stay at their row, so that the product sums as the encoder's did.
+            for part in self._parts:
+                part.coefficients[:] = 0
+            self._coding.unpack(block, kept, [part.coefficients for part in self._parts])
+        return verbatim_output(block, self._header) if len(verbatim) else None
+
+    def _join(
+        self, block: Block, exact: tuple[NDArray[Any], NDArray[Any]] | None, layers: list[int]
+    ) -> tuple[Any, Any]:
+        """K and V of some layers, once the block is unpacked."""
+        if block.coded_tokens:
+            k, v = self._synthesise(np.array(block.positions, np.int64), layers)
+        else:
+            k, v = self._empty(block.tokens, len(layers))
+        if exact is not None:
+            verbatim = np.array(block.verbatim_tokens, np.int64)
+            k[:, :, verbatim] = exact[0][layers]
+            v[:, :, verbatim] = exact[1][layers]
+        return as_kv_array(k), as_kv_array(v)
+
+    def _synthesise(
+        self, positions: NDArray[np.int64], layers: Sequence[int]
+    ) -> tuple[NDArray[Any], NDArray[Any]]:
+        """K and V of ``layers`` from the parts' coefficients, in the output dtype."""
+        tokens = len(positions)
+        put_on = Rotations.of(self._section, positions, inverse=False)
+        straight = Rotations.none(len(self._section.layers))
+        s = self._section
+        k = np.empty((len(layers), s.kv_heads, tokens, s.k_dim), np.float32)
+        v = np.empty((len(layers), s.kv_heads, tokens, s.v_dim), np.float32)
+        for part in self._parts:
+            split = len(part.k_layers) * s.kv_heads * s.k_dim
+            wanted, targets = [], []
+            for out, rotations, own, first, width in (
+                (k, put_on, part.k_layers, 0, s.kv_heads * s.k_dim),
+                (v, straight, part.v_layers, split, s.kv_heads * s.v_dim),
+            ):
+                for source, target, count in _runs(own, layers):
+                    begin = first + source * width
+                    wanted.append(slice(begin, begin + count * width))
+                    targets.append((out, rotations, slice(target, target + count)))
+            with np.errstate(over="ignore", invalid="ignore"):
+                found = part.synthesis.expand(part.coefficients, wanted)
+            for rows, columns, (out, rotations, place) in zip(found, wanted, targets, strict=True):
+                with np.errstate(over="ignore", invalid="ignore"):
+                    rows += part.mean[columns]
+                scatter(rows, rotations.select(layers[place]), out[place])
+        dtype = self._header.out_dtype
+        return (
+            from_float32(k, dtype, _of_layers(self._out_scale(self._k_scale), layers)),
+            from_float32(v, dtype, _of_layers(self._out_scale(self._v_scale), layers)),
+        )
+
+    def _empty(self, tokens: int, layers: int) -> tuple[NDArray[Any], NDArray[Any]]:
+        s, dtype = self._section, numpy_dtype(self._header.out_dtype)
+        return (
+            np.empty((layers, s.kv_heads, tokens, s.k_dim), dtype),
+            np.empty((layers, s.kv_heads, tokens, s.v_dim), dtype),
+        )
+
+    def _out_scale(self, scale: Float | None) -> Float | None:
+        return scale if self._header.out_dtype.is_fp8 else None
+
+
+def _of_layers(scale: Float | None, layers: Sequence[int]) -> Float | None:
+    return None if scale is None else scale[list(layers)]
+
+
+def _runs(own: NDArray[np.int64], wanted: Sequence[int]) -> list[tuple[int, int, int]]:
+    """Runs of ``wanted`` layers that lie side by side in a part: (index in part, in wanted, n)."""
+    place = {int(layer): i for i, layer in enumerate(own)}
+    runs: list[tuple[int, int, int]] = []
+    for target, layer in enumerate(wanted):
+        if layer in place:
+            source = place[layer]
+            if runs and runs[-1][0] + runs[-1][2] == source and sum(runs[-1][1:]) == target:
+                runs[-1] = (runs[-1][0], runs[-1][1], runs[-1][2] + 1)
+            else:
+                runs.append((source, target, 1))
+    return runs
+
+
+def _relative(error: NDArray[np.float64], energy: NDArray[np.float64]) -> NDArray[np.float64]:
+    """‖x̂−x‖/‖x‖ per token; 0 where nothing was lost, else infinite where ‖x‖ is 0."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(error == 0, 0.0, np.sqrt(error / energy))

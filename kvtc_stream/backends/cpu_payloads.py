@@ -1,0 +1,190 @@
+"""From coefficients of a block to its coded payload and back: by bands, or uniform."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvtc_stream.calibration.parts import Part
+from kvtc_stream.coding import bands as quantise
+from kvtc_stream.coding import payload, rans
+from kvtc_stream.coding.bands import split_segments
+from kvtc_stream.coding.uniform import UniformBands
+from kvtc_stream.errors import FormatError
+from kvtc_stream.formats import Block, Coder, PartPlan
+from kvtc_stream.formats.coders import compress_beside
+
+Float = NDArray[np.float32]
+#: Class of a token where nothing predicts it.
+_MIDDLE = 8
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """Symbols of a block's tokens, by part; and what uniform steps are made of."""
+
+    symbols: list[Any]
+    representable: NDArray[np.bool_]
+    classes: Sequence[NDArray[np.uint8]] = ()
+    step: float = 0.0
+    level: int = 0
+
+
+class BandCoding:
+    """Bands with a scale and shift per token, and a coder of bytes (SPEC, "Bands")."""
+
+    def __init__(self, plans: Sequence[PartPlan], coder: Coder) -> None:
+        self._bands = [plan.bands for plan in plans]
+        self._coder = coder
+
+    def quantise(self, coefficients: Sequence[Float]) -> Quantised:
+        """Symbols of float32 [tokens, components] a part."""
+        symbols = list(map(quantise.quantise, coefficients, self._bands))
+        return Quantised(symbols, np.logical_and.reduce([s.representable for s in symbols]))
+
+    def dequantise(self, quantised: Quantised, out: Sequence[Float]) -> None:
+        """Their values, into float32 [tokens, components] a part."""
+        for symbols, bands, array in zip(quantised.symbols, self._bands, out, strict=True):
+            quantise.dequantise(symbols, bands, array)
+
+    def pack(self, quantised: Quantised, kept: NDArray[np.int64]) -> tuple[Coder, bytes, int]:
+        """Coder, payload and coded size of the ``kept`` tokens."""
+        packed = [
+            quantise.pack(symbols, bands, kept)
+            for symbols, bands in zip(quantised.symbols, self._bands, strict=True)
+        ]
+        # Segments of a kind lie side by side, so that the coder sees them as one.
+        segments = [b"".join(kind) for kind in zip(*packed, strict=True)]
+        return *compress_beside(self._coder, *segments), sum(map(len, segments))
+
+    def unpack(self, block: Block, kept: NDArray[np.int64], out: Sequence[Float]) -> None:
+        """Values of a block's tokens into rows ``kept`` of ``out``; ``FormatError`` if damaged."""
+        sizes = [quantise.segment_sizes(len(kept), bands) for bands in self._bands]
+        needed = sum(map(sum, sizes))
+        if block.coder is Coder.RANS or block.coded_size != needed:
+            raise FormatError(
+                f"block at token {block.start}: {block.coder.name} payload of {block.coded_size} "
+                f"bytes, the plan needs {needed} of a byte coder for {len(kept)} tokens"
+            )
+        segments = split_segments(block, sizes)
+        for bands, segment, array in zip(self._bands, segments, out, strict=True):
+            quantise.dequantise(quantise.unpack(segment, len(kept), bands), bands, array, kept)
+
+
+class UniformCoding:
+    """Uniform bands, a step class per token, and rANS (SPEC, "Uniform bands")."""
+
+    def __init__(self, parts: Sequence[Part], plans: Sequence[PartPlan]) -> None:
+        self._bands: list[UniformBands] = []
+        self._importances = []
+        for part, plan in zip(parts, plans, strict=True):
+            if part.uniform is None:
+                raise FormatError(
+                    "the plan has uniform bands, the calibration no tables for them: make a plan "
+                    "from this calibration"
+                )
+            families = part.uniform.families
+            coder = rans.Families(families.frequencies)
+            self._bands.append(UniformBands(plan.bands, coder, families.ids))
+            self._importances.append(part.uniform.importance)
+            self._unit = part.uniform.unit
+
+    def classify(self, coefficients: Sequence[Float]) -> list[NDArray[np.uint8]]:
+        """uint8 [tokens] a part: the class of each token's step."""
+        return [
+            np.full(len(array), _MIDDLE, np.uint8)
+            if importance is None
+            else importance.classes(array)
+            for array, importance in zip(coefficients, self._importances, strict=True)
+        ]
+
+    def _step(self, offset: float) -> tuple[float, int]:
+        return float(np.float32(self._unit * 2 ** (offset / 4))), round(offset)
+
+    def quantise(
+        self,
+        coefficients: Sequence[Float],
+        classes: list[NDArray[np.uint8]],
+        offset: float = 0.0,
+    ) -> Quantised:
+        """Symbols at ``offset`` quarter octaves above the plan's steps."""
+        step, level = self._step(offset)
+        found = [
+            bands.quantise(array, own, step)
+            for bands, array, own in zip(self._bands, coefficients, classes, strict=True)
+        ]
+        fits = np.logical_and.reduce([representable for _, representable in found])
+        return Quantised([symbols for symbols, _ in found], fits, classes, step, level)
+
+    def size(
+        self, coefficients: Sequence[Float], classes: list[NDArray[np.uint8]], offset: float
+    ) -> float:
+        """About how long the payload would be."""
+        step, level = self._step(offset)
+        bits = sum(
+            bands.bits(array, own, step, level)
+            for bands, array, own in zip(self._bands, coefficients, classes, strict=True)
+        )
+        tokens = len(classes[0])
+        tiles = sum(len(payload.tiles(c, payload.TILE_COMPONENTS)) for c in self._coded)
+        # The lanes' final states take 4 bytes, and say 1 byte on average.
+        lanes = min(rans.LANES, tokens)
+        overhead = 8 + tiles * (4 + 3 * lanes) + len(self._bands) * payload.nibbles(tokens)
+        return bits / 8 + overhead
+
+    def dequantise(self, quantised: Quantised, out: Sequence[Float]) -> None:
+        """Their values, into float32 [tokens, components] a part; 0 of those without."""
+        rows = np.flatnonzero(quantised.representable)
+        for bands, symbols, classes, array in zip(
+            self._bands, quantised.symbols, quantised.classes, out, strict=True
+        ):
+            array[:] = 0
+            bands.dequantise(symbols[rows], classes[rows], quantised.step, array, rows)
+
+    def pack(self, quantised: Quantised, kept: NDArray[np.int64]) -> tuple[Coder, bytes, int]:
+        """Coder, payload and coded size (the number of symbols) of the ``kept`` tokens."""
+        if not len(kept):
+            return Coder.STORED, b"", 0
+        tiles = []
+        for bands, symbols, classes in zip(
+            self._bands, quantised.symbols, quantised.classes, strict=True
+        ):
+            chosen, ids = symbols[kept], bands.ids(quantised.level)
+            for tile in payload.tiles(ids.shape[1], payload.TILE_COMPONENTS):
+                own = np.ascontiguousarray(chosen[:, tile]), np.ascontiguousarray(ids[:, tile])
+                tiles.append(rans.encode(own[0], classes[kept], own[1], bands.families))
+        pieces = [
+            payload.head(quantised.step, quantised.level, list(map(len, tiles))),
+            *tiles,
+            *(payload.pack_classes(classes[kept]) for classes in quantised.classes),
+        ]
+        return Coder.RANS, b"".join(pieces), len(kept) * sum(self._coded)
+
+    @property
+    def _coded(self) -> list[int]:
+        """Components that are coded, of each part."""
+        return [len(bands.components) for bands in self._bands]
+
+    def unpack(self, block: Block, kept: NDArray[np.int64], out: Sequence[Float]) -> None:
+        """Values of a block's tokens into rows ``kept`` of ``out``; ``FormatError`` if damaged."""
+        found = payload.UniformPayload.parse(block, self._coded)
+        data, tokens = memoryview(block.coded), len(kept)
+        first = found.tiles
+        ends = iter((first + np.cumsum(found.lengths, dtype=np.int64)).tolist())
+        for i, (bands, array) in enumerate(zip(self._bands, out, strict=True)):
+            of_part = found.classes + i * payload.nibbles(tokens)
+            classes = payload.unpack_classes(
+                data[of_part : of_part + payload.nibbles(tokens)], tokens
+            )
+            ids = bands.ids(found.level)
+            symbols = np.empty((tokens, ids.shape[1]), np.int32)
+            for tile in payload.tiles(ids.shape[1], found.tile_components):
+                end = next(ends)
+                own = np.ascontiguousarray(ids[:, tile])
+                symbols[:, tile] = rans.decode(data[first:end], classes, own, bands.families)
+                first = end
+            bands.dequantise(symbols, classes, found.step, array, kept)

@@ -1,0 +1,376 @@
+"""Calibration: running moments and a bounded sample of rows, then bases and error tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvtc_stream.calibration.arrays import Array, get_arrays
+from kvtc_stream.calibration.model import Calibration
+from kvtc_stream.calibration.moments import BATCH, SectionMoments, basis_columns
+from kvtc_stream.calibration.principal import (
+    in_full,
+    joint_rank,
+    local_rank,
+)
+from kvtc_stream.calibration.weights import (
+    Pair,
+    SectionWeights,
+    importance_matrices,
+    scaling_matrices,
+)
+from kvtc_stream.coding.values import scale_grid
+from kvtc_stream.formats import Geometry, ModelIdentity, Section
+from kvtc_stream.io.dlpack import BackendName, check_positions
+from kvtc_stream.progress import Progress
+
+#: Tokens gathered at a time: bounds the memory of an update.
+_CHUNK = 512
+
+
+class Calibrator:
+    """Learns a model's cache from documents, in one pass.
+
+    Memory: a float64 covariance per part of every basis (K and V of a joint one serve separate
+    ones too), ``sample_rows`` rows in float32, and a few thousand rows in flight; :meth:`finish`
+    takes about 12 bytes for each value of the widest covariance besides. With ``backend="cuda"``
+    that is memory of the device. Not thread-safe; calibrate in parallel with one calibrator each
+    and :meth:`merge`.
+
+    Parameters
+    ----------
+    geometry
+        The cache. Sections whose ``rope`` is set take keys after RoPE.
+    bases
+        ``"separate"`` (K and V apart, as published, for the preset ``paper``) and ``"joint"`` (one
+        basis for both, of weighted rows, for the preset ``default``).
+    layer_groups
+        Cut each section's layers into this many runs with a basis each: a cheaper transform that
+        needs more bits. 1 is the published method.
+    second_level
+        Transform so many of the groups' coefficients of the joint basis once more, the strongest,
+        those of all groups together: nearly the bits of one basis for about half of its
+        multiply-adds. A quarter to three eighths of a row's values serve well. The groups are one
+        part then: layers of such a stream cannot be cut. 0: groups stay apart.
+    rank
+        Keep at most this many components of each part (the paper keeps 10,000). ``None``: all of
+        a separate basis, of a joint one two fifths of its columns, but 3,072 to 4,608, or with a
+        second level three fifths, but at least 3,072; those behind are rarely worth their bits.
+    sinks
+        Tokens at positions below this are left out (KVTC, arXiv 2511.01815, section 3).
+    sample_rows
+        Tokens kept to measure quantisation error on.
+    weights
+        How much an error matters to the model in each channel of each head: per section a pair
+        for K (before RoPE) and V, of arrays [layers, kv_heads], [layers, kv_heads, head_dim] for
+        squared errors of channels, or [layers, kv_heads, head_dim, head_dim] for quadratic forms:
+        symmetric, positive semidefinite. Only proportions count, those between K and V too. One
+        pair suffices for one section. ``None``: from :meth:`update_gradients`, else all alike.
+    model
+        Identity to record, see :class:`ModelIdentity`.
+    backend
+        ``"cpu"``, ``"cuda"``, or ``"auto"``: CUDA where it can run. The calibration serves all
+        backends. Moments agree to rounding. The rows that are sampled are others on each, because
+        each has its hash, but do not depend on the order of documents nor on :meth:`merge`. On a
+        device, work goes to CuPy's current device and stream, and each call waits for it.
+
+    Raises
+    ------
+    BackendUnavailableError
+        ``"cuda"`` was asked for and cannot run here; the message says what is missing.
+    ValueError
+        Arguments are not as above, or the device has not enough memory for the covariances.
+
+    Examples
+    --------
+    >>> import numpy as np, kvtc_stream as kvtc
+    >>> geometry = kvtc.Geometry.uniform(layers=2, kv_heads=1, head_dim=4)
+    >>> calibrator = kvtc.Calibrator(geometry)
+    >>> rng = np.random.default_rng(0)
+    >>> for _ in range(4):
+    ...     k, v = rng.standard_normal((2, 2, 1, 64, 4), dtype=np.float32)
+    ...     calibrator.update(k, v)
+    >>> calibrator.finish().tokens
+    240
+    """
+
+    def __init__(
+        self,
+        geometry: Geometry,
+        *,
+        bases: Sequence[str] = ("separate", "joint"),
+        layer_groups: int = 1,
+        second_level: int = 0,
+        rank: int | None = None,
+        sinks: int = 4,
+        sample_rows: int = 4096,
+        weights: SectionWeights | Sequence[SectionWeights] | None = None,
+        model: ModelIdentity | None = None,
+        backend: BackendName = "cpu",
+    ) -> None:
+        unknown = set(bases) - {"separate", "joint"}
+        if unknown or not bases:
+            raise ValueError(f"bases must be among 'separate' and 'joint', found {list(bases)}")
+        for name, value, least in (
+            ("layer_groups", layer_groups, 1),
+            ("second_level", second_level, 0),
+            ("rank", 1 if rank is None else rank, 1),
+            ("sinks", sinks, 0),
+            ("sample_rows", sample_rows, 1),
+        ):
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, found {value}")
+        if second_level and (layer_groups == 1 or "joint" not in bases):
+            raise ValueError(
+                f"second_level={second_level} is of a joint basis in layer_groups of 2 or more, "
+                f"found bases {list(bases)} and layer_groups={layer_groups}"
+            )
+        self._arrays = get_arrays(backend)
+        self._options: dict[str, Any] = {
+            "backend": self._arrays.name,
+            "geometry": geometry,
+            "bases": tuple(dict.fromkeys(bases)),
+            "layer_groups": layer_groups,
+            "second_level": second_level,
+            "rank": rank,
+            "sinks": sinks,
+            "sample_rows": sample_rows,
+            "model": model or ModelIdentity(),
+        }
+        self._check_size(geometry)
+        self._weights = None
+        if weights is not None:
+            self._weights = importance_matrices(weights, geometry.sections)
+        self._sections = [
+            SectionMoments(
+                section,
+                self._options["bases"],
+                layer_groups,
+                second_level,
+                sample_rows,
+                self._arrays,
+            )
+            for section in geometry.sections
+        ]
+
+    @property
+    def backend(self) -> str:
+        """``"cpu"`` or ``"cuda"``."""
+        return self._arrays.name
+
+    def _check_size(self, geometry: Geometry) -> None:
+        """Raise ``ValueError`` now for what would not fit after all documents were read."""
+        options = self._options
+        rank, groups, widest = options["rank"], options["layer_groups"], self._arrays.widest
+        second = options["second_level"]
+        covariances = largest = rows = 0
+        for s in geometry.sections:
+            kept = "joint" if "joint" in options["bases"] else "separate"
+            widths = [c.width(s) for c in basis_columns(kept, s, 1 if second else groups)]
+            covariances += sum(width * width for width in widths)
+            if second:
+                widths = [c.width(s) for c in basis_columns("joint", s, groups)]
+            largest = max(largest, *(width * width for width in widths), 2 * second * second)
+            rows += (s.k_width + s.v_width) * (3 * options["sample_rows"] + 4 * BATCH)
+            for name in options["bases"]:
+                for width in (c.width(s) for c in basis_columns(name, s, groups)):
+                    wanted = min(rank or (joint_rank(width) if name == "joint" else width), width)
+                    if name == "joint" and second:
+                        wanted = local_rank(width, rank)
+                    if widest is not None and width > widest and in_full(width, wanted):
+                        raise ValueError(
+                            f"a {name} basis of {wanted} components for {width} columns needs all "
+                            f"eigenvectors, for which this backend takes up to {widest} columns: "
+                            f"choose rank={width // 2} or less, more layer_groups, or "
+                            f"backend='cpu'"
+                        )
+        if widest is not None and second > widest:
+            raise ValueError(
+                f"second_level={second} needs all eigenvectors of so many columns, for which this "
+                f"backend takes up to {widest}: choose that or less"
+            )
+        # In float64; with them copies of the largest, and rows, in float32.
+        self._arrays.check_memory(8 * covariances + 12 * largest + 4 * rows)
+
+    def update(
+        self,
+        k: Any,
+        v: Any,
+        *,
+        positions: Any = None,
+        section: int = 0,
+        k_scale: Any = None,
+        v_scale: Any = None,
+    ) -> None:
+        """Learn from one document, or a piece of one.
+
+        Parameters
+        ----------
+        k, v
+            As for :meth:`kvtc_stream.Encoder.encode`: [layers, kv_heads, tokens, head_dim]. With
+            ``backend="cuda"`` in host memory or on the current device: of CuPy, or of anything
+            with ``__dlpack__``.
+        positions
+            int64 [tokens], rising. By default each call is a document of its own that starts at
+            position 0; give the positions of later pieces.
+        section
+            Which section of the geometry.
+        k_scale, v_scale
+            For fp8 caches: a scalar, [layers] or [layers, kv_heads]; value = fp8 × scale.
+
+        Tokens with NaN or Inf are left out.
+        """
+        moments = self._section(section)
+        k_layers, v_layers, where = self._document(moments.section, k, v, positions)
+        for rows in self._rows(moments.section, k_layers, v_layers, where, k_scale, v_scale):
+            moments.add(*self._finite(rows))
+        self._arrays.settle()
+
+    def update_gradients(
+        self,
+        k: Any,
+        v: Any,
+        grad_k: Any,
+        grad_v: Any,
+        *,
+        positions: Any = None,
+        section: int = 0,
+        k_scale: Any = None,
+        v_scale: Any = None,
+    ) -> None:
+        """Learn from one document what matters to the model.
+
+        The second moments of gradients over tokens are importance weights: with labels drawn from
+        the model, the Fisher information. Norms of gradients teach which tokens matter. A few
+        dozen documents suffice. The bases' moments are not touched: :meth:`update` takes those.
+
+        Parameters
+        ----------
+        k, v, positions, section, k_scale, v_scale
+            As for :meth:`update`.
+        grad_k, grad_v
+            float32 or narrower, of the shapes of ``k`` and ``v``: gradients of a loss with respect
+            to K *before* RoPE, and V.
+
+        Raises
+        ------
+        ValueError
+            The calibrator was given ``weights``; or wrong shapes.
+        """
+        if self._weights is not None:
+            raise ValueError("weights were given, gradients would be others: use one of them")
+        moments = self._section(section)
+        s = moments.section
+        k_layers, v_layers, where = self._document(s, k, v, positions)
+        grads = self._layers(s, grad_k, grad_v, "grad_k", "grad_v")
+        if grads[0][0].shape[1] != len(where):
+            raise ValueError(f"found {len(where)} tokens, gradients of {grads[0][0].shape[1]}")
+        straight = replace(s, rope=())
+        for rows, gradients in zip(
+            self._rows(s, k_layers, v_layers, where, k_scale, v_scale),
+            self._rows(straight, *grads, where, None, None),
+            strict=True,
+        ):
+            moments.importance.add(*self._finite(rows, gradients))
+        self._arrays.settle()
+
+    def _finite(self, *arrays: Array) -> list[Array]:
+        """Those rows of each that are finite in all of them."""
+        xp = self._arrays.xp
+        sound = np.all([self._arrays.get(xp.isfinite(x).all(axis=1)) for x in arrays], axis=0)
+        if sound.all():
+            return list(arrays)
+        rows = self._arrays.put(np.flatnonzero(sound))
+        return [x[rows] for x in arrays]
+
+    def _section(self, index: int) -> SectionMoments:
+        if not 0 <= index < len(self._sections):
+            raise ValueError(f"section must be from 0 to {len(self._sections) - 1}, found {index}")
+        return self._sections[index]
+
+    def _document(
+        self, s: Section, k: Any, v: Any, positions: Any
+    ) -> tuple[list[Array], list[Array], NDArray[np.int64]]:
+        k_layers, v_layers = self._layers(s, k, v, "k", "v")
+        return k_layers, v_layers, check_positions(positions, k_layers[0].shape[1], -1)
+
+    def _layers(
+        self, s: Section, k: Any, v: Any, k_name: str, v_name: str
+    ) -> tuple[list[Array], list[Array]]:
+        k_layers = self._arrays.layers(k, k_name, len(s.layers), s.kv_heads, s.k_dim)
+        v_layers = self._arrays.layers(v, v_name, len(s.layers), s.kv_heads, s.v_dim)
+        tokens = k_layers[0].shape[1], v_layers[0].shape[1]
+        if tokens[0] != tokens[1]:
+            raise ValueError(f"{k_name} has {tokens[0]} tokens, {v_name} has {tokens[1]}")
+        return k_layers, v_layers
+
+    def _rows(
+        self,
+        s: Section,
+        k_layers: list[Array],
+        v_layers: list[Array],
+        where: NDArray[np.int64],
+        k_scale: Any,
+        v_scale: Any,
+    ) -> Iterator[Array]:
+        """Rows [tokens, k_width + v_width] of all tokens but sinks, a chunk at a time."""
+        grids = [
+            None if scale is None else scale_grid(scale, name, len(s.layers), s.kv_heads)
+            for name, scale in (("k_scale", k_scale), ("v_scale", v_scale))
+        ]
+        for start in range(int(np.searchsorted(where, self._options["sinks"])), len(where), _CHUNK):
+            stop = min(start + _CHUNK, len(where))
+            k, v = ([x[:, start:stop] for x in held] for held in (k_layers, v_layers))
+            yield self._arrays.rows(s, (k, v), where[start:stop], grids)
+
+    def merge(self, other: Calibrator) -> None:
+        """Take in what ``other`` learnt, as if this calibrator had seen its documents too.
+
+        Moments agree with one pass to rounding; the row sample is the same.
+        """
+        if self._options != other._options:
+            differing = [k for k, v in self._options.items() if other._options[k] != v]
+            raise ValueError(f"calibrators differ in {', '.join(differing)}: cannot merge them")
+        if not _same_weights(self._weights, other._weights):
+            raise ValueError("calibrators differ in weights: cannot merge them")
+        for mine, theirs in zip(self._sections, other._sections, strict=True):
+            mine.merge(theirs)
+        self._arrays.settle()
+
+    def finish(self, progress: Progress | None = None) -> Calibration:
+        """Solve for the bases and measure the error tables.
+
+        The calibrator stays usable: more documents and another ``finish`` are fine.
+
+        Raises
+        ------
+        ValueError
+            A section saw no tokens but sinks.
+        """
+        steps = sum(len(m.parts) for m in self._sections)
+        given = self._weights or [m.importance.matrices() for m in self._sections]
+        scaling: Sequence[Pair | None] = scaling_matrices(given) or [None] * len(given)
+        done = 0
+
+        def advance() -> None:
+            nonlocal done
+            done += 1
+            if progress is not None:
+                progress(done, steps)
+
+        rank = self._options["rank"]
+        sections = tuple(
+            m.solve(rank, pair, advance) for m, pair in zip(self._sections, scaling, strict=True)
+        )
+        options = self._options
+        return Calibration(options["geometry"], sections, options["sinks"], options["model"])
+
+
+def _same_weights(a: Sequence[Pair] | None, b: Sequence[Pair] | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    return all(np.array_equal(x, y) for x, y in zip(sum(a, ()), sum(b, ()), strict=True))

@@ -1,0 +1,243 @@
+"""The principal components of a part: one matrix, or a product of small ones in two levels.
+
+Two levels are a hierarchical Karhunen-Loève transform: each group of columns has components of its
+own, and the leading coefficients of all groups are transformed once more, together. It costs a part
+of the multiply-adds of one matrix for all columns, and finds nearly all that it would find.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvtc_stream.calibration.weights import apply_blocks, blocks_of
+
+#: A NumPy array, or one of a module like it.
+Array = Any
+
+
+@dataclass(frozen=True, eq=False)
+class Components:
+    """A matrix [rank, width] with orthonormal rows, before weights are applied to it.
+
+    Methods take and give arrays of the module that the matrices are of, ``xp``. Immutable.
+
+    Attributes
+    ----------
+    groups
+        Columns of each group, ascending slices; of one level there is one group, of all columns.
+    local
+        A matrix [rank, columns] of each group.
+    leading
+        How many coefficients of each group, the first, go to the second level.
+    second
+        [rank, sum of ``leading``], or ``None`` with one level.
+    order
+        int32 [rank]: of each component of the whole, its row among those of ``second`` and, after
+        them, those of the groups that are not leading. ``None`` with one level.
+    xp
+        A module like NumPy; ``None``: NumPy, which pickle refuses.
+    """
+
+    groups: tuple[tuple[slice, ...], ...]
+    local: tuple[Array, ...]
+    leading: tuple[int, ...] = (0,)
+    second: Array | None = None
+    order: NDArray[np.int32] | None = None
+    xp: Any = None
+
+    @classmethod
+    def dense(cls, matrix: Array) -> Components:
+        """Of one level."""
+        return cls(((slice(0, matrix.shape[1]),),), (matrix,))
+
+    @property
+    def width(self) -> int:
+        """Columns."""
+        return max(int(span.stop) for group in self.groups for span in group)
+
+    @property
+    def rank(self) -> int:
+        """Components."""
+        return len(self.local[0]) if self.order is None else len(self.order)
+
+    @property
+    def multiply_adds(self) -> int:
+        """Of a row to its coefficients, or back."""
+        matrices = [*self.local] if self.second is None else [*self.local, self.second]
+        return sum(m.shape[0] * m.shape[1] for m in matrices)
+
+    @property
+    def inner(self) -> list[int]:
+        """Where the rows of the second level, and then those of each group behind its leading
+        ones, begin in ``order``; and where the last end."""
+        counts = [0 if self.second is None else len(self.second)]
+        counts += [len(m) - n for m, n in zip(self.local, self.leading, strict=True)]
+        return list(accumulate(counts, initial=0))
+
+    def mapped(self, function: Callable[[Array], Array], xp: Any = None) -> Components:
+        """With a function of all matrices, whose results are of ``xp``."""
+        second = None if self.second is None else function(self.second)
+        return replace(self, local=tuple(map(function, self.local)), second=second, xp=xp)
+
+    def weighted(self, blocks: Sequence[NDArray[np.float32]], *, inverse: bool) -> Components:
+        """The matrix times the block-diagonal one of ``blocks``, see :func:`apply_blocks`."""
+        local = [
+            apply_blocks(m, blocks_of(blocks, spans), inverse=inverse, xp=self.xp or np)
+            for m, spans in zip(self.local, self.groups, strict=True)
+        ]
+        return replace(self, local=tuple(local))
+
+    def scaled(self, factors: NDArray[np.floating[Any]]) -> Components:
+        """With each component times its factor, [rank]."""
+        if self.order is None:
+            return replace(self, local=(self.local[0] * factors[:, None],))
+        assert self.second is not None
+        inner = np.empty_like(factors)
+        inner[self.order] = factors
+        local = [
+            np.concatenate([m[:n], m[n:] * inner[others, None]])
+            for (_, m, _, others), n in zip(self._of_groups(), self.leading, strict=True)
+        ]
+        second = self.second * inner[: len(self.second), None]
+        return replace(self, local=tuple(local), second=second)
+
+    def aligned(self, multiple: int) -> Components:
+        """The same matrix, with rows and columns of zeros so that each group's number of leading
+        coefficients is a multiple of this."""
+        if self.second is None:
+            return self
+        xp = self.xp or np
+        local, pieces = [], []
+        for (_, m, leading, _), n in zip(self._of_groups(), self.leading, strict=True):
+            more = -n % multiple
+            local.append(xp.concatenate([m[:n], xp.zeros((more, m.shape[1]), m.dtype), m[n:]]))
+            own = self.second[:, leading]
+            pieces += [own, xp.zeros((len(own), more), own.dtype)]
+        counts = tuple(n + -n % multiple for n in self.leading)
+        second = xp.concatenate(pieces, axis=1)
+        return replace(self, local=tuple(local), leading=counts, second=second)
+
+    def taken(self, which: NDArray[np.integer[Any]]) -> Components:
+        """Only some components, in this order."""
+        if self.order is None:
+            prefix = bool((which == np.arange(len(which))).all())  # then nothing is copied
+            own = self.local[0][: len(which)] if prefix else self.local[0][which]
+            return replace(self, local=(own,))
+        assert self.second is not None
+        wanted = self.order[which]
+        kept = np.unique(wanted)
+        begins = self.inner
+        rows = [kept[(a <= kept) & (kept < b)] - a for a, b in pairwise(begins)]
+        local = [
+            m[np.concatenate([np.arange(n), n + own])]
+            for m, n, own in zip(self.local, self.leading, rows[1:], strict=True)
+        ]
+        order = np.searchsorted(kept, wanted).astype(np.int32)
+        return replace(self, local=tuple(local), second=self.second[rows[0]], order=order)
+
+    def first(self, count: int) -> Components:
+        """The first so many components."""
+        return self if count == self.rank else self.taken(np.arange(count))
+
+    def project(self, rows: Array, out: Array | None = None) -> Array:
+        """Coefficients [n, rank]: ``rows`` [n, width] times the transposed matrix."""
+        xp = self.xp or np
+        if self.order is None:
+            return xp.matmul(rows, self.local[0].T, out=out)
+        assert self.second is not None
+        leading, others = [], []
+        for spans, m, n in zip(self.groups, self.local, self.leading, strict=True):
+            found = xp.concatenate([rows[:, span] for span in spans], axis=1) @ m.T
+            leading.append(found[:, :n])
+            others.append(found[:, n:])
+        inner = xp.concatenate([xp.concatenate(leading, axis=1) @ self.second.T, *others], axis=1)
+        return xp.take(inner, xp.asarray(self.order), axis=1, out=out)
+
+    def expand(self, coefficients: Array, wanted: Sequence[slice]) -> list[Array]:
+        """Columns ``wanted`` of ``coefficients`` [n, rank] times the matrix: an array for each."""
+        if self.order is None:
+            return [coefficients @ self.local[0][:, span] for span in wanted]
+        assert self.second is not None
+        xp, count = self.xp or np, len(coefficients)
+        inner = xp.take(coefficients, xp.asarray(self.order.argsort()), axis=1)
+        second = inner[:, : len(self.second)]
+        out = [xp.empty((count, s.stop - s.start), inner.dtype) for s in wanted]
+        for spans, matrix, leading, others in self._of_groups():
+            targets = _overlaps(spans, wanted, out)
+            if targets:
+                strongest = second @ self.second[:, leading]
+                own = xp.concatenate([strongest, inner[:, others]], axis=1)
+                for columns, target in targets:
+                    target[...] = own @ matrix[:, columns]
+        return out
+
+    def matrix(self) -> Array:
+        """[rank, width]: all of it as one matrix."""
+        if self.order is None:
+            return self.local[0]
+        unit = (self.xp or np).eye(self.rank, dtype=self.local[0].dtype)
+        return self.expand(unit, [slice(0, self.width)])[0]
+
+    def deviations(
+        self, variance: NDArray[np.floating[Any]]
+    ) -> tuple[list[NDArray[np.floating[Any]]], list[NDArray[np.floating[Any]]]]:
+        """What coefficients of these variances become, as deviations: of each group's leading
+        coefficients, none with one level, and of each group's columns.
+
+        The former are taken to be uncorrelated in a group, which they are by the calibration.
+        """
+        if self.order is None:
+            return [], [np.sqrt(variance @ np.square(self.local[0]))]
+        assert self.second is not None
+        inner = np.empty_like(variance)
+        inner[self.order] = variance
+        strongest = inner[: len(self.second)] @ np.square(self.second)
+        of_leading, of_columns = [], []
+        for _, m, leading, others in self._of_groups():
+            own = np.concatenate([strongest[leading], inner[others]])
+            of_leading.append(np.sqrt(strongest[leading]))
+            of_columns.append(np.sqrt(own @ np.square(m)))
+        return of_leading, of_columns
+
+    def _of_groups(self) -> Iterator[tuple[tuple[slice, ...], Array, slice, slice]]:
+        """Of each group its columns and matrix, which of all leading coefficients are its, and
+        which others, as ``order`` counts them."""
+        firsts = accumulate(self.leading, initial=0)
+        for spans, m, n, first, (begin, end) in zip(
+            self.groups, self.local, self.leading, firsts, pairwise(self.inner[1:]), strict=False
+        ):
+            yield spans, m, slice(first, first + n), slice(begin, end)
+
+
+def columns_of_layers(
+    layers: Sequence[int], k_size: int, v_size: int
+) -> tuple[tuple[slice, ...], ...]:
+    """Columns of runs of so many layers: K of them, and V behind all K."""
+    found, first = [], 0
+    for count in layers:
+        last, split = first + count, sum(layers) * k_size
+        values = slice(split + first * v_size, split + last * v_size)
+        found.append((slice(first * k_size, last * k_size), values))
+        first = last
+    return tuple(found)
+
+
+def _overlaps(
+    spans: Sequence[slice], wanted: Sequence[slice], out: Sequence[Array]
+) -> list[tuple[slice, Array]]:
+    """Columns of a group, and where they go."""
+    found, at = [], 0
+    for span in spans:
+        for other, array in zip(wanted, out, strict=True):
+            start, stop = max(span.start, other.start), min(span.stop, other.stop)
+            if start < stop:
+                own = slice(at + start - span.start, at + stop - span.start)
+                found.append((own, array[:, start - other.start : stop - other.start]))
+        at += span.stop - span.start
+    return found

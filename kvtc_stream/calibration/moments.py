@@ -1,0 +1,341 @@
+"""What a section has learnt so far: moments, a sample of rows, importance."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvtc_stream.calibration.arrays import HOST, Array, HostArrays
+from kvtc_stream.calibration.band_tables import error_tables
+from kvtc_stream.calibration.components import Components, columns_of_layers
+from kvtc_stream.calibration.parts import Part, SectionCalibration
+from kvtc_stream.calibration.principal import (
+    Moments,
+    one_level,
+    separate,
+    two_levels,
+)
+from kvtc_stream.calibration.uniform_tables import uniform_tables, unit_of
+from kvtc_stream.calibration.weights import (
+    Pair,
+)
+from kvtc_stream.errors import KVTCWarning
+from kvtc_stream.formats import Section
+
+#: Rows per update of the moments: large enough for a fast matrix product.
+BATCH = 2048
+
+
+#: Below this many tokens per column the trailing components are noise.
+_TOKENS_PER_COLUMN = 2
+
+
+#: Sampled rows that tables of bands are measured on.
+_BAND_ROWS = 2048
+#: Most rows with gradients that are kept, and about the most memory for them.
+_GRADIENT_ROWS, _GRADIENT_BYTES = 16_384, 1 << 30
+_BINARY16_MAX = 65504.0
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which layers a part takes from a section."""
+
+    k_layers: tuple[int, ...]
+    v_layers: tuple[int, ...]
+
+    def width(self, section: Section) -> int:
+        """Columns of the part."""
+        k, v = section.kv_heads * section.k_dim, section.kv_heads * section.v_dim
+        return len(self.k_layers) * k + len(self.v_layers) * v
+
+    def take(self, section: Section, rows: Array, xp: Any) -> Array:
+        """The part's columns of section rows [tokens, k_width + v_width]."""
+        k, v = section.kv_heads * section.k_dim, section.kv_heads * section.v_dim
+        spans = [(i * k, (i + 1) * k) for i in self.k_layers]
+        spans += [(section.k_width + i * v, section.k_width + (i + 1) * v) for i in self.v_layers]
+        if all(a[1] == b[0] for a, b in pairwise(spans)):
+            return rows[:, spans[0][0] : spans[-1][1]]
+        return xp.concatenate([rows[:, a:b] for a, b in spans], axis=1)
+
+
+def basis_columns(name: str, section: Section, groups: int) -> Iterable[Columns]:
+    layers = [tuple(map(int, g)) for g in np.array_split(np.arange(len(section.layers)), groups)]
+    layers = [g for g in layers if g]
+    if name == "joint":
+        return [Columns(g, g) for g in layers]
+    return [Columns(g, ()) for g in layers] + [Columns((), g) for g in layers]
+
+
+class SectionMoments:
+    """What one section has learnt."""
+
+    def __init__(
+        self,
+        section: Section,
+        bases: Sequence[str],
+        layer_groups: int,
+        second_level: int,
+        sample_rows: int,
+        arrays: HostArrays,
+    ) -> None:
+        self.section = section
+        self._arrays = arrays
+        self._groups, self._second_level = layer_groups, second_level
+        of_joint = 1 if second_level else layer_groups
+        self.parts = [
+            (name, columns)
+            for name in bases
+            for columns in basis_columns(
+                name, section, of_joint if name == "joint" else layer_groups
+            )
+        ]
+        # The moments of K and of V apart are blocks of those of both.
+        kept = "joint" if "joint" in bases else "separate"
+        self.moments = {
+            columns: Moments(columns.width(section), arrays)
+            for columns in basis_columns(kept, section, of_joint)
+        }
+        self.sample = RowSample(sample_rows, arrays)
+        self.importance = Importance(section, arrays)
+        self._pending: list[Array] = []
+
+    def add(self, rows: Array) -> None:
+        if not len(rows):
+            return
+        self.sample.add(rows)
+        self._pending.append(rows)
+        if sum(map(len, self._pending)) >= BATCH:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._pending:
+            xp = self._arrays.xp
+            rows = xp.concatenate(self._pending)
+            self._pending.clear()
+            for columns, moments in self.moments.items():
+                moments.add(columns.take(self.section, rows, xp))
+
+    def merge(self, other: SectionMoments) -> None:
+        self._flush()
+        other._flush()
+        for columns, moments in self.moments.items():
+            moments.merge(other.moments[columns])
+        self.sample.merge(other.sample)
+        self.importance.merge(other.importance)
+
+    def _moments_of(self, columns: Columns) -> Moments:
+        if columns in self.moments:
+            return self.moments[columns]
+        for both, moments in self.moments.items():
+            k, v = (
+                own.width(self.section)
+                for own in (Columns(both.k_layers, ()), Columns((), both.v_layers))
+            )
+            for own, of, first, width in (
+                (columns.k_layers, both.k_layers, 0, k),
+                (columns.v_layers, both.v_layers, k, v),
+            ):
+                if own and {*own} <= {*of}:
+                    each = width // len(of)
+                    begin = first + of.index(own[0]) * each
+                    return moments.block(slice(begin, begin + len(own) * each))
+        raise AssertionError(columns)
+
+    def _column_groups(self, columns: Columns) -> tuple[tuple[slice, ...], ...]:
+        """Columns of each group of layers."""
+        section = self.section
+        groups = np.array_split(np.array(columns.k_layers), self._groups)
+        layers = [len(group) for group in groups if len(group)]
+        return columns_of_layers(
+            layers, *(section.kv_heads * d for d in (section.k_dim, section.v_dim))
+        )
+
+    def solve(
+        self, rank: int | None, scaling: Pair | None, advance: Callable[[], None]
+    ) -> SectionCalibration:
+        self._flush()
+        tokens = next(iter(self.moments.values())).count
+        width = max(self.section.k_width, self.section.v_width)
+        if tokens == 0:
+            raise ValueError(
+                "no tokens to calibrate on: tokens at sink positions and tokens with NaN or Inf "
+                "do not count; give more text"
+            )
+        if tokens < _TOKENS_PER_COLUMN * width:
+            warnings.warn(
+                f"calibrated on {tokens} tokens for rows of {width} values: below "
+                f"{_TOKENS_PER_COLUMN * width} tokens the basis fits noise and unseen text codes "
+                f"worse; give more text",
+                KVTCWarning,
+                stacklevel=3,
+            )
+        arrays = self._arrays
+        bases: dict[str, list[Part]] = {}
+        for name, columns in self.parts:
+            moments = self._moments_of(columns)
+            rows = columns.take(self.section, self.sample.rows, arrays.xp)
+            if name == "joint":
+                weights = None
+                if scaling is not None:
+                    k, v = scaling
+                    weights = k[list(columns.k_layers)], v[list(columns.v_layers)]
+                if self._second_level:
+                    groups = self._column_groups(columns)
+                    solved = two_levels(moments, weights, groups, self._second_level, rank, arrays)
+                else:
+                    solved = one_level(moments, weights, rank, arrays)
+                part = _weighted_part(columns, moments, weights, *solved, arrays)
+            else:
+                part = _separate_part(columns, moments, rows[:_BAND_ROWS], rank, arrays)
+                advance()
+            bases.setdefault(name, []).append(part)
+            arrays.settle()
+        if "joint" in bases:
+            unit = unit_of(bases["joint"])
+            for i, part in enumerate(bases["joint"]):
+                columns = Columns(part.k_layers, part.v_layers)
+                rows = columns.take(self.section, self.sample.rows, arrays.xp)
+                pairs = self.importance.pairs(columns)
+                split = Columns(part.k_layers, ()).width(self.section)
+                uniform = uniform_tables(part, rows, unit, split, pairs, arrays)
+                bases["joint"][i] = replace(part, uniform=uniform)
+                advance()
+        return SectionCalibration({name: tuple(parts) for name, parts in bases.items()}, tokens)
+
+
+def _separate_part(
+    columns: Columns, moments: Moments, sample: Array, rank: int | None, arrays: HostArrays
+) -> Part:
+    """Principal components from the covariance, and error tables from the sampled rows."""
+    components, variance, total = separate(moments, rank, arrays)
+    mean = moments.mean.astype(np.float32)
+    coefficients = (sample - mean) @ components.T.astype(np.float32)
+    return Part(
+        columns.k_layers,
+        columns.v_layers,
+        arrays.get(mean),
+        Components.dense(arrays.get(components)),
+        variance.clip(0).astype(np.float32),
+        total + float(moments.mean @ moments.mean),
+        errors=error_tables(
+            np.ascontiguousarray(arrays.get(coefficients)),
+            dropped=max(total - float(variance.sum()), 0.0),
+        ),
+    )
+
+
+def _weighted_part(
+    columns: Columns,
+    moments: Moments,
+    weights: Pair | None,
+    components: Components,
+    variance: NDArray[np.floating[Any]],
+    arrays: HostArrays,
+) -> Part:
+    """A part of weighted rows; tables are still lacking."""
+    total = float(arrays.xp.trace(moments.scatter)) / moments.count
+    k_weights, v_weights = weights or (None, None)
+    return Part(
+        columns.k_layers,
+        columns.v_layers,
+        arrays.get(moments.mean.astype(np.float32)),
+        components,
+        variance.clip(0).astype(np.float32),
+        total + float(moments.mean @ moments.mean),
+        k_weights=k_weights,
+        v_weights=v_weights,
+    )
+
+
+class Importance:
+    """Second moments of gradients per layer and head, and a sample of rows with gradients."""
+
+    def __init__(self, section: Section, arrays: HostArrays) -> None:
+        shape = (len(section.layers), section.kv_heads)
+        self._section = section
+        self._tokens = 0
+        self._arrays = arrays
+        self._k = arrays.xp.zeros((*shape, section.k_dim, section.k_dim))
+        self._v = arrays.xp.zeros((*shape, section.v_dim, section.v_dim))
+        bytes_per_row = 4 * (section.k_width + section.v_width)
+        rows = min(_GRADIENT_ROWS, max(512, _GRADIENT_BYTES // bytes_per_row))
+        self._sample = RowSample(rows, arrays)
+
+    def add(self, rows: Array, gradients: Array) -> None:
+        xp = self._arrays.xp
+        if not len(rows):
+            return
+        self._tokens += len(rows)
+        for part, total in self._split(gradients):
+            by_head = part.transpose(1, 2, 0, 3).astype(np.float64)
+            total += by_head.swapaxes(2, 3) @ by_head
+        # In half the memory: gradients are tiny, so each row has an exponent.
+        _, exponents = xp.frexp(xp.abs(gradients).max(axis=1))
+        scaled = xp.ldexp(gradients, -exponents[:, None])
+        pairs = [rows.clip(-_BINARY16_MAX, _BINARY16_MAX), scaled, exponents[:, None]]
+        self._sample.add(xp.concatenate([x.astype(np.float16) for x in pairs], axis=1))
+
+    def _split(self, rows: Array) -> Iterator[tuple[Array, Array]]:
+        split = self._section.k_width
+        for part, total in ((rows[:, :split], self._k), (rows[:, split:], self._v)):
+            yield part.reshape(len(rows), *total.shape[:3]), total
+
+    def merge(self, other: Importance) -> None:
+        self._tokens += other._tokens
+        self._k += other._k
+        self._v += other._v
+        self._sample.merge(other._sample)
+
+    def matrices(self) -> Pair:
+        """Of K and V, in host memory; per token, so that sections compare however many gradients
+        each was given."""
+        tokens = max(self._tokens, 1)
+        return self._arrays.get(self._k) / tokens, self._arrays.get(self._v) / tokens
+
+    def pairs(self, columns: Columns) -> tuple[Array, Array] | None:
+        """Rows and gradients [rows, width] of the columns; ``None`` without gradients."""
+        sample, xp = self._sample.rows, self._arrays.xp
+        if not len(sample):
+            return None
+        width = self._section.k_width + self._section.v_width
+        rows, gradients = (
+            columns.take(self._section, sample[:, first : first + width], xp).astype(np.float32)
+            for first in (0, width)
+        )
+        return rows, xp.ldexp(gradients, sample[:, -1:].astype(np.int32))
+
+
+class RowSample:
+    """The ``capacity`` rows with the smallest hashes: the same set in whatever order they came."""
+
+    def __init__(self, capacity: int, arrays: HostArrays = HOST) -> None:
+        self.capacity = capacity
+        self._arrays = arrays
+        self.hashes: NDArray[np.uint64] = np.zeros(0, np.uint64)
+        self.rows: Array = arrays.xp.zeros((0, 0), np.float32)
+
+    def add(self, rows: Array) -> None:
+        self._take(self._arrays.hashes(rows), rows)
+
+    def merge(self, other: RowSample) -> None:
+        self._take(other.hashes, other.rows)
+
+    def _take(self, hashes: NDArray[np.uint64], rows: Array) -> None:
+        if len(self.hashes) == self.capacity:
+            candidates = np.flatnonzero(hashes < self.hashes[-1])
+            hashes, rows = hashes[candidates], rows[self._arrays.put(candidates)]
+        if len(hashes) == 0:
+            return
+        if len(self.hashes):
+            hashes = np.concatenate([self.hashes, hashes])
+            rows = self._arrays.xp.concatenate([self.rows, rows])
+        self.hashes, first = np.unique(hashes, return_index=True)
+        self.hashes, first = self.hashes[: self.capacity], first[: self.capacity]
+        self.rows = rows[self._arrays.put(first)]

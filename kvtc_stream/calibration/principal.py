@@ -1,0 +1,280 @@
+"""Principal components: moments of rows, and the bases that are solved from them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvtc_stream.calibration.arrays import HOST, Array, HostArrays
+from kvtc_stream.calibration.components import Components
+from kvtc_stream.calibration.weights import Pair, apply_blocks, blocks_of
+
+#: Components of a joint basis that are kept unless the user says otherwise: two fifths of its
+#: columns, within these bounds. On SmolLM2-135M, 11,520 columns, 4,608 instead of 3,072 halve the
+#: divergence at a ratio of 16.
+_LEAST_RANK, _MOST_RANK = 3072, 4608
+#: Sizes of matrices up to here are solved in full.
+_DENSE = 2048
+_OVERSAMPLING, _POWER_ITERATIONS = 128, 3
+#: As published (KVTC, section 3); where the basis of K or V comes from the leading ones alone.
+_SEPARATE_POWER_ITERATIONS = 8
+#: Rows of a covariance matrix that are worked on at a time, where a copy of all would be too much.
+_SLAB = 1024
+#: Columns from which on a batch's products are of some rows at a time, and above the diagonal only.
+_WIDE, _TALL = 16_384, 4096
+#: Up to so many columns the product of a batch is float64, which costs little.
+_EXACT = 512
+
+#: Components, and their variances, falling.
+Solved: TypeAlias = tuple[Components, NDArray[np.floating[Any]]]
+
+
+class Moments:
+    """Count, mean and scatter matrix about the mean, in float64.
+
+    A batch is centred on its own mean, so that a binary32 product suffices, and combined by the
+    pairwise update of Chan, Golub and LeVeque (1979), whose rank-1 term rides along as a row.
+    """
+
+    def __init__(self, width: int, arrays: HostArrays = HOST) -> None:
+        self._arrays = arrays
+        self.count = 0
+        self.mean = arrays.xp.zeros(width)
+        self._scatter = arrays.xp.zeros((width, width))
+        self._mirrored = True  # else what is below the diagonal is out of date
+
+    @property
+    def scatter(self) -> Array:
+        """float64 [width, width]."""
+        if not self._mirrored:
+            for first in range(0, len(self._scatter), _TALL):
+                slab, behind = slice(first, first + _TALL), slice(first + _TALL, None)
+                self._scatter[behind, slab] = self._scatter[slab, behind].T
+            self._mirrored = True
+        return self._scatter
+
+    @scatter.setter
+    def scatter(self, value: Array) -> None:
+        self._scatter, self._mirrored = value, True
+
+    def add(self, rows: Array) -> None:
+        xp = self._arrays.xp
+        count, width = rows.shape
+        if count == 0:
+            return
+        mean = rows.mean(axis=0, dtype=np.float64)
+        centred = xp.empty((count + 1, width), np.float64 if width <= _EXACT else np.float32)
+        xp.subtract(rows, mean.astype(centred.dtype), out=centred[:-1])
+        centred[-1] = self._combine(count, mean)
+        if width <= _WIDE:
+            self._scatter += centred.T @ centred
+            return
+        self._mirrored = False
+        for first in range(0, width, _TALL):
+            slab = slice(first, first + _TALL)
+            own = self._scatter[slab, first:]
+            own += centred[:, slab].T @ centred[:, first:]
+
+    def covariance(
+        self,
+        dtype: type[np.floating],
+        rows: Sequence[slice] = (slice(None),),
+        columns: Sequence[slice] = (slice(None),),
+    ) -> Array:
+        """Scatter over count, as a matrix of its own; or some of its rows and columns."""
+        scatter, size = self.scatter, len(self.mean)
+        heights, widths = ([len(range(size)[s]) for s in own] for own in (rows, columns))
+        out = self._arrays.xp.empty((sum(heights), sum(widths)), dtype)
+        top = 0
+        for own, height in zip(rows, heights, strict=True):
+            for first in range(0, height, _SLAB):
+                count, left = min(_SLAB, height - first), 0
+                begin = range(size)[own].start + first
+                for other, width in zip(columns, widths, strict=True):
+                    piece = scatter[begin : begin + count, other]
+                    out[top : top + count, left : left + width] = piece / self.count
+                    left += width
+                top += count
+        return out
+
+    def block(self, columns: slice) -> Moments:
+        """The moments of some columns; shares memory."""
+        moments = Moments(0, self._arrays)
+        moments.count, moments.mean = self.count, self.mean[columns]
+        moments.scatter = self.scatter[columns, columns]
+        return moments
+
+    def merge(self, other: Moments) -> None:
+        if other.count == 0:
+            return
+        scatter = self.scatter
+        scatter += other.scatter
+        delta = self._combine(other.count, other.mean)
+        for first in range(0, len(delta), _SLAB):
+            slab = slice(first, first + _SLAB)
+            scatter[slab] += delta[slab, None] * delta
+
+    def _combine(self, count: int, mean: Array) -> Array:
+        """Take in a count and mean; return the vector whose outer product the scatter lacks."""
+        total = self.count + count
+        delta = mean - self.mean
+        weight = math.sqrt(self.count * count / total)
+        self.mean += delta * (count / total)
+        self.count = total
+        return delta * weight
+
+
+def separate(
+    moments: Moments, rank: int | None, arrays: HostArrays
+) -> tuple[Array, NDArray[np.floating[Any]], float]:
+    """Leading principal components float16 [rank, width] of ``arrays``, their variances, falling,
+    and the variance of everything."""
+    xp, width = arrays.xp, len(moments.mean)
+    most = min(rank or width, width)
+    if not arrays.leading or in_full(width, most):
+        values, vectors = xp.linalg.eigh(moments.covariance(np.float64))
+        variance, vectors = arrays.get(values)[::-1], vectors[:, ::-1]
+        total = max(float(variance.sum()), 0.0)
+    else:
+        values, vectors = leading_eigenvectors(
+            moments.covariance(np.float32), most, arrays, iterations=_SEPARATE_POWER_ITERATIONS
+        )
+        variance = arrays.get(values)
+        total = max(float(xp.trace(moments.scatter)) / moments.count, 0.0)
+    keep = _rank_of(variance, width, most)
+    return _oriented(vectors[:, :keep], xp), variance[:keep], total
+
+
+def one_level(
+    moments: Moments, weights: Pair | None, rank: int | None, arrays: HostArrays
+) -> Solved:
+    """Leading principal components of weighted rows."""
+    width = len(moments.mean)
+    everything = (slice(0, width),)
+    covariance = _weighted_block(moments, weights, everything, everything, arrays.xp)
+    wanted = min(rank or joint_rank(width), width)
+    values, vectors = leading_eigenvectors(covariance, wanted, arrays)
+    variance = arrays.get(values)
+    keep = _rank_of(variance, width, len(variance))
+    stored = arrays.get(_oriented(vectors[:, :keep], arrays.xp))
+    return Components.dense(stored), variance[:keep]
+
+
+def two_levels(
+    moments: Moments,
+    weights: Pair | None,
+    groups: tuple[tuple[slice, ...], ...],
+    second_level: int,
+    rank: int | None,
+    arrays: HostArrays,
+) -> Solved:
+    """Principal components of weighted rows' groups, and of their ``second_level`` strongest."""
+    xp, width = arrays.xp, len(moments.mean)
+    local, variances = [], []
+    for spans in groups:
+        block = _weighted_block(moments, weights, spans, spans, xp)
+        count = local_rank(len(block), rank)
+        values, vectors = leading_eigenvectors(block, count, arrays)
+        local.append(_oriented(vectors, xp))
+        variances.append(arrays.get(values))
+    together = np.sort(np.concatenate(variances))[::-1]
+    least = together[min(second_level, len(together)) - 1]
+    leading = tuple(int((own >= least).sum()) for own in variances)
+    # As they will be, signs and rounding included.
+    strongest = [x[:n].astype(np.float32) for x, n in zip(local, leading, strict=True)]
+    products: list[list[Array]] = [[] for _ in groups]
+    for i, own in enumerate(groups):
+        for j, other in enumerate(groups):
+            if j < i:
+                products[i].append(products[j][i].T)
+            else:
+                block = _weighted_block(moments, weights, own, other, xp)
+                products[i].append(strongest[i] @ (block @ strongest[j].T))
+    inner = xp.concatenate([xp.concatenate(row, axis=1) for row in products])
+    values, vectors = leading_eigenvectors(inner, len(inner), arrays)
+    variance = np.concatenate(
+        [arrays.get(values), *(own[n:] for own, n in zip(variances, leading, strict=True))]
+    )
+    order = np.argsort(-variance, kind="stable")
+    keep = _rank_of(
+        variance[order], width, min(rank or max(_LEAST_RANK, 3 * width // 5), len(order))
+    )
+    components = Components(
+        groups,
+        tuple(map(arrays.get, local)),
+        leading,
+        arrays.get(_oriented(vectors, xp)),
+        order.astype(np.int32),
+    )
+    return components.taken(np.arange(keep)), variance[order[:keep]]
+
+
+def _weighted_block(
+    moments: Moments,
+    weights: Pair | None,
+    rows: Sequence[slice],
+    columns: Sequence[slice],
+    xp: Any,
+) -> Array:
+    """float32: these rows and columns of the covariance matrix of weighted rows."""
+    block = moments.covariance(np.float32, rows, columns)
+    if weights is None:
+        return block
+    block = apply_blocks(block, blocks_of(weights, columns), xp=xp)
+    block = xp.ascontiguousarray(block.T)
+    return apply_blocks(block, blocks_of(weights, rows), xp=xp).T
+
+
+def joint_rank(width: int) -> int:
+    return max(_LEAST_RANK, min(2 * width // 5, _MOST_RANK))
+
+
+def local_rank(width: int, rank: int | None) -> int:
+    """Of a group under a second level."""
+    return min(rank or (width if width <= _DENSE else width // 2), width)
+
+
+def in_full(size: int, count: int) -> bool:
+    """Whether all eigenvectors are found where ``count`` of them are wanted."""
+    return size <= _DENSE or 2 * count > size
+
+
+def leading_eigenvectors(
+    matrix: Array, count: int, arrays: HostArrays = HOST, *, iterations: int = _POWER_ITERATIONS
+) -> tuple[Array, Array]:
+    """The largest eigenvalues, falling, and their vectors [n, count] of a covariance matrix.
+
+    Of few of a large matrix by randomised subspace iteration (N. Halko, P.-G. Martinsson and
+    J. A. Tropp, SIAM Review 53(2), 2011, algorithm 4.4): vectors at the far end come out mixed
+    with their neighbours, which have almost the same variance.
+
+    ``matrix`` is float32, and so are the results, or float64; all of ``arrays``.
+    """
+    xp, size = arrays.xp, len(matrix)
+    if in_full(size, count):
+        values, vectors = xp.linalg.eigh(matrix.astype(np.float64))
+        return values[::-1][:count], vectors[:, ::-1][:, :count]
+    rng = xp.random.default_rng(0)
+    basis = rng.standard_normal((size, min(count + _OVERSAMPLING, size)), dtype=np.float32)
+    for _ in range(iterations):
+        basis = arrays.orthonormal(matrix @ basis)
+    values, rotation = xp.linalg.eigh(basis.T @ (matrix @ basis))
+    return values[::-1][:count], basis @ rotation[:, ::-1][:, :count]
+
+
+def _oriented(vectors: Array, xp: Any) -> Array:
+    """Eigenvectors as rows, with fixed signs, so that merged calibrations compare."""
+    components = vectors.T
+    strongest = xp.abs(components).argmax(axis=1)
+    signs = xp.sign(components[xp.arange(len(components)), strongest])
+    return xp.ascontiguousarray(components * signs[:, None], np.float16)
+
+
+def _rank_of(variance: NDArray[np.floating], width: int, most: int) -> int:
+    """How many components have more variance than rounding noise, of ``most``."""
+    floor = variance[0] * width * np.finfo(np.float64).eps
+    return max(1, min(int((variance > floor).sum()), most))

@@ -1,0 +1,186 @@
+"""What a stream can be read from, as file objects: memory, mapped files, URLs, growing files."""
+
+from __future__ import annotations
+
+import io
+import mmap
+import os
+import time
+from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, BinaryIO, cast
+
+from kvtc_stream.errors import TruncatedError
+from kvtc_stream.io.memory import copied
+
+#: What a stream can be read from.
+Source = str | os.PathLike[str] | BinaryIO | bytes | bytearray | memoryview | mmap.mmap
+
+#: Bytes at the front and at the end of a remote file that are fetched when it is opened: header,
+#: trailer and index are in there, unless there are more than some thousand blocks.
+_FRONT, _BACK = 1 << 16, 1 << 18
+#: Bytes from which on a copy is worth avoiding.
+_LARGE = 1 << 16
+#: Bytes of blocks in constant memory that are looked at together.
+_READ_AHEAD = 256 << 20
+#: Seconds between looks at a growing file.
+_POLL = 0.02
+
+
+@contextmanager
+def open_source(source: Source, *, mapped: bool = False) -> Iterator[BinaryIO]:
+    """A binary file object of a source; closed at the end unless it was one.
+
+    ``mapped``: a path is mapped into memory, not read. Nobody may shorten the file meanwhile.
+    """
+    if isinstance(source, str | os.PathLike):
+        if "://" in os.fspath(source):
+            with _Ranges.open(os.fspath(source)) as remote:
+                yield cast(BinaryIO, remote)
+            return
+        with open(source, "rb") as file:
+            if not mapped or not os.fstat(file.fileno()).st_size:
+                yield file
+                return
+            with (
+                mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as whole,
+                memoryview(whole) as view,
+                _Buffer(view) as buffer,
+            ):
+                yield cast(BinaryIO, buffer)
+    elif isinstance(source, bytes | bytearray | memoryview | mmap.mmap):
+        with (
+            memoryview(source) as view,
+            view.cast("B") as data,
+            _Buffer(data, constant=_is_constant(view)) as buffer,
+        ):
+            yield cast(BinaryIO, buffer)
+    else:
+        yield source
+
+
+class _Ranged(io.RawIOBase):
+    """A file object over something of known size that gives ranges of bytes."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._position = 0
+
+    @abstractmethod
+    def _range(self, start: int, stop: int) -> bytes:
+        """The bytes from ``start`` to ``stop``, both inside."""
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        self._position = start + offset
+        return self._position
+
+    def read(self, size: int | None = -1) -> bytes:
+        start = min(self._position, self._size)
+        stop = self._size if size is None or size < 0 else min(start + size, self._size)
+        data = self._range(start, stop) if stop > start else b""
+        self._position = start + len(data)
+        return data
+
+
+def _is_constant(view: memoryview) -> bool:
+    """Whether nobody changes the memory meanwhile: read-only, and no map, whose file others may
+    change."""
+    owner: Any = view
+    while owner is not None:
+        if isinstance(owner, mmap.mmap):
+            return False
+        owner = owner.obj if isinstance(owner, memoryview) else getattr(owner, "base", None)
+    return view.readonly
+
+
+class _Buffer(_Ranged):
+    """Memory, without a copy of all of it.
+
+    What is read from memory that may change is a copy, so that checksums are of what is decoded.
+    Large ranges of ``constant`` memory are not.
+    """
+
+    def __init__(self, view: memoryview, *, constant: bool = False) -> None:
+        super().__init__(len(view))
+        self._view, self._constant = view, constant
+        if constant:
+            self.read_ahead = _READ_AHEAD
+
+    def _range(self, start: int, stop: int) -> bytes:
+        part = self._view[start:stop]
+        if len(part) < _LARGE:
+            return bytes(part)
+        return cast(bytes, part if self._constant else copied(part))
+
+
+class _Ranges(_Ranged):
+    """A file behind a URL, by requests for ranges of it; both its ends come with opening."""
+
+    def __init__(self, filesystem: Any, path: str, size: int) -> None:
+        super().__init__(size)
+        self._filesystem, self._path = filesystem, path
+        back = max(0, size - _BACK)
+        front = min(_FRONT, back)
+        # One request where the ends meet.
+        self._kept = [(back, self._fetch(back, size))]
+        if front:
+            self._kept.append((0, self._fetch(0, front)))
+
+    @classmethod
+    def open(cls, url: str) -> _Ranges:
+        """With fsspec, which knows S3, GCS, HTTP and more."""
+        try:
+            import fsspec
+        except ModuleNotFoundError:
+            raise ModuleNotFoundError(
+                "reading a URL needs fsspec: pip install 'kvtc-stream[remote]'", name="fsspec"
+            ) from None
+        filesystem, path = fsspec.core.url_to_fs(url)
+        size = filesystem.info(path)["size"]
+        if size is None:
+            raise io.UnsupportedOperation(f"{url} does not tell its size: download it first")
+        return cls(filesystem, path, size)
+
+    def _fetch(self, start: int, stop: int) -> bytes:
+        data: bytes = self._filesystem.cat_file(self._path, start=start, end=stop)
+        if len(data) != stop - start:
+            raise TruncatedError(
+                f"{self._path}: a request for bytes {start} to {stop} gave {len(data)}: somebody "
+                "is changing it, or the server does not know ranges"
+            )
+        return data
+
+    def _range(self, start: int, stop: int) -> bytes:
+        for first, data in self._kept:
+            if first <= start and stop <= first + len(data):
+                return data[start - first : stop - first]
+        return self._fetch(start, stop)
+
+
+class Growing:
+    """A file that somebody is writing to, as a pipe: its end is one when nothing came for long."""
+
+    def __init__(self, file: BinaryIO, patience: float) -> None:
+        self._file, self._patience = file, patience
+
+    def seekable(self) -> bool:
+        """No: it is read from the front."""
+        return False
+
+    def read(self, size: int) -> bytes:
+        """What has been written meanwhile; empty when that is nothing for too long."""
+        deadline = time.monotonic() + self._patience
+        while not (data := self._file.read(size)) and time.monotonic() < deadline:
+            time.sleep(_POLL)
+        return data

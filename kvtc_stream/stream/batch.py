@@ -1,0 +1,287 @@
+"""Many caches at a time, and caches in pages."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvtc_stream.backends.select import get_backend
+from kvtc_stream.calibration.model import Calibration
+from kvtc_stream.formats import Block, Limits
+from kvtc_stream.io.dlpack import BackendName, check_memory, dtype_of, on_cuda
+from kvtc_stream.io.memory import joined
+from kvtc_stream.io.paged import PagedCache, indexable
+from kvtc_stream.stream.codec import Codec
+from kvtc_stream.stream.opening import encode, open
+from kvtc_stream.stream.reader import Reader
+
+Stream = bytes | bytearray | memoryview
+T = TypeVar("T")
+R = TypeVar("R")
+
+#: Of paged caches, copied before they are encoded.
+_TOKENS_AT_A_TIME = 8192
+
+
+def encode_many(
+    caches: Sequence[tuple[Any, Any] | PagedCache], codec: Codec, **stream: Any
+) -> list[bytes]:
+    """Whole caches to whole streams, in order.
+
+    Parameters
+    ----------
+    caches
+        Pairs of k and v, each as :meth:`kvtc_stream.Encoder.encode` takes them, or pages.
+    codec
+        How to code all of them.
+    stream
+        Options of :meth:`kvtc_stream.Codec.encoder`, for all of them.
+
+    The stream of a cache does not depend on the others. On a CUDA device the blocks of a cache
+    share launches, and two caches are encoded at a time, each with scratch of its own. Of pages,
+    8,192 tokens at a time are copied.
+    """
+
+    def one(cache: tuple[Any, Any] | PagedCache) -> bytes:
+        if isinstance(cache, PagedCache):
+            return _encode_pages(cache, codec, **stream)
+        return encode(*cache, codec, **stream)
+
+    if not caches:
+        return []
+    backend = get_backend(codec.backend, *_tensors(caches[0])).name
+    if backend == "cpu":
+        return [one(cache) for cache in caches]
+    return _side_by_side(one, [_held(cache) for cache in caches])
+
+
+def _side_by_side(function: Callable[[T], R], arguments: Sequence[T]) -> list[R]:
+    """``function`` of each argument, on threads and CUDA streams of their own."""
+    from kvtc_stream.gpu.runtime.streams import side_by_side
+
+    return side_by_side(function, arguments)
+
+
+def _held(cache: Any) -> Any:
+    """The same tensors as CuPy's, those on a CUDA device, ready in the current stream: only on the
+    caller's thread do frameworks know what streams their tensors are used in."""
+
+    def held(x: Any) -> Any:
+        if isinstance(x, list | tuple):
+            return [held(layer) for layer in x]
+        return indexable(x, "a cache's tensor") if on_cuda(x) else x
+
+    k, v = map(held, _tensors(cache))
+    return replace(cache, k=k, v=v) if isinstance(cache, PagedCache) else (k, v)
+
+
+def _encode_pages(cache: PagedCache, codec: Codec, **stream: Any) -> bytes:
+    """A stream of what pages hold, of which some thousand tokens are copied at a time."""
+    encoder = codec.encoder(**stream)
+    pieces: list[bytes | memoryview] = []
+    for first in range(0, max(cache.tokens, 1), _TOKENS_AT_A_TIME):
+        k, v = cache.contiguous(slice(first, first + _TOKENS_AT_A_TIME))
+        pieces += encoder.encode_pieces(k, v)
+    return joined([*pieces, *encoder.finish_pieces()])
+
+
+def decode_many(
+    streams: Sequence[Stream],
+    calibration: Calibration,
+    *,
+    out: Sequence[PagedCache | tuple[Any, Any]] | None = None,
+    section: int = 0,
+    backend: BackendName = "auto",
+    limits: Limits | None = None,
+) -> list[tuple[Any, Any]]:
+    """Whole streams to whole caches.
+
+    Parameters
+    ----------
+    streams
+        Bytes of each. Copies to a CUDA device are quickest from read-only views of pinned memory,
+        which may not change until the device is done.
+    calibration
+        That of all of them.
+    out
+        What takes the tokens, one for each stream: pages, or K and V as for
+        :meth:`kvtc_stream.Reader.read`; of the streams' ``out_dtype``, in the backend's memory.
+    section, backend, limits
+        As for :func:`kvtc_stream.decode`; ``"auto"`` is CUDA for ``out`` on a CUDA device.
+
+    Returns
+    -------
+    K and V [layers, kv_heads, tokens, head_dim] of each stream; on a CUDA device views of arrays
+    that streams of one kind share. Nothing where ``out`` is given.
+
+    On a CUDA device streams of one kind (plan, geometry, types) share launches, and where they are
+    many two batches are decoded at a time, each with scratch of its own.
+    """
+    if out is not None and len(out) != len(streams):
+        raise ValueError(f"found {len(streams)} streams and {len(out)} caches for them")
+    name = get_backend(backend, *(_tensors(out[0]) if out else ())).name
+    readers = [open(data, calibration=calibration, backend=name, limits=limits) for data in streams]
+    kinds: dict[Any, list[int]] = {}
+    apart: list[tuple[Reader, tuple[Any, Any]]] = []
+    for i, reader in enumerate(readers):
+        h = reader.header
+        key = (h.plan, h.geometry, h.dtype, h.out_dtype, h.scales, h.block_tokens)
+        cache = None if out is None else out[i]
+        if cache is None or isinstance(cache, PagedCache):
+            kinds.setdefault((*key, cache and id(cache.k)), []).append(i)
+        else:
+            apart.append((reader, cache))
+
+    def read(one: tuple[Reader, tuple[Any, Any]]) -> None:
+        one[0].read(section=section, out=one[1])
+
+    if name == "cpu":
+        for one in apart:
+            read(one)
+    else:
+        _side_by_side(read, [(reader, _held(cache)) for reader, cache in apart])
+    results: list[tuple[Any, Any]] = [(None, None)] * len(streams)
+    for members in kinds.values():
+        group = [readers[i] for i in members]
+        if out is None:
+            for i, pair in zip(members, _together(group, section, name), strict=True):
+                results[i] = pair
+        else:
+            pages = [cache for i in members if isinstance(cache := out[i], PagedCache)]
+            _into_pages(group, pages, section, name)
+    return [] if out is not None else results
+
+
+def _tensors(cache: PagedCache | tuple[Any, Any]) -> tuple[Any, Any]:
+    return (cache.k, cache.v) if isinstance(cache, PagedCache) else cache
+
+
+def _together(
+    readers: list[Reader], section: int, backend: BackendName
+) -> Iterator[tuple[Any, Any]]:
+    counts = [r.tokens(section) for r in readers]
+    ends = np.cumsum([0, *counts]).tolist()
+    blocks = readers[0].block_decoder
+    layers = len(readers[0].header.geometry.sections[section].layers)
+    k, v = blocks.empty(section, layers, ends[-1])
+    slots = [np.arange(first, last) for first, last in pairwise(ends)]
+    _decode_into(list(zip(readers, slots, strict=True)), section, backend, k, v)
+    for first, last in pairwise(ends):
+        yield tuple(blocks.output(x[:, :, first:last]) for x in (k, v))
+
+
+def _decode_into(
+    streams: Sequence[tuple[Reader, NDArray[np.int64]]],
+    section: int,
+    backend: BackendName,
+    k: Any,
+    v: Any,
+) -> None:
+    """Streams of one kind, and the slots of their tokens, into arrays of the backend."""
+    layers = range(len(streams[0][0].header.geometry.sections[section].layers))
+    # Coders keep buffers: as few as work at a time.
+    idle: deque[Any] = deque()
+
+    def one(group: Sequence[tuple[Reader, NDArray[np.int64]]]) -> None:
+        blocks = (
+            _placed(block, slots[block.start : block.start + len(block.kept)])
+            for reader, slots in group
+            for block in reader.stored_blocks(section)
+        )
+        try:
+            coder = idle.pop()
+        except IndexError:
+            coder = group[0][0].block_decoder.coder(section)
+        coder.decode_into(blocks, layers, k, v)
+        idle.append(coder)
+
+    if backend == "cpu":
+        one(streams)
+        return
+    from kvtc_stream.gpu.coder.decoding import BATCH_TOKENS
+
+    tokens = np.cumsum([len(slots) for _, slots in streams])
+    edges = np.searchsorted(tokens, np.arange(0, tokens[-1], BATCH_TOKENS), side="right")
+    groups = [streams[i:j] for i, j in pairwise([*np.unique(edges).tolist(), len(streams)])]
+    _side_by_side(one, groups)
+
+
+def _into_pages(
+    readers: list[Reader], pages: list[PagedCache], section: int, backend: BackendName
+) -> None:
+    layers = len(readers[0].header.geometry.sections[section].layers)
+    for reader, cache in zip(readers, pages, strict=True):
+        if reader.tokens(section) != cache.tokens:
+            raise ValueError(
+                f"the stream has {reader.tokens(section)} tokens, the pages are for {cache.tokens}"
+            )
+    expected = readers[0].header.out_dtype
+    for tensors in (pages[0].k, pages[0].v):
+        if len(tensors) != layers:
+            raise ValueError(f"found pages of {len(tensors)} layers, the stream has {layers}")
+        for tensor in tensors:
+            check_memory(tensor, "pages", backend)
+            found = dtype_of(np.dtype(indexable(tensor).dtype), "pages")
+            if found is not expected:
+                raise TypeError(
+                    f"pages are {found.label}, the stream decodes to {expected.label}: make pages "
+                    f"of that, or choose another out_dtype when encoding"
+                )
+    streams = list(zip(readers, [cache.slots() for cache in pages], strict=True))
+    if backend == "cuda":
+        from kvtc_stream.gpu.runtime.tensors import Tensors, to_device
+
+        pools = []
+        for tensors in (pages[0].k, pages[0].v):
+            arrays, dtypes = zip(*(to_device(x, "pages") for x in tensors), strict=True)
+            pools.append(Tensors.of_layers(arrays, dtypes[0], paged=True))
+        _decode_into(streams, section, backend, *pools)
+        return
+    coder = readers[0].block_decoder.coder(section)
+    for reader, slots in streams:
+        for block in reader.stored_blocks(section):
+            kept = slice(block.kept.start, block.kept.stop)
+            own = slots[block.start : block.start + len(block.kept)]
+            for decoded, tensors in zip(
+                coder.decode(block, range(layers)), (pages[0].k, pages[0].v), strict=True
+            ):
+                for layer, tensor in enumerate(tensors):
+                    pool = indexable(tensor)
+                    page, place = np.divmod(own, pool.shape[1])
+                    pool[page, place] = decoded[layer][:, kept].swapaxes(0, 1)
+
+
+def _placed(block: Block, slots: NDArray[np.int64]) -> tuple[Block, NDArray[np.int64]]:
+    """Where all tokens of a block go; those that were cut from the stream, nowhere."""
+    own = np.full(block.tokens, -1, np.int64)
+    own[block.kept.start : block.kept.stop] = slots
+    return block, own
+
+
+def decode_layers(
+    data: Stream,
+    calibration: Calibration,
+    *,
+    section: int = 0,
+    backend: BackendName = "auto",
+    limits: Limits | None = None,
+) -> Iterator[tuple[Any, Any]]:
+    """A whole stream, layer by layer, in order: K and V [kv_heads, tokens, head_dim] of each.
+
+    The symbols of all layers are decoded at the first; a layer comes when it is asked for, so that
+    a model can compute with one while the next is on its way. On a CUDA device a layer is ready in
+    the order of the current stream.
+    """
+    reader = open(data, calibration=calibration, backend=backend, limits=limits)
+    blocks = reader.block_decoder
+    items = [_placed(b, b.start + np.arange(len(b.kept))) for b in reader.stored_blocks(section)]
+    layer = blocks.coder(section).layers_of(items, reader.tokens(section))
+    for index in range(len(reader.header.geometry.sections[section].layers)):
+        k, v = layer(index)
+        yield blocks.output(k)[0], blocks.output(v)[0]

@@ -1,0 +1,262 @@
+"""The streaming decoder."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvtc_stream.backends.base import SectionCoder
+from kvtc_stream.backends.select import get_backend
+from kvtc_stream.calibration.model import Calibration
+from kvtc_stream.errors import (
+    CalibrationMismatchError,
+    FormatError,
+    KVTCError,
+    StateError,
+    UnsupportedError,
+)
+from kvtc_stream.formats import (
+    Block,
+    BlockErrors,
+    Geometry,
+    Limits,
+    Role,
+    Section,
+    StreamHeader,
+    StreamParser,
+)
+from kvtc_stream.io.dlpack import BackendName, KVArray, as_kv_array, check_memory
+
+
+@dataclass(frozen=True, eq=False)
+class KVBlock:
+    """Consecutive tokens of one section.
+
+    Attributes
+    ----------
+    section
+        Index of the section in the stream's geometry.
+    role
+        How the tokens were stored: ``DATA`` (coded), ``SINKS`` or ``TAIL`` (verbatim).
+    start
+        Ordinal of the first token in the section.
+    positions
+        int64 [tokens].
+    k, v
+        [layers, kv_heads, tokens, head_dim] in the stream's ``out_dtype``: numpy arrays that
+        export DLPack in every dtype.
+    errors
+        What the encoder measured on this block, with tokens that were cut from it since.
+    """
+
+    section: int
+    role: Role
+    start: int
+    positions: NDArray[np.int64]
+    k: KVArray
+    v: KVArray
+    errors: BlockErrors
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens."""
+        return len(self.positions)
+
+
+def check_calibration(header: StreamHeader, calibration: Calibration) -> Calibration:
+    """What of this calibration the stream's layers need; raise unless it was written with it."""
+    if header.calibration != calibration.digest:
+        raise CalibrationMismatchError(
+            f"the stream was written with calibration {header.calibration.hex()} (model "
+            f"{header.model.name or 'unnamed'!r}), found {calibration.digest.hex()} (model "
+            f"{calibration.model.name or 'unnamed'!r}): open it with the calibration it names"
+        )
+    calibration = calibration.for_stream(header.geometry, header.plan)
+    for name, found, expected in zip(
+        ("layers, heads and channels", "model fingerprint"),
+        (_shapes(header.geometry), header.model.fingerprint),
+        (_shapes(calibration.geometry), calibration.model.fingerprint),
+        strict=True,
+    ):
+        if found != expected:
+            raise FormatError(
+                f"the stream has {name} {found!r}, the calibration that it names has {expected!r}: "
+                "the writer is at fault"
+            )
+    return calibration
+
+
+def _shapes(geometry: Geometry) -> list[Section]:
+    """Sections without RoPE, which may be the stream's own."""
+    return [replace(section, rope=()) for section in geometry.sections]
+
+
+class BlockDecoder:
+    """Blocks of one stream to tokens, once the calibration is known to be the right one.
+
+    Raises ``CalibrationMismatchError`` if it is not. Used by one thread at a time.
+    """
+
+    def __init__(
+        self, header: StreamHeader, calibration: Calibration, backend: BackendName
+    ) -> None:
+        self._header, self._calibration = header, check_calibration(header, calibration)
+        self._backend = get_backend(backend)
+        self._coders: dict[int, SectionCoder] = {}
+
+    def coder(self, section: int) -> SectionCoder:
+        """That of a section."""
+        if section not in self._coders:
+            self._coders[section] = self._backend.section_coder(
+                self._header, section, self._calibration
+            )
+        return self._coders[section]
+
+    def empty(self, section: int, layers: int, tokens: int) -> tuple[Any, Any]:
+        """The backend's arrays for K and V of so many layers and tokens."""
+        s, dtype = self._header.geometry.sections[section], self._header.out_dtype
+        return (
+            self._backend.empty((layers, *s.k_shape(tokens)[1:]), dtype),
+            self._backend.empty((layers, *s.v_shape(tokens)[1:]), dtype),
+        )
+
+    def buffers(self, section: int, layers: int, tokens: int, out: tuple[Any, Any]) -> Any:
+        """The same of the caller's: views, [kv_heads, tokens, head_dim] a layer, of K and V."""
+        s, dtype = self._header.geometry.sections[section], self._header.out_dtype
+        found = []
+        for tensors, name, dim in zip(out, ("out K", "out V"), (s.k_dim, s.v_dim), strict=True):
+            for tensor in tensors if isinstance(tensors, list | tuple) else [tensors]:
+                check_memory(tensor, name, self._backend.name)
+            arrays, own = self._backend.layer_list(tensors, name, layers, s.kv_heads, dim)
+            if own is not dtype:
+                raise TypeError(
+                    f"{name} is {own.label}, the stream decodes to {dtype.label}: give buffers of "
+                    "that, or choose another out_dtype when encoding"
+                )
+            if arrays[0].shape[1] != tokens:
+                raise ValueError(
+                    f"{name} has room for {arrays[0].shape[1]} tokens, found {tokens} to decode"
+                )
+            if isinstance(arrays[0], np.ndarray) and not all(x.flags.writeable for x in arrays):
+                raise BufferError(f"{name} cannot be written: it is exported for reading only")
+            found.append(arrays)
+        return found
+
+    def output(self, x: Any) -> Any:
+        """What users get of such an array."""
+        return self._backend.output(x, self._header.out_dtype)
+
+    def decode(self, block: Block, layers: Sequence[int] | None = None) -> KVBlock:
+        """One block, all layers or some (indices into the section's)."""
+        if layers is None:
+            layers = range(len(self._header.geometry.sections[block.section].layers))
+        k, v = self.coder(block.section).decode(block, layers)
+        positions = np.array(block.positions, np.int64)
+        if block.cut != (0, 0):
+            kept = slice(block.kept.start, block.kept.stop)
+            k, v = (as_kv_array(x[:, :, kept]) for x in (k, v))
+            positions = positions[kept]
+        return KVBlock(block.section, block.role, block.start, positions, k, v, block.errors)
+
+
+class Decoder:
+    """Takes the bytes of a stream in pieces and gives back blocks of tokens.
+
+    Single use, one thread at a time. Memory is bounded by one record. Make one with
+    :meth:`kvtc_stream.Codec.decoder`, or from a calibration alone: the plan is in the stream.
+
+    Examples
+    --------
+    >>> import kvtc_stream as kvtc
+    >>> calibration = kvtc.testing.tiny_calibration()
+    >>> k, v = kvtc.testing.drawn_cache(calibration.geometry, tokens=300)
+    >>> data = kvtc.encode(k, v, codec=kvtc.Codec(calibration, ratio=8, window=32))
+    >>> decoder = kvtc.Decoder(calibration)
+    >>> blocks = decoder.decode(data[:5000]) + decoder.decode(data[5000:])
+    >>> sum(block.tokens for block in blocks), decoder.eof
+    (300, True)
+    """
+
+    def __init__(
+        self,
+        calibration: Calibration,
+        *,
+        backend: BackendName = "auto",
+        limits: Limits | None = None,
+    ) -> None:
+        self._calibration, self._backend = calibration, backend
+        self._parser = StreamParser(limits or Limits())
+        self._blocks: BlockDecoder | None = None
+        self._header: StreamHeader | None = None
+        self._tail_given = False
+        self._failure: KVTCError | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def header(self) -> StreamHeader | None:
+        """The stream's header, once it has arrived."""
+        return self._header
+
+    @property
+    def eof(self) -> bool:
+        """Whether the whole stream has arrived."""
+        return self._parser.eof
+
+    @property
+    def unused_data(self) -> bytes:
+        """Bytes after the end of the stream."""
+        return self._parser.unused_data
+
+    def decode(self, data: bytes | bytearray | memoryview) -> list[KVBlock]:
+        """Take some bytes; return the blocks they completed, in token order.
+
+        Raises
+        ------
+        FormatError
+            The bytes are not a valid stream, see its subclasses. The decoder stays failed; whole
+            blocks that came with the damage are not returned.
+        CalibrationMismatchError
+            The stream was written with another calibration.
+        UnsupportedError
+            The stream goes on after an end whose tail was given out: it was appended to.
+        StateError
+            After an error, or while another thread decodes.
+        """
+        if not self._lock.acquire(blocking=False):
+            raise StateError("another thread is using this decoder")
+        try:
+            if self._failure is not None:
+                raise StateError(f"the decoder failed before: {self._failure}")
+            items = self._parser.feed(data)
+            if self._parser.error is not None:
+                raise self._parser.error
+            return [block for item in items if (block := self._take(item))]
+        except KVTCError as error:
+            self._failure = self._failure or error
+            raise
+        finally:
+            self._lock.release()
+
+    def close(self) -> None:
+        """Declare the end of the input: ``TruncatedError`` unless the stream is whole."""
+        self._parser.close()
+
+    def _take(self, item: StreamHeader | Block) -> KVBlock | None:
+        if isinstance(item, StreamHeader):
+            if self._tail_given:
+                raise UnsupportedError(
+                    "the stream was appended to, and what follows supersedes tokens that were "
+                    "given out: open the file or pipe with kvtc_stream.open, or rewrite it first "
+                    "with `kvtc cat FILE -o OUT`"
+                )
+            self._header = item
+            self._blocks = BlockDecoder(item, self._calibration, self._backend)
+            return None
+        assert self._blocks is not None
+        self._tail_given |= item.role is Role.TAIL
+        return self._blocks.decode(item)

@@ -1,0 +1,270 @@
+"""Cutting and joining streams without decoding them, at the speed of copying bytes."""
+
+from __future__ import annotations
+
+import os
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass, fields, replace
+from typing import BinaryIO
+
+from kvtc_stream.errors import UnsupportedError
+from kvtc_stream.formats import (
+    Block,
+    Limits,
+    Role,
+    StreamFile,
+    StreamHeader,
+    StreamWriter,
+)
+from kvtc_stream.io.sources import Source, open_source
+from kvtc_stream.io.storage import File, atomic_write, write_all
+from kvtc_stream.stream.layers import Selection, Union
+
+#: Fields of a header in which streams that are joined may differ: the first's are kept.
+_OWN = ("sinks", "window", "coder", "metadata", "token_digest")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some tokens of a stream.
+
+    Parameters
+    ----------
+    source
+        A path, a URL, memory, or a binary file object that can seek.
+    tokens
+        Ordinals to keep, a slice of step 1; all by default.
+    positions
+        Positions to keep, likewise; for streams whose sections hold different tokens.
+    """
+
+    source: Source
+    tokens: slice | None = None
+    positions: slice | None = None
+
+
+def cat(
+    pieces: Sequence[Piece | Source],
+    target: File,
+    *,
+    layers: slice | None = None,
+    token_digest: bytes | None = None,
+    recover: bool = False,
+    limits: Limits | None = None,
+    key: bytes = b"",
+) -> None:
+    """Join token ranges of streams into a new one; nothing is decoded, so it is as fast as a copy.
+
+    Of one whole stream that was appended to this reclaims what was superseded; with ``recover``
+    it writes out what a stream that was cut off still holds. A range that ends inside a block
+    keeps the whole block and notes how many of its tokens count: the others can still be decoded
+    by who looks for them.
+
+    Parameters
+    ----------
+    pieces
+        What to join, in order: positions must rise. Calibration, plan, geometry, element types
+        and block size of all must be the same; other fields of the header are the first's.
+    target
+        A path, written atomically (it may be one of the sources), or a binary file object.
+    layers
+        Which layers to keep, by the model's numbers; all by default. They must be whole groups,
+        see :mod:`kvtc_stream.stream.layers`. Errors of the blocks are not known then.
+    token_digest
+        Of the result. By default that of a stream that is kept whole, otherwise unknown.
+    recover, limits, key
+        As in :func:`kvtc_stream.open`; the key is that of the sources and of the result.
+
+    Raises
+    ------
+    FormatError
+        A source is damaged, or cut off and ``recover`` is false.
+    UnsupportedError
+        The streams do not go together, or layers are coded together with others.
+    """
+    parts = [p if isinstance(p, Piece) else Piece(p) for p in pieces]
+    if not parts:
+        raise ValueError("give at least one stream to join")
+    with ExitStack() as cleanup:
+        streams = []
+        for part in parts:
+            file = cleanup.enter_context(open_source(part.source))
+            streams.append(StreamFile(file, limits, recover=recover, key=key))
+        spans = [_span(s, p) for s, p in zip(streams, parts, strict=True)]
+        header = streams[0].header
+        for stream in streams[1:]:
+            _check_alike(header, stream.header)
+        whole = len(parts) == 1 and parts[0].tokens is None and parts[0].positions is None
+        if token_digest is None:
+            token_digest = header.token_digest if whole else b""
+        selection = None
+        if layers is not None:
+            selection = Selection(header, layers)
+            header, whole = selection.header, False
+        writer = StreamWriter(replace(header, token_digest=token_digest), key)
+        out = cleanup.enter_context(_opened(target))
+        write_all(out, writer.start())
+        begun: set[int] = set()  # sections that have more than sinks
+        for i, (stream, part) in enumerate(zip(streams, parts, strict=True)):
+            for data in stream.user_records():
+                write_all(out, writer.user(data))
+            for found in _blocks(stream, part, spans[i]):
+                block = found if selection is None else selection.block(found)
+                if block is None:
+                    continue
+                role = block.role
+                late = role is Role.SINKS and block.section in begun
+                if late or (role is Role.TAIL and i < len(streams) - 1):
+                    role = Role.DATA  # of verbatim tokens: sinks and tails are at the ends
+                if role is not Role.SINKS:
+                    begun.add(block.section)
+                start = writer.tokens[block.section]
+                try:
+                    record = writer.block(replace(block, role=role, start=start))
+                except ValueError as error:
+                    raise UnsupportedError(
+                        f"stream {i + 1} cannot follow those before it: {error}"
+                    ) from error
+                write_all(out, record)
+        if whole and (state := streams[0].encoder_state()):
+            write_all(out, writer.encoder(state))
+        write_all(out, writer.finish())
+
+
+def cut(
+    source: Source,
+    target: File,
+    *,
+    tokens: slice | None = None,
+    positions: slice | None = None,
+    layers: slice | None = None,
+    token_digest: bytes | None = None,
+    limits: Limits | None = None,
+    key: bytes = b"",
+) -> None:
+    """Keep some tokens of a stream, ``slice(None, n)`` truncates it to *n*; or some layers.
+
+    Equivalent to :func:`cat` of one piece.
+    """
+    piece = Piece(source, tokens, positions)
+    cat([piece], target, layers=layers, token_digest=token_digest, limits=limits, key=key)
+
+
+def join(
+    sources: Sequence[Source],
+    target: File,
+    *,
+    limits: Limits | None = None,
+    key: bytes = b"",
+) -> None:
+    """Put layers of a stream together again that :func:`cut` took apart.
+
+    Parameters
+    ----------
+    sources
+        Streams of the same tokens, with different layers of the same sections.
+    target, limits, key
+        As in :func:`cat`. What is neither blocks nor layers is the first stream's.
+
+    Raises
+    ------
+    FormatError
+        A source is damaged.
+    UnsupportedError
+        The streams do not go together: tokens, blocks or steps are others.
+    """
+    if not sources:
+        raise ValueError("give at least one stream to join")
+    with ExitStack() as cleanup:
+        streams = [
+            StreamFile(cleanup.enter_context(open_source(source)), limits, key=key)
+            for source in sources
+        ]
+        headers = [stream.header for stream in streams]
+        for header in headers[1:]:
+            _check_alike(headers[0], header, Union.MADE)
+        union = Union(headers)
+        writer = StreamWriter(union.header, key)
+        out = cleanup.enter_context(_opened(target))
+        write_all(out, writer.start())
+        for data in streams[0].user_records():
+            write_all(out, writer.user(data))
+        counts = [len(stream.index) for stream in streams]
+        if len(set(counts)) > 1:
+            raise UnsupportedError(
+                f"the streams have {', '.join(map(str, counts))} blocks: only layers of one "
+                "stream can be joined"
+            )
+        for blocks in zip(*(s.read_blocks(s.index) for s in streams), strict=True):
+            write_all(out, writer.block(union.block(blocks)))
+        write_all(out, writer.finish())
+
+
+def _opened(target: File) -> AbstractContextManager[BinaryIO]:
+    if isinstance(target, str | os.PathLike):
+        return atomic_write(target)
+    return nullcontext(target)
+
+
+def _check_alike(first: StreamHeader, other: StreamHeader, free: Sequence[str] = ()) -> None:
+    different = [
+        f.name
+        for f in fields(first)
+        if f.name not in (*_OWN, *free) and getattr(first, f.name) != getattr(other, f.name)
+    ]
+    if different:
+        raise UnsupportedError(
+            f"streams to join differ in {', '.join(different)}: decode one, and encode it with "
+            "the codec of the other"
+        )
+
+
+def _span(stream: StreamFile, piece: Piece) -> slice | None:
+    """The ordinals or positions to keep, whichever the piece is about; everything if ``None``."""
+    if piece.positions is not None:
+        if piece.tokens is not None:
+            raise ValueError("give tokens or positions, not both")
+        return _checked(piece.positions, 2**63)
+    if piece.tokens is None:
+        return None
+    counts = [0] * len(stream.header.geometry.sections)
+    for entry in stream.index:
+        counts[entry.section] = entry.start + entry.tokens
+    if len(set(counts)) > 1:
+        raise UnsupportedError(
+            f"sections have {', '.join(map(str, counts))} tokens: say which to keep by positions, "
+            "which mean the same in all of them"
+        )
+    return _checked(piece.tokens, counts[0])
+
+
+def _checked(chosen: slice, count: int) -> slice:
+    start, stop, step = chosen.indices(count)
+    if step != 1:
+        raise ValueError(f"what to keep must be a slice of step 1, found step {step}")
+    return slice(start, max(start, stop))
+
+
+def _blocks(stream: StreamFile, piece: Piece, span: slice | None) -> Iterator[Block]:
+    """The blocks of a piece, those at its ends cut."""
+    wanted = []
+    for entry in stream.index:
+        numbers: Sequence[int] = range(entry.start, entry.start + entry.tokens)
+        if piece.positions is not None:
+            numbers = range(entry.first_position, entry.last_position + 1)
+        if span is not None and (numbers[-1] < span.start or numbers[0] >= span.stop):
+            continue
+        wanted.append(entry)
+    for block in stream.read_blocks(wanted):
+        if span is not None:
+            numbers = range(block.start, block.start + len(block.kept))
+            if piece.positions is not None:
+                numbers = block.positions[block.kept.start : block.kept.stop]
+            first, last = bisect_left(numbers, span.start), bisect_left(numbers, span.stop)
+            if first == last:
+                continue  # the span lies in a gap
+            front, end = block.cut
+            block = replace(block, cut=(front + first, end + len(numbers) - last))
+        yield block

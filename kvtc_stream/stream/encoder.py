@@ -1,0 +1,429 @@
+"""The streaming encoder."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import islice
+from typing import Any
+
+from kvtc_stream.backends.select import get_backend
+from kvtc_stream.coding.values import (
+    scale_grid,
+    verbatim_tokens,
+)
+from kvtc_stream.errors import KVTCWarning, StateError
+from kvtc_stream.formats import (
+    Block,
+    Coder,
+    DType,
+    Geometry,
+    Role,
+    Rope,
+    SectionScales,
+    StreamFile,
+    StreamHeader,
+    StreamWriter,
+)
+from kvtc_stream.formats.wire import located
+from kvtc_stream.io.dlpack import check_positions
+from kvtc_stream.io.memory import joined
+from kvtc_stream.planning.rate_control import SectionControl
+from kvtc_stream.stream.codec import Codec
+from kvtc_stream.stream.decoder import check_calibration
+from kvtc_stream.stream.pending import Chunk, SectionState
+from kvtc_stream.stream.statistics import StreamStatistics
+
+#: A finished stream whose ratio is below this has gained little: worth a warning.
+_POOR_RATIO = 2.0
+#: Blocks whose records are made together.
+_BLOCKS_AT_A_TIME = 64
+
+
+class Encoder:
+    """Takes a cache in chunks, in token order, and gives back the bytes of a stream.
+
+    Single use, one thread at a time; memory is bounded by twice ``window`` and a few blocks of
+    tokens, whatever the length. The bytes do not depend on how the input is cut. Make one with
+    :meth:`kvtc_stream.Codec.encoder`.
+
+    Parameters
+    ----------
+    codec
+        How to code.
+    rope
+        The rotary tables of this cache's keys where they differ from the calibration's (dynamic
+        scaling, or keys captured at another stage): one for all layers, or one entry a layer,
+        over all sections. An empty sequence: keys come before RoPE.
+    k_scale, v_scale
+        For fp8 caches: float32, a scalar or [layers] or [layers, kv_heads] (for several sections,
+        a list of these): value = fp8 × scale.
+    metadata
+        Anything JSON can hold, kept in the header.
+    token_digest
+        SHA-256 of the token ids, checked by whoever restores the cache.
+    continues
+        A whole stream, or what was recovered of one, to write the continuation of: the bytes are
+        to follow it. The blocks are those of one uninterrupted run with the same codec. RoPE and
+        scales must be those of the stream, if they are given, and there is no ``metadata``;
+        ``token_digest`` is then that of all tokens.
+    key
+        A secret: who has it can tell that the stream was written by somebody who has it.
+
+    Examples
+    --------
+    >>> import kvtc_stream as kvtc
+    >>> calibration = kvtc.testing.tiny_calibration()
+    >>> k, v = kvtc.testing.drawn_cache(calibration.geometry, tokens=300)
+    >>> encoder = kvtc.Codec(calibration, ratio=8, window=32).encoder()
+    >>> data = encoder.encode(k[:, :, :200], v[:, :, :200])
+    >>> data += encoder.encode(k[:, :, 200:], v[:, :, 200:])
+    >>> data += encoder.finish()
+    >>> kvtc.decode(data, calibration)[0].shape
+    (2, 2, 300, 8)
+    """
+
+    def __init__(
+        self,
+        codec: Codec,
+        *,
+        rope: Sequence[Rope | None] | Rope | None = None,
+        k_scale: Any = None,
+        v_scale: Any = None,
+        metadata: Mapping[str, Any] | None = None,
+        token_digest: bytes = b"",
+        continues: StreamFile | None = None,
+        key: bytes = b"",
+    ) -> None:
+        self._codec, self._key = codec, key
+        self._geometry = _with_rope(codec.calibration.geometry, rope)
+        self._scales = _scales(self._geometry, k_scale, v_scale)
+        self._metadata = json.dumps(dict(metadata or {}), separators=(",", ":"), allow_nan=False)
+        self._token_digest = token_digest
+        self._backend = get_backend(codec.backend)
+        self._lock = threading.Lock()
+        self._state = "open"
+        self._writer: StreamWriter | None = None
+        self._sections: list[SectionState] = []
+        self._statistics = StreamStatistics()
+        self._opening = b""
+        if continues is not None:
+            if metadata is not None:
+                raise TypeError("metadata is in the stream already")
+            if rope is not None and self._geometry != continues.header.geometry:
+                raise ValueError("the stream has another RoPE: continue it with the one it has")
+            if self._scales and self._scales != continues.header.scales:
+                raise ValueError(
+                    "the stream has other k_scale and v_scale: scale the cache with those"
+                )
+            self._continue(continues)
+
+    @property
+    def statistics(self) -> StreamStatistics:
+        """Sizes, ratios and errors so far."""
+        return self._statistics
+
+    def encode(self, k: Any, v: Any, *, positions: Any = None, section: int = 0) -> bytes:
+        """Take a chunk; return the bytes that became ready, possibly none.
+
+        Parameters
+        ----------
+        k, v
+            [layers, kv_heads, tokens, head_dim], the same with a batch of 1 after layers, or a
+            list with a tensor [kv_heads, tokens, head_dim] or [1, kv_heads, tokens, head_dim] per
+            layer; float32, float16, bfloat16 or fp8, from anything that speaks DLPack.
+        positions
+            int64 [tokens], rising; by default they go on from the chunk before.
+        section
+            Which section of the geometry the layers belong to.
+
+        Raises
+        ------
+        TypeError, ValueError, BufferError
+            Wrong dtype, shape, order of tokens, device. The encoder is as it was: go on.
+        StateError
+            After ``finish``, after a failure, or while another thread encodes.
+        """
+        return joined(self.encode_pieces(k, v, positions=positions, section=section))
+
+    def finish(self) -> bytes:
+        """Code what is pending, and end the stream; return its last bytes."""
+        return joined(self.finish_pieces())
+
+    def encode_pieces(
+        self, k: Any, v: Any, *, positions: Any = None, section: int = 0
+    ) -> list[bytes | memoryview]:
+        """As :meth:`encode`, the bytes in pieces: for who joins or writes them anyway."""
+        with self._exclusive("encode"):
+            dtype, chunk = self._check(k, v, positions, section)
+            start = self._start(dtype)
+            with self._failing():
+                return [*start, *self._records(self._sections[section].take(*chunk))]
+
+    def finish_pieces(self) -> list[bytes | memoryview]:
+        """As :meth:`finish`, the bytes in pieces."""
+        with self._exclusive("finish"), self._failing():
+            # A stream without a chunk has no element type of its own.
+            out = self._start(DType.FLOAT8_E4M3FN if self._scales else DType.BFLOAT16)
+            for state in self._sections:
+                out += self._records(state.last_blocks())
+            assert self._writer is not None
+            if self._controls is not None:
+                out.append(self._writer.encoder(self._controls.state()))
+                self._statistics.other_bytes += len(out[-1])
+            out.append(self._writer.finish())
+            self._statistics.index_bytes = len(out[-1])
+            self._state = "finished"
+        self._warn()
+        return out
+
+    def _warn(self) -> None:
+        s = self._statistics
+        for surprise in s.surprises(self._codec.plan):
+            warnings.warn(surprise, KVTCWarning, stacklevel=3)
+        if 0 < s.ratio < _POOR_RATIO:
+            verbatim = s.tokens - s.coded_tokens
+            warnings.warn(
+                f"the stream is only {s.ratio:.2f} times smaller than the cache: {verbatim} of "
+                f"{s.tokens} tokens are verbatim (sinks {self._codec.sinks}, window "
+                f"{self._codec.window}, tokens beyond max_error); the context is too short to "
+                f"gain, or unlike the calibration",
+                KVTCWarning,
+                stacklevel=3,
+            )
+
+    @contextlib.contextmanager
+    def _exclusive(self, action: str) -> Iterator[None]:
+        if not self._lock.acquire(blocking=False):
+            raise StateError(f"cannot {action}: another thread is using this encoder")
+        try:
+            if self._state != "open":
+                raise StateError(f"cannot {action}: the encoder is {self._state}; make a new one")
+            yield
+        finally:
+            self._lock.release()
+
+    @contextlib.contextmanager
+    def _failing(self) -> Iterator[None]:
+        """A failure past the checks may have lost tokens: nothing may follow it."""
+        try:
+            yield
+        except BaseException:
+            self._state = "failed by an earlier exception"
+            raise
+
+    def _check(self, k: Any, v: Any, positions: Any, index: int) -> tuple[DType, Chunk]:
+        sections = self._geometry.sections
+        if not 0 <= index < len(sections):
+            raise ValueError(f"section must be from 0 to {len(sections) - 1}, found {index}")
+        section = sections[index]
+        layers = len(section.layers)
+        if not self._sections:
+            self._backend = get_backend(self._codec.backend, k, v)
+        arrays = self._backend.layer_list
+        k_layers, k_dtype = arrays(k, "k", layers, section.kv_heads, section.k_dim)
+        v_layers, v_dtype = arrays(v, "v", layers, section.kv_heads, section.v_dim)
+        expected = self._sections[index].dtype if self._sections else k_dtype
+        for name, dtype in (("k", k_dtype), ("v", v_dtype)):
+            if dtype != expected:
+                raise TypeError(
+                    f"{name} is {dtype.label}, expected {expected.label} as the "
+                    f"{'stream so far' if self._sections else 'k beside it'}: cast it"
+                )
+        if self._scales and not k_dtype.is_fp8:
+            raise TypeError(f"k_scale and v_scale are for fp8 caches, found {k_dtype.label}")
+        tokens = k_layers[0].shape[1]
+        if v_layers[0].shape[1] != tokens:
+            raise ValueError(f"k has {tokens} tokens, v has {v_layers[0].shape[1]}")
+        last = self._sections[index].last_position if self._sections else -1
+        return k_dtype, (k_layers, v_layers, check_positions(positions, tokens, last))
+
+    def _start(self, dtype: DType) -> list[bytes | memoryview]:
+        """The header, once the element type is known."""
+        if self._sections:
+            opening, self._opening = self._opening, b""
+            return [opening]
+        header = replace(
+            _header(self._codec, dtype, self._geometry, self._scales),
+            token_digest=self._token_digest,
+            metadata=self._metadata,
+        )
+        self._writer = StreamWriter(header, self._key)
+        self._open_sections(header, None)
+        start = self._writer.start()
+        self._statistics.header_bytes = len(start)
+        return [start]
+
+    def _open_sections(self, header: StreamHeader, states: Sequence[Any] | None) -> None:
+        self._controls = None if self._codec.target is None else _Controls(self._codec, states)
+        self._sections = [
+            SectionState(header, i, self._codec, self._backend, self._controls)
+            for i in range(len(header.geometry.sections))
+        ]
+
+    def _continue(self, stream: StreamFile) -> None:
+        """Be where the encoder that wrote ``stream`` was before it wrote the tail."""
+        header, codec = stream.header, self._codec
+        check_calibration(header, codec.calibration)
+        assert codec.coder is not None
+        for name, found, expected in (
+            ("plan", header.plan, codec.plan),
+            ("sinks", header.sinks, codec.sinks),
+            ("window", header.window, codec.window),
+            ("block_tokens", header.block_tokens, codec.block_tokens),
+            ("coder", header.coder.name.lower(), codec.coder),
+            ("out_dtype", header.out_dtype.label, codec.out_dtype or header.out_dtype.label),
+        ):
+            if found != expected:
+                shown = "another" if name == "plan" else f"{found!r}, not {expected!r},"
+                raise ValueError(
+                    f"the stream was written with {shown} {name}: continue it with the codec that "
+                    "it was written with"
+                )
+        self._geometry, self._scales = header.geometry, header.scales
+        self._statistics = StreamStatistics.of(stream, superseded=True)
+        self._writer = stream.continued(self._token_digest)
+        self._open_sections(header, _control_states(stream, codec))
+        for entry in stream.index:
+            state = self._sections[entry.section]
+            if entry.role is Role.TAIL:
+                k, v, positions = verbatim_tokens(stream.read_block(entry), header)
+                own = [list(map(self._backend.array, x)) for x in (k, v)]
+                state.hold(own[0], own[1], positions)
+            else:
+                state.coded_before(entry)
+        self._opening = self._writer.start()
+        self._statistics.other_bytes = (
+            stream.end + len(self._opening) - self._statistics.stream_bytes_of_blocks
+        )
+
+    def _records(self, blocks: Iterator[Block]) -> list[bytes | memoryview]:
+        """Pieces of the records of blocks."""
+        assert self._writer is not None
+        pieces: list[bytes | memoryview] = []
+        while some := list(islice(blocks, _BLOCKS_AT_A_TIME)):
+            for block, record in zip(some, self._writer.blocks(some), strict=True):
+                pieces += record
+                section = self._geometry.sections[block.section]
+                values = (section.k_width + section.v_width) * block.tokens
+                cache_bytes = values * self._sections[block.section].dtype.itemsize
+                self._statistics.add_block(block, sum(map(len, record)), cache_bytes)
+        return pieces
+
+
+def page_header(
+    codec: Codec,
+    dtype: DType,
+    rope: Sequence[Rope | None] | Rope | None,
+    k_scale: Any,
+    v_scale: Any,
+) -> StreamHeader:
+    """The header that pages belong under; arguments as those of :class:`Encoder`."""
+    geometry = _with_rope(codec.calibration.geometry, rope)
+    header = _header(codec, dtype, geometry, _scales(geometry, k_scale, v_scale))
+    return replace(header, sinks=0, window=0)
+
+
+def _header(
+    codec: Codec, dtype: DType, geometry: Geometry, scales: tuple[SectionScales, ...]
+) -> StreamHeader:
+    if scales and not dtype.is_fp8:
+        raise TypeError(f"k_scale and v_scale are for fp8 caches, found {dtype.label}")
+    if dtype.is_fp8 and not scales:
+        scales = _scales(geometry, 1.0, 1.0)
+    out_dtype = DType.BFLOAT16 if dtype.is_fp8 else dtype
+    if codec.out_dtype is not None:
+        out_dtype = DType[codec.out_dtype.upper()]
+    if out_dtype.is_fp8 and not scales:
+        raise TypeError(f"out_dtype={out_dtype.label} needs fp8 input, found {dtype.label}")
+    assert codec.coder is not None
+    return StreamHeader(
+        geometry=geometry,
+        dtype=dtype,
+        out_dtype=out_dtype,
+        scales=scales,
+        sinks=codec.sinks,
+        window=codec.window,
+        block_tokens=codec.block_tokens,
+        plan=codec.plan,
+        coder=Coder[codec.coder.upper()],
+        calibration=codec.calibration.digest,
+        model=codec.calibration.model,
+    )
+
+
+class _Controls:
+    """The rate controls of a stream's sections, to be saved for who continues it."""
+
+    def __init__(self, codec: Codec, states: Sequence[Any] | None) -> None:
+        assert codec.target is not None
+        self._target, self._states = codec.target, states
+        self._controls: list[SectionControl] = []
+
+    def control(self, header: StreamHeader, section: int) -> SectionControl:
+        """See :class:`kvtc_stream.planning.rate_control.Controls`; sections come in order."""
+        control = self._target.control(header, section)
+        if self._states is not None:
+            with located("the stream's ENCODER record"):
+                control.restore(self._states[section])
+        self._controls.append(control)
+        return control
+
+    def state(self) -> bytes:
+        """The payload of the ENCODER record."""
+        control = [control.state() for control in self._controls]
+        target = [self._target.name, self._target.value]
+        return json.dumps({"target": target, "control": control}, separators=(",", ":")).encode()
+
+
+def _control_states(stream: StreamFile, codec: Codec) -> Sequence[Any] | None:
+    """Where the rate controls were, if the stream tells and the target is the same."""
+    data = stream.encoder_state()
+    if not data or codec.target is None:
+        return None
+    with located("the stream's ENCODER record"):
+        try:
+            state = json.loads(data)
+            target, states = state["target"], state["control"]
+        except (KeyError, TypeError, RecursionError) as error:
+            raise ValueError(f"expected an object with target and control: {error!r}") from None
+        if not isinstance(states, list) or len(states) != len(stream.header.geometry.sections):
+            raise ValueError("expected a control for each section")
+    return states if target == [codec.target.name, codec.target.value] else None
+
+
+def _with_rope(geometry: Geometry, rope: Sequence[Rope | None] | Rope | None) -> Geometry:
+    if rope is None:
+        return geometry
+    count = sum(len(s.layers) for s in geometry.sections)
+    tables = (rope,) * count if isinstance(rope, Rope) else tuple(rope) or (None,) * count
+    if len(tables) != count:
+        raise ValueError(f"rope must have an entry for each of {count} layers, found {len(tables)}")
+    remaining = iter(tables)
+    return Geometry(
+        tuple(
+            replace(section, rope=tuple(next(remaining) for _ in section.layers))
+            for section in geometry.sections
+        )
+    )
+
+
+def _scales(geometry: Geometry, k_scale: Any, v_scale: Any) -> tuple[SectionScales, ...]:
+    if k_scale is None and v_scale is None:
+        return ()
+    sections = geometry.sections
+
+    def of(scale: Any, name: str, index: int) -> tuple[float, ...]:
+        section = sections[index]
+        value = scale[index] if isinstance(scale, list) and len(sections) > 1 else scale
+        grid = scale_grid(value, name, len(section.layers), section.kv_heads)
+        return tuple(grid.ravel().tolist())
+
+    return tuple(
+        SectionScales(of(k_scale, "k_scale", i), of(v_scale, "v_scale", i))
+        for i in range(len(sections))
+    )

@@ -1,0 +1,161 @@
+"""Streams in files, pipes and memory: ``open``, writer and reader, and the one-shots."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from mmap import mmap as MappedMemory  # noqa: N812
+from typing import Any, Literal, overload
+
+from kvtc_stream.backends.select import get_backend
+from kvtc_stream.calibration.model import Calibration
+from kvtc_stream.formats import (
+    Limits,
+    Rope,
+)
+from kvtc_stream.io.dlpack import BackendName
+from kvtc_stream.io.memory import joined
+from kvtc_stream.io.sources import Source
+from kvtc_stream.io.storage import File
+from kvtc_stream.stream.codec import Codec
+from kvtc_stream.stream.reader import Reader
+from kvtc_stream.stream.writer import Append, Writer
+
+
+@overload
+def open(
+    file: Source,
+    mode: Literal["rb"] = "rb",
+    *,
+    calibration: Calibration,
+    backend: BackendName = "auto",
+    limits: Limits | None = None,
+    recover: bool = False,
+    mmap: bool = False,
+    follow: float | None = None,
+    key: bytes = b"",
+) -> Reader: ...
+@overload
+def open(
+    file: File,
+    mode: Literal["ab"],
+    *,
+    codec: Codec,
+    rope: Sequence[Rope | None] | Rope | None = None,
+    k_scale: Any = None,
+    v_scale: Any = None,
+    token_digest: bytes = b"",
+    limits: Limits | None = None,
+    recover: bool = False,
+    key: bytes = b"",
+) -> Writer: ...
+@overload
+def open(
+    file: File,
+    mode: Literal["wb"],
+    *,
+    codec: Codec,
+    rope: Sequence[Rope | None] | Rope | None = None,
+    k_scale: Any = None,
+    v_scale: Any = None,
+    metadata: Mapping[str, Any] | None = None,
+    token_digest: bytes = b"",
+    key: bytes = b"",
+) -> Writer: ...
+def open(
+    file: Source,
+    mode: str = "rb",
+    *,
+    calibration: Calibration | None = None,
+    codec: Codec | None = None,
+    backend: BackendName = "auto",
+    limits: Limits | None = None,
+    recover: bool = False,
+    mmap: bool = False,
+    follow: float | None = None,
+    key: bytes = b"",
+    **stream: Any,
+) -> Reader | Writer:
+    """Open a stream for reading (``"rb"``, with ``calibration``) or writing (``codec``).
+
+    ``file`` is a path or a binary file object; pipes work both ways. File objects are left open.
+    Reading takes memory too (``bytes``, ``memoryview``, ``mmap``), and URLs that fsspec knows, as
+    ``s3://bucket/prompt.kvtc``: opening one takes three requests, and neighbouring blocks one more
+    for each 8 MiB of them. ``bytes`` and read-only views are read where they are, and may not
+    change meanwhile; other memory is copied first.
+
+    Reading with ``mmap=True`` maps a path into memory; nobody may shorten the file meanwhile. With
+    ``follow``, a stream that is still being written is read from the front as it grows, until its
+    end, or until nothing came for so many seconds, which is a ``TruncatedError``.
+
+    ``"wb"`` writes a new stream. A path is written atomically: it appears when the writer closes
+    without an exception; what a writer that was killed had written is in ``.NAME.partial`` beside
+    it. ``"ab"`` continues a stream with the codec that it was written with, or
+    writes a new one to a path where none is: the blocks are those of one uninterrupted run. The
+    bytes that are there stay as they are and stand until the new end is whole; an exception cuts
+    off what was added. A file object must be one to read, write and seek in.
+
+    ``recover`` reads or continues what a stream that was cut off still holds, up to its last whole
+    block. With a ``key``, a reader of a file refuses what was not written with it
+    (``AuthenticationError``). The other arguments are those of :class:`kvtc_stream.Encoder`.
+    """
+    if mode == "rb":
+        if codec is not None and calibration is None:
+            calibration = codec.calibration
+        if calibration is None or stream:
+            raise TypeError(f"reading takes calibration=, found {sorted(stream) or 'none'}")
+        return Reader(
+            file,
+            calibration,
+            backend=backend,
+            limits=limits,
+            recover=recover,
+            mmap=mmap,
+            follow=follow,
+            key=key,
+        )
+    if mode in ("wb", "ab"):
+        if codec is None:
+            raise TypeError("writing takes codec=kvtc_stream.Codec(calibration, ...)")
+        if calibration is not None or backend != "auto":
+            raise TypeError("calibration= and backend= are for reading: the codec has its own")
+        if mmap or follow is not None:
+            raise TypeError("mmap= and follow= are for reading")
+        if isinstance(file, bytes | bytearray | memoryview | MappedMemory):
+            raise TypeError(f"writing takes a path or a file object, found {type(file).__name__}")
+        if mode == "wb" and (limits is not None or recover):
+            raise TypeError("limits= and recover= are for reading and appending")
+        if mode == "ab" and not (isinstance(file, str | os.PathLike) and not os.path.exists(file)):
+            return Writer(file, codec, append=Append(limits, recover, key), key=key, **stream)
+        return Writer(file, codec, key=key, **stream)
+    raise ValueError(f"mode must be 'rb', 'wb' or 'ab', found {mode!r}")
+
+
+def encode(k: Any, v: Any, codec: Codec, *, positions: Any = None, **stream: Any) -> bytes:
+    """A whole cache to a whole stream.
+
+    Equivalent to one :meth:`Encoder.encode` and :meth:`Encoder.finish` of
+    ``codec.encoder(**stream)``.
+    """
+    encoder = codec.encoder(**stream)
+    return joined([*encoder.encode_pieces(k, v, positions=positions), *encoder.finish_pieces()])
+
+
+def decode(
+    data: bytes | bytearray | memoryview,
+    calibration: Calibration,
+    *,
+    out: tuple[Any, Any] | None = None,
+    section: int = 0,
+    backend: BackendName = "auto",
+    limits: Limits | None = None,
+) -> tuple[Any, Any]:
+    """A whole stream to a whole cache, K and V [layers, kv_heads, tokens, head_dim].
+
+    Equivalent to :meth:`Reader.read` of everything; ``"auto"`` is CUDA where ``out`` is on a CUDA
+    device.
+    """
+    if out is not None:
+        backend = get_backend(backend, *out).name
+    with open(data, calibration=calibration, backend=backend, limits=limits) as reader:
+        return reader.read(section=section, out=out)

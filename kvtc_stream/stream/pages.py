@@ -1,0 +1,254 @@
+"""Pages: tokens coded by themselves, one opaque object each, for stores of cache pages."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvtc_stream.backends.select import get_backend
+from kvtc_stream.errors import UnsupportedError
+from kvtc_stream.formats import Block, DType, Limits, Role, Rope, StreamHeader
+from kvtc_stream.formats.page import PAGE_OVERHEAD, pack_page, unpack_page
+from kvtc_stream.io.dlpack import KVArray, as_kv_array, check_positions
+from kvtc_stream.planning.rate_control import (
+    Controls,
+    FittingControl,
+    IndependentControl,
+    SectionControl,
+)
+from kvtc_stream.stream.codec import Codec
+from kvtc_stream.stream.decoder import KVBlock
+from kvtc_stream.stream.encoder import page_header
+from kvtc_stream.stream.pending import verbatim_block
+
+#: How often a page is coded again because the estimate of its size was too low.
+_ATTEMPTS = 8
+#: Of a block, without positions, payload and verbatim values.
+_BLOCK_BYTES = 80
+
+
+class PageCodec:
+    """Codes pages of a cache: opaque bytes that stand alone, given the codec.
+
+    A page has no sinks and no window, and what is in it depends on its own tokens only: equal
+    tokens at equal positions give equal bytes. Pages can be decoded layer by layer. A target of
+    the codec holds for every page by itself. Safe to share between threads, which take turns.
+
+    Parameters
+    ----------
+    codec
+        How to code; ``block_tokens`` is the most a page holds, ``sinks`` and ``window`` do not
+        matter.
+    dtype
+        Element type of the cache, e.g. ``"bfloat16"``.
+    section
+        Which section of the geometry the pages are of.
+    max_bytes
+        The fixed-rate mode: no page is larger, and within that every page is as close to the
+        cache as steps allow (with preset ``paper`` there is nothing to adapt). Tokens that must be
+        verbatim, or a size that is too small, may make it impossible: then :meth:`encode` raises,
+        and :meth:`encode_raw` is the way out. Not with a codec that has ``max_error``.
+    rope, k_scale, v_scale
+        As for :class:`kvtc_stream.Encoder`.
+    limits
+        What to refuse in pages.
+
+    Examples
+    --------
+    >>> import kvtc_stream as kvtc
+    >>> calibration = kvtc.testing.tiny_calibration()
+    >>> k, v = kvtc.testing.drawn_cache(calibration.geometry, tokens=64)
+    >>> pages = kvtc.PageCodec(kvtc.Codec(calibration, ratio=4, block_tokens=64), dtype="float32")
+    >>> page = pages.encode(k, v, positions=1024)
+    >>> len(page) <= pages.max_encoded_size(64)
+    True
+    >>> pages.decode(page).k.shape
+    (2, 2, 64, 8)
+    """
+
+    def __init__(
+        self,
+        codec: Codec,
+        *,
+        dtype: str,
+        section: int = 0,
+        max_bytes: int | None = None,
+        rope: Sequence[Rope | None] | Rope | None = None,
+        k_scale: Any = None,
+        v_scale: Any = None,
+        limits: Limits | None = None,
+    ) -> None:
+        self._limits = limits
+        if dtype not in (d.label for d in DType):
+            raise ValueError(f"dtype must be one of {', '.join(d.label for d in DType)}")
+        sections = len(codec.calibration.geometry.sections)
+        if not 0 <= section < sections:
+            raise ValueError(f"section must be from 0 to {sections - 1}, found {section}")
+        if max_bytes is not None and codec.max_error is not None:
+            raise ValueError("max_error stores tokens verbatim, which no fixed size allows")
+        self._header = page_header(codec, DType[dtype.upper()], rope, k_scale, v_scale)
+        self._section = section
+        self._max_bytes = max_bytes
+        self._fitting: FittingControl | None = None
+        control: SectionControl | None = None
+        if max_bytes is not None and codec.plan.sections[section].uniform:
+            control = self._fitting = FittingControl(self._header, section)
+        elif codec.target is not None:
+            control = IndependentControl(codec.target, self._header, section)
+        self._backend = get_backend(codec.backend)
+        self._coder = self._backend.section_coder(
+            self._header,
+            section,
+            codec.calibration,
+            max_error=codec.max_error,
+            measure=codec.measure,
+            target=None if control is None else _Only(control),
+        )
+        self._lock = threading.Lock()
+
+    def raw_size(self, tokens: int) -> int:
+        """The most bytes that :meth:`encode_raw` gives for so many tokens."""
+        listed = 8 * max(tokens - 1, 0)
+        values = self._header.verbatim_size(self._section, tokens)
+        return PAGE_OVERHEAD + _BLOCK_BYTES + listed + values
+
+    def max_encoded_size(self, tokens: int) -> int:
+        """The most bytes that :meth:`encode` gives for so many tokens; from the layout alone."""
+        raw = self.raw_size(tokens)
+        return raw if self._max_bytes is None else min(raw, self._max_bytes)
+
+    def encode(self, k: Any, v: Any, *, positions: Any) -> bytes:
+        """A page of some tokens.
+
+        Parameters
+        ----------
+        k, v
+            As :meth:`kvtc_stream.Encoder.encode` takes them, 1 to ``block_tokens`` tokens.
+        positions
+            Of the first token if they are contiguous, or int64 [tokens].
+
+        Raises
+        ------
+        UnsupportedError
+            The tokens do not fit ``max_bytes``.
+        """
+        chunk = self._chunk(k, v, positions)
+        most = self.max_encoded_size(len(chunk[2]))
+        with self._lock:
+            page = self._code(chunk, most)
+        if page is None:
+            page = self._raw(chunk)
+        if len(page) <= most:
+            return page
+        raise UnsupportedError(
+            f"{len(chunk[2])} tokens do not fit the {most} bytes that are allowed: store them with "
+            f"encode_raw (at most {self.raw_size(len(chunk[2]))} bytes), or allow more"
+        )
+
+    def encode_raw(self, k: Any, v: Any, *, positions: Any) -> bytes:
+        """A page whose tokens are all verbatim: bit-exact, at most :meth:`raw_size` bytes."""
+        return self._raw(self._chunk(k, v, positions))
+
+    def decode(self, page: bytes | bytearray | memoryview, layers: slice | None = None) -> KVBlock:
+        """The tokens of a page, all layers or a slice of them; bytes behind the page are ignored.
+
+        Raises
+        ------
+        FormatError
+            The bytes are no page, or were changed.
+        CalibrationMismatchError
+            The page was made with another codec.
+        """
+        block = unpack_page(page, self._header, self._limits)
+        count = len(self._header.geometry.sections[self._section].layers)
+        chosen = range(count)[layers or slice(None)]
+        with self._lock:
+            k, v = self._coder.decode(self._own(block), chosen)
+        positions = np.array(block.positions, np.int64)
+        return KVBlock(block.section, block.role, block.start, positions, k, v, block.errors)
+
+    def layers(self, page: bytes | bytearray | memoryview) -> Iterator[tuple[KVArray, KVArray]]:
+        """K and V [kv_heads, tokens, head_dim] of each layer, in order; each comes when asked for.
+
+        The symbols are decoded once. The page is checked before this returns.
+        """
+        block = self._own(unpack_page(page, self._header, self._limits))
+        with self._lock:
+            decoded = self._coder.decode_layers(block)
+        return self._in_turn(decoded)
+
+    def _in_turn(
+        self, decoded: Callable[[int], tuple[Any, Any]]
+    ) -> Iterator[tuple[KVArray, KVArray]]:
+        for layer in range(len(self._header.geometry.sections[self._section].layers)):
+            with self._lock:
+                k, v = decoded(layer)
+            yield as_kv_array(k[0]), as_kv_array(v[0])
+
+    def _own(self, block: Block) -> Block:
+        if block.section != self._section:
+            raise UnsupportedError(
+                f"the page is of section {block.section}, expected {self._section}: decode it with "
+                f"a PageCodec of that section"
+            )
+        return block
+
+    def _chunk(self, k: Any, v: Any, positions: Any) -> tuple[Any, Any, NDArray[np.int64]]:
+        section = self._header.geometry.sections[self._section]
+        layers, dtype = len(section.layers), self._header.dtype
+        found = []
+        for name, x, dim in (("k", k, section.k_dim), ("v", v, section.v_dim)):
+            values, own = self._backend.layer_list(x, name, layers, section.kv_heads, dim)
+            if own is not dtype:
+                raise TypeError(f"{name} is {own.label}, expected {dtype.label}: cast it")
+            whole = self._backend.empty((layers, *values[0].shape), own)
+            for layer, value in zip(whole, values, strict=True):
+                layer[:] = value
+            found.append(whole)
+        tokens = found[0].shape[2]
+        if found[1].shape[2] != tokens:
+            raise ValueError(f"k has {tokens} tokens, v has {found[1].shape[2]}")
+        if not 1 <= tokens <= self._header.block_tokens:
+            raise ValueError(
+                f"a page holds 1 to {self._header.block_tokens} tokens, found {tokens}"
+            )
+        if isinstance(positions, int):
+            positions = np.arange(positions, positions + tokens)
+        return found[0], found[1], check_positions(positions, tokens, -1)
+
+    def _code(self, chunk: tuple[Any, Any, NDArray[np.int64]], most: int) -> bytes | None:
+        """The page, if it has at most ``most`` bytes."""
+        fitting = self._fitting
+        if fitting is not None:
+            fitting.budget = float(most - PAGE_OVERHEAD - _BLOCK_BYTES)
+        for _ in range(_ATTEMPTS if fitting is not None else 1):
+            [block] = self._coder.encode(*chunk, 0)
+            page = pack_page(block, self._header)
+            if fitting is not None and not fitting.fits:
+                break
+            if len(page) <= most:
+                return page
+            if fitting is not None:  # the estimate was too low, or some tokens are verbatim
+                fitting.budget -= len(page) - most + 4
+        return None
+
+    def _raw(self, chunk: tuple[Any, Any, NDArray[np.int64]]) -> bytes:
+        k, v, positions = chunk
+        [planes] = self._backend.planes([(k, v)])
+        block = verbatim_block(self._header, self._section, Role.DATA, planes, positions, 0)
+        return pack_page(block, self._header)
+
+
+class _Only(Controls):
+    """One section's control."""
+
+    def __init__(self, control: SectionControl) -> None:
+        self._control = control
+
+    def control(self, header: StreamHeader, section: int) -> SectionControl:
+        """See :class:`kvtc_stream.planning.rate_control.Controls`."""
+        return self._control

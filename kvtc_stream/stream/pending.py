@@ -1,0 +1,245 @@
+"""Tokens that wait for their block, and the blocks they become."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import islice, starmap
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvtc_stream.backends.base import Backend
+from kvtc_stream.coding.values import (
+    stored_positions,
+)
+from kvtc_stream.formats import (
+    Block,
+    BlockErrors,
+    Coder,
+    IndexEntry,
+    Role,
+    StreamHeader,
+)
+from kvtc_stream.formats.coders import compress_beside
+from kvtc_stream.io.threads import in_turn
+from kvtc_stream.planning.rate_control import Controls
+from kvtc_stream.stream.codec import Codec
+
+#: Bytes of values of a verbatim block, if a token has not more.
+_VERBATIM_BYTES = 4 << 20
+
+
+#: Verbatim blocks whose values are fetched together.
+_PIECES = 16
+
+
+#: K and V per layer [kv_heads, tokens, head_dim], and positions.
+Chunk = tuple[list[Any], list[Any], NDArray[np.int64]]
+
+
+class SectionState:
+    """One section's pending tokens, and the blocks they become.
+
+    Leading tokens at sink positions leave verbatim as soon as they are complete. A block leaves
+    when as many tokens as the window follow it; what is left at the end is the verbatim tail.
+    Each rule looks at tokens alone, so the way the input is cut does not show.
+    """
+
+    def __init__(
+        self,
+        header: StreamHeader,
+        index: int,
+        codec: Codec,
+        backend: Backend,
+        controls: Controls | None,
+    ) -> None:
+        section = header.geometry.sections[index]
+        self.dtype = header.dtype
+        self.last_position = -1
+        self._only_sinks = True
+        self._header, self._index, self._backend = header, index, backend
+        self._coder = backend.section_coder(
+            header,
+            index,
+            codec.calibration,
+            max_error=codec.max_error,
+            measure=codec.measure,
+            target=controls,
+        )
+        self._section = section
+        self._allocate(min(4, header.window // header.block_tokens + 2) * header.block_tokens)
+        self._begin = self._end = 0
+        self._coded = 0
+
+    def take(
+        self, k_layers: list[Any], v_layers: list[Any], positions: NDArray[np.int64]
+    ) -> Iterator[Block]:
+        """Take some tokens; yield the blocks that no later token can change."""
+        taken, total = 0, len(positions)
+        straight = total >= self._header.block_tokens and self._coder.reads(k_layers, v_layers)
+        while taken < total:
+            if straight and (count := self._at_once(positions[taken:])):
+                span = slice(taken, taken + count)
+                k, v = ([x[:, span] for x in layers] for layers in (k_layers, v_layers))
+                start, self._coded = self._coded, self._coded + count
+                self.last_position = int(positions[span.stop - 1])
+                taken += count
+                yield from self._coder.encode(k, v, positions[span], start)
+                continue
+            most = self._until_then(positions[taken:]) if straight else total
+            taken += self._append(k_layers, v_layers, positions, taken, most)
+            yield from self.ready_blocks(total - taken)
+
+    def hold(self, k_layers: list[Any], v_layers: list[Any], positions: NDArray[np.int64]) -> None:
+        """Take some tokens that become no block yet."""
+        taken = 0
+        while taken < len(positions):
+            taken += self._append(k_layers, v_layers, positions, taken, len(positions))
+
+    def _at_once(self, positions: NDArray[np.int64]) -> int:
+        """How many of the tokens that come can be coded where they are: whole blocks."""
+        if self._end > self._begin or (self._only_sinks and positions[0] < self._header.sinks):
+            return 0
+        size = self._header.block_tokens
+        return max((len(positions) - self._header.window) // size, 0) * size
+
+    def _until_then(self, positions: NDArray[np.int64]) -> int:
+        """How many tokens to copy until others can be coded where they are."""
+        size, pending = self._header.block_tokens, self._end - self._begin
+        if self._only_sinks and (sinks := int(np.searchsorted(positions, self._header.sinks))):
+            return sinks
+        short = -pending % size
+        if len(positions) - short >= self._header.window + size:
+            return short
+        return len(positions)
+
+    def _append(
+        self,
+        k_layers: list[Any],
+        v_layers: list[Any],
+        positions: NDArray[np.int64],
+        first: int,
+        most: int,
+    ) -> int:
+        """Copy up to ``most`` tokens from ``first`` on, as many as fit; return how many."""
+        if most and self._end == len(self._positions):
+            self._make_room()
+        count = min(len(self._positions) - self._end, len(positions) - first, most)
+        source, target = slice(first, first + count), slice(self._end, self._end + count)
+        for layer, (k, v) in enumerate(zip(k_layers, v_layers, strict=True)):
+            self._k[layer, :, target] = k[:, source]
+            self._v[layer, :, target] = v[:, source]
+        self._positions[target] = positions[source]
+        self._end += count
+        self.last_position = int(self._positions[self._end - 1])
+        return count
+
+    def coded_before(self, entry: IndexEntry) -> None:
+        """Count a block that another encoder wrote."""
+        self._coded = entry.start + entry.tokens
+        self.last_position = entry.last_position
+        self._only_sinks &= entry.role is Role.SINKS
+
+    def _make_room(self) -> None:
+        """Move pending tokens to the front, of larger buffers if a block cannot fit behind them.
+
+        Large windows may never fill, so buffers grow with what is pending; twice that at most.
+        """
+        pending, count = slice(self._begin, self._end), self._end - self._begin
+        k, v, positions = self._k, self._v, self._positions
+        if count + self._header.block_tokens > len(positions):
+            self._allocate(2 * len(positions))
+        self._k[:, :, :count] = k[:, :, pending].copy()
+        self._v[:, :, :count] = v[:, :, pending].copy()
+        self._positions[:count] = positions[pending].copy()
+        self._begin, self._end = 0, count
+
+    def _allocate(self, tokens: int) -> None:
+        self._k = self._backend.empty(self._section.k_shape(tokens), self.dtype)
+        self._v = self._backend.empty(self._section.v_shape(tokens), self.dtype)
+        self._positions = np.empty(tokens, np.int64)
+
+    def ready_blocks(self, following: int = 0) -> Iterator[Block]:
+        """Blocks that no later token can change, when so many are known to follow."""
+        size = self._header.block_tokens
+        yield from self._sinks(complete=self.last_position >= self._header.sinks - 1)
+        pending = self._end - self._begin
+        whole = min(pending, pending + following - self._header.window) // size
+        if whole > 0:
+            yield from self._data(whole * size)
+
+    def last_blocks(self) -> Iterator[Block]:
+        """Everything that is pending, at the end of the stream."""
+        yield from self._sinks(complete=True)
+        yield from self.ready_blocks()
+        if self._header.window:
+            yield from self._verbatim(Role.TAIL, self._end - self._begin)
+        while self._end > self._begin:
+            yield from self._data(min(self._end - self._begin, self._header.block_tokens))
+
+    def _leading_sinks(self) -> int:
+        if not self._only_sinks:  # joined streams may have coded such positions already
+            return 0
+        pending = self._positions[self._begin : self._end]
+        return int(np.searchsorted(pending, self._header.sinks))
+
+    def _sinks(self, *, complete: bool) -> Iterator[Block]:
+        size = self._header.block_tokens
+        while (sinks := self._leading_sinks()) >= (1 if complete else size):
+            yield from self._verbatim(Role.SINKS, min(sinks, size))
+
+    def _pop(self, tokens: int) -> tuple[Any, Any, NDArray[np.int64], int]:
+        span = slice(self._begin, self._begin + tokens)
+        start = self._coded
+        self._begin += tokens
+        self._coded += tokens
+        return self._k[:, :, span], self._v[:, :, span], self._positions[span], start
+
+    def _data(self, tokens: int) -> list[Block]:
+        return self._coder.encode(*self._pop(tokens))
+
+    def _verbatim(self, role: Role, tokens: int) -> Iterator[Block]:
+        """Blocks of moderate size, which are compressed, and restored, on several threads."""
+        per_token = self._header.verbatim_size(self._index, 1)
+        most = max(1, min(self._header.block_tokens, _VERBATIM_BYTES // per_token))
+
+        def pieces() -> Iterator[tuple[list[memoryview], NDArray[np.int64], int]]:
+            counts = iter([min(most, tokens - first) for first in range(0, tokens, most)])
+            while some := [self._pop(count) for count in islice(counts, _PIECES)]:
+                planes = self._backend.planes([(k, v) for k, v, _, _ in some])
+                for own, (_, _, positions, start) in zip(planes, some, strict=True):
+                    yield own, positions, start
+
+        block = partial(verbatim_block, self._header, self._index, role)
+        return (in_turn if tokens > most else starmap)(block, pieces())
+
+
+def verbatim_block(
+    header: StreamHeader,
+    section: int,
+    role: Role,
+    planes: Sequence[memoryview],
+    positions: NDArray[np.int64],
+    start: int,
+) -> Block:
+    """A block that holds tokens bit for bit.
+
+    ``planes``: see :meth:`kvtc_stream.backends.base.Backend.planes`.
+    """
+    coder, verbatim = compress_beside(header.coder, *planes)
+    return Block(
+        section=section,
+        role=role,
+        start=start,
+        tokens=len(positions),
+        positions=stored_positions(positions),
+        verbatim_tokens=tuple(range(len(positions))),
+        coder=Coder.STORED,
+        coded=b"",
+        coded_size=0,
+        verbatim_coder=coder,
+        verbatim=verbatim,
+        errors=BlockErrors(),
+    )

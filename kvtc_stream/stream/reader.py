@@ -1,0 +1,334 @@
+"""Reading a stream from a file, a pipe, memory or a URL."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from itertools import chain, islice
+from typing import Any, BinaryIO, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvtc_stream.calibration.model import Calibration
+from kvtc_stream.errors import (
+    FormatError,
+    KVTCError,
+    LimitError,
+    StateError,
+    UnsupportedError,
+)
+from kvtc_stream.formats import (
+    Block,
+    IndexEntry,
+    Limits,
+    Role,
+    StreamFile,
+    StreamHeader,
+    StreamParser,
+)
+from kvtc_stream.io.dlpack import BackendName, as_kv_array
+from kvtc_stream.io.sources import Growing, Source, open_source
+from kvtc_stream.stream.decoder import BlockDecoder, KVBlock
+
+#: Blocks that are decoded together.
+_BLOCKS_AT_A_TIME = 256
+
+
+#: Bytes asked of a pipe at a time.
+_READ_SIZE = 1 << 20
+
+
+class Reader:
+    """Reads a stream; a context manager and an iterator of blocks. Make one with :func:`open`.
+
+    From a seekable file any tokens of any layers can be read, by several threads in turn; from a
+    pipe the blocks come once, in order, and those of the tail when the pipe ends: until then
+    something may follow that supersedes them.
+    """
+
+    def __init__(
+        self,
+        file: Source,
+        calibration: Calibration,
+        *,
+        backend: BackendName = "auto",
+        limits: Limits | None = None,
+        recover: bool = False,
+        mmap: bool = False,
+        follow: float | None = None,
+        key: bytes = b"",
+    ) -> None:
+        limits = limits or Limits()
+        self._lock = threading.Lock()
+        self._closed = False
+        self._stream: StreamFile | None = None
+        with ExitStack() as cleanup:  # closes the file if the stream is refused
+            opened = cleanup.enter_context(open_source(file, mapped=mmap))
+            if key and (follow is not None or not opened.seekable()):
+                raise UnsupportedError(
+                    "only the end of a stream tells whether it was written with the key: read it "
+                    "from a file that can seek"
+                )
+            if follow is not None:
+                self._pipe = _PipeBlocks(Growing(opened, follow), limits)
+                self._header = self._pipe.header
+            elif opened.seekable():
+                self._stream = StreamFile(opened, limits, recover=recover, key=key)
+                self._header = self._stream.header
+            else:
+                self._pipe = _PipeBlocks(opened, limits)
+                self._header = self._pipe.header
+            self._blocks = BlockDecoder(self._header, calibration, backend)
+            self._cleanup = cleanup.pop_all()
+
+    @property
+    def header(self) -> StreamHeader:
+        """The stream's header."""
+        return self._header
+
+    @property
+    def fault(self) -> KVTCError | None:
+        """With ``recover``, what was met after the last whole block; ``None`` if nothing was."""
+        return self._stream.fault if self._stream else None
+
+    def tokens(self, section: int = 0) -> int:
+        """Tokens of a section. Seekable files only."""
+        return sum(entry.tokens for entry in self._entries(section))
+
+    @property
+    def block_decoder(self) -> BlockDecoder:
+        """What decodes the stream's blocks."""
+        return self._blocks
+
+    def stored_blocks(self, section: int) -> list[Block]:
+        """The blocks of a section as they are stored, verified. Seekable files only."""
+        entries = self._entries(section)
+        assert self._stream is not None
+        with self._lock:
+            self._check_open()
+            return list(self._stream.read_blocks(entries))
+
+    def __iter__(self) -> Iterator[KVBlock]:
+        """Blocks in token order, verbatim tokens included."""
+        self._check_open()
+        if self._stream is None:
+            yield from map(self._blocks.decode, self._pipe)
+        else:
+            yield from self._decoded(self._stream.index, None)
+
+    def read(
+        self,
+        tokens: slice | None = None,
+        layers: slice | None = None,
+        section: int = 0,
+        *,
+        out: tuple[Any, Any] | None = None,
+    ) -> tuple[Any, Any]:
+        """K and V of some tokens (ordinals) and layers (indices), [layers, heads, tokens, dim].
+
+        Only the blocks that hold the tokens are read, and only the layers' columns of the basis
+        take part. Slices have step 1 and follow Python's rules.
+
+        ``out`` are tensors that take K and V instead, and are returned: of that shape, or a list
+        of one a layer, in the stream's ``out_dtype``; of any framework, writable, in the backend's
+        memory.
+        """
+        first, last = _span(tokens, self.tokens(section), "tokens")
+        geometry = self._header.geometry.sections[section]
+        count = len(range(*_span(layers, len(geometry.layers), "layers")))
+        if out is not None:
+            k, v = self._blocks.buffers(section, count, last - first, out)
+        else:
+            try:
+                k, v = self._blocks.empty(section, count, last - first)
+            except (MemoryError, ValueError):
+                raise LimitError(
+                    f"the index lists {last - first} tokens, for which there is no memory: read "
+                    "fewer at a time"
+                ) from None
+        chosen = range(*_span(layers, len(geometry.layers), "layers"))
+        entries = [
+            e for e in self._entries(section) if e.start < last and first < e.start + e.tokens
+        ]
+        assert self._stream is not None
+        blocks = self._stream.read_blocks(entries)
+        while True:
+            with self._lock:
+                self._check_open()
+                block = next(blocks, None)
+                if block is None:
+                    return out or (self._blocks.output(k), self._blocks.output(v))
+                some = chain([block], islice(blocks, _BLOCKS_AT_A_TIME - 1))
+                slotted = ((b, _slots(b, first, last)) for b in some)
+                self._blocks.coder(section).decode_into(slotted, chosen, k, v)
+
+    def blocks(
+        self,
+        tokens: slice | None = None,
+        layers: slice | None = None,
+        section: int | None = None,
+    ) -> Iterator[KVBlock]:
+        """The blocks of some tokens and layers of one or of every section, cut to them, in order.
+
+        As :meth:`read`, piece by piece and with positions. A pipe works too: it is read to its
+        end, and token slices may not count from there. ``errors`` are those of the whole blocks.
+        """
+        self._check_open()
+        sections = self._header.geometry.sections
+        chosen = range(len(sections)) if section is None else [self._checked(section)]
+        spans = {
+            i: _span(tokens, None if self._stream is None else self.tokens(i), "tokens")
+            for i in chosen
+        }
+        indices = {i: range(*_span(layers, len(sections[i].layers), "layers")) for i in chosen}
+
+        def wanted(item: Block | IndexEntry) -> bool:
+            first, last = spans.get(item.section, (0, 0))
+            tokens = item.tokens if isinstance(item, IndexEntry) else len(item.kept)
+            return item.start < last and first < item.start + tokens
+
+        blocks: Iterator[KVBlock]
+        if self._stream is None:
+            blocks = (self._blocks.decode(b, indices[b.section]) for b in self._pipe if wanted(b))
+        else:
+            blocks = self._decoded(filter(wanted, self._stream.index), indices)
+        return (_some_tokens(b, *spans[b.section]) for b in blocks)
+
+    def close(self) -> None:
+        """End the reader, and close the file if a path was opened. Again does nothing."""
+        self._closed = True
+        self._cleanup.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _decoded(
+        self, entries: Iterable[IndexEntry], layers: Mapping[int, Sequence[int]] | None
+    ) -> Iterator[KVBlock]:
+        """Blocks with all layers, or those of their section; threads take turns."""
+        assert self._stream is not None
+        blocks = self._stream.read_blocks(entries)
+        while True:
+            with self._lock:
+                self._check_open()
+                block = next(blocks, None)
+                if block is None:
+                    return
+                chosen = None if layers is None else layers[block.section]
+                decoded = self._blocks.decode(block, chosen)
+            yield decoded
+
+    def _entries(self, section: int) -> list[IndexEntry]:
+        if self._stream is None:
+            raise UnsupportedError("a pipe has no random access: iterate, or read from a file")
+        section = self._checked(section)
+        return [e for e in self._stream.index if e.section == section]
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise StateError("the reader is closed: open the stream again")
+
+    def _checked(self, section: int) -> int:
+        sections = len(self._header.geometry.sections)
+        if not 0 <= section < sections:
+            raise ValueError(f"section must be from 0 to {sections - 1}, found {section}")
+        return section
+
+
+class _PipeBlocks:
+    """Blocks from a file object that cannot seek; reads up to the header at once.
+
+    Tails wait for the end of the input, because something may follow that supersedes them.
+    """
+
+    def __init__(self, file: BinaryIO | Growing, limits: Limits) -> None:
+        # What has arrived, rather than wait for as much as was asked for.
+        self._read: Callable[[int], bytes] = getattr(file, "read1", file.read)
+        self._follows = isinstance(file, Growing)
+        self._parser = StreamParser(limits)
+        self._ready: list[StreamHeader | Block] = []
+        while not self._ready:
+            self._more()
+        header = self._ready.pop(0)
+        assert isinstance(header, StreamHeader)
+        self.header = header
+
+    def __iter__(self) -> Iterator[Block]:
+        tail: list[Block] = []
+        more = True
+        while more:
+            ready, self._ready = self._ready, []
+            for item in ready:
+                if isinstance(item, StreamHeader):
+                    tail.clear()
+                elif item.role is Role.TAIL:
+                    tail.append(item)
+                else:
+                    yield item
+            more = self._more()
+        yield from tail
+
+    def _more(self) -> bool:
+        """Take what has arrived; whether there was something."""
+        if self._follows and self._parser.eof:
+            return False  # who follows a stream does not wait for what may be appended later
+        data = self._read(_READ_SIZE)
+        if data:
+            self._ready += self._parser.feed(data)
+            return True
+        self._parser.close()
+        if rest := self._parser.unused_data:
+            raise FormatError(
+                f"at least {len(rest)} bytes follow the stream: the write of a continuation was "
+                "cut off, or they are not of the stream; read it from a file with recover=True"
+            )
+        return False
+
+
+def _span(chosen: slice | None, count: int | None, name: str) -> tuple[int, int]:
+    """First and last of a slice of ``count`` things, or of as many as a pipe may hold."""
+    if chosen is None:
+        chosen = slice(None)
+    if not isinstance(chosen, slice):
+        raise TypeError(f"{name} must be a slice, found {type(chosen).__name__}")
+    if count is None:
+        if min(chosen.start or 0, chosen.stop or 0) < 0:
+            raise UnsupportedError(
+                f"{name} {chosen.start}:{chosen.stop} count from the end, which a pipe does not "
+                f"tell: count from the front, or read from a file"
+            )
+        count = sys.maxsize
+    start, stop, step = chosen.indices(count)
+    if step != 1:
+        raise ValueError(f"{name} must be a slice of step 1, found step {step}")
+    return start, max(start, stop)
+
+
+def _slots(block: Block, first: int, last: int) -> NDArray[np.int64]:
+    """Where a block's tokens lie among those from ``first`` to ``last``; -1 for others."""
+    slots = np.arange(block.tokens) + (block.start - block.kept.start - first)
+    slots[: block.kept.start] = -1
+    slots[block.kept.stop :] = -1
+    slots[(slots < 0) | (slots >= last - first)] = -1
+    return slots
+
+
+def _some_tokens(block: KVBlock, first: int, last: int) -> KVBlock:
+    """The part of a block between two ordinals of the section."""
+    keep = slice(max(first - block.start, 0), last - block.start)
+    if keep.start == 0 and keep.stop >= block.tokens:
+        return block
+    return replace(
+        block,
+        start=block.start + keep.start,
+        positions=block.positions[keep],
+        k=as_kv_array(block.k[:, :, keep]),
+        v=as_kv_array(block.v[:, :, keep]),
+    )
