@@ -26,7 +26,7 @@ INK, K_COLOUR, V_COLOUR, GREY = "#222222", "#2166ac", "#b2182b", "#999999"
 def draw(calibration: kvtc.Calibration, k: object, v: object, ratio: float, output: Path) -> None:
     """Save the picture."""
     codec = kvtc.Codec(calibration, ratio=ratio)
-    encoder = codec.encoder()
+    encoder = kvtc.Encoder(codec)
     encoder.encode(k, v)
     encoder.finish()
     plan = codec.plan.sections[0]

@@ -240,7 +240,7 @@ def cases(draw: st.DrawFn, *, hostile: bool = True) -> Case:
 
 def encode(case: Case, *, whole: bool = False) -> bytes:
     """The stream of a case; ``whole``: each section in one piece."""
-    encoder = case.codec.encoder(**case.options)
+    encoder = kvtc.Encoder(case.codec, **case.options)
     data = b""
     for i, tokens in enumerate(case.sections):
         # Give the dtype even where a section has no tokens.

@@ -45,7 +45,7 @@ def append(file: io.BytesIO, codec: kvtc.Codec, k: Any, v: Any, **options: Any) 
 @given(cases(), st.data())
 def test_the_blocks_are_those_of_one_run(case: Case, data: st.DataObject) -> None:
     """However many times the stream is ended and continued, in every section and dtype."""
-    encoder = case.codec.encoder(**case.options)
+    encoder = kvtc.Encoder(case.codec, **case.options)
     whole, file, begun = b"", io.BytesIO(), False
     for i, tokens in enumerate(case.sections):
         for piece in tokens.pieces:
@@ -102,7 +102,7 @@ def test_a_conversation(tmp_path: Path, codec: kvtc.Codec, cache: Cache, stream:
         found = np.concatenate([(b.k, b.v)[i] for b in piped], axis=2)
         np.testing.assert_array_equal(found, x)
     with pytest.raises(kvtc.UnsupportedError, match="was appended to, and what follows supersedes"):
-        codec.decoder().decode(data)
+        kvtc.Decoder(codec.calibration).decode(data)
 
 
 def test_what_is_appended_to_must_fit(

@@ -202,7 +202,7 @@ def test_options_of_the_basis_serve_a_stream(options: dict[str, int]) -> None:
     calibration = calibrator.finish()
     codec = kvtc.Codec(calibration, ratio=4, window=0, sinks=0)
     k, v = kvtc.testing.drawn_cache(geometry, 100)
-    encoder = codec.encoder()
+    encoder = kvtc.Encoder(codec)
     stream = encoder.encode(k, v) + encoder.finish()
     back = kvtc.decode(stream, calibration)
     for x, y, worst in (
@@ -224,7 +224,7 @@ def test_a_joint_basis_serves_a_stream(calibration: kvtc.Calibration) -> None:
     codec = kvtc.Codec(joint, ratio=4, window=0, sinks=0)
     assert len(codec.plan.sections[0].parts) == 2
     k, v = kvtc.testing.drawn_cache(calibration.geometry, 100)
-    encoder = codec.encoder()
+    encoder = kvtc.Encoder(codec)
     back = kvtc.decode(encoder.encode(k, v) + encoder.finish(), joint)
     for x, y in ((k, back[0]), (v, back[1])):
         assert np.linalg.norm(x - np.asarray(y)) < 0.3 * np.linalg.norm(x)
@@ -326,7 +326,7 @@ def test_tokens_without_variance(tokens: int) -> None:
     calibration = calibrator.finish()
     for target in ({"ratio": 8}, {"max_relative_error": 0.01}):
         codec = kvtc.Codec(calibration, sinks=0, window=0, **target)
-        encoder = codec.encoder()
+        encoder = kvtc.Encoder(codec)
         k2, v2 = k.repeat(100 // tokens, axis=2), v.repeat(100 // tokens, axis=2)
         back = kvtc.decode(encoder.encode(k2, v2) + encoder.finish(), calibration)
         assert encoder.statistics.k_error_worst < 1e-3

@@ -246,7 +246,7 @@ def test_hostile_tokens(
     codec = kvtc.Codec(
         calibration, "paper", ratio=ratio, sinks=0, window=0, block_tokens=16, measure=measure
     )
-    encoder = codec.encoder()
+    encoder = kvtc.Encoder(codec)
     back = kvtc.decode(encoder.encode(k, v) + encoder.finish(), calibration)
     for x, y in ((k, back[0]), (v, back[1])):
         wide, got = x.astype(np.float32), np.asarray(y).astype(np.float32)
@@ -263,7 +263,7 @@ def test_max_error_is_a_bound(calibration: kvtc.Calibration) -> None:
     loose = kvtc.Codec(calibration, "paper", ratio=4, window=0)
     back = kvtc.decode(kvtc.encode(k, v, codec=loose), calibration)
     assert errors(v, back[1]).max() > 0.6
-    encoder = kvtc.Codec(calibration, "paper", ratio=4, window=0, max_error=0.6).encoder()
+    encoder = kvtc.Encoder(kvtc.Codec(calibration, "paper", ratio=4, window=0, max_error=0.6))
     back = kvtc.decode(encoder.encode(k, v) + encoder.finish(), calibration)
     assert max(errors(k, back[0]).max(), errors(v, back[1]).max()) <= 0.6
     data = encoder.statistics.roles[Role.DATA]
@@ -300,7 +300,7 @@ def wrong_chunks(k: Array, v: Array) -> Iterator[tuple[type[Exception], str, Any
 def test_wrong_chunks_leave_the_stream_valid(codec: kvtc.Codec, cache: Cache) -> None:
     k, v = cache
     expected = kvtc.encode(k[:, :, :150], v[:, :, :150], codec=codec)
-    encoder = codec.encoder()
+    encoder = kvtc.Encoder(codec)
     with pytest.raises(TypeError, match="v is float16, expected float32 as the k beside it"):
         encoder.encode(k, v.astype(np.float16))
     data = encoder.encode(k[:, :, :100], v[:, :, :100])
@@ -316,7 +316,7 @@ def test_a_refused_output_type_leaves_the_stream_valid(
     calibration: kvtc.Calibration, cache: Cache
 ) -> None:
     codec = kvtc.Codec(calibration, "paper", ratio=4, window=0, out_dtype="float8_e4m3fn")
-    encoder = codec.encoder()
+    encoder = kvtc.Encoder(codec)
     with pytest.raises(TypeError, match="needs fp8 input, found float32"):
         encoder.encode(*cache)
     k, v = (x.astype(numpy_dtype(kvtc.DType.FLOAT8_E4M3FN)) for x in cache)
@@ -326,30 +326,32 @@ def test_a_refused_output_type_leaves_the_stream_valid(
 
 def test_scales_are_for_fp8(codec: kvtc.Codec, cache: Cache) -> None:
     with pytest.raises(TypeError, match="are for fp8 caches, found float32"):
-        codec.encoder(k_scale=2.0).encode(*cache)
+        kvtc.Encoder(codec, k_scale=2.0).encode(*cache)
     for scale in (0.0, -1.0, np.nan, np.inf):
         with pytest.raises(ValueError, match="v_scale must be positive and finite"):
-            codec.encoder(v_scale=scale)
+            kvtc.Encoder(codec, v_scale=scale)
     with pytest.raises(ValueError, match=r"k_scale must be a scalar.*found \[3, 1\]"):
-        codec.encoder(k_scale=np.ones(3))
+        kvtc.Encoder(codec, k_scale=np.ones(3))
 
 
 def test_metadata(codec: kvtc.Codec) -> None:
-    encoder = codec.encoder(metadata={"prompt": "größer", "n": [1, None]}, token_digest=b"\1" * 32)
-    decoder = codec.decoder()
+    encoder = kvtc.Encoder(
+        codec, metadata={"prompt": "größer", "n": [1, None]}, token_digest=b"\1" * 32
+    )
+    decoder = kvtc.Decoder(codec.calibration)
     decoder.decode(encoder.finish())
     header = decoder.header
     assert header is not None
     assert header.metadata == '{"prompt":"gr\\u00f6\\u00dfer","n":[1,null]}'
     assert header.token_digest == b"\1" * 32
     with pytest.raises(ValueError, match="JSON compliant"):
-        codec.encoder(metadata={"a": float("nan")})
+        kvtc.Encoder(codec, metadata={"a": float("nan")})
     with pytest.raises(TypeError, match="not JSON serializable"):
-        codec.encoder(metadata={"a": b""})
+        kvtc.Encoder(codec, metadata={"a": b""})
 
 
 def test_use_after_finish(codec: kvtc.Codec, cache: Cache) -> None:
-    encoder = codec.encoder()
+    encoder = kvtc.Encoder(codec)
     encoder.encode(*cache)
     encoder.finish()
     with pytest.raises(kvtc.StateError, match="cannot encode: the encoder is finished"):
@@ -361,7 +363,7 @@ def test_use_after_finish(codec: kvtc.Codec, cache: Cache) -> None:
 def test_finish_after_a_failure(
     codec: kvtc.Codec, cache: Cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    encoder = codec.encoder()
+    encoder = kvtc.Encoder(codec)
     encoder.encode(*cache)
     with monkeypatch.context() as patch:
         patch.setattr("kvtc_stream.backends.cpu_payloads.UniformCoding.quantise", lambda *_: 1 / 0)
@@ -386,7 +388,7 @@ class Slow:
 
 
 def test_two_threads(codec: kvtc.Codec, cache: Cache, stream: bytes) -> None:
-    encoder, slow, results = codec.encoder(), Slow(np.arange(200)), []
+    encoder, slow, results = kvtc.Encoder(codec), Slow(np.arange(200)), []
     thread = threading.Thread(target=lambda: results.append(encoder.encode(*cache, positions=slow)))
     thread.start()
     assert slow.reading.wait(10)
@@ -417,10 +419,10 @@ def test_many_threads_with_an_encoder_each(codec: kvtc.Codec, cache: Cache, stre
 
 
 def test_a_damaged_stream_fails_the_decoder(codec: kvtc.Codec, stream: bytes) -> None:
-    whole = codec.decoder().decode(stream)
+    whole = kvtc.Decoder(codec.calibration).decode(stream)
     damaged = bytearray(stream)
     damaged[len(stream) // 2] ^= 1
-    decoder, blocks = codec.decoder(), []
+    decoder, blocks = kvtc.Decoder(codec.calibration), []
     with pytest.raises(kvtc.ChecksumError):  # noqa: PT012
         for i in range(0, len(stream), 50):
             blocks += decoder.decode(damaged[i : i + 50])
@@ -432,15 +434,15 @@ def test_a_damaged_stream_fails_the_decoder(codec: kvtc.Codec, stream: bytes) ->
 
 
 def test_the_end_of_the_input(codec: kvtc.Codec, stream: bytes) -> None:
-    decoder = codec.decoder()
+    decoder = kvtc.Decoder(codec.calibration)
     with pytest.raises(kvtc.TruncatedError):
         decoder.close()
-    decoder = codec.decoder()
+    decoder = kvtc.Decoder(codec.calibration)
     decoder.decode(stream[:-1])
     assert not decoder.eof
     with pytest.raises(kvtc.TruncatedError):
         decoder.close()
-    decoder = codec.decoder()
+    decoder = kvtc.Decoder(codec.calibration)
     decoder.decode(memoryview(stream))
     decoder.close()
     assert decoder.eof
@@ -457,7 +459,7 @@ def test_decoder_limits(calibration: kvtc.Calibration, stream: bytes) -> None:
 
 
 def test_statistics_count_every_byte(codec: kvtc.Codec, cache: Cache) -> None:
-    encoder = codec.encoder()
+    encoder = kvtc.Encoder(codec)
     data = encoder.encode(*cache)
     assert encoder.statistics.stream_bytes == len(data)
     data += encoder.finish()
@@ -482,7 +484,7 @@ def test_a_poor_ratio_warns(codec: kvtc.Codec, cache: Cache) -> None:
 def test_a_cache_unlike_the_calibration_warns(codec: kvtc.Codec, cache: Cache) -> None:
     codec = kvtc.Codec(codec.calibration, "paper", ratio=4, window=24, block_tokens=16)
     expected = codec.plan.sections[0]
-    encoder = codec.encoder()
+    encoder = kvtc.Encoder(codec)
     encoder.encode(*cache)
     encoder.finish()
     s = encoder.statistics
@@ -500,7 +502,7 @@ def test_a_window_that_never_fills_costs_no_memory(
     calibration: kvtc.Calibration, cache: Cache
 ) -> None:
     codec = kvtc.Codec(calibration, "paper", window=2**32 - 1, block_tokens=16)
-    encoder = codec.encoder()
+    encoder = kvtc.Encoder(codec)
     k, v = cache
     data = b"".join(
         encoder.encode(k[:, :, i : i + 7], v[:, :, i : i + 7]) for i in range(0, 200, 7)

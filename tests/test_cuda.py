@@ -143,7 +143,7 @@ def test_symbols_are_the_same(calibration: kvtc.Calibration) -> None:
 def test_streams_are_read_by_the_cpu(calibration: kvtc.Calibration, dtype: DType) -> None:
     k, v = kvtc.testing.drawn_cache(calibration.geometry, 700, seed=4, dtype=dtype)
     codec = kvtc.Codec(calibration, ratio=6, window=40, block_tokens=48, backend="cuda")
-    encoder = codec.encoder()
+    encoder = kvtc.Encoder(codec)
     data = encoder.encode(k, v) + encoder.finish()
     found = kvtc.decode(data, calibration, backend="cpu")
     _, *blocks = StreamParser(Limits()).feed(data)
@@ -153,7 +153,7 @@ def test_streams_are_read_by_the_cpu(calibration: kvtc.Calibration, dtype: DType
             found, (k, v), (block.errors.k_worst, block.errors.v_worst), strict=True
         ):
             assert distance(a[:, :, span], b[:, :, span]) <= worst + allowed(dtype)
-    on_cpu = replace(codec, backend="cpu").encoder()
+    on_cpu = kvtc.Encoder(replace(codec, backend="cpu"))
     on_cpu.encode(k, v)
     on_cpu.finish()
     assert encoder.statistics.coded_ratio == pytest.approx(6, rel=0.03)
@@ -174,7 +174,7 @@ def test_chunks_are_free(preset: str, target: dict[str, float]) -> None:
     codec = kvtc.Codec(calibration, preset, window=20, block_tokens=32, backend="cuda", **target)
     k, v = (cupy.asarray(x.view(np.uint16)).view(ml_dtypes.bfloat16) for x in (k, v))
     whole = kvtc.encode(k, v, codec)
-    encoder = codec.encoder()
+    encoder = kvtc.Encoder(codec)
     data = b""
     for start, stop in itertools.pairwise([0, 1, 36, 100, 900, 1000, 1700, 2000]):
         data += encoder.encode(k[:, :, start:stop], v[:, :, start:stop])
@@ -195,7 +195,7 @@ def test_chunks_are_free(preset: str, target: dict[str, float]) -> None:
 def test_targets_are_met(target: dict[str, float]) -> None:
     calibration = CALIBRATIONS["groups"]
     k, v = kvtc.testing.drawn_cache(calibration.geometry, 3000, seed=6)
-    encoder = kvtc.Codec(calibration, window=0, backend="cuda", **target).encoder()
+    encoder = kvtc.Encoder(kvtc.Codec(calibration, window=0, backend="cuda", **target))
     encoder.encode(cupy.asarray(k), cupy.asarray(v))
     encoder.finish()
     s = encoder.statistics

@@ -67,7 +67,7 @@ def learnt(request: pytest.FixtureRequest) -> kvtc.Calibration:
 def encoded(
     codec: kvtc.Codec, k: NDArray[Any], v: NDArray[Any]
 ) -> tuple[bytes, kvtc.StreamStatistics]:
-    encoder = codec.encoder()
+    encoder = kvtc.Encoder(codec)
     data = encoder.encode(k, v) + encoder.finish()
     return data, encoder.statistics
 

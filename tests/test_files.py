@@ -338,7 +338,7 @@ def test_wrong_slices(codec: kvtc.Codec, stream: bytes) -> None:
 
 
 def test_wrong_sections_of_an_empty_stream(codec: kvtc.Codec) -> None:
-    data = codec.encoder().finish()
+    data = kvtc.Encoder(codec).finish()
     with kvtc.open(io.BytesIO(data), calibration=codec.calibration) as reader:
         assert reader.tokens() == 0
         with pytest.raises(ValueError, match="section must be from 0 to 0"):

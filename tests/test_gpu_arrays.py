@@ -22,6 +22,7 @@ from kvtc_stream.calibration.families import SymbolCounter, fit_families
 from kvtc_stream.calibration.principal import Moments, leading_eigenvectors
 from kvtc_stream.formats import DType, Geometry, Rope, Section
 from kvtc_stream.gpu.arrays import DeviceArrays, require_cupy
+from kvtc_stream.io.dlpack import numpy_dtype
 
 GB = 10**9
 HALVES = Rope.from_theta(1e4, 8)
@@ -80,10 +81,7 @@ def test_rows_are_those_of_the_cpu(
 ) -> None:
     section = Section(layers=(0, 1, 2), kv_heads=2, k_dim=8, v_dim=4, rope=rope)
     rng = np.random.default_rng(1)
-    k, v = (
-        rng.standard_normal((3, 2, 30, dim)).astype(kvtc.interop.numpy_dtype(dtype))
-        for dim in (8, 4)
-    )
+    k, v = (rng.standard_normal((3, 2, 30, dim)).astype(numpy_dtype(dtype)) for dim in (8, 4))
     positions = np.sort(rng.choice(10**6, 30, replace=False))
     scales = [None, rng.random((3, 2), np.float32) + 1] if dtype.is_fp8 else [None, None]
     found = []

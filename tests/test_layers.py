@@ -160,7 +160,7 @@ def test_sections(calibration: kvtc.Calibration) -> None:
     calibration = calibrated(geometry, 2)
     codec = kvtc.Codec(calibration, ratio=4, window=8, block_tokens=16)
     caches = [kvtc.testing.drawn_cache(geometry, 100, seed=2, section=i) for i in (0, 1)]
-    encoder = codec.encoder()
+    encoder = kvtc.Encoder(codec)
     data = b"".join(encoder.encode(*x, section=i) for i, x in enumerate(caches))
     data += encoder.finish()
     part = cut(data, layers=slice(4, None))

@@ -80,15 +80,15 @@ def test_every_module_imports() -> None:
 @pytest.mark.skipif(cuda_runs(), reason="there is a CUDA device")
 def test_without_cuda(calibration: kvtc.Calibration) -> None:
     """``auto`` works, and ``cuda`` says what is missing and what to do."""
-    assert kvtc.Codec(calibration, backend="auto").encoder().finish()
+    assert kvtc.Encoder(kvtc.Codec(calibration, backend="auto")).finish()
     codec = kvtc.Codec(calibration, backend="cuda")
     packages = {"numba_cuda": "numba-cuda", "cupy": "cupy-cuda13x"}
     missing = [package for name, package in packages.items() if find_spec(name) is None]
     with pytest.raises(kvtc.BackendUnavailableError, match="backend='cpu'") as refusal:
-        codec.encoder()
+        kvtc.Encoder(codec)
     for name in missing:
         assert name in str(refusal.value)
-    data = kvtc.Codec(calibration).encoder().finish()
+    data = kvtc.Encoder(kvtc.Codec(calibration)).finish()
     with pytest.raises(kvtc.BackendUnavailableError):
         kvtc.decode(data, calibration, backend="cuda")
 

@@ -76,7 +76,7 @@ def stored_as(case: Case, x: Array, scale: Any) -> Array:
 
 @given(cases())
 def test_round_trip(case: Case) -> None:
-    decoder = case.codec.decoder()
+    decoder = kvtc.Decoder(case.codec.calibration)
     blocks = decoder.decode(encode(case))
     assert decoder.eof
     assert not decoder.unused_data
@@ -156,7 +156,7 @@ def test_regular_pieces(
 ) -> None:
     """One token at a time, as a model generates them, and more."""
     codec = kvtc.Codec(calibration, ratio=4, sinks=sinks, window=24, block_tokens=16)
-    encoder = codec.encoder()
+    encoder = kvtc.Encoder(codec)
     data = b""
     for start in range(0, 200, size):
         data += encoder.encode(*(x[:, :, start : start + size] for x in cache))
@@ -299,7 +299,7 @@ def test_fp8_and_wider_output_types(
         calibrate(geometry), ratio=2, window=0, sinks=2, block_tokens=16, out_dtype=out_dtype.label
     )
     tokens = data.draw(section_tokens(geometry, 0, dtype, max_tokens=40, hostile=False))
-    encoder = codec.encoder()
+    encoder = kvtc.Encoder(codec)
     stream = encoder.encode(tokens.k, tokens.v, positions=tokens.positions) + encoder.finish()
     for block in kvtc.Decoder(codec.calibration).decode(stream):
         span = slice(block.start, block.start + block.tokens)
@@ -323,7 +323,7 @@ def test_stated_error_shrinks_with_the_ratio(
 ) -> None:
     errors = []
     for ratio in (1.5, 3, 6, 12, 10**6):
-        encoder = kvtc.Codec(calibration, ratio=ratio, window=0, block_tokens=64).encoder()
+        encoder = kvtc.Encoder(kvtc.Codec(calibration, ratio=ratio, window=0, block_tokens=64))
         encoder.encode(*cache)
         encoder.finish()
         errors.append(encoder.statistics.k_error_mean)
@@ -352,7 +352,7 @@ def test_rope_comes_off_and_goes_on() -> None:
         calibrator.update(turn(train[0]), train[1])
         calibration = calibrator.finish()
         codec = kvtc.Codec(calibration, ratio=2, sinks=0, window=0)
-        encoder = codec.encoder()
+        encoder = kvtc.Encoder(codec)
         data = encoder.encode(turn(test[0]), test[1]) + encoder.finish()
         k, v = kvtc.decode(data, calibration)
         results[geometry] = (calibration, encoder.statistics, np.asarray(k), np.asarray(v))
@@ -380,9 +380,9 @@ def test_a_stream_may_name_its_own_rope(calibration: kvtc.Calibration) -> None:
     fitting = calibrator.finish()
     rope = kvtc.Rope.from_theta(500.0, 8)
     codec = kvtc.Codec(fitting, ratio=4, window=0)
-    encoder = codec.encoder(rope=rope)
+    encoder = kvtc.Encoder(codec, rope=rope)
     data = encoder.encode(k, v) + encoder.finish()
-    decoder = codec.decoder()
+    decoder = kvtc.Decoder(codec.calibration)
     blocks = decoder.decode(data)
     assert decoder.header is not None
     assert decoder.header.geometry.sections[0].rope == (rope, rope)
@@ -390,13 +390,13 @@ def test_a_stream_may_name_its_own_rope(calibration: kvtc.Calibration) -> None:
     errors = true_errors(k.astype(np.float64), got)
     assert errors.max() <= encoder.statistics.k_error_worst * (1 + 1e-5)
     for ropes in ((), (None, None)):
-        encoder = kvtc.Codec(calibration, ratio=4, window=0).encoder(rope=ropes)
+        encoder = kvtc.Encoder(kvtc.Codec(calibration, ratio=4, window=0), rope=ropes)
         decoder = kvtc.Decoder(calibration)
         decoder.decode(encoder.encode(k, v) + encoder.finish())
         assert decoder.header is not None
         assert decoder.header.geometry == plain
     with pytest.raises(ValueError, match="entry for each of 2 layers, found 3"):
-        codec.encoder(rope=[rope] * 3)
+        kvtc.Encoder(codec, rope=[rope] * 3)
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.5, 1.5])
@@ -411,8 +411,8 @@ def test_measure_coefficients(scale: float) -> None:
         for measure in ("full", "coefficients")
     )
     for full, coefficients in zip(
-        codec.decoder().decode(kvtc.encode(k, v, codec=codec)),
-        codec.decoder().decode(kvtc.encode(k, v, codec=cheap)),
+        kvtc.Decoder(codec.calibration).decode(kvtc.encode(k, v, codec=codec)),
+        kvtc.Decoder(codec.calibration).decode(kvtc.encode(k, v, codec=cheap)),
         strict=True,
     ):
         assert same_bits(full.k, coefficients.k)
@@ -431,7 +431,7 @@ def test_measure_coefficients_survives_hostile_values(tokens: Tokens) -> None:
     codec = kvtc.Codec(
         calibration, "paper", ratio=3, window=0, block_tokens=16, measure="coefficients"
     )
-    encoder = codec.encoder()
+    encoder = kvtc.Encoder(codec)
     data = encoder.encode(tokens.k, tokens.v, positions=tokens.positions) + encoder.finish()
     k, v = kvtc.decode(data, calibration)
     for x, y in ((tokens.k, k), (tokens.v, v)):
@@ -444,7 +444,7 @@ def test_memory_does_not_grow_with_the_stream(codec: kvtc.Codec) -> None:
     k, v = kvtc.testing.drawn_cache(codec.calibration.geometry, 64, dtype=kvtc.DType.FLOAT16)
 
     def peak(chunks: int) -> int:
-        encoder, decoder = codec.encoder(), codec.decoder()
+        encoder, decoder = kvtc.Encoder(codec), kvtc.Decoder(codec.calibration)
         tracemalloc.start()
         try:
             for _ in range(chunks):
@@ -466,7 +466,7 @@ def test_streams_of_nothing(codec: kvtc.Codec) -> None:
     empty = np.zeros(section.k_shape(0), np.float16), np.zeros(section.v_shape(0), np.float16)
     for data, dtype in (
         (kvtc.encode(*empty, codec=codec), np.float16),
-        (codec.encoder().finish(), numpy_dtype(kvtc.DType.BFLOAT16)),
+        (kvtc.Encoder(codec).finish(), numpy_dtype(kvtc.DType.BFLOAT16)),
     ):
         k, v = kvtc.decode(data, codec.calibration)
         assert (k.shape, v.shape) == (section.k_shape(0), section.v_shape(0))
@@ -481,9 +481,9 @@ def test_real_cache(real_sample: RealSample) -> None:
     calibration = calibrator.finish()
     k, v = real_sample.k[:, :, test], real_sample.v[:, :, test]
     for ratio, least_coded, most_k, most_v in REAL_BOUNDS:
-        encoder = kvtc.Codec(
-            calibration, "paper", ratio=ratio, window=0, block_tokens=100
-        ).encoder()
+        encoder = kvtc.Encoder(
+            kvtc.Codec(calibration, "paper", ratio=ratio, window=0, block_tokens=100)
+        )
         data = encoder.encode(k, v, positions=np.arange(320, 520)) + encoder.finish()
         s = encoder.statistics
         assert s.stream_bytes == len(data)

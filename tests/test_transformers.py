@@ -821,7 +821,7 @@ def test_streams_that_no_dynamic_cache_can_hold(
     sections = calibration.geometry.sections
 
     def stream(*positions: np.ndarray[Any, Any]) -> bytes:
-        encoder = verbatim(calibration).encoder()
+        encoder = kvtc.Encoder(verbatim(calibration))
         data = b""
         for i, (section, where) in enumerate(zip(sections, positions, strict=False)):
             k = np.ones(section.k_shape(len(where)), np.float32)

@@ -18,6 +18,7 @@ from kvtc_stream.io.dlpack import BackendName, check_memory, dtype_of, on_cuda
 from kvtc_stream.io.memory import joined
 from kvtc_stream.io.paged import PagedCache, indexable
 from kvtc_stream.stream.codec import Codec
+from kvtc_stream.stream.encoder import Encoder
 from kvtc_stream.stream.opening import encode, open
 from kvtc_stream.stream.reader import Reader
 
@@ -83,7 +84,7 @@ def _held(cache: Any) -> Any:
 
 def _encode_pages(cache: PagedCache, codec: Codec, **stream: Any) -> bytes:
     """A stream of what pages hold, of which some thousand tokens are copied at a time."""
-    encoder = codec.encoder(**stream)
+    encoder = Encoder(codec, **stream)
     pieces: list[bytes | memoryview] = []
     for first in range(0, max(cache.tokens, 1), _TOKENS_AT_A_TIME):
         k, v = cache.contiguous(slice(first, first + _TOKENS_AT_A_TIME))

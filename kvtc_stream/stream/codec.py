@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import KW_ONLY, InitVar, dataclass
-from typing import TYPE_CHECKING, Any
 
 from kvtc_stream.backends.base import Measure
 from kvtc_stream.calibration.model import Calibration
-from kvtc_stream.formats import Coder, DType, Limits, Plan, Rope, StreamFile
+from kvtc_stream.formats import Coder, DType, Limits, Plan
 from kvtc_stream.io.dlpack import BackendName
 from kvtc_stream.planning.rate_control import Target
 from kvtc_stream.planning.targets import make_plan
 from kvtc_stream.progress import Progress
-
-if TYPE_CHECKING:
-    from kvtc_stream.stream.decoder import Decoder
-    from kvtc_stream.stream.encoder import Encoder
 
 
 @dataclass(frozen=True)
@@ -193,34 +188,3 @@ class Codec:
                 if (value := getattr(self, name)) is not None:
                     return Target(name, value)
         return None
-
-    def encoder(
-        self,
-        *,
-        rope: Sequence[Rope | None] | Rope | None = None,
-        k_scale: Any = None,
-        v_scale: Any = None,
-        metadata: Mapping[str, Any] | None = None,
-        token_digest: bytes = b"",
-        continues: StreamFile | None = None,
-        key: bytes = b"",
-    ) -> Encoder:
-        """A single-use encoder of one stream; see :class:`kvtc_stream.Encoder`."""
-        from kvtc_stream.stream.encoder import Encoder
-
-        return Encoder(
-            self,
-            rope=rope,
-            k_scale=k_scale,
-            v_scale=v_scale,
-            metadata=metadata,
-            token_digest=token_digest,
-            continues=continues,
-            key=key,
-        )
-
-    def decoder(self) -> Decoder:
-        """A single-use decoder of one stream; see :class:`kvtc_stream.Decoder`."""
-        from kvtc_stream.stream.decoder import Decoder
-
-        return Decoder(self.calibration, backend=self.backend)

@@ -167,8 +167,8 @@ class BlockDecoder:
 class Decoder:
     """Takes the bytes of a stream in pieces and gives back blocks of tokens.
 
-    Single use, one thread at a time. Memory is bounded by one record. Make one with
-    :meth:`kvtc_stream.Codec.decoder`, or from a calibration alone: the plan is in the stream.
+    Single use, one thread at a time. Memory is bounded by one record. The plan is in the
+    stream: a decoder needs the calibration only.
 
     Examples
     --------

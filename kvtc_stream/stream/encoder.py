@@ -48,8 +48,7 @@ class Encoder:
     """Takes a cache in chunks, in token order, and gives back the bytes of a stream.
 
     Single use, one thread at a time; memory is bounded by twice ``window`` and a few blocks of
-    tokens, whatever the length. The bytes do not depend on how the input is cut. Make one with
-    :meth:`kvtc_stream.Codec.encoder`.
+    tokens, whatever the length. The bytes do not depend on how the input is cut.
 
     Parameters
     ----------
@@ -79,7 +78,7 @@ class Encoder:
     >>> import kvtc_stream as kvtc
     >>> calibration = kvtc.testing.tiny_calibration()
     >>> k, v = kvtc.testing.drawn_cache(calibration.geometry, tokens=300)
-    >>> encoder = kvtc.Codec(calibration, ratio=8, window=32).encoder()
+    >>> encoder = kvtc.Encoder(kvtc.Codec(calibration, ratio=8, window=32))
     >>> data = encoder.encode(k[:, :, :200], v[:, :, :200])
     >>> data += encoder.encode(k[:, :, 200:], v[:, :, 200:])
     >>> data += encoder.finish()

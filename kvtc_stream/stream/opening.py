@@ -18,6 +18,7 @@ from kvtc_stream.io.memory import joined
 from kvtc_stream.io.sources import Source
 from kvtc_stream.io.storage import File
 from kvtc_stream.stream.codec import Codec
+from kvtc_stream.stream.encoder import Encoder
 from kvtc_stream.stream.reader import Reader
 from kvtc_stream.stream.writer import Append, Writer
 
@@ -135,9 +136,9 @@ def encode(k: Any, v: Any, codec: Codec, *, positions: Any = None, **stream: Any
     """A whole cache to a whole stream.
 
     Equivalent to one :meth:`Encoder.encode` and :meth:`Encoder.finish` of
-    ``codec.encoder(**stream)``.
+    ``Encoder(codec, **stream)``.
     """
-    encoder = codec.encoder(**stream)
+    encoder = Encoder(codec, **stream)
     return joined([*encoder.encode_pieces(k, v, positions=positions), *encoder.finish_pieces()])
 
 

@@ -20,6 +20,7 @@ from kvtc_stream.formats import (
 )
 from kvtc_stream.io.storage import File, append_to, atomic_write, cut_on_failure, write_all
 from kvtc_stream.stream.codec import Codec
+from kvtc_stream.stream.encoder import Encoder
 from kvtc_stream.stream.statistics import StreamStatistics
 
 
@@ -49,7 +50,7 @@ class Writer:
         self._unchanged = False
         with ExitStack() as cleanup:
             if append is None:
-                self._encoder = codec.encoder(**stream)
+                self._encoder = Encoder(codec, **stream)
             if isinstance(file, str | os.PathLike):
                 claim = atomic_write if append is None else append_to
                 self._file: BinaryIO = cleanup.enter_context(claim(file))
@@ -65,7 +66,7 @@ class Writer:
                 before = StreamFile(
                     self._file, append.limits, recover=append.recover, key=append.key
                 )
-                self._encoder = codec.encoder(continues=before, **stream)
+                self._encoder = Encoder(codec, continues=before, **stream)
                 self._file.seek(before.end)
                 self._unchanged = before.fault is None
                 if before.fault is not None:

@@ -85,7 +85,7 @@ def main(folder: Path, two_levels: bool) -> None:
         return k.copy(), v.copy()
 
     def stream(codec: kvtc.Codec, dtype: DType, **options: Any) -> bytes:
-        encoder = codec.encoder(**options)
+        encoder = kvtc.Encoder(codec, **options)
         data = b""
         for section, tokens in ((0, 44), (1, 60)):
             k, v = cache(dtype, section, tokens)
@@ -114,7 +114,7 @@ def main(folder: Path, two_levels: bool) -> None:
         add(f"paper-{coder}.kvtc", stream(paper, DType.BFLOAT16))
     scales = [np.full((2, 2), 0.5, np.float32), np.full((1, 1), 2.0, np.float32)]
     add("fp8.kvtc", stream(paper, DType.FLOAT8_E4M3FN, k_scale=scales, v_scale=scales))
-    add("empty.kvtc", default.encoder().finish())
+    add("empty.kvtc", kvtc.Encoder(default).finish())
     file = io.BytesIO(whole)
     with kvtc.open(file, "ab", codec=default) as writer:
         writer.write(*cache(DType.BFLOAT16, 0, 50))
