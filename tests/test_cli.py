@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -161,6 +163,53 @@ def test_pipes(tmp_path: Path, files: SimpleNamespace):
                    data=encoded.stdout)  # fmt: skip
     assert negative.returncode == 1
     assert b"count from the end, which a pipe does not tell" in negative.stderr
+
+
+#: ``kvtc`` that waits in its first write of a stream; ignores the signals whose names come first.
+_WAITING = """
+import signal, sys, time
+from kvtc_stream.cli import main
+from kvtc_stream.stream.writer import Writer
+
+def wait(self, *_, **__):
+    self._file.write(b"some bytes")
+    print("writing", flush=True)
+    time.sleep(60)
+
+Writer.write = wait
+for name in sys.argv.pop(1).split():
+    signal.signal(getattr(signal, name), signal.SIG_IGN)
+raise SystemExit(main())
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the signals are Unix's")
+@pytest.mark.parametrize(
+    ("ignored", "sent", "ended"),
+    [("", "SIGTERM", "SIGTERM"), ("", "SIGHUP", "SIGHUP"), ("SIGHUP", "SIGHUP SIGTERM", "SIGTERM")],
+)
+def test_signals_that_end_a_command_leave_no_partial_file(
+    tmp_path: Path, files: SimpleNamespace, ignored: str, sent: str, ended: str
+):
+    output = tmp_path / "out.kvtc"
+    output.write_bytes(b"what was there")
+    command = [sys.executable, "-c", _WAITING, ignored, "encode", files.cache]
+    with subprocess.Popen(
+        [*command, "-c", files.calibration, "-o", output],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"writing\n"
+        assert len(list(tmp_path.iterdir())) == 2
+        for name in sent.split():
+            process.send_signal(signal.Signals[name])
+            time.sleep(0.1)
+        _, said = process.communicate(timeout=20)
+    assert process.returncode == 128 + signal.Signals[ended]
+    assert f"kvtc: error: ended by {ended}" in said.decode()
+    assert list(tmp_path.iterdir()) == [output]
+    assert output.read_bytes() == b"what was there"
 
 
 def test_start_up_loads_nothing_heavy():

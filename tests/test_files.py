@@ -6,6 +6,8 @@ import functools
 import gc
 import io
 import os
+import stat
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -67,6 +69,69 @@ def test_links_and_special_files_stay(
     assert found == [stream]
     assert pipe.is_fifo()
     assert files(tmp_path) == {"link.kvtc", "real.kvtc", "pipe"}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="permissions are Unix's")
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o444])
+def test_permissions_stay_when_a_file_is_replaced(
+    tmp_path: Path, codec: kvtc.Codec, cache: Cache, stream: bytes, mode: int
+) -> None:
+    path = tmp_path / "a.kvtc"
+
+    def rewrite() -> None:
+        with kvtc.open(path, "wb", codec=codec) as writer:
+            writer.write(*cache)
+            (partial,) = tmp_path.glob(".*")
+            assert not stat.S_IMODE(partial.stat().st_mode) & 0o077
+
+    for change in (rewrite, lambda: kvtc.cut(path, path, tokens=slice(None, 100))):
+        path.unlink(missing_ok=True)
+        path.write_bytes(stream)
+        path.chmod(mode)
+        change()
+        assert stat.S_IMODE(path.stat().st_mode) == mode
+    if mode & 0o200:
+        with kvtc.open(path, "ab", codec=codec) as writer:
+            writer.write(*cache)
+        assert stat.S_IMODE(path.stat().st_mode) == mode
+    calibration = tmp_path / "calibration.safetensors"
+    calibration.touch()
+    calibration.chmod(mode)
+    codec.calibration.save(calibration)
+    assert stat.S_IMODE(calibration.stat().st_mode) == mode
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="permissions are Unix's")
+def test_new_files_follow_the_umask(tmp_path: Path, codec: kvtc.Codec) -> None:
+    for mask in (0o022, 0o077):
+        before = os.umask(mask)
+        try:
+            with kvtc.open(tmp_path / f"{mask}", "wb", codec=codec):
+                pass
+        finally:
+            os.umask(before)
+        assert stat.S_IMODE((tmp_path / f"{mask}").stat().st_mode) == 0o666 & ~mask
+
+
+def test_names_as_long_as_file_systems_take(
+    tmp_path: Path, codec: kvtc.Codec, cache: Cache, stream: bytes
+) -> None:
+    """Two that differ in their last letter are two files; letters may take several bytes."""
+    for letter in ("x", "é"):
+        names = [letter * (254 // len(letter.encode())) + end for end in "ab"]
+        first, second = (tmp_path / name for name in names)
+        with kvtc.open(first, "wb", codec=codec) as writer:
+            with kvtc.open(second, "wb", codec=codec) as other:
+                other.write(*cache)
+            with pytest.raises(kvtc.StateError, match=f"another writer is writing '{names[0]}'"):
+                kvtc.open(first, "wb", codec=codec)
+            writer.write(*cache)
+        assert first.read_bytes() == second.read_bytes() == stream
+        with kvtc.open(first, "ab", codec=codec) as writer:
+            writer.write(*cache)
+        assert files(tmp_path) == set(names)
+        first.unlink()
+        second.unlink()
 
 
 def test_open_wants_the_right_arguments(tmp_path: Path, codec: kvtc.Codec, stream: bytes) -> None:

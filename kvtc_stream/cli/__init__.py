@@ -7,17 +7,23 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 from kvtc_stream.cli.arguments import UsageError, make_parser
 from kvtc_stream.errors import KVTCError, KVTCWarning
 
 #: As argparse has it.
 _WRONG_USE = 2
-#: 128 + SIGINT, as shells have it.
-_INTERRUPTED = 130
+#: A signal ends a command with 128 + its number, as shells have it.
+_SIGNALLED = 128
+#: What asks a process to end; SIGHUP is Unix's.
+_ENDING = [s for s in signal.Signals if s.name in ("SIGTERM", "SIGHUP")]
 #: Modules that are not always there, and the extra that brings them.
 _EXTRAS = {
     "accelerate": "transformers",
@@ -28,6 +34,13 @@ _EXTRAS = {
     "torch": "transformers",
     "transformers": "transformers",
 }
+
+
+class _EndedError(BaseException):
+    """A signal asked the command to end."""
+
+    def __init__(self, number: int) -> None:
+        self.signal = signal.Signals(number)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,16 +56,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     with warnings.catch_warnings():
         _show_warnings_in_one_line()
         try:
-            # Commands are loaded when run: they import numpy, Numba, perhaps PyTorch.
-            command = importlib.import_module(f"kvtc_stream.cli.{args.module}")
-            status: int = command.run(args)
-            sys.stdout.flush()
-            return status
+            with _ended_by_signals():
+                # Commands are loaded when run: they import numpy, Numba, perhaps PyTorch.
+                command = importlib.import_module(f"kvtc_stream.cli.{args.module}")
+                status: int = command.run(args)
+                sys.stdout.flush()
+                return status
+        except _EndedError as ended:
+            return _fail(f"ended by {ended.signal.name}", _SIGNALLED + ended.signal)
         except UsageError as error:
             args.parser.print_usage(sys.stderr)
             return _fail(str(error), _WRONG_USE)
         except KeyboardInterrupt:
-            return _fail("interrupted", _INTERRUPTED)
+            return _fail("interrupted", _SIGNALLED + signal.SIGINT)
         except BrokenPipeError:
             # Whoever read our output has left; keep the interpreter from flushing into nowhere.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -66,6 +82,30 @@ def main(argv: Sequence[str] | None = None) -> int:
             if args.debug:
                 raise
             return _fail(str(error) or "not enough memory")
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Signals that ask the process to end raise, so that partial files are removed.
+
+    Those that whoever started the command ignores, as ``nohup`` does, stay ignored.
+    """
+
+    def end(number: int, _: Any) -> None:
+        for each in before:
+            signal.signal(each, signal.SIG_IGN)  # what is left to do is short
+        raise _EndedError(number)
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {s: h for s in _ENDING if (h := signal.getsignal(s)) is signal.SIG_DFL}
+    for each in before:
+        signal.signal(each, end)
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
 def _fail(message: str, status: int = 1) -> int:

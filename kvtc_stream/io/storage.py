@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import os
+import stat
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,15 +17,19 @@ from kvtc_stream.errors import StateError
 #: What can be opened: a path or a binary file object.
 File = str | os.PathLike[str] | BinaryIO
 
+#: Longer names, in bytes, are shortened in that of the partial file: file systems take 143 to 255.
+_LONG_NAME = 120
+
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """A file that takes ``path``'s place when the block ends without an exception.
 
-    Until then the bytes are in ``.NAME.partial`` beside it, locked: a second writer of the same
-    path, in this or another process, gets ``StateError``. A partial file left by a crash is
-    overwritten. Where a link stands, what it points to is replaced; a device or a named pipe is
-    written as it is.
+    Until then the bytes are in ``.NAME.partial`` beside it (NAME shortened if it is long), locked:
+    a second writer of the same path, in this or another process, gets ``StateError``. A partial
+    file left by a crash is overwritten. A file that is there keeps its permissions, and only its
+    owner reads the partial one; a new file has those that the umask leaves. Where a link stands,
+    what it points to is replaced; a device or a named pipe is written as it is.
     """
     target = Path(os.path.realpath(path))
     if target.exists() and not (target.is_file() or target.is_dir()):
@@ -33,11 +39,15 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     if not target.parent.is_dir():
         raise FileNotFoundError(f"no directory {Path(path).parent} to write {target.name} into")
     partial = _partial(target)
-    with _open_locked(partial) as file:
+    with _open_locked(partial, target.name) as file:
         try:
             file.truncate()
+            if target.exists():
+                _keep_private(file)
             yield file
             file.flush()
+            with contextlib.suppress(FileNotFoundError):
+                _take_over(file, target.stat())
             os.fsync(file.fileno())
             os.replace(partial, target)
         except BaseException:
@@ -53,7 +63,7 @@ def append_to(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """
     target = Path(os.path.realpath(path))
     partial = _partial(target)
-    with open(target, "r+b", buffering=0) as file, _open_locked(partial) as claim:
+    with open(target, "r+b", buffering=0) as file, _open_locked(partial, target.name) as claim:
         try:
             yield cast(BinaryIO, file)
             os.fsync(file.fileno())
@@ -96,10 +106,14 @@ def cut_on_failure(file: BinaryIO, size: int) -> Iterator[None]:
 
 
 def _partial(target: Path) -> Path:
-    return target.with_name(f".{target.name}.partial")
+    name = os.fsencode(target.name)
+    if len(name) <= _LONG_NAME:
+        return target.with_name(f".{target.name}.partial")
+    front = name[: _LONG_NAME // 2].decode(errors="ignore")
+    return target.with_name(f".{front}.{hashlib.sha256(name).hexdigest()[:32]}.partial")
 
 
-def _open_locked(path: Path) -> BinaryIO:
+def _open_locked(path: Path, name: str) -> BinaryIO:
     while True:
         file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
         try:
@@ -107,7 +121,7 @@ def _open_locked(path: Path) -> BinaryIO:
         except OSError:
             file.close()
             raise StateError(
-                f"another writer is writing {path.name[1:-8]!r}: wait for it, or write elsewhere"
+                f"another writer is writing {name!r}: wait for it, or write elsewhere"
             ) from None
         # A writer that finished between our open and our lock has renamed this very file.
         with contextlib.suppress(FileNotFoundError):
@@ -121,8 +135,32 @@ if sys.platform == "win32":
 
     def _lock(file: BinaryIO) -> None:
         msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+
+    def _keep_private(file: BinaryIO) -> None:
+        """Nothing: permissions are those of the folder."""
+
+    def _take_over(file: BinaryIO, replaced: os.stat_result) -> None:
+        """Nothing, as above."""
 else:
     import fcntl
 
     def _lock(file: BinaryIO) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def _keep_private(file: BinaryIO) -> None:
+        """Let nobody but the owner read a file that is to replace one."""
+        with contextlib.suppress(PermissionError):  # file systems that know no permissions
+            os.fchmod(file.fileno(), stat.S_IRUSR | stat.S_IWUSR)
+
+    def _take_over(file: BinaryIO, replaced: os.stat_result) -> None:
+        """Give a file the permissions of the one that it will replace, and its owner if we may."""
+        mode = stat.S_IMODE(replaced.st_mode)
+        try:
+            os.fchown(file.fileno(), replaced.st_uid, replaced.st_gid)
+        except PermissionError:
+            own = os.fstat(file.fileno())
+            if own.st_gid != replaced.st_gid:
+                mode &= ~stat.S_IRWXG  # bits of one group are not for another
+            mode &= ~(stat.S_ISUID | stat.S_ISGID)
+        with contextlib.suppress(PermissionError):
+            os.fchmod(file.fileno(), mode)
