@@ -261,6 +261,57 @@ def test_geometry_of_each_family(built: Callable[[str], Any]) -> None:
     assert full.rope[0].inv_freq[1] == pytest.approx(1e6 ** (-2 / 8))
 
 
+def modernbert_decoder() -> Any:
+    """Whose output head is called "decoder"."""
+    ids = {"cls_token_id": 1, "sep_token_id": 2}
+    config = transformers.ModernBertDecoderConfig(
+        **{**SIZES, "num_key_value_heads": 4}, **ids, layer_types=LAYER_TYPES
+    )
+    return transformers.ModernBertDecoderForCausalLM(config)
+
+
+def bert_decoder() -> Any:
+    sizes = {k: v for k, v in SIZES.items() if k != "num_key_value_heads"}
+    return transformers.BertLMHeadModel(transformers.BertConfig(**sizes, is_decoder=True))
+
+
+def test_geometry_of_decoders_by_other_names() -> None:
+    for make, count in ((modernbert_decoder, 2), (bert_decoder, 1)):
+        sections = geometry_of(make()).sections
+        assert len(sections) == count
+        assert {section.k_dim for section in sections} == {8}
+
+
+def test_the_probe_uses_no_padding() -> None:
+    """Whose embedding is zero, so that all positions look alike."""
+    assert geometry_of(llama(pad_token_id=VOCABULARY // 2)) == geometry_of(llama())
+
+
+def test_geometry_follows_the_configuration() -> None:
+    model = gemma3()
+    assert [s.layers for s in geometry_of(model).sections] == [(0, 1, 3), (2,)]
+    model.config.layer_types = LAYER_TYPES[::-1]
+    model.config.sliding_window = WINDOW + 1
+    assert [s.layers for s in geometry_of(model).sections] == [(0, 2, 3), (1,)]
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+def test_compiled_models(built: Callable[[str], Any]) -> None:
+    model = built("llama")
+    compiled = torch.compile(model)
+    assert geometry_of(compiled) == geometry_of(model)
+    assert model_identity(compiled) == model_identity(model)
+    calibration = calibrate(compiled, [drawn_ids(300)], importance="none")
+    cache = prefill(model, drawn_ids(300))
+    data = encode_cache(cache, kvtc.Codec(calibration, window=16), model=compiled)
+    assert decode_cache(data, calibration, model=compiled).get_seq_length() == 300
+    parts = llama()
+    parts.load_state_dict(model.state_dict())
+    parts.model.layers[1] = torch.compile(parts.model.layers[1])
+    parts.model = torch.compile(parts.model)
+    assert model_identity(parts).fingerprint == model_identity(model).fingerprint
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_geometry_in_half_precision(dtype: Any, built: Callable[[str], Any]) -> None:
     model = gemma3().to(dtype)
@@ -287,16 +338,7 @@ def test_geometry_of_a_multimodal_wrapper(built: Callable[[str], Any]) -> None:
 
 
 def test_learned_positions_are_no_rope() -> None:
-    config = transformers.GPT2Config(
-        n_embd=16,
-        n_layer=2,
-        n_head=2,
-        n_positions=100,
-        vocab_size=VOCABULARY,
-        bos_token_id=1,
-        eos_token_id=1,
-    )
-    [section] = geometry_of(transformers.GPT2LMHeadModel(config)).sections
+    [section] = geometry_of(gpt2()).sections
     assert section.rope == ()
 
 
@@ -344,9 +386,43 @@ def deepseek3() -> Any:
     return transformers.DeepseekV3ForCausalLM(config)
 
 
+def bert_encoder() -> Any:
+    sizes = {k: v for k, v in SIZES.items() if k != "num_key_value_heads"}
+    return transformers.BertModel(transformers.BertConfig(**sizes))
+
+
+def openai_gpt() -> Any:
+    config = transformers.OpenAIGPTConfig(n_embd=16, n_layer=2, n_head=2, vocab_size=VOCABULARY)
+    return transformers.OpenAIGPTLMHeadModel(config)
+
+
+def rwkv() -> Any:
+    config = transformers.RwkvConfig(
+        hidden_size=32, attention_hidden_size=32, num_hidden_layers=2, vocab_size=VOCABULARY
+    )
+    return transformers.RwkvForCausalLM(config)
+
+
+def xlm() -> Any:
+    config = transformers.XLMConfig(emb_dim=32, n_layers=2, n_heads=2, vocab_size=VOCABULARY)
+    return transformers.XLMWithLMHeadModel(config)
+
+
+def roformer() -> Any:
+    """Rotates keys, but takes no positions and has no table of frequencies."""
+    sizes = {k: v for k, v in SIZES.items() if k != "num_key_value_heads"}
+    config = transformers.RoFormerConfig(**sizes, is_decoder=True, embedding_size=32)
+    return transformers.RoFormerForCausalLM(config)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (bert_encoder, "BertModel: what layer 1 caches of a token depends on later tokens"),
+        (openai_gpt, "OpenAIGPTModel takes no cache"),
+        (rwkv, "RwkvModel takes no cache"),
+        (xlm, "XLMWithLMHeadModel"),
+        (roformer, "RoFormerForCausalLM: no rotary table of the model explains the keys of layer"),
         (deepseek3, "DeepseekV3ForCausalLM: the values of layer 0 depend on the position"),
         (longrope, "LlamaForCausalLM uses 'longrope' RoPE"),
         (gptj, "GPTJForCausalLM: no rotary table of the model explains the keys of layer 0"),
@@ -357,6 +433,16 @@ def deepseek3() -> Any:
 def test_unsupported_models(make: Callable[[], Any], message: str) -> None:
     with pytest.raises(kvtc.UnsupportedError, match=message):
         geometry_of(make())
+
+
+def test_positions_that_are_not_heeded() -> None:
+    """Then the places of a sequence show the table."""
+    model = llama()
+    expected = geometry_of(llama())
+    model.model.register_forward_pre_hook(
+        lambda _, args, kwargs: (args, {**kwargs, "position_ids": None}), with_kwargs=True
+    )
+    assert geometry_of(model) == expected
 
 
 def test_a_module_is_not_a_model() -> None:
@@ -374,44 +460,153 @@ def test_training_mode_is_kept() -> None:
 # --- Identity ------------------------------------------------------------------------------------
 
 
-def recipe(decoder: Any, config: dict[str, Any]) -> bytes:
+def recipe(tensors: dict[str, Any], config: dict[str, Any], *, version: str) -> bytes:
     """The documented fingerprint, the slow way."""
-    data = json.dumps(config, sort_keys=True, separators=(",", ":")).encode() + b"\n"
-    for name, parameter in sorted(decoder.named_parameters(), key=lambda p: p[0].encode()):
-        shape = ",".join(str(n) for n in parameter.shape)
+    data = version.encode() + json.dumps(config, sort_keys=True, separators=(",", ":")).encode()
+    data += b"\n"
+    for name, tensor in sorted(tensors.items(), key=lambda p: p[0].encode()):
+        shape = ",".join(str(n) for n in tensor.shape)
         data += f"{name} [{shape}]\n".encode()
-        values = parameter.detach().reshape(-1)
+        values = tensor.detach().reshape(-1)
         n = len(values)
         m = min(n, 64)
         for i in range(m):
-            bits = values[i * (n - 1) // (m - 1) if m > 1 else 0].bfloat16().view(torch.int16)
-            data += int(bits).to_bytes(2, "little", signed=True)
+            value = values[i * (n - 1) // (m - 1) if m > 1 else 0]
+            if value.is_floating_point():
+                bits = value.bfloat16().view(torch.int16)
+                data += int(bits).to_bytes(2, "little", signed=True)
+            else:
+                data += int(value).to_bytes(8, "little", signed=True)
     return hashlib.sha256(data).digest()
 
 
+#: Of :func:`llama`, as the first fingerprint took it.
+FIRST_CONFIG: dict[str, Any] = {
+    "head_dim": 8,
+    "hidden_act": "silu",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "model_type": "llama",
+    "num_attention_heads": 4,
+    "num_hidden_layers": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": (1e-6).hex(),
+    "rope_parameters": {
+        "factor": 8,
+        "high_freq_factor": 4,
+        "low_freq_factor": 1,
+        "original_max_position_embeddings": 512,
+        "rope_theta": 500000,
+        "rope_type": "llama3",
+    },
+    "vocab_size": VOCABULARY,
+}
+
+
 def test_fingerprint_follows_its_recipe() -> None:
-    config = {
-        "head_dim": 8,
-        "hidden_act": "silu",
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "model_type": "llama",
-        "num_attention_heads": 4,
-        "num_hidden_layers": 4,
-        "num_key_value_heads": 2,
-        "rms_norm_eps": (1e-6).hex(),
-        "rope_parameters": {
-            "factor": 8,
-            "high_freq_factor": 4,
-            "low_freq_factor": 1,
-            "original_max_position_embeddings": 512,
-            "rope_theta": 500000,
-            "rope_type": "llama3",
-        },
-        "vocab_size": VOCABULARY,
+    model = llama(attention_dropout=0.5, use_cache=False)
+    model.model.layers[1].register_buffer("stored", torch.arange(-3, 4))
+    model.model.layers[1].register_buffer("computed", torch.ones(3), persistent=False)
+    more = {"chunk_size_feed_forward": 0, "max_position_embeddings": 4096, "pretraining_tp": 1}
+    config = {**FIRST_CONFIG, **more}
+    tensors = {
+        **dict(model.model.named_parameters()),
+        "layers.1.stored": model.model.layers[1].stored,
     }
+    found = model_identity(model).fingerprint
+    assert found == recipe(tensors, config, version="kvtc fingerprint 2\n")
+
+
+@pytest.mark.filterwarnings("ignore:the stream is only:kvtc_stream.errors.KVTCWarning")
+def test_calibrations_with_the_first_fingerprint_are_still_taken(
+    built: Callable[[str], Any], calibrated: Callable[[str], kvtc.Calibration]
+) -> None:
+    model = built("llama")
+    first = recipe(dict(model.model.named_parameters()), FIRST_CONFIG, version="")
+    calibrator = kvtc.Calibrator(geometry_of(model), model=kvtc.ModelIdentity("", "", first))
+    for i, k, v in capture(model, drawn_ids(150)):
+        calibrator.update(k, v, section=i)
+    old = calibrator.finish()
+    ids = drawn_ids(40)
+    cache = prefill(model, ids)
+    with pytest.warns(kvtc.KVTCWarning, match="calibrate again"):
+        data = encode_cache(cache, kvtc.Codec(old, ratio=4, window=1024), model=model)
+    with pytest.warns(kvtc.KVTCWarning, match="calibrate again"):
+        decoded = decode_cache(data, old, model=model)
+    assert torch.equal(decoded.layers[2].keys, cache.layers[2].keys)
+
+    other = llama(rms_norm_eps=1e-5)
+    other.load_state_dict(model.state_dict())
+    with pytest.raises(kvtc.CalibrationMismatchError, match="calibrate this one"):
+        decode_cache(data, old, model=other)
+
+
+def gpt2(**changes: Any) -> Any:
+    sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 100}
+    ids = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 1}
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, **ids, **changes))
+
+
+def gpt_neox(**changes: Any) -> Any:
+    parameters = {"rope_type": "default", "partial_rotary_factor": 0.25}
+    config = transformers.GPTNeoXConfig(**SIZES, rope_parameters=parameters, **changes)
+    return transformers.GPTNeoXForCausalLM(config)
+
+
+def qwen3_moe(**changes: Any) -> Any:
+    sizes = {"head_dim": 8, "moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2}
+    config = transformers.Qwen3MoeConfig(**SIZES, **sizes, **changes)
+    return transformers.Qwen3MoeForCausalLM(config)
+
+
+def granite(**changes: Any) -> Any:
+    return transformers.GraniteForCausalLM(transformers.GraniteConfig(**SIZES, **changes))
+
+
+@pytest.mark.parametrize(
+    ("make", "change"),
+    [
+        (gpt_neox, {"use_parallel_residual": False}),
+        (gpt2, {"activation_function": "relu"}),
+        (gpt2, {"scale_attn_by_inverse_layer_idx": True}),
+        (gpt2, {"scale_attn_weights": False}),
+        (gpt2, {"reorder_and_upcast_attn": True}),
+        (qwen3_moe, {"norm_topk_prob": True}),
+        (qwen3_moe, {"decoder_sparse_step": 2}),
+        (granite, {"embedding_multiplier": 2.0}),
+        (llama, {"max_position_embeddings": 8192}),
+    ],
+)
+def test_fingerprint_sees_every_option(make: Callable[..., Any], change: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    model = make()
+    torch.manual_seed(0)
+    same, other = make(), make(**change)
+    other.load_state_dict(model.state_dict(), strict=False)
+    same.load_state_dict(model.state_dict())
+    assert model_identity(same).fingerprint == model_identity(model).fingerprint
+    assert model_identity(other).fingerprint != model_identity(model).fingerprint
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"pad_token_id": 3},
+        {"eos_token_id": [4, 5]},
+        {"attention_dropout": 0.1},
+        {"use_cache": False},
+        {"output_hidden_states": True},
+        {"initializer_range": 0.5},
+        {"an_option_of_a_later_release": False},
+        {"another": None},
+    ],
+)
+def test_fingerprint_is_not_of_what_cannot_matter(change: dict[str, Any]) -> None:
     model = llama()
-    assert model_identity(model).fingerprint == recipe(model.model, config)
+    before = model_identity(model).fingerprint
+    for name, value in change.items():
+        setattr(model.config, name, value)
+    assert model_identity(model).fingerprint == before
 
 
 def test_fingerprint_survives_saving_and_dtype(tmp_path: Any, built: Callable[[str], Any]) -> None:

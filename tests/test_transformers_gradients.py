@@ -12,7 +12,7 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from test_transformers import MODELS, SIZES, VOCABULARY, WINDOW, drawn_ids, llama  # noqa: E402
+from test_transformers import MODELS, WINDOW, drawn_ids, gpt2, gpt_neox, llama  # noqa: E402
 from transformers.cache_utils import DynamicCache  # noqa: E402
 
 import kvtc_stream as kvtc  # noqa: E402
@@ -47,26 +47,6 @@ def made(make: Callable[[], Any]) -> Any:
             else:
                 parameter.mul_(5)
     return model
-
-
-def gpt_neox() -> Any:
-    config = transformers.GPTNeoXConfig(
-        **SIZES, rope_parameters={"rope_type": "default", "partial_rotary_factor": 0.25}
-    )
-    return transformers.GPTNeoXForCausalLM(config)
-
-
-def gpt2() -> Any:
-    config = transformers.GPT2Config(
-        n_embd=16,
-        n_layer=2,
-        n_head=2,
-        n_positions=100,
-        vocab_size=VOCABULARY,
-        bos_token_id=1,
-        eos_token_id=1,
-    )
-    return transformers.GPT2LMHeadModel(config)
 
 
 def prefix(model: Any, ids: np.ndarray[Any, Any]) -> DynamicCache:

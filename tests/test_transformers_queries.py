@@ -12,8 +12,8 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from test_transformers import MODELS, SIZES, VOCABULARY, drawn_ids, llama  # noqa: E402
-from test_transformers_gradients import gpt2, gpt_neox, made, state  # noqa: E402
+from test_transformers import MODELS, SIZES, VOCABULARY, drawn_ids, gpt2, gpt_neox, llama  # noqa: E402
+from test_transformers_gradients import made, state  # noqa: E402
 from transformers import AttentionInterface  # noqa: E402
 
 import kvtc_stream as kvtc  # noqa: E402

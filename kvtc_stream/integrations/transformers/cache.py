@@ -24,10 +24,11 @@ import kvtc_stream as kvtc
 from kvtc_stream.backends.select import cuda_runs
 from kvtc_stream.errors import CalibrationMismatchError, UnsupportedError
 from kvtc_stream.formats import Geometry, Section
+from kvtc_stream.integrations.transformers.geometry import check_geometry, geometry_of
 from kvtc_stream.integrations.transformers.identity import (
     TokenIds,
     as_ids,
-    check_model,
+    check_fingerprint,
     token_digest,
 )
 from kvtc_stream.integrations.transformers.model import (
@@ -85,7 +86,8 @@ def encode_cache(
     """
     calibration = codec.calibration
     if model is not None:
-        check_model(model, calibration)
+        check_fingerprint(model, calibration)
+        check_geometry(geometry_of(model), calibration.geometry)
     layers, total = _check_cache(cache, calibration.geometry)
     digest = b""
     if token_ids is not None:
@@ -167,7 +169,8 @@ def decode_cache(
         The bytes are not a stream, or damaged.
     """
     if model is not None:
-        check_model(model, calibration)
+        check_fingerprint(model, calibration)
+        check_geometry(geometry_of(model), calibration.geometry)
         device = model.device if device is None else device
     if isinstance(source, bytes | bytearray | memoryview):
         source = io.BytesIO(source)

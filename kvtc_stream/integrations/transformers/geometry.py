@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,17 +17,26 @@ from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
 from kvtc_stream.coding.rope import Rotations, gather
 from kvtc_stream.errors import CalibrationMismatchError, UnsupportedError
 from kvtc_stream.formats import Geometry, Rope, Section
+from kvtc_stream.integrations.transformers.identity import config_text
 from kvtc_stream.integrations.transformers.model import (
+    SUPPORTED_CACHES,
     attention_layers,
     decoder_of,
-    growing,
-    inference,
+    filled_layers,
+    plain_model,
+    probe_tokens,
+    run,
 )
 
 #: Positions at which keys are compared; later ones would show the model's binary32 angles.
 _PROBE_POSITIONS = (0, 1, 2, 5, 17, 61, 251, 1021)
+#: Places in a sequence at which they are, where the model takes no positions.
+_PROBE_PLACES = 64
 
-_geometries: weakref.WeakKeyDictionary[PreTrainedModel, Geometry] = weakref.WeakKeyDictionary()
+#: Per decoder, what its geometry was found with, and the geometry.
+_geometries: weakref.WeakKeyDictionary[PreTrainedModel, tuple[Any, Geometry]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def geometry_of(model: PreTrainedModel) -> Geometry:
@@ -37,62 +47,136 @@ def geometry_of(model: PreTrainedModel) -> Geometry:
     must not differ. Candidates are the model's own ``inv_freq`` buffers (scaling is already in
     them) with their attention scaling factor, half-split and interleaved, and no RoPE. The proof
     covers frequencies, pairing, rotary dimension and which layer uses which table; a scaling
-    factor is taken from the model as it is.
+    factor is taken from the model as it is. Where the model takes no ``position_ids``, or seems to
+    have no RoPE, the tokens stand in one sequence, and keys at its places are compared.
+
+    Another run shows that the model fills a ``DynamicCache``, goes on from it, and is causal.
 
     Layers with different windows or shapes become different sections, in order of their first
     layer; layers that read another layer's cache are in none. The result is kept for as long as
-    the model lives.
+    the model lives and neither its configuration nor its rotary tables change.
 
     Raises
     ------
     UnsupportedError
-        The cache is not attention keys and values in token order (encoder-decoder, recurrent,
-        compressed), the rotary tables change with length (``dynamic``, ``longrope``), or no table
-        explains the keys.
+        The cache is not attention keys and values in token order (encoders, encoder-decoder,
+        recurrent, compressed), there is none, the rotary tables change with length (``dynamic``,
+        ``longrope``), or no table explains the keys.
     """
-    if model not in _geometries:
-        _geometries[model] = _probe(model)
-    return _geometries[model]
+    decoder, name = decoder_of(model), type(plain_model(model)).__name__
+    tables = _rotary_tables(decoder, name)
+    found_with = (config_text(decoder.config), tables)
+    known = _geometries.get(decoder)
+    if known is None or known[0] != found_with:
+        known = _geometries[decoder] = (found_with, _probe(decoder, tables, name))
+    return known[1]
 
 
-def _probe(model: PreTrainedModel) -> Geometry:
-    decoder = decoder_of(model)
-    name = type(model).__name__
-    ropes = _rotary_tables(decoder, name)
-    limit = getattr(decoder.config, "max_position_embeddings", None) or max(_PROBE_POSITIONS) + 1
-    positions = np.array([p for p in _PROBE_POSITIONS if p < limit], np.int64)
-    # One token alone attends to itself only, so what enters a layer does not depend on position.
-    inputs = {"input_ids": torch.full((len(positions), 1), decoder.config.vocab_size // 2)}
-    if "position_ids" in inspect.signature(decoder.forward).parameters:
-        inputs["position_ids"] = torch.from_numpy(positions)[:, None]
-    cache = DynamicCache(config=decoder.config)
-    layers = attention_layers(cache, name)
-    with inference(decoder):
-        output = decoder(
-            **{key: x.to(decoder.device) for key, x in inputs.items()},
-            **growing(decoder, cache),
-            output_hidden_states=not ropes,
-        )
-    # Learned positions are added to the embeddings: then keys differ without any RoPE.
-    absolute = not ropes and bool((output.hidden_states[0] != output.hidden_states[0][:1]).any())
+@dataclass(frozen=True)
+class _EqualTokens:
+    """Keys and values [heads, positions, dim] of one token at many positions, by layer."""
 
+    positions: NDArray[np.int64]
+    keys: dict[int, NDArray[np.float32]]
+    values: dict[int, NDArray[np.float32]]
+    tolerance: float
+    absolute: bool  #: positions are added to the embeddings: keys differ without any RoPE
+
+
+def _probe(decoder: PreTrainedModel, tables: list[Rope], name: str) -> Geometry:
+    kinds = attention_layers(DynamicCache(config=decoder.config), name)
+    _check_causal(decoder, name)
+    by_id = "position_ids" in inspect.signature(decoder.forward).parameters
+    probe = _equal_tokens(decoder, by_id, bool(tables), name)
     groups: dict[tuple[int, ...], list[int]] = {}
-    for number, layer in layers.items():
-        window = layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else 0
-        shape = (layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3])
-        groups.setdefault((window, *shape), []).append(number)
-    sections = []
-    for (_, kv_heads, k_dim, v_dim), numbers in groups.items():
-        section = Section(tuple(numbers), kv_heads, k_dim, v_dim)
-        if not absolute:
-            # The model rounds angles to binary32, and cosines, sines and keys to its own dtype.
-            tolerance = 1e-3 + 8 * torch.finfo(layers[numbers[0]].keys.dtype).eps
-            keys = _stack([layers[n].keys for n in numbers])
-            _check_values(section, _stack([layers[n].values for n in numbers]), tolerance, name)
-            rope = _explain(section, keys, positions, ropes, tolerance, name)
-            section = replace(section, rope=rope)
-        sections.append(section)
-    return Geometry(tuple(sections))
+    for number, layer in kinds.items():
+        if number in probe.keys:
+            window = layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else 0
+            (heads, _, k_dim), v_dim = probe.keys[number].shape, probe.values[number].shape[2]
+            groups.setdefault((window, heads, k_dim, v_dim), []).append(number)
+    sections = [Section(tuple(numbers), *shape) for (_, *shape), numbers in groups.items()]
+    if probe.absolute:
+        return Geometry(tuple(sections))
+    explained = [_explained(section, probe, tables, name) for section in sections]
+    if by_id and not any(any(section.rope) for section in explained):
+        # Positions that the model does not heed would look like no RoPE.
+        probe = _equal_tokens(decoder, False, bool(tables), name)
+        explained = [_explained(section, probe, tables, name) for section in sections]
+    return Geometry(tuple(explained))
+
+
+def _check_causal(decoder: PreTrainedModel, name: str) -> None:
+    """A token's keys and values depend on no later token, and the cache grows by new ones."""
+    first, *others, last = probe_tokens(decoder, 4)
+    rows = torch.tensor([[first, *[token] * 3] for token in others])
+    cache = DynamicCache()
+    run(decoder, cache, name, input_ids=rows)
+    held = {n: (x.keys, x.values) for n, x in filled_layers(cache, name).items()}
+    for number, pair in held.items():
+        for x in pair:
+            if x.shape[0] != 2 or x.ndim != 4 or x.shape[2] != 4:
+                raise UnsupportedError(
+                    f"layer {number} of {name} caches {list(x.shape)} of 2 sequences of 4 tokens; "
+                    f"{SUPPORTED_CACHES}"
+                )
+            one, other = x[:, :, 0].float()
+            if not (one - other).norm() <= _tolerance(x) * one.norm():
+                raise UnsupportedError(
+                    f"{name}: what layer {number} caches of a token depends on later tokens, as in "
+                    f"an encoder; supported are causal decoders"
+                )
+    run(decoder, cache, name, input_ids=torch.tensor([[last], [last]]))
+    for number, layer in filled_layers(cache, name).items():
+        for x, before in zip((layer.keys, layer.values), held[number], strict=True):
+            if x.shape[2] != 5 or not torch.equal(x[:, :, :4], before):
+                raise UnsupportedError(
+                    f"{name} does not go on from its cache: of 4 tokens and 1 more, layer {number} "
+                    f"caches {x.shape[2]}, or others than before; {SUPPORTED_CACHES}"
+                )
+
+
+def _equal_tokens(decoder: PreTrainedModel, by_id: bool, rotary: bool, name: str) -> _EqualTokens:
+    """By the ids of positions, one sequence for each, or by their places in one sequence."""
+    [token] = probe_tokens(decoder, 1)
+    limit = getattr(decoder.config, "max_position_embeddings", None) or max(_PROBE_POSITIONS) + 1
+    if by_id:
+        # One token attends to itself only, so what enters a layer does not depend on position.
+        positions = np.array([p for p in _PROBE_POSITIONS if p < limit], np.int64)
+        inputs = {
+            "input_ids": torch.full((len(positions), 1), token),
+            "position_ids": torch.from_numpy(positions)[:, None],
+        }
+    else:
+        # Equal values have themselves as their mean, whatever attention makes of the keys.
+        positions = np.arange(min(_PROBE_PLACES, limit))
+        inputs = {"input_ids": torch.full((1, len(positions)), token)}
+    cache = DynamicCache()
+    output = run(decoder, cache, name, output_hidden_states=not rotary, **inputs)
+    absolute = False
+    if not rotary:
+        embeddings = output.hidden_states[0].flatten(0, 1)
+        absolute = bool((embeddings != embeddings[:1]).any())
+    layers = filled_layers(cache, name)
+    # [sequences, heads, tokens, dim], where there is one sequence or one token.
+    keys, values = (
+        {
+            n: getattr(layer, kind).transpose(0, 1).flatten(1, 2).float().cpu().numpy()
+            for n, layer in layers.items()
+        }
+        for kind in ("keys", "values")
+    )
+    return _EqualTokens(
+        positions,
+        keys,
+        values,
+        max(_tolerance(layer.keys) for layer in layers.values()),
+        absolute,
+    )
+
+
+def _tolerance(x: Tensor) -> float:
+    """Models round angles to binary32, and cosines, sines and keys to their own dtype."""
+    return float(1e-3 + 8 * torch.finfo(x.dtype).eps)
 
 
 def _rotary_tables(decoder: PreTrainedModel, name: str) -> list[Rope]:
@@ -117,60 +201,50 @@ def _rotary_tables(decoder: PreTrainedModel, name: str) -> list[Rope]:
     return list(dict.fromkeys(ropes))
 
 
-def _stack(tensors: list[Tensor]) -> NDArray[np.float32]:
-    """[sequences, heads, 1, dim] of every layer as [layers, heads, sequences, dim]."""
-    return np.stack([x[:, :, 0].transpose(0, 1).float().cpu().numpy() for x in tensors])
-
-
-def _check_values(
-    section: Section, values: NDArray[np.float32], tolerance: float, name: str
-) -> None:
-    rows = np.empty((values.shape[2], section.v_width), np.float32)
+def _explained(section: Section, probe: _EqualTokens, tables: list[Rope], name: str) -> Section:
+    """The section with the table of each layer that makes the keys of all positions equal."""
     layers = len(section.layers)
+    values = np.stack([probe.values[n] for n in section.layers])
+    rows = np.empty((len(probe.positions), section.v_width), np.float32)
     gather(values, np.arange(layers), Rotations.none(layers), rows)
     for layer, error in zip(section.layers, _differences(rows, layers), strict=True):
-        if not error <= tolerance:
+        if not error <= probe.tolerance:
             raise UnsupportedError(
                 f"{name}: the values of layer {layer} depend on the position (by {error:.2g}, "
                 f"relative), so they are not plain attention values; supported are caches of one "
                 f"key and one value per head, not compressed ones"
             )
-
-
-def _explain(
-    section: Section,
-    keys: NDArray[np.float32],
-    positions: NDArray[np.int64],
-    ropes: list[Rope],
-    tolerance: float,
-    name: str,
-) -> tuple[Rope | None, ...]:
-    """The table of each layer that makes ``keys`` [layers, heads, positions, dim] equal."""
-    layers = len(keys)
-    candidates = [None, *(r for r in ropes if r.rotary_dim <= section.k_dim)]
+    keys = np.stack([probe.keys[n] for n in section.layers])
+    if not np.isfinite(keys).all() or not keys.any(axis=(1, 2, 3)).all():
+        raise UnsupportedError(
+            f"{name}: some keys of layers {list(section.layers)} are not numbers, or all of them "
+            f"zero, so that no RoPE can be found: load the model's weights"
+        )
+    candidates = [None, *(r for r in tables if r.rotary_dim <= section.k_dim)]
     errors = np.empty((len(candidates), layers))
-    rows = np.empty((len(positions), section.k_width), np.float32)
+    rows = np.empty((len(probe.positions), section.k_width), np.float32)
     for i, rope in enumerate(candidates):
         rotated = replace(section, rope=(rope,) * layers)
-        gather(keys, np.arange(layers), Rotations.of(rotated, positions, inverse=True), rows)
+        rotations = Rotations.of(rotated, probe.positions, inverse=True)
+        gather(keys, np.arange(layers), rotations, rows)
         errors[i] = _differences(rows, layers)
     for layer, error in zip(section.layers, errors.min(axis=0), strict=True):
-        if not error <= tolerance:
+        if not error <= probe.tolerance:
             raise UnsupportedError(
                 f"{name}: no rotary table of the model explains the keys of layer {layer} (the "
                 f"best leaves a relative difference of {error:.2g} between positions, expected at "
-                f"most {tolerance:.2g}); supported are RoPE over the leading channels of a key, "
-                f"half-split or interleaved, and no RoPE"
+                f"most {probe.tolerance:.2g}); supported are RoPE over the leading channels of a "
+                f"key, half-split or interleaved, and no RoPE"
             )
-    return tuple(candidates[i] for i in errors.argmin(axis=0))
+    return replace(section, rope=tuple(candidates[i] for i in errors.argmin(axis=0)))
 
 
 def _differences(rows: NDArray[np.float32], layers: int) -> NDArray[np.float32]:
     """Per layer of ``rows`` [positions, layers * width], how much positions differ, relative."""
     x = rows.reshape(len(rows), layers, -1)
     spread = np.linalg.norm(x - x[:1], axis=2).max(axis=0)
-    with np.errstate(invalid="ignore"):  # zeros explain nothing: NaN
-        return np.asarray(spread / np.linalg.norm(x[0], axis=1), np.float32)
+    norm = np.linalg.norm(x[0], axis=1)
+    return np.where(spread == 0, 0, spread / np.maximum(norm, np.finfo(np.float32).tiny))
 
 
 def check_geometry(found: Geometry, expected: Geometry) -> None:

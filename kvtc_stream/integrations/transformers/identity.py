@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
@@ -12,20 +13,52 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from kvtc_stream.calibration.model import Calibration
-from kvtc_stream.errors import CalibrationMismatchError, UnsupportedError
+from kvtc_stream.errors import CalibrationMismatchError, KVTCWarning, UnsupportedError
 from kvtc_stream.formats import ModelIdentity
-from kvtc_stream.integrations.transformers.geometry import check_geometry, geometry_of
-from kvtc_stream.integrations.transformers.model import decoder_of
+from kvtc_stream.integrations.transformers.model import decoder_of, plain_model
 
 TokenIds: TypeAlias = "Sequence[int] | NDArray[np.integer[Any]] | Tensor"
 
 #: Values of a parameter that enter the fingerprint.
 _FINGERPRINT_SAMPLES = 64
-#: Configuration entries that enter the fingerprint.
-FINGERPRINT_CONFIG = (
+#: Configuration entries that do not enter the fingerprint: none of them can change keys or values.
+NOT_IN_FINGERPRINT = frozenset(
+    {
+        # what the model is called, and how its weights are stored
+        "architectures",
+        "auto_map",
+        "dtype",
+        "torch_dtype",
+        "transformers_version",
+        # what a run gives back
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "return_dict",
+        "use_cache",
+        # what follows the decoder
+        "final_logit_softcapping",
+        "id2label",
+        "label2id",
+        "logit_scale",
+        "logits_scaling",
+        "problem_type",
+        "tie_word_embeddings",
+        # training (and every name with "dropout" or "pdrop")
+        "gradient_checkpointing",
+        "initializer_factor",
+        "initializer_range",
+        "router_aux_loss_coef",
+        # which tokens begin and end a text
+        "bos_token_id",
+        "eos_token_id",
+    }
+)
+#: Configuration entries that entered the first fingerprint, which old calibrations have.
+_FIRST_CONFIG = (
     "attention_chunk_size",
     "attention_multiplier",
     "attn_logit_softcapping",
@@ -65,34 +98,38 @@ def model_identity(
 
     The fingerprint is the SHA-256 of, in this order:
 
-    1. The configuration as UTF-8 JSON: an object of those entries of the text decoder's
-       configuration that are named in ``FINGERPRINT_CONFIG`` and are not null (entries of
-       objects within too), keys sorted, no white space, non-ASCII characters escaped; a number
-       that is whole as an integer, any other as the string that Python's ``float.hex`` gives.
-       A line feed.
-    2. For each parameter of the text decoder (without the output head, under its name in the
-       decoder, a shared one once, under its first), in order of the names' UTF-8 bytes: the line
-       ``NAME [DIM,DIM,...]`` and a line feed, then its sample. Of a parameter with ``n`` values,
-       ``m = min(n, 64)`` are sampled, at row-major indices ``i * (n - 1) // (m - 1)`` for ``i``
-       from 0 (index 0 if ``m`` is 1). Each is rounded to bfloat16, ties to even, and written as
-       two bytes, little-endian; a parameter of integers (quantised weights) as int64, eight bytes.
+    1. The line ``kvtc fingerprint 2`` and a line feed.
+    2. The text decoder's whole configuration as UTF-8 JSON, without what is off (null, false and
+       empty entries, those of objects within too), ``NOT_IN_FINGERPRINT``, names that begin with an
+       underscore or have ``dropout`` or ``pdrop`` in them, and, if there are ``rope_parameters``,
+       ``pad_token_id`` (learned positions may be counted from it). Keys are sorted, without white
+       space, non-ASCII characters escaped; a number that is whole is an integer, any other the
+       string that Python's ``float.hex`` gives. A line feed.
+    3. For each parameter and each buffer that checkpoints store, of the text decoder (without the
+       output head, under its name in the decoder, a shared one once, under its first), in order
+       of the names' UTF-8 bytes: the line ``NAME [DIM,DIM,...]`` and a line feed, then its sample.
+       Of ``n`` values, ``m = min(n, 64)`` are sampled, at row-major indices
+       ``i * (n - 1) // (m - 1)`` for ``i`` from 0 (index 0 if ``m`` is 1). Each is rounded to
+       bfloat16, ties to even, and written as two bytes, little-endian; integers (quantised
+       weights) as int64, eight bytes.
 
     Hence the fingerprint does not depend on whether weights are loaded as float32, bfloat16 or
-    their own dtype (loading as float16 rounds them first, and may change it), on their device, or
-    on the head. It changes with training and with quantisation.
+    their own dtype (loading as float16 rounds them first, and may change it), on their device, on
+    ``torch.compile``, or on the head. It changes with training, with quantisation, and with any
+    option of the architecture.
 
     Raises
     ------
     UnsupportedError
         Some weights are not loaded (meta device).
     """
-    decoder = decoder_of(model)
+    model = plain_model(model)
     source = getattr(model.config, "_name_or_path", None) or ""
     if name is None:
         name = os.path.basename(os.path.abspath(source)) if os.path.isdir(source) else source
     if revision is None:
         revision = getattr(model.config, "_commit_hash", None) or ""
-    return ModelIdentity(name, revision, _fingerprint(decoder))
+    return ModelIdentity(name, revision, _fingerprints(decoder_of(model))[0])
 
 
 def token_digest(token_ids: TokenIds) -> bytes:
@@ -103,15 +140,25 @@ def token_digest(token_ids: TokenIds) -> bytes:
     return hashlib.sha256(as_ids(token_ids).astype("<i8").tobytes()).digest()
 
 
-def check_model(model: PreTrainedModel, calibration: Calibration) -> None:
+def check_fingerprint(model: PreTrainedModel, calibration: Calibration) -> None:
+    """Refuse another model than that of the calibration, if the calibration knows it."""
     expected = calibration.model
-    found = model_identity(model)
-    if expected.fingerprint and found.fingerprint != expected.fingerprint:
-        raise CalibrationMismatchError(
-            f"the model is {_label(found)}, the calibration was made with {_label(expected)}: use "
-            f"the model it was made with, or calibrate this one"
+    if not expected.fingerprint:
+        return
+    current, first = _fingerprints(decoder_of(model))
+    if expected.fingerprint == first:
+        warnings.warn(
+            "the calibration was made by an early version, whose fingerprint leaves out parts of "
+            "the model's configuration: calibrate again to be sure that the model is the same",
+            KVTCWarning,
+            stacklevel=4,
         )
-    check_geometry(geometry_of(model), calibration.geometry)
+    elif expected.fingerprint != current:
+        raise CalibrationMismatchError(
+            f"the model is {_label(model_identity(model))}, the calibration was made with "
+            f"{_label(expected)}: use the model it was made with, configured alike, or calibrate "
+            f"this one"
+        )
 
 
 def _label(identity: ModelIdentity) -> str:
@@ -131,14 +178,31 @@ def as_ids(token_ids: TokenIds) -> NDArray[np.int64]:
     return ids.astype(np.int64)
 
 
-def _fingerprint(decoder: PreTrainedModel) -> bytes:
-    config = decoder.config.to_dict()
-    entries = {k: _canonical(config[k]) for k in FINGERPRINT_CONFIG if config.get(k) is not None}
-    digest = hashlib.sha256(json.dumps(entries, sort_keys=True, separators=(",", ":")).encode())
-    digest.update(b"\n")
-    for name, sample in sorted(_samples(decoder).items(), key=lambda item: item[0].encode()):
-        digest.update(name.encode() + b"\n" + sample)
-    return digest.digest()
+def config_text(config: PreTrainedConfig) -> str:
+    """What of a configuration may change keys and values, as JSON."""
+    entries = {
+        name: value
+        for name, value in config.to_dict().items()
+        if not name.startswith("_")
+        and name not in NOT_IN_FINGERPRINT
+        and "dropout" not in name
+        and "pdrop" not in name
+    }
+    if entries.get("rope_parameters"):
+        entries.pop("pad_token_id", None)
+    return _json(_switched_on(_canonical(entries)))
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))
+
+
+def _switched_on(value: Any) -> Any:
+    """Without null, false and empty entries, so that a new option changes nothing until used."""
+    if isinstance(value, dict):
+        pairs = ((k, _switched_on(v)) for k, v in value.items())
+        return {k: v for k, v in pairs if v is not None and v is not False and v not in ({}, [])}
+    return value
 
 
 def _canonical(value: Any) -> Any:
@@ -148,29 +212,62 @@ def _canonical(value: Any) -> Any:
         return [_canonical(v) for v in value]
     if isinstance(value, float):
         return int(value) if value.is_integer() else value.hex()
-    return value
+    return value if value is None or isinstance(value, bool | int | str) else str(value)
 
 
-def _samples(decoder: PreTrainedModel) -> dict[str, bytes]:
-    """Per ``NAME [DIM,...]`` the sampled values, in one transfer per device and dtype."""
+def _fingerprints(decoder: PreTrainedModel) -> tuple[bytes, bytes]:
+    """The fingerprint, and the first one, which old calibrations have."""
+    parameters = dict(decoder.named_parameters())
+    samples = _samples({**parameters, **_stored_buffers(decoder)})
+    config = decoder.config.to_dict()
+    first = {k: _canonical(config[k]) for k in _FIRST_CONFIG if config.get(k) is not None}
+    return (
+        _digest(f"kvtc fingerprint 2\n{config_text(decoder.config)}", samples),
+        _digest(_json(first), {name: samples[name] for name in parameters}),
+    )
+
+
+def _digest(text: str, samples: dict[str, bytes]) -> bytes:
+    digest = hashlib.sha256(text.encode() + b"\n")
+    for sample in sorted(samples.values(), key=lambda x: x.split(b" ", 1)[0]):
+        digest.update(sample)
+    return digest.digest()
+
+
+def _stored_buffers(decoder: PreTrainedModel) -> dict[str, Tensor]:
+    """Buffers that checkpoints store; tables that are computed when a model is made are none."""
+    return {
+        f"{prefix}.{name}" if prefix else name: buffer
+        for prefix, module in decoder.named_modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if name not in module._non_persistent_buffers_set
+    }
+
+
+def _samples(tensors: dict[str, Tensor]) -> dict[str, bytes]:
+    """Per name its ``NAME [DIM,...]`` and sampled values, in one transfer per device and dtype."""
     groups: dict[tuple[torch.device, torch.dtype], list[tuple[str, Tensor]]] = {}
-    for name, parameter in decoder.named_parameters():
-        if parameter.is_meta:
+    indices: dict[tuple[int, torch.device], Tensor] = {}
+    for name, tensor in tensors.items():
+        if tensor.is_meta:
             raise UnsupportedError(
                 f"parameter {name} is not loaded (meta device): load the model without offloading"
             )
-        n = parameter.numel()
-        m = min(n, _FINGERPRINT_SAMPLES)
-        index = torch.arange(m, device=parameter.device) * (n - 1) // max(m - 1, 1)
-        values = parameter.detach().flatten()[index]
-        dtype = torch.bfloat16 if values.is_floating_point() else torch.int64
-        title = f"{name} [{','.join(map(str, parameter.shape))}]"
-        groups.setdefault((values.device, dtype), []).append((title, values.to(dtype)))
+        place = (tensor.numel(), tensor.device)
+        if place not in indices:
+            n, m = place[0], min(place[0], _FINGERPRINT_SAMPLES)
+            indices[place] = (torch.arange(m) * (n - 1) // max(m - 1, 1)).to(tensor.device)
+        values = tensor.detach().flatten()[indices[place]]
+        groups.setdefault((values.device, values.dtype), []).append((name, values))
     samples = {}
-    for group in groups.values():
-        flat = torch.cat([values for _, values in group]).cpu()
-        raw = flat.view(torch.int16 if flat.dtype == torch.bfloat16 else torch.int64).numpy()
+    for (_, dtype), group in groups.items():
+        flat = torch.cat([values for _, values in group])
+        flat = flat.to(torch.bfloat16 if dtype.is_floating_point else torch.int64).cpu()
+        raw = flat.view(torch.int16 if dtype.is_floating_point else torch.int64).numpy()
         pieces = np.split(raw, np.cumsum([len(values) for _, values in group])[:-1])
-        for (title, _), piece in zip(group, pieces, strict=True):
-            samples[title] = piece.astype(piece.dtype.newbyteorder("<")).tobytes()
+        for (name, _), piece in zip(group, pieces, strict=True):
+            shape = ",".join(map(str, tensors[name].shape))
+            title = f"{name.replace('_orig_mod.', '')} [{shape}]\n"
+            little = piece.astype(piece.dtype.newbyteorder("<"))
+            samples[name] = title.encode() + little.tobytes()
     return samples

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import (
     DummyLayer,
@@ -16,23 +17,36 @@ from transformers.cache_utils import (
     DynamicSlidingWindowLayer,
 )
 
-from kvtc_stream.errors import UnsupportedError
+from kvtc_stream.errors import KVTCError, UnsupportedError
 
 SUPPORTED_CACHES = (
     "supported is a DynamicCache of one sequence whose layers are full or sliding-window attention"
 )
 
 
-def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
-    """The part of a model that fills the cache: without head, without vision tower."""
+def plain_model(model: PreTrainedModel) -> PreTrainedModel:
+    """The model itself, where ``torch.compile`` has wrapped it."""
+    model = getattr(model, "_orig_mod", model)
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model must be a transformers PreTrainedModel, found {type(model)}")
+    return model
+
+
+def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The part of a model that fills the cache: without head, without vision tower."""
+    model = plain_model(model)
     if model.config.is_encoder_decoder:
         raise UnsupportedError(
             f"{type(model).__name__} is an encoder-decoder model, supported are causal decoders"
         )
-    decoder: PreTrainedModel = model.get_decoder()  # type: ignore[no-untyped-call]
-    return decoder
+    # Where an output head is called "decoder", get_decoder gives that.
+    for part in (model.get_decoder(), model.base_model):  # type: ignore[no-untyped-call]
+        part = getattr(part, "_orig_mod", part)
+        if isinstance(part, PreTrainedModel):
+            return part
+    raise UnsupportedError(
+        f"{type(model).__name__} has no part that is a model of its own and fills the cache"
+    )
 
 
 @contextmanager
@@ -50,8 +64,45 @@ def inference(module: torch.nn.Module) -> Iterator[None]:
 
 def growing(module: torch.nn.Module, cache: DynamicCache) -> dict[str, Any]:
     """Arguments with which a model goes on from a cache; transformers 5.24 renamed one."""
-    renamed = "cache" in inspect.signature(module.forward).parameters
-    return {"cache" if renamed else "past_key_values": cache, "use_cache": True}
+    parameters = inspect.signature(module.forward).parameters
+    for name in ("cache", "past_key_values"):
+        if name in parameters:
+            return {name: cache, "use_cache": True}
+    raise UnsupportedError(f"{type(module).__name__} takes no cache; {SUPPORTED_CACHES}")
+
+
+def run(decoder: PreTrainedModel, cache: DynamicCache, name: str, **inputs: Any) -> Any:
+    """A decoder's output for inputs of our own choice, which a model may not be made for."""
+    try:
+        moved = {k: x.to(decoder.device) if isinstance(x, Tensor) else x for k, x in inputs.items()}
+        with inference(decoder):
+            return decoder(**moved, **growing(decoder, cache))
+    except (KVTCError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise UnsupportedError(
+            f"{name} cannot be run on token ids with a DynamicCache ({type(error).__name__}: "
+            f"{error}); {SUPPORTED_CACHES}"
+        ) from error
+
+
+def probe_tokens(decoder: PreTrainedModel, count: int) -> list[int]:
+    """Tokens that mean something: none that fills, begins or ends, none whose embedding is zero."""
+    weight = decoder.get_input_embeddings().weight  # type: ignore[no-untyped-call]
+    special = (getattr(decoder.config, f"{kind}_token_id", None) for kind in ("pad", "bos", "eos"))
+    left_out = {x for ids in special for x in (ids if isinstance(ids, list) else [ids])}
+    near = list(range(len(weight) // 2, len(weight)))[: 16 * count]
+    # Where a vocabulary is tiny, tokens come again.
+    usable = [i for i in near if i not in left_out and bool(weight[i].any())] or near
+    return [usable[i % len(usable)] for i in range(count)]
+
+
+def filled_layers(cache: DynamicCache, name: str) -> dict[int, Any]:
+    """Of :func:`attention_layers` those that hold tokens; refuses a model that left all empty."""
+    layers = {n: x for n, x in attention_layers(cache, name).items() if x.is_initialized}
+    if not layers:
+        raise UnsupportedError(f"{name} left its cache empty; {SUPPORTED_CACHES}")
+    return layers
 
 
 def attention_layers(cache: DynamicCache, owner: str) -> dict[int, Any]:
