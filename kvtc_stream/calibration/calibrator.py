@@ -206,7 +206,7 @@ class Calibrator:
         k_scale: Any = None,
         v_scale: Any = None,
     ) -> None:
-        """Learn from one document, or a piece of one.
+        """Learn from one document, or a piece of one. Tokens with NaN or Inf are left out.
 
         Parameters
         ----------
@@ -221,8 +221,6 @@ class Calibrator:
             Which section of the geometry.
         k_scale, v_scale
             For fp8 caches: a scalar, [layers] or [layers, kv_heads]; value = fp8 × scale.
-
-        Tokens with NaN or Inf are left out.
         """
         moments = self._section(section)
         k_layers, v_layers, where = self._document(moments.section, k, v, positions)

@@ -35,6 +35,10 @@ def encode_many(
 ) -> list[bytes]:
     """Whole caches to whole streams, in order.
 
+    The stream of a cache does not depend on the others. On a CUDA device the blocks of a cache
+    share launches, and two caches are encoded at a time, each with scratch of its own. Of pages,
+    8,192 tokens at a time are copied.
+
     Parameters
     ----------
     caches
@@ -43,10 +47,6 @@ def encode_many(
         How to code all of them.
     stream
         Options of :meth:`kvtc_stream.Codec.encoder`, for all of them.
-
-    The stream of a cache does not depend on the others. On a CUDA device the blocks of a cache
-    share launches, and two caches are encoded at a time, each with scratch of its own. Of pages,
-    8,192 tokens at a time are copied.
     """
 
     def one(cache: tuple[Any, Any] | PagedCache) -> bytes:
@@ -103,6 +103,9 @@ def decode_many(
 ) -> list[tuple[Any, Any]]:
     """Whole streams to whole caches.
 
+    On a CUDA device streams of one kind (plan, geometry, types) share launches, and where they are
+    many two batches are decoded at a time, each with scratch of its own.
+
     Parameters
     ----------
     streams
@@ -118,11 +121,9 @@ def decode_many(
 
     Returns
     -------
-    K and V [layers, kv_heads, tokens, head_dim] of each stream; on a CUDA device views of arrays
-    that streams of one kind share. Nothing where ``out`` is given.
-
-    On a CUDA device streams of one kind (plan, geometry, types) share launches, and where they are
-    many two batches are decoded at a time, each with scratch of its own.
+    list of (k, v)
+        [layers, kv_heads, tokens, head_dim] of each stream; on a CUDA device views of arrays that
+        streams of one kind share. Nothing where ``out`` is given.
     """
     if out is not None and len(out) != len(streams):
         raise ValueError(f"found {len(streams)} streams and {len(out)} caches for them")

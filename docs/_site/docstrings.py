@@ -1,0 +1,45 @@
+"""What mkdocstrings does not do by itself: roles become links, and names that share a description
+(``k, v``) do not repeat it."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import griffe
+
+ROLE = re.compile(r":(?:class|func|meth|data|mod):`~?([\w.]+)`")
+
+
+class Docstrings(griffe.Extension):
+    """Works on every docstring once it is known, in numpydoc's style."""
+
+    def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
+        """Of an object whose members are known."""
+        if obj.docstring is None:
+            return
+        scope = obj if obj.is_class else obj.parent
+
+        def link(match: re.Match[str]) -> str:
+            """A link to what the reference has, plain code to what it has not."""
+            name = match[1]
+            if "." in name or scope is None:
+                target = name
+            elif name[0].isupper():
+                target = f"kvtc_stream.{name}"
+            else:
+                target = f"{scope.path}.{name}"
+            shown = name.removeprefix("kvtc_stream.")
+            return f'<autoref optional identifier="{target}"><code>{shown}</code></autoref>'
+
+        obj.docstring.value = ROLE.sub(link, obj.docstring.value)
+        obj.docstring.parser = "numpy"
+        for section in obj.docstring.parsed:
+            if section.kind is not griffe.DocstringSectionKind.parameters:
+                continue
+            first = None
+            for parameter in section.value:
+                if first is not None and parameter.description == first.description:
+                    parameter.description = f"See `{first.name}`."
+                else:
+                    first = parameter
