@@ -183,7 +183,7 @@ def main() -> None:
             "checksum_alone": best(lambda: xxhash.xxh3_64_intdigest(data)),
             "verify": best(verify),
             "copy_and_sync": best(copy),
-            "cat": best(lambda: kvtc.cat([path], out)),
+            "cat": best(lambda: kvtc.concat([path], out)),
             "truncate_to_half": best(
                 lambda: kvtc.cut(path, out, tokens=slice(None, args.tokens // 2 + 5))
             ),

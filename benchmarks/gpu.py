@@ -553,7 +553,7 @@ def nvcomp_speed(model: Model, plan: DevicePlan) -> dict[str, Any]:
     section = model.geometry.sections[0]
     k, v = (x.view(ml_dtypes.bfloat16) for x in model.cache(8192, 0))
     _, *blocks = StreamParser(Limits()).feed(
-        kvtc.encode(k, v, replace(codec, backend="cuda", measure="none"))
+        kvtc.encode(k, v, replace(codec, backend="cuda", measure=False))
     )
     placed = [Placed(b, np.arange(b.start, b.start + b.tokens)) for b in blocks if b.coded_tokens]
     decoder = UniformDecoder(section, plan)
@@ -611,7 +611,7 @@ def public_speed(model: Model) -> dict[str, Any]:
     result: dict[str, Any] = {"raw_copy_gbps": size / copying_s / 1e9, "many": MANY}
     for name, options in (("default", {}), ("without_window", {"window": 0, "sinks": 0})):
         codec = kvtc.Codec(model.calibration, ratio=RATIO, backend="cuda", **options)
-        unmeasured = replace(codec, measure="none")
+        unmeasured = replace(codec, measure=False)
         data, measured_s = by_clock(partial(kvtc.encode, k, v, codec))
         _, encoding_s = by_clock(partial(kvtc.encode, k, v, unmeasured))
         task = partial(kvtc.decode, data, model.calibration, out=out, backend="cuda")

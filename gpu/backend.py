@@ -15,7 +15,7 @@ import cupy
 import numpy as np
 from numpy.typing import NDArray
 
-from kvtc_stream.backends.base import HOPELESS, Measure, block_errors
+from kvtc_stream.backends.base import HOPELESS, R, T, block_errors
 from kvtc_stream.backends.cpu import CpuBackend, CpuSectionCoder
 from kvtc_stream.calibration.parts import CalibratedBases
 from kvtc_stream.coding.values import (
@@ -25,19 +25,25 @@ from kvtc_stream.coding.values import (
     verbatim_output,
     verbatim_planes,
 )
-from kvtc_stream.errors import UnsupportedError
 from kvtc_stream.formats import Block, DType, Role, SectionPlan, StreamHeader
 from kvtc_stream.formats.coders import compress_beside
 from kvtc_stream.gpu.coder.analysis import Payload
 from kvtc_stream.gpu.coder.band_coding import BandDecoder, BandEncoder
-from kvtc_stream.gpu.coder.decoding import BlockDecoder, Placed, UniformDecoder, faulty
+from kvtc_stream.gpu.coder.decoding import (
+    BATCH_TOKENS,
+    BlockDecoder,
+    Placed,
+    UniformDecoder,
+    faulty,
+)
 from kvtc_stream.gpu.coder.encoding import BatchEncoder, Prepared
 from kvtc_stream.gpu.coder.plan import BandPlan, DevicePlan
 from kvtc_stream.gpu.coder.rope import DeviceRopes
 from kvtc_stream.gpu.kernels import layout
 from kvtc_stream.gpu.runtime.staging import Staging
+from kvtc_stream.gpu.runtime.streams import side_by_side
 from kvtc_stream.gpu.runtime.tensors import BITS, Tensors, entries, to_device
-from kvtc_stream.io.dlpack import BackendName, layer_list, numpy_dtype
+from kvtc_stream.io.dlpack import BackendName, layer_list, numpy_dtype, on_cuda
 from kvtc_stream.io.threads import threads
 from kvtc_stream.planning.rate_control import Controls, SectionControl
 
@@ -61,12 +67,12 @@ class CudaBackend:
         section: int,
         calibration: CalibratedBases,
         *,
-        max_error: float | None = None,
-        measure: Measure = "full",
+        error_bound: float | None = None,
+        measure: bool = True,
         target: Controls | None = None,
     ) -> CudaSectionCoder:
         """See :meth:`kvtc_stream.backends.base.Backend.section_coder`."""
-        return CudaSectionCoder(header, section, calibration, max_error, measure, target)
+        return CudaSectionCoder(header, section, calibration, error_bound, measure, target)
 
     def layer_list(
         self, x: Any, name: str, layers: int, kv_heads: int, head_dim: int
@@ -110,6 +116,30 @@ class CudaBackend:
         own = np.split(found, np.cumsum([len(x) for x in planes])[:-1])
         return [[plane.data for plane in x.reshape(itemsize, -1)] for x in own]
 
+    def pool(self, tensors: Sequence[Any]) -> Tensors:
+        """See :meth:`kvtc_stream.backends.base.Backend.pool`."""
+        arrays, dtypes = zip(*(to_device(x, "pages") for x in tensors), strict=True)
+        return Tensors.of_layers(arrays, dtypes[0], paged=True)
+
+    def held(self, x: Any) -> Any:
+        """See :meth:`kvtc_stream.backends.base.Backend.held`.
+
+        CuPy's, in the current stream: only on the caller's thread do frameworks know what streams
+        their tensors are used in.
+        """
+        if isinstance(x, list | tuple):
+            return [self.held(layer) for layer in x]
+        if not on_cuda(x):
+            return x
+        bits, dtype = to_device(x, "a cache's tensor")
+        return bits.view(numpy_dtype(dtype))
+
+    batch_tokens = BATCH_TOKENS
+
+    def side_by_side(self, function: Callable[[T], R], arguments: Sequence[T]) -> list[R]:
+        """See :func:`kvtc_stream.gpu.runtime.streams.side_by_side`."""
+        return side_by_side(function, arguments)
+
     def output(self, x: Any, dtype: DType) -> Any:
         """See :meth:`kvtc_stream.backends.base.Backend.output`."""
         return x.view(numpy_dtype(dtype))
@@ -132,20 +162,15 @@ class CudaSectionCoder:
         header: StreamHeader,
         section: int,
         calibration: CalibratedBases,
-        max_error: float | None,
-        measure: Measure,
+        error_bound: float | None,
+        measure: bool,
         target: Controls | None,
     ) -> None:
         plan = header.plan.sections[section]
         self._header, self._index = header, section
         self._section = header.geometry.sections[section]
         self._calibration, self._measure = calibration, measure
-        self._bound = HOPELESS if max_error is None else min(HOPELESS, max_error)
-        if measure == "coefficients" and plan.uniform:
-            raise UnsupportedError(
-                "the CUDA backend measures errors of the reconstruction, or none: choose "
-                "measure='full' or 'none'"
-            )
+        self._bound = HOPELESS if error_bound is None else min(HOPELESS, error_bound)
         self._ropes = DeviceRopes(self._section)
         self._uniform = plan.uniform
         key = ("cuda", cupy.cuda.runtime.getDevice(), section, header.plan.digest)
@@ -169,7 +194,7 @@ class CudaSectionCoder:
                 self._header,
                 self._index,
                 self._calibration,
-                max_error=self._bound,
+                error_bound=self._bound,
                 measure=self._measure,
             )
         return self._host
@@ -179,9 +204,6 @@ class CudaSectionCoder:
     def encode(self, k: Any, v: Any, positions: NDArray[np.int64], start: int) -> list[Block]:
         """See :meth:`kvtc_stream.backends.base.SectionCoder.encode`."""
         tensors = [Tensors.of_layers(list(x), self._header.dtype) for x in (k, v)]
-        if self._measure == "coefficients":
-            k_host, v_host = self._picked(tensors, np.arange(len(positions)))
-            return self._cpu.encode(k_host, v_host, positions, start)
         size, tokens = self._header.block_tokens, len(positions)
         encoder = self._encoder = self._encoder or self._new_encoder()
         together = max(1, encoder.batch_tokens // size) * size
@@ -227,7 +249,7 @@ class CudaSectionCoder:
 
     def _new_encoder(self) -> BatchEncoder | BandEncoder:
         arguments = self._section, self._plan, self._header.out_dtype, self._scales
-        options: dict[str, Any] = {"measure": self._measure == "full", "bound": self._bound}
+        options: dict[str, Any] = {"measure": self._measure, "bound": self._bound}
         if self._uniform:
             return BatchEncoder(*arguments, **options)
         return BandEncoder(*arguments, coder=self._header.coder, **options)
@@ -310,7 +332,7 @@ class CudaSectionCoder:
             coded_size=payload.coded_size,
             verbatim_coder=verbatim_coder,
             verbatim=data,
-            errors=block_errors(self._measure, errors, kept),
+            errors=block_errors(errors, kept),
         )
 
     # Decoding.

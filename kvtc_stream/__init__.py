@@ -33,7 +33,15 @@ if TYPE_CHECKING:
     from kvtc_stream.stream.batch import decode_layers, decode_many, encode_many
     from kvtc_stream.stream.codec import PRESETS, Codec
     from kvtc_stream.stream.decoder import Decoder, KVBlock
-    from kvtc_stream.stream.edit import Piece, cat, cut, join
+    from kvtc_stream.stream.edit import (
+        Piece,
+        compact,
+        concat,
+        cut,
+        merge_layers,
+        split_layers,
+        truncate,
+    )
     from kvtc_stream.stream.encoder import Encoder
     from kvtc_stream.stream.opening import decode, encode, open
     from kvtc_stream.stream.pages import PageCodec
@@ -65,15 +73,18 @@ _HOME = {
     "Section": "formats",
     "StreamStatistics": "stream.statistics",
     "Writer": "stream.writer",
-    "cat": "stream.edit",
+    "compact": "stream.edit",
+    "concat": "stream.edit",
     "cut": "stream.edit",
     "decode": "stream.opening",
     "decode_layers": "stream.batch",
     "decode_many": "stream.batch",
     "encode": "stream.opening",
     "encode_many": "stream.batch",
-    "join": "stream.edit",
+    "merge_layers": "stream.edit",
     "open": "stream.opening",
+    "split_layers": "stream.edit",
+    "truncate": "stream.edit",
 }
 
 __all__ = [
@@ -110,16 +121,19 @@ __all__ = [
     "UnsupportedError",
     "VersionError",
     "Writer",
-    "cat",
+    "compact",
+    "concat",
     "cut",
     "decode",
     "decode_layers",
     "decode_many",
     "encode",
     "encode_many",
-    "join",
+    "merge_layers",
     "open",
+    "split_layers",
     "testing",
+    "truncate",
 ]
 
 

@@ -229,7 +229,7 @@ def cases(draw: st.DrawFn, *, hostile: bool = True) -> Case:
         window=draw(st.sampled_from([0, 1, 20])),
         block_tokens=draw(st.sampled_from([1, 7, 16])),
         coder=coder,
-        max_error=draw(st.sampled_from([None, None, 0.0, 0.05, 0.5])),
+        error_bound=draw(st.sampled_from([None, None, 0.0, 0.05, 0.5])),
     )
     tokens = [
         draw(section_tokens(geometry, i, dtype, hostile=hostile))

@@ -114,7 +114,7 @@ def test_what_is_appended_to_must_fit(
         ({"window": 25}, "written with 24, not 25, window"),
         ({"sinks": 5}, "written with 4, not 5, sinks"),
         ({"block_tokens": 8}, "written with 16, not 8, block_tokens"),
-        ({"ratio": 8, "plan": None}, "written with another plan"),
+        ({"ratio": 8}, "written with another plan"),
         ({"out_dtype": "float16"}, "written with 'float32', not 'float16', out_dtype"),
     ):
         with pytest.raises(ValueError, match=message):

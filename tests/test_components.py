@@ -164,7 +164,7 @@ def test_streams_of_two_levels(cache: Any) -> None:
     header, *_ = StreamParser().feed(data)
     assert len(header.plan.sections[0].parts) == 1
     with pytest.raises(kvtc.UnsupportedError, match="layer_groups"):
-        kvtc.cut(data, "unused", layers=slice(0, 2))
+        kvtc.split_layers(data, "unused", slice(0, 2))
 
 
 @pytest.mark.parametrize(

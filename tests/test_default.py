@@ -92,13 +92,13 @@ def test_sizes_are_met_on_other_text(
 
 @pytest.mark.parametrize("error", [0.05, 0.2])
 def test_errors_are_met_on_other_text(learnt: kvtc.Calibration, error: float) -> None:
-    codec = kvtc.Codec(learnt, max_relative_error=error, sinks=0, window=0)
+    codec = kvtc.Codec(learnt, mean_error=error, sinks=0, window=0)
     _, statistics = encoded(codec, *cache(1024, 9))
     found = max(statistics.k_error_mean, statistics.v_error_mean)
     assert found == pytest.approx(error, rel=0.02)
 
 
-@pytest.mark.parametrize("target", [{"ratio": 8}, {"max_relative_error": 0.05}])
+@pytest.mark.parametrize("target", [{"ratio": 8}, {"mean_error": 0.05}])
 def test_tokens_that_cannot_be_coded_cost_no_others(
     learnt: kvtc.Calibration, target: dict[str, float]
 ) -> None:

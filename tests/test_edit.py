@@ -29,7 +29,7 @@ def cut(data: bytes, **options: Any) -> bytes:
 
 def cat(*pieces: Any, **options: Any) -> bytes:
     out = io.BytesIO()
-    kvtc.cat([io.BytesIO(p) if isinstance(p, bytes) else p for p in pieces], out, **options)
+    kvtc.concat([io.BytesIO(p) if isinstance(p, bytes) else p for p in pieces], out, **options)
     return out.getvalue()
 
 
@@ -171,7 +171,7 @@ def test_the_digest_is_of_the_whole(codec: kvtc.Codec, cache: Cache) -> None:
 
 
 def test_what_does_not_go_together(codec: kvtc.Codec, cache: Cache, stream: bytes) -> None:
-    other = kvtc.encode(*cache, codec=replace(codec, ratio=8, plan=None))
+    other = kvtc.encode(*cache, codec=replace(codec, ratio=8))
     with pytest.raises(kvtc.UnsupportedError, match="differ in plan: decode one"):
         cat(stream, other)
     half = kvtc.encode(*(x.astype(np.float16) for x in cache), codec=codec)
@@ -197,7 +197,7 @@ def test_repair(tmp_path: Path, codec: kvtc.Codec, stream: bytes) -> None:
     path = tmp_path / "a.kvtc"
     path.write_bytes(stream[: len(stream) * 2 // 3])
     expected = decoded(stream, codec.calibration)
-    kvtc.cat([path], path, recover=True)
+    kvtc.compact(path, recover=True)
     found = decoded(path.read_bytes(), codec.calibration)
     assert 0 < found[0].shape[2] < 200
     assert same(found, expected, slice(found[0].shape[2]))

@@ -72,7 +72,7 @@ def test_pages_in_and_out(
     held = [
         kvtc.PagedCache(k, v, table, tokens) for table, tokens in zip(tables, TOKENS, strict=True)
     ]
-    assert kvtc.decode_many(streams, calibration, out=held) == []
+    assert kvtc.decode_many(streams, calibration, out=held) == held
     for cache, data in zip(held, streams, strict=True):
         for own, b in zip(cache.contiguous(), kvtc.decode(data, calibration), strict=True):
             np.testing.assert_array_equal(np.stack(own), b)

@@ -42,12 +42,12 @@ def test_pages_of_anything(case: Case, first: int) -> None:
             raw = pages.encode_raw(k, v, positions=positions)
             assert len(raw) <= pages.raw_size(k.shape[2])
             assert page == pages.encode(k, v, positions=positions)
-            block = pages.decode(page + b"padding of a slot")
+            block = pages.block(page + b"padding of a slot")
             expected = np.arange(k.shape[2]) + first if tokens.positions is None else positions
             np.testing.assert_array_equal(block.positions, expected)
-            assert block.k.dtype == pages.decode(raw).k.dtype
+            assert block.k.dtype == pages.block(raw).k.dtype
             if not case.dtype.is_fp8:
-                exact = pages.decode(raw)
+                exact = pages.block(raw)
                 assert exact.k.tobytes() == k.tobytes()
                 assert exact.v.tobytes() == v.tobytes()
             for layer, (a, b) in enumerate(pages.layers(page)):
@@ -66,7 +66,7 @@ def test_a_page_depends_on_its_tokens_only(codec: kvtc.Codec, cache: Cache) -> N
     assert pages.encode(k[:, :, :16], v[:, :, :16], positions=32) == page
     assert page_codec(codec).encode(k[:, :, :16], v[:, :, :16], positions=32) == page
     assert pages.encode(k[:, :, :16], v[:, :, :16], positions=33) != page
-    moved = pages.decode(pages.encode(k[:, :, :16], v[:, :, :16], positions=33))
+    moved = pages.block(pages.encode(k[:, :, :16], v[:, :, :16], positions=33))
     assert moved.positions.tolist() == list(range(33, 49))
     with ThreadPoolExecutor(4) as pool:
         found = pool.map(lambda _: pages.encode(k[:, :, :16], v[:, :, :16], positions=32), range(9))
@@ -81,7 +81,7 @@ def test_layers_come_one_by_one(
     pages = page_codec(codec)
     first = pages.encode(k[:, :, :16], v[:, :, :16], positions=0)
     second = pages.encode(k[:, :, 16:32], v[:, :, 16:32], positions=16)
-    expected = pages.decode(first)
+    expected = pages.block(first)
     calls = []
     unpack = pages._coder._coding.unpack  # type: ignore[attr-defined]
     monkeypatch.setattr(
@@ -92,7 +92,7 @@ def test_layers_come_one_by_one(
     layers = pages.layers(first)
     assert calls == [1]
     for i, (a, b) in enumerate(layers):
-        pages.decode(second)
+        pages.block(second)
         np.testing.assert_allclose(a, expected.k[i], atol=1e-5)
         np.testing.assert_allclose(b, expected.v[i], atol=1e-5)
         assert len(calls) == i + 2
@@ -107,13 +107,13 @@ def test_the_fixed_rate_is_kept(codec: kvtc.Codec, most: int) -> None:
         k, v = kvtc.testing.drawn_cache(codec.calibration.geometry, 16, seed=seed)
         page = pages.encode(k * (1 + seed / 10), v, positions=0)
         assert most * 0.9 < len(page) <= most
-        errors = pages.decode(page).errors
+        errors = pages.block(page).errors
         better = page_codec(codec, max_bytes=2 * most).encode(k * (1 + seed / 10), v, positions=0)
         assert pages_error(codec, better, 2 * most) < errors.k_worst or errors.k_worst < 1e-3
 
 
 def pages_error(codec: kvtc.Codec, page: bytes, most: int) -> float:
-    return page_codec(codec, max_bytes=most).decode(page).errors.k_worst
+    return page_codec(codec, max_bytes=most).block(page).errors.k_worst
 
 
 def test_what_does_not_fit_raises_and_goes_raw(codec: kvtc.Codec, cache: Cache) -> None:
@@ -124,14 +124,14 @@ def test_what_does_not_fit_raises_and_goes_raw(codec: kvtc.Codec, cache: Cache) 
         pages.encode(k, v, positions=0)
     raw = pages.encode_raw(k, v, positions=0)
     assert 1500 < len(raw) <= pages.raw_size(16)
-    assert pages.decode(raw).k.tobytes() == k.tobytes()
+    assert pages.block(raw).k.tobytes() == k.tobytes()
     with pytest.raises(kvtc.UnsupportedError, match="the 1000 bytes"):  # not worse and worse
         page_codec(codec, max_bytes=1000).encode(k * 0 + 1, v * 30, positions=0)
     k[0, 0, :8, 0] = 0
     k[0, 0, 0, 0] = np.inf  # one verbatim token: the others become coarser
     page = pages.encode(k, v, positions=0)
     assert len(page) <= 1500
-    assert np.isposinf(pages.decode(page).k[0, 0, 0, 0])
+    assert np.isposinf(pages.block(page).k[0, 0, 0, 0])
     paper = kvtc.Codec(codec.calibration, "paper", ratio=8, block_tokens=16)
     fixed = page_codec(paper, max_bytes=800)
     assert len(fixed.encode(*cache_part(cache), positions=0)) <= 800
@@ -159,7 +159,7 @@ def test_arguments(codec: kvtc.Codec, cache: Cache) -> None:
     with pytest.raises(ValueError, match="section must be from 0 to 0"):
         page_codec(codec, section=1)
     with pytest.raises(ValueError, match="no fixed size allows"):
-        page_codec(replace(codec, max_error=0.1), max_bytes=99)
+        page_codec(replace(codec, error_bound=0.1), max_bytes=99)
     with pytest.raises(TypeError, match="are for fp8 caches"):
         page_codec(codec, k_scale=2.0)
 
@@ -176,14 +176,14 @@ def test_every_flipped_bit_and_missing_end(codec: kvtc.Codec, page: bytes) -> No
             data = bytearray(page)
             data[i] ^= 1 << bit
             with pytest.raises((kvtc.FormatError, kvtc.CalibrationMismatchError)):
-                pages.decode(data)
+                pages.block(data)
         with pytest.raises(kvtc.FormatError):
-            pages.decode(page[:i])
+            pages.block(page[:i])
 
 
 def test_limits_hold_for_pages(codec: kvtc.Codec, page: bytes) -> None:
     pages = page_codec(codec, limits=kvtc.Limits(max_record_bytes=100))
-    for read in (pages.decode, pages.layers):
+    for read in (pages.block, pages.layers):
         with pytest.raises(kvtc.LimitError, match="max_record_bytes"):
             read(page)
 
@@ -230,8 +230,8 @@ def test_a_page_at_fault(
 def test_a_page_of_another_codec(codec: kvtc.Codec, page: bytes) -> None:
     for other in (
         kvtc.PageCodec(codec, dtype="float16"),
-        page_codec(replace(codec, ratio=8, plan=None)),
+        page_codec(replace(codec, ratio=8)),
         page_codec(codec, rope=kvtc.Rope.from_theta(5e5, 8)),
     ):
         with pytest.raises(kvtc.CalibrationMismatchError, match="use the codec that made it"):
-            other.decode(page)
+            other.block(page)

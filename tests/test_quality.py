@@ -168,7 +168,7 @@ def test_an_exact_copy_diverges_by_nothing(
     loaded: tuple[Any, Any], learnt: kvtc.Calibration
 ) -> None:
     # A bound that no coded token meets: all of them travel verbatim.
-    codec = kvtc.Codec(learnt, "paper", ratio=8, max_error=0, block_tokens=16, window=100)
+    codec = kvtc.Codec(learnt, "paper", ratio=8, error_bound=0, block_tokens=16, window=100)
     model, ids = loaded[0], ids_of(loaded)[:200]
     cache = quality.prefill(model, ids[:150], torch.bfloat16)
 

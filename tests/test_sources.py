@@ -151,7 +151,7 @@ def test_memory_and_mapped_files(
         with pytest.raises(kvtc.TruncatedError):
             kvtc.open(file, calibration=codec.calibration, mmap=True)
     for option in ({"mmap": True}, {"follow": 1}):
-        with pytest.raises(TypeError, match="are for reading"):
+        with pytest.raises(TypeError, match="only for reading"):
             kvtc.open(path, "wb", codec=codec, **option)  # type: ignore[call-overload]
     with pytest.raises(TypeError, match="takes a path or a file object, found bytes"):
         kvtc.open(b"", "wb", codec=codec)  # type: ignore[call-overload]

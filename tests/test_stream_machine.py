@@ -42,7 +42,7 @@ class Machine(RuleBasedStateMachine):
             window=window,
             sinks=sinks,
             block_tokens=8,
-            max_error=0.4,
+            error_bound=0.4,
         )
         self.file = io.BytesIO(kvtc.encode(self.k[:, :, :1], self.v[:, :, :1], self.codec))
         self.positions = [0]
@@ -80,7 +80,7 @@ class Machine(RuleBasedStateMachine):
     @rule()
     def compact(self) -> None:
         out = io.BytesIO()
-        kvtc.cat([self.file], out)
+        kvtc.concat([self.file], out)
         assert len(out.getvalue()) <= len(self.file.getvalue())
         self.file = out
 
@@ -93,7 +93,7 @@ class Machine(RuleBasedStateMachine):
             self.k[:, :, chosen], self.v[:, :, chosen], self.codec, positions=chosen
         )
         out = io.BytesIO()
-        kvtc.cat([self.file, other], out)
+        kvtc.concat([self.file, other], out)
         self.file = out
         self.positions += chosen.tolist()
 
@@ -110,7 +110,7 @@ class Machine(RuleBasedStateMachine):
         self.positions = self.positions[:found]
         if repair:
             out = io.BytesIO()
-            kvtc.cat([self.file], out, recover=True)
+            kvtc.concat([self.file], out, recover=True)
             self.file = out
         else:
             with kvtc.open(self.file, "ab", codec=self.codec, recover=True):

@@ -1044,7 +1044,7 @@ def test_a_stream_of_some_layers_is_no_cache() -> None:
     cache = kvtc.testing.drawn_cache(geometry, 60, seed=1)
     data = kvtc.encode(*cache, kvtc.Codec(calibration, ratio=4, window=0))
     part = io.BytesIO()
-    kvtc.cut(data, part, layers=slice(1, 2))
+    kvtc.split_layers(data, part, slice(1, 2))
     assert len(decode_cache(data, calibration).layers) == 2
     with pytest.raises(kvtc.UnsupportedError, match=r"holds layers \[1\] only: join"):
         decode_cache(part.getvalue(), calibration)

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvtc_stream.calibration.parts import CalibratedBases
-from kvtc_stream.formats import Block, BlockErrors, DType, StreamHeader
-from kvtc_stream.formats import Measure as MeasureId
+from kvtc_stream.formats import Block, BlockErrors, DType, Measure, StreamHeader
 from kvtc_stream.io.dlpack import BackendName
 from kvtc_stream.planning.rate_control import Controls
-
-Measure = Literal["full", "coefficients", "none"]
 
 #: A token whose relative error is beyond this is stored verbatim whatever was asked for: what
 #: would come back has nothing to do with it (a vanishing token, say, would become the mean).
 HOPELESS = 2.0
+
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 class SectionCoder(Protocol):
@@ -94,6 +95,22 @@ class Backend(Protocol):
         """See :func:`kvtc_stream.coding.values.verbatim_planes`; of pieces of K and V."""
         ...
 
+    def pool(self, tensors: Sequence[Any]) -> Any:
+        """A server's pages [pages, page_size, kv_heads, head_dim] of each layer, as what
+        :meth:`SectionCoder.decode_into` writes to: a token's slot is page · page_size + place."""
+        ...
+
+    def held(self, x: Any) -> Any:
+        """Tensors, lists of them in lists, ready to be read by other threads."""
+        ...
+
+    #: Tokens that are worth decoding beside others.
+    batch_tokens: int
+
+    def side_by_side(self, function: Callable[[T], R], arguments: Sequence[T]) -> list[R]:
+        """``function`` of each argument, as many at a time as serves the device."""
+        ...
+
     def output(self, x: Any, dtype: DType) -> Any:
         """What users get of an array: with an element type, and DLPack."""
         ...
@@ -104,8 +121,8 @@ class Backend(Protocol):
         section: int,
         calibration: CalibratedBases,
         *,
-        max_error: float | None = None,
-        measure: Measure = "full",
+        error_bound: float | None = None,
+        measure: bool = True,
         target: Controls | None = None,
     ) -> SectionCoder:
         """A coder for one section of the stream that ``header`` describes.
@@ -115,9 +132,7 @@ class Backend(Protocol):
         ...
 
 
-def block_errors(
-    measure: Measure, errors: NDArray[np.floating[Any]] | None, kept: NDArray[np.int64]
-) -> BlockErrors:
+def block_errors(errors: NDArray[np.floating[Any]] | None, kept: NDArray[np.int64]) -> BlockErrors:
     """Mean and worst of [2, tokens] errors of K and V over the coded tokens, rounded up."""
     if errors is None:
         return BlockErrors()
@@ -128,5 +143,4 @@ def block_errors(
             found.append(
                 float(np.nextafter(rounded, np.float32(np.inf)) if rounded < value else rounded)
             )
-    kind = MeasureId.RECONSTRUCTION if measure == "full" else MeasureId.COEFFICIENTS
-    return BlockErrors(kind, *found)
+    return BlockErrors(Measure.RECONSTRUCTION, *found)

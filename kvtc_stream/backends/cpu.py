@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvtc_stream.backends.base import HOPELESS, Measure, block_errors
+from kvtc_stream.backends.base import HOPELESS, R, T, block_errors
 from kvtc_stream.backends.cpu_payloads import BandCoding, Quantised, UniformCoding
 from kvtc_stream.calibration.components import Components
 from kvtc_stream.calibration.parts import CalibratedBases, Part
@@ -21,15 +21,25 @@ from kvtc_stream.coding.values import (
     verbatim_output,
     verbatim_planes,
 )
-from kvtc_stream.errors import UnsupportedError
 from kvtc_stream.formats import Block, DType, PartPlan, Role, StreamHeader
 from kvtc_stream.formats.coders import compress_beside
-from kvtc_stream.io.dlpack import BackendName, as_kv_array, layer_list, numpy_dtype
+from kvtc_stream.io.dlpack import BackendName, as_kv_array, layer_list, numpy_dtype, to_numpy
 from kvtc_stream.planning.rate_control import Controls
 
 Float = NDArray[np.float32]
 #: Of K and of V, float64 [tokens].
 _Errors = tuple[NDArray[np.float64], NDArray[np.float64]]
+
+
+class PagedLayer:
+    """A layer's pages as an array [kv_heads, slots, head_dim] that can be written to."""
+
+    def __init__(self, pages: NDArray[Any]) -> None:
+        self._pages = pages
+
+    def __setitem__(self, index: tuple[slice, NDArray[np.int64]], values: NDArray[Any]) -> None:
+        page, place = np.divmod(index[1], self._pages.shape[1])
+        self._pages[page, place] = values.swapaxes(0, 1)
 
 
 class CpuBackend:
@@ -43,12 +53,12 @@ class CpuBackend:
         section: int,
         calibration: CalibratedBases,
         *,
-        max_error: float | None = None,
-        measure: Measure = "full",
+        error_bound: float | None = None,
+        measure: bool = True,
         target: Controls | None = None,
     ) -> CpuSectionCoder:
         """See :meth:`kvtc_stream.backends.base.Backend.section_coder`."""
-        return CpuSectionCoder(header, section, calibration, max_error, measure, target)
+        return CpuSectionCoder(header, section, calibration, error_bound, measure, target)
 
     def layer_list(
         self, x: Any, name: str, layers: int, kv_heads: int, head_dim: int
@@ -67,6 +77,21 @@ class CpuBackend:
     def planes(self, pieces: Sequence[tuple[Any, Any]]) -> list[list[memoryview]]:
         """See :meth:`kvtc_stream.backends.base.Backend.planes`."""
         return [verbatim_planes(k, v) for k, v in pieces]
+
+    def pool(self, tensors: Sequence[Any]) -> list[PagedLayer]:
+        """See :meth:`kvtc_stream.backends.base.Backend.pool`."""
+        return [PagedLayer(to_numpy(x, "pages")) for x in tensors]
+
+    def held(self, x: Any) -> Any:
+        """See :meth:`kvtc_stream.backends.base.Backend.held`."""
+        return x
+
+    #: All at once: a core's time is all there is to share.
+    batch_tokens = 1 << 62
+
+    def side_by_side(self, function: Callable[[T], R], arguments: Sequence[T]) -> list[R]:
+        """See :meth:`kvtc_stream.backends.base.Backend.side_by_side`."""
+        return list(map(function, arguments))
 
     def output(self, x: NDArray[Any], dtype: DType) -> Any:
         """See :meth:`kvtc_stream.backends.base.Backend.output`."""
@@ -100,14 +125,14 @@ class CpuSectionCoder:
         header: StreamHeader,
         section: int,
         calibration: CalibratedBases,
-        max_error: float | None,
-        measure: Measure,
+        error_bound: float | None,
+        measure: bool,
         target: Controls | None,
     ) -> None:
         self._header = header
         self._index = section
         self._section = header.geometry.sections[section]
-        self._max_error = max_error
+        self._error_bound = error_bound
         self._measure = measure
         self._k_scale, self._v_scale = section_scales(header, section)
         plan = header.plan.sections[section]
@@ -121,13 +146,6 @@ class CpuSectionCoder:
             )
             for i, (part, part_plan) in enumerate(zip(basis, plan.parts, strict=True))
         ]
-        if measure == "coefficients" and any(
-            p.weighted or (p.k_layers and p.v_layers) for p in basis
-        ):
-            raise UnsupportedError(
-                f"basis {plan.basis!r} codes K and V together, or weighted, so the coefficients' "
-                f"error is not that of K or of V: use measure='full'"
-            )
         self._coding: BandCoding | UniformCoding = BandCoding(plan.parts, header.coder)
         if plan.uniform:
             self._coding = UniformCoding(basis, plan.parts)
@@ -165,16 +183,13 @@ class CpuSectionCoder:
         else:
             quantised = self._coding.quantise(coefficients)
         found: _Errors | None = None
-        if self._measure == "full":
-            found = full(quantised)
-        elif self._measure == "coefficients":
-            exact = [array.copy() for array in coefficients]
-            self._coding.dequantise(quantised, coefficients)
-            found = self._coefficient_errors(exact)
         codable = quantised.representable.copy()
-        if found is not None:
+        if not self._measure:  # what components there are need not feel every value
+            codable &= np.isfinite(k32).all(axis=(0, 1, 3)) & np.isfinite(v32).all(axis=(0, 1, 3))
+        else:
+            found = full(quantised)
             # Comparisons are false for tokens that are not finite or have no relative error.
-            bound = HOPELESS if self._max_error is None else min(HOPELESS, self._max_error)
+            bound = HOPELESS if self._error_bound is None else min(HOPELESS, self._error_bound)
             with np.errstate(invalid="ignore"):
                 codable &= (found[0] <= bound) & (found[1] <= bound)
         errors = None if found is None else np.stack(found)
@@ -234,23 +249,6 @@ class CpuSectionCoder:
             _relative(*squared_errors(v, to_float32(v_out, self._out_scale(self._v_scale)))),
         )
 
-    def _coefficient_errors(self, exact: list[Float]) -> _Errors:
-        """Error from the coefficients: what quantisation lost plus what the basis leaves out."""
-        tokens = len(exact[0])
-        # Relative to the rows, which like the coefficients have no RoPE and none of its scale.
-        lost = {"k": np.zeros(tokens), "v": np.zeros(tokens)}
-        energy = {"k": np.zeros(tokens), "v": np.zeros(tokens)}
-        for part, coefficients in zip(self._parts, exact, strict=True):
-            kind = "k" if len(part.k_layers) else "v"
-            rows = part.rows[:tokens]
-            with np.errstate(invalid="ignore"):
-                left_out = np.square(rows, dtype=np.float64).sum(axis=1)
-                left_out -= np.square(coefficients, dtype=np.float64).sum(axis=1)
-                difference = coefficients.astype(np.float64) - part.coefficients[:tokens]
-                lost[kind] += left_out.clip(0) + np.square(difference).sum(axis=1)
-                energy[kind] += np.square(rows + part.mean, dtype=np.float64).sum(axis=1)
-        return _relative(lost["k"], energy["k"]), _relative(lost["v"], energy["v"])
-
     def _block(
         self,
         k: NDArray[Any],
@@ -278,7 +276,7 @@ class CpuSectionCoder:
             coded_size=coded_size,
             verbatim_coder=verbatim_coder,
             verbatim=verbatim_coded,
-            errors=block_errors(self._measure, errors, kept),
+            errors=block_errors(errors, kept),
         )
 
     def decode(self, block: Block, layers: Sequence[int]) -> tuple[Any, Any]:

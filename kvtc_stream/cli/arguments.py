@@ -132,14 +132,14 @@ def _encode(commands: Any) -> argparse.ArgumentParser:
         help="what a coded token takes, all layers together; paper: in the plan",
     )
     target.add_argument(
-        "--max-relative-error",
+        "--mean-error",
         type=float,
         metavar="ERROR",
         help="mean error of coded tokens, the larger of K's and V's; paper: cheapest plan whose "
         "predicted error stays below this",
     )
     parser.add_argument(
-        "--max-error",
+        "--error-bound",
         type=float,
         metavar="ERROR",
         help="tokens whose measured error would exceed this go verbatim; with any target",

@@ -153,11 +153,12 @@ def _measure(args: Namespace, presets: Sequence[str], bars: Progress) -> Iterato
             preset,
             ratio=ratio,
             window=args.window,
-            progress=terminal.bar(bars, f"Planning {preset} for {ratio:g}×"),
         )
         for preset in presets
         for ratio in args.ratios
     ]
+    for codec in codecs:
+        codec.make_plan(terminal.bar(bars, f"Planning {codec.preset} for {codec.ratio:g}×"))
     points: list[dict[str, Any]] = [
         {"preset": codec.preset, "target_ratio": codec.ratio, "texts": []} for codec in codecs
     ]

@@ -22,25 +22,27 @@ def run(args: Namespace) -> int:
     fault = None
     match args.command:
         case "cat":
-            kvtc.cat(args.inputs, target)
+            kvtc.concat(args.inputs, target)
         case "slice":
             if args.heads is not None:
                 raise UnsupportedError(
                     "KV heads cannot be cut out: the components of a block mix all heads of a "
                     "layer; decode, and take the heads of the arrays"
                 )
-            chosen = {"tokens": args.tokens, "positions": args.positions, "layers": args.layers}
-            kvtc.cut(args.input, target, **chosen)
+            if args.layers is not None:
+                kvtc.split_layers(args.input, target, args.layers)
+            else:
+                kvtc.cut(args.input, target, tokens=args.tokens, positions=args.positions)
         case "join":
-            kvtc.join(args.inputs, target)
+            kvtc.merge_layers(args.inputs, target)
         case "truncate":
             if args.tokens < 0:
                 raise UsageError(f"--tokens must be at least 0, found {args.tokens}")
-            kvtc.cut(args.input, target, tokens=slice(None, args.tokens))
+            kvtc.truncate(args.input, args.tokens, target)
         case "repair":
             with open_source(args.input) as file:
                 fault = StreamFile(file, recover=True).fault
-            kvtc.cat([args.input], target, recover=True)
+            kvtc.compact(args.input, target, recover=True)
     result = {"output": args.output}
     if args.output != terminal.STANDARD:
         result |= _facts(args.output)
@@ -66,7 +68,7 @@ def _split(args: Namespace) -> int:
     results = []
     for i, (first, last) in enumerate(zip_longest(edges, edges[1:])):
         path = args.output.replace("{}", str(i))
-        kvtc.cut(args.input, path, layers=slice(first, last))
+        kvtc.split_layers(args.input, path, slice(first, last))
         results.append({"output": path, **_facts(path)})
     if args.json:
         terminal.print_json({"streams": results})

@@ -32,15 +32,15 @@ def run(args: Namespace) -> int:
             args.preset,
             ratio=args.ratio,
             bits_per_token=args.bits_per_token,
-            max_relative_error=args.max_relative_error,
-            max_error=args.max_error,
+            mean_error=args.mean_error,
+            error_bound=args.error_bound,
             sinks=args.sinks,
             window=args.window,
             block_tokens=args.block_tokens,
             coder=args.coder,
             backend=args.backend,
-            progress=terminal.bar(bars, "Planning"),
         )
+        codec.make_plan(terminal.bar(bars, "Planning"))
         total, done = sum(s.tokens for s in sections), 0
         encoding = terminal.bar(bars, "Encoding")
         options: dict[str, Any] = _scales(sections)

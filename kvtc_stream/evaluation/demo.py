@@ -182,7 +182,8 @@ def demonstrate(
             name=name,
         )
     with steps.step(f"Planning for {ratio:g}×") as advance:
-        codec = kvtc.Codec(calibration, ratio=ratio, progress=advance)
+        codec = kvtc.Codec(calibration, ratio=ratio)
+        codec.make_plan(advance)
     with steps.step(f"Reading {context:,} tokens of other text"):
         cache = prefill(model, text[:context], torch.bfloat16)
     with tempfile.TemporaryDirectory() as folder:

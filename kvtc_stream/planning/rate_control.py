@@ -38,7 +38,7 @@ _Errors: TypeAlias = tuple[NDArray[np.float64], NDArray[np.float64]]
 @dataclass(frozen=True)
 class Target:
     """What a stream with uniform bands keeps to: ``ratio``, ``bits_per_token`` or
-    ``max_relative_error``, of the tokens that are coded, in each section by itself."""
+    ``mean_error``, of the tokens that are coded, in each section by itself."""
 
     name: str
     value: float
@@ -46,7 +46,7 @@ class Target:
     def control(self, header: StreamHeader, section: int) -> SectionControl:
         """Of one section of a new stream."""
         least = _least_offset(header, section)
-        if self.name == "max_relative_error":
+        if self.name == "mean_error":
             return SectionControl(RateControl(self.value, 0.14, least), of_errors=True)
         sizes = [s.k_width + s.v_width for s in header.geometry.sections]
         share = self.value / 8 * sizes[section] / sum(sizes)

@@ -42,7 +42,7 @@ def make_plan(
 
     ``target`` is ``"ratio"``, ``"bits_per_token"`` (shared among parts by their width, so that K
     and V get the same ratio, as published; with uniform bands among sections) or
-    ``"max_relative_error"`` (met by every part).
+    ``"mean_error"`` (met by every part).
     """
     if not (math.isfinite(value) and value > 0):
         raise ValueError(f"{target} must be positive and finite, found {value}")
@@ -52,7 +52,7 @@ def make_plan(
         return Plan(preset, tuple(_uniform_section(basis, p, target, value, width) for p in bases))
 
     def bands(part: Part) -> tuple[Band, ...]:
-        if target == "max_relative_error":
+        if target == "mean_error":
             return _bands_for_error(part, value, progress)
         bits = RATIO_BITS * part.width / value if target == "ratio" else value * part.width / width
         most = part.rank * Band(1, Quantiser.FP8).bits  # no plan can spend more
@@ -109,7 +109,7 @@ def _uniform_section(
 
     def coded(family: FamilyTables, j: int) -> int:
         saved = LEFT_OUT * family.energy - family.distortion[j] - price[j] * family.rate[j]
-        return int(np.cumsum(saved).argmax()) + 1 if target != "max_relative_error" else len(saved)
+        return int(np.cumsum(saved).argmax()) + 1 if target != "mean_error" else len(saved)
 
     def bits(j: int) -> float:
         return sum(
@@ -119,11 +119,11 @@ def _uniform_section(
     errors = np.array(
         [[e[j] for j in range(steps)] for t in tables if t for e in (t.k_errors, t.v_errors)]
     )
-    if target == "max_relative_error":
+    if target == "mean_error":
         met = np.flatnonzero(errors.max(axis=0) <= value)
         if not met.size:
             raise UnsupportedError(
-                f"max_relative_error={value} cannot be met: the finest step is expected to lose "
+                f"mean_error={value} cannot be met: the finest step is expected to lose "
                 f"{errors[:, 0].max():.3g}; ask for a larger error, or calibrate with a higher rank"
             )
         step = int(met[-1])
@@ -154,7 +154,7 @@ def _bands_for_error(
         ).bands
     except ValueError as error:
         raise UnsupportedError(
-            f"max_relative_error={relative_error} cannot be met within {RATIO_BITS} bits per "
+            f"mean_error={relative_error} cannot be met within {RATIO_BITS} bits per "
             f"value ({error}): ask for a larger error, or calibrate with a higher rank"
         ) from None
 

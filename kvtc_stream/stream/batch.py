@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any, TypeVar
+from typing import Any, TypeVar, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kvtc_stream.backends.base import Backend
 from kvtc_stream.backends.select import get_backend
 from kvtc_stream.calibration.model import Calibration
 from kvtc_stream.formats import Block, Limits
-from kvtc_stream.io.dlpack import BackendName, check_memory, dtype_of, on_cuda
+from kvtc_stream.io.dlpack import BackendName, check_memory, dtype_of
 from kvtc_stream.io.memory import joined
 from kvtc_stream.io.paged import PagedCache, indexable
 from kvtc_stream.stream.codec import Codec
 from kvtc_stream.stream.encoder import Encoder
 from kvtc_stream.stream.opening import encode, open
+from kvtc_stream.stream.options import EncoderOptions
 from kvtc_stream.stream.reader import Reader
 
 Stream = bytes | bytearray | memoryview
@@ -31,7 +33,7 @@ _TOKENS_AT_A_TIME = 8192
 
 
 def encode_many(
-    caches: Sequence[tuple[Any, Any] | PagedCache], codec: Codec, **stream: Any
+    caches: Sequence[tuple[Any, Any] | PagedCache], codec: Codec, **options: Unpack[EncoderOptions]
 ) -> list[bytes]:
     """Whole caches to whole streams, in order.
 
@@ -45,46 +47,30 @@ def encode_many(
         Pairs of k and v, each as :meth:`kvtc_stream.Encoder.encode` takes them, or pages.
     codec
         How to code all of them.
-    stream
-        Options of :meth:`kvtc_stream.Codec.encoder`, for all of them.
+    options
+        Keywords of :class:`kvtc_stream.Encoder`, for all of them.
     """
 
     def one(cache: tuple[Any, Any] | PagedCache) -> bytes:
         if isinstance(cache, PagedCache):
-            return _encode_pages(cache, codec, **stream)
-        return encode(*cache, codec, **stream)
+            return _encode_pages(cache, codec, **options)
+        return encode(*cache, codec, **options)
 
     if not caches:
         return []
-    backend = get_backend(codec.backend, *_tensors(caches[0])).name
-    if backend == "cpu":
-        return [one(cache) for cache in caches]
-    return _side_by_side(one, [_held(cache) for cache in caches])
+    backend = get_backend(codec.backend, *_tensors(caches[0]))
+    return backend.side_by_side(one, [_held(cache, backend) for cache in caches])
 
 
-def _side_by_side(function: Callable[[T], R], arguments: Sequence[T]) -> list[R]:
-    """``function`` of each argument, on threads and CUDA streams of their own."""
-    from kvtc_stream.gpu.runtime.streams import side_by_side
-
-    return side_by_side(function, arguments)
-
-
-def _held(cache: Any) -> Any:
-    """The same tensors as CuPy's, those on a CUDA device, ready in the current stream: only on the
-    caller's thread do frameworks know what streams their tensors are used in."""
-
-    def held(x: Any) -> Any:
-        if isinstance(x, list | tuple):
-            return [held(layer) for layer in x]
-        return indexable(x, "a cache's tensor") if on_cuda(x) else x
-
-    k, v = map(held, _tensors(cache))
+def _held(cache: Any, backend: Backend) -> Any:
+    """The same cache of tensors that other threads may read; see :meth:`Backend.held`."""
+    k, v = map(backend.held, _tensors(cache))
     return replace(cache, k=k, v=v) if isinstance(cache, PagedCache) else (k, v)
 
 
-def _encode_pages(cache: PagedCache, codec: Codec, **stream: Any) -> bytes:
+def _encode_pages(cache: PagedCache, codec: Codec, **options: Any) -> bytes:
     """A stream of what pages hold, of which some thousand tokens are copied at a time."""
-    encoder = Encoder(codec, **stream)
+    encoder = Encoder(codec, **options)
     pieces: list[bytes | memoryview] = []
     for first in range(0, max(cache.tokens, 1), _TOKENS_AT_A_TIME):
         k, v = cache.contiguous(slice(first, first + _TOKENS_AT_A_TIME))
@@ -100,7 +86,7 @@ def decode_many(
     section: int = 0,
     backend: BackendName = "auto",
     limits: Limits | None = None,
-) -> list[tuple[Any, Any]]:
+) -> list[Any]:
     """Whole streams to whole caches.
 
     On a CUDA device streams of one kind (plan, geometry, types) share launches, and where they are
@@ -123,12 +109,14 @@ def decode_many(
     -------
     list of (k, v)
         [layers, kv_heads, tokens, head_dim] of each stream; on a CUDA device views of arrays that
-        streams of one kind share. Nothing where ``out`` is given.
+        streams of one kind share. What ``out`` holds, where it is given.
     """
     if out is not None and len(out) != len(streams):
         raise ValueError(f"found {len(streams)} streams and {len(out)} caches for them")
-    name = get_backend(backend, *(_tensors(out[0]) if out else ())).name
-    readers = [open(data, calibration=calibration, backend=name, limits=limits) for data in streams]
+    coding = get_backend(backend, *(_tensors(out[0]) if out else ()))
+    readers = [
+        open(data, calibration=calibration, backend=coding.name, limits=limits) for data in streams
+    ]
     kinds: dict[Any, list[int]] = {}
     apart: list[tuple[Reader, tuple[Any, Any]]] = []
     for i, reader in enumerate(readers):
@@ -143,30 +131,24 @@ def decode_many(
     def read(one: tuple[Reader, tuple[Any, Any]]) -> None:
         one[0].read(section=section, out=one[1])
 
-    if name == "cpu":
-        for one in apart:
-            read(one)
-    else:
-        _side_by_side(read, [(reader, _held(cache)) for reader, cache in apart])
+    coding.side_by_side(read, [(reader, _held(cache, coding)) for reader, cache in apart])
     results: list[tuple[Any, Any]] = [(None, None)] * len(streams)
     for members in kinds.values():
         group = [readers[i] for i in members]
         if out is None:
-            for i, pair in zip(members, _together(group, section, name), strict=True):
+            for i, pair in zip(members, _together(group, section, coding), strict=True):
                 results[i] = pair
         else:
             pages = [cache for i in members if isinstance(cache := out[i], PagedCache)]
-            _into_pages(group, pages, section, name)
-    return [] if out is not None else results
+            _into_pages(group, pages, section, coding)
+    return results if out is None else list(out)
 
 
 def _tensors(cache: PagedCache | tuple[Any, Any]) -> tuple[Any, Any]:
     return (cache.k, cache.v) if isinstance(cache, PagedCache) else cache
 
 
-def _together(
-    readers: list[Reader], section: int, backend: BackendName
-) -> Iterator[tuple[Any, Any]]:
+def _together(readers: list[Reader], section: int, backend: Backend) -> Iterator[tuple[Any, Any]]:
     counts = [r.tokens(section) for r in readers]
     ends = np.cumsum([0, *counts]).tolist()
     blocks = readers[0].block_decoder
@@ -181,7 +163,7 @@ def _together(
 def _decode_into(
     streams: Sequence[tuple[Reader, NDArray[np.int64]]],
     section: int,
-    backend: BackendName,
+    backend: Backend,
     k: Any,
     v: Any,
 ) -> None:
@@ -203,19 +185,14 @@ def _decode_into(
         coder.decode_into(blocks, layers, k, v)
         idle.append(coder)
 
-    if backend == "cpu":
-        one(streams)
-        return
-    from kvtc_stream.gpu.coder.decoding import BATCH_TOKENS
-
     tokens = np.cumsum([len(slots) for _, slots in streams])
-    edges = np.searchsorted(tokens, np.arange(0, tokens[-1], BATCH_TOKENS), side="right")
+    edges = np.searchsorted(tokens, np.arange(0, tokens[-1], backend.batch_tokens), side="right")
     groups = [streams[i:j] for i, j in pairwise([*np.unique(edges).tolist(), len(streams)])]
-    _side_by_side(one, groups)
+    backend.side_by_side(one, groups)
 
 
 def _into_pages(
-    readers: list[Reader], pages: list[PagedCache], section: int, backend: BackendName
+    readers: list[Reader], pages: list[PagedCache], section: int, backend: Backend
 ) -> None:
     layers = len(readers[0].header.geometry.sections[section].layers)
     for reader, cache in zip(readers, pages, strict=True):
@@ -228,7 +205,7 @@ def _into_pages(
         if len(tensors) != layers:
             raise ValueError(f"found pages of {len(tensors)} layers, the stream has {layers}")
         for tensor in tensors:
-            check_memory(tensor, "pages", backend)
+            check_memory(tensor, "pages", backend.name)
             found = dtype_of(np.dtype(indexable(tensor).dtype), "pages")
             if found is not expected:
                 raise TypeError(
@@ -236,27 +213,7 @@ def _into_pages(
                     f"of that, or choose another out_dtype when encoding"
                 )
     streams = list(zip(readers, [cache.slots() for cache in pages], strict=True))
-    if backend == "cuda":
-        from kvtc_stream.gpu.runtime.tensors import Tensors, to_device
-
-        pools = []
-        for tensors in (pages[0].k, pages[0].v):
-            arrays, dtypes = zip(*(to_device(x, "pages") for x in tensors), strict=True)
-            pools.append(Tensors.of_layers(arrays, dtypes[0], paged=True))
-        _decode_into(streams, section, backend, *pools)
-        return
-    coder = readers[0].block_decoder.coder(section)
-    for reader, slots in streams:
-        for block in reader.stored_blocks(section):
-            kept = slice(block.kept.start, block.kept.stop)
-            own = slots[block.start : block.start + len(block.kept)]
-            for decoded, tensors in zip(
-                coder.decode(block, range(layers)), (pages[0].k, pages[0].v), strict=True
-            ):
-                for layer, tensor in enumerate(tensors):
-                    pool = indexable(tensor)
-                    page, place = np.divmod(own, pool.shape[1])
-                    pool[page, place] = decoded[layer][:, kept].swapaxes(0, 1)
+    _decode_into(streams, section, backend, *map(backend.pool, (pages[0].k, pages[0].v)))
 
 
 def _placed(block: Block, slots: NDArray[np.int64]) -> tuple[Block, NDArray[np.int64]]:

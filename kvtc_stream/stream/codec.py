@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Mapping
-from dataclasses import KW_ONLY, InitVar, dataclass
+from dataclasses import KW_ONLY, dataclass
 
-from kvtc_stream.backends.base import Measure
 from kvtc_stream.calibration.model import Calibration
 from kvtc_stream.formats import Coder, DType, Limits, Plan
 from kvtc_stream.io.dlpack import BackendName
@@ -36,6 +36,10 @@ PRESETS: Mapping[str, Preset] = {
 }
 
 
+#: Names of the targets, of which a codec has one.
+TARGETS = ("ratio", "bits_per_token", "mean_error")
+
+
 @dataclass(frozen=True)
 class Codec:
     """How to code a stream. Immutable; safe to share between threads and streams.
@@ -46,22 +50,22 @@ class Codec:
         What was learnt about the model's cache.
     preset
         A name from :data:`PRESETS`.
-    ratio, bits_per_token, max_relative_error
+    ratio, bits_per_token, mean_error
         The target, at most one; 16 times if none is given.
 
         With ``default`` it is one for what each stream really takes, of the tokens that are coded
         and in every section, met within 2 %: the encoder adapts its step from block to block.
         ``ratio``: bytes of the cache, in its dtype, over bytes of the stream.
-        ``bits_per_token``: of all sections together. ``max_relative_error``: the mean over tokens
+        ``bits_per_token``: of all sections together. ``mean_error``: the mean over tokens
         of ‖x̂−x‖/‖x‖, the larger of K's and V's.
 
         With ``paper`` it is one for the plan. ``ratio``: 16 bits per value over the plan's bits
         before entropy coding, as published. ``bits_per_token``: the plan's bits for one token of
-        all sections. ``max_relative_error``: the cheapest plan whose *predicted* error (root mean
+        all sections. ``mean_error``: the cheapest plan whose *predicted* error (root mean
         square over calibration rows) stays below it, K and V each.
-    max_error
+    error_bound
         A bound, not a target: a token whose measured relative error in K or in V would exceed it
-        is stored verbatim. Implies ``measure="full"``. Without it the bound is 2: what lies beyond
+        is stored verbatim. Needs ``measure=True``. Without it the bound is 2: what lies beyond
         is no reconstruction at all.
     sinks
         Tokens at positions below this travel verbatim (attention sinks).
@@ -75,16 +79,16 @@ class Codec:
     out_dtype
         Element type of the decoded cache; by default as encoded, bfloat16 for fp8 input.
     measure
-        ``"full"``: errors are measured on the reconstruction, after the final cast.
-        ``"coefficients"``: on the coefficients, which saves the encoder the second product.
-        ``"none"``: not at all.
+        Whether errors are measured on the reconstruction, after the final cast, and recorded.
+        Without, the encoder saves the second matrix product, and streams tell no errors.
     backend
         ``"cpu"``, ``"cuda"``, or ``"auto"``: CUDA for tensors on a CUDA device, else the CPU.
-    plan
-        A plan made before, instead of a target: steps then stay as planned.
-        ``dataclasses.replace`` with a new target takes ``plan=None`` as well.
-    progress
-        Called with rows of the dynamic program done and in all, while planning.
+    fixed_plan
+        A plan made before (:attr:`plan` of another codec, or one that was saved), instead of a
+        target: steps then stay as planned.
+
+    Making a codec makes no plan: :attr:`plan` does when it is first asked for, or the first encoder
+    that starts.
 
     Examples
     --------
@@ -100,34 +104,34 @@ class Codec:
     _: KW_ONLY
     ratio: float | None = None
     bits_per_token: float | None = None
-    max_relative_error: float | None = None
-    max_error: float | None = None
+    mean_error: float | None = None
+    error_bound: float | None = None
     sinks: int = 4
     window: int = 128
     block_tokens: int = 128
     coder: str | None = None
     out_dtype: str | None = None
-    measure: Measure = "full"
+    measure: bool = True
     backend: BackendName = "auto"
-    plan: Plan = None  # type: ignore[assignment]  # made from the target unless given
-    progress: InitVar[Progress | None] = None
+    fixed_plan: Plan | None = None
 
-    def __post_init__(self, progress: Progress | None) -> None:
+    def __post_init__(self) -> None:
         if self.preset not in PRESETS:
             raise ValueError(f"preset must be one of {', '.join(PRESETS)}, found {self.preset!r}")
         preset = PRESETS[self.preset]
         for name, value, accepted in (
             ("coder", self.coder, [c.name.lower() for c in Coder]),
             ("out_dtype", self.out_dtype, [d.label for d in DType]),
-            ("measure", self.measure, ["full", "coefficients", "none"]),
+            ("measure", self.measure, [True, False]),
             ("backend", self.backend, ["auto", "cpu", "cuda"]),
         ):
             if value is not None and value not in accepted:
-                raise ValueError(f"{name} must be one of {', '.join(accepted)}, found {value!r}")
-        if self.max_error is not None and not self.max_error >= 0:
-            raise ValueError(f"max_error must be at least 0, found {self.max_error}")
-        if self.max_error is not None and self.measure != "full":
-            raise ValueError("max_error bounds the measured error: it needs measure='full'")
+                shown = ", ".join(map(str, accepted))
+                raise ValueError(f"{name} must be one of {shown}, found {value!r}")
+        if self.error_bound is not None and not self.error_bound >= 0:
+            raise ValueError(f"error_bound must be at least 0, found {self.error_bound}")
+        if self.error_bound is not None and not self.measure:
+            raise ValueError("error_bound bounds the measured error: it needs measure=True")
         for name, count, least, most in (
             ("sinks", self.sinks, 0, 2**32 - 1),
             ("window", self.window, 0, 2**32 - 1),
@@ -135,56 +139,87 @@ class Codec:
         ):
             if not least <= operator.index(count) <= most:
                 raise ValueError(f"{name} must be from {least} to {most}, found {count}")
-        if self.coder is None:
-            object.__setattr__(self, "coder", preset.coder.name.lower())
-        if preset.uniform != (self.coder == "rans"):
+        if preset.uniform != (self.byte_coder is Coder.RANS):
             raise ValueError(
                 f"preset {self.preset!r} codes with {preset.coder.name.lower()}, found "
                 f"coder={self.coder!r}: rans is for uniform bands, which need it"
             )
-        targets = {
-            "ratio": self.ratio,
-            "bits_per_token": self.bits_per_token,
-            "max_relative_error": self.max_relative_error,
-        }
-        given = {name: value for name, value in targets.items() if value is not None}
-        if len(given) > 1:
-            raise ValueError(f"give one target, found {' and '.join(given)}")
-        if self.plan is None and not given:
-            given = {"ratio": 16.0}
-            object.__setattr__(self, "ratio", 16.0)
-        for target, goal in given.items():
-            plan = self.calibration.memo(
-                ("plan", self.preset, target, goal),
-                lambda t=target, g=goal: make_plan(
-                    self.calibration,
-                    self.preset,
-                    preset.basis,
-                    t,
-                    g,
-                    uniform=preset.uniform,
-                    progress=progress,
-                ),
-            )
-            # Both are there when ``dataclasses.replace`` changes another option.
-            if self.plan not in (None, plan):
-                raise ValueError(f"the plan is not the one for {target}={goal}: give one of them")
-            object.__setattr__(self, "plan", plan)
-        self.plan.check(self.calibration.geometry)
-        for dealt in self.plan.sections:
-            if dealt.uniform != preset.uniform and any(p.bands for p in dealt.parts):
+        if len(self._targets) > 1:
+            raise ValueError(f"give one target, found {' and '.join(self._targets)}")
+        for name, goal in self._targets.items():
+            if not (math.isfinite(goal) and goal > 0):
+                raise ValueError(f"{name} must be positive and finite, found {goal}")
+        for section in self.calibration.sections:
+            section.basis(preset.basis)
+        if self.fixed_plan is not None:
+            if self._targets:
+                raise ValueError(
+                    f"fixed_plan leaves nothing to choose: leave out {', '.join(self._targets)}"
+                )
+            self._check(self.fixed_plan)
+
+    @property
+    def _targets(self) -> dict[str, float]:
+        """The targets that were given."""
+        values = {name: getattr(self, name) for name in TARGETS}
+        return {name: value for name, value in values.items() if value is not None}
+
+    @property
+    def target(self) -> Target | None:
+        """What the codec aims at; ``None`` with a fixed plan."""
+        if self.fixed_plan is not None:
+            return None
+        return Target(*next(iter(self._targets.items()), ("ratio", 16.0)))
+
+    @property
+    def adapts(self) -> Target | None:
+        """What encoders adapt their steps to; ``None`` if bands are not uniform, or the plan is
+        fixed."""
+        return self.target if PRESETS[self.preset].uniform else None
+
+    @property
+    def byte_coder(self) -> Coder:
+        """The entropy coder."""
+        return PRESETS[self.preset].coder if self.coder is None else Coder[self.coder.upper()]
+
+    @property
+    def plan(self) -> Plan:
+        """How bits are dealt out; see :meth:`make_plan`."""
+        return self.make_plan()
+
+    def make_plan(self, progress: Progress | None = None) -> Plan:
+        """The fixed plan, or the one for the target: made once, and kept with the calibration.
+
+        ``progress`` is called with rows of the dynamic program done and in all: seconds, for large
+        models. Safe across threads, which wait for the one that plans.
+        """
+        if self.target is None:
+            assert self.fixed_plan is not None
+            return self.fixed_plan
+        preset, target = PRESETS[self.preset], self.target
+        plan: Plan = self.calibration.memo(
+            ("plan", self.preset, target),
+            lambda: make_plan(
+                self.calibration,
+                self.preset,
+                preset.basis,
+                target.name,
+                target.value,
+                uniform=preset.uniform,
+                progress=progress,
+            ),
+        )
+        return plan
+
+    def _check(self, plan: Plan) -> None:
+        """Raise unless the plan is one for this calibration and preset."""
+        plan.check(self.calibration.geometry)
+        uniform = PRESETS[self.preset].uniform
+        for dealt in plan.sections:
+            if dealt.uniform != uniform and any(p.bands for p in dealt.parts):
                 raise ValueError(
                     f"the plan {'has' if dealt.uniform else 'lacks'} uniform bands, it is not for "
                     f"preset {self.preset!r}: choose the preset that it was made with"
                 )
-        for section, dealt in zip(self.calibration.sections, self.plan.sections, strict=True):
+        for section, dealt in zip(self.calibration.sections, plan.sections, strict=True):
             section.parts(dealt)
-
-    @property
-    def target(self) -> Target | None:
-        """What encoders adapt to; ``None`` if bands are not uniform, or the plan was given."""
-        if PRESETS[self.preset].uniform:
-            for name in ("ratio", "bits_per_token", "max_relative_error"):
-                if (value := getattr(self, name)) is not None:
-                    return Target(name, value)
-        return None

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from kvtc_stream.backends.base import SectionCoder
 from kvtc_stream.backends.select import get_backend
 from kvtc_stream.calibration.model import Calibration
+from kvtc_stream.calibration.parts import CalibratedBases
 from kvtc_stream.errors import (
     CalibrationMismatchError,
     FormatError,
@@ -68,7 +69,7 @@ class KVBlock:
         return len(self.positions)
 
 
-def check_calibration(header: StreamHeader, calibration: Calibration) -> Calibration:
+def check_calibration(header: StreamHeader, calibration: Calibration) -> CalibratedBases:
     """What of this calibration the stream's layers need; raise unless it was written with it."""
     if header.calibration != calibration.digest:
         raise CalibrationMismatchError(
@@ -76,11 +77,11 @@ def check_calibration(header: StreamHeader, calibration: Calibration) -> Calibra
             f"{header.model.name or 'unnamed'!r}), found {calibration.digest.hex()} (model "
             f"{calibration.model.name or 'unnamed'!r}): open it with the calibration it names"
         )
-    calibration = calibration.for_stream(header.geometry, header.plan)
+    bases = calibration.for_stream(header.geometry, header.plan)
     for name, found, expected in zip(
         ("layers, heads and channels", "model fingerprint"),
         (_shapes(header.geometry), header.model.fingerprint),
-        (_shapes(calibration.geometry), calibration.model.fingerprint),
+        (_shapes(bases.geometry), bases.model.fingerprint),
         strict=True,
     ):
         if found != expected:
@@ -88,7 +89,7 @@ def check_calibration(header: StreamHeader, calibration: Calibration) -> Calibra
                 f"the stream has {name} {found!r}, the calibration that it names has {expected!r}: "
                 "the writer is at fault"
             )
-    return calibration
+    return bases
 
 
 def _shapes(geometry: Geometry) -> list[Section]:

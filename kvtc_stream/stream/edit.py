@@ -7,12 +7,11 @@ from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, fields, replace
-from typing import BinaryIO
+from typing import BinaryIO, Unpack
 
 from kvtc_stream.errors import UnsupportedError
 from kvtc_stream.formats import (
     Block,
-    Limits,
     Role,
     StreamFile,
     StreamHeader,
@@ -21,6 +20,7 @@ from kvtc_stream.formats import (
 from kvtc_stream.io.sources import Source, open_source
 from kvtc_stream.io.storage import File, atomic_write, write_all
 from kvtc_stream.stream.layers import Selection, Union
+from kvtc_stream.stream.options import SourceOptions
 
 #: Fields of a header in which streams that are joined may differ: the first's are kept.
 _OWN = ("sinks", "window", "coder", "metadata", "token_digest")
@@ -45,22 +45,17 @@ class Piece:
     positions: slice | None = None
 
 
-def cat(
+def concat(
     pieces: Sequence[Piece | Source],
     target: File,
     *,
-    layers: slice | None = None,
     token_digest: bytes | None = None,
-    recover: bool = False,
-    limits: Limits | None = None,
-    key: bytes = b"",
+    **options: Unpack[SourceOptions],
 ) -> None:
     """Join token ranges of streams into a new one; nothing is decoded, so it is as fast as a copy.
 
-    Of one whole stream that was appended to this reclaims what was superseded; with ``recover``
-    it writes out what a stream that was cut off still holds. A range that ends inside a block
-    keeps the whole block and notes how many of its tokens count: the others can still be decoded
-    by who looks for them.
+    A range that ends inside a block keeps the whole block and notes how many of its tokens count:
+    the others can still be decoded by who looks for them.
 
     Parameters
     ----------
@@ -69,21 +64,30 @@ def cat(
         and block size of all must be the same; other fields of the header are the first's.
     target
         A path, written atomically (it may be one of the sources), or a binary file object.
-    layers
-        Which layers to keep, by the model's numbers; all by default. They must be whole groups,
-        see :mod:`kvtc_stream.stream.layers`. Errors of the blocks are not known then.
     token_digest
         Of the result. By default that of a stream that is kept whole, otherwise unknown.
-    recover, limits, key
-        As in :func:`kvtc_stream.open`; the key is that of the sources and of the result.
+    options
+        ``recover``, ``limits`` and ``key``, as in :func:`kvtc_stream.open`; the key is that of the
+        sources and of the result.
 
     Raises
     ------
     FormatError
         A source is damaged, or cut off and ``recover`` is false.
     UnsupportedError
-        The streams do not go together, or layers are coded together with others.
+        The streams do not go together.
     """
+    _write(pieces, target, None, token_digest, options)
+
+
+def _write(
+    pieces: Sequence[Piece | Source],
+    target: File,
+    layers: slice | None,
+    token_digest: bytes | None,
+    options: SourceOptions,
+) -> None:
+    key = options.get("key", b"")
     parts = [p if isinstance(p, Piece) else Piece(p) for p in pieces]
     if not parts:
         raise ValueError("give at least one stream to join")
@@ -91,7 +95,7 @@ def cat(
         streams = []
         for part in parts:
             file = cleanup.enter_context(open_source(part.source))
-            streams.append(StreamFile(file, limits, recover=recover, key=key))
+            streams.append(StreamFile(file, **options))
         spans = [_span(s, p) for s, p in zip(streams, parts, strict=True)]
         header = streams[0].header
         for stream in streams[1:]:
@@ -133,40 +137,81 @@ def cat(
         write_all(out, writer.finish())
 
 
+def compact(source: Source, target: File | None = None, **options: Unpack[SourceOptions]) -> None:
+    """Write a stream without what was superseded by appends; with ``recover``, what is left of one.
+
+    ``target`` is the source's path by default. Equivalent to :func:`concat` of one stream.
+    """
+    concat([source], _in_place(source) if target is None else target, **options)
+
+
 def cut(
     source: Source,
     target: File,
     *,
     tokens: slice | None = None,
     positions: slice | None = None,
-    layers: slice | None = None,
     token_digest: bytes | None = None,
-    limits: Limits | None = None,
-    key: bytes = b"",
+    **options: Unpack[SourceOptions],
 ) -> None:
-    """Keep some tokens of a stream, ``slice(None, n)`` truncates it to *n*; or some layers.
+    """Keep a range of tokens, by ordinals or by positions.
 
-    Equivalent to :func:`cat` of one piece.
+    Equivalent to :func:`concat` of one piece.
     """
-    piece = Piece(source, tokens, positions)
-    cat([piece], target, layers=layers, token_digest=token_digest, limits=limits, key=key)
+    concat([Piece(source, tokens, positions)], target, token_digest=token_digest, **options)
 
 
-def join(
-    sources: Sequence[Source],
-    target: File,
+def truncate(
+    source: Source,
+    tokens: int,
+    target: File | None = None,
     *,
-    limits: Limits | None = None,
-    key: bytes = b"",
+    token_digest: bytes | None = None,
+    **options: Unpack[SourceOptions],
 ) -> None:
-    """Put layers of a stream together again that :func:`cut` took apart.
+    """Keep the first ``tokens`` tokens, of a path in place if no ``target`` is given."""
+    if tokens < 0:
+        raise ValueError(f"tokens to keep must be at least 0, found {tokens}")
+    target = _in_place(source) if target is None else target
+    cut(source, target, tokens=slice(None, tokens), token_digest=token_digest, **options)
+
+
+def _in_place(source: Source) -> str | os.PathLike[str]:
+    if isinstance(source, str | os.PathLike):
+        return source
+    raise TypeError(f"give a target: only a path can be rewritten, found {type(source).__name__}")
+
+
+def split_layers(
+    source: Source, target: File, layers: slice, **options: Unpack[SourceOptions]
+) -> None:
+    """Keep some layers of a stream, without decoding; :func:`merge_layers` undoes it.
+
+    Parameters
+    ----------
+    source, target, options
+        As in :func:`concat`.
+    layers
+        Which layers to keep, by the model's numbers. They must be whole groups
+        (``Calibrator(layer_groups=…)``). Errors of the blocks are not known then.
+
+    Raises
+    ------
+    UnsupportedError
+        Some of the layers are coded together with others.
+    """
+    _write([source], target, layers, None, options)
+
+
+def merge_layers(sources: Sequence[Source], target: File, **options: Unpack[SourceOptions]) -> None:
+    """Put layers of a stream together again that :func:`split_layers` took apart.
 
     Parameters
     ----------
     sources
         Streams of the same tokens, with different layers of the same sections.
-    target, limits, key
-        As in :func:`cat`. What is neither blocks nor layers is the first stream's.
+    target, options
+        As in :func:`concat`. What is neither blocks nor layers is the first stream's.
 
     Raises
     ------
@@ -179,14 +224,13 @@ def join(
         raise ValueError("give at least one stream to join")
     with ExitStack() as cleanup:
         streams = [
-            StreamFile(cleanup.enter_context(open_source(source)), limits, key=key)
-            for source in sources
+            StreamFile(cleanup.enter_context(open_source(source)), **options) for source in sources
         ]
         headers = [stream.header for stream in streams]
         for header in headers[1:]:
             _check_alike(headers[0], header, Union.MADE)
         union = Union(headers)
-        writer = StreamWriter(union.header, key)
+        writer = StreamWriter(union.header, options.get("key", b""))
         out = cleanup.enter_context(_opened(target))
         write_all(out, writer.start())
         for data in streams[0].user_records():

@@ -19,7 +19,6 @@ from kvtc_stream.coding.values import (
 from kvtc_stream.errors import KVTCWarning, StateError
 from kvtc_stream.formats import (
     Block,
-    Coder,
     DType,
     Geometry,
     Role,
@@ -32,7 +31,7 @@ from kvtc_stream.formats import (
 from kvtc_stream.formats.wire import located
 from kvtc_stream.io.dlpack import check_positions
 from kvtc_stream.io.memory import joined
-from kvtc_stream.planning.rate_control import SectionControl
+from kvtc_stream.planning.rate_control import SectionControl, Target
 from kvtc_stream.stream.codec import Codec
 from kvtc_stream.stream.decoder import check_calibration
 from kvtc_stream.stream.pending import Chunk, SectionState
@@ -71,7 +70,7 @@ class Encoder:
         scales must be those of the stream, if they are given, and there is no ``metadata``;
         ``token_digest`` is then that of all tokens.
     key
-        A secret: who has it can tell that the stream was written by somebody who has it.
+        Shared secret of an HMAC: readers with the same key reject streams written without it.
 
     Examples
     --------
@@ -107,6 +106,7 @@ class Encoder:
         self._lock = threading.Lock()
         self._state = "open"
         self._writer: StreamWriter | None = None
+        self._controls: _Controls | None = None
         self._sections: list[SectionState] = []
         self._statistics = StreamStatistics()
         self._opening = b""
@@ -156,7 +156,7 @@ class Encoder:
     def encode_pieces(
         self, k: Any, v: Any, *, positions: Any = None, section: int = 0
     ) -> list[bytes | memoryview]:
-        """As :meth:`encode`, the bytes in pieces: for who joins or writes them anyway."""
+        """As :meth:`encode`, the bytes in pieces, for those who join or write them anyway."""
         with self._exclusive("encode"):
             dtype, chunk = self._check(k, v, positions, section)
             start = self._start(dtype)
@@ -189,7 +189,7 @@ class Encoder:
             warnings.warn(
                 f"the stream is only {s.ratio:.2f} times smaller than the cache: {verbatim} of "
                 f"{s.tokens} tokens are verbatim (sinks {self._codec.sinks}, window "
-                f"{self._codec.window}, tokens beyond max_error); the context is too short to "
+                f"{self._codec.window}, tokens beyond error_bound); the context is too short to "
                 f"gain, or unlike the calibration",
                 KVTCWarning,
                 stacklevel=3,
@@ -233,8 +233,8 @@ class Encoder:
                     f"{name} is {dtype.label}, expected {expected.label} as the "
                     f"{'stream so far' if self._sections else 'k beside it'}: cast it"
                 )
-        if self._scales and not k_dtype.is_fp8:
-            raise TypeError(f"k_scale and v_scale are for fp8 caches, found {k_dtype.label}")
+        if self._scales:
+            check_scaled(k_dtype)
         tokens = k_layers[0].shape[1]
         if v_layers[0].shape[1] != tokens:
             raise ValueError(f"k has {tokens} tokens, v has {v_layers[0].shape[1]}")
@@ -258,7 +258,8 @@ class Encoder:
         return [start]
 
     def _open_sections(self, header: StreamHeader, states: Sequence[Any] | None) -> None:
-        self._controls = None if self._codec.target is None else _Controls(self._codec, states)
+        target = self._codec.adapts
+        self._controls = None if target is None else _Controls(target, states)
         self._sections = [
             SectionState(header, i, self._codec, self._backend, self._controls)
             for i in range(len(header.geometry.sections))
@@ -268,13 +269,12 @@ class Encoder:
         """Be where the encoder that wrote ``stream`` was before it wrote the tail."""
         header, codec = stream.header, self._codec
         check_calibration(header, codec.calibration)
-        assert codec.coder is not None
         for name, found, expected in (
             ("plan", header.plan, codec.plan),
             ("sinks", header.sinks, codec.sinks),
             ("window", header.window, codec.window),
             ("block_tokens", header.block_tokens, codec.block_tokens),
-            ("coder", header.coder.name.lower(), codec.coder),
+            ("coder", header.coder, codec.byte_coder),
             ("out_dtype", header.out_dtype.label, codec.out_dtype or header.out_dtype.label),
         ):
             if found != expected:
@@ -327,11 +327,17 @@ def page_header(
     return replace(header, sinks=0, window=0)
 
 
+def check_scaled(dtype: DType) -> None:
+    """Raise ``TypeError`` unless values of this type have scales."""
+    if not dtype.is_fp8:
+        raise TypeError(f"k_scale and v_scale are for fp8 caches, found {dtype.label}")
+
+
 def _header(
     codec: Codec, dtype: DType, geometry: Geometry, scales: tuple[SectionScales, ...]
 ) -> StreamHeader:
-    if scales and not dtype.is_fp8:
-        raise TypeError(f"k_scale and v_scale are for fp8 caches, found {dtype.label}")
+    if scales:
+        check_scaled(dtype)
     if dtype.is_fp8 and not scales:
         scales = _scales(geometry, 1.0, 1.0)
     out_dtype = DType.BFLOAT16 if dtype.is_fp8 else dtype
@@ -339,7 +345,6 @@ def _header(
         out_dtype = DType[codec.out_dtype.upper()]
     if out_dtype.is_fp8 and not scales:
         raise TypeError(f"out_dtype={out_dtype.label} needs fp8 input, found {dtype.label}")
-    assert codec.coder is not None
     return StreamHeader(
         geometry=geometry,
         dtype=dtype,
@@ -349,7 +354,7 @@ def _header(
         window=codec.window,
         block_tokens=codec.block_tokens,
         plan=codec.plan,
-        coder=Coder[codec.coder.upper()],
+        coder=codec.byte_coder,
         calibration=codec.calibration.digest,
         model=codec.calibration.model,
     )
@@ -358,9 +363,8 @@ def _header(
 class _Controls:
     """The rate controls of a stream's sections, to be saved for who continues it."""
 
-    def __init__(self, codec: Codec, states: Sequence[Any] | None) -> None:
-        assert codec.target is not None
-        self._target, self._states = codec.target, states
+    def __init__(self, target: Target, states: Sequence[Any] | None) -> None:
+        self._target, self._states = target, states
         self._controls: list[SectionControl] = []
 
     def control(self, header: StreamHeader, section: int) -> SectionControl:
@@ -375,14 +379,14 @@ class _Controls:
     def state(self) -> bytes:
         """The payload of the ENCODER record."""
         control = [control.state() for control in self._controls]
-        target = [self._target.name, self._target.value]
+        target = _stored_target(self._target)
         return json.dumps({"target": target, "control": control}, separators=(",", ":")).encode()
 
 
 def _control_states(stream: StreamFile, codec: Codec) -> Sequence[Any] | None:
     """Where the rate controls were, if the stream tells and the target is the same."""
     data = stream.encoder_state()
-    if not data or codec.target is None:
+    if not data or codec.adapts is None:
         return None
     with located("the stream's ENCODER record"):
         try:
@@ -392,7 +396,12 @@ def _control_states(stream: StreamFile, codec: Codec) -> Sequence[Any] | None:
             raise ValueError(f"expected an object with target and control: {error!r}") from None
         if not isinstance(states, list) or len(states) != len(stream.header.geometry.sections):
             raise ValueError("expected a control for each section")
-    return states if target == [codec.target.name, codec.target.value] else None
+    return states if target == _stored_target(codec.adapts) else None
+
+
+def _stored_target(target: Target) -> list[Any]:
+    """How an ENCODER record names a target; streams were written before it had its name."""
+    return ["max_relative_error" if target.name == "mean_error" else target.name, target.value]
 
 
 def _with_rope(geometry: Geometry, rope: Sequence[Rope | None] | Rope | None) -> Geometry:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from mmap import mmap as MappedMemory  # noqa: N812
-from typing import Any, Literal, overload
+from typing import Any, Literal, Unpack, overload
 
 from kvtc_stream.backends.select import get_backend
 from kvtc_stream.calibration.model import Calibration
 from kvtc_stream.formats import (
     Limits,
-    Rope,
 )
 from kvtc_stream.io.dlpack import BackendName
 from kvtc_stream.io.memory import joined
@@ -19,8 +18,9 @@ from kvtc_stream.io.sources import Source
 from kvtc_stream.io.storage import File
 from kvtc_stream.stream.codec import Codec
 from kvtc_stream.stream.encoder import Encoder
+from kvtc_stream.stream.options import EncoderOptions, ReaderOptions, SourceOptions
 from kvtc_stream.stream.reader import Reader
-from kvtc_stream.stream.writer import Append, Writer
+from kvtc_stream.stream.writer import Writer
 
 
 @overload
@@ -29,12 +29,7 @@ def open(
     mode: Literal["rb"] = "rb",
     *,
     calibration: Calibration,
-    backend: BackendName = "auto",
-    limits: Limits | None = None,
-    recover: bool = False,
-    mmap: bool = False,
-    follow: float | None = None,
-    key: bytes = b"",
+    **options: Unpack[ReaderOptions],
 ) -> Reader: ...
 @overload
 def open(
@@ -42,26 +37,13 @@ def open(
     mode: Literal["ab"],
     *,
     codec: Codec,
-    rope: Sequence[Rope | None] | Rope | None = None,
-    k_scale: Any = None,
-    v_scale: Any = None,
-    token_digest: bytes = b"",
     limits: Limits | None = None,
     recover: bool = False,
-    key: bytes = b"",
+    **options: Unpack[EncoderOptions],
 ) -> Writer: ...
 @overload
 def open(
-    file: File,
-    mode: Literal["wb"],
-    *,
-    codec: Codec,
-    rope: Sequence[Rope | None] | Rope | None = None,
-    k_scale: Any = None,
-    v_scale: Any = None,
-    metadata: Mapping[str, Any] | None = None,
-    token_digest: bytes = b"",
-    key: bytes = b"",
+    file: File, mode: Literal["wb"], *, codec: Codec, **options: Unpack[EncoderOptions]
 ) -> Writer: ...
 def open(
     file: Source,
@@ -69,13 +51,7 @@ def open(
     *,
     calibration: Calibration | None = None,
     codec: Codec | None = None,
-    backend: BackendName = "auto",
-    limits: Limits | None = None,
-    recover: bool = False,
-    mmap: bool = False,
-    follow: float | None = None,
-    key: bytes = b"",
-    **stream: Any,
+    **options: Any,
 ) -> Reader | Writer:
     """Open a stream for reading (``"rb"``, with ``calibration``) or writing (``codec``).
 
@@ -100,45 +76,53 @@ def open(
     block. With a ``key``, a reader of a file refuses what was not written with it
     (``AuthenticationError``). The other arguments are those of :class:`kvtc_stream.Encoder`.
     """
+    if mode not in ("rb", "wb", "ab"):
+        raise ValueError(f"mode must be 'rb', 'wb' or 'ab', found {mode!r}")
     if mode == "rb":
         if codec is not None and calibration is None:
             calibration = codec.calibration
-        if calibration is None or stream:
-            raise TypeError(f"reading takes calibration=, found {sorted(stream) or 'none'}")
-        return Reader(
-            file,
-            calibration,
-            backend=backend,
-            limits=limits,
-            recover=recover,
-            mmap=mmap,
-            follow=follow,
-            key=key,
-        )
-    if mode in ("wb", "ab"):
-        if codec is None:
-            raise TypeError("writing takes codec=kvtc_stream.Codec(calibration, ...)")
-        if calibration is not None or backend != "auto":
-            raise TypeError("calibration= and backend= are for reading: the codec has its own")
-        if mmap or follow is not None:
-            raise TypeError("mmap= and follow= are for reading")
-        if isinstance(file, bytes | bytearray | memoryview | MappedMemory):
-            raise TypeError(f"writing takes a path or a file object, found {type(file).__name__}")
-        if mode == "wb" and (limits is not None or recover):
-            raise TypeError("limits= and recover= are for reading and appending")
-        if mode == "ab" and not (isinstance(file, str | os.PathLike) and not os.path.exists(file)):
-            return Writer(file, codec, append=Append(limits, recover, key), key=key, **stream)
-        return Writer(file, codec, key=key, **stream)
-    raise ValueError(f"mode must be 'rb', 'wb' or 'ab', found {mode!r}")
+        _refuse(options, set(EncoderOptions.__annotations__) - {"key"}, "writing")
+        if calibration is None:
+            raise TypeError("reading takes calibration=kvtc_stream.Calibration.load(...)")
+        return Reader(file, calibration, **options)
+    if codec is None:
+        raise TypeError("writing takes codec=kvtc_stream.Codec(calibration, ...)")
+    if calibration is not None:
+        raise TypeError("calibration= is for reading: the codec has its own")
+    if isinstance(file, bytes | bytearray | memoryview | MappedMemory):
+        raise TypeError(f"writing takes a path or a file object, found {type(file).__name__}")
+    _refuse(options, {"backend", "mmap", "follow"}, "reading")
+    if mode == "wb":
+        _refuse(options, {"limits", "recover"}, "reading and appending")
+        return Writer(file, codec, **options)
+    how: SourceOptions = {
+        "limits": options.pop("limits", None),
+        "recover": options.pop("recover", False),
+        "key": options.get("key", b""),
+    }
+    there = not isinstance(file, str | os.PathLike) or os.path.exists(file)
+    return Writer(file, codec, append=how if there else None, **options)
 
 
-def encode(k: Any, v: Any, codec: Codec, *, positions: Any = None, **stream: Any) -> bytes:
+def _refuse(options: Mapping[str, Any], names: set[str], purpose: str) -> None:
+    if wrong := sorted(names & options.keys()):
+        raise TypeError(f"{', '.join(f'{name}=' for name in wrong)}: only for {purpose}")
+
+
+def encode(
+    k: Any,
+    v: Any,
+    codec: Codec,
+    *,
+    positions: Any = None,
+    **options: Unpack[EncoderOptions],
+) -> bytes:
     """A whole cache to a whole stream.
 
     Equivalent to one :meth:`Encoder.encode` and :meth:`Encoder.finish` of
-    ``Encoder(codec, **stream)``.
+    ``Encoder(codec, **options)``.
     """
-    encoder = Encoder(codec, **stream)
+    encoder = Encoder(codec, **options)
     return joined([*encoder.encode_pieces(k, v, positions=positions), *encoder.finish_pieces()])
 
 

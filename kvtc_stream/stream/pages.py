@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kvtc_stream.backends.base import SectionCoder
 from kvtc_stream.backends.select import get_backend
 from kvtc_stream.errors import UnsupportedError
 from kvtc_stream.formats import Block, DType, Limits, Role, Rope, StreamHeader
@@ -22,7 +24,7 @@ from kvtc_stream.planning.rate_control import (
 )
 from kvtc_stream.stream.codec import Codec
 from kvtc_stream.stream.decoder import KVBlock
-from kvtc_stream.stream.encoder import page_header
+from kvtc_stream.stream.encoder import check_scaled, page_header
 from kvtc_stream.stream.pending import verbatim_block
 
 #: How often a page is coded again because the estimate of its size was too low.
@@ -51,7 +53,7 @@ class PageCodec:
         The fixed-rate mode: no page is larger, and within that every page is as close to the
         cache as steps allow (with preset ``paper`` there is nothing to adapt). Tokens that must be
         verbatim, or a size that is too small, may make it impossible: then :meth:`encode` raises,
-        and :meth:`encode_raw` is the way out. Not with a codec that has ``max_error``.
+        and :meth:`encode_raw` is the way out. Not with a codec that has ``error_bound``.
     rope, k_scale, v_scale
         As for :class:`kvtc_stream.Encoder`.
     limits
@@ -66,7 +68,7 @@ class PageCodec:
     >>> page = pages.encode(k, v, positions=1024)
     >>> len(page) <= pages.max_encoded_size(64)
     True
-    >>> pages.decode(page).k.shape
+    >>> pages.decode(page)[0].shape
     (2, 2, 64, 8)
     """
 
@@ -82,33 +84,42 @@ class PageCodec:
         v_scale: Any = None,
         limits: Limits | None = None,
     ) -> None:
-        self._limits = limits
         if dtype not in (d.label for d in DType):
             raise ValueError(f"dtype must be one of {', '.join(d.label for d in DType)}")
         sections = len(codec.calibration.geometry.sections)
         if not 0 <= section < sections:
             raise ValueError(f"section must be from 0 to {sections - 1}, found {section}")
-        if max_bytes is not None and codec.max_error is not None:
-            raise ValueError("max_error stores tokens verbatim, which no fixed size allows")
-        self._header = page_header(codec, DType[dtype.upper()], rope, k_scale, v_scale)
-        self._section = section
-        self._max_bytes = max_bytes
+        if max_bytes is not None and codec.error_bound is not None:
+            raise ValueError("error_bound stores tokens verbatim, which no fixed size allows")
+        if k_scale is not None or v_scale is not None:
+            check_scaled(DType[dtype.upper()])
+        self._codec, self._limits = codec, limits
+        self._options = DType[dtype.upper()], rope, k_scale, v_scale
+        self._section, self._max_bytes = section, max_bytes
         self._fitting: FittingControl | None = None
-        control: SectionControl | None = None
-        if max_bytes is not None and codec.plan.sections[section].uniform:
-            control = self._fitting = FittingControl(self._header, section)
-        elif codec.target is not None:
-            control = IndependentControl(codec.target, self._header, section)
         self._backend = get_backend(codec.backend)
-        self._coder = self._backend.section_coder(
+        self._lock = threading.RLock()
+
+    @cached_property
+    def _header(self) -> StreamHeader:
+        return page_header(self._codec, *self._options)
+
+    @cached_property
+    def _coder(self) -> SectionCoder:
+        codec = self._codec
+        control: SectionControl | None = None
+        if self._max_bytes is not None and codec.plan.sections[self._section].uniform:
+            control = self._fitting = FittingControl(self._header, self._section)
+        elif codec.adapts is not None:
+            control = IndependentControl(codec.adapts, self._header, self._section)
+        return self._backend.section_coder(
             self._header,
-            section,
+            self._section,
             codec.calibration,
-            max_error=codec.max_error,
+            error_bound=codec.error_bound,
             measure=codec.measure,
             target=None if control is None else _Only(control),
         )
-        self._lock = threading.Lock()
 
     def raw_size(self, tokens: int) -> int:
         """The most bytes that :meth:`encode_raw` gives for so many tokens."""
@@ -153,8 +164,12 @@ class PageCodec:
         """A page whose tokens are all verbatim: bit-exact, at most :meth:`raw_size` bytes."""
         return self._raw(self._chunk(k, v, positions))
 
-    def decode(self, page: bytes | bytearray | memoryview, layers: slice | None = None) -> KVBlock:
-        """The tokens of a page, all layers or a slice of them; bytes behind the page are ignored.
+    def decode(
+        self, page: bytes | bytearray | memoryview, layers: slice | None = None
+    ) -> tuple[KVArray, KVArray]:
+        """K and V [layers, kv_heads, tokens, head_dim] of a page, of all layers or a slice of them.
+
+        Bytes behind the page are ignored.
 
         Raises
         ------
@@ -163,11 +178,15 @@ class PageCodec:
         CalibrationMismatchError
             The page was made with another codec.
         """
-        block = unpack_page(page, self._header, self._limits)
+        block = self.block(page, layers)
+        return block.k, block.v
+
+    def block(self, page: bytes | bytearray | memoryview, layers: slice | None = None) -> KVBlock:
+        """As :meth:`decode`, with the positions of the tokens and the errors recorded."""
+        block = self._own(unpack_page(page, self._header, self._limits))
         count = len(self._header.geometry.sections[self._section].layers)
-        chosen = range(count)[layers or slice(None)]
         with self._lock:
-            k, v = self._coder.decode(self._own(block), chosen)
+            k, v = self._coder.decode(block, range(count)[layers or slice(None)])
         positions = np.array(block.positions, np.int64)
         return KVBlock(block.section, block.role, block.start, positions, k, v, block.errors)
 
@@ -222,11 +241,11 @@ class PageCodec:
 
     def _code(self, chunk: tuple[Any, Any, NDArray[np.int64]], most: int) -> bytes | None:
         """The page, if it has at most ``most`` bytes."""
-        fitting = self._fitting
+        coder, fitting = self._coder, self._fitting
         if fitting is not None:
             fitting.budget = float(most - PAGE_OVERHEAD - _BLOCK_BYTES)
         for _ in range(_ATTEMPTS if fitting is not None else 1):
-            [block] = self._coder.encode(*chunk, 0)
+            [block] = coder.encode(*chunk, 0)
             page = pack_page(block, self._header)
             if fitting is not None and not fitting.fits:
                 break

@@ -64,7 +64,7 @@ class SectionState:
             header,
             index,
             codec.calibration,
-            max_error=codec.max_error,
+            error_bound=codec.error_bound,
             measure=codec.measure,
             target=controls,
         )

@@ -133,9 +133,9 @@ class Reader:
         Only the blocks that hold the tokens are read, and only the layers' columns of the basis
         take part. Slices have step 1 and follow Python's rules.
 
-        ``out`` are tensors that take K and V instead, and are returned: of that shape, or a list
-        of one a layer, in the stream's ``out_dtype``; of any framework, writable, in the backend's
-        memory.
+        ``out`` are tensors that take K and V instead, and are returned as they are: of that shape,
+        or a list of one a layer, in the stream's ``out_dtype``; of any framework, writable, in the
+        backend's memory.
         """
         first, last = _span(tokens, self.tokens(section), "tokens")
         geometry = self._header.geometry.sections[section]
@@ -161,7 +161,7 @@ class Reader:
                 self._check_open()
                 block = next(blocks, None)
                 if block is None:
-                    return out or (self._blocks.output(k), self._blocks.output(v))
+                    return (self._blocks.output(k), self._blocks.output(v)) if out is None else out
                 some = chain([block], islice(blocks, _BLOCKS_AT_A_TIME - 1))
                 slotted = ((b, _slots(b, first, last)) for b in some)
                 self._blocks.coder(section).decode_into(slotted, chosen, k, v)

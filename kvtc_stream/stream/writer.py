@@ -7,30 +7,20 @@ import sys
 import weakref
 from collections.abc import Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, BinaryIO, ClassVar, Self
+from typing import Any, BinaryIO, ClassVar, Self, Unpack
 
 from kvtc_stream.errors import (
     StateError,
 )
 from kvtc_stream.formats import (
-    Limits,
     StreamFile,
 )
 from kvtc_stream.io.storage import File, append_to, atomic_write, cut_on_failure, write_all
 from kvtc_stream.stream.codec import Codec
 from kvtc_stream.stream.encoder import Encoder
+from kvtc_stream.stream.options import EncoderOptions, SourceOptions
 from kvtc_stream.stream.statistics import StreamStatistics
-
-
-@dataclass(frozen=True)
-class Append:
-    """How to read what is there."""
-
-    limits: Limits | None
-    recover: bool
-    key: bytes
 
 
 class Writer:
@@ -44,13 +34,18 @@ class Writer:
     _writers: ClassVar[weakref.WeakValueDictionary[int, Writer]] = weakref.WeakValueDictionary()
 
     def __init__(
-        self, file: File, codec: Codec, *, append: Append | None = None, **stream: Any
+        self,
+        file: File,
+        codec: Codec,
+        *,
+        append: SourceOptions | None = None,
+        **options: Unpack[EncoderOptions],
     ) -> None:
         self._state = "open"
         self._unchanged = False
         with ExitStack() as cleanup:
             if append is None:
-                self._encoder = Encoder(codec, **stream)
+                self._encoder = Encoder(codec, **options)
             if isinstance(file, str | os.PathLike):
                 claim = atomic_write if append is None else append_to
                 self._file: BinaryIO = cleanup.enter_context(claim(file))
@@ -63,10 +58,8 @@ class Writer:
                 cleanup.callback(Writer._writers.pop, id(file), None)
                 self._file = file
             if append is not None:
-                before = StreamFile(
-                    self._file, append.limits, recover=append.recover, key=append.key
-                )
-                self._encoder = Encoder(codec, continues=before, **stream)
+                before = StreamFile(self._file, **append)
+                self._encoder = Encoder(codec, continues=before, **options)
                 self._file.seek(before.end)
                 self._unchanged = before.fault is None
                 if before.fault is not None:

@@ -134,7 +134,7 @@ def main(folder: Path, two_levels: bool) -> None:
     (folder / "page.kvp").write_bytes(page)
     header = page_header(default, DType.BFLOAT16, None, None, None)
     (folder / "page.header").write_bytes(header.pack())
-    block = pages.decode(page)
+    block = pages.block(page)
     values = b"".join(np.asarray(x).astype("<f4").tobytes() for x in (block.k, block.v))
     (folder / "page.kvp.f32").write_bytes(values)
     symbols = hashlib.sha256(block_symbols(header, unpack_page(page, header), calibration))
