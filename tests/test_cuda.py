@@ -223,7 +223,7 @@ def test_tokens_that_cannot_be_coded_come_back_exactly() -> None:
                 assert np.isfinite(host(a)[:, :, :50]).all()
 
 
-def test_max_error_holds() -> None:
+def test_error_bound_holds() -> None:
     calibration = CALIBRATIONS["halves"]
     k, v = kvtc.testing.drawn_cache(calibration.geometry, 300, seed=8)
     codec = kvtc.Codec(calibration, ratio=24, error_bound=0.3, window=0, backend="cuda")
