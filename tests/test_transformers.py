@@ -773,21 +773,20 @@ def test_verbatim_cache_continues_identically(
 @pytest.mark.filterwarnings("ignore:the stream is only:kvtc_stream.errors.KVTCWarning")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_verbatim_cache_in_half_precision(
-    dtype: Any, calibrated: Callable[[str], kvtc.Calibration]
+    dtype: Any, built: Callable[[str], Any], calibrated: Callable[[str], kvtc.Calibration]
 ) -> None:
-    calibration = calibrated("gemma3")
-    cache = DynamicCache(config=gemma3_config())
+    model, calibration = built("gemma3"), calibrated("gemma3")
+    cache = DynamicCache(config=model.config)
     for number in range(4):
         shape = (1, 1, 40, 8)
         cache.update(torch.randn(shape).to(dtype), torch.randn(shape).to(dtype), number)
-    decoded = decode_cache(encode_cache(cache, verbatim(calibration)), calibration)
+    data = encode_cache(cache, verbatim(calibration))
+    decoded = decode_cache(data, calibration, model=model)
     for mine, theirs in zip(decoded.layers, cache.layers, strict=True):
         assert mine.keys.dtype == dtype
         assert torch.equal(mine.keys, theirs.keys)
         assert torch.equal(mine.values, theirs.values)
-    wide = decode_cache(
-        encode_cache(cache, verbatim(calibration)), calibration, dtype=torch.float32
-    )
+    wide = decode_cache(data, calibration, model=model, dtype=torch.float32)
     assert wide.layers[0].keys.dtype == torch.float32
 
 
@@ -858,18 +857,231 @@ def test_files_pipes_and_metadata(
 
 
 @pytest.mark.filterwarnings("ignore:the stream is only:kvtc_stream.errors.KVTCWarning")
-@pytest.mark.parametrize("tokens", [10, 3 * WINDOW])
-def test_without_a_model_the_layers_still_continue(
-    tokens: int, built: Callable[[str], Any], calibrated: Callable[[str], kvtc.Calibration]
+def test_without_a_model_the_layers_are_plain(
+    built: Callable[[str], Any], calibrated: Callable[[str], kvtc.Calibration]
 ) -> None:
-    model, calibration = built("gemma3"), calibrated("gemma3")
-    ids = drawn_ids(tokens)
-    cache = prefill(model, ids[:-1])
-    decoded = decode_cache(encode_cache(cache, verbatim(calibration)), calibration)
-    sliding = [isinstance(layer, DynamicSlidingWindowLayer) for layer in decoded.layers]
-    assert sliding == ([True, True, False, True] if tokens > WINDOW else [False] * 4)
-    mine, theirs = generate(model, ids, decoded), generate(model, ids, cache)
+    model, codec = built("gemma3"), verbatim(calibrated("gemma3"))
+    ids = drawn_ids(3 * WINDOW)
+    full = DynamicCache()
+    with torch.inference_mode():
+        model(input_ids=torch.from_numpy(ids[:-1])[None], past_key_values=full)
+    decoded = decode_cache(encode_cache(full, codec), codec.calibration)
+    assert not any(isinstance(layer, DynamicSlidingWindowLayer) for layer in decoded.layers)
+    mine, theirs = generate(model, ids, decoded), generate(model, ids, full)
     torch.testing.assert_close(mine.logits, theirs.logits)
+
+    # How long the window is that the others had left is not in the stream.
+    data = encode_cache(prefill(model, ids), codec)
+    with pytest.raises(kvtc.UnsupportedError, match=r"tokens from 49 to 71 of layer 0; .* model"):
+        decode_cache(data, codec.calibration)
+
+
+@pytest.mark.filterwarnings("ignore::kvtc_stream.KVTCWarning")
+def test_sliding_windows_cut_back(
+    built: Callable[[str], Any], calibrated: Callable[[str], kvtc.Calibration]
+) -> None:
+    """All tokens that the layers need to go on, or none."""
+    model, calibration = built("gemma3"), calibrated("gemma3")
+    codec = kvtc.Codec(calibration, ratio=4, window=0, sinks=0, block_tokens=16)
+    ids = drawn_ids(3 * WINDOW)
+    full, sliding = DynamicCache(), prefill(model, ids)
+    with torch.inference_mode():
+        model(input_ids=torch.from_numpy(ids)[None], past_key_values=full)
+
+    def cut(cache: DynamicCache, kept: slice) -> DynamicCache:
+        file = io.BytesIO()
+        data = encode_cache(cache, codec, model=model)
+        kvtc.cut(io.BytesIO(data), file, positions=kept)
+        return decode_cache(file.getvalue(), calibration, model=model)
+
+    for stop in (5, WINDOW, 60, len(ids)):
+        decoded = cut(full, slice(stop))
+        assert decoded.get_seq_length() == stop
+        for layer in (0, 1, 3):
+            mine, theirs = decoded.layers[layer].keys, full.layers[layer].keys[:, :, :stop]
+            assert mine.shape[2] == min(stop, WINDOW - 1)
+            assert (mine - theirs[:, :, -mine.shape[2] :]).norm() < 0.5 * mine.norm()
+        if stop < len(ids):
+            out = generate(model, ids[: stop + 1], decoded)
+            assert torch.isfinite(torch.stack(out.logits)).all()
+    missing = r"tokens from 49 to 59 of layer 0; a window of 24 needs those from 37 on"
+    with pytest.raises(kvtc.UnsupportedError, match=missing):
+        cut(sliding, slice(60))
+    with pytest.raises(kvtc.UnsupportedError, match="12 tokens, at positions up to 71"):
+        cut(sliding, slice(60, None))
+
+
+def padded(model: Any, ids: np.ndarray[Any, Any], pads: int) -> tuple[DynamicCache, Any]:
+    """The cache of a batch: longer ids, and ``ids`` with padding on their left; and its mask."""
+    longer = drawn_ids(len(ids) + pads, seed=9)
+    batch = torch.from_numpy(np.stack([longer, np.concatenate([np.zeros(pads, np.int64), ids])]))
+    mask = torch.ones_like(batch)
+    mask[1, :pads] = 0
+    cache = DynamicCache(config=model.config)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    with torch.inference_mode():
+        model(input_ids=batch, attention_mask=mask, position_ids=positions, past_key_values=cache)
+    return cache, mask
+
+
+@pytest.mark.filterwarnings("ignore:the stream is only:kvtc_stream.errors.KVTCWarning")
+@pytest.mark.parametrize("pads", [1, WINDOW + 3])
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_rows_of_a_padded_batch(
+    name: str, pads: int, built: Callable[[str], Any], calibrated: Callable[[str], kvtc.Calibration]
+) -> None:
+    model, calibration = built(name), calibrated(name)
+    ids = drawn_ids(2 * WINDOW)
+    cache, mask = padded(model, ids, pads)
+    data = encode_cache(
+        cache, verbatim(calibration), model=model, token_ids=ids, sequence=1, attention_mask=mask
+    )
+    decoded = decode_cache(data, calibration, model=model, token_ids=ids)
+    for mine, theirs in zip(decoded.layers, prefill(model, ids).layers, strict=True):
+        assert mine.get_seq_length() == len(ids)
+        torch.testing.assert_close(mine.keys, theirs.keys, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(mine.values, theirs.values, rtol=1e-4, atol=1e-4)
+    mine = generate(model, np.append(ids, 5), decoded)
+    theirs = generate(model, np.append(ids, 5), DynamicCache(config=model.config))
+    torch.testing.assert_close(mine.logits, theirs.logits, rtol=1e-3, atol=1e-3)
+    first = decode_cache(
+        encode_cache(cache, verbatim(calibration), sequence=0), calibration, model=model
+    )
+    assert torch.equal(first.layers[2].keys[0], cache.layers[2].keys[0])
+
+
+def test_a_padded_row_costs_no_more_than_its_prompt(
+    built: Callable[[str], Any], calibrated: Callable[[str], kvtc.Calibration]
+) -> None:
+    """Its keys stand at the positions that they were computed at."""
+    model, calibration = built("llama"), calibrated("llama")
+    codec = kvtc.Codec(calibration, ratio=4, sinks=0, window=0, block_tokens=32)
+    ids = drawn_ids(320)
+    cache, mask = padded(model, ids, 50)
+    plain, row = (
+        encode_cache(prefill(model, ids), codec),
+        encode_cache(cache, codec, sequence=1, attention_mask=mask),
+    )
+    assert abs(len(row) - len(plain)) < 0.01 * len(plain)
+
+
+@pytest.mark.filterwarnings("ignore:the stream is only:kvtc_stream.errors.KVTCWarning")
+def test_padding_within_a_window_is_refused(
+    built: Callable[[str], Any], calibrated: Callable[[str], kvtc.Calibration]
+) -> None:
+    ids = drawn_ids(3 * WINDOW)
+    mask = np.ones(len(ids), np.int64)
+    mask[-4:] = 0
+    for name in ("llama", "gemma3"):
+        codec, cache = verbatim(calibrated(name)), prefill(built(name), ids)
+        if name == "llama":
+            data = encode_cache(cache, codec, attention_mask=mask, token_ids=ids)
+            decoded = decode_cache(data, codec.calibration, token_ids=ids[:-4])
+            assert torch.equal(decoded.layers[0].keys, cache.layers[0].keys[:, :, :-4])
+        else:
+            with pytest.raises(kvtc.UnsupportedError, match="4 of the 23 tokens that layer 0"):
+                encode_cache(cache, codec, attention_mask=mask)
+
+
+@pytest.mark.filterwarnings("ignore:the stream is only:kvtc_stream.errors.KVTCWarning")
+@pytest.mark.parametrize("kept", [np.r_[0:4, 30:80], np.arange(0, 80, 2), np.arange(20, 80)])
+def test_evicted_caches(
+    kept: Any, built: Callable[[str], Any], calibrated: Callable[[str], kvtc.Calibration]
+) -> None:
+    model, calibration = built("llama"), calibrated("llama")
+    ids = drawn_ids(80)
+    whole, cache = prefill(model, ids), DynamicCache(config=model.config)
+    for n, layer in enumerate(whole.layers):
+        cache.update(layer.keys[:, :, kept], layer.values[:, :, kept], n)
+    data = encode_cache(
+        cache, verbatim(calibration), model=model, positions=kept, token_ids=ids[kept]
+    )
+    with pytest.raises(kvtc.UnsupportedError, match=f"position_ids from {kept[-1] + 1} "):
+        decode_cache(data, calibration, model=model)
+    decoded, positions = decode_cache(
+        data, calibration, model=model, token_ids=ids[kept], return_positions=True
+    )
+    np.testing.assert_array_equal(positions, kept)
+    mine, theirs = (
+        model(
+            input_ids=torch.tensor([[5]]),
+            position_ids=torch.tensor([[positions[-1] + 1]]),
+            past_key_values=c,
+        ).logits
+        for c in (decoded, cache)
+    )
+    assert torch.equal(mine, theirs)
+
+
+def test_masks_and_positions_are_checked(
+    built: Callable[[str], Any], calibrated: Callable[[str], kvtc.Calibration]
+) -> None:
+    codec = verbatim(calibrated("llama"))
+    cache = prefill(built("llama"), drawn_ids(9))
+    for mask in (np.ones(8), np.zeros(9), np.full(9, 2)):
+        with pytest.raises(ValueError, match="each of the 9 tokens"):
+            encode_cache(cache, codec, attention_mask=mask)
+    for positions in (np.arange(8), np.arange(9)[::-1], np.zeros(9, np.int64), np.arange(-1, 8)):
+        with pytest.raises(ValueError, match="as many as the 9 tokens"):
+            encode_cache(cache, codec, positions=positions)
+    with pytest.raises(ValueError, match="sequence must be from 0 to 0"):
+        encode_cache(cache, codec, sequence=1)
+
+
+def test_wrong_positions_are_noticed() -> None:
+    """Keys with a large mean, as some models' are."""
+    model = llama()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.k_proj.bias = torch.nn.Parameter(6 * torch.randn(16))
+    calibration = calibrate(model, [drawn_ids(400, s) for s in range(3)], importance="none")
+    codec = kvtc.Codec(calibration, ratio=8, window=0, sinks=0, block_tokens=64)
+    cache, mask = padded(model, drawn_ids(400), 40)
+    with pytest.warns(kvtc.KVTCWarning, match="keys are at other positions than was said"):
+        encode_cache(cache, codec, sequence=1)
+    encode_cache(cache, codec, sequence=1, attention_mask=mask)
+
+
+@pytest.mark.filterwarnings("ignore:the stream is only:kvtc_stream.errors.KVTCWarning")
+def test_prompts_with_images_of_a_model_with_mrope() -> None:
+    text = {**SIZES, "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2]}}
+    vision = {"depth": 1, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "patch_size": 4}
+    config = transformers.Qwen2VLConfig(
+        text_config=text, vision_config=vision, image_token_id=10, video_token_id=11,
+        vision_start_token_id=12, vision_end_token_id=13,
+    )  # fmt: skip
+    model = transformers.Qwen2VLForConditionalGeneration(config).eval()
+    calibration = calibrate(model, [drawn_ids(300) % 80 + 14], importance="none")
+    codec = verbatim(calibration)
+    words, ids = drawn_ids(40) % 80 + 14, np.r_[20:30, 12, [10] * 16, 13, 30:40]
+
+    def read(ids: np.ndarray[Any, Any], **more: Any) -> DynamicCache:
+        cache = DynamicCache(config=model.config)
+        with torch.inference_mode():
+            model(input_ids=torch.from_numpy(ids)[None], past_key_values=cache, **more)
+        return cache
+
+    image = read(
+        ids,
+        pixel_values=torch.randn(64, 96),
+        image_grid_thw=torch.tensor([[1, 8, 8]]),
+        mm_token_type_ids=torch.from_numpy((ids == 10).astype(np.int64))[None],
+    )
+    assert model.model.rope_deltas is not None
+    with pytest.raises(kvtc.UnsupportedError, match="only prompts of text"):
+        encode_cache(image, codec, model=model, token_ids=ids)
+    with pytest.raises(kvtc.UnsupportedError, match="pass token_ids"):
+        encode_cache(image, codec, model=model)
+
+    # A prompt of text goes on as without the image that was read before.
+    cache = read(words[:-1])
+    data = encode_cache(cache, codec, model=model, token_ids=words[:-1])
+    decoded = decode_cache(data, calibration, model=model, token_ids=words)
+    mine = generate(model, words, decoded)
+    theirs = generate(model, words, DynamicCache(config=model.config))
+    torch.testing.assert_close(mine.logits, theirs.logits)
+    model.model.rope_deltas = None
+    assert encode_cache(cache, codec, model=model) is not None
 
 
 @pytest.mark.filterwarnings("ignore:the stream is only:kvtc_stream.errors.KVTCWarning")
@@ -903,9 +1115,9 @@ def test_wrong_prompt_model_or_window(
     wrong = ids.copy()
     wrong[7] += 1
     with pytest.raises(kvtc.CalibrationMismatchError, match="another prompt"):
-        decode_cache(data, calibration, token_ids=wrong)
+        decode_cache(data, calibration, model=model, token_ids=wrong)
     with pytest.raises(kvtc.CalibrationMismatchError, match="found only 39"):
-        decode_cache(data, calibration, token_ids=ids[:-1])
+        decode_cache(data, calibration, model=model, token_ids=ids[:-1])
 
     stranger = gemma3()
     for call in (
@@ -924,7 +1136,7 @@ def test_wrong_prompt_model_or_window(
         layer.sliding_window = WINDOW // 2
     for number in range(4):
         layers.update(cache.layers[2].keys, cache.layers[2].values, number)
-    with pytest.raises(kvtc.CalibrationMismatchError, match="another window"):
+    with pytest.raises(kvtc.UnsupportedError, match="a window of 24 needs those from 17 on"):
         decode_cache(encode_cache(layers, codec), calibration, model=model)
 
 
@@ -960,12 +1172,6 @@ def offloaded(model: Any) -> Any:
     return cache
 
 
-def batched(model: Any) -> Any:
-    cache = prefill(model, drawn_ids(9))
-    cache.batch_repeat_interleave(2)
-    return cache
-
-
 def recurrent(model: Any) -> Any:
     return DynamicCache(config=mamba().config)
 
@@ -976,7 +1182,6 @@ def recurrent(model: Any) -> Any:
         (static, "StaticCache"),
         (encoder_decoder, "EncoderDecoderCache"),
         (offloaded, "offloaded"),
-        (batched, "2 sequences"),
         (recurrent, "LinearAttentionLayer"),
     ],
 )
@@ -999,6 +1204,10 @@ def test_mismatched_caches(
         encode_cache(DynamicCache(), codec)
     with pytest.raises(kvtc.CalibrationMismatchError, match=r"K \[1, 1, 9, 8\]"):
         encode_cache(prefill(built("gemma3"), drawn_ids(9)), codec)
+    two = prefill(built("llama"), drawn_ids(9))
+    two.batch_repeat_interleave(2)
+    with pytest.raises(kvtc.UnsupportedError, match=r"2 sequences.*sequence="):
+        encode_cache(two, codec)
     short = prefill(built("llama"), drawn_ids(9))
     short.layers.pop()
     with pytest.raises(kvtc.CalibrationMismatchError, match=r"layers \[0, 1, 2\]"):
@@ -1025,11 +1234,11 @@ def test_streams_that_no_dynamic_cache_can_hold(
 
     with pytest.warns(kvtc.KVTCWarning):
         gap, uneven, missing = (
-            stream(np.array([0, 1, 5]), np.arange(6)),
+            stream(np.array([0, 1, 5]), np.array([0, 1, 5])),
             stream(np.arange(5), np.arange(6)),
             stream(np.arange(5)),
         )
-    with pytest.raises(kvtc.UnsupportedError, match="3 of the tokens 0 to 5"):
+    with pytest.raises(kvtc.UnsupportedError, match="3 tokens, at positions up to 5"):
         decode_cache(gap, calibration)
     for data in (uneven, missing):
         with pytest.raises(kvtc.UnsupportedError, match="expected all to end at the same"):

@@ -190,7 +190,7 @@ class Encoder:
                 f"the stream is only {s.ratio:.2f} times smaller than the cache: {verbatim} of "
                 f"{s.tokens} tokens are verbatim (sinks {self._codec.sinks}, window "
                 f"{self._codec.window}, tokens beyond error_bound); the context is too short to "
-                f"gain, or unlike the calibration",
+                f"gain, unlike the calibration, or its keys are at other positions than was said",
                 KVTCWarning,
                 stacklevel=3,
             )

@@ -99,6 +99,15 @@ class Reader:
         """Tokens of a section. Seekable files only."""
         return sum(entry.tokens for entry in self._entries(section))
 
+    def positions(self, section: int = 0) -> NDArray[np.int64]:
+        """Positions of a section's tokens, int64 [tokens]. Seekable files only."""
+        entries = self._entries(section)
+        if all(e.last_position - e.first_position + 1 == e.tokens for e in entries):
+            spans = [np.arange(e.first_position, e.last_position + 1) for e in entries]
+        else:
+            spans = [b.positions[b.kept.start : b.kept.stop] for b in self.stored_blocks(section)]
+        return np.concatenate([np.empty(0, np.int64), *spans])
+
     @property
     def block_decoder(self) -> BlockDecoder:
         """What decodes the stream's blocks."""

@@ -102,7 +102,8 @@ class StreamStatistics:
         """Where errors are far above what the plan expects: a cache unlike the calibration's."""
         return [
             f"section {i}: the mean error of {name} is {total / sums.tokens:.3f} where the "
-            f"calibration expects {expected:.3f}: the cache is unlike those it learnt from"
+            f"calibration expects {expected:.3f}: the cache is unlike those it learnt from, or its "
+            f"keys are at other positions than was said (padding, evicted tokens)"
             for i, sums in sorted(self._sections.items())
             for name, total, expected in (
                 ("K", sums.k, plan.sections[i].expected_k_error),

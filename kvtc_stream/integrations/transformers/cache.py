@@ -5,13 +5,12 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, BinaryIO, TypeAlias
+from typing import Any, BinaryIO, Literal, TypeAlias, overload
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.dlpack import from_dlpack
 from transformers import PreTrainedModel
 from transformers.cache_utils import (
     DummyLayer,
@@ -31,6 +30,7 @@ from kvtc_stream.integrations.transformers.identity import (
     check_fingerprint,
     token_digest,
 )
+from kvtc_stream.integrations.transformers.images import check_no_images, forget_images
 from kvtc_stream.integrations.transformers.model import (
     SUPPORTED_CACHES,
     attention_layers,
@@ -51,9 +51,12 @@ def encode_cache(
     *,
     model: PreTrainedModel | None = None,
     token_ids: TokenIds | None = None,
+    sequence: int | None = None,
+    attention_mask: TokenIds | None = None,
+    positions: TokenIds | None = None,
     metadata: Mapping[str, Any] | None = None,
 ) -> bytes | None:
-    """Write a cache as a stream.
+    """Write one sequence of a cache as a stream.
 
     The cache is only read. Sliding-window layers are written as they are held: the latest tokens,
     with their positions.
@@ -61,68 +64,113 @@ def encode_cache(
     Parameters
     ----------
     cache
-        A ``DynamicCache`` of one sequence that starts at position 0.
+        A ``DynamicCache``.
     codec
         Made from a calibration of the cache's model.
     file
         Path or binary file to write; ``None`` returns the bytes.
     model
-        The cache's model: its geometry and fingerprint are checked against the calibration.
+        The cache's model: its geometry and fingerprint are checked against the calibration, and
+        whether the prompt can be stored at all. Without it nothing of this is checked.
     token_ids
-        The ids of the cached tokens, [tokens] or [1, tokens]; their digest is recorded, and
+        The ids of the tokens to write, [tokens] or [1, tokens]; their digest is recorded, and
         :func:`decode_cache` can refuse another prompt. After ``generate`` the cache lacks the
-        last token of the returned sequence.
+        last token of the returned sequence. With an ``attention_mask``, those of padding may be
+        among them. Images are not in the ids: two prompts that differ in an image have one digest.
+    sequence
+        Which one of a batch, from 0; needed if there are several.
+    attention_mask
+        [tokens] or [batch, tokens], of all tokens that the cache has seen: those where it is 0,
+        padding, are left out.
+    positions
+        [tokens], rising: the positions at which the model has computed the keys of the tokens to
+        write. From 0 without gaps by default, which is right for a prompt, padded or not, and
+        wrong for a cache that some tokens were evicted from.
     metadata
         The user's, recorded in the stream.
 
     Raises
     ------
     UnsupportedError
-        Another kind of cache or layer, several sequences, or an offloaded cache.
+        Another kind of cache or layer, several sequences, an offloaded cache, padding within a
+        sliding window, or a prompt with images of a model that gives them positions in three
+        dimensions (M-RoPE).
     CalibrationMismatchError
         The cache or the model is not what was calibrated.
     ValueError
-        The cache is empty, or ``token_ids`` are not as many as it holds.
+        The cache is empty, or ``token_ids``, ``attention_mask`` or ``positions`` are not as many
+        as it holds.
     """
     calibration = codec.calibration
     if model is not None:
         check_fingerprint(model, calibration)
         check_geometry(geometry_of(model), calibration.geometry)
-    layers, total = _check_cache(cache, calibration.geometry)
-    digest = b""
-    if token_ids is not None:
-        ids = as_ids(token_ids)
-        if len(ids) != total:
-            raise ValueError(
-                f"the cache holds {total} tokens, found {len(ids)} token_ids: pass the ids of the "
-                f"cached tokens"
-            )
-        digest = token_digest(ids)
+    layers, seen, sequence = _check_cache(cache, calibration.geometry, sequence)
+    kept = _kept(attention_mask, seen, sequence)
+    where = _given_positions(positions, int(kept.sum()))
+    ids = None if token_ids is None else _kept_ids(token_ids, kept)
+    if model is not None:
+        check_no_images(model, ids)
+    on_device = codec.backend == "cuda" or (codec.backend == "auto" and cuda_runs())
     buffer = io.BytesIO()
     with kvtc.open(
         buffer if file is None else file,
         "wb",
         codec=codec,
         metadata=metadata,
-        token_digest=digest,
+        token_digest=b"" if ids is None else token_digest(ids),
     ) as writer:
-        on_device = codec.backend == "cuda" or (codec.backend == "auto" and cuda_runs())
-
-        def readable(x: Tensor) -> Tensor:
-            return x.detach() if on_device else x.detach().cpu()
-
         for i, section in enumerate(calibration.geometry.sections):
             chosen = [layers[number] for number in section.layers]
             held = chosen[0].keys.shape[2]
-            for start in range(0, held, _CHUNK):
-                stop = min(start + _CHUNK, held)
+            slots = np.flatnonzero(kept[seen - held :])
+            if len(slots) != min(held, len(where)):
+                raise UnsupportedError(
+                    f"{held - len(slots)} of the {held} tokens that layer {section.layers[0]} "
+                    f"holds are padding, and earlier tokens are not in its window any more: "
+                    f"prompts of sliding-window models must be padded on the left only"
+                )
+            there = chosen[0].keys.device.type in (("cpu", "cuda") if on_device else ("cpu",))
+            # Tensors that can be read where they are need no pieces.
+            step = len(slots) if there else _CHUNK
+            for start in range(0, len(slots), step):
+                some = slots[start : start + step]
+                first = len(where) - len(slots) + start
                 writer.write(
-                    [readable(layer.keys[:, :, start:stop]) for layer in chosen],
-                    [readable(layer.values[:, :, start:stop]) for layer in chosen],
-                    positions=np.arange(total - held + start, total - held + stop),
+                    [_some_tokens(layer.keys[sequence], some, there) for layer in chosen],
+                    [_some_tokens(layer.values[sequence], some, there) for layer in chosen],
+                    positions=where[first : first + len(some)],
                     section=i,
                 )
     return buffer.getvalue() if file is None else None
+
+
+@overload
+def decode_cache(
+    source: Source,
+    calibration: kvtc.Calibration,
+    *,
+    model: PreTrainedModel | None = None,
+    token_ids: TokenIds | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    backend: BackendName = "auto",
+    return_positions: Literal[False] = False,
+) -> DynamicCache: ...
+
+
+@overload
+def decode_cache(
+    source: Source,
+    calibration: kvtc.Calibration,
+    *,
+    model: PreTrainedModel | None = None,
+    token_ids: TokenIds | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    backend: BackendName = "auto",
+    return_positions: Literal[True],
+) -> tuple[DynamicCache, NDArray[np.int64]]: ...
 
 
 def decode_cache(
@@ -134,7 +182,8 @@ def decode_cache(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     backend: BackendName = "auto",
-) -> DynamicCache:
+    return_positions: bool = False,
+) -> DynamicCache | tuple[DynamicCache, NDArray[np.int64]]:
     """Read a stream as a cache that ``model.generate(input_ids, past_key_values=...)`` continues.
 
     ``input_ids`` are those of the cached tokens and at least one more.
@@ -147,8 +196,9 @@ def decode_cache(
         The stream's.
     model
         The model that will continue: it is checked against the calibration, and the cache gets
-        the layers its configuration asks for. Without it, layers that were held in full are plain
-        and grow in full.
+        the layers its configuration asks for. It forgets the images of an earlier prompt
+        (``rope_deltas``), as when it reads a new one. Without it all layers are plain; streams of
+        sliding-window layers that do not hold all tokens need it.
     token_ids
         Ids that begin with those of the cached tokens, as a prompt does; checked against the
         digest if the stream has one.
@@ -158,13 +208,18 @@ def decode_cache(
         That of the stream by default.
     backend
         ``"auto"`` is CUDA where the cache goes to a CUDA device and the backend can run there.
+    return_positions
+        Take streams whose tokens are not at positions 0, 1, 2, … (left-out tokens of an evicted
+        cache) too, and return the positions, int64 [tokens], beside the cache. Such a cache goes on
+        only with ``position_ids`` from ``positions[-1] + 1``, given to the model's ``forward``:
+        by itself transformers counts the tokens in the cache.
 
     Raises
     ------
     CalibrationMismatchError
         Stream, calibration, model or token ids do not belong together.
     UnsupportedError
-        The stream's tokens have gaps, which a ``DynamicCache`` cannot hold.
+        A ``DynamicCache`` cannot hold the stream's tokens, or could not go on from them.
     FormatError
         The bytes are not a stream, or damaged.
     """
@@ -172,86 +227,220 @@ def decode_cache(
         check_fingerprint(model, calibration)
         check_geometry(geometry_of(model), calibration.geometry)
         device = model.device if device is None else device
-    if isinstance(source, bytes | bytearray | memoryview):
-        source = io.BytesIO(source)
-    sections = calibration.geometry.sections
-    blocks: list[list[Any]] = [[] for _ in sections]
+    device = torch.device("cpu" if device is None else device)
     if backend == "auto":
-        goes_there = device is not None and torch.device(device).type == "cuda"
-        backend = "cuda" if goes_there and cuda_runs() else "cpu"
-    with kvtc.open(source, calibration=calibration, backend=backend) as reader:
-        recorded = reader.header.token_digest
+        backend = "cuda" if device.type == "cuda" and cuda_runs() else "cpu"
+    sections = calibration.geometry.sections
+    with kvtc.open(_seekable(source), calibration=calibration, backend=backend) as reader:
         held_layers = [s.layers for s in reader.header.geometry.sections]
         if held_layers != [s.layers for s in sections]:
             raise UnsupportedError(
                 f"the stream holds layers {sorted(n for s in held_layers for n in s)} only: join "
                 "it with the others (kvtc join), or read it with kvtc_stream.open"
             )
-        for block in reader:
-            blocks[block.section].append(block)
-    spans = [_span(np.concatenate([b.positions for b in held])) for held in blocks if held]
-    if len(spans) < len(sections) or len({total for _, total in spans}) != 1:
-        raise UnsupportedError(
-            f"the sections hold tokens {spans}, expected all to end at the same one: "
-            f"read the stream with kvtc_stream.open"
-        )
-    total = spans[0][1]
-    if token_ids is not None:
-        _check_tokens(as_ids(token_ids), total, recorded)
-
-    if model is None:
-        cache = DynamicCache()
-        cache.layers.extend(_plain_layers(sections, spans))
-    else:
-        cache = DynamicCache(config=decoder_of(model).config)
-    layers = attention_layers(cache, "the model")
-    for section, held, (start, _) in zip(sections, blocks, spans, strict=True):
-        for i, number in enumerate(section.layers):
-            k, v = (
-                torch.cat([from_dlpack(a)[i] for a in arrays], dim=1)[None].to(device, dtype)
-                for arrays in ([b.k for b in held], [b.v for b in held])
+        held = [reader.positions(i) for i in range(len(sections))]
+        cache = _empty_cache(model, sections)
+        layers = attention_layers(cache, "the model")
+        positions = _cache_positions(sections, held, layers)
+        if not return_positions and positions[-1] + 1 != len(positions):
+            raise UnsupportedError(
+                f"the stream holds {len(positions)} tokens, at positions up to {positions[-1]}: "
+                f"transformers would go on at {len(positions)}. Pass return_positions=True, and "
+                f"position_ids from {positions[-1] + 1} to the model's forward"
             )
-            _fill(layers[number], number, k, v, start)
-    return cache
+        if token_ids is not None:
+            _check_tokens(as_ids(token_ids), len(positions), reader.header.token_digest)
+        memory = device if backend == "cuda" else torch.device("cpu")
+        for i, section in enumerate(sections):
+            needed = _needed(layers[section.layers[0]], len(positions))
+            pairs = _read_layers(reader, i, min(needed, len(held[i])), memory)
+            for number, *pair in zip(section.layers, *pairs, strict=True):
+                _fill(layers[number], *(x.to(device, dtype) for x in pair), len(positions))
+    if model is not None:
+        forget_images(model)
+    return (cache, positions) if return_positions else cache
 
 
-def _check_cache(cache: DynamicCache, geometry: Geometry) -> tuple[dict[int, Any], int]:
-    """The layers of a cache that can be encoded, and the number of tokens they have seen."""
+def _read_layers(
+    reader: kvtc.Reader, i: int, tokens: int, memory: torch.device
+) -> list[list[Tensor]]:
+    """The latest tokens of a section: K and V, each a tensor [1, heads, tokens, dim] a layer."""
+    section = reader.header.geometry.sections[i]
+    dtype = getattr(torch, reader.header.out_dtype.label)
+    out = [
+        [
+            torch.empty((section.kv_heads, tokens, dim), dtype=dtype, device=memory)
+            for _ in section.layers
+        ]
+        for dim in (section.k_dim, section.v_dim)
+    ]
+    reader.read(tokens=slice(reader.tokens(i) - tokens, None), section=i, out=(out[0], out[1]))
+    return [[x[None] for x in part] for part in out]
+
+
+def _fill(layer: Any, keys: Tensor, values: Tensor, seen: int) -> None:
+    """What ``layer.update`` would do, which copies."""
+    layer.lazy_initialization(keys, values)
+    layer.keys, layer.values = keys, values
+    if isinstance(layer, DynamicSlidingWindowLayer):
+        layer.cumulative_length = seen
+
+
+def _some_tokens(x: Tensor, slots: NDArray[np.int64], there: bool) -> Tensor:
+    """Of a layer's [heads, tokens, dim]: a view where possible, on the host if not ``there``."""
+    if slots[-1] - slots[0] + 1 == len(slots):
+        x = x[:, slots[0] : slots[-1] + 1]
+    else:
+        x = x[:, torch.from_numpy(slots).to(x.device)]
+    return x.detach() if there else x.detach().cpu()
+
+
+def _check_cache(
+    cache: DynamicCache, geometry: Geometry, sequence: int | None
+) -> tuple[dict[int, Any], int, int]:
+    """The layers that can be encoded, how many tokens they have seen, and the sequence."""
     if type(cache) is not DynamicCache:
         raise UnsupportedError(f"found a {type(cache).__name__}; {SUPPORTED_CACHES}")
     if cache.offloading:
         raise UnsupportedError(f"found an offloaded DynamicCache; {SUPPORTED_CACHES}")
     layers = {n: x for n, x in attention_layers(cache, "the cache").items() if x.is_initialized}
-    total: int = max((layer.get_seq_length() for layer in layers.values()), default=0)
-    if total == 0:
+    seen: int = max((layer.get_seq_length() for layer in layers.values()), default=0)
+    if seen == 0:
         raise ValueError("the cache holds no tokens")
     expected = {number for section in geometry.sections for number in section.layers}
     if layers.keys() != expected:
         raise CalibrationMismatchError(
             f"the cache has layers {sorted(layers)}, the calibration is for {sorted(expected)}"
         )
+    batch = layers[min(layers)].keys.shape[0]
+    if sequence is None and batch != 1:
+        raise UnsupportedError(
+            f"the cache holds {batch} sequences, a stream is of one: say which with sequence=, and "
+            f"pass its attention_mask if it is padded"
+        )
+    if not 0 <= (sequence or 0) < batch:
+        raise ValueError(f"sequence must be from 0 to {batch - 1}, found {sequence}")
     for section in geometry.sections:
         held = layers[section.layers[0]].keys.shape[2]
         wanted = (
-            [1, section.kv_heads, held, section.k_dim],
-            [1, section.kv_heads, held, section.v_dim],
-            total,
+            [batch, section.kv_heads, held, section.k_dim],
+            [batch, section.kv_heads, held, section.v_dim],
+            seen,
         )
         for number in section.layers:
             layer = layers[number]
             found = (list(layer.keys.shape), list(layer.values.shape), layer.get_seq_length())
-            if found[0][0] != 1:
-                raise UnsupportedError(
-                    f"the cache holds {found[0][0]} sequences; {SUPPORTED_CACHES}: encode a copy "
-                    f"per sequence, reduced with batch_select_indices"
-                )
             if found != wanted:
                 raise CalibrationMismatchError(
                     f"layer {number} of the cache has K {found[0]} and V {found[1]} after "
                     f"{found[2]} tokens, the calibration is for {wanted[0]} and {wanted[1]}, "
-                    f"and other layers have seen {total} tokens"
+                    f"and other layers have seen {seen} tokens"
                 )
-    return layers, total
+    return layers, seen, sequence or 0
+
+
+def _kept(attention_mask: TokenIds | None, seen: int, sequence: int) -> NDArray[np.bool_]:
+    """Which of the tokens that a cache has seen are none of padding."""
+    if attention_mask is None:
+        return np.ones(seen, np.bool_)
+    mask = attention_mask.cpu() if isinstance(attention_mask, Tensor) else attention_mask
+    array = np.asarray(mask)
+    if array.ndim == 2:
+        array = array[sequence if len(array) > 1 else 0]
+    if array.shape != (seen,) or not np.isin(array, (0, 1)).all() or not array.any():
+        raise ValueError(
+            f"attention_mask must be 0 or 1 for each of the {seen} tokens that the cache has seen, "
+            f"and 1 for some, found {list(np.shape(mask))}"
+        )
+    return array.astype(np.bool_)
+
+
+def _kept_ids(token_ids: TokenIds, kept: NDArray[np.bool_]) -> NDArray[np.int64]:
+    ids = as_ids(token_ids)
+    if len(ids) == len(kept):
+        return ids[kept]
+    if len(ids) != kept.sum():
+        raise ValueError(
+            f"the cache holds {kept.sum()} tokens, found {len(ids)} token_ids: pass the ids of the "
+            f"cached tokens"
+        )
+    return ids
+
+
+def _given_positions(positions: TokenIds | None, tokens: int) -> NDArray[np.int64]:
+    if positions is None:
+        return np.arange(tokens)
+    where = as_ids(positions, "positions")
+    if len(where) != tokens or where[0] < 0 or (np.diff(where) < 1).any():
+        raise ValueError(
+            f"positions must rise, and be as many as the {tokens} tokens to write, found "
+            f"{len(where)}: {where[:4].tolist()} …"
+        )
+    return where
+
+
+def _seekable(source: Source) -> Any:
+    """What is not, as a pipe, is read to its end."""
+    if isinstance(source, bytes | bytearray | memoryview):
+        return io.BytesIO(source)
+    if isinstance(source, str | os.PathLike) or source.seekable():
+        return source
+    return io.BytesIO(source.read())
+
+
+def _empty_cache(model: PreTrainedModel | None, sections: Sequence[Section]) -> DynamicCache:
+    """With the layers that a model's configuration asks for, or plain ones."""
+    if model is not None:
+        return DynamicCache(config=decoder_of(model).config)
+    cache = DynamicCache()
+    held = {number for section in sections for number in section.layers}
+    cache.layers.extend(
+        DynamicLayer() if n in held else DummyLayer()  # type: ignore[no-untyped-call]
+        for n in range(max(held) + 1)
+    )
+    return cache
+
+
+def _needed(layer: Any, tokens: int) -> int:
+    """How many of the tokens that a cache has seen a layer must hold to go on."""
+    if isinstance(layer, DynamicSlidingWindowLayer):
+        # The next token completes the window.
+        return max(min(layer.sliding_window - 1, tokens), 1)
+    return tokens
+
+
+def _cache_positions(
+    sections: Sequence[Section], held: Sequence[NDArray[np.int64]], layers: Mapping[int, Any]
+) -> NDArray[np.int64]:
+    """Of all tokens that a cache of the stream's sections has seen; refuses those that lack some.
+
+    A section holds the latest of them. Which went before, where none holds all, is known if their
+    positions have no gaps.
+    """
+    positions = max(held, key=len)
+    if any(not len(x) or not np.array_equal(x, positions[-len(x) :]) for x in held):
+        spans = [(int(x[0]), int(x[-1])) if len(x) else () for x in held]
+        raise UnsupportedError(
+            f"the sections hold tokens {spans}, expected all to end at the same one: "
+            f"read the stream with kvtc_stream.open"
+        )
+    sliding = all(isinstance(layers[s.layers[0]], DynamicSlidingWindowLayer) for s in sections)
+    if sliding and positions[-1] - positions[0] + 1 == len(positions):
+        positions = np.arange(positions[-1] + 1)
+    for section, own in zip(sections, held, strict=True):
+        layer = layers[section.layers[0]]
+        needed = _needed(layer, len(positions))
+        if len(own) < needed:
+            window = getattr(layer, "sliding_window", None)
+            needs = f"a window of {window} needs" if window else "without a window it needs"
+            raise UnsupportedError(
+                f"the stream holds the tokens from {own[0]} to {own[-1]} of layer "
+                f"{section.layers[0]}; {needs} those from {positions[-needed]} on: the "
+                f"others had left the window when it was written. Pass the model, or, to cut "
+                f"streams back, write a cache that keeps them: DynamicCache() without a "
+                f"configuration"
+            )
+    return positions
 
 
 def _check_tokens(ids: NDArray[np.int64], total: int, recorded: bytes) -> None:
@@ -266,40 +455,3 @@ def _check_tokens(ids: NDArray[np.int64], total: int, recorded: bytes) -> None:
             f"the first {total} token_ids have digest {digest.hex()[:16]}…, the stream's tokens "
             f"have {recorded.hex()[:16]}…: this is the cache of another prompt"
         )
-
-
-def _span(positions: NDArray[np.int64]) -> tuple[int, int]:
-    start, stop = int(positions[0]), int(positions[-1]) + 1
-    if stop - start != len(positions):
-        raise UnsupportedError(
-            f"the stream holds {len(positions)} of the tokens {start} to {stop - 1}; a "
-            f"DynamicCache has no gaps: read it with kvtc_stream.open"
-        )
-    return start, stop
-
-
-def _plain_layers(sections: Sequence[Section], spans: Sequence[tuple[int, int]]) -> list[Any]:
-    """Layers as far as the stream tells: a section that lost its first tokens had a window."""
-    last = max(section.layers[-1] for section in sections)
-    layers: list[Any] = [DummyLayer() for _ in range(last + 1)]  # type: ignore[no-untyped-call]
-    for section, (start, stop) in zip(sections, spans, strict=True):
-        for number in section.layers:
-            # A sliding layer keeps one token less than its window: the next one completes it.
-            layers[number] = (
-                DynamicSlidingWindowLayer(stop - start + 1) if start else DynamicLayer()  # type: ignore[no-untyped-call]
-            )
-    return layers
-
-
-def _fill(layer: Any, number: int, k: Tensor, v: Tensor, start: int) -> None:
-    if isinstance(layer, DynamicSlidingWindowLayer):
-        needed = layer.sliding_window - 1
-        layer.cumulative_length = start
-    else:
-        needed = start + k.shape[2]
-    if start and k.shape[2] < needed:
-        raise CalibrationMismatchError(
-            f"the stream holds the latest {k.shape[2]} of {start + k.shape[2]} tokens of layer "
-            f"{number}, the model needs {needed}: it was written with another window"
-        )
-    layer.update(k, v)

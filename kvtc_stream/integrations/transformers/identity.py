@@ -166,14 +166,13 @@ def _label(identity: ModelIdentity) -> str:
     return f"{name} (fingerprint {identity.fingerprint.hex()[:16]}…)"
 
 
-def as_ids(token_ids: TokenIds) -> NDArray[np.int64]:
+def as_ids(token_ids: TokenIds, name: str = "token_ids") -> NDArray[np.int64]:
     ids = token_ids.cpu().numpy() if isinstance(token_ids, Tensor) else np.asarray(token_ids)
     if ids.ndim == 2 and len(ids) == 1:
         ids = ids[0]
     if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
         raise ValueError(
-            f"token_ids must be integers [tokens] or [1, tokens], found {ids.dtype} "
-            f"{list(ids.shape)}"
+            f"{name} must be integers [tokens] or [1, tokens], found {ids.dtype} {list(ids.shape)}"
         )
     return ids.astype(np.int64)
 
