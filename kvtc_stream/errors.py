@@ -9,7 +9,16 @@ from __future__ import annotations
 
 
 class KVTCError(Exception):
-    """Base of every error this package raises on its own account."""
+    """Base of every error this package raises on its own account.
+
+    Attributes
+    ----------
+    index
+        In a batch, which of the streams or caches it is about, from 0; ``None`` if that is not
+        known, or there is no batch.
+    """
+
+    index: int | None = None
 
 
 class FormatError(KVTCError, ValueError):

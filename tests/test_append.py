@@ -142,6 +142,33 @@ def test_what_is_appended_to_must_fit(
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("key", [b"", b"secret"])
+def test_a_stream_without_tokens_goes_on_in_any_dtype(
+    tmp_path: Path, codec: kvtc.Codec, cache: Cache, key: bytes
+) -> None:
+    """The result is the stream that was written at once, and an exception leaves the old one."""
+    path, buffer = tmp_path / "a.kvtc", io.BytesIO()
+    rope, halves = kvtc.Rope.from_theta(500, 8), tuple(x.astype(np.float16) for x in cache)
+    options: dict[str, Any] = {"metadata": {"a": 1}, "rope": rope, "key": key}
+    for file, content in ((path, path.read_bytes), (buffer, buffer.getvalue)):
+        with kvtc.open(file, "wb", codec=codec, **options):
+            pass
+        empty = content()
+        with kvtc.open(file, "ab", codec=codec, key=key):
+            pass
+        assert content() == empty
+        with pytest.raises(RuntimeError), kvtc.open(file, "ab", codec=codec, key=key) as writer:  # noqa: PT012
+            writer.write(*halves)
+            raise RuntimeError
+        assert content() == empty
+        with pytest.raises(ValueError, match="window"):
+            kvtc.open(file, "ab", codec=replace(codec, window=8), key=key)
+        with kvtc.open(file, "ab", codec=codec, key=key) as writer:
+            writer.write(*halves)
+        assert content() == kvtc.encode(*halves, codec, **options)
+        assert writer.statistics.stream_bytes == len(content())
+
+
 def test_scales_of_an_fp8_stream(codec: kvtc.Codec) -> None:
     shape = codec.calibration.geometry
     k, v = kvtc.testing.drawn_cache(shape, 60, dtype=kvtc.DType.FLOAT8_E4M3FN)

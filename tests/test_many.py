@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 import kvtc_stream as kvtc
+from kvtc_stream.formats import Role, StreamFile
 
 TOKENS = [70, 1, 200]
 pytestmark = pytest.mark.filterwarnings("ignore:the stream is only")
@@ -115,6 +117,100 @@ def test_pages_that_do_not_fit(calibration: kvtc.Calibration, streams: list[byte
         kvtc.decode_many(streams[1:2], calibration, out=[kvtc.PagedCache(k[:1], k[:1], [0], 1)])
     with pytest.raises(ValueError, match="3 streams and 1"):
         kvtc.decode_many(streams, calibration, out=[kvtc.PagedCache(k, k, [0], 5)])
+
+
+def test_pools_that_share_one_of_their_tensors(
+    calibration: kvtc.Calibration, streams: list[bytes]
+) -> None:
+    """Whether K or V is shared, or none: each cache has its own values where it says."""
+    data = [streams[0], streams[0]]
+    expected = kvtc.decode(data[0], calibration)
+
+    def pool() -> Any:
+        return np.zeros((2, 10, 16, 2, 8), np.float32)
+
+    for shared in ("k", "v", ""):
+        one, other = {"k": pool(), "v": pool()}, {"k": pool(), "v": pool()}
+        if shared:
+            other[shared] = one[shared]
+        held = [
+            kvtc.PagedCache(**tensors, page_table=table, tokens=70)
+            for tensors, table in ((one, [0, 1, 2, 3, 4]), (other, [9, 8, 7, 6, 5]))
+        ]
+        kvtc.decode_many(data, calibration, out=held)
+        for cache in held:
+            for own, wanted in zip(cache.contiguous(), expected, strict=True):
+                np.testing.assert_array_equal(np.stack(own), wanted)
+
+
+def damaged(data: bytes) -> bytes:
+    """With one bit of its last coded block flipped."""
+    entry = [e for e in StreamFile(io.BytesIO(data)).index if e.role is Role.DATA][-1]
+    changed = bytearray(data)
+    changed[entry.offset + entry.length // 2] ^= 1
+    return bytes(changed)
+
+
+def test_errors_of_a_batch_say_which_it_is(
+    calibration: kvtc.Calibration, codec: kvtc.Codec, caches: list[tuple[Any, Any]]
+) -> None:
+    k, v = caches[2]
+    whole = kvtc.encode(k, v, codec)
+    batch = [whole, whole, damaged(whole), whole]
+    k_pages, v_pages, tables = pages([caches[2]] * 4, 16)
+    into_pages = [kvtc.PagedCache(k_pages, v_pages, table, 200) for table in tables]
+    into_arrays = [tuple(np.empty_like(x) for x in caches[2]) for _ in batch]
+    for out in (None, into_pages, into_arrays):
+        with pytest.raises(kvtc.ChecksumError) as raised:
+            kvtc.decode_many(batch, calibration, out=out)
+        assert raised.value.__notes__ == ["streams[2] of 4"]
+        assert raised.value.index == 2
+    with pytest.raises(kvtc.TruncatedError) as raised:
+        kvtc.decode_many([whole, whole[:-1]], calibration)
+    assert raised.value.index == 1
+    into_pages[1] = kvtc.PagedCache(k_pages, v_pages, tables[1], 5)
+    with pytest.raises(ValueError, match="pages are for 5") as wrong:
+        kvtc.decode_many([whole] * 4, calibration, out=into_pages)
+    assert wrong.value.__notes__ == ["streams[1] of 4"]
+    with pytest.raises(ValueError, match="v has 10") as wrong:
+        kvtc.encode_many([(k, v), (k, v[:, :, :10])], codec)
+    assert wrong.value.__notes__ == ["caches[1] of 2"]
+
+
+@pytest.mark.parametrize("source", ["bytes", "file", "mapped"])
+def test_buffers_stay_as_they_are_when_a_stream_is_damaged(
+    tmp_path: Path, calibration: kvtc.Calibration, streams: list[bytes], source: str
+) -> None:
+    """Also where it is larger than what is read in one go."""
+    path = tmp_path / "a.kvtc"
+    path.write_bytes(damaged(streams[2]))
+    shape = calibration.geometry.sections[0].k_shape(200)
+    k, v = (np.full(shape, 7, np.float32) for _ in "kv")
+    with (
+        kvtc.open(
+            path.read_bytes() if source == "bytes" else path,
+            calibration=calibration,
+            mmap=source == "mapped",
+        ) as reader,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setattr("kvtc_stream.formats.reader._READ_AHEAD", 1)
+        patch.setattr("kvtc_stream.stream.reader._BLOCKS_AT_A_TIME", 1)
+        with pytest.raises(kvtc.ChecksumError):
+            reader.read(out=(k, v))
+        assert (k == 7).all()
+        assert (v == 7).all()
+        own = tuple(x[:, :, :32] for x in (k, v))  # what is whole can still be read
+        reader.read(slice(32), out=own)
+        assert not (k[:, :, :32] == 7).any()
+    k_pages, v_pages = (np.full((2, 13, 16, 2, 8), 7, np.float32) for _ in "kv")
+    with pytest.raises(kvtc.ChecksumError):
+        kvtc.decode_many(
+            [path.read_bytes()],
+            calibration,
+            out=[kvtc.PagedCache(k_pages, v_pages, range(13), 200)],
+        )
+    assert (k_pages == 7).all()
 
 
 def test_pages_that_are_a_view_of_something_else(

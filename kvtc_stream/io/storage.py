@@ -72,6 +72,22 @@ def append_to(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
                 partial.unlink(missing_ok=True)
 
 
+#: File objects that are being written, by their ids.
+_claimed: set[int] = set()
+
+
+@contextlib.contextmanager
+def claimed(file: BinaryIO) -> Iterator[BinaryIO]:
+    """A file object that is there already: meanwhile every other writer gets ``StateError``."""
+    if id(file) in _claimed:
+        raise StateError("another writer is writing to this file object: close it first")
+    _claimed.add(id(file))
+    try:
+        yield file
+    finally:
+        _claimed.discard(id(file))
+
+
 def write_all(file: BinaryIO, data: bytes | memoryview) -> None:
     """Write everything; a raw file may take less than it is given at a time.
 
@@ -93,8 +109,8 @@ def write_all(file: BinaryIO, data: bytes | memoryview) -> None:
 
 
 @contextlib.contextmanager
-def cut_on_failure(file: BinaryIO, size: int) -> Iterator[None]:
-    """Give a file object ``size`` bytes if the block raises."""
+def put_back_on_failure(file: BinaryIO, size: int, rest: bytes = b"") -> Iterator[None]:
+    """Give a file object its first ``size`` bytes, then ``rest``, if the block raises."""
     try:
         yield
     except BaseException:
@@ -102,6 +118,7 @@ def cut_on_failure(file: BinaryIO, size: int) -> Iterator[None]:
             file.flush()
         file.truncate(size)
         file.seek(size)
+        write_all(file, rest)
         raise
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, TypeVar, Unpack
 
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from kvtc_stream.backends.base import Backend
 from kvtc_stream.backends.select import get_backend
 from kvtc_stream.calibration.model import Calibration
+from kvtc_stream.errors import KVTCError
 from kvtc_stream.formats import Block, Limits
 from kvtc_stream.io.dlpack import BackendName, check_memory, dtype_of
 from kvtc_stream.io.memory import joined
@@ -39,7 +41,8 @@ def encode_many(
 
     The stream of a cache does not depend on the others. On a CUDA device the blocks of a cache
     share launches, and two caches are encoded at a time, each with scratch of its own. Of pages,
-    8,192 tokens at a time are copied.
+    8,192 tokens at a time are copied. A note on an error, and ``index`` of a
+    :class:`kvtc_stream.KVTCError`, say which cache it is about.
 
     Parameters
     ----------
@@ -51,21 +54,52 @@ def encode_many(
         Keywords of :class:`kvtc_stream.Encoder`, for all of them.
     """
 
-    def one(cache: tuple[Any, Any] | PagedCache) -> bytes:
-        if isinstance(cache, PagedCache):
-            return _encode_pages(cache, codec, **options)
-        return encode(*cache, codec, **options)
+    def one(numbered: tuple[int, tuple[Any, Any] | PagedCache]) -> bytes:
+        i, cache = numbered
+        with _about("caches", i, len(caches)):
+            if isinstance(cache, PagedCache):
+                return _encode_pages(cache, codec, **options)
+            return encode(*cache, codec, **options)
 
     if not caches:
         return []
     backend = get_backend(codec.backend, *_tensors(caches[0]))
-    return backend.side_by_side(one, [_held(cache, backend) for cache in caches])
+    return backend.side_by_side(one, [(i, _held(c, backend)) for i, c in enumerate(caches)])
+
+
+@contextmanager
+def _about(name: str, index: int, count: int) -> Iterator[None]:
+    """Errors say which of a batch they are about."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"{name}[{index}] of {count}")
+        if isinstance(error, KVTCError):
+            error.index = index
+        raise
 
 
 def _held(cache: Any, backend: Backend) -> Any:
     """The same cache of tensors that other threads may read; see :meth:`Backend.held`."""
     k, v = map(backend.held, _tensors(cache))
     return replace(cache, k=k, v=v) if isinstance(cache, PagedCache) else (k, v)
+
+
+@dataclass(frozen=True)
+class _Member:
+    """One stream of a batch."""
+
+    reader: Reader
+    index: int
+    count: int
+
+    def about(self) -> AbstractContextManager[None]:
+        return _about("streams", self.index, self.count)
+
+    def blocks(self, section: int) -> list[Block]:
+        """All of a section, verified."""
+        with self.about():
+            return self.reader.stored_blocks(section)
 
 
 def _encode_pages(cache: PagedCache, codec: Codec, **options: Any) -> bytes:
@@ -90,7 +124,8 @@ def decode_many(
     """Whole streams to whole caches.
 
     On a CUDA device streams of one kind (plan, geometry, types) share launches, and where they are
-    many two batches are decoded at a time, each with scratch of its own.
+    many two batches are decoded at a time, each with scratch of its own. A note on an error, and
+    ``index`` of a :class:`kvtc_stream.KVTCError`, say which stream it is about.
 
     Parameters
     ----------
@@ -102,6 +137,7 @@ def decode_many(
     out
         What takes the tokens, one for each stream: pages, or K and V as for
         :meth:`kvtc_stream.Reader.read`; of the streams' ``out_dtype``, in the backend's memory.
+        A damaged stream leaves its own as they are; those of the others are then undefined.
     section, backend, limits
         As for :func:`kvtc_stream.decode`; ``"auto"`` is CUDA for ``out`` on a CUDA device.
 
@@ -114,32 +150,38 @@ def decode_many(
     if out is not None and len(out) != len(streams):
         raise ValueError(f"found {len(streams)} streams and {len(out)} caches for them")
     coding = get_backend(backend, *(_tensors(out[0]) if out else ()))
-    readers = [
-        open(data, calibration=calibration, backend=coding.name, limits=limits) for data in streams
-    ]
+    members = []
+    for i, data in enumerate(streams):
+        with _about("streams", i, len(streams)):
+            reader = open(data, calibration=calibration, backend=coding.name, limits=limits)
+        members.append(_Member(reader, i, len(streams)))
     kinds: dict[Any, list[int]] = {}
-    apart: list[tuple[Reader, tuple[Any, Any]]] = []
-    for i, reader in enumerate(readers):
-        h = reader.header
+    apart: list[tuple[_Member, tuple[Any, Any]]] = []
+    for i, member in enumerate(members):
+        h = member.reader.header
         key = (h.plan, h.geometry, h.dtype, h.out_dtype, h.scales, h.block_tokens)
         cache = None if out is None else out[i]
-        if cache is None or isinstance(cache, PagedCache):
-            kinds.setdefault((*key, cache and id(cache.k)), []).append(i)
+        if isinstance(cache, PagedCache):
+            kinds.setdefault((*key, id(cache.k), id(cache.v)), []).append(i)
+        elif cache is None:
+            kinds.setdefault(key, []).append(i)
         else:
-            apart.append((reader, cache))
+            apart.append((member, cache))
 
-    def read(one: tuple[Reader, tuple[Any, Any]]) -> None:
-        one[0].read(section=section, out=one[1])
+    def read(one: tuple[_Member, tuple[Any, Any]]) -> None:
+        member, cache = one
+        with member.about():
+            member.reader.read(section=section, out=cache)
 
-    coding.side_by_side(read, [(reader, _held(cache, coding)) for reader, cache in apart])
+    coding.side_by_side(read, [(member, _held(cache, coding)) for member, cache in apart])
     results: list[tuple[Any, Any]] = [(None, None)] * len(streams)
-    for members in kinds.values():
-        group = [readers[i] for i in members]
+    for chosen in kinds.values():
+        group = [members[i] for i in chosen]
         if out is None:
-            for i, pair in zip(members, _together(group, section, coding), strict=True):
+            for i, pair in zip(chosen, _together(group, section, coding), strict=True):
                 results[i] = pair
         else:
-            pages = [cache for i in members if isinstance(cache := out[i], PagedCache)]
+            pages = [cache for i in chosen if isinstance(cache := out[i], PagedCache)]
             _into_pages(group, pages, section, coding)
     return results if out is None else list(out)
 
@@ -148,40 +190,41 @@ def _tensors(cache: PagedCache | tuple[Any, Any]) -> tuple[Any, Any]:
     return (cache.k, cache.v) if isinstance(cache, PagedCache) else cache
 
 
-def _together(readers: list[Reader], section: int, backend: Backend) -> Iterator[tuple[Any, Any]]:
-    counts = [r.tokens(section) for r in readers]
+def _together(members: list[_Member], section: int, backend: Backend) -> Iterator[tuple[Any, Any]]:
+    counts = [member.reader.tokens(section) for member in members]
     ends = np.cumsum([0, *counts]).tolist()
-    blocks = readers[0].block_decoder
-    layers = len(readers[0].header.geometry.sections[section].layers)
+    first_reader = members[0].reader
+    blocks = first_reader.block_decoder
+    layers = len(first_reader.header.geometry.sections[section].layers)
     k, v = blocks.empty(section, layers, ends[-1])
     slots = [np.arange(first, last) for first, last in pairwise(ends)]
-    _decode_into(list(zip(readers, slots, strict=True)), section, backend, k, v)
+    _decode_into(list(zip(members, slots, strict=True)), section, backend, k, v)
     for first, last in pairwise(ends):
         yield tuple(blocks.output(x[:, :, first:last]) for x in (k, v))
 
 
 def _decode_into(
-    streams: Sequence[tuple[Reader, NDArray[np.int64]]],
+    streams: Sequence[tuple[_Member, NDArray[np.int64]]],
     section: int,
     backend: Backend,
     k: Any,
     v: Any,
 ) -> None:
     """Streams of one kind, and the slots of their tokens, into arrays of the backend."""
-    layers = range(len(streams[0][0].header.geometry.sections[section].layers))
+    layers = range(len(streams[0][0].reader.header.geometry.sections[section].layers))
     # Coders keep buffers: as few as work at a time.
     idle: deque[Any] = deque()
 
-    def one(group: Sequence[tuple[Reader, NDArray[np.int64]]]) -> None:
+    def one(group: Sequence[tuple[_Member, NDArray[np.int64]]]) -> None:
         blocks = (
             _placed(block, slots[block.start : block.start + len(block.kept)])
-            for reader, slots in group
-            for block in reader.stored_blocks(section)
+            for member, slots in group
+            for block in member.blocks(section)
         )
         try:
             coder = idle.pop()
         except IndexError:
-            coder = group[0][0].block_decoder.coder(section)
+            coder = group[0][0].reader.block_decoder.coder(section)
         coder.decode_into(blocks, layers, k, v)
         idle.append(coder)
 
@@ -192,15 +235,19 @@ def _decode_into(
 
 
 def _into_pages(
-    readers: list[Reader], pages: list[PagedCache], section: int, backend: Backend
+    members: list[_Member], pages: list[PagedCache], section: int, backend: Backend
 ) -> None:
-    layers = len(readers[0].header.geometry.sections[section].layers)
-    for reader, cache in zip(readers, pages, strict=True):
-        if reader.tokens(section) != cache.tokens:
-            raise ValueError(
-                f"the stream has {reader.tokens(section)} tokens, the pages are for {cache.tokens}"
-            )
-    expected = readers[0].header.out_dtype
+    header = members[0].reader.header
+    layers, expected = len(header.geometry.sections[section].layers), header.out_dtype
+    slots = []
+    for member, cache in zip(members, pages, strict=True):
+        with member.about():
+            tokens = member.reader.tokens(section)
+            if tokens != cache.tokens:
+                raise ValueError(
+                    f"the stream has {tokens} tokens, the pages are for {cache.tokens}"
+                )
+            slots.append(cache.slots())
     for tensors in (pages[0].k, pages[0].v):
         if len(tensors) != layers:
             raise ValueError(f"found pages of {len(tensors)} layers, the stream has {layers}")
@@ -212,7 +259,7 @@ def _into_pages(
                     f"pages are {found.label}, the stream decodes to {expected.label}: make pages "
                     f"of that, or choose another out_dtype when encoding"
                 )
-    streams = list(zip(readers, [cache.slots() for cache in pages], strict=True))
+    streams = list(zip(members, slots, strict=True))
     _decode_into(streams, section, backend, *map(backend.pool, (pages[0].k, pages[0].v)))
 
 

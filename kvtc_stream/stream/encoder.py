@@ -21,6 +21,7 @@ from kvtc_stream.formats import (
     Block,
     DType,
     Geometry,
+    RecordType,
     Role,
     Rope,
     SectionScales,
@@ -39,6 +40,8 @@ from kvtc_stream.stream.statistics import StreamStatistics
 
 #: A finished stream whose ratio is below this has gained little: worth a warning.
 _POOR_RATIO = 2.0
+#: Records that mark an end of a stream.
+_ENDS = (RecordType.ENCODER, RecordType.AUTH, RecordType.INDEX, RecordType.SUPERSEDE)
 #: Blocks whose records are made together.
 _BLOCKS_AT_A_TIME = 64
 
@@ -65,10 +68,10 @@ class Encoder:
     token_digest
         SHA-256 of the token ids, checked by whoever restores the cache.
     continues
-        A whole stream, or what was recovered of one, to write the continuation of: the bytes are
-        to follow it. The blocks are those of one uninterrupted run with the same codec. RoPE and
-        scales must be those of the stream, if they are given, and there is no ``metadata``;
-        ``token_digest`` is then that of all tokens.
+        A whole stream, or what was recovered of one, to write the continuation of; the bytes
+        belong at :attr:`begins_at`. The blocks are those of one uninterrupted run with the same
+        codec. RoPE and scales must be those of the stream, if they are given, and there is no
+        ``metadata``; ``token_digest`` is then that of all tokens.
     key
         Shared secret of an HMAC: readers with the same key reject streams written without it.
 
@@ -107,6 +110,7 @@ class Encoder:
         self._state = "open"
         self._writer: StreamWriter | None = None
         self._controls: _Controls | None = None
+        self._begins_at = 0
         self._sections: list[SectionState] = []
         self._statistics = StreamStatistics()
         self._opening = b""
@@ -119,7 +123,20 @@ class Encoder:
                 raise ValueError(
                     "the stream has other k_scale and v_scale: scale the cache with those"
                 )
-            self._continue(continues)
+            self._check_codec(continues.header)
+            self._geometry, self._scales = continues.header.geometry, continues.header.scales
+            self._metadata = continues.header.metadata
+            if continues.index or any(e.type not in _ENDS for e in continues.records):
+                self._begins_at = continues.end
+                self._continue(continues)
+
+    @property
+    def begins_at(self) -> int:
+        """Where the bytes belong in the file: behind the stream that is continued.
+
+        One without tokens says nothing about their type: it is written anew, from byte 0.
+        """
+        return self._begins_at
 
     @property
     def statistics(self) -> StreamStatistics:
@@ -265,9 +282,9 @@ class Encoder:
             for i in range(len(header.geometry.sections))
         ]
 
-    def _continue(self, stream: StreamFile) -> None:
-        """Be where the encoder that wrote ``stream`` was before it wrote the tail."""
-        header, codec = stream.header, self._codec
+    def _check_codec(self, header: StreamHeader) -> None:
+        """Refuse to continue what another codec wrote."""
+        codec = self._codec
         check_calibration(header, codec.calibration)
         for name, found, expected in (
             ("plan", header.plan, codec.plan),
@@ -283,7 +300,10 @@ class Encoder:
                     f"the stream was written with {shown} {name}: continue it with the codec that "
                     "it was written with"
                 )
-        self._geometry, self._scales = header.geometry, header.scales
+
+    def _continue(self, stream: StreamFile) -> None:
+        """Be where the encoder that wrote ``stream`` was before it wrote the tail."""
+        header, codec = stream.header, self._codec
         self._statistics = StreamStatistics.of(stream, superseded=True)
         self._writer = stream.continued(self._token_digest)
         self._open_sections(header, _control_states(stream, codec))

@@ -66,6 +66,7 @@ class Reader:
         self._lock = threading.Lock()
         self._closed = False
         self._stream: StreamFile | None = None
+        self._pipe: _PipeBlocks | None = None
         with ExitStack() as cleanup:  # closes the file if the stream is refused
             opened = cleanup.enter_context(open_source(file, mapped=mmap))
             if key and (follow is not None or not opened.seekable()):
@@ -124,9 +125,9 @@ class Reader:
     def __iter__(self) -> Iterator[KVBlock]:
         """Blocks in token order, verbatim tokens included."""
         self._check_open()
-        if self._stream is None:
+        if self._pipe is not None:
             yield from map(self._blocks.decode, self._pipe)
-        else:
+        elif self._stream is not None:
             yield from self._decoded(self._stream.index, None)
 
     def read(
@@ -144,7 +145,9 @@ class Reader:
 
         ``out`` are tensors that take K and V instead, and are returned as they are: of that shape,
         or a list of one a layer, in the stream's ``out_dtype``; of any framework, writable, in the
-        backend's memory.
+        backend's memory. A damaged stream leaves them alone: the checksums of all blocks are
+        verified before the first value is written. After an error of another kind (a writer's
+        fault that its checksums cover, a device that fails) their content is undefined.
         """
         first, last = _span(tokens, self.tokens(section), "tokens")
         geometry = self._header.geometry.sections[section]
@@ -165,6 +168,10 @@ class Reader:
         ]
         assert self._stream is not None
         blocks = self._stream.read_blocks(entries)
+        if out is not None:
+            with self._lock:
+                self._check_open()
+                blocks = iter(list(blocks))
         while True:
             with self._lock:
                 self._check_open()
@@ -201,9 +208,10 @@ class Reader:
             return item.start < last and first < item.start + tokens
 
         blocks: Iterator[KVBlock]
-        if self._stream is None:
+        if self._pipe is not None:
             blocks = (self._blocks.decode(b, indices[b.section]) for b in self._pipe if wanted(b))
         else:
+            assert self._stream is not None
             blocks = self._decoded(filter(wanted, self._stream.index), indices)
         return (_some_tokens(b, *spans[b.section]) for b in blocks)
 

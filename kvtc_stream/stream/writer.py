@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
-import weakref
 from collections.abc import Iterable
 from contextlib import ExitStack
 from types import TracebackType
-from typing import Any, BinaryIO, ClassVar, Self, Unpack
+from typing import Any, Self, Unpack
 
 from kvtc_stream.errors import (
     StateError,
@@ -16,7 +15,14 @@ from kvtc_stream.errors import (
 from kvtc_stream.formats import (
     StreamFile,
 )
-from kvtc_stream.io.storage import File, append_to, atomic_write, cut_on_failure, write_all
+from kvtc_stream.io.storage import (
+    File,
+    append_to,
+    atomic_write,
+    claimed,
+    put_back_on_failure,
+    write_all,
+)
 from kvtc_stream.stream.codec import Codec
 from kvtc_stream.stream.encoder import Encoder
 from kvtc_stream.stream.options import EncoderOptions, SourceOptions
@@ -29,9 +35,6 @@ class Writer:
     One thread at a time. Leaving the block by an exception discards a path's partial file; a file
     object then holds a stream without an end, which readers refuse.
     """
-
-    #: Writers of file objects, by the object's id while they live.
-    _writers: ClassVar[weakref.WeakValueDictionary[int, Writer]] = weakref.WeakValueDictionary()
 
     def __init__(
         self,
@@ -47,24 +50,21 @@ class Writer:
             if append is None:
                 self._encoder = Encoder(codec, **options)
             if isinstance(file, str | os.PathLike):
-                claim = atomic_write if append is None else append_to
-                self._file: BinaryIO = cleanup.enter_context(claim(file))
+                claim = atomic_write(file) if append is None else append_to(file)
             else:
-                if id(file) in Writer._writers:
-                    raise StateError(
-                        "another writer is writing to this file object: close it first"
-                    )
-                Writer._writers[id(file)] = self
-                cleanup.callback(Writer._writers.pop, id(file), None)
-                self._file = file
+                claim = claimed(file)
+            self._file = cleanup.enter_context(claim)
             if append is not None:
                 before = StreamFile(self._file, **append)
                 self._encoder = Encoder(codec, continues=before, **options)
-                self._file.seek(before.end)
                 self._unchanged = before.fault is None
+                begin = self._encoder.begins_at
                 if before.fault is not None:
-                    self._file.truncate()
-                cleanup.enter_context(cut_on_failure(self._file, before.end))
+                    self._file.truncate(before.end)
+                self._file.seek(begin)
+                kept = self._file.read(before.end - begin)
+                self._file.seek(begin)
+                cleanup.enter_context(put_back_on_failure(self._file, begin, kept))
             self._cleanup = cleanup.pop_all()
 
     @property
@@ -76,7 +76,9 @@ class Writer:
         """Take a chunk, as :meth:`kvtc_stream.Encoder.encode`; return the bytes written now."""
         if self._state != "open":
             raise StateError(f"cannot write: the writer is {self._state}")
-        self._unchanged = False
+        if self._unchanged:
+            self._unchanged = False
+            self._file.truncate()
         return self._put(self._encoder.encode_pieces(k, v, positions=positions, section=section))
 
     def close(self) -> None:
