@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.server
 import io
 import mmap
 import multiprocessing
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -105,6 +108,85 @@ def test_a_server_that_gives_less(codec: kvtc.Codec, long_stream: tuple[bytes, C
         fs.pipe_file("/c.kvtc", long_stream[0][:9000])
         with pytest.raises(kvtc.TruncatedError, match="somebody is changing it"):
             reader.read(slice(1000, 1100))
+
+
+class Quiet(http.server.BaseHTTPRequestHandler):
+    """Serves the server's ``files``; ``knows_ranges`` or answers with everything."""
+
+    server: Any
+
+    def log_message(self, *_: Any) -> None: ...
+
+    def do_HEAD(self) -> None:
+        self.answer(body=False)
+
+    def do_GET(self) -> None:
+        self.answer(body=True)
+
+    def answer(self, *, body: bool) -> None:
+        data, status = self.server.files.get(self.path), 200
+        wanted = self.headers["Range"] if self.server.knows_ranges else None
+        if data is None:
+            return self.send_error(404)
+        if wanted:
+            first, last = map(int, wanted.removeprefix("bytes=").split("-"))
+            data, status = data[first : last + 1], 206
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if body:
+            self.server.sent += 1
+            with contextlib.suppress(ConnectionError):  # who asked may have heard enough
+                self.wfile.write(data)
+
+
+@pytest.fixture
+def web() -> Iterator[Any]:
+    pytest.importorskip("aiohttp")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Quiet) as server:
+        server.files, server.knows_ranges, server.sent = {}, True, 0  # type: ignore[attr-defined]
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize("knows_ranges", [True, False])
+def test_http(
+    codec: kvtc.Codec,
+    long_stream: tuple[bytes, Cache],
+    web: Any,
+    knows_ranges: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A server that ignores ranges sends a small file once; a large one is refused."""
+    data, expected = long_stream
+    address = f"http://127.0.0.1:{web.server_port}"
+    web.files["/a.kvtc"], web.knows_ranges = data, knows_ranges
+    with kvtc.open(f"{address}/a.kvtc", calibration=codec.calibration) as reader:
+        assert equal(reader.read(slice(1000, 1128)), expected, slice(1000, 1128))
+    assert web.sent == (3 if knows_ranges else 1)
+    with pytest.raises(FileNotFoundError, match="none"):
+        kvtc.open(f"{address}/none.kvtc", calibration=codec.calibration)
+    monkeypatch.setattr("kvtc_stream.io.sources._WHOLE", len(data) - 1)
+    if knows_ranges:
+        with kvtc.open(f"{address}/a.kvtc", calibration=codec.calibration) as reader:
+            assert equal(reader.read(slice(-9, None)), expected, slice(-9, None))
+    else:
+        with pytest.raises(io.UnsupportedOperation, match=r"gives no ranges.*download it first"):
+            kvtc.open(f"{address}/a.kvtc", calibration=codec.calibration)
+
+
+def test_a_url_that_needs_what_is_not_installed(
+    codec: kvtc.Codec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(_: str) -> None:
+        raise ImportError("Install s3fs to access S3")
+
+    monkeypatch.setattr(fsspec.core, "url_to_fs", refused)
+    with pytest.raises(kvtc.UnsupportedError, match="s3://a: Install s3fs to access S3"):
+        kvtc.open("s3://a", calibration=codec.calibration)
 
 
 def test_only_memory_that_may_change_is_copied(

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, BinaryIO, cast
 
-from kvtc_stream.errors import TruncatedError
+from kvtc_stream.errors import TruncatedError, UnsupportedError
 from kvtc_stream.io.memory import copied
 
 #: What a stream can be read from.
@@ -20,6 +20,8 @@ Source = str | os.PathLike[str] | BinaryIO | bytes | bytearray | memoryview | mm
 #: Bytes at the front and at the end of a remote file that are fetched when it is opened: header,
 #: trailer and index are in there, unless there are more than some thousand blocks.
 _FRONT, _BACK = 1 << 16, 1 << 18
+#: Bytes of a remote file that may come whole, from a server that does not know ranges.
+_WHOLE = 64 << 20
 #: Bytes from which on a copy is worth avoiding.
 _LARGE = 1 << 16
 #: Bytes of blocks in constant memory that are looked at together.
@@ -125,17 +127,20 @@ class _Buffer(_Ranged):
 
 
 class _Ranges(_Ranged):
-    """A file behind a URL, by requests for ranges of it; both its ends come with opening."""
+    """A file behind a URL, by requests for ranges of it; both its ends come with opening.
+
+    All of a small file does where the server answers with that.
+    """
 
     def __init__(self, filesystem: Any, path: str, size: int) -> None:
         super().__init__(size)
         self._filesystem, self._path = filesystem, path
+        self._kept: list[tuple[int, bytes]] = []
         back = max(0, size - _BACK)
-        front = min(_FRONT, back)
         # One request where the ends meet.
-        self._kept = [(back, self._fetch(back, size))]
-        if front:
-            self._kept.append((0, self._fetch(0, front)))
+        for start, stop in (back, size), (0, min(_FRONT, back)):
+            if stop > start:
+                self._kept.append((start, self._range(start, stop)))
 
     @classmethod
     def open(cls, url: str) -> _Ranges:
@@ -146,18 +151,41 @@ class _Ranges(_Ranged):
             raise ModuleNotFoundError(
                 "reading a URL needs fsspec: pip install 'kvtc-stream[remote]'", name="fsspec"
             ) from None
-        filesystem, path = fsspec.core.url_to_fs(url)
-        size = filesystem.info(path)["size"]
+        try:
+            filesystem, path = fsspec.core.url_to_fs(url)
+        except ImportError as error:
+            raise UnsupportedError(
+                f"{url}: {error}; 'kvtc-stream[remote]' has what http and https need"
+            ) from error
+        size = filesystem.info(path).get("size")
         if size is None:
             raise io.UnsupportedOperation(f"{url} does not tell its size: download it first")
+        if (
+            size > _WHOLE
+            and isinstance(filesystem.protocol, tuple)
+            and "http" in filesystem.protocol
+        ):
+            # Unlike cat_file, an open file reads no more of the answer than the range.
+            with filesystem.open(path, "rb", cache_type="none") as file:
+                try:
+                    file.seek(size - 1)
+                    file.read(1)
+                except (ValueError, OSError) as error:
+                    raise io.UnsupportedOperation(
+                        f"{url} has {size} bytes, and the server gives no ranges of them: download "
+                        "it first"
+                    ) from error
         return cls(filesystem, path, size)
 
     def _fetch(self, start: int, stop: int) -> bytes:
         data: bytes = self._filesystem.cat_file(self._path, start=start, end=stop)
+        if len(data) == self._size > stop - start:
+            self._kept = [(0, data)]
+            return data[start:stop]
         if len(data) != stop - start:
             raise TruncatedError(
                 f"{self._path}: a request for bytes {start} to {stop} gave {len(data)}: somebody "
-                "is changing it, or the server does not know ranges"
+                "is changing it: open it again"
             )
         return data
 
