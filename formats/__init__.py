@@ -1,8 +1,10 @@
 """The container: values, bytes, readers and writers. SPEC.md is normative."""
 
-from kvtc_stream.formats.block import Block, BlockErrors, Measure, Role
+from kvtc_stream.formats.block import Block, Role
+from kvtc_stream.formats.block_errors import BlockErrors, LayerErrors, Measure
 from kvtc_stream.formats.checksum import Checksum
 from kvtc_stream.formats.coders import Coder, compress, decompress
+from kvtc_stream.formats.features import Feature
 from kvtc_stream.formats.geometry import DType, Geometry, Rope, Section
 from kvtc_stream.formats.header import ModelIdentity, SectionScales, StreamHeader
 from kvtc_stream.formats.index import TRAILER_SIZE, IndexEntry
@@ -31,8 +33,10 @@ __all__ = [
     "Checksum",
     "Coder",
     "DType",
+    "Feature",
     "Geometry",
     "IndexEntry",
+    "LayerErrors",
     "Limits",
     "Measure",
     "ModelIdentity",

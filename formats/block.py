@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import enum
-import itertools
-from array import array
 from dataclasses import dataclass
 
 from kvtc_stream.errors import FormatError
+from kvtc_stream.formats.block_errors import NO_ERRORS, BlockErrors, LayerErrors, Measure
 from kvtc_stream.formats.coders import Coder, check_coded
-from kvtc_stream.formats.geometry import binary32
+from kvtc_stream.formats.features import NO_FEATURES, Feature
 from kvtc_stream.formats.header import StreamHeader
 from kvtc_stream.formats.limits import Limits
+from kvtc_stream.formats.positions import (
+    Positions,
+    normal_axes,
+    normal_positions,
+    pack_axes,
+    read_axes,
+    read_positions,
+)
 from kvtc_stream.formats.wire import ByteReader, ByteWriter, known, located
 
-_POSITION_END = 1 << 63
-_CONTIGUOUS, _EXPLICIT = 0, 1
 #: What every block begins with, in the order of :meth:`Block.pack`. In one go, because readers
 #: meet many blocks.
-_FIELDS, _RESERVED = "IIQqBBBBB3sQQQ4fII", bytes(3)
+_FIELDS, _RESERVED = "IIQqBBBBBB2sQQQ4fII", bytes(2)
+# Bits that tell what else is in a block.
+_HAS_LAYER_ERRORS, _HAS_AXES = 1, 2
 
 
 class Role(enum.IntEnum):
@@ -27,41 +34,6 @@ class Role(enum.IntEnum):
     DATA = 0
     SINKS = 1
     TAIL = 2
-
-
-class Measure(enum.IntEnum):
-    """What a block's errors were measured on. The numbers are those of the stream."""
-
-    NONE = 0
-    COEFFICIENTS = 1
-    RECONSTRUCTION = 2
-
-
-@dataclass(frozen=True, slots=True)
-class BlockErrors:
-    """Relative errors of a block's tokens, mean and worst, finite, rounded to binary32."""
-
-    measure: Measure = Measure.NONE
-    k_mean: float = 0.0
-    k_worst: float = 0.0
-    v_mean: float = 0.0
-    v_worst: float = 0.0
-
-    def __post_init__(self) -> None:
-        for name in ("k_mean", "k_worst", "v_mean", "v_worst"):
-            if not getattr(self, name):
-                continue  # needs no rounding; a whole index of these is quick
-            value = binary32(getattr(self, name))
-            if not 0 <= value < float("inf"):
-                raise ValueError(f"{name} must be finite and not negative, found {value}")
-            object.__setattr__(self, name, value)
-        if self.measure is Measure.NONE and any(self.values):
-            raise ValueError(f"errors that were not measured must be 0, found {self.values}")
-
-    @property
-    def values(self) -> tuple[float, float, float, float]:
-        """The four errors in the order of the stream."""
-        return (self.k_mean, self.k_worst, self.v_mean, self.v_worst)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,21 +65,32 @@ class Block:
     cut
         How many tokens at the front and at the end do not belong to the stream any more: they
         stay because the block decodes as a whole.
+    layer_errors
+        What coding cost each layer of the section, after the cast to the output dtype; ``None`` if
+        nobody measured it. Only of blocks with coded tokens, in a stream whose header has
+        ``Feature.LAYER_ERRORS``.
+    axes
+        Where the section's rotary tables have axes: the tokens' positions on each axis, which
+        their keys were rotated by, from 0 to 2**63 - 1, in any order. An empty tuple says that
+        they are the tokens' own on all axes, as those of text before any picture. Neighbours
+        become a ``range``.
     """
 
     section: int
     role: Role
     start: int
     tokens: int
-    positions: range | array[int]
+    positions: Positions
     verbatim_tokens: tuple[int, ...]
     coder: Coder
     coded: bytes | memoryview
     coded_size: int
     verbatim_coder: Coder
     verbatim: bytes | memoryview
-    errors: BlockErrors = BlockErrors()
+    errors: BlockErrors = NO_ERRORS
     cut: tuple[int, int] = (0, 0)
+    layer_errors: LayerErrors | None = None
+    axes: tuple[Positions, ...] = ()
 
     def __post_init__(self) -> None:
         if self.tokens < 1 or len(self.positions) != self.tokens:
@@ -119,7 +102,9 @@ class Block:
             raise ValueError(
                 f"section and start must not be negative, found {self.section}, {self.start}"
             )
-        object.__setattr__(self, "positions", _normal(self.positions))
+        object.__setattr__(self, "positions", normal_positions(self.positions))
+        if self.axes:
+            object.__setattr__(self, "axes", normal_axes(self.axes, self.positions))
         last = -1
         for index in self.verbatim_tokens:
             if not last < index < self.tokens:
@@ -132,6 +117,8 @@ class Block:
             raise ValueError(f"{self.cut} of {self.tokens} tokens are cut, expected some to stay")
         if self.role is not Role.DATA and self.coded_tokens:
             raise ValueError(f"{self.role.name} must be verbatim, found {self.coded_tokens} coded")
+        if self.layer_errors is not None and not self.coded_tokens:
+            raise ValueError("no token is coded, yet there are errors by layer")
         if self.coded_size and not self.coded_tokens:
             raise ValueError(f"no token is coded, yet there are {self.coded_size} bytes of symbols")
         if self.coder is not Coder.RANS:
@@ -149,6 +136,11 @@ class Block:
         """Indices of the tokens that were not cut."""
         return range(self.cut[0], self.tokens - self.cut[1])
 
+    @property
+    def features(self) -> Feature:
+        """What a reader must know beyond format 1.0, but for what the header says."""
+        return NO_FEATURES if self.layer_errors is None else Feature.LAYER_ERRORS
+
     def check(self, header: StreamHeader) -> None:
         """Raise ``ValueError`` unless the block fits the stream."""
         sections = len(header.geometry.sections)
@@ -158,12 +150,26 @@ class Block:
             raise ValueError(
                 f"a data block may have {header.block_tokens} tokens, found {self.tokens}"
             )
+        section = header.geometry.sections[self.section]
+        if self.axes and len(self.axes) != section.axes:
+            raise ValueError(
+                f"the block has positions on {len(self.axes)} axes, the section's keys have "
+                f"{section.axes}"
+            )
+        if self.layer_errors is not None and self.layer_errors.layers != len(section.layers):
+            raise ValueError(
+                f"the block has errors of {self.layer_errors.layers} layers, the section has "
+                f"{len(section.layers)}"
+            )
         size = header.verbatim_size(self.section, len(self.verbatim_tokens))
         check_coded(self.verbatim_coder, len(self.verbatim), size, "verbatim values")
 
     def pack(self) -> list[bytes | memoryview]:
         """The payload of a block record, in pieces."""
-        explicit = not isinstance(self.positions, range)
+        listed = not isinstance(self.positions, range)
+        contents = _HAS_AXES if self.axes else 0
+        if self.layer_errors is not None:
+            contents |= _HAS_LAYER_ERRORS
         writer = ByteWriter()
         writer.pack(
             _FIELDS,
@@ -172,10 +178,11 @@ class Block:
             self.start,
             self.positions[0],
             self.role,
-            _EXPLICIT if explicit else _CONTIGUOUS,
+            listed,
             self.errors.measure,
             self.coder,
             self.verbatim_coder,
+            contents,
             _RESERVED,
             self.coded_size,
             len(self.coded),
@@ -183,22 +190,31 @@ class Block:
             *self.errors.values,
             *self.cut,
         )
-        if explicit:
+        if listed:
             writer.array("q", self.positions[1:])
         if 0 < len(self.verbatim_tokens) < self.tokens:
             bitmap = bytearray(_bitmap_size(self.tokens))
             for index in self.verbatim_tokens:
                 bitmap[index >> 3] |= 1 << (index & 7)
             writer.raw(bitmap)
+        if self.axes:
+            pack_axes(self.axes, self.positions, writer)
+        if self.layer_errors is not None:
+            writer.raw(self.layer_errors.codes)
         return [writer.getvalue(), self.coded, self.verbatim]
 
     @classmethod
     def unpack(
-        cls, reader: ByteReader, section: int, header: StreamHeader, limits: Limits
+        cls,
+        reader: ByteReader,
+        section: int,
+        header: StreamHeader,
+        limits: Limits,
+        features: Feature | None = None,
     ) -> Block:
         """Undo :meth:`pack`; raises ``FormatError`` for a payload that is not a block.
 
-        The block's bytes are views of the reader's.
+        The block's bytes are views of the reader's. ``features`` are the header's by default.
         """
         (
             tokens,
@@ -206,10 +222,11 @@ class Block:
             start,
             first,
             role,
-            explicit,
+            listed,
             measure,
             coder,
             verbatim_coder,
+            contents,
             reserved,
             coded_size,
             coded_length,
@@ -229,12 +246,30 @@ class Block:
         measure = known(Measure, measure, f"{where}, measure")
         coder = known(Coder, coder, f"{where}, coder")
         verbatim_coder = known(Coder, verbatim_coder, f"{where}, verbatim coder")
-        if reserved != _RESERVED:
+        features = header.features if features is None else features
+        allowed = _HAS_LAYER_ERRORS if Feature.LAYER_ERRORS in features else 0
+        allowed |= _HAS_AXES if Feature.AXES in features else 0
+        if contents & ~allowed or reserved != _RESERVED:
             raise FormatError(
-                f"{where}, reserved must be zero, found {reserved.hex()}: the writer is at fault"
+                f"{where}, contents are {contents:#x} where the required features allow "
+                f"{allowed:#x}, and reserved {reserved.hex()} where they must be zero: the writer "
+                "is at fault"
             )
-        positions = _read_positions(reader, explicit, first, tokens)
+        if section >= len(header.geometry.sections):
+            raise FormatError(
+                f"{where}: section {section} is not one of {len(header.geometry.sections)}"
+            )
+        shape = header.geometry.sections[section]
+        positions = read_positions(reader, listed, first, tokens)
         verbatim_tokens = _read_bitmap(reader, count, tokens)
+        axes: tuple[Positions, ...] = ()
+        layer_errors = None
+        with located(where):
+            if contents & _HAS_AXES:
+                axes = read_axes(reader, normal_positions(positions), shape.axes)
+            if contents & _HAS_LAYER_ERRORS:
+                codes = reader.raw(4 * len(shape.layers), "errors by layer")
+                layer_errors = LayerErrors(codes)
         coded = reader.view(coded_length, "symbols")
         verbatim = reader.view(verbatim_length, "verbatim values")
         reader.expect_end()
@@ -253,41 +288,15 @@ class Block:
                 verbatim=verbatim,
                 errors=BlockErrors(measure, *errors),
                 cut=(cut_front, cut_end),
+                layer_errors=layer_errors,
+                axes=axes,
             )
             block.check(header)
-        if explicit and isinstance(block.positions, range):
+        if listed and isinstance(block.positions, range):
             raise FormatError(f"{where}: contiguous positions are listed: the writer is at fault")
         size = header.verbatim_size(section, count)
         limits.check("max_block_bytes", size, f"{where}, size of verbatim values")
         return block
-
-
-def _normal(positions: range | array[int]) -> range | array[int]:
-    """Check positions; a contiguous list becomes a range."""
-    first, last = positions[0], positions[-1]
-    rising = (
-        positions.step == 1 or len(positions) == 1
-        if isinstance(positions, range)
-        else all(a < b for a, b in itertools.pairwise(positions))
-    )
-    if not rising or first < 0 or last >= _POSITION_END:
-        raise ValueError(
-            f"positions must rise from 0 to {_POSITION_END - 1}, found {first} to {last}"
-            f"{'' if rising else ', not rising by one in a range or by any step in a list'}"
-        )
-    if last - first == len(positions) - 1:
-        return range(first, last + 1)
-    return positions
-
-
-def _read_positions(
-    reader: ByteReader, explicit: int, first: int, tokens: int
-) -> range | array[int]:
-    if explicit == _CONTIGUOUS:
-        return range(first, first + tokens)
-    if explicit == _EXPLICIT:
-        return array("q", (first, *reader.array("q", tokens - 1, "positions")))
-    raise FormatError(f"{reader.where}: kind of positions must be 0 or 1, found {explicit}")
 
 
 def _bitmap_size(tokens: int) -> int:

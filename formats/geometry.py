@@ -11,11 +11,16 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from kvtc_stream.errors import FormatError
 from kvtc_stream.formats.limits import Limits
 from kvtc_stream.formats.wire import ByteReader, ByteWriter, located
 
 # In place of the number of a rotary table: the layer's keys carry none.
 _NO_ROPE = 0xFFFF
+# Flags of a rotary table.
+_INTERLEAVED, _HAS_AXES = 1, 2
+# Axes that a token can have positions on.
+_MAX_AXES = 8
 
 
 class DType(enum.IntEnum):
@@ -48,7 +53,8 @@ class Rope:
     """One rotary position embedding (RoFormer, arXiv 2104.09864).
 
     A key's first ``rotary_dim`` channels are rotated by ``position * inv_freq``, the rest pass
-    through; cosine and sine are multiplied by ``scale``.
+    through; cosine and sine are multiplied by ``scale``. With several axes (M-RoPE), a token has a
+    position on each, and each pair of channels turns with its axis' position.
 
     Parameters
     ----------
@@ -61,11 +67,15 @@ class Rope:
         ``2i`` pairs with ``2i + 1`` (GPT-J).
     scale
         Attention scaling factor (YaRN); 1 for most models.
+    axes
+        The axis of each pair of channels, 0 to 7, as many as inverse frequencies; empty: there is
+        one. Qwen2-VL's section split of 16, 24, 24 is ``(0,) * 16 + (1,) * 24 + (2,) * 24``.
     """
 
     inv_freq: tuple[float, ...]
     interleaved: bool = False
     scale: float = 1.0
+    axes: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.inv_freq:
@@ -78,11 +88,24 @@ class Rope:
             raise ValueError(f"RoPE scale must be positive and finite, found {self.scale}")
         object.__setattr__(self, "inv_freq", table)
         object.__setattr__(self, "scale", scale)
+        if self.axes and len(self.axes) != len(table):
+            raise ValueError(
+                f"axes must have an entry for each of {len(table)} pairs, found {len(self.axes)}"
+            )
+        if not all(0 <= axis < _MAX_AXES for axis in self.axes):
+            raise ValueError(f"axes must be from 0 to {_MAX_AXES - 1}, found {self.axes}")
+        if not any(self.axes):
+            object.__setattr__(self, "axes", ())
 
     @property
     def rotary_dim(self) -> int:
         """Channels that rotate."""
         return 2 * len(self.inv_freq)
+
+    @property
+    def axis_count(self) -> int:
+        """Positions that a token has: 1, or with ``axes`` as many as there are up to the last."""
+        return max(self.axes, default=0) + 1
 
     @classmethod
     def from_theta(cls, theta: float, rotary_dim: int, *, interleaved: bool = False) -> Rope:
@@ -141,6 +164,17 @@ class Section:
                 raise ValueError(
                     f"rotary dimension {rope.rotary_dim} exceeds the keys' {self.k_dim} channels"
                 )
+        counts = {rope.axis_count for rope in self.rope if rope is not None and rope.axes}
+        if len(counts) > 1:
+            raise ValueError(
+                f"rotary tables of a section have {' and '.join(map(str, sorted(counts)))} axes: "
+                "expected one number"
+            )
+
+    @property
+    def axes(self) -> int:
+        """Axes that the keys' positions have: 0 if all that counts is a token's position."""
+        return max((r.axis_count for r in self.rope if r is not None and r.axes), default=0)
 
     @property
     def k_width(self) -> int:
@@ -209,8 +243,10 @@ def write_geometry(geometry: Geometry, writer: ByteWriter) -> None:
     numbers[None] = _NO_ROPE
     writer.pack("H", len(tables))
     for rope in tables:
-        writer.pack("HBf", len(rope.inv_freq), rope.interleaved, rope.scale)
+        flags = _INTERLEAVED * rope.interleaved | _HAS_AXES * bool(rope.axes)
+        writer.pack("HBf", len(rope.inv_freq), flags, rope.scale)
         writer.array("f", rope.inv_freq)
+        writer.array("B", rope.axes)
     writer.pack("H", len(geometry.sections))
     for s in geometry.sections:
         writer.pack("HIII", len(s.layers), s.kv_heads, s.k_dim, s.v_dim)
@@ -224,10 +260,14 @@ def read_geometry(reader: ByteReader, limits: Limits) -> Geometry:
     count = reader.integer("H", "rotary table count")
     limits.check("max_layers", count, reader.place("rotary table count"))
     for i in range(count):
-        pairs, interleaved, scale = reader.unpack("HBf", f"rotary table {i}")
+        place = reader.place(f"rotary table {i}")
+        pairs, flags, scale = reader.unpack("HBf", f"rotary table {i}")
+        if flags & ~(_INTERLEAVED | _HAS_AXES):
+            raise FormatError(f"{place}: flags are {flags:#x}, expected 0 to 3")
         frequencies = reader.array("f", pairs, f"rotary table {i}")
-        with located(reader.place(f"rotary table {i}")):
-            tables[i] = Rope(frequencies, _flag(interleaved), scale)
+        axes = reader.array("B", pairs, f"axes of {i}") if flags & _HAS_AXES else ()
+        with located(place):
+            tables[i] = Rope(frequencies, bool(flags & _INTERLEAVED), scale, axes)
     count = reader.integer("H", "section count")
     limits.check("max_sections", count, reader.place("section count"))
     sections = []
@@ -250,9 +290,3 @@ def read_geometry(reader: ByteReader, limits: Limits) -> Geometry:
             sections.append(Section(numbers, kv_heads, k_dim, v_dim, rope))
     with located(reader.place("sections")):
         return Geometry(tuple(sections))
-
-
-def _flag(value: int) -> bool:
-    if value > 1:
-        raise ValueError(f"a flag must be 0 or 1, found {value}")
-    return bool(value)

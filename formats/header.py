@@ -8,6 +8,7 @@ from typing import NoReturn
 
 from kvtc_stream.errors import FormatError
 from kvtc_stream.formats.coders import Coder
+from kvtc_stream.formats.features import NO_FEATURES, Feature, version_for
 from kvtc_stream.formats.geometry import (
     DType,
     Geometry,
@@ -105,6 +106,10 @@ class StreamHeader:
         Digest of the token ids, 32 bytes, or empty when unknown.
     metadata
         The user's, the text of a JSON object.
+    features
+        What blocks may have that format 1.0 has not; ``Feature.LAYER_ERRORS`` lets them have
+        ``layer_errors``. ``Feature.AXES`` is set by the geometry. Not in the header's bytes: a
+        stream's preamble says it for all blocks, a page for its own.
     """
 
     geometry: Geometry
@@ -120,6 +125,7 @@ class StreamHeader:
     model: ModelIdentity = field(default_factory=ModelIdentity)
     token_digest: bytes = b""
     metadata: str = "{}"
+    features: Feature = NO_FEATURES
 
     def __post_init__(self) -> None:
         for name, least in (("sinks", 0), ("window", 0), ("block_tokens", 1)):
@@ -143,6 +149,16 @@ class StreamHeader:
         _check_digest(self.calibration, "the calibration's digest")
         _check_digest(self.token_digest, "the token digest", optional=True)
         _check_json(self.metadata)
+        object.__setattr__(self, "features", self.features & ~Feature.AXES | self._implied)
+
+    @property
+    def version(self) -> tuple[int, int]:
+        """The version of the format that the stream needs."""
+        return version_for(self.features)
+
+    @property
+    def _implied(self) -> Feature:
+        return Feature.AXES if any(s.axes for s in self.geometry.sections) else NO_FEATURES
 
     def verbatim_size(self, section: int, tokens: int) -> int:
         """Bytes of K and V of ``tokens`` verbatim tokens before compression."""
@@ -172,8 +188,17 @@ class StreamHeader:
         return writer.getvalue()
 
     @classmethod
-    def unpack(cls, data: bytes, limits: Limits, *, offset: int = 0) -> StreamHeader:
-        """Undo :meth:`pack`; ``offset`` is where ``data`` lies, for messages.
+    def unpack(
+        cls, data: bytes, limits: Limits, *, features: Feature | None = None, offset: int = 0
+    ) -> StreamHeader:
+        """Undo :meth:`pack`.
+
+        Parameters
+        ----------
+        features
+            What the preamble says; what the header itself needs if there is none.
+        offset
+            Where ``data`` lies, for messages.
 
         Raises
         ------
@@ -216,11 +241,17 @@ class StreamHeader:
                 model=ModelIdentity(name, revision, fingerprint),
                 token_digest=token_digest,
                 metadata=metadata.decode(),
+                features=features or NO_FEATURES,
             )
         if header.pack() != data:
             raise FormatError(
                 "header: it says the same as a shorter or differently ordered header "
                 "(a rotary table repeated, unused or out of order): the writer is at fault"
+            )
+        if features is not None and features != header.features:
+            raise FormatError(
+                f"the header {'has' if header._implied else 'has no'} rotary tables with axes, the "
+                f"required features are {features:#x}: the writer is at fault"
             )
         return header
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from kvtc_stream.errors import FormatError
-from kvtc_stream.formats.block import Block, BlockErrors, Measure, Role
+from kvtc_stream.formats.block import Block, Role
+from kvtc_stream.formats.block_errors import NO_ERRORS, BlockErrors, Measure
 from kvtc_stream.formats.checksum import checksum, verify
 from kvtc_stream.formats.header import StreamHeader
 from kvtc_stream.formats.limits import Limits
@@ -17,8 +18,6 @@ from kvtc_stream.formats.wire import ByteReader
 
 _COUNT = struct.Struct("<I")
 _ENTRY = struct.Struct("<QQBBBxHxxIIQqqQQ4f")
-
-_NO_ERRORS = BlockErrors()
 
 _TRAILER = struct.Struct("<QQII")
 _TRAILER_END = struct.Struct("<Q8s")
@@ -65,7 +64,7 @@ class IndexEntry:
     verbatim_tokens: int = 0
     coded_bytes: int = 0
     verbatim_bytes: int = 0
-    errors: BlockErrors = _NO_ERRORS
+    errors: BlockErrors = NO_ERRORS
 
     @property
     def is_block(self) -> bool:

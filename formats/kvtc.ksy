@@ -42,7 +42,8 @@ types:
         type: u2
       - id: required_features
         type: u4
-        valid: 0
+        valid:
+          expr: _ < 4
       - id: optional_features
         type: u4
       - id: checksum_algorithm
@@ -113,14 +114,21 @@ types:
     seq:
       - id: pairs
         type: u2
-      - id: interleaved
+      - id: flags
         type: u1
+        valid:
+          expr: _ < 4
       - id: scale
         type: f4
       - id: inverse_frequencies
         type: f4
         repeat: expr
         repeat-expr: pairs
+      - id: axes
+        type: u1
+        repeat: expr
+        repeat-expr: pairs
+        if: flags & 2 != 0
   section:
     seq:
       - id: layer_count
@@ -274,8 +282,14 @@ types:
       - id: verbatim_coder
         type: u1
         enum: coder
+      - id: contents
+        type: u1
+        valid:
+          expr: _ < 4
+      - id: rotary_variant
+        contents: [0]
       - id: reserved
-        contents: [0, 0, 0]
+        contents: [0]
       - id: coded_size
         type: u8
       - id: coded_length
@@ -298,10 +312,70 @@ types:
       - id: verbatim_bitmap
         size: (tokens + 7) / 8
         if: verbatim_tokens > 0 and verbatim_tokens < tokens
+      - id: axes
+        type: axes(tokens)
+        if: contents & 2 != 0
+      - id: layer_errors
+        type: layer_errors(section.layer_count)
+        if: contents & 1 != 0
       - id: coded
         size: coded_length
       - id: verbatim
         size: verbatim_length
+    instances:
+      section:
+        value: _root.header.sections[_parent.section]
+  axes:
+    params:
+      - id: tokens
+        type: u4
+    seq:
+      - id: kind
+        type: u1
+        enum: axes_kind
+      - id: count
+        type: u1
+      - id: shift
+        type: s8
+        if: kind == axes_kind::shifted
+      - id: first
+        type: s8
+        repeat: expr
+        repeat-expr: count
+        if: kind != axes_kind::shifted
+      - id: steps
+        type:
+          switch-on: kind
+          cases:
+            'axes_kind::listed8': s1
+            'axes_kind::listed16': s2
+            'axes_kind::listed32': s4
+            'axes_kind::listed64': s8
+        repeat: expr
+        repeat-expr: (tokens - 1) * count
+        if: kind != axes_kind::shifted
+  layer_errors:
+    doc: A code per layer each, SPEC section 8.2.
+    params:
+      - id: layers
+        type: u2
+    seq:
+      - id: k_mean
+        type: u1
+        repeat: expr
+        repeat-expr: layers
+      - id: k_worst
+        type: u1
+        repeat: expr
+        repeat-expr: layers
+      - id: v_mean
+        type: u1
+        repeat: expr
+        repeat-expr: layers
+      - id: v_worst
+        type: u1
+        repeat: expr
+        repeat-expr: layers
   index:
     seq:
       - id: count
@@ -399,3 +473,9 @@ enums:
     0: none
     1: coefficients
     2: reconstruction
+  axes_kind:
+    1: shifted
+    2: listed8
+    3: listed16
+    4: listed32
+    5: listed64

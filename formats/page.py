@@ -8,9 +8,10 @@ import struct
 from kvtc_stream.errors import CalibrationMismatchError, FormatError, TruncatedError, VersionError
 from kvtc_stream.formats.block import Block, Role
 from kvtc_stream.formats.checksum import Checksum, checksum, verify
+from kvtc_stream.formats.features import STREAM_FEATURES, Feature, read_features, version_for
 from kvtc_stream.formats.header import StreamHeader
 from kvtc_stream.formats.limits import Limits
-from kvtc_stream.formats.preamble import FORMAT_VERSION, KNOWN_FEATURES, check_version
+from kvtc_stream.formats.preamble import check_version
 from kvtc_stream.formats.wire import ByteReader
 
 PAGE_MAGIC = b"\x8bKVP\r\n\x1a\n"
@@ -27,13 +28,21 @@ def page_context(header: StreamHeader) -> bytes:
 
 
 def pack_page(block: Block, header: StreamHeader) -> bytes:
-    """A page that holds ``block``."""
+    """A page that holds ``block``; what it needs beyond format 1.0 does not depend on others."""
     block.check(header)
+    features = _features(block, header)
     payload = block.pack()
     size = sum(map(len, payload))
     context = page_context(header)
     fields = _FIELDS.pack(
-        PAGE_MAGIC, *FORMAT_VERSION, 0, context, block.section, 0, Checksum.XXH3_64, size
+        PAGE_MAGIC,
+        *version_for(features),
+        features,
+        context,
+        block.section,
+        0,
+        Checksum.XXH3_64,
+        size,
     )
     own = checksum(fields)
     end = checksum(*payload, seed=own)
@@ -64,10 +73,11 @@ def unpack_page(
         view
     )
     check_version(major, minor, "page")
-    if must & ~KNOWN_FEATURES or algorithm != Checksum.XXH3_64:
+    features = read_features(must, (major, minor), STREAM_FEATURES, "page")
+    if algorithm != Checksum.XXH3_64:
         raise VersionError(
-            f"page: required features {must:#x} and checksum algorithm {algorithm}, this reader "
-            f"knows {KNOWN_FEATURES:#x} and {Checksum.XXH3_64.value}; read with a newer kvtc-stream"
+            f"page: checksum algorithm {algorithm}, this reader knows {Checksum.XXH3_64.value}; "
+            "read with a newer kvtc-stream"
         )
     (own,) = _CHECKSUM.unpack_from(view, _FIELDS.size)
     verify(own, view[: _FIELDS.size], 0, "page, header")
@@ -91,10 +101,20 @@ def unpack_page(
     payload = bytes(view[_HEADER_SIZE:end])
     (found,) = _CHECKSUM.unpack_from(view, end)
     verify(found, payload, own, "page, payload")
-    block = Block.unpack(ByteReader(payload, "page", _HEADER_SIZE), section, header, limits)
+    reader = ByteReader(payload, "page", _HEADER_SIZE)
+    block = Block.unpack(reader, section, header, limits, features)
+    if features != _features(block, header):
+        raise FormatError(
+            f"page: required features are {features:#x}, its block needs "
+            f"{_features(block, header):#x}: the writer is at fault"
+        )
     if block.role is not Role.DATA or block.start or any(block.cut):
         raise FormatError(
             f"page: the block has role {block.role.name}, starts at {block.start} and lacks "
             f"{block.cut} tokens, expected DATA, 0, (0, 0): the writer is at fault"
         )
     return block
+
+
+def _features(block: Block, header: StreamHeader) -> Feature:
+    return block.features | header.features & Feature.AXES

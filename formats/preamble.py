@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 from kvtc_stream.errors import FormatError, VersionError
 from kvtc_stream.formats.checksum import Checksum, checksum, verify
+from kvtc_stream.formats.features import STREAM_FEATURES, Feature, read_features
 from kvtc_stream.formats.header import StreamHeader
 from kvtc_stream.formats.limits import Limits
 
-#: Version of the format, not of the package.
-FORMAT_VERSION = (1, 0)
+#: The latest version of the format that this package reads and writes; not the package's own.
+FORMAT_VERSION = (1, 1)
 
 # As in PNG: a byte above 127 that is no UTF-8, and line ends that text modes would change.
 MAGIC = b"\x8bKVT\r\n\x1a\n"
@@ -20,9 +21,6 @@ _FIELDS = struct.Struct("<8sHHIIIQ")
 _CHECKSUM = struct.Struct("<Q")
 PREAMBLE_SIZE = _FIELDS.size + _CHECKSUM.size
 
-#: Feature bits that this reader understands.
-KNOWN_FEATURES = 0
-
 
 @dataclass(frozen=True, slots=True)
 class Preamble:
@@ -30,6 +28,7 @@ class Preamble:
 
     data: bytes
     header_size: int
+    features: Feature
 
     @classmethod
     def unpack(cls, data: bytes, limits: Limits) -> Preamble:
@@ -43,24 +42,21 @@ class Preamble:
         magic, major, minor, must, _may, algorithm, size = _FIELDS.unpack_from(data)
         check_magic(magic)
         check_version(major, minor, "preamble")
-        if must & ~KNOWN_FEATURES:
-            raise VersionError(
-                f"preamble, required features at byte 12 are {must:#x}, this reader knows "
-                f"{KNOWN_FEATURES:#x}; read with a newer kvtc-stream"
-            )
+        features = read_features(must, (major, minor), STREAM_FEATURES, "preamble")
         if algorithm != Checksum.XXH3_64:
             raise VersionError(
                 f"preamble, checksum algorithm at byte 20 is {algorithm}, this reader knows "
                 f"{Checksum.XXH3_64.value} (XXH3_64); read with a newer kvtc-stream"
             )
         limits.check("max_header_bytes", size, "preamble, header length at byte 24")
-        return cls(data, size)
+        return cls(data, size, features)
 
     def open(self, header: bytes, limits: Limits) -> tuple[StreamHeader, int]:
         """Check and read the header; returns it and the seed of all other checksums."""
         (found,) = _CHECKSUM.unpack_from(self.data, _FIELDS.size)
         verify(found, self.data[: _FIELDS.size] + header, 0, "preamble and header")
-        return StreamHeader.unpack(header, limits, offset=PREAMBLE_SIZE), found
+        features = self.features
+        return StreamHeader.unpack(header, limits, features=features, offset=PREAMBLE_SIZE), found
 
 
 def check_version(major: int, minor: int, where: str) -> None:
@@ -85,6 +81,7 @@ def check_magic(data: bytes | bytearray) -> None:
 def pack_opening(header: StreamHeader) -> tuple[bytes, int]:
     """Preamble and header; returns them and the seed of all other checksums."""
     body = header.pack()
-    fields = _FIELDS.pack(MAGIC, *FORMAT_VERSION, 0, 0, Checksum.XXH3_64, len(body))
+    must = header.features
+    fields = _FIELDS.pack(MAGIC, *header.version, must, 0, Checksum.XXH3_64, len(body))
     seed = checksum(fields + body)
     return fields + _CHECKSUM.pack(seed) + body, seed

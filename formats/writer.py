@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from kvtc_stream.errors import StateError
 from kvtc_stream.formats.auth import digest, pack_auth
 from kvtc_stream.formats.block import Block
+from kvtc_stream.formats.features import names
 from kvtc_stream.formats.header import StreamHeader
 from kvtc_stream.formats.index import IndexEntry, Order, Trailer, pack_index
 from kvtc_stream.formats.preamble import pack_opening
@@ -77,6 +78,11 @@ class StreamWriter:
         heads, seeds, payloads = [], [], []
         for block in blocks:
             block.check(self._header)
+            if missing := block.features & ~self._header.features:
+                raise ValueError(
+                    f"the block needs {names(missing)}, which the header's features have not: a "
+                    "stream's first bytes say what its blocks may have"
+                )
             payloads.append(block.pack())
             head, seed = self._begin(RecordType.BLOCK, sum(map(len, payloads[-1])), block)
             heads.append(head)

@@ -16,7 +16,9 @@ from kvtc_stream.formats import (
     BlockErrors,
     Coder,
     DType,
+    Feature,
     Geometry,
+    LayerErrors,
     Measure,
     ModelIdentity,
     PartPlan,
@@ -69,6 +71,8 @@ def make_block(
     coder: Coder = Coder.STORED,
     errors: BlockErrors | None = None,
     cut: tuple[int, int] = (0, 0),
+    layer_errors: LayerErrors | None = None,
+    axes: tuple[range | array[int], ...] = (),
 ) -> Block:
     """A block whose verbatim values are zero bytes."""
     values = bytes(header.verbatim_size(section, len(verbatim_tokens)))
@@ -88,6 +92,8 @@ def make_block(
         verbatim=verbatim,
         errors=errors or BlockErrors(),
         cut=cut,
+        layer_errors=layer_errors,
+        axes=axes,
     )
 
 
@@ -118,6 +124,41 @@ def small_stream() -> tuple[bytes, StreamHeader, list[Block]]:
     """About a kilobyte with everything in it."""
     header = small_header()
     blocks = small_blocks(header)
+    return write(header, blocks), header, blocks
+
+
+def later_header() -> StreamHeader:
+    """The small one with everything of format 1.1: two axes, errors by layer."""
+    rope = Rope((1.0, 0.5), axes=(0, 1))
+    geometry = Geometry.uniform(layers=1, kv_heads=1, head_dim=4, rope=rope)
+    return replace(small_header(), geometry=geometry, features=Feature.LAYER_ERRORS)
+
+
+def later_stream() -> tuple[bytes, StreamHeader, list[Block]]:
+    """The small stream, with positions on axes of every kind but the widest, errors by layer."""
+    header = later_header()
+    errors = LayerErrors.of([0.25], [0.5], [0], [20])
+    blocks = [
+        make_block(header, 0, range(1), role=Role.SINKS, verbatim_tokens=(0,)),
+        make_block(
+            header,
+            1,
+            array("q", (1, 2, 5)),
+            verbatim_tokens=(1,),
+            symbols=b"\xa5\x3c",
+            axes=(array("q", (1, 1, 1)), array("q", (1, 2, 1))),
+            layer_errors=errors,
+        ),
+        make_block(header, 4, range(7, 9), symbols=b"a", axes=(range(3, 5), range(3, 5))),
+        make_block(
+            header,
+            6,
+            range(9, 11),
+            role=Role.TAIL,
+            verbatim_tokens=(0, 1),
+            axes=(array("q", (4, 204)), range(5, 7)),
+        ),
+    ]
     return write(header, blocks), header, blocks
 
 
@@ -169,13 +210,15 @@ digests = st.binary(min_size=32, max_size=32)
 
 
 @st.composite
-def ropes(draw: st.DrawFn, k_dim: int) -> Rope | None:
+def ropes(draw: st.DrawFn, k_dim: int, axes: int) -> Rope | None:
     """A table that fits, or none."""
     pairs = draw(st.integers(0, k_dim // 2))
     if not pairs:
         return None
     frequencies = draw(st.lists(binary32, min_size=pairs, max_size=pairs))
-    return Rope(tuple(frequencies), draw(st.booleans()), draw(scales))
+    own = [*range(axes), *(draw(st.integers(0, axes - 1)) for _ in range(pairs - axes))]
+    dealt = draw(st.permutations(own)) if axes <= pairs else ()
+    return Rope(tuple(frequencies), draw(st.booleans()), draw(scales), tuple(dealt))
 
 
 @st.composite
@@ -185,8 +228,9 @@ def geometries(draw: st.DrawFn) -> Geometry:
     cuts = sorted(draw(st.sets(st.integers(1, len(layers)), max_size=2)) | {0, len(layers)})
     sections = []
     for a, b in itertools.pairwise(cuts):
-        k_dim, v_dim, heads = (draw(st.integers(1, 5)) for _ in range(3))
-        few = draw(st.lists(ropes(k_dim), min_size=1, max_size=2))
+        k_dim, v_dim, heads = (draw(st.integers(1, 6)) for _ in range(3))
+        axes = draw(st.integers(1, 3))
+        few = draw(st.lists(ropes(k_dim, axes), min_size=1, max_size=2))
         rope = tuple(draw(st.sampled_from(few)) for _ in range(b - a))
         sections.append(Section(tuple(sorted(layers[a:b])), heads, k_dim, v_dim, rope))
     return Geometry(tuple(sections))
@@ -249,7 +293,34 @@ def headers(draw: st.DrawFn) -> StreamHeader:
         model=ModelIdentity(draw(names), draw(names), draw(st.just(b"") | digests)),
         token_digest=draw(st.just(b"") | digests),
         metadata=draw(st.sampled_from(("{}", '{"a": [1, "é"]}', ' {"b": null}'))),
+        features=draw(st.sampled_from((Feature(0), Feature.LAYER_ERRORS))),
     )
+
+
+@st.composite
+def layer_errors(draw: st.DrawFn, layers: int) -> LayerErrors:
+    """Any errors of so many layers."""
+    error = st.floats(0, allow_nan=False)
+    pairs = [
+        draw(st.lists(st.tuples(error, error), min_size=layers, max_size=layers)) for _ in "KV"
+    ]
+    k, v = ([sorted(pair) for pair in own] for own in pairs)
+    kinds = ([pair[i] for pair in own] for own in (k, v) for i in (0, 1))
+    return LayerErrors.of(*kinds)
+
+
+@st.composite
+def axes_of(draw: st.DrawFn, positions: array[int], count: int) -> tuple[array[int], ...]:
+    """Positions on axes: the tokens' own, shifted, near one another, or any."""
+    kind = draw(st.integers(0, 3)) if count else 0
+    if kind == 0:
+        return ()
+    if kind == 1:
+        shift = draw(st.integers(-positions[0], 2**63 - 1 - positions[-1]))
+        return tuple(array("q", (p + shift for p in positions)) for _ in range(count))
+    most = draw(st.sampled_from((50, 20_000, 2**31, 2**63 - 1)))
+    some = st.lists(st.integers(0, most), min_size=len(positions), max_size=len(positions))
+    return tuple(array("q", draw(some)) for _ in range(count))
 
 
 @st.composite
@@ -278,6 +349,8 @@ def streams(draw: st.DrawFn) -> tuple[StreamHeader, list[Block]]:
         if role is Role.DATA:
             verbatim = draw(st.just(everything) | st.sets(st.sampled_from(sorted(everything))))
         coded = verbatim != everything
+        shape = header.geometry.sections[section]
+        measured = coded and header.features & Feature.LAYER_ERRORS and draw(st.booleans())
         blocks.append(
             make_block(
                 header,
@@ -290,6 +363,8 @@ def streams(draw: st.DrawFn) -> tuple[StreamHeader, list[Block]]:
                 coder=draw(st.sampled_from([c for c in Coder if c is not Coder.RANS])),
                 errors=BlockErrors(Measure.COEFFICIENTS, *(draw(binary32) for _ in range(4))),
                 cut=(front, cut - front),
+                layer_errors=draw(layer_errors(len(shape.layers))) if measured else None,
+                axes=draw(axes_of(listed, shape.axes)),
             )
         )
         start[section] += tokens - cut

@@ -272,12 +272,17 @@ def read_calibration(path: Path) -> Calibration:
 
 # --- Opening (sections 4 to 6) ---
 
+#: Required features, and bits of a block's contents.
+LAYER_ERRORS, AXES = 1, 2
+
 
 @dataclass
 class Table:
     frequencies: NDArray[np.float32]
     interleaved: bool
     scale: float
+    #: Of each pair; empty without axes.
+    axes: list[int]
 
 
 @dataclass
@@ -287,6 +292,7 @@ class Section:
     k_dim: int
     v_dim: int
     tables: list[Table | None]
+    axes: int
 
 
 @dataclass
@@ -309,7 +315,7 @@ class Header:
     metadata: Any
 
 
-def read_header(data: bytes) -> Header:
+def read_header(data: bytes, features: int) -> Header:
     b = Bytes(data)
     dtype, out_dtype, _coder, reserved, _sinks, _window, block_tokens = b.unpack("BBBBIII")
     need(dtype in ELEMENTS and out_dtype in ELEMENTS, "unknown element type", "version")
@@ -319,14 +325,21 @@ def read_header(data: bytes) -> Header:
     b.text(), b.text(), b.digest()
     tables: list[Table] = []
     for _ in range(b.one("H")):
-        pairs, interleaved, scale = b.unpack("HBf")
-        tables.append(Table(np.array(b.unpack(f"{pairs}f"), np.float32), bool(interleaved), scale))
+        pairs, flags, scale = b.unpack("HBf")
+        need(flags < 4 and (flags < 2 or features & AXES), "flags of a rotary table")
+        frequencies = np.array(b.unpack(f"{pairs}f"), np.float32)
+        axes = list(b.unpack(f"{pairs}B")) if flags & 2 else []
+        need(flags < 2 or 0 < max(axes) < 8, "axes of a rotary table")
+        tables.append(Table(frequencies, bool(flags & 1), scale, axes))
+    need(any(t.axes for t in tables) == bool(features & AXES), "axes in spite of the features")
     sections = []
     for _ in range(b.one("H")):
         count, heads, k_dim, v_dim = b.unpack("HIII")
         layers = list(b.unpack(f"{count}I"))
         own = [None if n == 65535 else tables[n] for n in b.unpack(f"{count}H")]
-        sections.append(Section(layers, heads, k_dim, v_dim, own))
+        counts = {max(t.axes) + 1 for t in own if t and t.axes}
+        need(len(counts) <= 1, "tables of a section with other numbers of axes")
+        sections.append(Section(layers, heads, k_dim, v_dim, own, max(counts, default=0)))
     plans = read_plan(b.raw(b.one("I")), sections)
     scales = []
     if dtype in (4, 5):
@@ -389,6 +402,10 @@ class Block:
     coded: bytes
     verbatim_bytes: bytes
     cut: tuple[int, int]
+    #: [tokens, axes], with no axes if keys have none.
+    axes: NDArray[np.int64]
+    #: [4, layers]: K mean and worst, V mean and worst; ``None`` where they are not stored.
+    layer_errors: NDArray[np.float64] | None
 
 
 @dataclass
@@ -407,11 +424,12 @@ def read_stream(data: bytes) -> Stream:
 
     need(data[:8] == b"\x8bKVT\r\n\x1a\n"[: len(data)], "this is no stream")
     opening = take(0, 40)
-    major, _minor, must, _may, algorithm, size, seed = struct.unpack_from("<HHIIIQQ", opening, 8)
-    need(major == 1 and must == 0 and algorithm == 1, "another version", "version")
+    major, minor, must, _may, algorithm, size, seed = struct.unpack_from("<HHIIIQQ", opening, 8)
+    need(major == 1 and algorithm == 1, "another version", "version")
+    need(must & ~(LAYER_ERRORS | AXES) == 0 and (minor or not must), "features", "version")
     body = take(40, size)
     need(xxh3(opening[:32] + body) == seed, "preamble and header", "checksum")
-    stream = Stream(read_header(body))
+    stream = Stream(read_header(body, must))
     count = len(stream.header.sections)
     tokens, position, stage = [0] * count, [-1] * count, [0] * count
     before_tail: dict[int, tuple[int, int, int]] = {}
@@ -435,7 +453,7 @@ def read_stream(data: bytes) -> Stream:
         need(xxh3(payload, own) == _u64(take(at + 32 + length, 8), 0), "payload", "checksum")
         entry = struct.pack("<QQB71x", at, length + 40, kind)
         if kind == 1:
-            block, rest = read_block(payload, section, stream.header)
+            block, rest = read_block(payload, section, stream.header, must)
             kept = slice(block.cut[0], len(block.positions) - block.cut[1])
             own_positions = block.positions[kept]
             order = {1: 0, 0: 1, 2: 2}[block.role]
@@ -480,11 +498,14 @@ def read_stream(data: bytes) -> Stream:
         at += 40 + length
 
 
-def read_block(payload: bytes, section: int, header: Header) -> tuple[Block, tuple[int, bytes]]:
+def read_block(
+    payload: bytes, section: int, header: Header, features: int
+) -> tuple[Block, tuple[int, bytes]]:
     b = Bytes(payload)
     need(section < len(header.sections), "no such section")
     n, v, start, first, role, listed, measure, coder, verbatim_coder = b.unpack("IIQqBBBBB")
-    need(b.raw(3) == bytes(3), "reserved bytes")
+    contents = b.one("B")
+    need(contents & ~features == 0 and b.raw(2) == bytes(2), "contents or reserved bytes")
     need(role <= 2 and measure <= 2 and max(coder, verbatim_coder) <= 4, "unknown", "version")
     coded_size, coded_length, verbatim_length = b.unpack("QQQ")
     errors = b.raw(16)
@@ -502,15 +523,52 @@ def read_block(payload: bytes, section: int, header: Header) -> tuple[Block, tup
         bits = np.unpackbits(np.frombuffer(b.raw(-(-n // 8)), np.uint8), bitorder="little")
         verbatim = np.flatnonzero(bits)
         need(len(verbatim) == v and verbatim[-1] < n, "bitmap")
+    shape = header.sections[section]
+    axes = np.repeat(positions[:, None], shape.axes, axis=1)
+    if contents & AXES:
+        axes = read_axes(b, positions, shape.axes)
+    layer_errors = None
+    if contents & LAYER_ERRORS:
+        need(v < n, "errors by layer of no coded token")
+        codes = np.frombuffer(b.raw(4 * len(shape.layers)), np.uint8).reshape(4, -1)
+        need((codes[::2] <= codes[1::2]).all(), "a mean above the worst")
+        layer_errors = np.ldexp(1 + codes % 16 / 16, codes.astype(np.int64) // 16 - 12)
+        layer_errors[codes == 0], layer_errors[codes == 255] = 0, np.inf
     coded, exact = b.raw(coded_length), b.raw(verbatim_length)
     b.end()
     values = np.frombuffer(errors, "<f4")
     need((np.isfinite(values) & (values >= 0)).all() and (measure or not values.any()), "errors")
     block = Block(
         *(section, start, role, positions, verbatim, coder, verbatim_coder),
-        *(coded_size, coded, exact, (front, end)),
+        *(coded_size, coded, exact, (front, end), axes, layer_errors),
     )
     return block, (measure, errors)
+
+
+def read_axes(b: Bytes, positions: NDArray[np.int64], expected: int) -> NDArray[np.int64]:
+    """Positions on axes, [tokens, axes]."""
+    kind, count = b.unpack("BB")
+    need(1 <= kind <= 5, "unknown kind of positions on axes", "version")
+    need(count == expected and count, "another number of axes")
+    own = [int(p) for p in positions]
+    if kind == 1:
+        shift = b.one("q")
+        need(shift, "a shift of nothing")
+        found = [[p + shift] * count for p in own]
+    else:
+        found = [list(b.unpack(f"{count}q"))]
+        steps = []
+        for _ in own[1:]:
+            step = b.unpack(f"{count}{'bhiq'[kind - 2]}")
+            steps += step
+            found.append([a + d for a, d in zip(found[-1], step, strict=True)])
+        shifts = {a - p for p, row in zip(own, found, strict=True) for a in row}
+        need(len(shifts) > 1, "listed, where they are shifted")
+        if kind > 2:
+            half = 1 << (8 << kind - 3) - 1
+            need(not all(-half <= d < half for d in steps), "steps that fewer bits can hold")
+    need(all(0 <= a < 1 << 63 for row in found for a in row), "a position on an axis")
+    return np.array(found, np.int64)
 
 
 # --- Coders (section 11) ---
@@ -791,7 +849,8 @@ class Decoder:
                         at += dim
         for layer, table in enumerate(s.tables):
             if table is not None:
-                k[layer][:, kept] = rotate(k[layer][:, kept], block.positions[kept], table)
+                turned = block.axes[:, table.axes] if table.axes else block.positions[:, None]
+                k[layer][:, kept] = rotate(k[layer][:, kept], turned[kept], table)
         k, v = rounded(k, header.out_dtype), rounded(v, header.out_dtype)
         if len(block.verbatim):
             for x, exact in zip((k, v), self.verbatim(block), strict=True):
@@ -821,8 +880,8 @@ class Decoder:
 def rotate(
     x: NDArray[np.float32], positions: NDArray[np.int64], table: Table
 ) -> NDArray[np.float32]:
-    """Put RoPE on x [heads, tokens, dim]."""
-    angles = positions[:, None].astype(np.float64) * table.frequencies.astype(np.float64)
+    """Put RoPE on x [heads, tokens, dim]; positions [tokens, pairs], or [tokens, 1]."""
+    angles = positions.astype(np.float64) * table.frequencies.astype(np.float64)
     c = (np.cos(angles) * table.scale).astype(np.float32)
     s = (np.sin(angles) * table.scale).astype(np.float32)
     n = len(table.frequencies)
@@ -837,17 +896,19 @@ def rotate(
 def read_page(data: bytes, header: bytes) -> tuple[Header, Block]:
     """A page, under a header's bytes (section 23)."""
     need(len(data) >= 72, "a page ends early", "truncated")
-    magic, major, _, must, context, section, reserved, algorithm, size, own = struct.unpack_from(
-        "<8sHHI32sHHIQQ", data
-    )
+    magic, major, minor, must = struct.unpack_from("<8sHHI", data)
+    context, section, reserved, algorithm, size, own = struct.unpack_from("<32sHHIQQ", data, 16)
     need(magic == b"\x8bKVP\r\n\x1a\n", "this is no page")
-    need(major == 1 and must == 0 and algorithm == 1, "another version", "version")
+    need(major == 1 and algorithm == 1, "another version", "version")
+    need(must & ~(LAYER_ERRORS | AXES) == 0 and (minor or not must), "features", "version")
     need(xxh3(data[:64]) == own and not reserved, "page header", "checksum")
     need(context == hashlib.sha256(header).digest(), "another header", "calibration")
     need(len(data) >= 80 + size, "a page ends early", "truncated")
     need(xxh3(data[72 : 72 + size], own) == _u64(data, 72 + size), "page payload", "checksum")
-    found = read_header(header)
-    block, _ = read_block(data[72 : 72 + size], section, found)
+    found = read_header(header, must)
+    block, _ = read_block(data[72 : 72 + size], section, found, must)
+    used = block.layer_errors is not None
+    need(used == bool(must & LAYER_ERRORS), "a feature that the page does not use")
     need(block.role == 0 and not block.start and block.cut == (0, 0), "block of a page")
     return found, block
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import itertools
+import operator
 import re
 import struct
 from collections.abc import Iterator
@@ -23,14 +25,19 @@ from kvtc_stream.formats import (
     Checksum,
     Coder,
     DType,
+    Feature,
     Measure,
     Quantiser,
     RecordType,
     Role,
     StreamFile,
 )
+from kvtc_stream.formats.block_errors import LEVELS
+from kvtc_stream.formats.features import STREAM_FEATURES
+from kvtc_stream.formats.positions import AxesKind
 
 SPEC = Path(kvtc_stream.formats.__file__).with_name("SPEC.md").read_text(encoding="utf-8")
+AXES = {int(kind): kind.name for kind in AxesKind}
 CODES = {"u8": "B", "u16": "H", "u32": "I", "u64": "Q", "i64": "q", "f32": "f"}
 
 
@@ -74,7 +81,8 @@ def values(heading: str, data: bytes, start: int, number: int = 0) -> dict[str, 
         ("5. Header", 1, 3, 7),
         ("5. Header", 2, 4, 14),
         ("7. Records", 0, 8, 32),
-        ("8. Block", 0, 19, 80),
+        ("8. Block", 0, 21, 80),
+        ("8.1 Positions on axes", 0, 3, 10),
         ("13. Index", 1, 16, 88),
         ("14. Trailer", 0, 6, 40),
         ("23. Page", 0, 10, 72),
@@ -98,6 +106,7 @@ def test_fixed_fields_follow_one_another(heading, number, fields, size):
         ("18.5 Roles", Role),
         ("18.6 Checksum algorithms", Checksum),
         ("18.7 Measures", Measure),
+        ("18.9 Kinds of positions on axes", AxesKind),
     ],
 )
 def test_registries(heading, registry):
@@ -106,6 +115,13 @@ def test_registries(heading, registry):
     extra = {DType: "itemsize", Quantiser: "bits"}.get(registry)
     if extra:
         assert [int(row[2]) for row in rows] == [getattr(m, extra) for m in registry]
+
+
+def test_features():
+    rows = tables("18.8 Required features")[0]
+    assert {row[1]: 1 << int(row[0]) for row in rows} == {f.name: f.value for f in Feature}
+    known = [Feature[row[1]] for row in rows if not row[3].startswith("reserved")]
+    assert functools.reduce(operator.or_, known) == STREAM_FEATURES
 
 
 def test_magic_and_version():
@@ -163,6 +179,30 @@ def blocks_by_the_book(data: bytes) -> Iterator[tuple[dict[str, object], dict[st
     assert trailer["end magic"] == b"KVTEND\r\n"
 
 
+def axes_by_the_book(
+    data: bytes, at: int, kind: int, axes: int, positions: list[int]
+) -> tuple[list[tuple[int, ...]], int]:
+    """Positions on axes, token by token, and where they end."""
+    if kind == 1:
+        (shift,) = struct.unpack_from("<q", data, at)
+        return [(p + shift,) * axes for p in positions], at + 8
+    found = [struct.unpack_from(f"<{axes}q", data, at)]
+    at += 8 * axes
+    code = {"8": "b", "16": "h", "32": "i", "64": "q"}[AXES[kind].removeprefix("LISTED")]
+    for _ in positions[1:]:
+        steps = struct.unpack_from(f"<{axes}{code}", data, at)
+        found.append(tuple(a + b for a, b in zip(found[-1], steps, strict=True)))
+        at += struct.calcsize(f"<{axes}{code}")
+    return found, at
+
+
+def test_errors_by_layer() -> None:
+    """The formula in SPEC gives what bytes stand for."""
+    for code in range(1, 255):
+        assert LEVELS[code] == 2 ** (code // 16 - 12) * (1 + code % 16 / 16)
+    assert (LEVELS[0], LEVELS[255]) == (0, float("inf"))
+
+
 @given(streams())
 @settings(max_examples=25, deadline=None)
 def test_a_reader_made_of_the_tables_agrees(stream):
@@ -200,6 +240,19 @@ def test_a_reader_made_of_the_tables_agrees(stream):
             bits = [data[at + i // 8] >> i % 8 & 1 for i in range(block.tokens)]
             assert tuple(i for i, bit in enumerate(bits) if bit) == block.verbatim_tokens
             at += -(-block.tokens // 8)
+        contents = fields["contents"]
+        assert bool(contents & 2) is bool(block.axes)
+        if contents & 2:
+            kind, axes = data[at : at + 2]
+            assert axes == len(block.axes)
+            found, at = axes_by_the_book(data, at + 2, kind, axes, list(block.positions))
+            assert found == list(zip(*block.axes, strict=True))
+        assert bool(contents & 1) is (block.layer_errors is not None)
+        if contents & 1:
+            layers = header.geometry.sections[block.section].layers
+            size = 4 * len(layers)
+            assert data[at : at + size] == block.layer_errors.codes
+            at += size
         assert data[at : at + fields["coded length"]] == block.coded
         at += fields["coded length"]
         assert data[at : at + fields["verbatim length"]] == block.verbatim

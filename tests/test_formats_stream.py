@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import itertools
+import struct
 from array import array
 from dataclasses import replace
 
@@ -14,6 +15,7 @@ from formats_samples import (
     PREAMBLE,
     RECORD_HEADER,
     TRAILER,
+    later_stream,
     make_block,
     patched,
     records,
@@ -36,6 +38,8 @@ from kvtc_stream.errors import (
 )
 from kvtc_stream.formats import (
     Block,
+    Feature,
+    LayerErrors,
     Limits,
     Role,
     StreamFile,
@@ -43,6 +47,7 @@ from kvtc_stream.formats import (
     StreamParser,
     StreamWriter,
 )
+from kvtc_stream.formats.wire import ByteReader
 from kvtc_stream.io.sources import open_source
 
 STREAM, HEADER, BLOCKS = small_stream()
@@ -235,27 +240,33 @@ def test_after_superseding_it_goes_on_as_if_there_had_been_no_tail(reader):
 # Damage
 
 
-def every_bit_flip():
-    for i in range(len(STREAM)):
+def every_bit_flip(stream):
+    for i in range(len(stream)):
         for bit in range(8):
-            data = bytearray(STREAM)
+            data = bytearray(stream)
             data[i] ^= 1 << bit
             yield i, bytes(data)
 
 
-def test_every_flipped_bit_is_an_error_in_a_pipe():
-    for place, data in every_bit_flip():
+SAMPLES = pytest.mark.parametrize("sample", [small_stream, later_stream])
+
+
+@SAMPLES
+def test_every_flipped_bit_is_an_error_in_a_pipe(sample):
+    stream, header, blocks = sample()
+    for place, data in every_bit_flip(stream):
         parser = StreamParser()
         found = []
         with contextlib.suppress(FormatError):
             found = parser.feed(data)
-        assert found == [HEADER, *BLOCKS][: len(found)], place
+        assert found == [header, *blocks][: len(found)], place
         with pytest.raises(FormatError):
             parser.close()
 
 
-def test_every_flipped_bit_is_an_error_in_a_file():
-    for _, data in every_bit_flip():
+@SAMPLES
+def test_every_flipped_bit_is_an_error_in_a_file(sample):
+    for _, data in every_bit_flip(sample()[0]):
         with pytest.raises(FormatError):
             read(data)
 
@@ -331,14 +342,16 @@ def test_any_damage_is_a_format_error_or_none_at_all(data):
         assert all(isinstance(block, Block) for block in found[1:])
 
 
-@given(st.integers(0, 10**9), st.binary(min_size=1, max_size=8))
+@pytest.mark.parametrize("sample", [small_stream, later_stream])
+@given(where=st.integers(0, 10**9), value=st.binary(min_size=1, max_size=8))
 @settings(max_examples=300, deadline=None)
-def test_nonsense_with_right_checksums(where, value):
+def test_nonsense_with_right_checksums(sample, where, value):
     """Behind right checksums no bytes whatsoever raise anything but ``FormatError``."""
-    starts = records(STREAM)
+    stream = sample()[0]
+    starts = records(stream)
     keep = {*range(24, 40)} | {o + i for o in starts for i in range(16, 24)}
-    at = where % (len(STREAM) - TRAILER)
-    data = bytearray(STREAM)
+    at = where % (len(stream) - TRAILER)
+    data = bytearray(stream)
     for i, byte in enumerate(value, at):
         if i < len(data) and i not in keep:
             data[i] = byte
@@ -426,7 +439,10 @@ PATCHES = {
     "line ends": (4, "4s", b"\n\x1a\n\0", FormatError, "copied as text"),
     "major version": (8, "H", 2, VersionError, r"is 2\.0, this reader knows 1\.x; .* newer"),
     "old version": (8, "HH", 0, 3, VersionError, r"is 0\.3, this reader knows 1\.x; .* wrote it"),
-    "feature": (12, "I", 4, VersionError, "required features at byte 12 are 0x4"),
+    "feature": (12, "I", 4, VersionError, "features at byte 12 are 0x4.* not ROTARY_TABLES"),
+    "features": (10, "HI", 9, 1 << 31 | 16, VersionError, "not PLANES and 0x80000000; .*newer"),
+    "features of 1.0": (12, "I", 1, VersionError, r"0x1, but version 1\.0 has none"),
+    "no axes": (10, "HI", 1, 2, FormatError, "header has no rotary tables with axes"),
     "checksum algorithm": (20, "I", 2, VersionError, "checksum algorithm at byte 20 is 2"),
     "dtype": (PREAMBLE, "B", 77, VersionError, r"header, dtype at byte 40 is 77"),
     "coder": (PREAMBLE + 2, "B", 5, VersionError, r"coder at byte 42 is 5.*3 \(LZ4\)"),
@@ -466,7 +482,8 @@ PATCHES = {
     "measure": (PAYLOAD + 26, "B", 0, FormatError, "not measured must be 0"),
     "block coder": (PAYLOAD + 27, "B", 1, FormatError, "DEFLATE needs fewer than 2 bytes"),
     "verbatim coder": (PAYLOAD + 28, "B", 2, FormatError, "ZSTD needs fewer than 8 bytes"),
-    "block reserved": (PAYLOAD + 29, "B", 1, FormatError, "at byte .*, reserved must be zero"),
+    "contents": (PAYLOAD + 29, "B", 1, FormatError, "contents are 0x1 .* features allow 0x0"),
+    "block reserved": (PAYLOAD + 31, "B", 1, FormatError, "reserved 0001 .* must be zero"),
     "symbols' size": (PAYLOAD + 32, "Q", 3, FormatError, "exactly 3 bytes, found 2"),
     "large symbols": (PAYLOAD + 32, "Q", 1 << 40, LimitError, "max_block_bytes"),
     "coded length": (PAYLOAD + 40, "Q", 1 << 60, FormatError, "symbols at byte .* needs"),
@@ -499,6 +516,169 @@ def test_patched_field(reader, name):
     with pytest.raises(kind, match=message) as caught:
         reader(patched(STREAM, offset, layout, *values))
     assert caught.type is kind
+
+
+# The same with what format 1.1 added
+
+LATER, LATER_HEADER, LATER_BLOCKS = later_stream()
+TABLE = LATER.index(struct.pack("<HBf", 2, 2, 1.0))
+LATER_PAYLOADS = [offset + RECORD_HEADER for offset in records(LATER)]
+#: Of the block with everything: after positions and bitmap.
+LISTED = LATER_PAYLOADS[1] + 80 + 16 + 1
+SHIFTED = LATER_PAYLOADS[2] + 80
+LATER_PATCHES = {
+    "version": (10, "H", 0, VersionError, r"0x3, but version 1\.0 has none"),
+    "reserved features": (12, "I", 0x63, VersionError, "not UNKNOWN_POSITIONS and SEALED_PAGES"),
+    "axes without the feature": (12, "I", 1, FormatError, "header has rotary tables with axes"),
+    "errors without the feature": (12, "I", 2, FormatError, "contents are 0x3 .* allow 0x2"),
+    "flags of a table": (TABLE + 2, "B", 6, FormatError, "rotary table 0 at byte .*flags are 0x6"),
+    "axis": (TABLE + 16, "B", 8, FormatError, "rotary table 0 at byte .*axes must be from 0 to 7"),
+    "axes in vain": (TABLE + 16, "B", 0, FormatError, "the same as a shorter"),
+    "contents": (LATER_PAYLOADS[1] + 29, "B", 7, FormatError, "contents are 0x7 .* allow 0x3"),
+    "rotary variant": (LATER_PAYLOADS[1] + 30, "B", 1, FormatError, "reserved 0100"),
+    "kind of axes": (LISTED, "B", 6, VersionError, r"kind is 6, .* 5 \(LISTED64\)"),
+    "kind of no axes": (SHIFTED, "B", 0, VersionError, "kind is 0"),
+    "another kind": (LISTED, "B", 3, FormatError, "needs|found|expected"),
+    "number of axes": (LISTED + 1, "B", 3, FormatError, "on 3 axes, the section's keys have 2"),
+    "negative axis": (LISTED + 2, "q", -1, FormatError, "from 0 to .*, found -1 to -1"),
+    "negative step": (LISTED + 18, "b", -2, FormatError, "from 0 to .*, found -1 to 1"),
+    "beyond the last": (LISTED + 10, "q", 2**63 - 1, FormatError, f"found .* to {2**63}"),
+    "shift of nothing": (SHIFTED + 2, "q", 0, FormatError, "say what leaving them out says"),
+    "negative shift": (SHIFTED + 2, "q", -8, FormatError, "found -1 to 0"),
+    "large shift": (SHIFTED + 2, "q", 2**63 - 8, FormatError, f"found .* to {2**63}"),
+    "mean above the worst": (LISTED + 22, "B", 255, FormatError, "mean error of K of layer 0"),
+    "errors of no token": (LATER_PAYLOADS[3] + 29, "B", 3, FormatError, "needs|no more|no token"),
+}
+
+
+@READERS
+@pytest.mark.parametrize("name", LATER_PATCHES)
+def test_patched_field_of_a_later_stream(reader, name):
+    offset, layout, *values, kind, message = LATER_PATCHES[name]
+    data = patched(LATER, offset, layout, *values)
+    with pytest.raises(kind, match=message) as caught:
+        reader(data)
+    assert caught.type is kind
+    with pytest.raises(second_reader.ReadError) as second:
+        second_reader.read_stream(data)
+    assert second.value.kind == ("version" if kind is VersionError else "format")
+
+
+def spliced(block: Block, start: int, end: int, value: bytes) -> bytes:
+    """The block's payload with other bytes."""
+    payload = b"".join(block.pack())
+    return payload[:start] + value + payload[end:]
+
+
+@pytest.mark.parametrize(
+    ("number", "start", "end", "value", "message"),
+    [
+        # Positions 8, 8 and 9, 9 less 4 are shifted, and fit narrower steps.
+        (2, 80, 90, struct.pack("<BBqq4b", 2, 2, 3, 3, 1, 1, 0, 0)[:20], "what SHIFTED says"),
+        (2, 80, 90, struct.pack("<BBqqhh", 3, 2, 3, 4, 1, 1), "what LISTED8 says"),
+        (2, 80, 90, struct.pack("<BBqqii", 4, 2, 3, 4, 1, 128), "what LISTED16 says"),
+        (2, 80, 90, struct.pack("<BBqqqq", 5, 2, 3, 4, 1, -(2**31)), "what LISTED32 says|from 0"),
+        (1, 97, 119, struct.pack("<BBqqqqqq", 5, 2, 1, 1, 2**40, 0, 0, 1 - 2**31), "from 0 to"),
+        (1, 119, 123, b"", "mean error of K of layer 0 exceeds"),
+        (3, 29, 30, b"\1", "mean error of K of layer 0 exceeds"),
+        (3, 29, 30, b"\3", "errors by layer at byte .* needs|mean error|found"),
+    ],
+)
+def test_another_encoding_of_the_same(number, start, end, value, message):
+    payload = spliced(LATER_BLOCKS[number], start, end, value)
+    with pytest.raises(FormatError, match=message):
+        Block.unpack(ByteReader(payload, "block"), 0, LATER_HEADER, Limits())
+    header = second_reader.read_header(LATER_HEADER.pack(), LATER_HEADER.features)
+    with pytest.raises(second_reader.ReadError):
+        second_reader.read_block(payload, 0, header, LATER_HEADER.features)
+
+
+@pytest.mark.parametrize(
+    ("axes", "kind", "size"),
+    [
+        ((range(5, 9), range(5, 9)), 1, 8),
+        ((array("q", (0, 127, 0, 0)), array("q", (0, 0, 128, 0))), 3, 16 + 12),
+        ((array("q", (0, 127, 0, 0)), array("q", (0, 0, 127, 0))), 2, 16 + 6),
+        ((array("q", (0, 0, 128, 0)), range(0, 4)), 3, 16 + 12),
+        ((array("q", (129, 1, 1, 1)), range(0, 4)), 2, 16 + 6),
+        ((array("q", (2**15, 0, 0, 0)), range(0, 4)), 3, 16 + 12),
+        ((array("q", (2**15 + 1, 0, 0, 0)), range(0, 4)), 4, 16 + 24),
+        ((array("q", (0, 2**31, 0, 0)), range(0, 4)), 5, 16 + 48),
+        ((array("q", (2**63 - 1, 0, 2**63 - 1, 0)), range(0, 4)), 5, 16 + 48),
+    ],
+)
+def test_positions_on_axes_take_few_bytes(axes, kind, size):
+    block = make_block(LATER_HEADER, 0, range(1, 5), symbols=b"a", axes=axes)
+    payload = b"".join(block.pack())
+    assert payload[80] == kind
+    assert len(payload) == 80 + 2 + size + 1
+    assert Block.unpack(ByteReader(payload, "block"), 0, LATER_HEADER, Limits()) == block
+
+
+def test_positions_on_axes_that_are_the_tokens_own_take_none():
+    block = make_block(LATER_HEADER, 0, range(1, 5), symbols=b"a")
+    assert replace(block, axes=(range(1, 5), array("q", (1, 2, 3, 4)))) == block
+    assert block.features == Feature(0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"axes": (range(3), range(4))}, "a position for each of 3 tokens, found 4"),
+        ({"axes": (range(3), range(-1, 2))}, "from 0 to .*, found -1 to 1"),
+        ({"axes": (range(3), array("q", (0, 1, -1)))}, "from 0 to .*, found -1 to 1"),
+        ({"verbatim_tokens": (0, 1, 2), "coded": b"", "coded_size": 0}, "no token is coded, yet"),
+    ],
+)
+def test_later_blocks_that_cannot_be(change, message):
+    with pytest.raises(ValueError, match=message):
+        replace(LATER_BLOCKS[1], **change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"axes": (range(3),) * 3}, "on 3 axes, the section's keys have 2"),
+        ({"layer_errors": LayerErrors(bytes(8))}, "errors of 2 layers, the section has 1"),
+    ],
+)
+def test_later_blocks_that_do_not_fit(change, message):
+    with pytest.raises(ValueError, match=message):
+        replace(LATER_BLOCKS[1], **change).check(LATER_HEADER)
+
+
+def test_a_writer_is_told_of_features_before_it_begins():
+    writer = StreamWriter(replace(LATER_HEADER, features=Feature(0)))
+    start = writer.start()
+    assert struct.unpack_from("<HHI", start, 8) == (1, 1, Feature.AXES)
+    writer.block(LATER_BLOCKS[0])
+    with pytest.raises(ValueError, match="the block needs LAYER_ERRORS"):
+        writer.block(LATER_BLOCKS[1])
+
+
+def test_what_needs_no_feature_is_as_a_writer_of_1_0_would_have_it():
+    assert struct.unpack_from("<HHI", STREAM, 8) == (1, 0, 0)
+    later = write(replace(HEADER, features=Feature.LAYER_ERRORS), BLOCKS)
+    assert patched(later, 10, "HI", 0, 0) == STREAM
+
+
+@given(streams())
+@settings(max_examples=40, deadline=None)
+def test_the_second_reader_reads_the_same(stream):
+    header, blocks = stream
+    found = second_reader.read_stream(write(header, blocks)).blocks
+    for block, other in zip(blocks, found, strict=True):
+        assert list(block.positions) == other.positions.tolist()
+        assert list(block.verbatim_tokens) == other.verbatim.tolist()
+        assert (block.coded, block.verbatim) == (other.coded, other.verbatim_bytes)
+        count = header.geometry.sections[block.section].axes
+        axes = block.axes or (block.positions,) * count
+        assert [list(x) for x in axes] == other.axes.T.tolist()
+        errors = block.layer_errors
+        assert (errors is None) is (other.layer_errors is None)
+        if errors is not None:
+            stored = (errors.k_mean, errors.k_worst, errors.v_mean, errors.v_worst)
+            assert [list(x) for x in stored] == other.layer_errors.tolist()
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from formats_samples import geometries, headers, section_plans, small_header
+from formats_samples import geometries, headers, later_header, section_plans, small_header
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,7 +14,9 @@ from kvtc_stream.formats import (
     Band,
     BlockErrors,
     DType,
+    Feature,
     Geometry,
+    LayerErrors,
     Limits,
     Measure,
     ModelIdentity,
@@ -35,10 +37,10 @@ BODY = HEADER.pack()
 @given(headers())
 def test_header_round_trip(header):
     data = header.pack()
-    assert StreamHeader.unpack(data, Limits()) == header
+    assert StreamHeader.unpack(data, Limits(), features=header.features) == header
     for size in range(0, len(data), 7):
         with pytest.raises(FormatError):
-            StreamHeader.unpack(data[:size], Limits())
+            StreamHeader.unpack(data[:size], Limits(), features=header.features)
     with pytest.raises(FormatError, match="no more bytes"):
         StreamHeader.unpack(data + b"\0", Limits())
 
@@ -221,6 +223,13 @@ def _beyond_u32(geometry):
         (lambda: Rope((1e39,)), "must be finite"),
         (lambda: Rope((1.0,), scale=0), "positive and finite, found 0"),
         (lambda: Rope.from_theta(1e4, 3), "rotary_dim even and positive"),
+        (lambda: Rope((1.0, 0.5), axes=(0,)), "each of 2 pairs, found 1"),
+        (lambda: Rope((1.0,), axes=(8,)), "axes must be from 0 to 7"),
+        (lambda: Rope((1.0,), axes=(-1,)), "axes must be from 0 to 7"),
+        (
+            lambda: Section((0, 1), 1, 4, 4, tuple(Rope((1, 1), axes=(0, n)) for n in (1, 2))),
+            "have 2 and 3 axes: expected one number",
+        ),
         (lambda: Section((), 1, 1, 1), "rising numbers from 0"),
         (lambda: Section((1, 1), 1, 1, 1), "rising numbers from 0"),
         (lambda: Section((0,), 1, 0, 1), "must be positive, found 1, 0, 1"),
@@ -245,6 +254,68 @@ def test_what_geometry_and_plan_count():
     assert part.width(section) == 4 * (2 * 6 + 7)
     assert part.components == 85
     assert SectionPlan("b", (part, part)).bits == 2 * (16 * 8 + 32 + 64 * 2 + 32)
+
+
+def test_axes_of_rotary_tables():
+    plain, both = Rope((1.0, 0.5)), Rope((1.0, 0.5), axes=(2, 1))
+    assert (plain.axis_count, both.axis_count) == (1, 3)
+    assert Rope((1.0, 0.5), axes=(0, 0)) == plain
+    assert Section((0, 1), 1, 4, 4, (plain, both)).axes == 3
+    assert Section((0, 1), 1, 4, 4, (plain, None)).axes == 0
+
+
+def test_a_header_says_what_its_geometry_needs():
+    later = later_header()
+    assert later.features == Feature.LAYER_ERRORS | Feature.AXES
+    assert (HEADER.version, later.version) == ((1, 0), (1, 1))
+    without = replace(later, geometry=HEADER.geometry)
+    assert without.features == Feature.LAYER_ERRORS
+    assert replace(HEADER, features=Feature.AXES).features == Feature(0)
+
+
+errors = st.floats(0, allow_nan=False)
+
+
+@given(st.lists(st.tuples(errors, errors, errors, errors), min_size=1, max_size=40))
+def test_errors_by_layer_are_rounded_up(measured):
+    ordered = [(*sorted(row[:2]), *sorted(row[2:])) for row in measured]
+    k, worst_k, v, worst_v = zip(*ordered, strict=True)
+    found = LayerErrors.of(k, worst_k, v, worst_v)
+    assert found.layers == len(measured)
+    assert len(found.codes) == 4 * len(measured)
+    assert LayerErrors(found.codes) == found
+    stored = (found.k_mean, found.k_worst, found.v_mean, found.v_worst)
+    for exact, rounded in zip((k, worst_k, v, worst_v), stored, strict=True):
+        for x, y in zip(exact, rounded, strict=True):
+            assert y == 0 if x == 0 else y >= x
+            if 2**-12 * 17 / 16 <= x <= 15:
+                assert y <= x * 17 / 16
+    # What is stored is stored again as it is.
+    assert LayerErrors.of(*stored) == found
+
+
+def test_errors_by_layer():
+    found = LayerErrors.of([0.125, 1e-9], [0.3, 16], [0, 0.5], [0, 0.5])
+    assert found.k_mean == (0.125, 2**-12 * 17 / 16)
+    assert found.k_worst == (0.3125, float("inf"))
+    # A mean of equal values may be rounded above them.
+    assert LayerErrors.of([0.5000001], [0.5], [0], [0]).k_worst == (0.53125,)
+    other = LayerErrors.of([1], [2], [3], [4])
+    assert LayerErrors.gathered([(found, 1), (other, 0), (found, 0)]) == LayerErrors.of(
+        [1e-9, 1, 0.125], [16, 2, 0.3], [0.5, 3, 0], [0.5, 4, 0]
+    )
+    for wrong, message in [
+        (([-1.0], [1], [0], [0]), "must not be negative, found -1"),
+        (([float("nan")], [1], [0], [0]), "must not be negative, found nan"),
+        (([0, 0], [1], [0], [0]), "one length, found 2, 1, 1 and 1 layers"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            LayerErrors.of(*wrong)
+    for codes in (b"", b"123"):
+        with pytest.raises(ValueError, match="four bytes a layer"):
+            LayerErrors(codes)
+    with pytest.raises(ValueError, match="mean error of V of layer 1 exceeds"):
+        LayerErrors(bytes([0, 0, 0, 0, 0, 2, 9, 1]))
 
 
 def test_floats_are_rounded_as_they_are_stored():

@@ -8,6 +8,7 @@ from typing import Any
 import cupy
 import numpy as np
 
+from kvtc_stream.coding.rope import check_axes
 from kvtc_stream.formats import Rope, Section
 from kvtc_stream.gpu.kernels import layout
 
@@ -37,6 +38,7 @@ class DeviceRopes:
     """
 
     def __init__(self, section: Section) -> None:
+        check_axes(section)
         ropes: list[Rope] = list(dict.fromkeys(r for r in section.rope if r is not None))
         per_layer = section.rope or (None,) * len(section.layers)
         self.tables = [-1 if r is None else ropes.index(r) for r in per_layer]

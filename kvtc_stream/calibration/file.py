@@ -24,7 +24,7 @@ from kvtc_stream.formats import Geometry, ModelIdentity, Rope, Section
 from kvtc_stream.io.storage import atomic_write
 
 #: Versions of the calibration file's layout: without components in two levels, and with.
-CALIBRATION_VERSIONS = (3, 4)
+CALIBRATION_VERSIONS = (3, 4, 5)
 
 
 _METADATA_KEY = "kvtc_calibration"
@@ -83,21 +83,33 @@ def load(path: str | os.PathLike[str]) -> CalibratedBases:
     return content
 
 
-def _two_levels(content: CalibratedBases) -> bool:
+def _version(content: CalibratedBases) -> int:
+    """The lowest version of the file that suffices."""
+    if any(section.axes for section in content.geometry.sections):
+        return 5
     parts = [p for s in content.sections for basis in s.bases.values() for p in basis]
-    return any(part.components.second is not None for part in parts)
+    return 4 if any(part.components.second is not None for part in parts) else 3
+
+
+def _shape(section: Section) -> dict[str, Any]:
+    """A section's fields; rotary tables with axes, and only they, have ``axes``."""
+    shape = asdict(section)
+    for rope in shape["rope"]:
+        if rope is not None and not rope["axes"]:
+            del rope["axes"]
+    return shape
 
 
 def description(content: CalibratedBases) -> str:
     """Canonical JSON: everything but the arrays."""
     return json.dumps(
         {
-            "version": CALIBRATION_VERSIONS[_two_levels(content)],
+            "version": _version(content),
             "sinks": content.sinks,
             "model": {**asdict(content.model), "fingerprint": content.model.fingerprint.hex()},
             "sections": [
                 {
-                    **asdict(section),
+                    **_shape(section),
                     "tokens": calibrated.tokens,
                     "bases": {
                         name: [
@@ -219,7 +231,8 @@ def _layers(values: list[Any]) -> tuple[int, ...]:
 def _parse_rope(entry: dict[str, Any]) -> Rope:
     if type(entry["interleaved"]) is not bool:
         raise FormatError(f"interleaved must be true or false, found {entry['interleaved']!r}")
-    return Rope(tuple(entry["inv_freq"]), entry["interleaved"], entry["scale"])
+    axes = _layers(entry.get("axes", []))
+    return Rope(tuple(entry["inv_freq"]), entry["interleaved"], entry["scale"], axes)
 
 
 def _parse_part(

@@ -14,7 +14,6 @@ from kvtc_stream.calibration.model import Calibration
 from kvtc_stream.calibration.parts import Part
 from kvtc_stream.cli import terminal
 from kvtc_stream.formats import (
-    FORMAT_VERSION,
     TRAILER_SIZE,
     Band,
     IndexEntry,
@@ -85,7 +84,7 @@ def stream_json(stream: StreamFile) -> dict[str, Any]:
             }
             for entry in stream.records
         ],
-        "format_version": ".".join(map(str, FORMAT_VERSION)),
+        "format_version": ".".join(map(str, header.version)),
         "model": model_json(header.model),
         "calibration": header.calibration.hex(),
         "token_digest": header.token_digest.hex(),
@@ -215,7 +214,7 @@ def stream_tables(name: str, stream: StreamFile) -> Iterator[Table]:
         dtype += f", decodes to {header.out_dtype.label}"
     yield terminal.facts(
         [
-            ("stream", f"{name}, format {'.'.join(map(str, FORMAT_VERSION))}"),
+            ("stream", f"{name}, format {'.'.join(map(str, header.version))}"),
             ("model", describe_model(header.model)),
             ("calibration", header.calibration.hex()),
             ("token digest", header.token_digest.hex()),

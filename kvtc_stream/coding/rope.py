@@ -14,9 +14,19 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from kvtc_stream.errors import UnsupportedError
 from kvtc_stream.formats.geometry import Rope, Section
 
 Float = NDArray[np.float32]
+
+
+def check_axes(section: Section) -> None:
+    """Raise ``UnsupportedError`` if keys turn with positions on several axes."""
+    if section.axes:
+        raise UnsupportedError(
+            f"keys with positions on {section.axes} axes (M-RoPE) cannot be coded yet: write them "
+            "verbatim, or before RoPE with a section that has no rotary tables"
+        )
 
 
 @dataclass(frozen=True)
@@ -36,6 +46,7 @@ class Rotations:
     @classmethod
     def of(cls, section: Section, positions: NDArray[np.int64], *, inverse: bool) -> Rotations:
         """Rotations that put RoPE on, or with ``inverse`` take it off."""
+        check_axes(section)
         ropes: list[Rope] = list(dict.fromkeys(r for r in section.rope if r is not None))
         per_layer: Sequence[Rope | None] = section.rope or (None,) * len(section.layers)
         pairs = np.array([len(r.inv_freq) for r in ropes], np.int64)

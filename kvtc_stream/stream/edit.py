@@ -23,7 +23,7 @@ from kvtc_stream.stream.layers import Selection, Union
 from kvtc_stream.stream.options import SourceOptions
 
 #: Fields of a header in which streams that are joined may differ: the first's are kept.
-_OWN = ("sinks", "window", "coder", "metadata", "token_digest")
+_OWN = ("sinks", "window", "coder", "metadata", "token_digest", "features")
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,7 @@ def _write(
         header = streams[0].header
         for stream in streams[1:]:
             _check_alike(header, stream.header)
+            header = replace(header, features=header.features | stream.header.features)
         whole = len(parts) == 1 and parts[0].tokens is None and parts[0].positions is None
         if token_digest is None:
             token_digest = header.token_digest if whole else b""

@@ -22,6 +22,7 @@ from kvtc_stream.formats import (
     BlockErrors,
     Coder,
     Geometry,
+    LayerErrors,
     PartPlan,
     Plan,
     Quantiser,
@@ -108,7 +109,11 @@ class Selection:
         pieces = _pieces(header.plan.sections[block.section], block)
         kept = replace(pieces, parts=[pieces.parts[i] for i in chosen.parts])
         plan = self.header.plan.sections[chosen.place]
-        return _assembled(replace(block, section=chosen.place), header, plan, verbatim, kept)
+        errors = block.layer_errors
+        if errors is not None:
+            errors = LayerErrors.gathered([(errors, layer) for layer in chosen.layers])
+        chosen_block = replace(block, section=chosen.place, layer_errors=errors)
+        return _assembled(chosen_block, header, plan, verbatim, kept)
 
 
 class Union:
@@ -204,7 +209,7 @@ class Union:
     def block(self, blocks: Sequence[Block]) -> Block:
         """The block that those of all streams are layers of."""
         first = blocks[0]
-        for name in ("section", "role", "start", "tokens", "positions", "verbatim_tokens", "cut"):
+        for name in ("section", "role", "start", "tokens", "positions", "verbatim_tokens", "cut", "axes"):
             if len({str(getattr(block, name)) for block in blocks}) > 1:
                 raise UnsupportedError(
                     f"the blocks at token {first.start} differ in {name.replace('_', ' ')}: only "
@@ -224,6 +229,14 @@ class Union:
         order = self._layers[first.section]
         verbatim = [np.stack([exact[j][kind][k] for j, k in order]) for kind in (0, 1)]
         plan = self.header.plan.sections[first.section]
+        errors = [block.layer_errors for block in blocks]
+        known = [e for e in errors if e is not None]
+        if len(known) == len(errors):
+            first = replace(
+                first, layer_errors=LayerErrors.gathered([(known[j], k) for j, k in order])
+            )
+        else:
+            first = replace(first, layer_errors=None)
         return _assembled(first, self.header, plan, verbatim, kept)
 
 
@@ -284,7 +297,8 @@ def _pieces(plan: SectionPlan, block: Block) -> _Pieces:
 def _assembled(
     block: Block, header: StreamHeader, plan: SectionPlan, verbatim: Sequence[Any], pieces: _Pieces
 ) -> Block:
-    """The block with other values and symbols, of ``plan``; its errors are not known."""
+    """The block with other values and symbols, of ``plan``; its errors over all layers are not
+    known."""
     verbatim_coder, exact = compress_beside(header.coder, *verbatim_planes(*verbatim))
     symbols = sum(_coded(plan)) * block.coded_tokens
     if pieces.uniform is None or not symbols:

@@ -2,6 +2,7 @@
 
     python tests/golden/make.py tests/golden/1.0
     python tests/golden/make.py tests/golden/1.0-two-levels --two-levels
+    python tests/golden/make.py tests/golden/1.1 --later
 
 ``manifest.json`` says what each file must give: for a stream or page, the SHA-256 of the symbols
 of each block, and a file with K and V as float32 [layers, heads, tokens, dim], little-endian; for
@@ -17,6 +18,8 @@ import json
 import struct
 import sys
 import warnings
+from array import array
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +27,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import second_reader
 from formats_samples import records, reseal
 from symbols import block_symbols
 
 import kvtc_stream as kvtc
-from kvtc_stream.formats import DType, StreamFile, StreamWriter
-from kvtc_stream.formats.page import unpack_page
+from kvtc_stream.formats import (
+    Block,
+    DType,
+    Feature,
+    LayerErrors,
+    StreamFile,
+    StreamHeader,
+    StreamWriter,
+)
+from kvtc_stream.formats.page import pack_page, unpack_page
 from kvtc_stream.stream.encoder import page_header
 
 warnings.simplefilter("ignore")
@@ -173,5 +185,139 @@ def main(folder: Path, two_levels: bool) -> None:
     manifest()
 
 
+def later(folder: Path) -> None:
+    """What format 1.1 added: errors by layer in a stream and in a page, positions on axes.
+
+    Keys that turn with several axes have values by the second reader.
+    """
+    folder.mkdir(parents=True)
+    cases: list[dict[str, Any]] = []
+    geometry = kvtc.Geometry.uniform(layers=2, kv_heads=2, head_dim=8, v_head_dim=4)
+    calibrator = kvtc.Calibrator(geometry, model=kvtc.ModelIdentity("golden", "1"))
+    calibrator.update(*kvtc.testing.drawn_cache(geometry, 200, seed=1))
+    calibration = calibrator.finish()
+    calibration.save(folder / "calibration.safetensors")
+    other = second_reader.read_calibration(folder / "calibration.safetensors")
+    codec = kvtc.Codec(calibration, ratio=3, sinks=0, window=0, block_tokens=36)
+    k, v = kvtc.testing.drawn_cache(geometry, 90, seed=7, dtype=DType.BFLOAT16)
+
+    def errors(block: Block) -> LayerErrors:
+        """Measured on the values of the second reader; every token is coded."""
+        kept = slice(block.start, block.start + block.tokens)
+        found = second_reader.Decoder(second_reader.read_header(header.pack(), 0), other).values(
+            second_reader.read_block(b"".join(block.pack()), 0, plain, 0)[0]
+        )
+        rows = []
+        for x, y in zip((k, v), found, strict=True):
+            exact = x[:, :, kept].astype(np.float64)
+            relative = np.sqrt(
+                ((y - exact) ** 2).sum(axis=(1, 3)) / (exact**2).sum(axis=(1, 3))
+            )
+            rows += [relative.mean(axis=1), relative.max(axis=1)]
+        return LayerErrors.of(*rows)
+
+    def add(name: str, header: StreamHeader, blocks: list[Block]) -> bytes:
+        writer = StreamWriter(header)
+        data = writer.start() + b"".join(map(writer.block, blocks)) + writer.finish()
+        (folder / name).write_bytes(data)
+        found = []
+        for block in blocks:
+            symbols = block_symbols(header, block, calibration)
+            found.append(
+                {
+                    "section": 0,
+                    "role": block.role.name,
+                    "start": block.start,
+                    "tokens": block.tokens,
+                    "symbols": hashlib.sha256(symbols).hexdigest(),
+                }
+                | described(block)
+            )
+        stream = second_reader.read_stream(data)
+        decoder = second_reader.Decoder(stream.header, other)
+        values = [decoder.values(block) for block in stream.blocks]
+        (folder / f"{name}.f32").write_bytes(
+            b"".join(
+                np.concatenate(x, axis=2).astype("<f4").tobytes()
+                for x in zip(*values, strict=True)
+            )
+        )
+        case = {"file": name, "blocks": found, "values": f"{name}.f32"}
+        cases.append(case | ({"axes": True} if header.features & Feature.AXES else {}))
+        return data
+
+    coded = StreamFile(io.BytesIO(kvtc.encode(k, v, codec)))
+    header, plain = coded.header, second_reader.read_header(coded.header.pack(), 0)
+    blocks = [coded.read_block(entry) for entry in coded.index]
+    measured = [replace(block, layer_errors=errors(block)) for block in blocks]
+    add("layer-errors.kvtc", replace(header, features=Feature.LAYER_ERRORS), measured)
+
+    # Ten tokens of text, a picture of four by six, text.
+    grid = np.indices((1, 4, 6)).reshape(3, -1) + 10
+    text = np.tile(np.arange(90 - 34) + 16, (3, 1))
+    axes = np.concatenate([np.tile(np.arange(10), (3, 1)), grid, text], axis=1)
+    rope = kvtc.Rope((1.0, 0.3, 0.1, 0.03), axes=(0, 1, 2, 2))
+    turned = replace(geometry.sections[0], rope=(rope, kvtc.Rope((1.0, 0.5), axes=(2, 0))))
+    whole = add(
+        "axes.kvtc",
+        replace(header, geometry=kvtc.Geometry((turned,)), features=Feature.LAYER_ERRORS),
+        [
+            replace(
+                block,
+                layer_errors=block.layer_errors if i else None,
+                axes=tuple(array("q", a[block.start : block.start + block.tokens]) for a in axes),
+            )
+            for i, block in enumerate(measured)
+        ],
+    )
+
+    page = pack_page(measured[0], header)
+    (folder / "page.kvp").write_bytes(page)
+    (folder / "page.header").write_bytes(header.pack())
+    found, block = second_reader.read_page(page, header.pack())
+    values = second_reader.Decoder(found, other).values(block)
+    (folder / "page.kvp.f32").write_bytes(b"".join(x.astype("<f4").tobytes() for x in values))
+    cases.append(
+        {
+            "file": "page.kvp",
+            "header": "page.header",
+            "symbols": hashlib.sha256(block_symbols(header, measured[0], calibration)).hexdigest(),
+            "values": "page.kvp.f32",
+        }
+        | described(measured[0])
+    )
+
+    def bad(name: str, offset: int, layout: str, value: int, error: str) -> None:
+        changed = bytearray(whole)
+        struct.pack_into("<" + layout, changed, offset, value)
+        (folder / name).write_bytes(reseal(changed))
+        cases.append({"file": name, "error": error})
+
+    bad("bad-minor.kvtc", 10, "H", 0, "version")
+    bad("bad-feature.kvtc", 12, "I", 7, "version")
+    bad("bad-no-axes.kvtc", 12, "I", 1, "format")
+    payload = records(whole)[1] + 32
+    bad("bad-contents.kvtc", payload + 29, "B", 7, "format")
+    bad("bad-axes-kind.kvtc", payload + 80, "B", 6, "version")
+    bad("bad-axes-count.kvtc", payload + 81, "B", 2, "format")
+    # After a kind, a number of axes and a shift: this block has text alone.
+    bad("bad-layer-errors.kvtc", payload + 80 + 10, "B", 255, "format")
+    text = json.dumps({"version": folder.name, "key": KEY.hex(), "cases": cases}, indent=1)
+    (folder / "manifest.json").write_text(text + "\n")
+
+
+def described(block: Block) -> dict[str, Any]:
+    """What a block has beyond format 1.0, for the manifest."""
+    found: dict[str, Any] = {}
+    if block.axes:
+        found["axes"] = [list(axis) for axis in block.axes]
+    if block.layer_errors is not None:
+        found["layer_errors"] = block.layer_errors.codes.hex()
+    return found
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), "--two-levels" in sys.argv[2:])
+    if "--later" in sys.argv[2:]:
+        later(Path(sys.argv[1]))
+    else:
+        main(Path(sys.argv[1]), "--two-levels" in sys.argv[2:])

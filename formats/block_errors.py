@@ -1,0 +1,171 @@
+"""What coding cost: relative errors of a block's tokens, over all layers and of each layer."""
+
+from __future__ import annotations
+
+import enum
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+from kvtc_stream.formats.geometry import binary32
+
+
+class Measure(enum.IntEnum):
+    """What a block's errors were measured on. The numbers are those of the stream."""
+
+    NONE = 0
+    COEFFICIENTS = 1
+    RECONSTRUCTION = 2
+
+
+@dataclass(frozen=True, slots=True)
+class BlockErrors:
+    """Relative errors of a block's tokens, mean and worst, finite, rounded to binary32."""
+
+    measure: Measure = Measure.NONE
+    k_mean: float = 0.0
+    k_worst: float = 0.0
+    v_mean: float = 0.0
+    v_worst: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("k_mean", "k_worst", "v_mean", "v_worst"):
+            if not getattr(self, name):
+                continue  # needs no rounding; a whole index of these is quick
+            value = binary32(getattr(self, name))
+            if not 0 <= value < float("inf"):
+                raise ValueError(f"{name} must be finite and not negative, found {value}")
+            object.__setattr__(self, name, value)
+        if self.measure is Measure.NONE and any(self.values):
+            raise ValueError(f"errors that were not measured must be 0, found {self.values}")
+
+    @property
+    def values(self) -> tuple[float, float, float, float]:
+        """The four errors in the order of the stream."""
+        return (self.k_mean, self.k_worst, self.v_mean, self.v_worst)
+
+
+NO_ERRORS = BlockErrors()
+
+#: The error that each code of one layer's error stands for: 0, then numbers with 4 bits of exponent
+#: and 4 of mantissa, 2**-12 * 17/16 to 15, and infinity.
+LEVELS = (
+    0.0,
+    *(2.0 ** ((code >> 4) - 12) * (1 + (code & 15) / 16) for code in range(1, 255)),
+    float("inf"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerErrors:
+    """Relative errors of each layer of a block's section, rounded up to a byte each.
+
+    The error of a token in K of a layer is ‖k̂ − k‖ / ‖k‖ over the layer's heads and channels, after
+    the cast to the output dtype (0 where both are 0); likewise in V. Mean and worst are over the
+    block's coded tokens. Rounding up adds at most 1/16, and gives at least 2.6e-4; above 15 it
+    gives infinity.
+
+    Make them with :meth:`of`. The four properties are tuples with a float per layer, in the order
+    of the section's layers.
+
+    Parameters
+    ----------
+    codes
+        The bytes of the stream: an index into ``LEVELS`` for the mean of K of each layer, then for
+        the worst of K, the mean of V, the worst of V.
+
+    Examples
+    --------
+    >>> errors = LayerErrors.of([0.125, 0.1], [0.25, 0.3], [0, 0], [0, 1e-9])
+    >>> errors.k_mean
+    (0.125, 0.1015625)
+    >>> len(errors.codes)
+    8
+    """
+
+    codes: bytes
+
+    def __post_init__(self) -> None:
+        layers, left = divmod(len(self.codes), 4)
+        if left or not layers:
+            raise ValueError(f"errors by layer need four bytes a layer, found {len(self.codes)}")
+        for i, (mean, worst) in enumerate(
+            chain(zip(*self._rows[:2], strict=True), zip(*self._rows[2:], strict=True))
+        ):
+            if mean > worst:
+                raise ValueError(
+                    f"the mean error of {'KV'[i // layers]} of layer {i % layers} exceeds the "
+                    f"worst token's, codes {mean} and {worst}"
+                )
+
+    @classmethod
+    def of(
+        cls,
+        k_mean: Iterable[float],
+        k_worst: Iterable[float],
+        v_mean: Iterable[float],
+        v_worst: Iterable[float],
+    ) -> LayerErrors:
+        """Round measured errors, a float per layer each; NumPy arrays will do.
+
+        Raises
+        ------
+        ValueError
+            A value is negative or NaN, or the four differ in length.
+        """
+        k, worst_k, v, worst_v = (
+            bytes(map(_code, errors)) for errors in (k_mean, k_worst, v_mean, v_worst)
+        )
+        if not len(k) == len(worst_k) == len(v) == len(worst_v):
+            raise ValueError(
+                f"errors must have one length, found {len(k)}, {len(worst_k)}, {len(v)} and "
+                f"{len(worst_v)} layers"
+            )
+        # A mean of equal values may be rounded above them.
+        return cls(k + bytes(map(max, k, worst_k)) + v + bytes(map(max, v, worst_v)))
+
+    @property
+    def layers(self) -> int:
+        """How many layers."""
+        return len(self.codes) // 4
+
+    @property
+    def k_mean(self) -> tuple[float, ...]:
+        """Mean error of K of each layer."""
+        return _errors(self._rows[0])
+
+    @property
+    def k_worst(self) -> tuple[float, ...]:
+        """Error of the worst token in K of each layer."""
+        return _errors(self._rows[1])
+
+    @property
+    def v_mean(self) -> tuple[float, ...]:
+        """Mean error of V of each layer."""
+        return _errors(self._rows[2])
+
+    @property
+    def v_worst(self) -> tuple[float, ...]:
+        """Error of the worst token in V of each layer."""
+        return _errors(self._rows[3])
+
+    @classmethod
+    def gathered(cls, sources: Sequence[tuple[LayerErrors, int]]) -> LayerErrors:
+        """The errors of some layers: of each, whose errors it is in and its index there."""
+        return cls(bytes(e._rows[kind][i] for kind in range(4) for e, i in sources))
+
+    @property
+    def _rows(self) -> tuple[bytes, ...]:
+        n = self.layers
+        return tuple(self.codes[i * n : (i + 1) * n] for i in range(4))
+
+
+def _code(error: float) -> int:
+    if not error >= 0:
+        raise ValueError(f"an error must not be negative, found {error}")
+    return bisect_left(LEVELS, error)
+
+
+def _errors(codes: bytes) -> tuple[float, ...]:
+    return tuple(map(LEVELS.__getitem__, codes))
