@@ -209,7 +209,16 @@ class Union:
     def block(self, blocks: Sequence[Block]) -> Block:
         """The block that those of all streams are layers of."""
         first = blocks[0]
-        for name in ("section", "role", "start", "tokens", "positions", "verbatim_tokens", "cut", "axes"):
+        for name in (
+            "section",
+            "role",
+            "start",
+            "tokens",
+            "positions",
+            "verbatim_tokens",
+            "cut",
+            "axes",
+        ):
             if len({str(getattr(block, name)) for block in blocks}) > 1:
                 raise UnsupportedError(
                     f"the blocks at token {first.start} differ in {name.replace('_', ' ')}: only "

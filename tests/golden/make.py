@@ -210,9 +210,7 @@ def later(folder: Path) -> None:
         rows = []
         for x, y in zip((k, v), found, strict=True):
             exact = x[:, :, kept].astype(np.float64)
-            relative = np.sqrt(
-                ((y - exact) ** 2).sum(axis=(1, 3)) / (exact**2).sum(axis=(1, 3))
-            )
+            relative = np.sqrt(((y - exact) ** 2).sum(axis=(1, 3)) / (exact**2).sum(axis=(1, 3)))
             rows += [relative.mean(axis=1), relative.max(axis=1)]
         return LayerErrors.of(*rows)
 
@@ -238,8 +236,7 @@ def later(folder: Path) -> None:
         values = [decoder.values(block) for block in stream.blocks]
         (folder / f"{name}.f32").write_bytes(
             b"".join(
-                np.concatenate(x, axis=2).astype("<f4").tobytes()
-                for x in zip(*values, strict=True)
+                np.concatenate(x, axis=2).astype("<f4").tobytes() for x in zip(*values, strict=True)
             )
         )
         case = {"file": name, "blocks": found, "values": f"{name}.f32"}
@@ -264,7 +261,7 @@ def later(folder: Path) -> None:
         [
             replace(
                 block,
-                layer_errors=block.layer_errors if i else None,
+                layer_errors=block.layer_errors if i < 2 else None,
                 axes=tuple(array("q", a[block.start : block.start + block.tokens]) for a in axes),
             )
             for i, block in enumerate(measured)
@@ -296,12 +293,12 @@ def later(folder: Path) -> None:
     bad("bad-minor.kvtc", 10, "H", 0, "version")
     bad("bad-feature.kvtc", 12, "I", 7, "version")
     bad("bad-no-axes.kvtc", 12, "I", 1, "format")
-    payload = records(whole)[1] + 32
+    payload = records(whole)[0] + 32
     bad("bad-contents.kvtc", payload + 29, "B", 7, "format")
     bad("bad-axes-kind.kvtc", payload + 80, "B", 6, "version")
     bad("bad-axes-count.kvtc", payload + 81, "B", 2, "format")
-    # After a kind, a number of axes and a shift: this block has text alone.
-    bad("bad-layer-errors.kvtc", payload + 80 + 10, "B", 255, "format")
+    # After the kind and the number of axes, first positions, and steps of a byte.
+    bad("bad-layer-errors.kvtc", payload + 80 + 2 + 3 * (8 + 35), "B", 255, "format")
     text = json.dumps({"version": folder.name, "key": KEY.hex(), "cases": cases}, indent=1)
     (folder / "manifest.json").write_text(text + "\n")
 
