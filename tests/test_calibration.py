@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -371,6 +372,22 @@ def test_save_and_load(tmp_path: Path) -> None:
     one, two = (kvtc.Codec(c, ratio=4, window=16) for c in (calibration, loaded))
     assert one == two
     assert kvtc.encode(k, v, codec=one) == kvtc.encode(k, v, codec=two)
+
+
+def test_rotary_tables_with_axes_are_version_5(
+    tmp_path: Path, calibration: kvtc.Calibration
+) -> None:
+    rope = kvtc.Rope((1.0, 0.5), axes=(0, 1))
+    section = replace(calibration.geometry.sections[0], rope=(rope, None))
+    turned = kvtc.Calibration(
+        kvtc.Geometry((section,)), calibration.sections, calibration.sinks, calibration.model
+    )
+    for saved, version in ((calibration, 3), (turned, 5)):
+        path = tmp_path / f"{version}.safetensors"
+        saved.save(path)
+        assert f'"version":{version}'.encode() in path.read_bytes().replace(b"\\", b"")
+        assert kvtc.Calibration.load(path) == saved
+    assert turned.digest != calibration.digest
 
 
 def test_digests_differ(calibration: kvtc.Calibration) -> None:

@@ -12,7 +12,15 @@ import pytest
 import second_reader
 
 import kvtc_stream as kvtc
-from kvtc_stream.formats import DType, Limits, StreamFile, StreamParser
+from kvtc_stream.formats import (
+    DType,
+    Feature,
+    LayerErrors,
+    Limits,
+    StreamFile,
+    StreamParser,
+    StreamWriter,
+)
 from kvtc_stream.io.dlpack import to_numpy
 
 pytestmark = pytest.mark.filterwarnings("ignore::kvtc_stream.KVTCWarning")
@@ -113,6 +121,44 @@ def test_what_was_taken_apart_is_joined_to_the_same_blocks(stream: bytes) -> Non
             # Errors of parts are not known, so neither are those of the whole.
             assert found == replace(expected, errors=found.errors)
     assert StreamFile(io.BytesIO(whole)).header.geometry == GEOMETRY
+
+
+def test_errors_by_layer_go_along(stream: bytes) -> None:
+    """Those over all layers are not known of some, those of each layer are."""
+    file = StreamFile(io.BytesIO(stream))
+    writer = StreamWriter(replace(file.header, features=Feature.LAYER_ERRORS))
+    data, expected = writer.start(), []
+    for i, block in enumerate(map(file.read_block, file.index)):
+        if block.coded_tokens:
+            rows = [[(i + 1) * 2.0 ** (layer - 8)] * 2 for layer in range(6)]
+            mean, worst = zip(*rows, strict=True)
+            block = replace(block, layer_errors=LayerErrors.of(mean, worst, worst, worst))
+        expected.append(block.layer_errors)
+        data += writer.block(block)
+    data += writer.finish()
+    parts = [cut(data, layers=slice(i, i + 2)) for i in (0, 2, 4)]
+    blocks = [StreamParser(Limits()).feed(part)[1:] for part in parts]
+    for i, part in enumerate(blocks):
+        for block, errors in zip(part, expected, strict=True):
+            found = block.layer_errors
+            assert (found is None) is (errors is None)
+            assert found is None or found.k_mean == errors.k_mean[2 * i : 2 * i + 2]
+    whole = StreamParser(Limits()).feed(join(parts[1], parts[2], parts[0]))[1:]
+    assert [block.layer_errors for block in whole] == expected
+    # Without those of one part, those of the whole are not known.
+    plain = cut(stream, layers=slice(2, 4))
+    whole = StreamParser(Limits()).feed(join(parts[0], plain, parts[2]))[1:]
+    assert not any(block.layer_errors for block in whole)
+
+
+def test_streams_with_and_without_features_are_joined(stream: bytes) -> None:
+    header = StreamFile(io.BytesIO(stream)).header
+    writer = StreamWriter(replace(header, features=Feature.LAYER_ERRORS))
+    empty = writer.start() + writer.finish()
+    for pieces in ((empty, stream), (stream, empty)):
+        out = io.BytesIO()
+        kvtc.concat(pieces, out)
+        assert StreamFile(io.BytesIO(out.getvalue())).header.features == Feature.LAYER_ERRORS
 
 
 def test_layers_and_tokens(calibration: kvtc.Calibration, stream: bytes) -> None:

@@ -204,7 +204,10 @@ def test_the_table_of_the_specification(codec: kvtc.Codec, page: bytes) -> None:
     [
         (0, "B", 0, kvtc.FormatError, "this is no page"),
         (8, "H", 2, kvtc.VersionError, r"page, version at byte 8 is 2\.0"),
-        (12, "I", 1, kvtc.VersionError, "required features 0x1"),
+        (12, "I", 1, kvtc.VersionError, "required features at byte 12 are 0x1, but"),
+        (12, "I", 4, kvtc.VersionError, "and not ROTARY_TABLES"),
+        (10, "HI", (1, 1), kvtc.FormatError, "features are 0x1, its block needs 0x0"),
+        (10, "HI", (1, 2), kvtc.FormatError, "features are 0x2, its block needs 0x0"),
         (16, "B", 0, kvtc.CalibrationMismatchError, "made under header 00"),
         (48, "H", 1, kvtc.FormatError, "section 1 of 1"),
         (50, "H", 1, kvtc.FormatError, "reserved 1"),
@@ -219,7 +222,7 @@ def test_a_page_at_fault(
     codec: kvtc.Codec, page: bytes, offset: int, layout: str, value: int, kind: Any, message: str
 ) -> None:
     data = bytearray(page)
-    struct.pack_into("<" + layout, data, offset, value)
+    struct.pack_into("<" + layout, data, offset, *np.atleast_1d(value))
     own = xxhash.xxh3_64_intdigest(bytes(data[:64]))
     struct.pack_into("<Q", data, 64, own)
     struct.pack_into("<Q", data, len(data) - 8, xxhash.xxh3_64_intdigest(bytes(data[72:-8]), own))
