@@ -1,4 +1,4 @@
-"""The package as a whole: what it imports, what it installs, and that its examples run."""
+"""The package as a whole: what it imports, what it installs, and that docstrings' examples run."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import doctest
 import importlib
 import json
 import pkgutil
-import re
 import shutil
 import subprocess
 import sys
@@ -133,21 +132,3 @@ def test_examples_in_docstrings() -> None:
         assert result.failed == 0, name
         attempted += result.attempted
     assert attempted > 20
-
-
-def code_blocks(path: Path) -> list[str]:
-    text = path.read_text(encoding="utf-8")
-    return re.findall(r"^```python\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
-
-
-README = code_blocks(ROOT / "README.md")
-
-
-@pytest.mark.filterwarnings("ignore::kvtc_stream.KVTCWarning")
-@pytest.mark.skipif(not README, reason="README.md has no Python blocks")
-def test_examples_in_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The blocks in order, as one program."""
-    monkeypatch.chdir(tmp_path)
-    names: dict[str, object] = {}
-    for block in README:
-        exec(compile(block, "README.md", "exec"), names)
