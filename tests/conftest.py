@@ -7,6 +7,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -51,6 +53,28 @@ def cache(calibration: kvtc.Calibration) -> tuple[np.ndarray, np.ndarray]:
 def stream(codec: kvtc.Codec, cache: tuple[np.ndarray, np.ndarray]) -> bytes:
     """``cache`` coded with ``codec``."""
     return kvtc.encode(*cache, codec=codec)
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model, saved with its tokenizer: see ``tiny_model``."""
+    pytest.importorskip("transformers")
+    from tiny_model import save_tiny_model
+
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    save_tiny_model(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Threads only cost time on models that small."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -347,40 +347,20 @@ def test_calibrate_refuses_caches_that_differ(tmp_path, kvtc_command):
 
 
 @pytest.fixture
-def tiny(tmp_path: Path) -> tuple[Path, list[Path]]:
-    """A model with its tokenizer, and texts for it."""
-    transformers = pytest.importorskip("transformers")
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    words = ["the", "cache", "of", "a", "model", "is", "large"]
-    vocabulary = {word: i for i, word in enumerate(["<unk>", *words])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    config = transformers.LlamaConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-    )
-    folder = tmp_path / "tiny"
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>"
-    ).save_pretrained(folder)
+def texts(tmp_path: Path) -> list[Path]:
+    """Of 100 characters each, which are the tiny model's tokens."""
     rng = np.random.default_rng(0)
-    for name in ("a.txt", "b.txt"):
-        (tmp_path / name).write_text(" ".join(rng.choice(words, 100)), encoding="utf-8")
-    return folder, [tmp_path / name for name in ("a.txt", "b.txt")]
+    names = ("a.txt", "b.txt")
+    for name in names:
+        letters = rng.choice(list("abcdefg "), 100)
+        (tmp_path / name).write_text("".join(letters), encoding="utf-8")
+    return [tmp_path / name for name in names]
 
 
-def test_calibrate_a_model(tmp_path, tiny, kvtc_command):
-    folder, texts = tiny
+def test_calibrate_a_model(tmp_path, model_folder, texts, kvtc_command):
     cal = tmp_path / "cal.safetensors"
     run = kvtc_command(
-        "calibrate", "--model", folder, "--text", *texts,
+        "calibrate", "--model", model_folder, "--text", *texts,
         "-o", cal, "--tokens", 150, "--document-tokens", 50, "--sinks", 2, "--json",
     )  # fmt: skip
     assert run.status == 0, run.err
@@ -395,23 +375,24 @@ def test_calibrate_a_model(tmp_path, tiny, kvtc_command):
     ("importance", "documents"),
     [(None, None), ("gradients", 1), ("queries", None), ("queries", 1), ("none", None)],
 )
-def test_calibrate_by_importance(tmp_path, tiny, kvtc_command, importance, documents):
+def test_calibrate_by_importance(
+    tmp_path, model_folder, texts, kvtc_command, importance, documents
+):
     """As the library does it; documents of 50 tokens, 4 in all."""
     from kvtc_stream.integrations.transformers import calibrate, load_model
 
-    folder, texts = tiny
     chosen = {"importance": importance, "importance_documents": documents}
     chosen = {name: value for name, value in chosen.items() if value is not None}
     options = [f"--{name.replace('_', '-')}={value}" for name, value in chosen.items()]
     cal = tmp_path / "cal.safetensors"
     run = kvtc_command(
-        "calibrate", "--model", folder, "--text", *texts, "-o", cal, "--document-tokens", 50,
+        "calibrate", "--model", model_folder, "--text", *texts, "-o", cal, "--document-tokens", 50,
         *options, "--json",
     )  # fmt: skip
     assert run.status == 0, run.err
     [section] = run.json["sections"]
     assert section["bases"]["joint"][0]["weighted"] is (importance != "none")
-    model, tokenizer = load_model(folder)
+    model, tokenizer = load_model(model_folder)
     expected = calibrate(
         model,
         [text.read_text(encoding="utf-8") for text in texts],

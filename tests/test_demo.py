@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,35 +12,20 @@ from rich.console import Console
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from tiny_model import save_tiny_model  # noqa: E402
 
 from kvtc_stream import KVTCError  # noqa: E402
 from kvtc_stream.evaluation import demo  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CONTEXT = 600
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Threads only cost time on models this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("model")
-    save_tiny_model(path)
-    return path
-
-
 @pytest.fixture
-def _small(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+def _small(monkeypatch: pytest.MonkeyPatch, model_folder: Path) -> None:
     """The tiny model in place of the real one, and less text."""
     prose, code, judged = demo._texts()
-    monkeypatch.setattr(demo, "bundled_model", lambda: folder)
+    monkeypatch.setattr(demo, "bundled_model", lambda: model_folder)
     monkeypatch.setattr(demo, "_texts", lambda: (prose[:20_000], code[:20_000], judged[:2000]))
 
 

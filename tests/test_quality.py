@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from hypothesis import strategies as st
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from tiny_model import save_tiny_model  # noqa: E402
 from transformers.cache_utils import DynamicCache  # noqa: E402
 
 import kvtc_stream as kvtc  # noqa: E402
@@ -29,29 +27,15 @@ from kvtc_stream.integrations.transformers import (  # noqa: E402
 )
 from kvtc_stream.stream.codec import PRESETS  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CONTEXT = 500
 TEXT = "".join(f"Line {i} has {i * i} things, {i % 7} of them good.\n" for i in range(300))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Threads only cost time on models this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("model")
-    save_tiny_model(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def loaded(folder: Path) -> tuple[Any, Any]:
-    return load_model(folder, dtype="float32")
+def loaded(model_folder: Path) -> tuple[Any, Any]:
+    return load_model(model_folder, dtype="float32")
 
 
 @pytest.fixture(scope="module")
@@ -419,7 +403,7 @@ SMALL = ["--ratios", "4,16", "--context", "800", "--following", "60", "--tokens"
 
 
 def test_command_end_to_end(
-    folder: Path,
+    model_folder: Path,
     texts: list[str],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -431,7 +415,7 @@ def test_command_end_to_end(
 
     status = main(
         [
-            *("bench", "quality", "--model", str(folder), "--text", *texts, *SMALL, "--json"),
+            *("bench", "quality", "--model", str(model_folder), "--text", *texts, *SMALL, "--json"),
             *("--presets", "paper,twin", "--output", str(output), "--plot", str(plot)),
         ]
     )
@@ -442,9 +426,9 @@ def test_command_end_to_end(
     assert result == json.loads(output.read_text(encoding="utf-8"))
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert str(tmp_path) not in printed.out
-    assert str(folder) not in printed.out
+    assert str(model_folder) not in printed.out
     assert result["command"] == (
-        f"kvtc bench quality --model {folder.name} --text some.txt other.txt --ratios 4,16 "
+        f"kvtc bench quality --model {model_folder.name} --text some.txt other.txt --ratios 4,16 "
         "--context 800 --following 60 --tokens 1500 --json --presets paper,twin --output q.json "
         "--plot q.png"
     )
@@ -473,7 +457,7 @@ def test_command_end_to_end(
 
 
 def test_what_was_measured_is_kept(
-    folder: Path, texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model_folder: Path, texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An hour is not lost to what happens in its last minute."""
     measured = quality.measure
@@ -487,7 +471,7 @@ def test_what_was_measured_is_kept(
 
     monkeypatch.setattr(quality, "measure", measure)
     output = tmp_path / "q.json"
-    command = ("bench", "quality", "--model", str(folder), "--text", *texts, *SMALL)
+    command = ("bench", "quality", "--model", str(model_folder), "--text", *texts, *SMALL)
     status = main([*command, "--presets", "paper", "--no-retrieval", "--output", str(output)])
     assert status != 0
     result = json.loads(output.read_text(encoding="utf-8"))
@@ -496,14 +480,14 @@ def test_what_was_measured_is_kept(
 
 
 def test_command_prints_tables_of_other_judged_texts(
-    folder: Path, texts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model_folder: Path, texts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     saved = tmp_path / "cal.safetensors"
     command = [
         "bench",
         "quality",
         "--model",
-        str(folder),
+        str(model_folder),
         "--judge-text",
         texts[1],
         "--ratios",
@@ -546,7 +530,7 @@ def test_wrong_use(arguments: list[str], message: str, capsys: pytest.CaptureFix
 
 
 def test_texts_of_one_name_are_told_apart(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name, text in (("a", TEXT), ("b", TEXT.upper()), (".hidden", "x")):
         (tmp_path / "texts" / name).mkdir(parents=True)
@@ -554,7 +538,7 @@ def test_texts_of_one_name_are_told_apart(
 
     status = main(
         [
-            *("bench", "quality", "--model", str(folder), "--text", str(tmp_path / "texts")),
+            *("bench", "quality", "--model", str(model_folder), "--text", str(tmp_path / "texts")),
             *(*SMALL, "--ratios", "8", "--no-retrieval", "--json"),
         ]
     )
@@ -593,9 +577,9 @@ def test_what_is_no_text_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 def test_short_texts_fail_before_calibration(
-    folder: Path, texts: list[str], capsys: pytest.CaptureFixture[str]
+    model_folder: Path, texts: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    status = main(["bench", "quality", "--model", str(folder), "--text", *texts])
+    status = main(["bench", "quality", "--model", str(model_folder), "--text", *texts])
 
     assert status == 1
     message = capsys.readouterr().err

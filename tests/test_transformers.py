@@ -6,7 +6,7 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -36,6 +36,8 @@ from kvtc_stream.integrations.transformers import (  # noqa: E402
     model_identity,
     token_digest,
 )
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 VOCABULARY = 97
 WINDOW = 24
@@ -109,15 +111,6 @@ def gemma3() -> Any:
 
 
 MODELS = {make.__name__: make for make in (llama, yarn, qwen3, stablelm, cohere, smollm3, gemma3)}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Threads only cost time on models this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
@@ -23,17 +23,10 @@ from kvtc_stream.integrations.transformers.gradients import (  # noqa: E402
     capture_gradients,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TOKENS = 3 * WINDOW
 AFTER = TOKENS - WINDOW // 2  # the first tokens have left the window
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Threads only cost time on models this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def made(make: Callable[[], Any]) -> Any:

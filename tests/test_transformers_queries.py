@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
@@ -23,16 +23,9 @@ from kvtc_stream.integrations.transformers.queries import (  # noqa: E402
     query_second_moments,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TOKENS = 40
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Threads only cost time on models this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def falcon() -> Any:

@@ -381,11 +381,9 @@ def _given_positions(positions: TokenIds | None, tokens: int) -> NDArray[np.int6
 
 def _seekable(source: Source) -> Any:
     """What is not, as a pipe, is read to its end."""
-    if isinstance(source, bytes | bytearray | memoryview):
-        return io.BytesIO(source)
-    if isinstance(source, str | os.PathLike) or source.seekable():
+    if isinstance(source, str | os.PathLike | bytes | bytearray | memoryview) or source.seekable():
         return source
-    return io.BytesIO(source.read())
+    return source.read()
 
 
 def _empty_cache(model: PreTrainedModel | None, sections: Sequence[Section]) -> DynamicCache:

@@ -21,6 +21,7 @@ from kvtc_stream.integrations.transformers.model import (
     decoder_of,
     growing,
     inference,
+    plain_model,
 )
 from kvtc_stream.integrations.transformers.queries import output_norms, query_second_moments
 
@@ -111,23 +112,11 @@ def calibrate(
     UnsupportedError
         The model has no head for gradients, or hides the queries: choose another ``importance``.
     """
-    if importance not in ("gradients", "queries", "none"):
-        raise ValueError(
-            f"importance must be 'gradients', 'queries' or 'none', found {importance!r}"
-        )
-    if tokens < 1 or document_tokens < 2:
-        raise ValueError(
-            f"tokens must be at least 1 and document_tokens at least 2, found {tokens} and "
-            f"{document_tokens}"
-        )
-    if importance_documents < 1:
-        raise ValueError(f"importance_documents must be at least 1, found {importance_documents}")
+    _check_options(importance, tokens, document_tokens, importance_documents)
+    model = plain_model(model)
     identity = model_identity(model, name=name, revision=revision)
     documents = list(_first(_documents(texts, tokenizer, document_tokens), tokens))
-    # A loss needs a token after those that it is run back into.
-    judged = [d for d in documents if len(d) > 1] if importance != "none" else []
-    count = min(importance_documents, len(judged))
-    judged = [judged[i * len(judged) // count] for i in range(count)]
+    judged = _spread(documents, importance_documents) if importance != "none" else []
     total, done = sum(map(len, documents)) + sum(map(len, judged)), 0
 
     def advance(document: NDArray[np.int64]) -> None:
@@ -143,17 +132,40 @@ def calibrate(
     def readable(layers: Sequence[Tensor]) -> list[Tensor]:
         return [x if calibrator.backend == "cuda" else x.cpu() for x in layers]
 
-    if importance == "gradients":
-        for i, document in enumerate(judged):
-            for section, *tensors in capture_gradients(model, document, seed=seed + i):
-                k, v, grad_k, grad_v = map(readable, tensors)
-                calibrator.update_gradients(k, v, grad_k, grad_v, section=section)
-            advance(document)
+    for i, document in enumerate(judged if importance == "gradients" else []):
+        for section, *tensors in capture_gradients(model, document, seed=seed + i):
+            k, v, grad_k, grad_v = map(readable, tensors)
+            calibrator.update_gradients(k, v, grad_k, grad_v, section=section)
+        advance(document)
     for document in documents:
         for section, k, v in capture(model, document):
             calibrator.update(readable(k), readable(v), section=section)
         advance(document)
     return calibrator.finish()
+
+
+def _check_options(
+    importance: str, tokens: int, document_tokens: int, importance_documents: int
+) -> None:
+    if importance not in ("gradients", "queries", "none"):
+        raise ValueError(
+            f"importance must be 'gradients', 'queries' or 'none', found {importance!r}"
+        )
+    if tokens < 1 or document_tokens < 2:
+        raise ValueError(
+            f"tokens must be at least 1 and document_tokens at least 2, found {tokens} and "
+            f"{document_tokens}"
+        )
+    if importance_documents < 1:
+        raise ValueError(f"importance_documents must be at least 1, found {importance_documents}")
+
+
+def _spread(documents: Sequence[NDArray[np.int64]], count: int) -> list[NDArray[np.int64]]:
+    """So many of the documents, spread over all."""
+    # A loss needs a token after those that it is run back into.
+    judged = [d for d in documents if len(d) > 1]
+    count = min(count, len(judged))
+    return [judged[i * len(judged) // count] for i in range(count)]
 
 
 def _first(documents: Iterable[NDArray[np.int64]], tokens: int) -> Iterator[NDArray[np.int64]]:
