@@ -8,7 +8,7 @@ from typing import Any
 
 import griffe
 
-ROLE = re.compile(r":(?:class|func|meth|data|mod):`~?([\w.]+)`")
+ROLE = re.compile(r":[a-z]+:`~?([\w.]+)`")
 
 
 class Docstrings(griffe.Extension):

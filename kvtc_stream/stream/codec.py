@@ -44,6 +44,9 @@ TARGETS = ("ratio", "bits_per_token", "mean_error")
 class Codec:
     """How to code a stream. Immutable; safe to share between threads and streams.
 
+    Making a codec makes no plan: :attr:`plan` does when it is first asked for, or the first encoder
+    that starts.
+
     Parameters
     ----------
     calibration
@@ -86,9 +89,6 @@ class Codec:
     fixed_plan
         A plan made before (:attr:`plan` of another codec, or one that was saved), instead of a
         target: steps then stay as planned.
-
-    Making a codec makes no plan: :attr:`plan` does when it is first asked for, or the first encoder
-    that starts.
 
     Examples
     --------
