@@ -1,13 +1,14 @@
 """Random damage to larger streams, decoded: how much is found, and that nothing else happens.
 
-    python benchmarks/damage.py [--mutations 100000] [--backend cuda] [--processes N] [-o FILE]
+    python benchmarks/damage.py [--mutations 100000] [--first-seed N] [--backend cuda]
+        [--processes N] [-o FILE]
 
-Streams of 400 tokens, of both presets and every coder, one that was appended to and one that was
-cut; each mutation is one to three changed, lost, repeated, moved or added pieces. Read in turn from
-a file and from a pipe. A mutation is found when the reader raises ``KVTCError``; harmless when the
-tokens are the same all the same. Anything else ends the program. With CUDA, beyond those mutations,
-as many of the payloads alone, as if a writer had made every checksum right: an error if it is one
-on the CPU, and the CPU's tokens otherwise.
+Streams of 400 tokens, of both presets and every coder, one that was appended to, one that was cut,
+one with errors by layer; each mutation is one to three changed, lost, repeated, moved or added
+pieces. Read in turn from a file and from a pipe. A mutation is found when the reader raises
+``KVTCError``; harmless when the tokens are the same all the same. Anything else ends the program.
+With CUDA, beyond those mutations, as many of the payloads alone, as if a writer had made every
+checksum right: an error if it is one on the CPU, and the CPU's tokens otherwise.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from rich.console import Console
 from rich.progress import track
 
 import kvtc_stream as kvtc
-from kvtc_stream.formats import Limits, StreamParser
+from kvtc_stream.formats import Feature, LayerErrors, Limits, StreamParser, StreamWriter
 from kvtc_stream.io.dlpack import BackendName
 from kvtc_stream.stream.decoder import BlockDecoder
 
@@ -55,10 +56,22 @@ def streams(calibration: kvtc.Calibration) -> dict[str, bytes]:
     out = io.BytesIO()
     kvtc.cut(found["default"], out, tokens=slice(37, 301))
     found["cut"] = out.getvalue()
+    found["layer errors"] = with_layer_errors(found["default"])
     paper = kvtc.Codec(calibration, "paper", ratio=4, window=24, block_tokens=32)
     for coder in ("deflate", "zstd", "lz4", "stored"):
         found[coder] = kvtc.encode(k, v, replace(paper, coder=coder))
     return found
+
+
+def with_layer_errors(data: bytes) -> bytes:
+    """The stream in format 1.1."""
+    header, *blocks = StreamParser(Limits()).feed(data)
+    writer = StreamWriter(replace(header, features=Feature.LAYER_ERRORS))
+    errors = LayerErrors.of([0.03, 0.05], [0.1, 0.2], [0.04, 0.06], [0.1, 0.3])
+    out = writer.start()
+    for block in blocks:
+        out += writer.block(replace(block, layer_errors=errors if block.coded_tokens else None))
+    return out + writer.finish()
 
 
 def damage_stream(data: bytes, backend: BackendName, seed: int) -> Counter[str]:
@@ -116,6 +129,7 @@ def damage_payload(data: bytes, backend: BackendName, seed: int) -> Counter[str]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--mutations", type=int, default=100_000)
+    parser.add_argument("--first-seed", type=int, default=0, help="one more each 500 mutations")
     parser.add_argument("--backend", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("-o", "--output", type=Path)
@@ -130,7 +144,7 @@ def main() -> None:
     with ProcessPoolExecutor(args.processes, get_context("spawn")) as pool:
         for task, name, data in tasks:
             share = args.mutations if task is damage_payload else args.mutations / len(samples)
-            runs = range(-(-int(share) // TOGETHER))
+            runs = range(args.first_seed, args.first_seed - (-int(share) // TOGETHER))
             waiting = [pool.submit(task, data, args.backend, seed) for seed in runs]
             outcomes: Counter[str] = Counter()
             for done in track(waiting, name):

@@ -4,7 +4,7 @@
     python tests/fuzz/fuzz.py stream -max_total_time=3600 tests/fuzz/corpus/stream
 
 Targets: ``stream`` (file, pipe and recovery, with checksums as they are and made right, decoded),
-``page``, ``coders`` (each coder of bytes, and rANS) and ``calibration``. ``--seeds`` writes the
+``container`` (its structure, by three readers that must agree), ``page``, ``coders`` (each coder of bytes, and rANS) and ``calibration``. ``--seeds`` writes the
 corpus anew. What is found becomes a test.
 """
 
@@ -20,6 +20,7 @@ import tempfile
 import types
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import atheris
@@ -29,24 +30,43 @@ import xxhash
 sys.path.insert(0, str(Path(__file__).parents[1]))
 FOLDER = Path(__file__).parent
 
+import second_reader  # noqa: E402
 from damage import restore  # noqa: E402
-from formats_samples import reseal  # noqa: E402
+from formats_samples import later_stream, reseal, small_stream, write  # noqa: E402
 
 import kvtc_stream as kvtc  # noqa: E402
 from kvtc_stream.coding import rans  # noqa: E402
-from kvtc_stream.formats import Coder, decompress  # noqa: E402
+from kvtc_stream.formats import (  # noqa: E402
+    Block,
+    Coder,
+    Feature,
+    LayerErrors,
+    Role,
+    StreamFile,
+    StreamParser,
+    decompress,
+)
+from kvtc_stream.formats.page import pack_page, unpack_page  # noqa: E402
 
 #: Modules whose coverage guides; compiled kernels cannot.
 GUIDES = (
-    *("block", "coders", "geometry", "header", "index", "page", "plan", "preamble", "reader"),
-    *("record", "wire", "writer"),
+    *("block", "block_errors", "coders", "features", "geometry", "header", "index", "page"),
+    *("plan", "positions", "preamble", "reader", "record", "wire", "writer"),
 )
 
 
 def instrument() -> None:
     """Count branches of the functions and methods that read bytes."""
     modules = [f"kvtc_stream.formats.{name}" for name in GUIDES]
-    modules += [f"kvtc_stream.{n}" for n in ("calibration", "encoder", "payload", "cpu.coding")]
+    modules += [
+        f"kvtc_stream.{name}"
+        for name in (
+            "backends.cpu_payloads",
+            "calibration.file",
+            "coding.payload",
+            "stream.encoder",
+        )
+    ]
     for name in modules:
         module = importlib.import_module(name)
         for owner in (module, *(c for c in vars(module).values() if isinstance(c, type))):
@@ -95,6 +115,42 @@ def stream(data: bytes) -> None:
             writer.write(*kvtc.testing.drawn_cache(GEOMETRY, 1))
     except (kvtc.KVTCError, TypeError, ValueError):  # another codec's, dtype's or position's
         pass
+
+
+def container(data: bytes) -> None:
+    """The structure alone, as it is and behind right checksums, by three readers.
+
+    What the file's reader takes, the pipe's and the second reader take too, to the same content.
+    """
+    streams = [data]
+    with contextlib.suppress(Exception):  # nothing that has checksums
+        streams.append(reseal(data))
+    for one in streams:
+        try:
+            file = StreamFile(io.BytesIO(one), LIMITS)
+            blocks = [file.read_block(entry) for entry in file.index]
+        except kvtc.KVTCError:
+            with contextlib.suppress(kvtc.KVTCError):
+                parser = StreamParser(LIMITS)
+                parser.feed(one)
+                parser.close()
+            continue
+        parser = StreamParser(LIMITS)
+        live: list[Block] = []
+        for item in parser.feed(one):
+            if isinstance(item, Block):
+                live.append(item)
+            elif live:  # the stream goes on: its tail is superseded
+                live = [block for block in live if block.role is not Role.TAIL]
+        parser.close()
+        assert live == blocks
+        second = second_reader.read_stream(one).blocks
+        for block, other in zip(blocks, second, strict=True):
+            assert list(block.positions) == other.positions.tolist()
+            if block.axes:
+                assert [list(axis) for axis in block.axes] == other.axes.T.tolist()
+            codes = None if block.layer_errors is None else block.layer_errors.codes
+            assert (codes is None) is (other.layer_errors is None)
 
 
 def page(data: bytes) -> None:
@@ -148,6 +204,7 @@ def calibration(data: bytes) -> None:
 
 TARGETS: dict[str, Callable[[bytes], None]] = {
     "stream": stream,
+    "container": container,
     "page": page,
     "coders": coders,
     "calibration": calibration,
@@ -169,7 +226,14 @@ def write_seeds() -> None:
     for coder in ("deflate", "zstd", "lz4"):
         paper = kvtc.Codec(CALIBRATION, "paper", ratio=3, window=0, block_tokens=8, coder=coder)
         found["stream"].append(kvtc.encode(k, v, paper, positions=np.arange(15) * 2))
-    found["page"] = [PAGES.encode(k[:, :, :4], v[:, :, :4], positions=3)]
+    errors = LayerErrors.of([0.1, 0.2], [0.3, 0.4], [0, 0], [1, 20])
+    header, *blocks = StreamParser().feed(found["stream"][0])
+    blocks = [replace(b, layer_errors=errors if b.coded_tokens else None) for b in blocks]
+    found["stream"].append(write(replace(header, features=Feature.LAYER_ERRORS), blocks))
+    found["container"] = [small_stream()[0], later_stream()[0]]
+    page = PAGES.encode(k[:, :, :4], v[:, :, :4], positions=3)
+    measured = replace(unpack_page(page, PAGES._header), layer_errors=errors)
+    found["page"] = [page, pack_page(measured, PAGES._header)]
     data = bytes(range(64)) + bytes(136)
     for kind in (Coder.DEFLATE, Coder.ZSTD, Coder.LZ4):
         found["coders"].append(bytes([kind, 25, 0]) + kvtc.formats.compress(kind, data)[1])
