@@ -18,17 +18,17 @@ class Docstrings(griffe.Extension):
         """Of an object whose members are known."""
         if obj.docstring is None:
             return
-        scope = obj if obj.is_class else obj.parent
+        owner = obj if obj.is_class else obj.parent
 
         def link(match: re.Match[str]) -> str:
             """A link to what the reference has, plain code to what it has not."""
             name = match[1]
-            if "." in name or scope is None:
+            if "." in name:
                 target = name
-            elif name[0].isupper():
-                target = f"kvtc_stream.{name}"
+            elif name[0].islower() and owner is not None and owner.is_class:
+                target = f"{owner.path}.{name}"
             else:
-                target = f"{scope.path}.{name}"
+                target = f"{_public(obj)}.{name}"
             shown = name.removeprefix("kvtc_stream.")
             return f'<autoref optional identifier="{target}"><code>{shown}</code></autoref>'
 
@@ -43,3 +43,9 @@ class Docstrings(griffe.Extension):
                     parameter.description = f"See `{first.name}`."
                 else:
                     first = parameter
+
+
+def _public(obj: griffe.Object) -> str:
+    """Where a name beside this object is public: in the package, or in a host's."""
+    path = obj.path.split(".")
+    return ".".join(path[: 3 if path[1] == "integrations" else 1])
