@@ -4,8 +4,9 @@
     python tests/fuzz/fuzz.py stream -max_total_time=3600 tests/fuzz/corpus/stream
 
 Targets: ``stream`` (file, pipe and recovery, with checksums as they are and made right, decoded),
-``container`` (its structure, by three readers that must agree), ``page``, ``coders`` (each coder of bytes, and rANS) and ``calibration``. ``--seeds`` writes the
-corpus anew. What is found becomes a test.
+``container`` (its structure, by three readers that must agree), ``page``, ``coders`` (each coder of
+bytes, and rANS) and ``calibration``. ``--seeds`` writes the corpus anew. What is found becomes a
+test.
 """
 
 from __future__ import annotations
