@@ -865,7 +865,9 @@ def test_without_a_model_the_layers_are_plain(
 
     # How long the window is that the others had left is not in the stream.
     data = encode_cache(prefill(model, ids), codec)
-    with pytest.raises(kvtc.UnsupportedError, match=r"tokens from 49 to 71 of layer 0; .* model"):
+    with pytest.raises(
+        kvtc.UnsupportedError, match=r"tokens from 49 to 71 of layer 0, .* pass model="
+    ):
         decode_cache(data, codec.calibration)
 
 
@@ -897,7 +899,7 @@ def test_sliding_windows_cut_back(
         if stop < len(ids):
             out = generate(model, ids[: stop + 1], decoded)
             assert torch.isfinite(torch.stack(out.logits)).all()
-    missing = r"tokens from 49 to 59 of layer 0; a window of 24 needs those from 37 on"
+    missing = r"tokens from 49 to 59 of layer 0, which needs those from 37 on for its window of 24"
     with pytest.raises(kvtc.UnsupportedError, match=missing):
         cut(sliding, slice(60))
     with pytest.raises(kvtc.UnsupportedError, match="12 tokens, at positions up to 71"):
@@ -1021,6 +1023,32 @@ def test_masks_and_positions_are_checked(
         encode_cache(cache, codec, sequence=1)
 
 
+@pytest.mark.filterwarnings("ignore:the stream is only:kvtc_stream.errors.KVTCWarning")
+@pytest.mark.parametrize("name", ["llama", "gemma3", "stablelm"])
+def test_tokens_and_positions_are_those_of_the_keys(
+    name: str, built: Callable[[str], Any], calibrated: Callable[[str], kvtc.Calibration]
+) -> None:
+    model, codec = built(name), verbatim(calibrated(name))
+    ids = drawn_ids(2 * WINDOW)
+    cache, mask = padded(model, ids, 3)
+    whole = np.concatenate([np.zeros(3, np.int64), ids])
+    right = {"model": model, "sequence": 1, "attention_mask": mask, "token_ids": whole}
+    encode_cache(cache, codec, **right)
+    for wrong in (
+        {"attention_mask": None},
+        {"token_ids": np.roll(whole, 1)},
+        {"sequence": 0},
+        {"positions": np.arange(10, 10 + len(ids))},
+    ):
+        with pytest.raises(kvtc.CalibrationMismatchError, match="keys of layer 0 are not those"):
+            encode_cache(cache, codec, **{**right, **wrong})
+    for dtype in (torch.float16, torch.bfloat16):
+        half = prefill(model, ids)
+        for layer in half.layers:
+            layer.keys, layer.values = layer.keys.to(dtype), layer.values.to(dtype)
+        encode_cache(half, codec, model=model, token_ids=ids)
+
+
 def test_wrong_positions_are_noticed() -> None:
     """Keys with a large mean, as some models' are."""
     model = llama()
@@ -1129,7 +1157,7 @@ def test_wrong_prompt_model_or_window(
         layer.sliding_window = WINDOW // 2
     for number in range(4):
         layers.update(cache.layers[2].keys, cache.layers[2].values, number)
-    with pytest.raises(kvtc.UnsupportedError, match="a window of 24 needs those from 17 on"):
+    with pytest.raises(kvtc.UnsupportedError, match="needs those from 17 on for its window of 24"):
         decode_cache(encode_cache(layers, codec), calibration, model=model)
 
 

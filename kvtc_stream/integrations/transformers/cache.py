@@ -23,14 +23,22 @@ import kvtc_stream as kvtc
 from kvtc_stream.backends.select import cuda_runs
 from kvtc_stream.errors import CalibrationMismatchError, UnsupportedError
 from kvtc_stream.formats import Geometry, Section
-from kvtc_stream.integrations.transformers.geometry import check_geometry, geometry_of
+from kvtc_stream.integrations.transformers.geometry import (
+    check_geometry,
+    first_keys,
+    geometry_of,
+)
 from kvtc_stream.integrations.transformers.identity import (
     TokenIds,
     as_ids,
     check_fingerprint,
     token_digest,
 )
-from kvtc_stream.integrations.transformers.images import check_no_images, forget_images
+from kvtc_stream.integrations.transformers.images import (
+    check_no_images,
+    forget_images,
+    placeholders,
+)
 from kvtc_stream.integrations.transformers.model import (
     SUPPORTED_CACHES,
     attention_layers,
@@ -39,6 +47,10 @@ from kvtc_stream.integrations.transformers.model import (
 from kvtc_stream.io.dlpack import BackendName
 
 Source: TypeAlias = "str | os.PathLike[str] | BinaryIO | bytes | bytearray | memoryview"
+
+#: Tokens whose keys are computed again, and by how much they may differ, relative: far more than
+#: rounding of any dtype makes, and less than another token or, mostly, another position.
+_CHECKED, _OFF = 8, 0.1
 
 #: Tokens per piece handed to the encoder: bounds the copies from the model's device.
 _CHUNK = 1024
@@ -74,9 +86,11 @@ def encode_cache(
         whether the prompt can be stored at all. Without it nothing of this is checked.
     token_ids
         The ids of the tokens to write, [tokens] or [1, tokens]; their digest is recorded, and
-        :func:`decode_cache` can refuse another prompt. After ``generate`` the cache lacks the
-        last token of the returned sequence. With an ``attention_mask``, those of padding may be
-        among them. Images are not in the ids: two prompts that differ in an image have one digest.
+        :func:`decode_cache` can refuse another prompt. With ``model``, some keys are computed
+        again to see that the cache is of these tokens at these positions. After ``generate`` the
+        cache lacks the last token of the returned sequence. With an ``attention_mask``, those of
+        padding may be among them. Images are not in the ids: two prompts that differ in an image
+        have one digest.
     sequence
         Which one of a batch, from 0; needed if there are several.
     attention_mask
@@ -96,7 +110,7 @@ def encode_cache(
         sliding window, or a prompt with images of a model that gives them positions in three
         dimensions (M-RoPE).
     CalibrationMismatchError
-        The cache or the model is not what was calibrated.
+        The cache or the model is not what was calibrated, or the cache not of ``token_ids``.
     ValueError
         The cache is empty, or ``token_ids``, ``attention_mask`` or ``positions`` are not as many
         as it holds.
@@ -111,6 +125,8 @@ def encode_cache(
     ids = None if token_ids is None else _kept_ids(token_ids, kept)
     if model is not None:
         check_no_images(model, ids)
+        if ids is not None:
+            _check_prompt(model, layers, sequence, kept, ids, where)
     on_device = codec.backend == "cuda" or (codec.backend == "auto" and cuda_runs())
     buffer = io.BytesIO()
     with kvtc.open(
@@ -379,6 +395,36 @@ def _given_positions(positions: TokenIds | None, tokens: int) -> NDArray[np.int6
     return where
 
 
+def _check_prompt(
+    model: PreTrainedModel,
+    layers: Mapping[int, Any],
+    sequence: int,
+    kept: NDArray[np.bool_],
+    ids: NDArray[np.int64],
+    where: NDArray[np.int64],
+) -> None:
+    """Whether the first layer's keys are of these tokens at these positions, by a few of them."""
+    number = min(layers)
+    held = layers[number].keys.shape[2]
+    slots = np.flatnonzero(kept[-held:])
+    words = np.flatnonzero(~np.isin(ids[-len(slots) :], list(placeholders(model))))
+    chosen = words[np.linspace(0, len(words) - 1, min(len(words), _CHECKED)).astype(np.int64)]
+    tokens, positions = (x[-len(slots) :][chosen] for x in (ids, where))
+    expected = first_keys(model, number, tokens, positions)
+    if expected is None or not len(chosen):
+        return
+    keys = layers[number].keys.detach()[sequence][:, slots[chosen]].float()
+    expected = expected.to(keys.device)
+    off = (keys - expected).norm(dim=(0, 2)) / expected.norm(dim=(0, 2))
+    if not off.median() < _OFF:
+        raise CalibrationMismatchError(
+            f"the keys of layer {number} are not those of token_ids at positions "
+            f"{positions.tolist()} (they differ by {float(off.median()):.2g}, relative): pass the "
+            f"ids that the model has read, attention_mask if it read padding, and positions if "
+            f"tokens were evicted"
+        )
+
+
 def _seekable(source: Source) -> Any:
     """What is not, as a pipe, is read to its end."""
     if isinstance(source, str | os.PathLike | bytes | bytearray | memoryview) or source.seekable():
@@ -429,15 +475,17 @@ def _cache_positions(
         layer = layers[section.layers[0]]
         needed = _needed(layer, len(positions))
         if len(own) < needed:
-            window = getattr(layer, "sliding_window", None)
-            needs = f"a window of {window} needs" if window else "without a window it needs"
-            raise UnsupportedError(
+            lacking = (
                 f"the stream holds the tokens from {own[0]} to {own[-1]} of layer "
-                f"{section.layers[0]}; {needs} those from {positions[-needed]} on: the "
-                f"others had left the window when it was written. Pass the model, or, to cut "
-                f"streams back, write a cache that keeps them: DynamicCache() without a "
-                f"configuration"
+                f"{section.layers[0]}, which needs those from {positions[-needed]} on"
             )
+            if isinstance(layer, DynamicSlidingWindowLayer):
+                raise UnsupportedError(
+                    f"{lacking} for its window of {layer.sliding_window}: they had left the cache "
+                    f"when it was written. To cut streams back, write a cache that keeps them: "
+                    f"DynamicCache() without a configuration"
+                )
+            raise UnsupportedError(f"{lacking}: pass model=, which knows whether it has a window")
     return positions
 
 

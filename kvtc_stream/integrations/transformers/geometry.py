@@ -20,6 +20,7 @@ from kvtc_stream.formats import Geometry, Rope, Section
 from kvtc_stream.integrations.transformers.identity import config_text
 from kvtc_stream.integrations.transformers.model import (
     SUPPORTED_CACHES,
+    Stopped,
     attention_layers,
     decoder_of,
     filled_layers,
@@ -177,6 +178,41 @@ def _equal_tokens(decoder: PreTrainedModel, by_id: bool, rotary: bool, name: str
 def _tolerance(x: Tensor) -> float:
     """Models round angles to binary32, and cosines, sines and keys to their own dtype."""
     return float(1e-3 + 8 * torch.finfo(x.dtype).eps)
+
+
+class _FirstKeys(DynamicCache):
+    """Keeps the keys of the layer that comes first, and stops the model there."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> Any:
+        raise Stopped(layer_idx, key_states)
+
+
+def first_keys(
+    model: PreTrainedModel,
+    layer: int,
+    token_ids: NDArray[np.int64],
+    positions: NDArray[np.int64],
+) -> Tensor | None:
+    """Keys [heads, tokens, dim] in float32 of tokens in the first layer, where nothing else counts.
+
+    ``None`` where that is not known: without RoPE, positions may be counted in other ways.
+    """
+    decoder = decoder_of(model)
+    if not any(any(s.rope) for s in geometry_of(model).sections if layer in s.layers):
+        return None
+    if "position_ids" not in inspect.signature(decoder.forward).parameters:
+        return None
+    inputs = {"input_ids": token_ids[:, None], "position_ids": positions[:, None]}
+    cache = _FirstKeys(config=decoder.config)
+    try:
+        tensors = {name: torch.from_numpy(x.copy()) for name, x in inputs.items()}
+        run(decoder, cache, type(plain_model(model)).__name__, **tensors)
+    except Stopped as reached:
+        number, keys = reached.args
+        return keys[:, :, 0].transpose(0, 1).float() if number == layer else None
+    return None
 
 
 def _rotary_tables(decoder: PreTrainedModel, name: str) -> list[Rope]:

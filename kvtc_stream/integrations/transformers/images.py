@@ -32,16 +32,20 @@ def check_no_images(model: PreTrainedModel, token_ids: NDArray[np.int64] | None)
                 f"stream has one: pass token_ids, which show whether this prompt has any"
             )
         return
-    placeholders = {
-        value
-        for key, value in plain_model(model).config.to_dict().items()
-        if _PLACEHOLDER.fullmatch(key) and isinstance(value, int)
-    }
-    if np.isin(token_ids, list(placeholders)).any():
+    if np.isin(token_ids, list(placeholders(model))).any():
         raise UnsupportedError(
             f"the prompt has images, to which {name} gives positions in three dimensions; a stream "
             f"has one: only prompts of text can be stored"
         )
+
+
+def placeholders(model: PreTrainedModel) -> set[int]:
+    """Ids of tokens that stand for images, video and sound."""
+    return {
+        value
+        for key, value in plain_model(model).config.to_dict().items()
+        if _PLACEHOLDER.fullmatch(key) and isinstance(value, int)
+    }
 
 
 def forget_images(model: PreTrainedModel) -> None:

@@ -71,13 +71,17 @@ def growing(module: torch.nn.Module, cache: DynamicCache) -> dict[str, Any]:
     raise UnsupportedError(f"{type(module).__name__} takes no cache; {SUPPORTED_CACHES}")
 
 
+class Stopped(Exception):  # noqa: N818
+    """A run has reached what it was for."""
+
+
 def run(decoder: PreTrainedModel, cache: DynamicCache, name: str, **inputs: Any) -> Any:
     """A decoder's output for inputs of our own choice, which a model may not be made for."""
     try:
         moved = {k: x.to(decoder.device) if isinstance(x, Tensor) else x for k, x in inputs.items()}
         with inference(decoder):
             return decoder(**moved, **growing(decoder, cache))
-    except (KVTCError, torch.OutOfMemoryError):
+    except (KVTCError, Stopped, torch.OutOfMemoryError):
         raise
     except Exception as error:
         raise UnsupportedError(
