@@ -269,9 +269,10 @@ def decode_cache(
         memory = device if backend == "cuda" else torch.device("cpu")
         for i, section in enumerate(sections):
             needed = _needed(layers[section.layers[0]], len(positions))
-            pairs = _read_layers(reader, i, min(needed, len(held[i])), memory)
-            for number, *pair in zip(section.layers, *pairs, strict=True):
-                _fill(layers[number], *(x.to(device, dtype) for x in pair), len(positions))
+            k, v = _read_layers(reader, i, needed, memory)
+            for number, keys, values in zip(section.layers, k, v, strict=True):
+                layer = layers[number]
+                _fill(layer, keys.to(device, dtype), values.to(device, dtype), len(positions))
     if model is not None:
         forget_images(model)
     return (cache, positions) if return_positions else cache

@@ -95,7 +95,10 @@ def _probe(decoder: PreTrainedModel, tables: list[Rope], name: str) -> Geometry:
             window = layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else 0
             (heads, _, k_dim), v_dim = probe.keys[number].shape, probe.values[number].shape[2]
             groups.setdefault((window, heads, k_dim, v_dim), []).append(number)
-    sections = [Section(tuple(numbers), *shape) for (_, *shape), numbers in groups.items()]
+    sections = [
+        Section(tuple(numbers), heads, k_dim, v_dim)
+        for (_, heads, k_dim, v_dim), numbers in groups.items()
+    ]
     if probe.absolute:
         return Geometry(tuple(sections))
     explained = [_explained(section, probe, tables, name) for section in sections]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import nn
 from transformers import PreTrainedModel
 
 from kvtc_stream.errors import UnsupportedError
@@ -54,8 +54,8 @@ def forget_images(model: PreTrainedModel) -> None:
         module.rope_deltas = None
 
 
-def _rope_deltas(model: PreTrainedModel) -> list[tuple[nn.Module, Any]]:
-    modules = plain_model(model).modules()
+def _rope_deltas(model: PreTrainedModel) -> list[tuple[Any, Any]]:
+    modules: Iterable[Any] = plain_model(model).modules()
     return [(x, x.rope_deltas) for x in modules if hasattr(x, "rope_deltas")]
 
 

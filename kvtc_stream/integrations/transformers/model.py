@@ -92,7 +92,7 @@ def run(decoder: PreTrainedModel, cache: DynamicCache, name: str, **inputs: Any)
 
 def probe_tokens(decoder: PreTrainedModel, count: int) -> list[int]:
     """Tokens that mean something: none that fills, begins or ends, none whose embedding is zero."""
-    weight = decoder.get_input_embeddings().weight  # type: ignore[no-untyped-call]
+    weight: Any = decoder.get_input_embeddings().weight
     special = (getattr(decoder.config, f"{kind}_token_id", None) for kind in ("pad", "bos", "eos"))
     left_out = {x for ids in special for x in (ids if isinstance(ids, list) else [ids])}
     near = list(range(len(weight) // 2, len(weight)))[: 16 * count]
