@@ -22,7 +22,7 @@ class StreamWriter:
     Call :meth:`start` once, then :meth:`block` and :meth:`user` in any number, then
     :meth:`finish`. One from :meth:`StreamFile.continued` writes what follows a stream. A call
     that raises ``ValueError`` leaves the stream as it was. Keeps 88 bytes per record. Not
-    thread-safe. With a ``key``, the stream can be authenticated by who has it.
+    thread-safe. With a ``key``, readers that have it can authenticate the stream.
     """
 
     def __init__(self, header: StreamHeader, key: bytes = b"") -> None:

@@ -57,9 +57,13 @@ class Calibrator:
         multiply-adds. A quarter to three eighths of a row's values serve well. The groups are one
         part then: layers of such a stream cannot be cut. 0: groups stay apart.
     rank
-        Keep at most this many components of each part (the paper keeps 10,000). ``None``: all of
-        a separate basis, of a joint one two fifths of its columns, but 3,072 to 4,608, or with a
-        second level three fifths, but at least 3,072; those behind are rarely worth their bits.
+        Keep at most this many components of each part (the paper keeps 10,000). ``None`` keeps
+
+        - of a separate basis: all;
+        - of a joint basis: two fifths of its columns, at least 3,072 and at most 4,608;
+        - of a joint basis with a second level: three fifths, at least 3,072.
+
+        Those behind are rarely worth their bits.
     sinks
         Tokens at positions below this are left out (KVTC, arXiv 2511.01815, section 3).
     sample_rows

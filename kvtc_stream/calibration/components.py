@@ -53,7 +53,7 @@ class Components:
 
     @classmethod
     def dense(cls, matrix: Array) -> Components:
-        """Of one level."""
+        """Components in one level."""
         return cls(((slice(0, matrix.shape[1]),),), (matrix,))
 
     @property
@@ -68,7 +68,7 @@ class Components:
 
     @property
     def multiply_adds(self) -> int:
-        """Of a row to its coefficients, or back."""
+        """Multiply-adds from a row to its coefficients, or back."""
         matrices = [*self.local] if self.second is None else [*self.local, self.second]
         return sum(m.shape[0] * m.shape[1] for m in matrices)
 
@@ -206,8 +206,8 @@ class Components:
         return of_leading, of_columns
 
     def _of_groups(self) -> Iterator[tuple[tuple[slice, ...], Array, slice, slice]]:
-        """Of each group its columns and matrix, which of all leading coefficients are its, and
-        which others, as ``order`` counts them."""
+        """Yield each group's columns, matrix, slice of all leading coefficients, and slice of the
+        remaining components, in the numbers that ``order`` refers to."""
         firsts = accumulate(self.leading, initial=0)
         for spans, m, n, first, (begin, end) in zip(
             self.groups, self.local, self.leading, firsts, pairwise(self.inner[1:]), strict=False

@@ -46,7 +46,7 @@ class UniformPayload:
 
     @classmethod
     def parse(cls, block: Block, coded: Sequence[int]) -> UniformPayload:
-        """Of a block, of whose parts so many components are coded.
+        """Parse a block's payload; ``coded[i]`` is the number of coded components of part i.
 
         Raises
         ------

@@ -127,7 +127,8 @@ class BlockDecoder:
         )
 
     def buffers(self, section: int, layers: int, tokens: int, out: tuple[Any, Any]) -> Any:
-        """The same of the caller's: views, [kv_heads, tokens, head_dim] a layer, of K and V."""
+        """Validate the caller's output tensors; return views of K and V, per layer
+        [kv_heads, tokens, head_dim]."""
         s, dtype = self._header.geometry.sections[section], self._header.out_dtype
         found = []
         for tensors, name, dim in zip(out, ("out K", "out V"), (s.k_dim, s.v_dim), strict=True):

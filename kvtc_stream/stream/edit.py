@@ -55,7 +55,7 @@ def concat(
     """Join token ranges of streams into a new one; nothing is decoded, so it is as fast as a copy.
 
     A range that ends inside a block keeps the whole block and notes how many of its tokens count:
-    the others can still be decoded by who looks for them.
+    the others can still be decoded by anybody who looks for them.
 
     Parameters
     ----------

@@ -381,7 +381,7 @@ def _header(
 
 
 class _Controls:
-    """The rate controls of a stream's sections, to be saved for who continues it."""
+    """The rate controls of a stream's sections, saved so that the stream can be continued."""
 
     def __init__(self, target: Target, states: Sequence[Any] | None) -> None:
         self._target, self._states = target, states

@@ -27,7 +27,7 @@ from kvtc_stream.io.threads import in_turn
 from kvtc_stream.planning.rate_control import Controls
 from kvtc_stream.stream.codec import Codec
 
-#: Bytes of values of a verbatim block, if a token has not more.
+#: Target size of a verbatim block's values, in bytes; a single larger token still gets its own.
 _VERBATIM_BYTES = 4 << 20
 
 
