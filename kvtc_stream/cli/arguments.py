@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from kvtc_stream import __version__
@@ -20,8 +21,31 @@ an entry dtype="bfloat16": any numpy user can read it, and kvtc gets bfloat16 ba
 _PIPES = "The name - is standard input or output; then --format tells the format of plain files."
 
 
+#: A range from the end, which argparse takes for an option.
+_FROM_THE_END = re.compile(r"-\d+:(-?\d+)?")
+
+
 class UsageError(Exception):
     """Arguments that do not go together."""
+
+
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    """The arguments of a command line, in ``words`` too.
+
+    Raises
+    ------
+    SystemExit
+        From argparse: after ``--help`` and ``--version``, and for arguments it refuses.
+    """
+    joined: list[str] = []
+    for word in words:
+        if joined and joined[-1].startswith("--") and _FROM_THE_END.fullmatch(word):
+            joined[-1] += f"={word}"
+        else:
+            joined.append(word)
+    args = make_parser().parse_args(joined)
+    args.words = list(words)
+    return args
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -33,7 +57,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"kvtc-stream {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    edits = (_cat, _slice, _split, _join, _truncate, _repair)
+    edits = (_cat, _slice, _split, _join, _truncate, _compact, _repair)
     for add in (_calibrate, _encode, _decode, _info, _verify, *edits, _bench, _demo):
         command = add(commands)
         command.add_argument(
@@ -182,7 +206,7 @@ def _decode(commands: Any) -> argparse.ArgumentParser:
             f"--{name}",
             type=_range,
             metavar="A:B",
-            help=f"only these {name}, as Python slices them (negative: --{name}=-A:)",
+            help=f"only these {name}, as Python slices them; negative ones count from the end",
         )
     parser.add_argument("--section", type=int, metavar="N", help="only this section (default: all)")
     _backend(parser)
@@ -223,7 +247,7 @@ def _cat(commands: Any) -> argparse.ArgumentParser:
     parser = _add(
         commands,
         "cat",
-        "join streams, or reclaim what appending to one superseded",
+        "join streams, one after the other",
         "Nothing is decoded. Positions must rise, and calibration, plan, geometry, element types",
         "and block size of all streams must be the same.",
     )
@@ -288,6 +312,18 @@ def _truncate(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("input", metavar="FILE", help="the stream")
     parser.add_argument("--tokens", type=int, required=True, metavar="N", help="how many to keep")
     return _new_stream(parser)
+
+
+def _compact(commands: Any) -> argparse.ArgumentParser:
+    parser = _add(
+        commands,
+        "compact",
+        "reclaim what appending to a stream superseded",
+        "Nothing is decoded. Without OUT the file is replaced once the new one is whole.",
+    )
+    parser.add_argument("input", metavar="FILE", help="the stream")
+    parser.add_argument("-o", "--output", metavar="OUT", help="the stream to make (default: FILE)")
+    return parser
 
 
 def _repair(commands: Any) -> argparse.ArgumentParser:

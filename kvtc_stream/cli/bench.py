@@ -19,7 +19,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 import kvtc_stream as kvtc
-from kvtc_stream.cli import terminal
+from kvtc_stream.cli import paths, terminal
 from kvtc_stream.cli.arguments import UsageError, importance_options
 from kvtc_stream.evaluation import quality
 from kvtc_stream.integrations.transformers import load_model
@@ -80,9 +80,10 @@ def _check(args: Namespace) -> list[str]:
         raise UsageError(
             f"--context must be at least {least}, sinks, window and a block, found {args.context}"
         )
-    for path in (args.output, args.plot, args.save_calibration):
-        if path and not Path(path).parent.is_dir():
-            raise FileNotFoundError(f"no directory {Path(path).parent} for {path}")
+    sources = [*args.text, *args.judge_text, args.model, args.calibration]
+    paths.check_output(args.output, paths.FIGURES, sources)
+    paths.check_output(args.plot, paths.PICTURE, sources)
+    paths.check_output(args.save_calibration, paths.CALIBRATION, sources)
     if args.plot:
         importlib.import_module("matplotlib")
     return presets
@@ -93,7 +94,7 @@ def _check(args: Namespace) -> list[str]:
 
 def _texts(args: Namespace) -> tuple[list[str], dict[str, str]]:
     """Texts to calibrate on, and texts to judge by name."""
-    learnt, judged = _read(args.text), _read(args.judge_text)
+    learnt, judged = paths.read_texts(args.text), paths.read_texts(args.judge_text)
     if known := [path for path, text in judged.items() if text in learnt.values()]:
         raise UsageError(
             f"{known[0]} is among the texts to calibrate on: judge on a text that is not, or leave "
@@ -107,24 +108,6 @@ def _texts(args: Namespace) -> tuple[list[str], dict[str, str]]:
         root = os.path.commonpath([path.parent for path in judged])
         names = [path.relative_to(root).as_posix() for path in judged]
     return list(learnt.values()), dict(zip(names, judged.values(), strict=True))
-
-
-def _read(names: Iterable[str]) -> dict[Path, str]:
-    """Texts by path; those in a folder, at any depth, but for what is hidden."""
-    texts = {}
-    for path in map(Path, names):
-        files = [path]
-        if path.is_dir():
-            inside = sorted(file.relative_to(path) for file in path.rglob("*") if file.is_file())
-            files = [path / x for x in inside if not any(p.startswith(".") for p in x.parts)]
-            if not files:
-                raise ValueError(f"{path} is a folder without files")
-        for file in files:
-            try:
-                texts[file.resolve()] = file.read_text(encoding="utf-8")
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{file} is no UTF-8 text: {error}") from error
-    return texts
 
 
 # Measuring.
@@ -233,7 +216,7 @@ def _calibration(
     bars: Progress,
 ) -> kvtc.Calibration:
     if args.calibration:
-        return kvtc.Calibration.load(args.calibration)
+        return paths.load_calibration(args.calibration)
     from kvtc_stream.integrations.transformers import calibrate
 
     documents = quality.calibration_documents(tokenizer, texts, args.tokens or _TOKENS)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from pathlib import Path
 from typing import Any
 
 from rich.progress import Progress
 
 import kvtc_stream as kvtc
-from kvtc_stream.cli import report, terminal
+from kvtc_stream.cli import paths, report, terminal
 from kvtc_stream.cli.arguments import UsageError, importance_options
 from kvtc_stream.integrations.transformers import load_model
 from kvtc_stream.io import plain
@@ -21,8 +20,8 @@ _CHUNK = 512
 def run(args: Namespace) -> int:
     """Learn a model's cache; see ``kvtc calibrate --help``."""
     _check(args)
-    if not Path(args.output).parent.is_dir():
-        raise FileNotFoundError(f"no directory {Path(args.output).parent} for {args.output}")
+    sources = [*args.inputs, *(args.text or ()), args.model]
+    paths.check_output(args.output, paths.CALIBRATION, sources)
     options = {
         "sinks": args.sinks,
         "layer_groups": args.layer_groups,
@@ -96,13 +95,11 @@ def _from_files(args: Namespace, options: dict[str, Any], bars: Progress) -> kvt
         if calibrator is None:
             model = kvtc.ModelIdentity(args.name or "")
             calibrator = kvtc.Calibrator(_geometry(args, section), model=model, **options)
-        try:
+        with paths.about(name):
             for start in range(0, section.tokens, _CHUNK):
                 tokens = range(start, min(start + _CHUNK, section.tokens))
                 _update(calibrator, section, tokens)
                 bars.advance(reading, len(tokens) / section.tokens)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
     assert calibrator is not None
     return calibrator.finish(terminal.bar(bars, "Solving"))
 
@@ -135,7 +132,7 @@ def _update(calibrator: kvtc.Calibrator, section: plain.PlainSection, tokens: ra
 
 def _from_model(args: Namespace, options: dict[str, Any], bars: Progress) -> kvtc.Calibration:
     loading = bars.add_task(f"Loading {args.model}", total=None)
-    texts = [Path(name).read_text(encoding="utf-8") for name in args.text]
+    texts = list(paths.read_texts(args.text).values())
     model, tokenizer = load_model(args.model)
     import torch
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from rich.progress import Progress
 
 import kvtc_stream as kvtc
-from kvtc_stream.cli import terminal
+from kvtc_stream.cli import paths, terminal
 from kvtc_stream.formats import StreamHeader
 from kvtc_stream.io import plain
 from kvtc_stream.io.dlpack import numpy_dtype, to_host
@@ -18,12 +18,14 @@ from kvtc_stream.io.dlpack import numpy_dtype, to_host
 
 def run(args: Namespace) -> int:
     """Restore a plain cache, or some of it; see ``kvtc decode --help``."""
-    target = terminal.output(args)
-    plain.format_of(target, args.format)  # before the work, not after it
+    target = paths.output(args)
+    format = plain.format_of(target, args.format)  # before the work, not after it
+    kind = ("a plain cache", f".{format}") if args.format else paths.CACHE
+    paths.check_output(args.output, kind, [args.input, args.calibration])
     with terminal.progress() as bars:
         sections = _read(args, bars)
         bars.add_task(f"Writing {args.output}", total=None)
-        plain.write(target, sections, args.format)
+        plain.write(target, sections, format)
     if args.json:
         terminal.print_json(
             {
@@ -34,7 +36,7 @@ def run(args: Namespace) -> int:
                 ],
             }
         )
-    elif args.output != terminal.STANDARD:
+    elif args.output != paths.STANDARD:
         rows = [
             (args.output, f"k {list(s.k.shape)}, v {list(s.v.shape)}, {s.dtype.label}")
             for s in sections
@@ -45,9 +47,10 @@ def run(args: Namespace) -> int:
 
 def _read(args: Namespace, bars: Progress) -> list[plain.PlainSection]:
     """The sections asked for, block by block, so that a pipe will do."""
-    calibration = kvtc.Calibration.load(args.calibration)
+    calibration = paths.load_calibration(args.calibration)
     with (
-        terminal.open_input(args.input) as file,
+        paths.open_input(args.input) as file,
+        paths.about(args.input),
         kvtc.open(file, calibration=calibration, backend=args.backend) as reader,
     ):
         blocks = reader.blocks(args.tokens, args.layers, args.section)
@@ -55,7 +58,12 @@ def _read(args: Namespace, bars: Progress) -> list[plain.PlainSection]:
             range(len(reader.header.geometry.sections)) if args.section is None else [args.section]
         )
         total = None
+        for i in chosen:
+            layers = reader.header.geometry.sections[i].layers
+            paths.check_range("--layers", args.layers, len(layers), "layers")
         if file.seekable():
+            for i in chosen:
+                paths.check_range("--tokens", args.tokens, reader.tokens(i), "tokens")
             tokens = args.tokens or slice(None)
             total = sum(len(range(*tokens.indices(reader.tokens(i)))) for i in chosen)
         task = bars.add_task("Decoding", total=total)
@@ -63,8 +71,22 @@ def _read(args: Namespace, bars: Progress) -> list[plain.PlainSection]:
         for block in blocks:
             found[block.section].append(block)
             bars.advance(task, block.tokens)
+        for i in chosen:
+            _check_count(args.tokens, sum(block.tokens for block in found[i]))
         layers = args.layers or slice(None)
         return [_join(found[i], reader.header, i, layers) for i in chosen]
+
+
+def _check_count(tokens: slice | None, found: int) -> None:
+    """Whether a pipe had the tokens asked for, which it does not tell before its end."""
+    if tokens is None or tokens == slice(None):
+        return
+    start, stop = tokens.start or 0, tokens.stop
+    if start >= 0 and (not found or (stop is not None and 0 <= stop - start != found)):
+        raise ValueError(
+            f"--tokens {paths.range_text(tokens)} goes beyond the end of the stream: found "
+            f"{found:,} tokens in it"
+        )
 
 
 def _join(

@@ -6,7 +6,7 @@ from argparse import Namespace
 from typing import Any
 
 import kvtc_stream as kvtc
-from kvtc_stream.cli import report, terminal
+from kvtc_stream.cli import paths, report, terminal
 from kvtc_stream.cli.arguments import UsageError
 from kvtc_stream.io import plain
 
@@ -16,16 +16,13 @@ _CHUNK = 512
 
 def run(args: Namespace) -> int:
     """Compress a plain cache; see ``kvtc encode --help``."""
-    target = terminal.output(args)
+    target = paths.output(args)
+    paths.check_output(args.output, paths.STREAM, [args.input, args.calibration])
     with terminal.progress() as bars:
-        calibration = kvtc.Calibration.load(args.calibration)
+        calibration = paths.load_calibration(args.calibration)
         reading = bars.add_task(f"Reading {args.input}", total=None)
-        sections = plain.read(terminal.plain_input(args.input), args.format)
-        expected = len(calibration.geometry.sections)
-        if len(sections) != expected:
-            raise ValueError(
-                f"{args.input} has {len(sections)} sections, the calibration is for {expected}"
-            )
+        sections = plain.read(paths.plain_input(args.input), args.format)
+        _check_shapes(args.input, sections, calibration.geometry)
         bars.remove_task(reading)
         codec = kvtc.Codec(
             calibration,
@@ -48,7 +45,11 @@ def run(args: Namespace) -> int:
             options["metadata"] = args.metadata
         elif args.metadata:
             raise UsageError("--metadata is for new streams: it is in the header")
-        with kvtc.open(target, "ab" if args.append else "wb", codec=codec, **options) as writer:
+        mode: Any = "ab" if args.append else "wb"
+        with (
+            paths.about(args.output if args.append else args.input),
+            kvtc.open(target, mode, codec=codec, **options) as writer,
+        ):
             for i, section in enumerate(sections):
                 for start in range(0, section.tokens, _CHUNK):
                     span = slice(start, start + _CHUNK)
@@ -64,8 +65,25 @@ def run(args: Namespace) -> int:
         terminal.print_json({"output": args.output, **report.statistics_json(writer.statistics)})
     else:
         tables = report.statistics_tables(writer.statistics)
-        terminal.show(tables, stderr=args.output == terminal.STANDARD)
+        terminal.show(tables, stderr=args.output == paths.STANDARD)
     return 0
+
+
+def _check_shapes(
+    name: str, sections: tuple[plain.PlainSection, ...], geometry: kvtc.Geometry
+) -> None:
+    """Whether the calibration is for such a cache; what is refused later is named in pieces."""
+    if len(sections) != len(geometry.sections):
+        raise ValueError(
+            f"{name} has {len(sections)} sections, the calibration is for {len(geometry.sections)}"
+        )
+    for found, section in zip(sections, geometry.sections, strict=True):
+        expected = section.k_shape(found.tokens), section.v_shape(found.tokens)
+        if (found.k.shape, found.v.shape) != expected:
+            raise ValueError(
+                f"{name} has k {list(found.k.shape)} and v {list(found.v.shape)}, the calibration "
+                f"is for {list(expected[0])} and {list(expected[1])}: is it that of this model?"
+            )
 
 
 def _scales(sections: tuple[plain.PlainSection, ...]) -> dict[str, Any]:

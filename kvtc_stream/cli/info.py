@@ -5,19 +5,19 @@ from __future__ import annotations
 from argparse import Namespace
 from typing import BinaryIO
 
-import kvtc_stream as kvtc
-from kvtc_stream.cli import report, terminal
+from kvtc_stream.cli import paths, report, terminal
 from kvtc_stream.cli.arguments import UsageError
 from kvtc_stream.formats import MAGIC, StreamFile
 
 
 def run(args: Namespace) -> int:
     """Describe a stream or a calibration; see ``kvtc info --help``."""
-    with terminal.open_input(args.input, seekable=True) as file:
-        if _is_calibration(args.input, file):
+    paths.check_output(args.plot, paths.PICTURE, [args.input, args.calibration])
+    with paths.open_input(args.input, seekable=True) as file, paths.about(args.input):
+        if _is_calibration(file):
             if args.plot:
                 raise UsageError("--plot draws a stream")
-            calibration = kvtc.Calibration.load(args.input)
+            calibration = paths.load_calibration(args.input, file)
             description = report.calibration_json(calibration)
             tables = report.calibration_tables(args.input, calibration)
         else:
@@ -27,7 +27,7 @@ def run(args: Namespace) -> int:
             if args.plot:
                 from kvtc_stream.cli import picture
 
-                learnt = kvtc.Calibration.load(args.calibration) if args.calibration else None
+                learnt = paths.load_calibration(args.calibration) if args.calibration else None
                 picture.draw(args.plot, stream, learnt)
     if args.json:
         terminal.print_json({"file": args.input, **description})
@@ -36,7 +36,8 @@ def run(args: Namespace) -> int:
     return 0
 
 
-def _is_calibration(name: str, file: BinaryIO) -> bool:
-    """By its name; a stream that is called so is still a stream."""
-    opening = file.read(len(MAGIC))
-    return name.endswith(".safetensors") and opening != MAGIC
+def _is_calibration(file: BinaryIO) -> bool:
+    """Whether it begins as safetensors files do: a length, and a JSON object."""
+    opening = file.read(9)
+    file.seek(0)
+    return not opening.startswith(MAGIC) and opening[8:] == b"{"

@@ -1,59 +1,19 @@
-"""What all commands share: standard streams, progress, JSON and tables."""
+"""What all commands share on a screen: progress, JSON and tables."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import shutil
-import sys
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, BinaryIO, cast
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
-from kvtc_stream.cli.arguments import UsageError
-from kvtc_stream.io.sources import open_source
-
-STANDARD = "-"
-
 #: Columns of a table when the output is not a terminal.
 _WIDTH = 120
-
-
-@contextlib.contextmanager
-def open_input(name: str, *, seekable: bool = False) -> Iterator[BinaryIO]:
-    """A file, or standard input; what cannot seek and must is copied to a temporary file."""
-    with contextlib.ExitStack() as stack:
-        if name == STANDARD:
-            file: BinaryIO = sys.stdin.buffer
-        else:
-            file = stack.enter_context(open_source(name))
-        if seekable and not file.seekable():
-            copy = cast(BinaryIO, stack.enter_context(tempfile.TemporaryFile()))
-            shutil.copyfileobj(file, copy)
-            copy.seek(0)
-            file = copy
-        yield file
-
-
-def plain_input(name: str) -> str | BinaryIO:
-    """What ``plain.read`` takes."""
-    return sys.stdin.buffer if name == STANDARD else name
-
-
-def output(args: Any) -> str | BinaryIO:
-    """What ``kvtc_stream.open`` and ``plain.write`` take."""
-    if args.output != STANDARD:
-        return str(args.output)
-    if args.json:
-        raise UsageError("--json and -o - both want standard output")
-    if sys.stdout.isatty():
-        raise UsageError("standard output is a terminal: redirect it, or name a file")
-    return sys.stdout.buffer
 
 
 @contextlib.contextmanager

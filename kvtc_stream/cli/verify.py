@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from rich.progress import Progress
 
 import kvtc_stream as kvtc
-from kvtc_stream.cli import terminal
+from kvtc_stream.cli import paths, terminal
 from kvtc_stream.cli.arguments import UsageError
 from kvtc_stream.coding.rope import squared_errors
 from kvtc_stream.coding.values import convert, to_float32
@@ -42,12 +42,16 @@ def run(args: Namespace) -> int:
     """Tell whether a stream is whole; see ``kvtc verify --help``."""
     if args.against and not args.calibration:
         raise UsageError("--against needs -c CAL: it compares what the stream decodes to")
-    calibration = kvtc.Calibration.load(args.calibration) if args.calibration else None
+    calibration = paths.load_calibration(args.calibration) if args.calibration else None
     result: dict[str, Any] = {"file": args.input, "whole": True}
-    with terminal.progress() as bars, terminal.open_input(args.input, seekable=True) as file:
+    with (
+        terminal.progress() as bars,
+        paths.open_input(args.input, seekable=True) as file,
+        paths.about(args.input),
+    ):
         original = None
         if args.against:
-            original = plain.read(terminal.plain_input(args.against), args.format)
+            original = plain.read(paths.plain_input(args.against), args.format)
         try:
             stream = check_bytes(file, bars)
             result["blocks"] = len(stream.index)
@@ -59,7 +63,7 @@ def run(args: Namespace) -> int:
                     result["comparison"] = comparison.json()
         except KVTCError as error:
             if not args.json:
-                raise type(error)(f"{args.input}: {error}") from error
+                raise
             result.update(whole=False, error=type(error).__name__, reason=str(error))
     if args.json:
         terminal.print_json(result)

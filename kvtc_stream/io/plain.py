@@ -218,6 +218,11 @@ def _section(arrays: Mapping[str, NDArray[Any]], name: str, suffix: str) -> Plai
                 f"{name}: positions{suffix} is {positions.dtype} {list(positions.shape)}, "
                 f"expected integers [{k.shape[2]}], one for each token"
             )
+        largest = np.iinfo(np.int64).max
+        if positions.dtype.kind == "u" and positions.size and int(positions.max()) > largest:
+            raise ValueError(
+                f"{name}: positions{suffix} go up to {positions.max()}, expected at most {largest}"
+            )
         positions = positions.astype(np.int64)
     scales = [
         _scale(arrays.get(entry), k, f"{name}: {entry}{suffix}") for entry in ("k_scale", "v_scale")
@@ -268,11 +273,20 @@ def _scale(scale: NDArray[Any] | None, k: NDArray[Any], name: str) -> NDArray[np
 def _read_npz(file: BinaryIO, name: str) -> _Found:
     # A zip archive is read from its end: a pipe has to be taken in whole.
     source = file if file.seekable() else io.BytesIO(file.read())
+    start = source.tell()
+    opening = source.read(2)
+    source.seek(start)
+    if opening != b"PK":
+        raise FormatError(f"{name} is not a readable .npz file: it does not begin as zip files do")
     try:
         with np.load(source, allow_pickle=False) as archive:
             names = archive.files
             wanted = [entry for entry in names if entry == "dtype" or _ENTRY.fullmatch(entry)]
             arrays = {entry: np.asarray(archive[entry]) for entry in wanted}
+    except ValueError as error:
+        # numpy advises to unpickle what it refuses; nobody should.
+        reason = "it holds Python objects" if "pickle" in str(error) else error
+        raise FormatError(f"{name} is not a readable .npz file: {reason}") from None
     except Exception as error:  # zipfile, zlib and numpy name no closed list for damaged bytes
         raise FormatError(f"{name} is not a readable .npz file: {error}") from None
     return names, _restore(arrays, name) if "dtype" in arrays else arrays

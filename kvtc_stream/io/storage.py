@@ -31,11 +31,12 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     owner reads the partial one; a new file has those that the umask leaves. Where a link stands,
     what it points to is replaced; a device or a named pipe is written as it is.
     """
-    target = Path(os.path.realpath(path))
-    if target.exists() and not (target.is_file() or target.is_dir()):
-        with open(target, "wb") as special:
+    # Not what a link points to: /dev/fd/3 leads to a name that nobody can open.
+    if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+        with open(path, "wb") as special:
             yield special
         return
+    target = Path(os.path.realpath(path))
     if not target.parent.is_dir():
         raise FileNotFoundError(f"no directory {Path(path).parent} to write {target.name} into")
     partial = _partial(target)
