@@ -783,6 +783,29 @@ def test_verbatim_cache_in_half_precision(
     assert wide.layers[0].keys.dtype == torch.float32
 
 
+@pytest.mark.filterwarnings("ignore:the stream is only:kvtc_stream.errors.KVTCWarning")
+@pytest.mark.filterwarnings("ignore:section :kvtc_stream.errors.KVTCWarning")
+def test_a_restored_cache_that_grew_takes_over_its_blocks(
+    built: Callable[[str], Any], calibrated: Callable[[str], kvtc.Calibration]
+) -> None:
+    model, calibration = built("llama"), calibrated("llama")
+    codec = kvtc.Codec(calibration, ratio=4, window=8, block_tokens=16)
+    ids = drawn_ids(100, seed=1)
+    data = encode_cache(prefill(model, ids[:60]), codec, model=model)
+    assert data is not None
+    first, _ = kvtc.decode(data, calibration)
+    for end in (61, 90):
+        decoded = decode_cache(data, calibration, model=model)
+        held = decoded.get_seq_length()
+        with torch.inference_mode():
+            model(input_ids=torch.from_numpy(ids[held:end])[None], past_key_values=decoded)
+        data = encode_cache(decoded, codec, model=model, base=data)
+        assert data is not None
+        again, _ = kvtc.decode(data, calibration)
+        assert again.shape[2] == end
+        np.testing.assert_array_equal(again[:, :, :52], first[:, :, :52])
+
+
 @pytest.mark.filterwarnings("ignore::kvtc_stream.KVTCWarning")
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 def test_coded_cache_is_as_close_as_the_stream_says(

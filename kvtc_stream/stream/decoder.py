@@ -110,6 +110,11 @@ class BlockDecoder:
         self._backend = get_backend(backend)
         self._coders: dict[int, SectionCoder] = {}
 
+    @property
+    def header(self) -> StreamHeader:
+        """The stream's header."""
+        return self._header
+
     def coder(self, section: int) -> SectionCoder:
         """That of a section."""
         if section not in self._coders:

@@ -253,13 +253,17 @@ def _opened(target: File) -> AbstractContextManager[BinaryIO]:
     return nullcontext(target)
 
 
-def _check_alike(first: StreamHeader, other: StreamHeader, free: Sequence[str] = ()) -> None:
-    different = [
+def differences(first: StreamHeader, other: StreamHeader, free: Sequence[str] = ()) -> list[str]:
+    """Fields that keep blocks of one stream out of another."""
+    return [
         f.name
         for f in fields(first)
         if f.name not in (*_OWN, *free) and getattr(first, f.name) != getattr(other, f.name)
     ]
-    if different:
+
+
+def _check_alike(first: StreamHeader, other: StreamHeader, free: Sequence[str] = ()) -> None:
+    if different := differences(first, other, free):
         raise UnsupportedError(
             f"streams to join differ in {', '.join(different)}: decode one, and encode it with "
             "the codec of the other"

@@ -32,7 +32,9 @@ from kvtc_stream.formats import (
 from kvtc_stream.formats.wire import located
 from kvtc_stream.io.dlpack import check_positions
 from kvtc_stream.io.memory import joined
+from kvtc_stream.io.sources import Source
 from kvtc_stream.planning.rate_control import SectionControl, Target
+from kvtc_stream.stream.base import Base
 from kvtc_stream.stream.codec import Codec
 from kvtc_stream.stream.decoder import check_calibration
 from kvtc_stream.stream.pending import Chunk, SectionState
@@ -72,6 +74,13 @@ class Encoder:
         belong at :attr:`begins_at`. The blocks are those of one uninterrupted run with the same
         codec. RoPE and scales must be those of the stream, if they are given, and there is no
         ``metadata``; ``token_digest`` is then that of all tokens.
+    base
+        An earlier stream of this cache (a path, memory, or a file object that can seek), which
+        stays as it is. A cache that was restored from it, and has grown or forked since, is not
+        coded again: blocks are taken over, in each section, as long as the tokens that come are
+        bit for bit what they decode to, and the rest is coded. So what was lost once is all that
+        is lost, however often a cache is stored and restored. A warning says why if nothing could
+        be taken over. With a ``key`` the base must have been written with it too.
     key
         Shared secret of an HMAC: readers with the same key reject streams written without it.
 
@@ -98,6 +107,7 @@ class Encoder:
         metadata: Mapping[str, Any] | None = None,
         token_digest: bytes = b"",
         continues: StreamFile | None = None,
+        base: Source | None = None,
         key: bytes = b"",
     ) -> None:
         self._codec, self._key = codec, key
@@ -114,6 +124,12 @@ class Encoder:
         self._sections: list[SectionState] = []
         self._statistics = StreamStatistics()
         self._opening = b""
+        self._base: Base | None = None
+        if base is not None:
+            if continues is not None:
+                raise TypeError("base= is for new streams: a continued one keeps its blocks")
+            self._base = Base(base, key)
+        self._learnt: dict[int, Any] = {}
         if continues is not None:
             if metadata is not None:
                 raise TypeError("metadata is in the stream already")
@@ -178,15 +194,36 @@ class Encoder:
             dtype, chunk = self._check(k, v, positions, section)
             start = self._start(dtype)
             with self._failing():
-                return [*start, *self._records(self._sections[section].take(*chunk))]
+                return [*start, *self._records(self._blocks(section, chunk))]
+
+    def _blocks(self, index: int, chunk: Chunk) -> Iterator[Block]:
+        """The blocks that some tokens complete."""
+        state = self._sections[index]
+        if self._base is not None:
+            chunk = yield from self._base.take(index, chunk, state)
+            self._go_on(index)
+        yield from state.take(*chunk)
+
+    def _last_blocks(self, index: int) -> Iterator[Block]:
+        """The blocks of what is pending."""
+        if self._base is not None:
+            yield from self._base.end(index, self._sections[index])
+            self._go_on(index)
+        yield from self._sections[index].last_blocks()
+
+    def _go_on(self, index: int) -> None:
+        """Where all of the base was taken over, let the rate control be where it was."""
+        if self._base is not None and self._base.used(index) and index in self._learnt:
+            assert self._controls is not None
+            self._controls.restore(index, self._learnt.pop(index))
 
     def finish_pieces(self) -> list[bytes | memoryview]:
         """As :meth:`finish`, the bytes in pieces."""
         with self._exclusive("finish"), self._failing():
             # A stream without a chunk has no element type of its own.
             out = self._start(DType.FLOAT8_E4M3FN if self._scales else DType.BFLOAT16)
-            for state in self._sections:
-                out += self._records(state.last_blocks())
+            for index in range(len(self._sections)):
+                out += self._records(self._last_blocks(index))
             assert self._writer is not None
             if self._controls is not None:
                 out.append(self._writer.encoder(self._controls.state()))
@@ -195,10 +232,14 @@ class Encoder:
             self._statistics.index_bytes = len(out[-1])
             self._state = "finished"
         self._warn()
+        if self._base is not None:
+            self._base.close()
         return out
 
     def _warn(self) -> None:
         s = self._statistics
+        if self._base is not None and (complaint := self._base.complaint()):
+            warnings.warn(complaint, KVTCWarning, stacklevel=3)
         for surprise in s.surprises(self._codec.plan):
             warnings.warn(surprise, KVTCWarning, stacklevel=3)
         if 0 < s.ratio < _POOR_RATIO:
@@ -268,6 +309,10 @@ class Encoder:
             token_digest=self._token_digest,
             metadata=self._metadata,
         )
+        base = self._base
+        if base is not None and base.begin(header, self._codec.calibration, self._backend):
+            header = replace(header, features=header.features | base.stream.header.features)
+            self._learnt = dict(enumerate(_control_states(base.stream, self._codec) or ()))
         self._writer = StreamWriter(header, self._key)
         self._open_sections(header, None)
         start = self._writer.start()
@@ -390,11 +435,15 @@ class _Controls:
     def control(self, header: StreamHeader, section: int) -> SectionControl:
         """See :class:`kvtc_stream.planning.rate_control.Controls`; sections come in order."""
         control = self._target.control(header, section)
-        if self._states is not None:
-            with located("the stream's ENCODER record"):
-                control.restore(self._states[section])
         self._controls.append(control)
+        if self._states is not None:
+            self.restore(section, self._states[section])
         return control
+
+    def restore(self, section: int, state: Any) -> None:
+        """Let a section's control be where another was."""
+        with located("the stream's ENCODER record"):
+            self._controls[section].restore(state)
 
     def state(self) -> bytes:
         """The payload of the ENCODER record."""

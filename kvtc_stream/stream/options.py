@@ -7,6 +7,7 @@ from typing import Any, TypedDict
 
 from kvtc_stream.formats import Limits, Rope
 from kvtc_stream.io.dlpack import BackendName
+from kvtc_stream.io.sources import Source
 
 
 class EncoderOptions(TypedDict, total=False):
@@ -17,6 +18,7 @@ class EncoderOptions(TypedDict, total=False):
     v_scale: Any
     metadata: Mapping[str, Any] | None
     token_digest: bytes
+    base: Source | None
     key: bytes
 
 

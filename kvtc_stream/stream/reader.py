@@ -179,7 +179,7 @@ class Reader:
                 if block is None:
                     return (self._blocks.output(k), self._blocks.output(v)) if out is None else out
                 some = chain([block], islice(blocks, _BLOCKS_AT_A_TIME - 1))
-                slotted = ((b, _slots(b, first, last)) for b in some)
+                slotted = ((b, block_slots(b, first, last)) for b in some)
                 self._blocks.coder(section).decode_into(slotted, chosen, k, v)
 
     def blocks(
@@ -328,7 +328,7 @@ def _span(chosen: slice | None, count: int | None, name: str) -> tuple[int, int]
     return start, max(start, stop)
 
 
-def _slots(block: Block, first: int, last: int) -> NDArray[np.int64]:
+def block_slots(block: Block, first: int, last: int) -> NDArray[np.int64]:
     """Where a block's tokens lie among those from ``first`` to ``last``; -1 for others."""
     slots = np.arange(block.tokens) + (block.start - block.kept.start - first)
     slots[: block.kept.start] = -1

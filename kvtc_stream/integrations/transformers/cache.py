@@ -67,6 +67,7 @@ def encode_cache(
     attention_mask: TokenIds | None = None,
     positions: TokenIds | None = None,
     metadata: Mapping[str, Any] | None = None,
+    base: Source | None = None,
 ) -> bytes | None:
     """Write one sequence of a cache as a stream.
 
@@ -102,6 +103,9 @@ def encode_cache(
         wrong for a cache that some tokens were evicted from.
     metadata
         The user's, recorded in the stream.
+    base
+        The stream that the cache was restored from before it grew or forked: its blocks are taken
+        over, see :class:`kvtc_stream.Encoder`.
 
     Raises
     ------
@@ -135,6 +139,7 @@ def encode_cache(
         codec=codec,
         metadata=metadata,
         token_digest=b"" if ids is None else token_digest(ids),
+        base=base,
     ) as writer:
         for i, section in enumerate(calibration.geometry.sections):
             chosen = [layers[number] for number in section.layers]
