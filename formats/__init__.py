@@ -1,14 +1,23 @@
-"""The container: values, bytes, readers and writers. SPEC.md is normative."""
+"""The container: values, bytes, readers and writers. SPEC.md is normative.
+
+``parser`` turns bytes into blocks, ``file_reader`` reads them from files, ``writer`` makes streams,
+``page`` single pages. The other modules are a structure each: ``preamble``, ``header`` (with
+``geometry`` and ``plan``), ``record``, ``block`` (with ``positions`` and ``block_errors``),
+``index``. Below them are ``wire`` (fields), ``coders``, ``checksum``, ``auth``, ``features`` and
+``limits``.
+"""
 
 from kvtc_stream.formats.block import Block, Role
 from kvtc_stream.formats.block_errors import BlockErrors, LayerErrors, Measure
 from kvtc_stream.formats.checksum import Checksum
 from kvtc_stream.formats.coders import Coder, compress, decompress
 from kvtc_stream.formats.features import Feature
+from kvtc_stream.formats.file_reader import StreamFile, StreamSizes
 from kvtc_stream.formats.geometry import DType, Geometry, Rope, Section
 from kvtc_stream.formats.header import ModelIdentity, SectionScales, StreamHeader
 from kvtc_stream.formats.index import TRAILER_SIZE, IndexEntry
 from kvtc_stream.formats.limits import Limits
+from kvtc_stream.formats.parser import StreamParser
 from kvtc_stream.formats.plan import (
     BAND_PARAMETER_BITS,
     Band,
@@ -18,7 +27,6 @@ from kvtc_stream.formats.plan import (
     SectionPlan,
 )
 from kvtc_stream.formats.preamble import FORMAT_VERSION, MAGIC
-from kvtc_stream.formats.reader import StreamFile, StreamParser, StreamSizes
 from kvtc_stream.formats.record import RecordType
 from kvtc_stream.formats.writer import StreamWriter
 

@@ -1,4 +1,4 @@
-"""Authentication with a key: who does not have it cannot make or change a stream unnoticed.
+"""Authentication with a shared key: readers with the key reject streams written without it.
 
 The payload of an AUTH record is the SHA-256 of every record before it, and the HMAC-SHA-256 of
 these, of the opening and of the index entries. So a reader checks one HMAC when it opens a stream,
@@ -41,7 +41,7 @@ def pack_auth(key: bytes, opening: bytes, entries: bytes, digests: bytes) -> byt
 
 
 def open_auth(payload: bytes, key: bytes, opening: bytes, entries: bytes) -> bytes:
-    """The digests of a payload that was made with this key; arguments as of :func:`pack_auth`.
+    """Check the payload of an AUTH record; returns the records' digests. See :func:`pack_auth`.
 
     Raises
     ------
@@ -57,7 +57,7 @@ def open_auth(payload: bytes, key: bytes, opening: bytes, entries: bytes) -> byt
 
 
 def check_digest(digests: bytes, sequence: int, data: bytes | memoryview) -> None:
-    """Raise ``AuthenticationError`` unless ``data`` are the record of that number."""
+    """Raise ``AuthenticationError`` unless ``data`` is the record with this number."""
     expected = digests[_SIZE * sequence : _SIZE * (sequence + 1)]
     if not hmac.compare_digest(digest(data), expected):
         raise AuthenticationError(

@@ -29,7 +29,7 @@ _HAS_LAYER_ERRORS, _HAS_AXES = 1, 2
 
 
 class Role(enum.IntEnum):
-    """Why tokens are in this block. The numbers are those of the stream."""
+    """Role of a block's tokens in its section. The numbers are those of the stream."""
 
     DATA = 0
     SINKS = 1
@@ -138,7 +138,7 @@ class Block:
 
     @property
     def features(self) -> Feature:
-        """What a reader must know beyond format 1.0, but for what the header says."""
+        """Required features that this block uses, besides those that follow from the header."""
         return NO_FEATURES if self.layer_errors is None else Feature.LAYER_ERRORS
 
     def check(self, header: StreamHeader) -> None:

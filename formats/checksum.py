@@ -1,4 +1,4 @@
-"""The checksum of format 0.1: XXH3, 64 bits, with a seed."""
+"""Checksums: XXH3, 64 bits, with a seed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def verify(found: int, data: bytes | bytearray | memoryview, seed: int, what: st
 
 
 def compare(found: int, expected: int, what: str) -> None:
-    """Raise ``ChecksumError`` unless ``found`` is what the bytes give."""
+    """Raise ``ChecksumError`` unless the stored checksum ``found`` is the computed ``expected``."""
     if found != expected:
         raise ChecksumError(
             f"{what}: the stored checksum is {found:#018x}, the bytes give {expected:#018x}; "

@@ -1,4 +1,4 @@
-"""Coders: what shrinks symbols and verbatim values. rANS is in the backends."""
+"""Byte coders for symbols and verbatim values. rANS, which codes symbols, is in the backends."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kvtc_stream.errors import FormatError
 
 
 class Coder(enum.IntEnum):
-    """Coders, all but ``RANS`` of bytes. The numbers are those of the stream."""
+    """Coders; all but ``RANS`` code bytes. The numbers are those of the stream."""
 
     STORED = 0
     DEFLATE = 1

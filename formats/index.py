@@ -1,4 +1,4 @@
-"""The index of all records and the trailer that tells where it is."""
+"""The index of all records, and the trailer, which gives its offset."""
 
 from __future__ import annotations
 
@@ -73,16 +73,16 @@ class IndexEntry:
 
     @classmethod
     def of(
-        cls, sequence: int, offset: int, length: int, kind: int, block: Block | None
+        cls, sequence: int, offset: int, length: int, record_type: int, block: Block | None
     ) -> IndexEntry:
         """The entry of a record, a block when ``block`` is given."""
         if block is None:
-            return cls(sequence, offset, length, kind)
+            return cls(sequence, offset, length, record_type)
         return cls(
             sequence,
             offset,
             length,
-            kind,
+            record_type,
             section=block.section,
             role=block.role,
             start=block.start,
@@ -96,7 +96,7 @@ class IndexEntry:
         )
 
     def differences(self, expected: IndexEntry) -> str:
-        """The fields that are not as expected, for messages."""
+        """Name the fields that differ from ``expected``, for messages."""
         return ", ".join(
             f"{f.name} is {getattr(self, f.name)}, expected {getattr(expected, f.name)}"
             for f in fields(self)
@@ -124,11 +124,11 @@ class IndexEntry:
 
     @classmethod
     def unpack(cls, found: tuple[Any, ...], sequence: int) -> IndexEntry:
-        """Undo :meth:`pack`, of what the struct holds; raises ``ValueError``."""
+        """Make an entry of an unpacked struct; raises ``ValueError``."""
         (
             offset,
             length,
-            kind,
+            record_type,
             role,
             measure,
             section,
@@ -145,7 +145,7 @@ class IndexEntry:
             sequence,
             offset,
             length,
-            kind,
+            record_type,
             section=section,
             role=Role(role),
             start=start,
@@ -188,7 +188,7 @@ class Order:
         self._before_tail: dict[int, tuple[int, int, int]] = {}
 
     def accept(self, entry: IndexEntry) -> None:
-        """Check one entry and count it; after that of an index comes the trailer."""
+        """Check that a record may come next and count it; a trailer follows an index record."""
         if (entry.sequence, entry.offset) != (self.sequence, self.offset):
             raise ValueError(
                 f"record {entry.sequence} at byte {entry.offset} does not follow: "
@@ -251,7 +251,7 @@ _STAGES = {Role.SINKS: 0, Role.DATA: 1, Role.TAIL: 2}
 
 
 def live_blocks(entries: Iterable[IndexEntry]) -> list[IndexEntry]:
-    """The blocks that hold a stream's tokens: without tails that later records superseded."""
+    """The blocks that hold a stream's tokens, without tails superseded by later records."""
     live: list[IndexEntry] = []
     for entry in entries:
         if entry.type == RecordType.SUPERSEDE:
@@ -303,7 +303,7 @@ def unpack_index(
 
 @dataclass(frozen=True, slots=True)
 class Trailer:
-    """The last bytes: where the index is, how long everything is, how many records there are."""
+    """The last bytes of a stream: offset of the index, length of the stream, number of records."""
 
     index_offset: int
     total_size: int
@@ -316,7 +316,7 @@ class Trailer:
 
     @staticmethod
     def is_present(data: bytes) -> bool:
-        """Whether ``data`` end as a stream does."""
+        """Whether ``data`` ends with the end magic."""
         return data.endswith(_END_MAGIC)
 
     @classmethod

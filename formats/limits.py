@@ -1,4 +1,4 @@
-"""How large the parts of a stream may be before a reader takes memory for them."""
+"""Limits on the sizes in a stream, checked before memory is allocated."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pages: one block that stands alone, for stores of pages of a cache."""
+"""Pages: single blocks for key-value stores, each readable by itself."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ PAGE_OVERHEAD = _HEADER_SIZE + _CHECKSUM.size
 
 
 def page_context(header: StreamHeader) -> bytes:
-    """SHA-256 of the header that a page's block belongs under: what a reader must know."""
+    """SHA-256 of the header that writer and reader of a page share."""
     return hashlib.sha256(header.pack()).digest()
 
 
 def pack_page(block: Block, header: StreamHeader) -> bytes:
-    """A page that holds ``block``; what it needs beyond format 1.0 does not depend on others."""
+    """Pack one block as a page; its required features are those that the block uses."""
     block.check(header)
     features = _features(block, header)
     payload = block.pack()
@@ -52,7 +52,7 @@ def pack_page(block: Block, header: StreamHeader) -> bytes:
 def unpack_page(
     data: bytes | bytearray | memoryview, header: StreamHeader, limits: Limits | None = None
 ) -> Block:
-    """Undo :func:`pack_page`; bytes behind the page, as of a larger slot, are ignored.
+    """Read the block of a page; bytes after the page, as in a slot of fixed size, are ignored.
 
     Raises
     ------

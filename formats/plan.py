@@ -3,7 +3,7 @@
 A *basis* turns a section's row (one token) into coefficients. It is a list of *parts*, each a set
 of K layers and V layers coded with one orthonormal matrix: two parts (all of K, all of V) in the
 published method, one part in a joint basis, more with layer groups. The plan deals out *bands*,
-runs of consecutive components of a part with one quantiser: in a section, either kinds with a
+runs of consecutive components of a part with one quantiser: in a section, either quantisers with a
 scale per token, or the uniform one, whose steps suit an entropy coder.
 """
 
@@ -24,7 +24,7 @@ _VERSION = 2
 
 
 class Quantiser(enum.IntEnum):
-    """Kinds of band. The numbers are those of the stream."""
+    """Quantisers of bands. The numbers are those of the stream."""
 
     NONE = 0
     INT2 = 1
@@ -34,7 +34,7 @@ class Quantiser(enum.IntEnum):
 
     @property
     def bits(self) -> int:
-        """Bits of one symbol before entropy coding; 0 of ``UNIFORM``, which only coding tells."""
+        """Bits of one symbol before entropy coding; 0 for ``UNIFORM``, known only after coding."""
         return (0, 2, 4, 8, 0)[self.value]
 
 
@@ -64,7 +64,7 @@ class Band:
 
     @property
     def bits(self) -> int:
-        """Bits per token before entropy coding; 0 if uniform, see ``Quantiser.bits``."""
+        """Bits per token before entropy coding; 0 for ``UNIFORM`` bands."""
         if self.quantiser in (Quantiser.NONE, Quantiser.UNIFORM):
             return 0
         return self.size * self.quantiser.bits + BAND_PARAMETER_BITS
@@ -127,38 +127,38 @@ class SectionPlan:
 
     @property
     def uniform(self) -> bool:
-        """Whether bands are uniform: then there are base steps, step classes and rANS."""
+        """Whether the section uses the uniform quantiser, with step classes and rANS."""
         return any(b.quantiser is Quantiser.UNIFORM for p in self.parts for b in p.bands)
 
     @property
     def bits(self) -> int:
-        """Bits per token before entropy coding; those expected after it if uniform."""
+        """Bits per token before entropy coding; with uniform bands, those expected after it."""
         return round(self.expected_bits) if self.uniform else sum(p.bits for p in self.parts)
 
     def check(self, section: Section) -> None:
-        """Raise ``ValueError`` unless the plan deals out exactly this section."""
-        for kind in ("K", "V"):
-            dealt = [p.k_layers if kind == "K" else p.v_layers for p in self.parts]
+        """Raise ``ValueError`` unless the parts cover K and V of every layer once."""
+        for name in ("K", "V"):
+            dealt = [p.k_layers if name == "K" else p.v_layers for p in self.parts]
             layers = sorted(n for numbers in dealt for n in numbers)
             if layers != list(range(len(section.layers))):
                 raise ValueError(
-                    f"the parts must hold the {kind} of each of {len(section.layers)} layers "
+                    f"the parts must hold the {name} of each of {len(section.layers)} layers "
                     f"once, found that of layers {layers}"
                 )
             for numbers in dealt:
                 if list(numbers) != sorted(numbers):
-                    raise ValueError(f"the {kind} layers of a part must rise, found {numbers}")
+                    raise ValueError(f"the {name} layers of a part must rise, found {numbers}")
         for part in self.parts:
             width = part.width(section)
             if not width or part.components > width:
                 raise ValueError(
                     f"bands cover {part.components} components of a part that has {width}"
                 )
-        kinds = {b.quantiser for p in self.parts for b in p.bands} - {Quantiser.NONE}
-        if Quantiser.UNIFORM in kinds and len(kinds) > 1:
+        quantisers = {b.quantiser for p in self.parts for b in p.bands} - {Quantiser.NONE}
+        if Quantiser.UNIFORM in quantisers and len(quantisers) > 1:
             raise ValueError(
                 f"UNIFORM bands cannot stand beside others in a section, found "
-                f"{', '.join(k.name for k in sorted(kinds))}"
+                f"{', '.join(q.name for q in sorted(quantisers))}"
             )
 
 
@@ -170,7 +170,7 @@ class Plan:
     sections: tuple[SectionPlan, ...]
 
     def check(self, geometry: Geometry) -> None:
-        """Raise ``ValueError`` unless the plan deals out exactly this geometry."""
+        """Raise ``ValueError`` unless the plan fits the geometry, section by section."""
         if len(self.sections) != len(geometry.sections):
             raise ValueError(
                 f"the plan has {len(self.sections)} sections, "
@@ -185,7 +185,7 @@ class Plan:
         return hashlib.sha256(self.to_bytes()).digest()
 
     def to_bytes(self) -> bytes:
-        """The plan's only encoding, the same in a stream and in a file."""
+        """Encode the plan; the bytes are the same in a stream and in a file."""
         writer = ByteWriter()
         writer.raw(_MAGIC)
         writer.pack("H", _VERSION)
@@ -241,7 +241,7 @@ class Plan:
 
 
 class _Budget:
-    """Counts what the limits allow for the whole plan."""
+    """Counts layers and bands of the whole plan against the limits."""
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits

@@ -1,4 +1,4 @@
-"""The first bytes of a stream: what it is, who may read it, how long its header is."""
+"""The preamble: magic, version, required features and length of the header."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PREAMBLE_SIZE = _FIELDS.size + _CHECKSUM.size
 
 @dataclass(frozen=True, slots=True)
 class Preamble:
-    """The fixed part before the header, already checked as far as it can be alone."""
+    """The fixed part before the header; all but its checksum is checked."""
 
     data: bytes
     header_size: int
@@ -52,7 +52,7 @@ class Preamble:
         return cls(data, size, features)
 
     def open(self, header: bytes, limits: Limits) -> tuple[StreamHeader, int]:
-        """Check and read the header; returns it and the seed of all other checksums."""
+        """Verify and read the header; returns it and the seed of all other checksums."""
         (found,) = _CHECKSUM.unpack_from(self.data, _FIELDS.size)
         verify(found, self.data[: _FIELDS.size] + header, 0, "preamble and header")
         features = self.features
@@ -70,7 +70,7 @@ def check_version(major: int, minor: int, where: str) -> None:
 
 
 def check_magic(data: bytes | bytearray) -> None:
-    """Raise ``FormatError`` unless ``data``, which may be short, begin a stream."""
+    """Raise ``FormatError`` unless ``data``, which may be short, begins with the magic."""
     if not MAGIC.startswith(data[: len(MAGIC)]):
         raise FormatError(
             f"byte 0: expected {MAGIC!r}, found {bytes(data[: len(MAGIC)])!r}: this is no kvtc "
@@ -79,7 +79,7 @@ def check_magic(data: bytes | bytearray) -> None:
 
 
 def pack_opening(header: StreamHeader) -> tuple[bytes, int]:
-    """Preamble and header; returns them and the seed of all other checksums."""
+    """Pack preamble and header; returns them and the seed of all other checksums."""
     body = header.pack()
     must = header.features
     fields = _FIELDS.pack(MAGIC, *header.version, must, 0, Checksum.XXH3_64, len(body))

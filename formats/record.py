@@ -1,4 +1,4 @@
-"""Records: what follows the header, each with its place in the order and two checksums."""
+"""Records: numbered units after the header, each with two checksums."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _SKIPPABLE = 1
 
 
 class RecordType(enum.IntEnum):
-    """Kinds of record. The numbers are those of the stream."""
+    """Record types. The numbers are those of the stream."""
 
     BLOCK = 1
     INDEX = 2
@@ -40,7 +40,7 @@ class RecordType(enum.IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class RecordHeader:
-    """What comes before a payload; ``seed`` is that of the payload's checksum."""
+    """The fixed part before a payload; ``seed`` is the seed of the payload's checksum."""
 
     type: int
     section: int
@@ -55,7 +55,7 @@ class RecordHeader:
 
     @property
     def label(self) -> str:
-        """The type for people."""
+        """The name of the type, for messages."""
         known = RecordType._value2member_map_.get(self.type)
         return f"type {self.type}" if known is None else str(known.name)
 
@@ -71,7 +71,7 @@ class RecordHeader:
             This is not that record; ``VersionError`` when a newer reader would understand it.
         """
         where = f"record {sequence} at byte {offset}"
-        magic, kind, flags, section, found, reserved, size = _FIELDS.unpack_from(data)
+        magic, record_type, flags, section, found, reserved, size = _FIELDS.unpack_from(data)
         if magic != RECORD_MAGIC:
             raise FormatError(
                 f"{where}: expected {RECORD_MAGIC!r}, found {magic!r}: bytes are missing, added or "
@@ -84,15 +84,15 @@ class RecordHeader:
                 f"{where} is numbered {found}: records are missing, repeated or out of order; "
                 "fetch the stream again"
             )
-        record = cls(kind, section, sequence, size, stored)
-        if kind not in RecordType._value2member_map_ and not flags & _SKIPPABLE:
+        record = cls(record_type, section, sequence, size, stored)
+        if record_type not in RecordType._value2member_map_ and not flags & _SKIPPABLE:
             raise VersionError(
-                f"{where} has the unknown type {kind} and may not be skipped; "
+                f"{where} has the unknown type {record_type} and may not be skipped; "
                 "read with a newer kvtc-stream"
             )
-        known = RecordType._value2member_map_.get(kind)
+        known = RecordType._value2member_map_.get(record_type)
         expected = 0 if isinstance(known, RecordType) and not known.skippable else _SKIPPABLE
-        if flags != expected or reserved or (section and kind != RecordType.BLOCK):
+        if flags != expected or reserved or (section and record_type != RecordType.BLOCK):
             raise FormatError(
                 f"{where} ({record.label}): flags, reserved and section are {flags}, {reserved}, "
                 f"{section}, expected {expected}, 0, 0: the writer is at fault"
@@ -102,7 +102,7 @@ class RecordHeader:
         return record
 
     def checksum(self, data: bytes | memoryview) -> int:
-        """That of the payload, which ``data`` begins with."""
+        """Compute the checksum of the payload, which is at the start of ``data``."""
         return checksum(memoryview(data)[: self.size], seed=self.seed)
 
     def open(
@@ -119,15 +119,15 @@ class RecordHeader:
 
 
 def record_head(
-    kind: RecordType, size: int, *, sequence: int, seed: int, section: int = 0
+    record_type: RecordType, size: int, *, sequence: int, seed: int, section: int = 0
 ) -> tuple[bytes, int]:
-    """What comes before a payload of ``size`` bytes, and the seed of the payload's checksum."""
-    flags = _SKIPPABLE if kind.skippable else 0
-    fields = _FIELDS.pack(RECORD_MAGIC, kind, flags, section, sequence, 0, size)
+    """Pack a record's header, for ``size`` bytes of payload; returns it and the payload's seed."""
+    flags = _SKIPPABLE if record_type.skippable else 0
+    fields = _FIELDS.pack(RECORD_MAGIC, record_type, flags, section, sequence, 0, size)
     own = checksum(fields, seed=seed)
     return fields + _CHECKSUM.pack(own), own
 
 
 def record_end(payload: Sequence[bytes | memoryview], seed: int) -> bytes:
-    """What comes after a payload, given in pieces."""
+    """Pack the checksum that follows a payload, given in pieces."""
     return _CHECKSUM.pack(checksum(*payload, seed=seed))

@@ -16,7 +16,7 @@ E = TypeVar("E", bound=enum.IntEnum)
 
 @contextlib.contextmanager
 def located(where: str) -> Iterator[None]:
-    """Turn the ``ValueError`` of a value that refuses what was read into a ``FormatError``."""
+    """Turn a ``ValueError`` about a value that was read into a ``FormatError``."""
     try:
         yield
     except FormatError:
@@ -26,7 +26,7 @@ def located(where: str) -> Iterator[None]:
 
 
 class ByteWriter:
-    """Appends fields; :class:`ByteReader` is its twin."""
+    """Writes fields one after the other; :class:`ByteReader` reads them."""
 
     __slots__ = ("_data",)
 
@@ -86,11 +86,11 @@ class ByteReader:
         return self._offset + self._position
 
     def place(self, field: str, read: int = 0) -> str:
-        """``field`` with where it is, for messages; ``read`` of its bytes were read."""
+        """``field`` and its byte offset, for messages; ``read`` of its bytes were read already."""
         return f"{self.where}, {field} at byte {self.position - read}"
 
     def view(self, size: int, field: str) -> memoryview:
-        """The next ``size`` bytes, where they are."""
+        """A view of the next ``size`` bytes, without a copy."""
         start = self._position
         self._skip(size, field)
         return memoryview(self._data)[start : self._position]
@@ -114,10 +114,10 @@ class ByteReader:
         data = self.raw(count * _struct(code).size, field)
         return struct.unpack(f"<{count}{code}", data)
 
-    def enum(self, kind: type[E], field: str) -> E:
+    def enum(self, registry: type[E], field: str) -> E:
         """One u8 of a registry; an unknown number is a ``VersionError``."""
         place = self.place(field)
-        return known(kind, self.integer("B", field), place)
+        return known(registry, self.integer("B", field), place)
 
     def zero(self, size: int, field: str) -> None:
         """Reserved bytes, which must be zero."""
@@ -155,12 +155,12 @@ class ByteReader:
         self._position += size
 
 
-def known(kind: type[E], number: int, place: str) -> E:
-    """A number of a registry, read at ``place``; an unknown one is a ``VersionError``."""
+def known(registry: type[E], number: int, place: str) -> E:
+    """The registry's member with a number read at ``place``, or ``VersionError``."""
     try:
-        return kind(number)
+        return registry(number)
     except ValueError:
-        names = ", ".join(f"{m.value} ({m.name})" for m in kind)
+        names = ", ".join(f"{m.value} ({m.name})" for m in registry)
         raise VersionError(
             f"{place} is {number}, this reader knows {names}; read with a newer kvtc-stream"
         ) from None

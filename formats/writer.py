@@ -53,7 +53,7 @@ class StreamWriter:
         return self._running().tokens
 
     def start(self) -> bytes:
-        """Preamble and header; of a continued stream, what supersedes its end."""
+        """Preamble and header; for a continued stream, a SUPERSEDE record."""
         if self._started:
             raise StateError("the stream has been started; use a new StreamWriter")
         self._started = True
@@ -67,11 +67,11 @@ class StreamWriter:
         return end + self._record(RecordType.SUPERSEDE, payload.getvalue())
 
     def block(self, block: Block) -> bytes:
-        """The record of a block, which must follow those of its section."""
+        """Pack a block, which must follow the tokens of its section so far."""
         return b"".join(self.blocks([block])[0])
 
     def blocks(self, blocks: Sequence[Block]) -> list[list[bytes | memoryview]]:
-        """The records of blocks, in pieces, which are not copied; checksums on several threads.
+        """Pack blocks; returns the pieces of each record, without copying their bytes.
 
         If one is refused the stream cannot go on, unless it is the first.
         """
@@ -95,11 +95,11 @@ class StreamWriter:
         return records
 
     def user(self, data: bytes) -> bytes:
-        """A record of the user's, which readers of blocks skip."""
+        """Pack a USER record, which readers of blocks skip."""
         return self._record(RecordType.USER, bytes(data))
 
     def encoder(self, state: bytes) -> bytes:
-        """A record for an encoder that continues the stream; :meth:`finish` comes next."""
+        """Pack an ENCODER record, for who continues the stream; :meth:`finish` comes next."""
         return self._record(RecordType.ENCODER, state)
 
     def finish(self) -> bytes:
@@ -118,22 +118,22 @@ class StreamWriter:
         index = self._record(RecordType.INDEX, pack_index(order.sequence, self._entries))
         return auth + index + Trailer(start, order.offset, records).pack(self._seed)
 
-    def _record(self, kind: RecordType, payload: bytes) -> bytes:
-        head, seed = self._begin(kind, len(payload), None)
+    def _record(self, record_type: RecordType, payload: bytes) -> bytes:
+        head, seed = self._begin(record_type, len(payload), None)
         record = b"".join((head, payload, record_end([payload], seed)))
         if self._key:
             self._digests += digest(record)
         return record
 
-    def _begin(self, kind: RecordType, size: int, block: Block | None) -> tuple[bytes, int]:
-        """The head of the next record, and the seed of its end."""
+    def _begin(self, record_type: RecordType, size: int, block: Block | None) -> tuple[bytes, int]:
+        """Count a record; returns its packed header and the seed of its payload's checksum."""
         order = self._running()
         section = block.section if block else 0
         head, seed = record_head(
-            kind, size, sequence=order.sequence, seed=self._seed, section=section
+            record_type, size, sequence=order.sequence, seed=self._seed, section=section
         )
         length = RECORD_OVERHEAD + size
-        entry = IndexEntry.of(order.sequence, order.offset, length, kind, block)
+        entry = IndexEntry.of(order.sequence, order.offset, length, record_type, block)
         order.accept(entry)
         self._entries += entry.pack()
         return head, seed

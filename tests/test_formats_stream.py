@@ -171,7 +171,7 @@ def test_a_file_that_shrinks_while_it_is_read():
 @pytest.mark.parametrize("shrunk", [False, True])
 def test_a_fault_comes_after_the_blocks_before_it(monkeypatch, ahead, shrunk):
     """Though the next blocks are read, and their checksums begun with, while one is looked at."""
-    monkeypatch.setattr("kvtc_stream.formats.reader._READ_AHEAD", ahead)
+    monkeypatch.setattr("kvtc_stream.formats.file_reader._READ_AHEAD", ahead)
     buffer = io.BytesIO(STREAM)
     file = StreamFile(buffer)
     last = file.index[-1]

@@ -194,7 +194,7 @@ def test_buffers_stay_as_they_are_when_a_stream_is_damaged(
         ) as reader,
         pytest.MonkeyPatch.context() as patch,
     ):
-        patch.setattr("kvtc_stream.formats.reader._READ_AHEAD", 1)
+        patch.setattr("kvtc_stream.formats.file_reader._READ_AHEAD", 1)
         patch.setattr("kvtc_stream.stream.reader._BLOCKS_AT_A_TIME", 1)
         with pytest.raises(kvtc.ChecksumError):
             reader.read(out=(k, v))

@@ -110,7 +110,7 @@ def test_wheel(tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
     assert {n.split("/")[0] for n in names if ".dist-info/" not in n} == {"kvtc_stream"}
-    for name in ("py.typed", "formats/SPEC.md", "formats/reader.py", "gpu/__init__.py"):
+    for name in ("py.typed", "formats/SPEC.md", "formats/parser.py", "gpu/__init__.py"):
         assert f"kvtc_stream/{name}" in names
     packages = {p.parent for p in (ROOT / "kvtc_stream").rglob("__init__.py")}
     for package in packages:

@@ -51,8 +51,8 @@ from kvtc_stream.formats.page import pack_page, unpack_page  # noqa: E402
 
 #: Modules whose coverage guides; compiled kernels cannot.
 GUIDES = (
-    *("block", "block_errors", "coders", "features", "geometry", "header", "index", "page"),
-    *("plan", "positions", "preamble", "reader", "record", "wire", "writer"),
+    *("block", "block_errors", "coders", "features", "file_reader", "geometry", "header", "index"),
+    *("page", "parser", "plan", "positions", "preamble", "record", "wire", "writer"),
 )
 
 

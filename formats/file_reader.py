@@ -1,19 +1,16 @@
-"""Reading a stream: front to back from a pipe, or any block from a file."""
+"""Files: any block of a stream in a seekable file, whose bytes :mod:`.parser` understands."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Protocol, cast
-
-import xxhash
 
 from kvtc_stream.errors import (
     AuthenticationError,
     FormatError,
     KVTCError,
-    StateError,
     TruncatedError,
     UnsupportedError,
 )
@@ -26,175 +23,37 @@ from kvtc_stream.formats.index import (
     Order,
     Trailer,
     live_blocks,
-    pack_index,
     unpack_index,
 )
 from kvtc_stream.formats.limits import Limits
+from kvtc_stream.formats.parser import StreamParser, check_trailer, open_record
 from kvtc_stream.formats.preamble import PREAMBLE_SIZE, Preamble, check_magic
 from kvtc_stream.formats.record import (
     RECORD_HEADER_SIZE,
-    RECORD_MAGIC,
     RECORD_OVERHEAD,
     RecordHeader,
     RecordType,
 )
-from kvtc_stream.formats.wire import ByteReader, located
+from kvtc_stream.formats.wire import located
 from kvtc_stream.formats.writer import StreamWriter
 from kvtc_stream.io.memory import LARGE, empty
 from kvtc_stream.io.threads import begin
 
 _RECOVERY_CHUNK = 1 << 20
-#: Most bytes of neighbouring blocks that are read at a time.
+#: Read at most this many bytes of neighbouring blocks at a time.
 _READ_AHEAD = 8 << 20
 
 
-# What the parser found: the header, or a record's entry with its block, if it is one.
-_Item = tuple[StreamHeader | Block | None, IndexEntry | None]
-
-
 class SeekableFile(Protocol):
-    """What :class:`StreamFile` needs of a binary file."""
+    """The methods of a binary file that :class:`StreamFile` uses."""
 
     def read(self, size: int, /) -> bytes | None: ...
     def seek(self, offset: int, whence: int = 0, /) -> int: ...
 
 
-class StreamParser:
-    """Turns the bytes of a stream, cut anywhere, into its header and blocks.
-
-    Every checksum, the order of records and tokens, and the index and trailer are checked. Memory
-    is one record and what was fed beyond it. Not thread-safe.
-
-    The first fault makes the parser fail for good. What lies whole before it is still returned,
-    so that the result does not depend on how the bytes were cut: when the call that meets the
-    fault has something to return, the next call (:meth:`feed` or :meth:`close`) raises. Bytes are
-    a whole stream only after :attr:`eof` is true or :meth:`close` returned.
-
-    A stream that was appended to goes on after its first trailer: then :attr:`eof` becomes false
-    again, and the header comes again. Blocks with role ``TAIL`` that came before are superseded.
-    """
-
-    def __init__(self, limits: Limits | None = None) -> None:
-        self._limits = limits or Limits()
-        self._buffer = bytearray()
-        self._ready: list[_Item] = []
-        self._offset = 0
-        self._eof = self._done = False
-        self._error: KVTCError | None = None
-        self._steps = self._parse()
-        self._needed = next(self._steps)
-
-    @property
-    def eof(self) -> bool:
-        """Whether the trailer was read and everything before it is right."""
-        return self._eof
-
-    @property
-    def error(self) -> KVTCError | None:
-        """The fault that was met, even if it is yet to be raised."""
-        return self._error
-
-    @property
-    def unused_data(self) -> bytes:
-        """Bytes that follow the trailer; empty before :attr:`eof`."""
-        return bytes(self._buffer) if self._eof else b""
-
-    def feed(self, data: bytes | bytearray | memoryview) -> list[StreamHeader | Block]:
-        """Parse more bytes.
-
-        Returns
-        -------
-        list
-            What became whole: the header first, then blocks in the order of the stream; a header
-            again where the stream was appended to.
-
-        Raises
-        ------
-        FormatError
-            The bytes so far are no stream; see the class for when.
-        """
-        return [item for item, _ in self._feed(data) if item is not None]
-
-    def close(self) -> None:
-        """Say that no bytes follow; raises ``TruncatedError`` when the stream is not whole."""
-        if self._error is None and not self._eof:
-            found = self._offset + len(self._buffer)
-            self._error = TruncatedError(
-                f"the stream ends after {found} bytes, at least "
-                f"{self._offset + self._needed} were expected: fetch the rest, or open the file "
-                "for recovery to read the whole blocks"
-            )
-        if self._error is not None:
-            raise self._error
-
-    def _feed(self, data: bytes | bytearray | memoryview) -> list[_Item]:
-        if self._error is not None:
-            raise self._error
-        self._buffer += memoryview(data)
-        try:
-            if self._offset == 0:
-                check_magic(self._buffer)
-            while not self._done and len(self._buffer) >= self._needed:
-                if self._eof and not self._buffer.startswith(RECORD_MAGIC):
-                    self._done = True  # what follows is not of this stream
-                    break
-                self._eof = False
-                piece = bytes(memoryview(self._buffer)[: self._needed])
-                del self._buffer[: self._needed]
-                self._offset += self._needed
-                self._needed = self._steps.send(piece)
-        except KVTCError as error:
-            self._error = error
-            self._buffer.clear()
-        except BaseException:
-            self._error = StateError("an earlier call was interrupted; use a new StreamParser")
-            raise
-        ready, self._ready = self._ready, []
-        if self._error is not None and not ready:
-            raise self._error
-        return ready
-
-    def _parse(self) -> Generator[int, bytes, None]:
-        """Yields how many bytes it needs next and is sent them."""
-        limits = self._limits
-        preamble = Preamble.unpack((yield PREAMBLE_SIZE), limits)
-        header, seed = preamble.open((yield preamble.header_size), limits)
-        self._ready.append((header, None))
-        order = Order(header, self._offset)
-        # The index is compared by digest, so that memory does not grow with the stream.
-        entries = xxhash.xxh3_128()
-        while True:
-            record = RecordHeader.unpack(
-                (yield RECORD_HEADER_SIZE),
-                sequence=order.sequence,
-                seed=seed,
-                offset=order.offset,
-                limits=limits,
-            )
-            rest = yield record.length - RECORD_HEADER_SIZE
-            item, entry = _open_record(record, rest, order.offset, header, limits)
-            if record.type == RecordType.INDEX:
-                payload = record.open(rest, order.offset)
-                start = len(pack_index(0, b""))
-                expected = pack_index(order.sequence, b"")
-                digest = xxhash.xxh3_128_digest(payload[start:])
-                if payload[:start] != expected or digest != entries.digest():
-                    raise FormatError(
-                        f"record {order.sequence} (INDEX) at byte {order.offset} does not list the "
-                        f"{order.sequence} records before it: the writer is at fault"
-                    )
-                trailer = Trailer.unpack((yield TRAILER_SIZE), seed, self._offset - TRAILER_SIZE)
-                _check_trailer(trailer, order, self._offset)
-                self._eof = True
-            with located(f"record {order.sequence} at byte {order.offset}"):
-                order.accept(entry)
-            entries.update(entry.pack())
-            self._ready.append((item, entry))
-
-
 @dataclass(frozen=True, slots=True)
 class StreamSizes:
-    """Bytes of a stream: preamble and header, index and trailer, everything."""
+    """Sizes in bytes: preamble and header, index and trailer, the whole stream."""
 
     header: int
     index: int
@@ -202,7 +61,7 @@ class StreamSizes:
 
 
 class StreamFile:
-    """Any block of a stream in a seekable binary file.
+    """Random access to the blocks of a stream in a seekable binary file.
 
     Opening reads the header, the trailer and the index, not the blocks. Not thread-safe: reading
     moves the file's position.
@@ -282,7 +141,7 @@ class StreamFile:
         if superseding:
             record, data = self._read_record(superseding[-1])
             offset = superseding[-1].offset
-            header, _ = _open_record(record, data, offset, self.header, self._limits)
+            header, _ = open_record(record, data, offset, self.header, self._limits)
             assert isinstance(header, StreamHeader)
             self.header = header
 
@@ -299,7 +158,7 @@ class StreamFile:
         return self._block(entry, *self._read_record(entry))
 
     def read_blocks(self, entries: Iterable[IndexEntry]) -> Iterator[Block]:
-        """Read blocks that :attr:`index` lists; those that lie side by side, in one go.
+        """Read blocks that :attr:`index` lists; neighbours are read together.
 
         Raises as :meth:`read_block`.
         """
@@ -311,7 +170,7 @@ class StreamFile:
         yield from ahead
 
     def _runs(self, entries: Iterable[IndexEntry]) -> Iterator[list[IndexEntry]]:
-        """Entries of blocks that lie side by side, some bytes of them."""
+        """Group entries of neighbouring blocks, up to a number of bytes."""
         # Where nothing is copied, more may be looked at together.
         most = getattr(self._file, "read_ahead", _READ_AHEAD)
         run: list[IndexEntry] = []
@@ -327,8 +186,10 @@ class StreamFile:
             yield run
 
     def _begun(self, entries: list[IndexEntry]) -> Iterator[Block]:
-        """Blocks side by side, whose checksums several threads begin with; a fault comes in its
-        turn."""
+        """Read neighbouring blocks and start computing their checksums on several threads.
+
+        A fault is raised in its turn, after the blocks before it.
+        """
         start, size = entries[0].offset, sum(entry.length for entry in entries)
         records: list[tuple[RecordHeader, memoryview]] = []
         fault: Exception | None = None
@@ -352,7 +213,7 @@ class StreamFile:
     def _block(
         self, entry: IndexEntry, record: RecordHeader, rest: memoryview, expected: int | None = None
     ) -> Block:
-        block, found = _open_record(record, rest, entry.offset, self.header, self._limits, expected)
+        block, found = open_record(record, rest, entry.offset, self.header, self._limits, expected)
         if not isinstance(block, Block) or found != entry:
             raise FormatError(
                 f"record {entry.sequence} at byte {entry.offset} differs from the index: "
@@ -361,14 +222,14 @@ class StreamFile:
         return block
 
     def user_records(self) -> Iterator[bytes]:
-        """What the user wrote beside the blocks, in the order of the stream."""
+        """The payloads of USER records, in the order of the stream."""
         for entry in self.records:
             if entry.type == RecordType.USER:
                 record, data = self._read_record(entry)
                 yield bytes(record.open(data, entry.offset))
 
     def encoder_state(self) -> bytes:
-        """What the encoder that wrote the end left for one that continues; empty if nothing."""
+        """The payload of the ENCODER record at the end; empty if there is none."""
         end = [e for e in self.records[-3:] if e.type != RecordType.AUTH][-2:]
         if [e.type for e in end] != [RecordType.ENCODER, RecordType.INDEX]:
             return b""
@@ -376,7 +237,7 @@ class StreamFile:
         return bytes(record.open(data, end[0].offset))
 
     def _authenticate(self) -> bytes:
-        """The digests of the records before the AUTH record; it must be there."""
+        """Check the AUTH record; returns the digests of the records before it."""
         if len(self.records) < 2 or self.records[-2].type != RecordType.AUTH:
             raise AuthenticationError(
                 "the stream was written without a key: do not use it if it should have one"
@@ -389,7 +250,7 @@ class StreamFile:
 
     @property
     def end(self) -> int:
-        """Where the stream ends; after recovery, what lies behind is no part of it."""
+        """Offset of the end of the stream; after recovery, bytes beyond it are not part of it."""
         if not self.records:
             return self.sizes.header
         last = self.records[-1]
@@ -397,7 +258,7 @@ class StreamFile:
         return last.offset + last.length + trailer
 
     def continued(self, token_digest: bytes = b"") -> StreamWriter:
-        """A writer of what follows at :attr:`end` and supersedes tail, index and trailer."""
+        """A writer that goes on at :attr:`end`, superseding tail, index and trailer."""
         order = Order(self.header, self.sizes.header)
         for entry in self.records:
             order.accept(entry)
@@ -410,7 +271,7 @@ class StreamFile:
         return writer
 
     def _read(self, offset: int, size: int) -> bytes:
-        """Bytes, or a view of memory that nobody writes to, which does for them."""
+        """Read bytes: a ``bytes`` object, or a view of memory that is not written to any more."""
         file, read = self._file, 0
         file.seek(offset)
         if size >= LARGE and isinstance(file, io.BufferedReader | io.FileIO):
@@ -452,7 +313,10 @@ class StreamFile:
         return record, memoryview(data)[RECORD_HEADER_SIZE:]
 
     def _read_index(self, start: int, total: int) -> tuple[list[IndexEntry], int]:
-        """Entries, and bytes of index and trailer, of a stream whose records begin at start."""
+        """Read the index; returns its entries, and the size of index and trailer.
+
+        The first record is at ``start``, the file has ``total`` bytes.
+        """
         end = total - TRAILER_SIZE
         if end < start + RECORD_OVERHEAD:
             raise _truncated(total, start + RECORD_OVERHEAD + TRAILER_SIZE, "its index")
@@ -481,12 +345,12 @@ class StreamFile:
         with located("index"):
             for entry in entries:
                 order.accept(entry)
-            _check_trailer(trailer, order, total)
+            check_trailer(trailer, order, total)
             order.accept(where)
         return [*entries, where], total - trailer.index_offset
 
     def _scan(self, start: int) -> list[IndexEntry]:
-        """Entries of the whole records before the first fault.
+        """Find the complete records before the first fault; returns their entries.
 
         Records after a trailer count once they hold as many tokens as they superseded.
         """
@@ -495,7 +359,7 @@ class StreamFile:
         self._file.seek(0)
         try:
             while not parser.eof and (data := self._file.read(_RECOVERY_CHUNK)):
-                entries += [entry for _, entry in parser._feed(data) if entry is not None]
+                entries += [entry for _, entry in parser.feed_records(data) if entry is not None]
             parser.close()
         except FormatError as error:
             self.fault = error
@@ -507,43 +371,6 @@ class StreamFile:
                 ended, tokens = i + 1, list(order.tokens)
         lost = any(a < b for a, b in zip(order.tokens, tokens, strict=True))
         return entries[:ended] if lost else entries
-
-
-def _open_record(
-    record: RecordHeader,
-    data: bytes | memoryview,
-    offset: int,
-    header: StreamHeader,
-    limits: Limits,
-    expected: int | None = None,
-) -> tuple[Block | StreamHeader | None, IndexEntry]:
-    """Check what follows a record's header; returns what it holds, and its entry.
-
-    A block, the header as it is from here on where the end was superseded, or nothing.
-    ``expected`` is as for :meth:`RecordHeader.open`.
-    """
-    payload = record.open(data, offset, expected)
-    where = f"record {record.sequence} ({record.label}) at byte {offset}"
-    reader = ByteReader(payload, where, offset + RECORD_HEADER_SIZE)
-    if record.type == RecordType.BLOCK:
-        block = Block.unpack(reader, record.section, header, limits)
-        return block, IndexEntry.of(record.sequence, offset, record.length, record.type, block)
-    entry = IndexEntry.of(record.sequence, offset, record.length, record.type, None)
-    if record.type != RecordType.SUPERSEDE:
-        return None, entry
-    digest = reader.digest("token digest")
-    reader.expect_end()
-    with located(where):
-        return replace(header, token_digest=digest), entry
-
-
-def _check_trailer(trailer: Trailer, order: Order, total: int) -> None:
-    expected = Trailer(order.offset, total, order.sequence + 1)
-    if trailer != expected:
-        raise FormatError(
-            f"the trailer is {trailer}, expected {expected}: bytes are missing or added; "
-            "fetch the stream again"
-        )
 
 
 def _truncated(found: int, expected: int, what: str) -> TruncatedError:
