@@ -106,7 +106,10 @@ class Reader:
         if all(e.last_position - e.first_position + 1 == e.tokens for e in entries):
             spans = [np.arange(e.first_position, e.last_position + 1) for e in entries]
         else:
-            spans = [b.positions[b.kept.start : b.kept.stop] for b in self.stored_blocks(section)]
+            spans = [
+                np.array(b.positions[b.kept.start : b.kept.stop], np.int64)
+                for b in self.stored_blocks(section)
+            ]
         return np.concatenate([np.empty(0, np.int64), *spans])
 
     @property
