@@ -453,7 +453,9 @@ def test_training_mode_is_kept() -> None:
 # --- Identity ------------------------------------------------------------------------------------
 
 
-def recipe(tensors: dict[str, Any], config: dict[str, Any], *, version: str) -> bytes:
+def recipe(
+    tensors: dict[str, Any], config: dict[str, Any], *, version: str, after: bytes = b""
+) -> bytes:
     """The documented fingerprint, the slow way."""
     data = version.encode() + json.dumps(config, sort_keys=True, separators=(",", ":")).encode()
     data += b"\n"
@@ -470,7 +472,7 @@ def recipe(tensors: dict[str, Any], config: dict[str, Any], *, version: str) -> 
                 data += int(bits).to_bytes(2, "little", signed=True)
             else:
                 data += int(value).to_bytes(8, "little", signed=True)
-    return hashlib.sha256(data).digest()
+    return hashlib.sha256(data + after).digest()
 
 
 #: Of :func:`llama`, as the first fingerprint took it.
@@ -631,6 +633,53 @@ def test_fingerprint_changes_with_weights_and_configuration() -> None:
         other = llama(**change)
         other.load_state_dict(state)
         assert model_identity(other).fingerprint != first
+
+
+class Adapted(torch.nn.Linear):
+    """A layer with two adapters, as PEFT makes them."""
+
+    def __init__(self, base: Any) -> None:
+        super().__init__(base.in_features, base.out_features, bias=False)
+        self.weight = base.weight
+        self.lora_a = torch.nn.ParameterDict({n: torch.ones(2, 2) for n in ("one", "two")})
+        self.scaling = {"one": 1.0, "two": 0.5}
+        self.active_adapters = ["one"]
+        self.disable_adapters = False
+
+
+def test_fingerprint_sees_which_adapters_are_on() -> None:
+    model = llama()
+    seen = {model_identity(model).fingerprint}
+    attention = model.model.layers[1].self_attn
+    attention.v_proj = adapted = Adapted(attention.v_proj)
+    for change in (
+        {},
+        {"active_adapters": ["two"]},
+        {"active_adapters": ["one", "two"]},
+        {"scaling": {"one": 2.0, "two": 0.5}},
+        {"disable_adapters": True},
+    ):
+        for name, value in change.items():
+            setattr(adapted, name, value)
+        seen.add(model_identity(model).fingerprint)
+    assert len(seen) == 6
+    adapted.disable_adapters, adapted.active_adapters = False, ["one"]
+    adapted.scaling = {"one": 1.0, "two": 0.5}
+    found = model_identity(model).fingerprint
+    state = dict(model.model.named_parameters())
+    more = {"chunk_size_feed_forward": 0, "max_position_embeddings": 4096, "pretraining_tp": 1}
+    version = "kvtc fingerprint 2\n"
+    after = b'{"layers.1.self_attn.v_proj":[["one",1]]}'
+    assert found == recipe(state, {**FIRST_CONFIG, **more}, version=version, after=after)
+
+
+def test_layers_on_several_devices() -> None:
+    from kvtc_stream.integrations.transformers.model import layer_devices
+
+    model = llama()
+    assert layer_devices(model) == {}
+    model.model.layers[2:].to("meta")
+    assert [layer_devices(model)[n].type for n in range(4)] == ["cpu", "cpu", "meta", "meta"]
 
 
 def test_fingerprint_needs_weights() -> None:

@@ -43,6 +43,7 @@ from kvtc_stream.integrations.transformers.model import (
     SUPPORTED_CACHES,
     attention_layers,
     decoder_of,
+    layer_devices,
 )
 from kvtc_stream.io.dlpack import BackendName
 
@@ -151,7 +152,8 @@ def encode_cache(
                     f"holds are padding, and earlier tokens are not in its window any more: "
                     f"prompts of sliding-window models must be padded on the left only"
                 )
-            there = chosen[0].keys.device.type in (("cpu", "cuda") if on_device else ("cpu",))
+            devices = {layer.keys.device for layer in chosen}
+            there = len(devices) == 1 and devices.pop().type in ("cpu", "cuda" if on_device else "")
             # Tensors that can be read where they are need no pieces.
             step = len(slots) if there else _CHUNK
             for start in range(0, len(slots), step):
@@ -224,7 +226,7 @@ def decode_cache(
         Ids that begin with those of the cached tokens, as a prompt does; checked against the
         digest if the stream has one.
     device
-        The model's by default, else CPU.
+        By default that of the model, or of each of its layers if they are on several, else CPU.
     dtype
         That of the stream by default.
     backend
@@ -244,9 +246,11 @@ def decode_cache(
     FormatError
         The bytes are not a stream, or damaged.
     """
+    places: dict[int, torch.device] = {}
     if model is not None:
         check_fingerprint(model, calibration)
         check_geometry(geometry_of(model), calibration.geometry)
+        places = layer_devices(model) if device is None else {}
         device = model.device if device is None else device
     device = torch.device("cpu" if device is None else device)
     if backend == "auto":
@@ -276,8 +280,9 @@ def decode_cache(
             needed = _needed(layers[section.layers[0]], len(positions))
             k, v = _read_layers(reader, i, needed, memory)
             for number, keys, values in zip(section.layers, k, v, strict=True):
-                layer = layers[number]
-                _fill(layer, keys.to(device, dtype), values.to(device, dtype), len(positions))
+                place = places.get(number, device)
+                keys, values = keys.to(place, dtype), values.to(place, dtype)
+                _fill(layers[number], keys, values, len(positions))
     if model is not None:
         forget_images(model)
     return (cache, positions) if return_positions else cache

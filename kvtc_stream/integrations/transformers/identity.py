@@ -112,6 +112,9 @@ def model_identity(
        ``i * (n - 1) // (m - 1)`` for ``i`` from 0 (index 0 if ``m`` is 1). Each is rounded to
        bfloat16, ties to even, and written as two bytes, little-endian; integers (quantised
        weights) as int64, eight bytes.
+    4. If adapters (PEFT) are loaded and not merged, as JSON like the configuration: an object that
+       has per name of a layer with adapters the list of those that are switched on, each as
+       ``[NAME, SCALE]``, an empty one if they are disabled.
 
     Hence the fingerprint does not depend on whether weights are loaded as float32, bfloat16 or
     their own dtype (loading as float16 rounds them first, and may change it), on their device, on
@@ -218,18 +221,35 @@ def _fingerprints(decoder: PreTrainedModel) -> tuple[bytes, bytes]:
     """The fingerprint, and the first one, which old calibrations have."""
     parameters = dict(decoder.named_parameters())
     samples = _samples({**parameters, **_stored_buffers(decoder)})
+    adapters = _adapters(decoder)
     config = decoder.config.to_dict()
     first = {k: _canonical(config[k]) for k in _FIRST_CONFIG if config.get(k) is not None}
     return (
-        _digest(f"kvtc fingerprint 2\n{config_text(decoder.config)}", samples),
+        _digest(
+            f"kvtc fingerprint 2\n{config_text(decoder.config)}",
+            samples,
+            _json(_canonical(adapters)) if adapters else "",
+        ),
         _digest(_json(first), {name: samples[name] for name in parameters}),
     )
 
 
-def _digest(text: str, samples: dict[str, bytes]) -> bytes:
+def _adapters(decoder: PreTrainedModel) -> dict[str, list[tuple[str, Any]]]:
+    """Which of a layer's adapters are on, and how strong: other ones have weights too."""
+    return {
+        name.replace("_orig_mod.", ""): []
+        if layer.disable_adapters
+        else [(x, layer.scaling.get(x)) for x in layer.active_adapters]
+        for name, layer in decoder.named_modules()
+        if hasattr(layer, "disable_adapters") and isinstance(getattr(layer, "scaling", 0), dict)
+    }
+
+
+def _digest(text: str, samples: dict[str, bytes], after: str = "") -> bytes:
     digest = hashlib.sha256(text.encode() + b"\n")
     for sample in sorted(samples.values(), key=lambda x: x.split(b" ", 1)[0]):
         digest.update(sample)
+    digest.update(after.encode())
     return digest.digest()
 
 

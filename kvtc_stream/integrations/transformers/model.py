@@ -49,6 +49,16 @@ def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
     )
 
 
+def layer_devices(model: PreTrainedModel) -> dict[int, torch.device]:
+    """Where the layers of a model that is spread over several devices are; empty if it is not."""
+    decoder = decoder_of(model)
+    if len({p.device for p in decoder.parameters()}) < 2:
+        return {}
+    lists = [x for x in decoder.children() if isinstance(x, torch.nn.ModuleList)]
+    layers = max(lists, key=len, default=torch.nn.ModuleList())
+    return {n: next(layer.parameters()).device for n, layer in enumerate(layers)}
+
+
 @contextmanager
 def inference(module: torch.nn.Module) -> Iterator[None]:
     """Without gradients and dropout."""
