@@ -6,6 +6,7 @@ Names are loaded when first used, so that ``import kvtc_stream`` is quick and ne
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 from kvtc_stream.errors import (
@@ -50,6 +51,9 @@ if TYPE_CHECKING:
     from kvtc_stream.stream.writer import Writer
 
 __version__ = "0.1.0"
+
+# Whoever wants our log lines says where they go.
+logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 _HOME = {
     "PRESETS": "stream.codec",

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 import kvtc_stream as kvtc
-from kvtc_stream.cli import main
+from kvtc_stream.cli import main, terminal
 from kvtc_stream.formats import (
     BlockErrors,
     DType,
@@ -960,13 +960,13 @@ def test_debug_shows_the_traceback(kvtc_command):
         kvtc_command("info", "missing", "--debug")
 
 
-def test_demo_passes_its_arguments(kvtc_command, monkeypatch):
-    called = []
-    fake = SimpleNamespace(run=lambda **arguments: called.append(arguments))
-    monkeypatch.setitem(sys.modules, "kvtc_stream.evaluation.demo", fake)
-    monkeypatch.setattr(kvtc, "demo", fake, raising=False)
-    assert kvtc_command("demo", "--json", "--context", 100).status == 0
-    assert called == [{"json": True, "ratio": 16.0, "context": 100}]
+def test_long_work_says_in_a_log_where_it_is(capsys, monkeypatch):
+    monkeypatch.setattr(terminal, "_SECONDS_PER_LINE", 0.05)
+    with terminal.progress() as bars:
+        advance = terminal.bar(bars, "Reading")
+        advance(1, 4)
+        time.sleep(0.5)
+    assert "Reading: 25 %, 0 s so far\n" in capsys.readouterr().err
 
 
 # Clumsy uses.

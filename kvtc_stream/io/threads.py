@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from kvtc_stream import environment
+
 R = TypeVar("R")
 
 #: Bytes for which it is worth waking a thread.
@@ -28,7 +30,7 @@ _SMALL = 1 << 16
 @cache
 def threads() -> ThreadPoolExecutor:
     """The process's threads for such work."""
-    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="kvtc-bytes")
+    return ThreadPoolExecutor(environment.threads(), thread_name_prefix="kvtc-bytes")
 
 
 # A fork has none of them.
@@ -58,7 +60,7 @@ def begin(
     On threads if it is about many bytes, ``size`` in all; otherwise the result does it. For calls
     that leave Python's lock for most of their time.
     """
-    shares = min(size // SHARE, len(arguments), _MOST_SHARES, os.cpu_count() or 1)
+    shares = min(size // SHARE, len(arguments), _MOST_SHARES, environment.threads())
     if shares < 2:
         return lambda: list(starmap(function, arguments))
     parts = [slice(i, None, shares) for i in range(shares)]

@@ -14,7 +14,6 @@ gains instead of errors makes leaving a component out exact: it adds nothing to 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
+from kvtc_stream import environment
 from kvtc_stream.calibration.band_tables import ErrorTables
 from kvtc_stream.formats.plan import Band, Quantiser
 
@@ -172,7 +172,7 @@ def frontier(
 
     # A cell depends on earlier rows of the same and of smaller budgets only. So the budget is cut
     # into one range per CPU, and each range works one block of rows behind the range below it.
-    workers = max(1, min(os.cpu_count() or 1, cells // _CELLS))
+    workers = max(1, min(environment.threads(), cells // _CELLS))
     cuts = np.linspace(0, cells // 2, workers + 1).astype(int) * 2
     cuts[-1] = cells
     blocks = -(-components // _ROWS)

