@@ -6,7 +6,6 @@ import enum
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import chain
 
 from kvtc_stream.formats.geometry import binary32
 
@@ -90,13 +89,13 @@ class LayerErrors:
         layers, left = divmod(len(self.codes), 4)
         if left or not layers:
             raise ValueError(f"errors by layer need four bytes a layer, found {len(self.codes)}")
-        for i, (mean, worst) in enumerate(
-            chain(zip(*self._rows[:2], strict=True), zip(*self._rows[2:], strict=True))
-        ):
-            if mean > worst:
+        k_mean, k_worst, v_mean, v_worst = self._rows
+        for name, mean, worst in (("K", k_mean, k_worst), ("V", v_mean, v_worst)):
+            if bytes(map(max, mean, worst)) != worst:
+                layer = next(i for i, (a, b) in enumerate(zip(mean, worst, strict=True)) if a > b)
                 raise ValueError(
-                    f"the mean error of {'KV'[i // layers]} of layer {i % layers} exceeds the "
-                    f"worst token's, codes {mean} and {worst}"
+                    f"the mean error of {name} of layer {layer} exceeds the worst token's, codes "
+                    f"{mean[layer]} and {worst[layer]}"
                 )
 
     @classmethod
@@ -115,7 +114,7 @@ class LayerErrors:
             A value is negative or NaN, or the four differ in length.
         """
         k, worst_k, v, worst_v = (
-            bytes(map(_code, errors)) for errors in (k_mean, k_worst, v_mean, v_worst)
+            bytes(map(_code, map(float, errors))) for errors in (k_mean, k_worst, v_mean, v_worst)
         )
         if not len(k) == len(worst_k) == len(v) == len(worst_v):
             raise ValueError(

@@ -174,7 +174,7 @@ class Section:
     @property
     def axes(self) -> int:
         """Axes that the keys' positions have: 0 if all that counts is a token's position."""
-        return max((r.axis_count for r in self.rope if r is not None and r.axes), default=0)
+        return next((r.axis_count for r in self.rope if r is not None and r.axes), 0)
 
     @property
     def k_width(self) -> int:

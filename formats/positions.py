@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import itertools
+import operator
 from array import array
 from collections.abc import Sequence
 from typing import TypeAlias
@@ -79,7 +80,7 @@ def normal_axes(axes: Sequence[Sequence[int]], positions: Positions) -> tuple[Po
                 f"to {max(ends)}"
             )
         own = isinstance(axis, range) and axis.step == 1
-        neighbours = own or all(step == 1 for step in _steps(axis))
+        neighbours = own or set(_steps(axis)) <= {1}
         found.append(range(axis[0], axis[0] + len(axis)) if neighbours else array("q", axis))
     return () if all(_shift(axis, positions) == 0 for axis in found) else tuple(found)
 
@@ -142,7 +143,7 @@ def _shifted(positions: Positions, shift: int) -> Sequence[int]:
 
 
 def _steps(axis: Sequence[int]) -> list[int]:
-    return [b - a for a, b in itertools.pairwise(axis)]
+    return list(map(operator.sub, axis[1:], axis))
 
 
 def _shift(axis: Positions, positions: Positions) -> int | None:
@@ -150,4 +151,4 @@ def _shift(axis: Positions, positions: Positions) -> int | None:
     shift = axis[0] - positions[0]
     if isinstance(axis, range) and isinstance(positions, range):
         return shift
-    return shift if all(a - p == shift for a, p in zip(axis, positions, strict=True)) else None
+    return shift if set(map(operator.sub, axis, positions)) == {shift} else None
