@@ -100,7 +100,7 @@ class IndexEntry:
         return ", ".join(
             f"{f.name} is {getattr(self, f.name)}, expected {getattr(expected, f.name)}"
             for f in fields(self)
-            if getattr(self, f.name) != getattr(expected, f.name)
+            if repr(getattr(self, f.name)) != repr(getattr(expected, f.name))
         )
 
     def pack(self) -> bytes:

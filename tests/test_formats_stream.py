@@ -695,6 +695,13 @@ def test_a_block_that_differs_from_the_index(offset, layout, value):
 
 
 @READERS
+def test_zeros_with_another_sign_are_another_index(reader):
+    """Equal as numbers, but not the bytes that the block's errors are."""
+    with pytest.raises(FormatError, match="errors is .*k_mean=0.0.*k_mean=-0.0|does not list"):
+        reader(patched(STREAM, ENTRIES + 72, "f", -0.0))
+
+
+@READERS
 def test_the_end_magic_is_the_mark_of_a_whole_stream(reader):
     with pytest.raises(FormatError, match=r"KVTEND|no trailer"):
         reader(STREAM[:-1] + b"\r")
