@@ -6,7 +6,11 @@ Names are loaded when first used, so that ``import kvtc_stream`` is quick and ne
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import logging
+import os
+import sys
+from importlib.machinery import ModuleSpec
 from typing import TYPE_CHECKING, Any
 
 from kvtc_stream.errors import (
@@ -153,3 +157,23 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+class _BesidePackage:
+    """Finds ``formats`` and ``gpu`` in a checkout, where they lie beside this folder.
+
+    An install, editable or not, has them in their place. But Python that is started in a checkout
+    finds this folder before the installed package.
+    """
+
+    @staticmethod
+    def find_spec(name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        if name not in (f"{__name__}.formats", f"{__name__}.gpu"):
+            return None
+        root = os.path.dirname(os.path.dirname(__file__))
+        file = os.path.join(root, name.rpartition(".")[2], "__init__.py")
+        return importlib.util.spec_from_file_location(name, file) if os.path.isfile(file) else None
+
+
+if not os.path.isdir(os.path.join(os.path.dirname(__file__), "formats")):
+    sys.meta_path.append(_BesidePackage)

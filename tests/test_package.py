@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import importlib
 import json
+import os
 import pkgutil
 import shutil
 import subprocess
@@ -92,18 +93,18 @@ def test_without_cuda(calibration: kvtc.Calibration) -> None:
         kvtc.decode(data, calibration, backend="cuda")
 
 
+def copied_source(folder: Path) -> Path:
+    """A copy of the source, because a build leaves its traces."""
+    source = folder / "source"
+    ignored = (".*", "build", "*.egg-info", "tests", "benchmarks", "__pycache__", "*.kvtc")
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(*ignored))
+    return source
+
+
 @pytest.mark.slow
 def test_wheel(tmp_path: Path) -> None:
     """One top-level name, with everything under it."""
-    source = tmp_path / "source"
-    # A copy, because a build leaves its traces.
-    shutil.copytree(
-        ROOT,
-        source,
-        ignore=shutil.ignore_patterns(
-            ".*", "build", "*.egg-info", "tests", "benchmarks", "__pycache__", "*.kvtc"
-        ),
-    )
+    source = copied_source(tmp_path)
     build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--quiet"]
     subprocess.run([*build, "-w", str(tmp_path), str(source)], check=True, timeout=120)
     [wheel] = tmp_path.glob("*.whl")
@@ -116,6 +117,44 @@ def test_wheel(tmp_path: Path) -> None:
     for package in packages:
         assert f"{package.relative_to(ROOT)}/__init__.py" in names
     assert any(n.endswith("licenses/LICENSE") for n in names)
+
+
+@pytest.mark.slow
+def test_plain_install_from_the_source_folder(tmp_path: Path) -> None:
+    """Python finds the source before the installed package; both are whole."""
+    source, installed = copied_source(tmp_path), tmp_path / "installed"
+    install = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-build-isolation"]
+    subprocess.run(
+        [*install, "--quiet", "--target", str(installed), str(source)], check=True, timeout=120
+    )
+    code = """
+from importlib.util import find_spec
+import kvtc_stream as kvtc
+calibration = kvtc.testing.tiny_calibration()
+k, v = kvtc.testing.drawn_cache(calibration.geometry, tokens=64)
+data = kvtc.encode(k, v, kvtc.Codec(calibration))
+assert kvtc.decode(data, calibration)[0].shape == k.shape
+for name in ("kvtc_stream", "kvtc_stream.formats", "kvtc_stream.gpu"):
+    print(find_spec(name).origin)
+"""
+    # -S: no .pth file, so that the editable install under test is out of the way.
+    path = os.pathsep.join([str(installed), *filter(None, sys.path)])
+    package = installed / "kvtc_stream"
+    for started_in, folders in (
+        (source, (source / "kvtc_stream", source / "formats", source / "gpu")),
+        (tmp_path, (package, package / "formats", package / "gpu")),
+    ):
+        run = subprocess.run(
+            [sys.executable, "-S", "-c", code],
+            cwd=started_in,
+            env={**os.environ, "PYTHONPATH": path},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=120,
+        )
+        assert run.returncode == 0, run.stderr
+        assert run.stdout.split() == [str(folder / "__init__.py") for folder in folders]
 
 
 MODULES = sorted(
