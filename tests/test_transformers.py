@@ -1096,7 +1096,7 @@ def test_masks_and_positions_are_checked(
 
 
 @pytest.mark.filterwarnings("ignore:the stream is only:kvtc_stream.errors.KVTCWarning")
-@pytest.mark.parametrize("name", ["llama", "gemma3", "stablelm"])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "stablelm", "cohere"])
 def test_tokens_and_positions_are_those_of_the_keys(
     name: str, built: Callable[[str], Any], calibrated: Callable[[str], kvtc.Calibration]
 ) -> None:
@@ -1119,6 +1119,26 @@ def test_tokens_and_positions_are_those_of_the_keys(
         for layer in half.layers:
             layer.keys, layer.values = layer.keys.to(dtype), layer.values.to(dtype)
         encode_cache(half, codec, model=model, token_ids=ids)
+
+
+@pytest.mark.filterwarnings("ignore::kvtc_stream.KVTCWarning")
+def test_a_cache_that_has_lost_much_is_still_of_its_tokens(
+    built: Callable[[str], Any], calibrated: Callable[[str], kvtc.Calibration]
+) -> None:
+    model, calibration = built("llama"), calibrated("llama")
+    ids = drawn_ids(300)
+    codec = kvtc.Codec(calibration, ratio=14, window=0, sinks=0, block_tokens=64)
+    data = encode_cache(prefill(model, ids), codec, model=model, token_ids=ids)
+    restored = decode_cache(data, calibration, model=model)
+    exact = prefill(model, ids).layers[0].keys
+    error = (restored.layers[0].keys - exact).norm() / exact.norm()
+    assert error > 0.1
+    encode_cache(restored, codec, model=model, token_ids=ids)
+    # Kept tokens of a restored cache, taken for a whole one.
+    for layer in restored.layers:
+        layer.keys, layer.values = layer.keys[:, :, 40:], layer.values[:, :, 40:]
+    with pytest.raises(kvtc.CalibrationMismatchError, match="likeliest are"):
+        encode_cache(restored, codec, model=model, token_ids=ids[40:])
 
 
 def test_wrong_positions_are_noticed() -> None:

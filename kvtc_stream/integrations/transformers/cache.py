@@ -25,8 +25,8 @@ from kvtc_stream.errors import CalibrationMismatchError, UnsupportedError
 from kvtc_stream.formats import Geometry, Section
 from kvtc_stream.integrations.transformers.geometry import (
     check_geometry,
-    first_keys,
     geometry_of,
+    key_errors,
 )
 from kvtc_stream.integrations.transformers.identity import (
     TokenIds,
@@ -49,9 +49,11 @@ from kvtc_stream.io.dlpack import BackendName
 
 Source: TypeAlias = "str | os.PathLike[str] | BinaryIO | bytes | bytearray | memoryview"
 
-#: Tokens whose keys are computed again, and by how much they may differ, relative: far more than
-#: rounding of any dtype makes, and less than another token or, mostly, another position.
-_CHECKED, _OFF = 8, 0.1
+#: Tokens whose keys are computed again, and positions at which they are looked for.
+_CHECKED, _CANDIDATES = 8, 1 << 17
+#: Relative errors of keys: what rounding makes, in any dtype; and what no codec leaves, so that
+#: the token is another.
+_ROUNDING, _ANOTHER = 0.03, 0.7
 
 #: Tokens per piece handed to the encoder: bounds the copies from the model's device.
 _CHUNK = 1024
@@ -421,18 +423,27 @@ def _check_prompt(
     words = np.flatnonzero(~np.isin(ids[-len(slots) :], list(placeholders(model))))
     chosen = words[np.linspace(0, len(words) - 1, min(len(words), _CHECKED)).astype(np.int64)]
     tokens, positions = (x[-len(slots) :][chosen] for x in (ids, where))
-    expected = first_keys(model, number, tokens, positions)
-    if expected is None or not len(chosen):
+    if not len(chosen):
         return
     keys = layers[number].keys.detach()[sequence][:, slots[chosen]].float()
-    expected = expected.to(keys.device)
-    off = (keys - expected).norm(dim=(0, 2)) / expected.norm(dim=(0, 2))
-    if not off.median() < _OFF:
+    errors = key_errors(model, number, tokens, keys, positions)
+    if errors is None or not (errors.diagonal() > _ROUNDING).any():
+        return
+    own = errors.diagonal()
+    # What was left out or evicted may have stood anywhere before or between.
+    candidates = np.arange(min(4 * int(positions[-1]) + 1024, _CANDIDATES))
+    errors = key_errors(model, number, tokens, keys, candidates)
+    assert errors is not None
+    best = errors.min(axis=1)
+    # A restored cache has lost something, but no other position explains its keys better.
+    elsewhere = (own > _ROUNDING) & (best < own / 2)
+    if 4 * elsewhere.sum() >= len(own) or 2 * (own > _ANOTHER).sum() >= len(own):
         raise CalibrationMismatchError(
             f"the keys of layer {number} are not those of token_ids at positions "
-            f"{positions.tolist()} (they differ by {float(off.median()):.2g}, relative): pass the "
-            f"ids that the model has read, attention_mask if it read padding, and positions if "
-            f"tokens were evicted"
+            f"{positions.tolist()} (relative errors {own.round(2).tolist()}); the likeliest are "
+            f"{errors.argmin(axis=1).tolist()} (errors {best.round(2).tolist()}): pass the ids "
+            f"that the model has read, attention_mask if it read padding, and positions if tokens "
+            f"were evicted"
         )
 
 

@@ -192,30 +192,64 @@ class _FirstKeys(DynamicCache):
         raise Stopped(layer_idx, key_states)
 
 
-def first_keys(
+def key_errors(
     model: PreTrainedModel,
     layer: int,
     token_ids: NDArray[np.int64],
+    keys: Tensor,
     positions: NDArray[np.int64],
-) -> Tensor | None:
-    """Keys [heads, tokens, dim] in float32 of tokens in the first layer, where nothing else counts.
+) -> NDArray[np.float64] | None:
+    """How far ``keys`` are from those of the tokens at each position, in the first layer.
 
-    ``None`` where that is not known: without RoPE, positions may be counted in other ways.
+    There nothing counts but token and position. ``keys`` is [heads, tokens, dim], the result
+    [tokens, positions], relative. ``None`` where that is not known: without RoPE, positions may be
+    counted in other ways.
     """
+    ropes = [
+        rope
+        for section in geometry_of(model).sections
+        for n, rope in zip(section.layers, section.rope, strict=False)
+        if n == layer
+    ]
     decoder = decoder_of(model)
-    if not any(any(s.rope) for s in geometry_of(model).sections if layer in s.layers):
+    by_id = "position_ids" in inspect.signature(decoder.forward).parameters
+    if not ropes or ropes[0] is None or not by_id:
         return None
-    if "position_ids" not in inspect.signature(decoder.forward).parameters:
-        return None
-    inputs = {"input_ids": token_ids[:, None], "position_ids": positions[:, None]}
+    ids = torch.from_numpy(token_ids.copy())[:, None]
     cache = _FirstKeys(config=decoder.config)
+    name = type(plain_model(model)).__name__
     try:
-        tensors = {name: torch.from_numpy(x.copy()) for name, x in inputs.items()}
-        run(decoder, cache, type(plain_model(model)).__name__, **tensors)
+        run(decoder, cache, name, input_ids=ids, position_ids=torch.zeros_like(ids))
+        return None
     except Stopped as reached:
-        number, keys = reached.args
-        return keys[:, :, 0].transpose(0, 1).float() if number == layer else None
-    return None
+        number, first = reached.args
+    if number != layer or first.shape[2] != 1:
+        return None
+    # [tokens, heads, dim]; a key at position p is that at 0, each pair turned by p times its
+    # frequency, so one product for each pair gives the distance to all positions.
+    own = keys.transpose(0, 1).double().cpu().numpy()
+    at_zero = first[:, :, 0].double().cpu().numpy()
+    a, b = (_pairs(x, ropes[0]) for x in (own, at_zero))
+    products = (a * b.conj()).sum(axis=1)  # [tokens, pairs]
+    turns = np.exp(-1j * np.outer(np.array(ropes[0].inv_freq), positions))
+    rest = slice(ropes[0].rotary_dim, None)
+    along = (products @ turns).real + (own * at_zero)[:, :, rest].sum(axis=(1, 2))[:, None]
+    norms = (at_zero**2).sum(axis=(1, 2))[:, None]
+    squares = (own**2).sum(axis=(1, 2))[:, None] + norms - 2 * along
+    # Keys are zero where embeddings are, as those of padding.
+    errors: NDArray[np.float64] = np.sqrt(
+        np.maximum(squares, 0) / np.maximum(norms, np.finfo(np.float32).tiny)
+    )
+    return errors
+
+
+def _pairs(x: NDArray[np.float64], rope: Rope) -> NDArray[np.complex128]:
+    """The channels that RoPE turns together, as complex numbers."""
+    turned = x[..., : rope.rotary_dim]
+    half = rope.rotary_dim // 2
+    if rope.interleaved:
+        return turned[..., 0::2] + 1j * turned[..., 1::2]
+    return turned[..., :half] + 1j * turned[..., half:]
 
 
 def _rotary_tables(decoder: PreTrainedModel, name: str) -> list[Rope]:
