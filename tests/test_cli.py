@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,6 +23,7 @@ import pytest
 
 import kvtc_stream as kvtc
 from kvtc_stream.cli import main, terminal
+from kvtc_stream.cli.arguments import make_parser
 from kvtc_stream.formats import (
     BlockErrors,
     DType,
@@ -1171,3 +1174,48 @@ def test_compact(tmp_path, kvtc_command, files):
     run = kvtc_command("compact", path)
     assert (run.status, run.err) == (0, "")
     assert path.read_bytes() == out.read_bytes()
+
+
+def commands(parser: argparse.ArgumentParser, name: str = "kvtc") -> dict[str, Any]:
+    """Every command by what one types, but for those that only have commands of their own."""
+    groups = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
+    if not groups:
+        return {name: parser}
+    return {
+        full: command
+        for word, inner in groups[0].choices.items()
+        for full, command in commands(inner, f"{name} {word}").items()
+    }
+
+
+def test_every_command_and_option_is_documented():
+    page = (Path(__file__).parents[1] / "docs" / "cli.md").read_text(encoding="utf-8")
+    found = commands(make_parser())
+    sections = dict(re.findall(r"^## (kvtc [a-z ]+)\n(.*?)(?=^## |\Z)", page, re.M | re.S))
+    assert sections.keys() == found.keys()
+    for name, command in found.items():
+        options = [o for action in command._actions for o in action.option_strings]
+        missing = set(options) - {"-h", "--help", "--json", "--debug"}
+        missing -= set(re.findall(r"`(--?[a-z-]+)`", sections[name]))
+        assert not missing, name
+        stale = set(re.findall(r"^\| `(--[a-z-]+)`", sections[name], re.M)) - set(options)
+        assert not stale, name
+        examples = re.findall(r"^\$ (.*)$", sections[name], re.M)
+        assert any(f"{name} " in f"{example} " for example in examples), name
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion(kvtc_command, shell):
+    pytest.importorskip("shtab")
+    run = kvtc_command("completion", shell)
+    assert (run.status, run.err) == (0, "")
+    for word in ("calibrate", "error-bound", "quality"):
+        assert word in run.out
+
+
+def test_a_missing_library_names_the_extra(kvtc_command, monkeypatch, files):
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    for module in ("terminal", "info", "report"):
+        monkeypatch.delitem(sys.modules, f"kvtc_stream.cli.{module}", raising=False)
+    run = kvtc_command("info", files.stream)
+    assert (run.status, "pip install 'kvtc-stream[cli]'" in run.err) == (1, True)

@@ -58,7 +58,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"kvtc-stream {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     edits = (_cat, _slice, _split, _join, _truncate, _compact, _repair)
-    for add in (_calibrate, _encode, _decode, _info, _verify, *edits, _bench, _demo):
+    others = (_calibrate, _encode, _decode, _info, _verify, *edits, _bench, _demo, _completion)
+    for add in others:
         command = add(commands)
         command.add_argument(
             "--json", action="store_true", help="print one JSON object, and nothing else"
@@ -175,13 +176,7 @@ def _encode(commands: Any) -> argparse.ArgumentParser:
         metavar="N",
         help="positions below N go verbatim (default: 4)",
     )
-    parser.add_argument(
-        "--window",
-        type=int,
-        default=128,
-        metavar="N",
-        help="the last N tokens go verbatim (default: 128)",
-    )
+    _window(parser)
     parser.add_argument(
         "--block-tokens", type=int, default=128, metavar="N", help="tokens a block (default: 128)"
     )
@@ -190,7 +185,7 @@ def _encode(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "--metadata", type=_json_object, default={}, metavar="JSON", help="an object to record"
     )
-    parser.add_argument("--format", help="format of IN: npz or safetensors (default: its suffix)")
+    _format(parser, "IN")
     return parser
 
 
@@ -201,16 +196,10 @@ def _decode(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "-o", "--output", required=True, metavar="BACK", help="the cache, .npz or .safetensors"
     )
-    for name in ("tokens", "layers"):
-        parser.add_argument(
-            f"--{name}",
-            type=_range,
-            metavar="A:B",
-            help=f"only these {name}, as Python slices them; negative ones count from the end",
-        )
+    _ranges(parser, "tokens", "layers")
     parser.add_argument("--section", type=int, metavar="N", help="only this section (default: all)")
     _backend(parser)
-    parser.add_argument("--format", help="format of BACK: npz or safetensors (default: its suffix)")
+    _format(parser, "BACK")
     return parser
 
 
@@ -239,7 +228,7 @@ def _verify(commands: Any) -> argparse.ArgumentParser:
     _calibration(parser, required=False)
     parser.add_argument("--against", metavar="IN", help="the cache that was encoded; needs -c")
     _backend(parser)
-    parser.add_argument("--format", help="format of IN: npz or safetensors (default: its suffix)")
+    _format(parser, "IN")
     return parser
 
 
@@ -267,10 +256,7 @@ def _slice(commands: Any) -> argparse.ArgumentParser:
     )
     parser.add_argument("input", metavar="FILE", help="the stream")
     chosen = parser.add_mutually_exclusive_group(required=True)
-    for name in ("tokens", "positions", "layers", "heads"):
-        chosen.add_argument(
-            f"--{name}", type=_range, metavar="A:B", help=f"keep these {name}, as Python slices"
-        )
+    _ranges(chosen, "tokens", "positions", "layers", "heads")
     return _new_stream(parser)
 
 
@@ -349,6 +335,10 @@ def _bench(commands: Any) -> argparse.ArgumentParser:
     benchmarks = _add(commands, "bench", "measure on a model and texts of yours").add_subparsers(
         dest="benchmark", metavar="BENCHMARK", required=True
     )
+    return _quality(benchmarks)
+
+
+def _quality(benchmarks: Any) -> argparse.ArgumentParser:
     parser = _add(
         benchmarks,
         "quality",
@@ -362,6 +352,15 @@ def _bench(commands: Any) -> argparse.ArgumentParser:
         "CPU, or on a GPU if there is one.",
         "Needs pip install 'kvtc-stream[demo]', or [transformers] with --model, [plot] for --plot.",
     )
+    _judged(parser)
+    _learnt(parser)
+    parser.add_argument("--output", metavar="JSON", help="file for all figures")
+    parser.add_argument("--plot", metavar="PNG", help="draw divergence over ratio")
+    return parser
+
+
+def _judged(parser: argparse.ArgumentParser) -> None:
+    """What is measured on what."""
     parser.add_argument(
         "--model",
         metavar="MODEL",
@@ -387,13 +386,7 @@ def _bench(commands: Any) -> argparse.ArgumentParser:
         metavar="R,S",
         help="targets (default: 8,16,32,64)",
     )
-    parser.add_argument(
-        "--window",
-        type=int,
-        default=128,
-        metavar="N",
-        help="the last N tokens go verbatim (default: 128)",
-    )
+    _window(parser)
     parser.add_argument(
         "--context",
         type=int,
@@ -417,6 +410,10 @@ def _bench(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "--seed", type=int, default=0, metavar="N", help="of the facts (default: 0)"
     )
+
+
+def _learnt(parser: argparse.ArgumentParser) -> None:
+    """What is calibrated, or taken from a file."""
     calibration = parser.add_mutually_exclusive_group()
     calibration.add_argument(
         "--calibration", metavar="CAL", help="use this one; see that no judged text made it"
@@ -426,9 +423,6 @@ def _bench(commands: Any) -> argparse.ArgumentParser:
         "--tokens", type=int, metavar="N", help="calibrate on this many (default: 160000)"
     )
     _importance(parser)
-    parser.add_argument("--output", metavar="JSON", help="file for all figures")
-    parser.add_argument("--plot", metavar="PNG", help="draw divergence over ratio")
-    return parser
 
 
 def _demo(commands: Any) -> argparse.ArgumentParser:
@@ -448,6 +442,45 @@ def _demo(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("--tokens", type=int, metavar="N", help="tokens to calibrate on")
     parser.add_argument("--context", type=int, metavar="N", help="tokens of the cache")
     return parser
+
+
+def _completion(commands: Any) -> argparse.ArgumentParser:
+    parser = _add(
+        commands,
+        "completion",
+        "print a script that completes commands, options and files in a shell",
+        "bash: kvtc completion bash > ~/.local/share/bash-completion/completions/kvtc",
+        "zsh:  kvtc completion zsh > a folder of $fpath, as _kvtc",
+        "fish: kvtc completion fish > ~/.config/fish/completions/kvtc.fish",
+    )
+    parser.add_argument("shell", choices=["bash", "zsh", "fish"], help="whose")
+    return parser
+
+
+def _ranges(parser: Any, *names: str) -> None:
+    for name in names:
+        parser.add_argument(
+            f"--{name}",
+            type=_range,
+            metavar="A:B",
+            help=f"only these {name}, as Python slices them; negative ones count from the end",
+        )
+
+
+def _window(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--window",
+        type=int,
+        default=128,
+        metavar="N",
+        help="the last N tokens go verbatim (default: 128)",
+    )
+
+
+def _format(parser: argparse.ArgumentParser, name: str) -> None:
+    parser.add_argument(
+        "--format", help=f"format of {name}: npz or safetensors (default: its suffix)"
+    )
 
 
 def _calibration(parser: argparse.ArgumentParser, *, required: bool) -> None:
