@@ -25,7 +25,7 @@ from kvtc_stream.coding.values import (
     verbatim_output,
     verbatim_planes,
 )
-from kvtc_stream.formats import Block, DType, Role, SectionPlan, StreamHeader
+from kvtc_stream.formats import Block, DType, Feature, LayerErrors, Role, SectionPlan, StreamHeader
 from kvtc_stream.formats.coders import compress_beside
 from kvtc_stream.gpu.coder.analysis import Payload
 from kvtc_stream.gpu.coder.band_coding import BandDecoder, BandEncoder
@@ -68,11 +68,14 @@ class CudaBackend:
         calibration: CalibratedBases,
         *,
         error_bound: float | None = None,
+        layer_error_bound: float | None = None,
         measure: bool = True,
         target: Controls | None = None,
     ) -> CudaSectionCoder:
         """See :meth:`kvtc_stream.backends.base.Backend.section_coder`."""
-        return CudaSectionCoder(header, section, calibration, error_bound, measure, target)
+        return CudaSectionCoder(
+            header, section, calibration, error_bound, layer_error_bound, measure, target
+        )
 
     def layer_list(
         self, x: Any, name: str, layers: int, kv_heads: int, head_dim: int
@@ -163,6 +166,7 @@ class CudaSectionCoder:
         section: int,
         calibration: CalibratedBases,
         error_bound: float | None,
+        layer_error_bound: float | None,
         measure: bool,
         target: Controls | None,
     ) -> None:
@@ -171,6 +175,8 @@ class CudaSectionCoder:
         self._section = header.geometry.sections[section]
         self._calibration, self._measure = calibration, measure
         self._bound = HOPELESS if error_bound is None else min(HOPELESS, error_bound)
+        self._layer_bound = layer_error_bound
+        self._by_layer = Feature.LAYER_ERRORS in header.features
         self._ropes = DeviceRopes(self._section)
         self._uniform = plan.uniform
         key = ("cuda", cupy.cuda.runtime.getDevice(), section, header.plan.digest)
@@ -195,6 +201,7 @@ class CudaSectionCoder:
                 self._index,
                 self._calibration,
                 error_bound=self._bound,
+                layer_error_bound=self._layer_bound,
                 measure=self._measure,
             )
         return self._host
@@ -244,12 +251,19 @@ class CudaSectionCoder:
                 blocks += self._cpu.encode(k_host, v_host, *where)
             else:
                 errors = None if found.errors is None else found.errors[:, own]
-                blocks.append(self._block(k_host, v_host, *where, payload, left_out, errors))
+                by_layer = found.layer_errors[i] if self._by_layer and found.layer_errors else None
+                blocks.append(
+                    self._block(k_host, v_host, *where, payload, left_out, errors, by_layer)
+                )
         return blocks
 
     def _new_encoder(self) -> BatchEncoder | BandEncoder:
         arguments = self._section, self._plan, self._header.out_dtype, self._scales
-        options: dict[str, Any] = {"measure": self._measure, "bound": self._bound}
+        options: dict[str, Any] = {
+            "measure": self._measure,
+            "bound": self._bound,
+            "layer_bound": self._layer_bound,
+        }
         if self._uniform:
             return BatchEncoder(*arguments, **options)
         return BandEncoder(*arguments, coder=self._header.coder, **options)
@@ -316,6 +330,7 @@ class CudaSectionCoder:
         payload: Payload,
         left_out: NDArray[np.int64],
         errors: NDArray[np.float32] | None,
+        by_layer: LayerErrors | None,
     ) -> Block:
         """Of a payload; k and v are the values of the tokens that are left out."""
         verbatim_coder, data = compress_beside(self._header.coder, *verbatim_planes(k, v))
@@ -333,6 +348,7 @@ class CudaSectionCoder:
             verbatim_coder=verbatim_coder,
             verbatim=data,
             errors=block_errors(errors, kept),
+            layer_errors=by_layer if len(kept) else None,
         )
 
     # Decoding.

@@ -223,6 +223,32 @@ def test_tokens_that_cannot_be_coded_come_back_exactly() -> None:
                 assert np.isfinite(host(a)[:, :, :50]).all()
 
 
+@pytest.mark.parametrize("preset", ["default", "paper"])
+def test_no_layer_breaks_its_bound(preset: str) -> None:
+    """As on the CPU: a layer that is small beside others is not lost."""
+    geometry = kvtc.Geometry.uniform(layers=4, kv_heads=2, head_dim=64)
+    size = np.array([1, 300, 1, 20], np.float32)[:, None, None, None]
+    k, v = (x * size for x in kvtc.testing.drawn_cache(geometry, 900, seed=4))
+    calibrator = kvtc.Calibrator(geometry)
+    calibrator.update(k, v)
+    calibration = calibrator.finish()
+    errors = []
+    for backend in ("cpu", "cuda"):
+        codec = kvtc.Codec(
+            calibration, preset, ratio=12, error_bound=0.05, window=0, backend=backend
+        )
+        encoder = kvtc.Encoder(codec)
+        data = encoder.encode(k, v) + encoder.finish()
+        errors.append(encoder.statistics.layer_errors())
+        for x, y in zip((k, v), kvtc.decode(data, calibration), strict=True):
+            lost, norm = (
+                np.linalg.norm(np.asarray(z, np.float64).swapaxes(1, 2).reshape(4, 900, -1), axis=2)
+                for z in (np.asarray(y) - x, x)
+            )
+            assert (lost <= 0.25 * 1.001 * norm).all()
+    np.testing.assert_allclose(*errors, rtol=0.15, atol=5e-4)
+
+
 def test_error_bound_holds() -> None:
     calibration = CALIBRATIONS["halves"]
     k, v = kvtc.testing.drawn_cache(calibration.geometry, 300, seed=8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -9,7 +10,7 @@ import cupy
 import numpy as np
 from numpy.typing import NDArray
 
-from kvtc_stream.formats import Coder, DType, Section
+from kvtc_stream.formats import Coder, DType, LayerErrors, Section
 from kvtc_stream.gpu.coder.decoding import device_scales, piece_tokens
 from kvtc_stream.gpu.coder.plan import Basis
 from kvtc_stream.gpu.coder.products import R_16F, analyse, analyse_leading, synthesise
@@ -50,11 +51,14 @@ class Encoded:
         bool [tokens].
     errors
         float32 [2, tokens] of K and V, or ``None`` if they were not measured.
+    layer_errors
+        One a block; ``None`` of blocks without coded tokens, and where nothing was measured.
     """
 
     payloads: list[Payload | None]
     verbatim: NDArray[np.bool_]
-    errors: NDArray[np.float32] | None
+    errors: NDArray[np.float32] | None = None
+    layer_errors: list[LayerErrors | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -99,9 +103,10 @@ class Analyser:
         *,
         measure: bool,
         bound: float,
+        layer_bound: float | None = None,
     ) -> None:
         self._section, self._plan, self._out_dtype = section, plan, out_dtype
-        self._measure, self._bound = measure, bound
+        self._measure, self._bound, self._layer_bound = measure, bound, layer_bound
         self._scales = device_scales(section, scales)
         self._ropes = DeviceRopes(section)
         self._values: dict[DType, Any] = {}
@@ -195,8 +200,11 @@ class Analyser:
         return plan.ordered(out)
 
     def _compare(self, source: Source, symbols: Any, scales: Any, stride: int) -> Any:
-        """float32 [2, stride]: errors of each token's K and V, after the cast to the output's
-        dtype, of binary16 ``symbols`` [components, stride] times ``scales`` [parts, stride]."""
+        """float32 [2, 1 + layers, stride]: errors of each token's K and V over all layers, then in
+        each, after the cast to the output's dtype.
+
+        Of binary16 ``symbols`` [components, stride] times ``scales`` [parts, stride].
+        """
         s, plan, tokens = self._section, self._plan, source.tokens
         rotations = self._ropes.at(source.positions, sign=1)
         dims = s.k_dim // 16, s.v_dim // 16
@@ -239,8 +247,8 @@ class Analyser:
                         stride,
                     ],
                 )
-        out = cupy.zeros((2, stride), np.float32)
         layers = len(s.layers)
+        out = cupy.zeros((2, 1 + layers, stride), np.float32)
         for kind in range(2):
             own = slice(kind * layers, (kind + 1) * layers)
             layout.relative_errors(
@@ -248,4 +256,40 @@ class Analyser:
                 layout.THREADS,
                 (lost[own], energy[own], layers, stride, tokens, out[kind]),
             )
+        shape = (2, layers, stride)
+        with np.errstate(divide="ignore", invalid="ignore"):  # where arrays are NumPy's
+            ratios = cupy.sqrt(lost / energy).reshape(shape)
+        out[:, 1:] = cupy.where(lost.reshape(shape) == 0, np.float32(0), ratios)
         return out
+
+    def _limiting(self, errors: Any) -> Any:
+        """float32 [2, stride]: what ``bound`` is held against, of :meth:`_compare`'s errors: those
+        over all layers, or of the worst layer in terms of its own bound."""
+        whole = errors[:, 0]
+        if self._layer_bound is None or self._layer_bound == math.inf:
+            return cupy.ascontiguousarray(whole)
+        # A bound of 0 allows what is exact.
+        scale = np.float32(self._bound / max(self._layer_bound, 1e-30))
+        return cupy.maximum(whole, errors[:, 1:].max(axis=1) * scale)
+
+
+def errors_by_layer(
+    errors: Any, verbatim: NDArray[np.bool_], starts: NDArray[np.int64]
+) -> list[LayerErrors | None]:
+    """Mean and worst over each block's coded tokens, of float32 [2, layers, at least tokens]."""
+    blocks, tokens, size = len(starts) - 1, int(starts[-1]), int(np.diff(starts).max(initial=1))
+    kept = np.zeros(blocks * size, np.bool_)
+    kept[:tokens] = ~verbatim[:tokens]
+    padded = cupy.zeros((*errors.shape[:2], blocks * size), np.float32)
+    padded[:, :, :tokens] = errors[:, :, :tokens]
+    padded = cupy.where(cupy.asarray(kept), padded, np.float32(0))
+    padded = padded.reshape(*errors.shape[:2], blocks, size)
+    counts = kept.reshape(blocks, size).sum(axis=1)
+    sums, worst = cupy.asnumpy(cupy.stack([padded.sum(axis=3), padded.max(axis=3)]))
+    means = sums / np.maximum(counts, 1)
+    return [
+        LayerErrors.of(means[0, :, i], worst[0, :, i], means[1, :, i], worst[1, :, i])
+        if counts[i]
+        else None
+        for i in range(blocks)
+    ]

@@ -18,7 +18,7 @@ from kvtc_stream.coding.bands import segment_sizes
 from kvtc_stream.errors import FormatError
 from kvtc_stream.formats import Block, Coder, Section
 from kvtc_stream.formats.coders import compress_beside, decompress
-from kvtc_stream.gpu.coder.analysis import Analyser, Encoded, Payload, stride_of
+from kvtc_stream.gpu.coder.analysis import Analyser, Encoded, Payload, errors_by_layer, stride_of
 from kvtc_stream.gpu.coder.decoding import Batch, BlockDecoder, Placed, kept_columns
 from kvtc_stream.gpu.coder.plan import BandPlan
 from kvtc_stream.gpu.kernels import bands
@@ -148,16 +148,19 @@ class BandEncoder(Analyser):
                 (plan.whole, coefficients, stride, tokens, parameters, unfit),
             )
         verbatim = cupy.asnumpy(unfit)[:tokens] != 0
-        errors = None
+        errors = by_layer = None
         if self._measure:
             # What all tokens would come back as.
             counts = np.diff(starts).tolist()
             columns = cupy.asarray(np.arange(tokens, dtype=np.int32))
             packed = self._pack(counts, columns, coefficients, parameters, stride)
             symbols, scales, width, _ = _unpacked(plan, counts, columns, packed, tokens)
-            errors = cupy.asnumpy(self._compare(source, symbols, scales, width))[:, :tokens]
+            measured = self._compare(source, symbols, scales, width)
+            errors = cupy.asnumpy(measured[:, 0])[:, :tokens]
+            limiting = cupy.asnumpy(self._limiting(measured))[:, :tokens]
             with np.errstate(invalid="ignore"):
-                verbatim |= ~(errors <= self._bound).all(axis=0)
+                verbatim |= ~(limiting <= self._bound).all(axis=0)
+            by_layer = errors_by_layer(measured[:, 1:], verbatim, starts)
         kept = [np.flatnonzero(~own) for own in np.split(verbatim, starts[1:-1])]
         counts = list(map(len, kept))
         columns = np.flatnonzero(~verbatim).astype(np.int32)
@@ -168,7 +171,7 @@ class BandEncoder(Analyser):
         payloads = threads().map(
             self._compressed, counts, np.split(packed, places[1:-1]) if counts else []
         )
-        return Encoded(list(payloads), verbatim, errors)
+        return Encoded(list(payloads), verbatim, errors, by_layer)
 
     def _pack(
         self, counts: Sequence[int], columns: Any, coefficients: Any, parameters: Any, stride: int

@@ -18,7 +18,14 @@ from numpy.typing import NDArray
 
 from kvtc_stream.coding.payload import TILE_COMPONENTS
 from kvtc_stream.formats import Coder, Section
-from kvtc_stream.gpu.coder.analysis import Analyser, Encoded, Payload, Source, stride_of
+from kvtc_stream.gpu.coder.analysis import (
+    Analyser,
+    Encoded,
+    Payload,
+    Source,
+    errors_by_layer,
+    stride_of,
+)
 from kvtc_stream.gpu.coder.decoding import TileTasks
 from kvtc_stream.gpu.coder.plan import DevicePlan
 from kvtc_stream.gpu.kernels import rans, uniform
@@ -225,7 +232,7 @@ class BatchEncoder(Analyser):
 
         def measure(offsets: NDArray[np.float64]) -> NDArray[np.float32]:
             steps = (self._steps(np.full(blocks, offset)) for offset in offsets)
-            found = [cupy.asnumpy(self._errors(batch, x))[:, :tokens] for x in steps]
+            found = [cupy.asnumpy(self._errors(batch, x)[:, 0])[:, :tokens] for x in steps]
             return np.stack(found, axis=-1)
 
         return Measured(measure)
@@ -250,10 +257,11 @@ class BatchEncoder(Analyser):
             )
             for (begin, size), bad, tokens in zip(places.tolist(), full, kept, strict=True)
         ]
-        errors = None
-        if found.errors is not None:
-            errors = cupy.asnumpy(found.errors)[:, : int(batch.starts[-1])]
-        return Encoded(payloads, verbatim, errors)
+        if found.errors is None:
+            return Encoded(payloads, verbatim)
+        errors = cupy.asnumpy(found.errors[:, 0])[:, : int(batch.starts[-1])]
+        by_layer = errors_by_layer(found.errors[:, 1:], verbatim, batch.starts)
+        return Encoded(payloads, verbatim, errors, by_layer)
 
     def encode_on_device(self, batch: Prepared, offsets: NDArray[np.float64]) -> OnDevice:
         """As :meth:`encode` without waiting. The batch's coefficients are gone."""
@@ -274,7 +282,7 @@ class BatchEncoder(Analyser):
                 batch.classes,
                 batch.peaks,
                 steps.factors,
-                batch.peaks if errors is None else errors,
+                batch.peaks if errors is None else self._limiting(errors),
                 -1.0 if errors is None else self._bound,
                 columns,
                 kept,
@@ -341,7 +349,7 @@ class BatchEncoder(Analyser):
         return OnDevice(out, places, verbatim, faults, errors)
 
     def _errors(self, batch: Prepared, steps: _Steps) -> Any:
-        """float32 [2, stride]: of each token's K and V, after the cast to the output's dtype."""
+        """See :meth:`_compare`."""
         plan, stride, starts = self._plan, batch.stride, batch.starts
         tokens = batch.source.tokens
         symbols = (cupy.empty if tokens == stride else cupy.zeros)(

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvtc_stream.calibration.parts import CalibratedBases
-from kvtc_stream.formats import Block, BlockErrors, DType, Measure, StreamHeader
+from kvtc_stream.formats import Block, BlockErrors, DType, LayerErrors, Measure, StreamHeader
 from kvtc_stream.io.dlpack import BackendName
 from kvtc_stream.planning.rate_control import Controls
 
@@ -122,14 +122,25 @@ class Backend(Protocol):
         calibration: CalibratedBases,
         *,
         error_bound: float | None = None,
+        layer_error_bound: float | None = None,
         measure: bool = True,
         target: Controls | None = None,
     ) -> SectionCoder:
         """A coder for one section of the stream that ``header`` describes.
 
-        ``target`` is what an encoder with uniform bands keeps to.
+        ``target`` is what an encoder with uniform bands keeps to. A token is verbatim whose error
+        exceeds ``error_bound``, or in a layer ``layer_error_bound``.
         """
         ...
+
+
+def layer_errors(errors: NDArray[np.floating[Any]], kept: NDArray[np.int64]) -> LayerErrors | None:
+    """Mean and worst of [2, layers, tokens] errors of K and V over the coded tokens."""
+    if not len(kept):
+        return None
+    own = errors[:, :, kept]
+    (k_mean, v_mean), (k_worst, v_worst) = own.mean(axis=2), own.max(axis=2)
+    return LayerErrors.of(k_mean, k_worst, v_mean, v_worst)
 
 
 def block_errors(errors: NDArray[np.floating[Any]] | None, kept: NDArray[np.int64]) -> BlockErrors:

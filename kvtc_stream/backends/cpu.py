@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvtc_stream.backends.base import HOPELESS, R, T, block_errors
+from kvtc_stream.backends.base import HOPELESS, R, T, block_errors, layer_errors
 from kvtc_stream.backends.cpu_payloads import BandCoding, Quantised, UniformCoding
 from kvtc_stream.calibration.components import Components
 from kvtc_stream.calibration.parts import CalibratedBases, Part
@@ -21,14 +22,14 @@ from kvtc_stream.coding.values import (
     verbatim_output,
     verbatim_planes,
 )
-from kvtc_stream.formats import Block, DType, PartPlan, Role, StreamHeader
+from kvtc_stream.formats import Block, DType, Feature, PartPlan, Role, StreamHeader
 from kvtc_stream.formats.coders import compress_beside
 from kvtc_stream.io.dlpack import BackendName, as_kv_array, layer_list, numpy_dtype, to_numpy
 from kvtc_stream.planning.rate_control import Controls
 
 Float = NDArray[np.float32]
-#: Of K and of V, float64 [tokens].
-_Errors = tuple[NDArray[np.float64], NDArray[np.float64]]
+#: float64 [2, tokens]: of K and of V.
+_Errors = NDArray[np.float64]
 
 
 class PagedLayer:
@@ -54,11 +55,14 @@ class CpuBackend:
         calibration: CalibratedBases,
         *,
         error_bound: float | None = None,
+        layer_error_bound: float | None = None,
         measure: bool = True,
         target: Controls | None = None,
     ) -> CpuSectionCoder:
         """See :meth:`kvtc_stream.backends.base.Backend.section_coder`."""
-        return CpuSectionCoder(header, section, calibration, error_bound, measure, target)
+        return CpuSectionCoder(
+            header, section, calibration, error_bound, layer_error_bound, measure, target
+        )
 
     def layer_list(
         self, x: Any, name: str, layers: int, kv_heads: int, head_dim: int
@@ -126,13 +130,16 @@ class CpuSectionCoder:
         section: int,
         calibration: CalibratedBases,
         error_bound: float | None,
+        layer_error_bound: float | None,
         measure: bool,
         target: Controls | None,
     ) -> None:
         self._header = header
         self._index = section
         self._section = header.geometry.sections[section]
-        self._error_bound = error_bound
+        self._bound = HOPELESS if error_bound is None else min(HOPELESS, error_bound)
+        self._layer_bound = math.inf if layer_error_bound is None else layer_error_bound
+        self._by_layer = Feature.LAYER_ERRORS in header.features
         self._measure = measure
         self._k_scale, self._v_scale = section_scales(header, section)
         plan = header.plan.sections[section]
@@ -175,25 +182,28 @@ class CpuSectionCoder:
 
         def full(quantised: Quantised) -> _Errors:
             self._coding.dequantise(quantised, coefficients)
-            return self._reconstruction_errors(k32, v32, positions)
+            return self._reconstruction_errors(k32, v32, positions)[0]
 
         offset = 0.0
         if isinstance(self._coding, UniformCoding):
             quantised, offset = self._uniform(coefficients, full)
         else:
             quantised = self._coding.quantise(coefficients)
-        found: _Errors | None = None
+        errors = by_layer = None
         codable = quantised.representable.copy()
         if not self._measure:  # what components there are need not feel every value
             codable &= np.isfinite(k32).all(axis=(0, 1, 3)) & np.isfinite(v32).all(axis=(0, 1, 3))
         else:
-            found = full(quantised)
+            self._coding.dequantise(quantised, coefficients)
+            errors, by_layer = self._reconstruction_errors(k32, v32, positions)
             # Comparisons are false for tokens that are not finite or have no relative error.
-            bound = HOPELESS if self._error_bound is None else min(HOPELESS, self._error_bound)
             with np.errstate(invalid="ignore"):
-                codable &= (found[0] <= bound) & (found[1] <= bound)
-        errors = None if found is None else np.stack(found)
-        block = self._block(k, v, positions, start, quantised, np.flatnonzero(codable), errors)
+                codable &= (errors <= self._bound).all(axis=0)
+                if self._layer_bound < math.inf:
+                    codable &= (by_layer <= self._layer_bound).all(axis=(0, 1))
+        block = self._block(
+            k, v, positions, start, quantised, np.flatnonzero(codable), errors, by_layer
+        )
         if self._control is not None:
             self._control.record(offset, block)
         return block
@@ -214,8 +224,7 @@ class CpuSectionCoder:
             of_kept = [x[fits] for x in classes]
 
             def errors_of_kept(offset: float) -> _Errors:
-                k, v = errors(coding.quantise(exact, classes, offset))
-                return k[fits], v[fits]
+                return errors(coding.quantise(exact, classes, offset))[:, fits]
 
             if fits.any():
                 offset = self._control.choose(
@@ -238,15 +247,21 @@ class CpuSectionCoder:
                 part.analysis.project(part.rows, part.coefficients)
         return [part.coefficients[:tokens] for part in self._parts]
 
-    def _reconstruction_errors(self, k: Float, v: Float, positions: NDArray[np.int64]) -> _Errors:
-        """Errors of K and V from the parts' coefficients, decoded."""
+    def _reconstruction_errors(
+        self, k: Float, v: Float, positions: NDArray[np.int64]
+    ) -> tuple[_Errors, NDArray[np.float64]]:
+        """Errors of K and V from the parts' coefficients, decoded; and [2, layers, tokens]."""
         for part in self._parts:
             part.coefficients[k.shape[2] :] = 0
         layers = range(len(self._section.layers))
         k_out, v_out = self._synthesise(positions, layers)
+        pairs = [
+            squared_errors(k, to_float32(k_out, self._out_scale(self._k_scale))),
+            squared_errors(v, to_float32(v_out, self._out_scale(self._v_scale))),
+        ]
         return (
-            _relative(*squared_errors(k, to_float32(k_out, self._out_scale(self._k_scale)))),
-            _relative(*squared_errors(v, to_float32(v_out, self._out_scale(self._v_scale)))),
+            np.stack([_relative(lost.sum(axis=0), energy.sum(axis=0)) for lost, energy in pairs]),
+            np.stack([_relative(*pair) for pair in pairs]),
         )
 
     def _block(
@@ -258,6 +273,7 @@ class CpuSectionCoder:
         quantised: Quantised,
         kept: NDArray[np.int64],
         errors: NDArray[np.float64] | None,
+        by_layer: NDArray[np.float64] | None,
     ) -> Block:
         verbatim = np.delete(np.arange(len(positions)), kept)
         coder, coded, coded_size = self._coding.pack(quantised, kept)
@@ -277,6 +293,9 @@ class CpuSectionCoder:
             verbatim_coder=verbatim_coder,
             verbatim=verbatim_coded,
             errors=block_errors(errors, kept),
+            layer_errors=(
+                layer_errors(by_layer, kept) if self._by_layer and by_layer is not None else None
+            ),
         )
 
     def decode(self, block: Block, layers: Sequence[int]) -> tuple[Any, Any]:

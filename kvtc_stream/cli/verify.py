@@ -250,7 +250,7 @@ class _Comparison:
 
 def _relative_errors(x: NDArray[np.float32], y: NDArray[np.float32]) -> NDArray[np.float64]:
     """‖y−x‖/‖x‖ per token, 0 where nothing was lost."""
-    error, energy = squared_errors(x, y)
+    error, energy = (sums.sum(axis=0) for sums in squared_errors(x, y))
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio: NDArray[np.float64] = np.where(error == 0, 0.0, np.sqrt(error / energy))
     return ratio

@@ -149,13 +149,13 @@ def _scatter(rows, cos, sin, table, pairs, interleaved, out):  # type: ignore[no
 
 @numba.njit(cache=True, nogil=True)
 def squared_errors(x, y):  # type: ignore[no-untyped-def]
-    """Per token of float32 ``x`` and ``y`` [layers, heads, tokens, dim]: Σ(y−x)² and Σx², float64.
+    """Σ(y−x)² and Σx², float64 [layers, tokens], of float32 [layers, heads, tokens, dim].
 
     A token with a value that is not finite has a sum that is not finite.
     """
     layers, heads, tokens, dim = x.shape
-    error = np.zeros(tokens, np.float64)
-    energy = np.zeros(tokens, np.float64)
+    error = np.zeros((layers, tokens), np.float64)
+    energy = np.zeros((layers, tokens), np.float64)
     for layer in range(layers):
         for h in range(heads):
             for t in range(tokens):
@@ -166,6 +166,6 @@ def squared_errors(x, y):  # type: ignore[no-untyped-def]
                     delta = np.float64(y[layer, h, t, d]) - a
                     e += delta * delta
                     n += a * a
-                error[t] += e
-                energy[t] += n
+                error[layer, t] += e
+                energy[layer, t] += n
     return error, energy

@@ -40,6 +40,10 @@ PRESETS: Mapping[str, Preset] = {
 TARGETS = ("ratio", "bits_per_token", "mean_error")
 
 
+#: How many times ``error_bound`` one layer of a token may lose, if nothing else is said.
+LAYER_FACTOR = 5.0
+
+
 @dataclass(frozen=True)
 class Codec:
     """How to code a stream. Immutable; safe to share between threads and streams.
@@ -70,6 +74,10 @@ class Codec:
         A bound, not a target: a token whose measured relative error in K or in V would exceed it
         is stored verbatim. Needs ``measure=True``. Without it the bound is 2: what lies beyond
         is no reconstruction at all.
+    layer_error_bound
+        The same in each layer by itself: errors over all layers say little of a layer whose keys or
+        values are small beside others'. Five times ``error_bound`` unless given; ``math.inf``
+        leaves layers alone.
     sinks
         Tokens at positions below this travel verbatim (attention sinks).
     window
@@ -106,6 +114,7 @@ class Codec:
     bits_per_token: float | None = None
     mean_error: float | None = None
     error_bound: float | None = None
+    layer_error_bound: float | None = None
     sinks: int = 4
     window: int = 128
     block_tokens: int = 128
@@ -128,10 +137,14 @@ class Codec:
             if value is not None and value not in accepted:
                 shown = ", ".join(map(str, accepted))
                 raise ValueError(f"{name} must be one of {shown}, found {value!r}")
-        if self.error_bound is not None and not self.error_bound >= 0:
-            raise ValueError(f"error_bound must be at least 0, found {self.error_bound}")
-        if self.error_bound is not None and not self.measure:
-            raise ValueError("error_bound bounds the measured error: it needs measure=True")
+        for name, bound in (
+            ("error_bound", self.error_bound),
+            ("layer_error_bound", self.layer_error_bound),
+        ):
+            if bound is not None and not bound >= 0:
+                raise ValueError(f"{name} must be at least 0, found {bound}")
+            if bound is not None and not self.measure:
+                raise ValueError(f"{name} bounds the measured error: it needs measure=True")
         for name, count, least, most in (
             ("sinks", self.sinks, 0, 2**32 - 1),
             ("window", self.window, 0, 2**32 - 1),
@@ -176,6 +189,14 @@ class Codec:
         """What encoders adapt their steps to; ``None`` if bands are not uniform, or the plan is
         fixed."""
         return self.target if PRESETS[self.preset].uniform else None
+
+    @property
+    def bounds(self) -> tuple[float | None, float | None]:
+        """The error bound of a token, over all layers and in each."""
+        by_layer = self.layer_error_bound
+        if by_layer is None and self.error_bound is not None:
+            by_layer = LAYER_FACTOR * self.error_bound
+        return self.error_bound, by_layer
 
     @property
     def byte_coder(self) -> Coder:

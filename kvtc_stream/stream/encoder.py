@@ -21,6 +21,7 @@ from kvtc_stream.errors import KVTCWarning, StateError
 from kvtc_stream.formats import (
     Block,
     DType,
+    Feature,
     Geometry,
     RecordType,
     Role,
@@ -243,6 +244,7 @@ class Encoder:
         """Tell what is odd about the stream; Python shows a warning once, the log has each."""
         s = self._statistics
         found = s.surprises(self._codec.plan)
+        found += s.lost_layers(self._geometry, self._codec.target)
         if self._base is not None and (complaint := self._base.complaint()):
             found.insert(0, complaint)
         if 0 < s.ratio < _POOR_RATIO:
@@ -394,7 +396,8 @@ def page_header(
     """The header that pages belong under; arguments as those of :class:`Encoder`."""
     geometry = _with_rope(codec.calibration.geometry, rope)
     header = _header(codec, dtype, geometry, _scales(geometry, k_scale, v_scale))
-    return replace(header, sinks=0, window=0)
+    # A page of few tokens has no room for errors by layer.
+    return replace(header, sinks=0, window=0, features=header.features & ~Feature.LAYER_ERRORS)
 
 
 def check_scaled(dtype: DType) -> None:
@@ -427,6 +430,7 @@ def _header(
         coder=codec.byte_coder,
         calibration=codec.calibration.digest,
         model=codec.calibration.model,
+        features=Feature.LAYER_ERRORS if codec.measure else Feature(0),
     )
 
 

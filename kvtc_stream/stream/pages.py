@@ -116,7 +116,8 @@ class PageCodec:
             self._header,
             self._section,
             codec.calibration,
-            error_bound=codec.error_bound,
+            error_bound=codec.bounds[0],
+            layer_error_bound=codec.bounds[1],
             measure=codec.measure,
             target=None if control is None else _Only(control),
         )

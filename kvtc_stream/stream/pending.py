@@ -64,7 +64,8 @@ class SectionState:
             header,
             index,
             codec.calibration,
-            error_bound=codec.error_bound,
+            error_bound=codec.bounds[0],
+            layer_error_bound=codec.bounds[1],
             measure=codec.measure,
             target=controls,
         )

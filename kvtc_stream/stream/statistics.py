@@ -4,12 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from kvtc_stream.formats import Block, IndexEntry, Measure, Plan, Role, StreamFile
+import numpy as np
+from numpy.typing import NDArray
+
+from kvtc_stream.formats import Block, Geometry, IndexEntry, Measure, Plan, Role, StreamFile
+from kvtc_stream.planning.rate_control import Target
 
 #: A mean error this many times what the plan expects says that the calibration does not fit.
 _SURPRISE = 2.0
 #: Fewer coded tokens than this say nothing about it.
 _SURPRISE_TOKENS = 16
+
+
+#: A layer is lost that loses so many times what all do together, and so much of its norm; or so
+#: many times a target for the mean error.
+_LOST_FACTOR, _LOST = 5.0, 0.25
 
 
 @dataclass
@@ -32,6 +41,9 @@ class _ErrorSums:
     tokens: int = 0
     k: float = 0.0
     v: float = 0.0
+    #: float64 [2, layers]: of K and of V, where blocks tell them.
+    layers: NDArray[np.float64] | None = None
+    layer_tokens: int = 0
 
 
 @dataclass
@@ -97,6 +109,10 @@ class StreamStatistics:
             sums.tokens += coded
             sums.k += errors.k_mean * coded
             sums.v += errors.v_mean * coded
+            if isinstance(block, Block) and (by_layer := block.layer_errors) is not None:
+                means = np.array([by_layer.k_mean, by_layer.v_mean]) * coded
+                sums.layers = means if sums.layers is None else sums.layers + means
+                sums.layer_tokens += coded
 
     def surprises(self, plan: Plan) -> list[str]:
         """Where errors are far above what the plan expects: a cache unlike the calibration's."""
@@ -113,6 +129,38 @@ class StreamStatistics:
             and sums.tokens >= _SURPRISE_TOKENS
             and total > _SURPRISE * expected * sums.tokens
         ]
+
+    def layer_errors(self, section: int = 0) -> NDArray[np.float64] | None:
+        """float64 [2, layers]: mean error of K and of V in each layer of a section.
+
+        Rounded up by 1/16 at most. ``None`` where no block tells: of a stream written without
+        measuring, in format 1.0, or of one of which the index alone was read.
+        """
+        sums = self._sections.get(section, _ErrorSums())
+        return None if sums.layers is None else sums.layers / sums.layer_tokens
+
+    def lost_layers(self, geometry: Geometry, target: Target | None) -> list[str]:
+        """Where single layers lose far more than all together, and more than was asked for."""
+        found = []
+        for index, sums in sorted(self._sections.items()):
+            errors = self.layer_errors(index)
+            if errors is None or sums.tokens < _SURPRISE_TOKENS:
+                continue
+            for name, total, own in (("K", sums.k, errors[0]), ("V", sums.v, errors[1])):
+                usual = total / sums.tokens
+                bound = max(_LOST_FACTOR * usual, _LOST)
+                if target is not None and target.name == "mean_error":
+                    bound = _LOST_FACTOR * target.value
+                lost = np.flatnonzero(own > bound)
+                if lost.size:
+                    layers = ", ".join(str(geometry.sections[index].layers[i]) for i in lost[:8])
+                    found.append(
+                        f"section {index}: {name} of layers {layers} loses up to "
+                        f"{own[lost].max():.2f} of its norm, where all layers together lose "
+                        f"{usual:.3f}: these layers are small beside others. Bound them with "
+                        f"layer_error_bound=, or calibrate with importance='gradients'"
+                    )
+        return found
 
     @property
     def tokens(self) -> int:

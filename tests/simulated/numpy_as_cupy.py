@@ -128,8 +128,12 @@ def install() -> None:
         concatenate=_made(np.concatenate),
         empty=_made(_empty),
         full=_made(np.full),
+        maximum=_made(np.maximum),
         ones=_made(np.ones),
+        sqrt=_made(np.sqrt),
+        stack=_made(np.stack),
         take=_made(np.take),
+        where=_made(np.where),
         zeros=_made(np.zeros),
     )
     _module("cupy_backends")

@@ -105,9 +105,11 @@ def test_streams_are_what_the_cpu_reads(
         assert [block.start + i for i in block.verbatim_tokens] == (
             [HOSTILE] if span.start <= HOSTILE < span.stop else []
         )
-        for values, exact, mean, worst in (
-            (found[0], cache[0], block.errors.k_mean, block.errors.k_worst),
-            (found[1], cache[1], block.errors.v_mean, block.errors.v_worst),
+        by_layer = block.layer_errors
+        assert by_layer is not None
+        for values, exact, mean, worst, of_layers in (
+            (found[0], cache[0], block.errors.k_mean, block.errors.k_worst, by_layer.k_mean),
+            (found[1], cache[1], block.errors.v_mean, block.errors.v_worst, by_layer.v_mean),
         ):
             expected = exact[:, :, span][:, :, fits].astype(np.float32)
             lost = np.array(values[:, :, span])[:, :, fits].astype(np.float32) - expected
@@ -115,6 +117,8 @@ def test_streams_are_what_the_cpu_reads(
             assert errors.mean() == pytest.approx(mean, rel=0.02)
             assert errors.max() == pytest.approx(worst, rel=0.02)
             assert mean < 0.3
+            own = np.sqrt((lost**2).sum((1, 3)) / (expected**2).sum((1, 3))).mean(axis=1)
+            np.testing.assert_allclose(of_layers, own, rtol=0.08)
     assert coded == pytest.approx(TOKENS * file.header.verbatim_size(0, 1) / RATIO, rel=0.25)
 
 
