@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import struct
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -314,7 +315,30 @@ def test_few_tokens_warn_and_none_raise() -> None:
     calibrator.finish()
 
 
+@pytest.mark.parametrize(
+    ("spoil", "match"),
+    [
+        (lambda k, v: (0 * k, 0 * v), "the same in K of layers 0, 1, V of layers 0, 1:"),
+        (lambda k, v: (k, v[:, :, :1].repeat(200, axis=2)), "the same in V of layers 0, 1:"),
+        (lambda k, v: (k, np.stack([0 * v[0], v[1]])), "the same in V of layer 0:"),
+    ],
+)
+def test_calibrated_on_nothing(spoil: Callable[..., Any], match: str) -> None:
+    """Calibration says so, and so does a stream that has lost nearly everything."""
+    geometry = kvtc.Geometry.uniform(layers=2, kv_heads=1, head_dim=8)
+    k, v = kvtc.testing.drawn_cache(geometry, 200)
+    calibrator = kvtc.Calibrator(geometry)
+    calibrator.update(*spoil(k, v))
+    with pytest.warns(kvtc.KVTCWarning, match=match):
+        calibration = calibrator.finish()
+    codec = kvtc.Codec(calibration, "paper", ratio=4, window=0)
+    if "layers" in match:
+        with pytest.warns(kvtc.KVTCWarning, match="the cache is unlike those it learnt from"):
+            kvtc.encode(k, v, codec)
+
+
 @few_tokens
+@pytest.mark.filterwarnings("ignore:calibrated on tokens that are all the same")
 @pytest.mark.parametrize("tokens", [1, 2, 50])
 def test_tokens_without_variance(tokens: int) -> None:
     """Constant caches calibrate, and code without error."""

@@ -36,6 +36,8 @@ BATCH = 2048
 _TOKENS_PER_COLUMN = 2
 
 
+#: A layer whose variance is this part of its mean square, or less, holds one value repeated.
+_CONSTANT = 1e-6
 #: Sampled rows that tables of bands are measured on.
 _BAND_ROWS = 2048
 #: Most rows with gradients that are kept, and about the most memory for them.
@@ -157,6 +159,25 @@ class SectionMoments:
             layers, *(section.kv_heads * d for d in (section.k_dim, section.v_dim))
         )
 
+    def _constant_layers(self) -> list[str]:
+        """What has hardly any variance, e.g. ``V of layers 0, 1``, by the model's numbers."""
+        found: dict[str, list[int]] = {"K": [], "V": []}
+        for columns, moments in self.moments.items():
+            variance = self._arrays.get(moments.scatter.diagonal()) / moments.count
+            energy = variance + self._arrays.get(moments.mean) ** 2
+            at = 0
+            for name, layers in (("K", columns.k_layers), ("V", columns.v_layers)):
+                for layer in layers:
+                    one = Columns((layer,), ()) if name == "K" else Columns((), (layer,))
+                    own = slice(at, at := at + one.width(self.section))
+                    if variance[own].sum() <= _CONSTANT * energy[own].sum():
+                        found[name].append(self.section.layers[layer])
+        return [
+            f"{name} of layer{'s' * (len(layers) > 1)} {', '.join(map(str, sorted(layers)))}"
+            for name, layers in found.items()
+            if layers
+        ]
+
     def solve(
         self, rank: int | None, scaling: Pair | None, advance: Callable[[], None]
     ) -> SectionCalibration:
@@ -173,6 +194,14 @@ class SectionMoments:
                 f"calibrated on {tokens} tokens for rows of {width} values: below "
                 f"{_TOKENS_PER_COLUMN * width} tokens the basis fits noise and unseen text codes "
                 f"worse; give more text",
+                KVTCWarning,
+                stacklevel=3,
+            )
+        elif constant := self._constant_layers():
+            warnings.warn(
+                f"calibrated on tokens that are all the same in {', '.join(constant)}: zeros, or "
+                f"one token repeated, say nothing about other text, which will come back with "
+                f"errors of its own size; give real text",
                 KVTCWarning,
                 stacklevel=3,
             )

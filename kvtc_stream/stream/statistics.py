@@ -12,6 +12,8 @@ from kvtc_stream.planning.rate_control import Target
 
 #: A mean error this many times what the plan expects says that the calibration does not fit.
 _SURPRISE = 2.0
+#: A mean error from which on next to nothing is kept: above it, one that nobody expected.
+_USELESS = 0.75
 #: Fewer coded tokens than this say nothing about it.
 _SURPRISE_TOKENS = 16
 
@@ -125,9 +127,7 @@ class StreamStatistics:
                 ("K", sums.k, plan.sections[i].expected_k_error),
                 ("V", sums.v, plan.sections[i].expected_v_error),
             )
-            if expected
-            and sums.tokens >= _SURPRISE_TOKENS
-            and total > _SURPRISE * expected * sums.tokens
+            if sums.tokens >= _SURPRISE_TOKENS and total > _surprising(expected) * sums.tokens
         ]
 
     def layer_errors(self, section: int = 0) -> NDArray[np.float64] | None:
@@ -207,3 +207,12 @@ class StreamStatistics:
     def v_error_mean(self) -> float:
         """Mean over coded tokens of ‖v̂−v‖/‖v‖."""
         return sum(s.v for s in self._sections.values()) / max(self.coded_tokens, 1)
+
+
+def _surprising(expected: float) -> float:
+    """A mean error above which the cache is unlike those of the calibration.
+
+    One that learnt from nothing, zeros or one token repeated, expects no error at all.
+    """
+    useless = max(_USELESS, 1.1 * expected)
+    return min(_SURPRISE * expected, useless) if expected else useless
