@@ -131,6 +131,30 @@ def test_the_cut_of_the_input_does_not_show(codec: kvtc.Codec, step: int) -> Non
     assert records(again)[6] != records(data)[6]
 
 
+def test_a_sliding_window_leaves_blocks_behind(codec: kvtc.Codec) -> None:
+    """What is held begins within a block, which is kept as long as one of its tokens is."""
+    calibration, held = codec.calibration, 70
+    cache = kvtc.testing.drawn_cache(calibration.geometry, 300)
+    data = kvtc.encode(*(x[:, :, :held] for x in cache), codec)
+    known = {i: [np.asarray(x)[:, :, i] for x in kvtc.decode(data, calibration)] for i in range(36)}
+    for end in (75, 76, 100, 115, 300):
+        with kvtc.open(data, calibration=calibration) as reader:
+            positions = np.concatenate([b.positions for b in reader])
+            restored = reader.read()
+        before = end - held
+        kept = np.flatnonzero(positions >= before)
+        done = int(positions[-1]) + 1
+        new = [
+            np.concatenate([np.asarray(x)[:, :, kept], y[:, :, max(done, before) : end]], axis=2)
+            for x, y in zip(restored, cache, strict=True)
+        ]
+        data = kvtc.encode(*new, codec, base=data, positions=np.arange(before, end))
+        again = kvtc.decode(data, calibration)
+        assert again[0].shape[2] == held
+        for position in range(before, 36):
+            assert equal([x[:, :, position - before] for x in again], known[position])
+
+
 def test_a_fork_meets_its_target_by_itself(codec: kvtc.Codec) -> None:
     """Other tokens from the middle of the base on: its rate control is not that of the base."""
     calibration = codec.calibration

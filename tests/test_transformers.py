@@ -832,27 +832,40 @@ def test_verbatim_cache_in_half_precision(
     assert wide.layers[0].keys.dtype == torch.float32
 
 
+def coded_tokens(data: bytes, calibration: kvtc.Calibration) -> dict[tuple[int, int], Any]:
+    """K of every token that is coded, by section and position."""
+    with kvtc.open(data, calibration=calibration) as reader:
+        return {
+            (block.section, int(position)): np.asarray(block.k)[:, :, i]
+            for block in reader
+            if block.role is Role.DATA
+            for i, position in enumerate(block.positions)
+        }
+
+
 @pytest.mark.filterwarnings("ignore:the stream is only:kvtc_stream.errors.KVTCWarning")
 @pytest.mark.filterwarnings("ignore:section :kvtc_stream.errors.KVTCWarning")
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
 def test_a_restored_cache_that_grew_takes_over_its_blocks(
-    built: Callable[[str], Any], calibrated: Callable[[str], kvtc.Calibration]
+    name: str, built: Callable[[str], Any], calibrated: Callable[[str], kvtc.Calibration]
 ) -> None:
-    model, calibration = built("llama"), calibrated("llama")
+    model, calibration = built(name), calibrated(name)
     codec = kvtc.Codec(calibration, ratio=4, window=8, block_tokens=16)
     ids = drawn_ids(100, seed=1)
     data = encode_cache(prefill(model, ids[:60]), codec, model=model)
     assert data is not None
-    first, _ = kvtc.decode(data, calibration)
-    for end in (61, 90):
+    first = coded_tokens(data, calibration)
+    for end in (61, 75):
         decoded = decode_cache(data, calibration, model=model)
         held = decoded.get_seq_length()
         with torch.inference_mode():
             model(input_ids=torch.from_numpy(ids[held:end])[None], past_key_values=decoded)
         data = encode_cache(decoded, codec, model=model, base=data)
         assert data is not None
-        again, _ = kvtc.decode(data, calibration)
-        assert again.shape[2] == end
-        np.testing.assert_array_equal(again[:, :, :52], first[:, :, :52])
+        again = coded_tokens(data, calibration)
+        assert len(again.keys() & first.keys()) > (30 if name == "llama" else 2)
+        for token in again.keys() & first.keys():
+            np.testing.assert_array_equal(again[token], first[token])
 
 
 @pytest.mark.filterwarnings("ignore::kvtc_stream.KVTCWarning")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -27,7 +28,7 @@ _BLOCKS_AT_A_TIME = 64
 class Base:
     """A stream whose blocks stand for tokens that are, bit for bit, what they decode to.
 
-    In each section blocks are taken over from the front, up to the first token that differs.
+    In each section blocks are taken over from the first token that comes, up to one that differs.
     """
 
     def __init__(self, source: Source, key: bytes) -> None:
@@ -94,9 +95,9 @@ class _SectionBase:
         self, stream: StreamFile, section: int, entries: list[IndexEntry], decoder: BlockDecoder
     ) -> None:
         self.entries, self.taken = entries, 0
-        self._section, self._decoder = section, decoder
-        self._blocks = stream.read_blocks(entries)
-        self._ongoing = bool(entries)
+        self._stream, self._section, self._decoder = stream, section, decoder
+        self._blocks: Iterator[Block] | None = None
+        self._ongoing = True
         # Blocks that were decoded and not taken over yet, their tokens, and how many of these are
         # known to be equal, from ``_first`` on.
         self._group: deque[Block] = deque()
@@ -117,6 +118,8 @@ class _SectionBase:
         """See :meth:`Base.take`."""
         k, v, positions = chunk
         at = 0
+        if self._blocks is None and len(positions):
+            self._blocks = self._begin(int(positions[0]))
         while self._ongoing and at < len(positions):
             if self._equal == len(self._positions) and not self._decode(len(positions) - at):
                 break
@@ -126,7 +129,8 @@ class _SectionBase:
             while self._group and self._first + len(self._group[0].kept) <= self._equal:
                 block = self._group.popleft()
                 self._first += len(block.kept)
-                state.coded_before(self.entries[self.taken])
+                last_position = int(self._positions[self._first - 1])
+                state.coded_before(block.role, len(block.kept), last_position)
                 self.taken += 1
                 yield block
             if same:
@@ -135,6 +139,16 @@ class _SectionBase:
                 yield from self.give_up(state)
         rest = slice(at, None)
         return [x[:, rest] for x in k], [x[:, rest] for x in v], positions[rest]
+
+    def _begin(self, first: int) -> Iterator[Block]:
+        """The blocks from a position on: a sliding window has left behind those before it."""
+        self.entries = [e for e in self.entries if e.last_position >= first]
+        start = 0
+        for block in self._stream.read_blocks(self.entries):
+            early = int(np.searchsorted(_positions(block), first))
+            front, end = block.cut
+            yield replace(block, start=start, cut=(front + early, end))
+            start += len(block.kept) - early
 
     def give_up(self, state: SectionState) -> Iterator[Block]:
         """Take over no more; equal tokens of a block that was not whole are coded anew."""
@@ -150,7 +164,7 @@ class _SectionBase:
         """Decode the blocks of about so many tokens, at least one; whether there was one."""
         found: list[Block] = []
         count = 0
-        for block in islice(self._blocks, _BLOCKS_AT_A_TIME):
+        for block in islice(self._blocks or (), _BLOCKS_AT_A_TIME):
             found.append(block)
             count += len(block.kept)
             if count >= tokens:
@@ -163,9 +177,7 @@ class _SectionBase:
         first = found[0].start
         slotted = [(block, block_slots(block, first, first + count)) for block in found]
         self._decoder.coder(self._section).decode_into(slotted, layers, self._k, self._v)
-        self._positions = np.concatenate(
-            [np.array(b.positions, np.int64)[b.kept.start : b.kept.stop] for b in found]
-        )
+        self._positions = np.concatenate([_positions(block) for block in found])
         self._group.extend(found)
         self._first = self._equal = 0
         return True
@@ -184,6 +196,10 @@ class _SectionBase:
             same = same.get()
         same = same & (positions[here] == self._positions[there])
         return count if same.all() else int(np.argmin(same))
+
+
+def _positions(block: Block) -> NDArray[np.int64]:
+    return np.array(block.positions, np.int64)[block.kept.start : block.kept.stop]
 
 
 def _bits(x: Any) -> Any:

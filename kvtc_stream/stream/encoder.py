@@ -82,7 +82,8 @@ class Encoder:
         An earlier stream of this cache (a path, memory, or a file object that can seek), which
         stays as it is. A cache that was restored from it, and has grown or forked since, is not
         coded again: blocks are taken over, in each section, as long as the tokens that come are
-        bit for bit what they decode to, and the rest is coded. So what was lost once is all that
+        bit for bit what they decode to, and the rest is coded. Blocks that end before the first
+        token, which a sliding window left behind, are passed over. So what was lost once is all that
         is lost, however often a cache is stored and restored. A warning says why if nothing could
         be taken over. With a ``key`` the base must have been written with it too.
     key
@@ -366,7 +367,7 @@ class Encoder:
                 own = [list(map(self._backend.array, x)) for x in (k, v)]
                 state.hold(own[0], own[1], positions)
             else:
-                state.coded_before(entry)
+                state.coded_before(entry.role, entry.tokens, entry.last_position)
         self._opening = self._writer.start()
         self._statistics.other_bytes = (
             stream.end + len(self._opening) - self._statistics.stream_bytes_of_blocks

@@ -18,7 +18,6 @@ from kvtc_stream.formats import (
     Block,
     BlockErrors,
     Coder,
-    IndexEntry,
     Role,
     StreamHeader,
 )
@@ -137,11 +136,11 @@ class SectionState:
         self.last_position = int(self._positions[self._end - 1])
         return count
 
-    def coded_before(self, entry: IndexEntry) -> None:
+    def coded_before(self, role: Role, tokens: int, last_position: int) -> None:
         """Count a block that another encoder wrote."""
-        self._coded = entry.start + entry.tokens
-        self.last_position = entry.last_position
-        self._only_sinks &= entry.role is Role.SINKS
+        self._coded += tokens
+        self.last_position = last_position
+        self._only_sinks &= role is Role.SINKS
 
     def _make_room(self) -> None:
         """Move pending tokens to the front, of larger buffers if a block cannot fit behind them.
