@@ -83,9 +83,9 @@ class Encoder:
         stays as it is. A cache that was restored from it, and has grown or forked since, is not
         coded again: blocks are taken over, in each section, as long as the tokens that come are
         bit for bit what they decode to, and the rest is coded. Blocks that end before the first
-        token, which a sliding window left behind, are passed over. So what was lost once is all that
-        is lost, however often a cache is stored and restored. A warning says why if nothing could
-        be taken over. With a ``key`` the base must have been written with it too.
+        token, which a sliding window left behind, are passed over. So what was lost once is all
+        that is lost, however often a cache is stored and restored. A warning says why if nothing
+        could be taken over. With a ``key`` the base must have been written with it too.
     key
         Shared secret of an HMAC: readers with the same key reject streams written without it.
 
