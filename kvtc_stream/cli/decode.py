@@ -59,8 +59,8 @@ def _read(args: Namespace, bars: Progress) -> list[plain.PlainSection]:
         )
         total = None
         for i in chosen:
-            layers = reader.header.geometry.sections[i].layers
-            paths.check_range("--layers", args.layers, len(layers), "layers")
+            count = len(reader.header.geometry.sections[i].layers)
+            paths.check_range("--layers", args.layers, count, "layers")
         if file.seekable():
             for i in chosen:
                 paths.check_range("--tokens", args.tokens, reader.tokens(i), "tokens")

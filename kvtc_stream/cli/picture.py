@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from kvtc_stream.calibration.model import Calibration
+from kvtc_stream.calibration.parts import CalibratedBases
 from kvtc_stream.formats import PartPlan, Quantiser, Role, StreamFile
 from kvtc_stream.stream.decoder import check_calibration
 from kvtc_stream.stream.statistics import StreamStatistics
@@ -20,18 +21,17 @@ def draw(path: str, stream: StreamFile, calibration: Calibration | None) -> None
     The bits of uniform bands are those that the calibration expects at the plan's step; without
     it, the bands' steps are drawn.
     """
-    if calibration is not None:
-        calibration = check_calibration(stream.header, calibration)
+    bases = None if calibration is None else check_calibration(stream.header, calibration)
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     components, errors, sizes = figure.subplots(1, 3)
-    _components(components, stream, calibration)
+    _components(components, stream, bases)
     _errors(errors, stream)
     _sizes(sizes, stream)
     figure.savefig(path, dpi=150)
 
 
-def _components(axes: Axes, stream: StreamFile, calibration: Calibration | None) -> None:
+def _components(axes: Axes, stream: StreamFile, bases: CalibratedBases | None) -> None:
     steps = False
     for i, plan in enumerate(stream.header.plan.sections):
         for j, part in enumerate(plan.parts):
@@ -39,8 +39,8 @@ def _components(axes: Axes, stream: StreamFile, calibration: Calibration | None)
                 name for name, layers in (("K", part.k_layers), ("V", part.v_layers)) if layers
             )
             rate = None
-            if plan.uniform and calibration is not None:
-                uniform = calibration.sections[i].parts(plan)[j].uniform
+            if plan.uniform and bases is not None:
+                uniform = bases.sections[i].parts(plan)[j].uniform
                 rate = None if uniform is None else uniform.families.rate
             steps |= plan.uniform and rate is None
             axes.plot(_heights(part, rate), label=f"section {i}: {kinds}", linewidth=1)
