@@ -324,9 +324,9 @@ class StreamFile:
         data = self._read(end, TRAILER_SIZE)
         if not Trailer.is_present(data):
             raise TruncatedError(
-                f"no trailer in the last {TRAILER_SIZE} of {total} bytes: the write was cut off, "
-                "somebody is appending, or bytes were added; fetch the stream again, or read its "
-                "whole blocks with recover=True or `kvtc repair`"
+                f"no trailer in the last {TRAILER_SIZE} of {total} bytes: somebody is appending, "
+                "the write was cut off, or bytes were added; open it again when who appends is "
+                "done, fetch it again, or read its whole blocks with recover=True or `kvtc repair`"
             )
         trailer = Trailer.unpack(data, self._seed, end)
         size = end - trailer.index_offset

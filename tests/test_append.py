@@ -245,6 +245,35 @@ def test_a_full_disk_leaves_what_was_there(
     assert path.read_bytes() == stream
 
 
+def test_readers_beside_a_writer_that_appends(
+    tmp_path: Path, codec: kvtc.Codec, cache: Cache, stream: bytes
+) -> None:
+    """One that is open reads what it had; one that comes is told what to do, and can."""
+    path, calibration = tmp_path / "a.kvtc", codec.calibration
+    path.write_bytes(stream)
+    before = kvtc.decode(stream, calibration)
+    with kvtc.open(path, calibration=calibration) as early:
+        with kvtc.open(path, "ab", codec=codec) as writer:
+            kvtc.open(path, calibration=calibration).close()  # nothing is written yet
+            seen = [200]
+            for start in range(0, 200, 40):
+                some = slice(start, start + 40)
+                writer.write(*(x[:, :, some] for x in cache))
+                with pytest.raises(kvtc.TruncatedError, match=r"somebody is appending.*recover="):
+                    kvtc.open(path, calibration=calibration)
+                with kvtc.open(path, calibration=calibration, recover=True) as late:
+                    seen.append(late.tokens())
+                    old = late.read(slice(164))[0]  # the rest is coded meanwhile
+                np.testing.assert_array_equal(old, before[0][:, :, :164])
+        assert seen == sorted(seen)
+        assert seen[-1] > 300
+        assert early.tokens() == 200
+        for x, y in zip(early.read(), before, strict=True):
+            np.testing.assert_array_equal(x, y)
+    with kvtc.open(path, calibration=calibration) as late:
+        assert late.tokens() == 400
+
+
 def test_the_token_digest_follows(codec: kvtc.Codec, cache: Cache) -> None:
     k, v = cache
     file = io.BytesIO(kvtc.encode(k[:, :, :90], v[:, :, :90], codec, token_digest=bytes(32)))

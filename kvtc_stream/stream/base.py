@@ -102,7 +102,8 @@ class _SectionBase:
         # known to be equal, from ``_first`` on.
         self._group: deque[Block] = deque()
         self._positions = np.empty(0, np.int64)
-        self._k = self._v = None
+        self._k: Any = None
+        self._v: Any = None
         self._first = self._equal = 0
 
     def coded(self, first: int = 0) -> int:

@@ -69,8 +69,10 @@ def open(
     without an exception; what a writer that was killed had written is in ``.NAME.partial`` beside
     it. ``"ab"`` continues a stream with the codec that it was written with, or
     writes a new one to a path where none is: the blocks are those of one uninterrupted run. The
-    bytes that are there stay as they are and stand until the new end is whole; an exception cuts
-    off what was added. A file object must be one to read, write and seek in.
+    bytes that are there stay as they are, so that readers which are open go on; an exception cuts
+    off what was added. Until the new end is whole, opening the stream is a ``TruncatedError``,
+    and ``recover=True`` reads its whole blocks, at least those of the old end. A file object must
+    be one to read, write and seek in.
 
     ``recover`` reads or continues what a stream that was cut off still holds, up to its last whole
     block. With a ``key``, a reader of a file refuses what was not written with it
