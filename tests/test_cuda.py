@@ -191,6 +191,32 @@ def test_chunks_are_free(preset: str, target: dict[str, float]) -> None:
     assert coded[0] == coded[1]
 
 
+@pytest.mark.parametrize("preset", ["default", "paper"])
+def test_a_base_is_taken_over(preset: str) -> None:
+    """However many tokens are decoded together, their values are the same: all blocks match."""
+    calibration = CALIBRATIONS["groups"]
+    k, v = kvtc.testing.drawn_cache(calibration.geometry, 3000, seed=5, dtype=DType.BFLOAT16)
+    codec = kvtc.Codec(calibration, preset, ratio=6, window=20, block_tokens=32, backend="cuda")
+    k, v = (cupy.asarray(x.view(np.uint16)) for x in (k, v))
+
+    def values(x: Any) -> Any:
+        return x.view(ml_dtypes.bfloat16)
+
+    def coded(data: bytes) -> dict[int, bytes | memoryview]:
+        found = StreamParser(Limits()).feed(data)
+        return {b.start: b.coded for b in found if isinstance(b, Block) and b.coded_tokens}
+
+    data = kvtc.encode(values(k[:, :, :2500]), values(v[:, :, :2500]), codec)
+    back = kvtc.decode(data, calibration, backend="cuda")
+    grown = [
+        cupy.concatenate([x.view(np.uint16), y[:, :, 2500:]], axis=2)
+        for x, y in zip(back, (k, v), strict=True)
+    ]
+    again = kvtc.encode(*map(values, grown), codec, base=data)
+    before, after = coded(data), coded(again)
+    assert {start: after[start] for start in before} == before
+
+
 @pytest.mark.parametrize("target", [{"ratio": 10}, {"mean_error": 0.1}])
 def test_targets_are_met(target: dict[str, float]) -> None:
     calibration = CALIBRATIONS["groups"]

@@ -122,6 +122,26 @@ def test_streams_are_what_the_cpu_reads(
     assert coded == pytest.approx(TOKENS * file.header.verbatim_size(0, 1) / RATIO, rel=0.25)
 
 
+def test_a_base_is_taken_over(
+    calibration: kvtc.Calibration, stream: bytes, cache: tuple[Array, Array], cuda: BackendName
+) -> None:
+    """Blocks for tokens that the device has decoded are those of the base; others are coded."""
+    codec = kvtc.Codec(
+        calibration, ratio=RATIO, sinks=0, window=0, block_tokens=BLOCK, backend=cuda
+    )
+    back = kvtc.decode(stream, calibration, backend=cuda)
+    grown = [
+        np.concatenate([np.array(x), y[:, :, :9]], axis=2) for x, y in zip(back, cache, strict=True)
+    ]
+    data = kvtc.encode(*grown, codec, base=stream)
+    before, after = (
+        [file.read_block(entry) for entry in file.index]
+        for file in (StreamFile(io.BytesIO(x)) for x in (stream, data))
+    )
+    assert after[: len(before)] == before
+    assert [block.tokens for block in after] == [24, 11, 9]
+
+
 def test_the_published_method(
     calibration: kvtc.Calibration, cache: tuple[Array, Array], cuda: BackendName
 ) -> None:
