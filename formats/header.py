@@ -8,7 +8,7 @@ from typing import NoReturn
 
 from kvtc_stream.errors import FormatError
 from kvtc_stream.formats.coders import Coder
-from kvtc_stream.formats.features import NO_FEATURES, Feature, version_for
+from kvtc_stream.formats.features import NO_FEATURES, STREAM_FEATURES, Feature, names, version_for
 from kvtc_stream.formats.geometry import (
     DType,
     Geometry,
@@ -149,6 +149,8 @@ class StreamHeader:
         _check_digest(self.calibration, "the calibration's digest")
         _check_digest(self.token_digest, "the token digest", optional=True)
         _check_json(self.metadata)
+        if reserved := self.features & ~STREAM_FEATURES:
+            raise ValueError(f"features {names(reserved)} are reserved, and not written yet")
         object.__setattr__(self, "features", self.features & ~Feature.AXES | self._implied)
 
     @property
