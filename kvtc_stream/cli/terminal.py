@@ -47,8 +47,7 @@ def _lines(bars: Progress) -> Iterator[None]:
 
     def tell() -> None:
         while not done.wait(_SECONDS_PER_LINE):
-            under_way = [task for task in bars.tasks if not task.finished]
-            for task in under_way[-1:]:
+            for task in bars.tasks[-1:]:  # all of it may be done, and its result yet to come
                 share = f" {task.percentage:.0f} %," if task.total else ""
                 note(f"{task.description}:{share} {task.elapsed or 0:.0f} s so far")
 
