@@ -969,7 +969,11 @@ def test_long_work_says_in_a_log_where_it_is(capsys, monkeypatch):
         advance = terminal.bar(bars, "Reading")
         advance(1, 4)
         time.sleep(0.5)
-    assert "Reading: 25 %, 0 s so far\n" in capsys.readouterr().err
+        advance(4, 4)  # what is made of it may take long
+        time.sleep(1.5)
+    told = capsys.readouterr().err
+    assert "Reading: 25 %, 0 s so far\n" in told
+    assert re.search(r"Reading: 100 %, [1-9]\d* s so far\n", told)
 
 
 # Clumsy uses.

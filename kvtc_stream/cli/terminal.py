@@ -49,7 +49,8 @@ def _lines(bars: Progress) -> Iterator[None]:
         while not done.wait(_SECONDS_PER_LINE):
             for task in bars.tasks[-1:]:  # all of it may be done, and its result yet to come
                 share = f" {task.percentage:.0f} %," if task.total else ""
-                note(f"{task.description}:{share} {task.elapsed or 0:.0f} s so far")
+                seconds = bars.get_time() - (task.start_time or 0)  # elapsed stops at 100 %
+                note(f"{task.description}:{share} {seconds:.0f} s so far")
 
     teller = threading.Thread(target=tell, daemon=True)
     teller.start()
