@@ -30,6 +30,7 @@ from rich.table import Table
 
 import kvtc_stream as kvtc
 from kvtc_stream.calibration.families import STEPS_PER_OCTAVE
+from kvtc_stream.calibration.importance import classes_of
 from kvtc_stream.coding.rans import CLASSES, ESCAPE, ZERO, Families
 from kvtc_stream.coding.uniform import UniformBands, steps
 
@@ -71,7 +72,7 @@ class Coding:
     def coefficients(self, path: str) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
         """Those that are coded [tokens, components], and classes [tokens]."""
         found = self.source.rows(path) @ self.whole.T
-        return found[:, self.bands.components], self.importance.classes(found)
+        return found[:, self.bands.components], classes_of(self.importance.predict(found))
 
     def step(self, classes: NDArray[np.uint8]) -> NDArray[np.float32]:
         """[tokens, components]."""

@@ -376,7 +376,7 @@ def test_predictions_do_not_depend_on_the_batch(tokens: int, columns: int, seed:
     assert np.isfinite(together).all()
     alone = [predictor.predict(row[None])[0] for row in x]
     assert together.tolist() == alone
-    classes = predictor.classes(x)
+    classes = importance.classes_of(predictor.predict(x))
     assert classes.dtype == np.uint8
     assert (classes < 16).all()
 

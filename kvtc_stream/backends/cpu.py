@@ -30,6 +30,7 @@ from kvtc_stream.planning.rate_control import Controls
 Float = NDArray[np.float32]
 #: float64 [2, tokens]: of K and of V.
 _Errors = NDArray[np.float64]
+_Count = Callable[[Block], None]
 
 
 class PagedLayer:
@@ -184,9 +185,9 @@ class CpuSectionCoder:
             self._coding.dequantise(quantised, coefficients)
             return self._reconstruction_errors(k32, v32, positions)[0]
 
-        offset = 0.0
+        count: _Count | None = None
         if isinstance(self._coding, UniformCoding):
-            quantised, offset = self._uniform(coefficients, full)
+            quantised, count = self._uniform(coefficients, positions, full)
         else:
             quantised = self._coding.quantise(coefficients)
         errors = by_layer = None
@@ -204,33 +205,55 @@ class CpuSectionCoder:
         block = self._block(
             k, v, positions, start, quantised, np.flatnonzero(codable), errors, by_layer
         )
-        if self._control is not None:
-            self._control.record(offset, block)
+        if count is not None:
+            count(block)
         return block
 
     def _uniform(
-        self, coefficients: list[Float], errors: Callable[[Quantised], _Errors]
-    ) -> tuple[Quantised, float]:
-        """Symbols at the offset to the plan's step that the target asks for, and that offset."""
-        coding = self._coding
+        self,
+        coefficients: list[Float],
+        positions: NDArray[np.int64],
+        errors: Callable[[Quantised], _Errors],
+    ) -> tuple[Quantised, _Count | None]:
+        """Symbols at the offset to the plan's step that the target asks for; and what tells the
+        target of the block that they become."""
+        coding, control = self._coding, self._control
         assert isinstance(coding, UniformCoding)
         exact = [array.copy() for array in coefficients]  # measuring errors overwrites them
-        classes = coding.classify(exact)
-        offset = 0.0
-        if self._control is not None:
-            # Those that will be verbatim take nothing, however fine the step.
-            fits = coding.quantise(exact, classes, offset).representable
-            kept = [x if fits.all() else x[fits] for x in exact]
-            of_kept = [x[fits] for x in classes]
+        grids = coding.grids(exact, positions)
+        if control is None:
+            return coding.quantise(exact, grids), None
+        # Those that will be verbatim take nothing, however fine the step.
+        fits = coding.quantise(exact, grids).representable
+        known = fits & np.logical_and.reduce([own.known for own in grids])
 
-            def errors_of_kept(offset: float) -> _Errors:
-                return errors(coding.quantise(exact, classes, offset))[:, fits]
+        def size(which: NDArray[np.bool_], offset: float) -> float:
+            if which.all():
+                return coding.size(exact, grids, offset, len(which))
+            some = [x[which] for x in exact], [x[which] for x in grids]
+            return coding.size(*some, offset, len(which))
 
-            if fits.any():
-                offset = self._control.choose(
-                    len(kept[0]), lambda x: coding.size(kept, of_kept, x), errors_of_kept
-                )
-        return coding.quantise(exact, classes, offset), offset
+        if known.any() and not control.keeps(np.count_nonzero(known), size(known, 0.0)):
+            grids = [own.forgotten() for own in grids]
+            known[:] = False
+        counted = control.counted(fits, known)
+
+        def size_of_counted(offset: float) -> float:
+            return size(counted, offset)
+
+        def errors_of_counted(offset: float) -> _Errors:
+            return errors(coding.quantise(exact, grids, offset))[:, counted]
+
+        asked = int(np.count_nonzero(counted)), size_of_counted, errors_of_counted
+        offset = control.choose(*asked, alone=not known.any())
+
+        def count(block: Block) -> None:
+            if known.any():
+                control.expect(offset, *asked)
+            else:
+                control.record(offset, block)
+
+        return coding.quantise(exact, grids, offset), count
 
     def _analyse(self, k: Float, v: Float, positions: NDArray[np.int64]) -> list[Float]:
         """Coefficients [tokens, components] a part, views of what the parts hold."""

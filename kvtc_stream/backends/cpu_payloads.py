@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from kvtc_stream.calibration.parts import Part
 from kvtc_stream.coding import bands as quantise
-from kvtc_stream.coding import payload, rans
+from kvtc_stream.coding import lattice, payload, rans
 from kvtc_stream.coding.bands import split_segments
+from kvtc_stream.coding.lattice import TokenGrids
 from kvtc_stream.coding.uniform import UniformBands
 from kvtc_stream.errors import FormatError
 from kvtc_stream.formats import Block, Coder, PartPlan
@@ -93,26 +94,42 @@ class UniformCoding:
             self._importances.append(part.uniform.importance)
             self._unit = part.uniform.unit
 
-    def classify(self, coefficients: Sequence[Float]) -> list[NDArray[np.uint8]]:
-        """uint8 [tokens] a part: the class of each token's step."""
-        return [
-            np.full(len(array), _MIDDLE, np.uint8)
-            if importance is None
-            else importance.classes(array)
-            for array, importance in zip(coefficients, self._importances, strict=True)
-        ]
+    def grids(
+        self, coefficients: Sequence[Float], positions: NDArray[np.int64]
+    ) -> list[TokenGrids]:
+        """What decides the steps of tokens, a part."""
+        found = []
+        for array, bands, importance in zip(
+            coefficients, self._bands, self._importances, strict=True
+        ):
+            wishes = (
+                lattice.spread(positions) + np.float32(_MIDDLE)
+                if importance is None
+                else importance.wishes(array)
+            )
+            found.append(bands.grids(array, self._unit, wishes))
+        return found
 
-    def _step(self, offset: float) -> tuple[float, int]:
-        return float(np.float32(self._unit * 2 ** (offset / 4))), round(offset)
+    def _steps(
+        self, grids: Sequence[TokenGrids], offset: float
+    ) -> tuple[float, int, list[NDArray[np.uint8]]]:
+        """A block's step and level, and classes of its tokens."""
+        exponents = [own.exponents(offset) for own in grids]
+        if len(exponents[0]) and all(own.known.all() for own in grids):
+            # Nothing takes the offset's step: that with the likeliest families.
+            pairs = zip(exponents, grids, strict=True)
+            offset = float(np.mean([(e - own.wishes).mean() for e, own in pairs]))
+        level, classes = lattice.settle(exponents, offset)
+        return float(np.float32(self._unit * 2 ** (level / 4))), level, classes
 
     def quantise(
         self,
         coefficients: Sequence[Float],
-        classes: list[NDArray[np.uint8]],
+        grids: Sequence[TokenGrids],
         offset: float = 0.0,
     ) -> Quantised:
         """Symbols at ``offset`` quarter octaves above the plan's steps."""
-        step, level = self._step(offset)
+        step, level, classes = self._steps(grids, offset)
         found = [
             bands.quantise(array, own, step)
             for bands, array, own in zip(self._bands, coefficients, classes, strict=True)
@@ -121,10 +138,15 @@ class UniformCoding:
         return Quantised([symbols for symbols, _ in found], fits, classes, step, level)
 
     def size(
-        self, coefficients: Sequence[Float], classes: list[NDArray[np.uint8]], offset: float
+        self,
+        coefficients: Sequence[Float],
+        grids: Sequence[TokenGrids],
+        offset: float,
+        among: int,
     ) -> float:
-        """About how long the payload would be."""
-        step, level = self._step(offset)
+        """About how much of the payload of ``among`` tokens these would be; other arguments as for
+        :meth:`quantise`."""
+        step, level, classes = self._steps(grids, offset)
         bits = sum(
             bands.bits(array, own, step, level)
             for bands, array, own in zip(self._bands, coefficients, classes, strict=True)
@@ -132,9 +154,9 @@ class UniformCoding:
         tokens = len(classes[0])
         tiles = sum(len(payload.tiles(c, payload.TILE_COMPONENTS)) for c in self._coded)
         # The lanes' final states take 4 bytes, and say 1 byte on average.
-        lanes = min(rans.LANES, tokens)
-        overhead = 8 + tiles * (4 + 3 * lanes) + len(self._bands) * payload.nibbles(tokens)
-        return bits / 8 + overhead
+        lanes = min(rans.LANES, among)
+        overhead = 8 + tiles * (4 + 3 * lanes) + len(self._bands) * payload.nibbles(among)
+        return bits / 8 + overhead * tokens / among
 
     def dequantise(self, quantised: Quantised, out: Sequence[Float]) -> None:
         """Their values, into float32 [tokens, components] a part; 0 of those without."""

@@ -73,9 +73,10 @@ class TokenImportance:
         _predict(features, self.weights, self.centre, self.spread, out)
         return out
 
-    def classes(self, coefficients: NDArray[np.float32]) -> NDArray[np.uint8]:
-        """uint8 [tokens]: class of each token's step, 0…15; 8 is that of usual importance."""
-        return classes_of(self.predict(coefficients))
+    def wishes(self, coefficients: NDArray[np.float32]) -> NDArray[np.float32]:
+        """float32 [tokens]: class of each token's step, 0…15, before it is rounded; 8 is that of
+        usual importance."""
+        return wishes_of(self.predict(coefficients))
 
     def arrays(self) -> dict[str, NDArray[np.float32]]:
         """What a calibration file holds of it."""
@@ -107,13 +108,18 @@ class TokenImportance:
         return found
 
 
+def wishes_of(logarithm: NDArray[np.float32]) -> NDArray[np.float32]:
+    """float32, 0…15: the class of each logarithm of importance, before it is rounded."""
+    with np.errstate(invalid="ignore"):
+        steps = logarithm * np.float32(-4 * ALPHA / np.log(2))
+    # A token whose coefficients are no numbers is stored verbatim: any class will do.
+    wishes = MIDDLE + np.nan_to_num(steps).clip(-MIDDLE, CLASSES - 1 - MIDDLE)
+    return np.asarray(wishes, np.float32)
+
+
 def classes_of(logarithm: NDArray[np.float32]) -> NDArray[np.uint8]:
     """uint8: the class of each logarithm of importance."""
-    with np.errstate(invalid="ignore"):
-        steps = np.rint(logarithm * (-4 * ALPHA / np.log(2)))
-    # A token whose coefficients are no numbers is stored verbatim: any class will do.
-    classes = MIDDLE + np.nan_to_num(steps).clip(-MIDDLE, CLASSES - 1 - MIDDLE)
-    return np.asarray(classes, np.uint8)
+    return np.rint(wishes_of(logarithm)).astype(np.uint8)
 
 
 def group_edges(coefficients: int) -> NDArray[np.int64]:

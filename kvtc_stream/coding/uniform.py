@@ -18,6 +18,7 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
+from kvtc_stream.coding import lattice
 from kvtc_stream.coding.rans import CLASSES, ESCAPE, ZERO, Families
 from kvtc_stream.errors import FormatError
 from kvtc_stream.formats.plan import Band, Quantiser
@@ -69,6 +70,22 @@ class UniformBands:
         """uint8 [16, coded]: families at ``level`` quarter octaves above the bands' steps."""
         rows = (self.base.astype(np.int64) + level).clip(0, len(self._ids) - 1)
         return np.ascontiguousarray(self._ids[rows, :, self.components].T)
+
+    def grids(
+        self,
+        coefficients: npt.NDArray[np.float32],
+        unit: float,
+        wishes: npt.NDArray[np.float32],
+    ) -> lattice.TokenGrids:
+        """What decides the steps of float32 [tokens, at least the bands' components].
+
+        ``unit`` is the step of base step 0 and class 0.
+        """
+        leading = self.components[: lattice.LEADING]
+        scale = np.exp2(self.base[: len(leading)] / -4) / unit
+        # Seldom are there others before them.
+        own = slice(0, len(leading)) if leading[-1:] < len(leading) else leading
+        return lattice.recognise(coefficients[:, own], scale.astype(np.float32), wishes)
 
     def quantise(
         self,

@@ -28,6 +28,11 @@ _EVALUATIONS = 8
 _RESOLUTION = 1 / 16
 #: Of a block's record, besides payload and verbatim values.
 _RECORD_BYTES = 120
+#: Logarithm of how many times the bytes that restored tokens should take is too much; more by
+#: ``few / (few + tokens)``. And so many others have no step of their own.
+_SURELY, _FEW = 0.15, 32
+#: Times a page's budget at which it may yet fit.
+_PERHAPS = 1.1
 #: Errors of tokens count up to here; such tokens end up verbatim.
 _MOST_ERROR = 2.0
 
@@ -64,19 +69,48 @@ class Controls(Protocol):
 
 
 class SectionControl:
-    """Rate control of a section's bytes or errors, one block after the other."""
+    """Rate control of a section's bytes or errors, one block after the other.
+
+    Tokens that were restored from a stream lie on grids already. Those are kept, unless they take
+    clearly more bytes than they should: then fewer are asked for than when they were stored. They
+    lose nothing, so that sizes and errors count of the others alone, which get what they would get
+    if there were no restored ones.
+    """
 
     def __init__(self, control: RateControl, *, of_errors: bool) -> None:
         self._control, self.of_errors = control, of_errors
+        self._kept = RateControl(control.target, -1.0, 0.0)
+
+    def keeps(self, tokens: int, size: float) -> bool:
+        """Whether restored tokens of a block keep their grids, with which they take ``size``."""
+        if self.of_errors:
+            return True
+        # Blocks may begin elsewhere than those that they were in: a few tokens say little.
+        excess = self._kept.excess(tokens, size)
+        few = _FEW / (_FEW + self._kept.tokens + tokens)
+        if excess > _SURELY + few:
+            return False
+        self._kept.record(0.0, tokens, size)
+        return True
+
+    def counted(self, fits: NDArray[np.bool_], known: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """bool [tokens]: which are to be told of, of those that fit and those that keep a grid."""
+        return fits & ~known
 
     def choose(
         self,
         tokens: int,
         bytes_at: Callable[[float], float],
         errors_at: Callable[[float], _Errors],
+        *,
+        alone: bool = True,
     ) -> float:
-        """The offset for a block; the functions give its payload and its tokens' errors at one."""
+        """The offset for a block; the functions give its payload and its tokens' errors at one.
 
+        Not ``alone``: there are others in the block, and a few tokens have the step of all so far.
+        """
+        if not tokens or (not alone and self._control.tokens + tokens < _FEW):
+            return self._control.mean
         return self._control.choose(tokens, self._amounts(bytes_at, errors_at))
 
     def expect(
@@ -149,39 +183,58 @@ class IndependentControl(_Memoryless):
 
     def __init__(self, target: Target, header: StreamHeader, section: int) -> None:
         self._target, self._header, self._section = target, header, section
-        self.of_errors = target.control(header, section).of_errors
+        self.of_errors = self._new().of_errors
+
+    def _new(self) -> SectionControl:
+        return self._target.control(self._header, self._section)
+
+    def keeps(self, tokens: int, size: float) -> bool:
+        """See :meth:`SectionControl.keeps`."""
+        return self._new().keeps(tokens, size)
 
     def choose(
         self,
         tokens: int,
         bytes_at: Callable[[float], float],
         errors_at: Callable[[float], _Errors],
+        *,
+        alone: bool = True,
     ) -> float:
         """See :meth:`SectionControl.choose`."""
-        control = self._target.control(self._header, self._section)
-        return control.choose(tokens, bytes_at, errors_at)
+        return self._new().choose(tokens, bytes_at, errors_at, alone=alone)
 
 
 class FittingControl(_Memoryless):
     """The finest step at which a block's payload fits ``budget``, in bytes.
 
-    ``fits`` tells whether there was one for the last block.
+    ``fits`` tells whether there was one for the last block; ``failed`` is to be told if it took
+    more than the budget nevertheless.
     """
 
     def __init__(self, header: StreamHeader, section: int) -> None:
         self.budget = 0.0
-        self.fits = True
+        self.fits, self.failed = True, False
         self._least = _least_offset(header, section)
+
+    def keeps(self, tokens: int, size: float) -> bool:
+        """If they may fit: a page that fitted fits again, and sizes are estimates."""
+        return size <= self.budget * (1 if self.failed else _PERHAPS)
+
+    def counted(self, fits: NDArray[np.bool_], known: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """All: what restored tokens take is not there for others."""
+        return fits
 
     def choose(
         self,
         tokens: int,
         bytes_at: Callable[[float], float],
         errors_at: Callable[[float], _Errors],
+        *,
+        alone: bool = True,
     ) -> float:
         """See :meth:`SectionControl.choose`; the coarsest step if none fits."""
         low, high = self._least, _COARSER
-        self.fits = bytes_at(high) <= self.budget
+        self.fits = not tokens or bytes_at(high) <= self.budget * (1 if alone else _PERHAPS)
         if bytes_at(low) <= self.budget:
             return low
         while high - low > _RESOLUTION:
@@ -210,22 +263,32 @@ class RateControl:
         next: negative for bytes, positive for errors. A first guess.
     least
         The finest offset.
+
+    Attributes
+    ----------
+    target
+        See above.
+    tokens, mean
+        That were recorded, and the mean of their offsets.
     """
 
     def __init__(self, target: float, slope: float, least: float) -> None:
-        self._target, self._least = target, least
+        self.target, self._least = target, least
         self._slope = slope
-        self._tokens = 0
+        self.tokens = 0
         self._amounts: _Amounts = 0.0
-        self._mean = 0.0
+        self.mean = 0.0
+
+    def excess(self, tokens: int, amounts: _Amounts) -> float:
+        """Logarithm of how far the sum would be above the target with such a block."""
+        total = float(np.max(self._amounts + amounts))
+        return math.log(max(total, 1e-300) / (self.target * (self.tokens + tokens)))
 
     def choose(self, tokens: int, amounts: Callable[[float], _Amounts]) -> float:
         """The offset for a block, in quarter octaves; ``amounts`` are the block's at an offset."""
 
         def excess(x: float) -> float:
-            """Logarithm of how far the sum would be above the target."""
-            total = float(np.max(self._amounts + amounts(x)))
-            return math.log(max(total, 1e-300) / (self._target * (self._tokens + tokens)))
+            return self.excess(tokens, amounts(x))
 
         x = self._best()
         found = excess(x)
@@ -234,7 +297,7 @@ class RateControl:
         # Regula falsi towards just inside the corridor; a share of the block in the sum makes the
         # slope smaller than that of the block alone.
         aim = math.copysign(0.75 * _CORRIDOR, found)
-        share = tokens / (self._tokens + tokens)
+        share = tokens / (self.tokens + tokens)
         slope = self._slope * share
         low, high = self._least, _COARSER
         for _ in range(_EVALUATIONS):
@@ -261,25 +324,25 @@ class RateControl:
 
     def _best(self) -> float:
         """The offset that would have met the target on all blocks so far."""
-        if not self._tokens:
+        if not self.tokens:
             return 0.0
         total = float(np.max(self._amounts))
-        excess = math.log(max(total, 1e-300) / (self._target * self._tokens))
-        return min(max(self._mean - excess / self._slope, self._least), _COARSER)
+        excess = math.log(max(total, 1e-300) / (self.target * self.tokens))
+        return min(max(self.mean - excess / self._slope, self._least), _COARSER)
 
     def record(self, x: float, tokens: int, amounts: _Amounts) -> None:
         """What a block of ``tokens`` coded tokens took in the end."""
         if tokens:
-            self._tokens += tokens
+            self.tokens += tokens
             self._amounts = self._amounts + amounts
-            self._mean += (x - self._mean) * tokens / self._tokens
+            self.mean += (x - self.mean) * tokens / self.tokens
 
     def state(self) -> dict[str, Any]:
         """See :meth:`SectionControl.state`."""
         return {
-            "tokens": self._tokens,
+            "tokens": self.tokens,
             "amounts": np.atleast_1d(self._amounts).tolist(),
-            "mean": self._mean,
+            "mean": self.mean,
             "slope": self._slope,
         }
 
@@ -299,5 +362,5 @@ class RateControl:
             or not self._least <= mean <= _COARSER
         ):
             raise ValueError(f"no rate control can have been in {state!r}")
-        self._tokens, self._mean, self._slope = tokens, float(mean), float(slope)
+        self.tokens, self.mean, self._slope = tokens, float(mean), float(slope)
         self._amounts = float(sums[0]) if amounts == 1 else np.array(sums, np.float64)

@@ -244,7 +244,7 @@ class PageCodec:
         """The page, if it has at most ``most`` bytes."""
         coder, fitting = self._coder, self._fitting
         if fitting is not None:
-            fitting.budget = float(most - PAGE_OVERHEAD - _BLOCK_BYTES)
+            fitting.budget, fitting.failed = float(most - PAGE_OVERHEAD - _BLOCK_BYTES), False
         for _ in range(_ATTEMPTS if fitting is not None else 1):
             [block] = coder.encode(*chunk, 0)
             page = pack_page(block, self._header)
@@ -254,6 +254,7 @@ class PageCodec:
                 return page
             if fitting is not None:  # the estimate was too low, or some tokens are verbatim
                 fitting.budget -= len(page) - most + 4
+                fitting.failed = True
         return None
 
     def _raw(self, chunk: tuple[Any, Any, NDArray[np.int64]]) -> bytes:

@@ -77,7 +77,11 @@ def test_classes(coded: tuple[int, ...], reads: tuple[int | None, ...], tokens: 
     for i, (first, count, p) in enumerate(zip(firsts, coded, predictors, strict=True)):
         own = coefficients[first : first + count, :tokens]
         sound = np.isfinite(own).all(axis=0)
-        expected = np.full(tokens, importance.MIDDLE) if p is None else p.classes(own.T.copy())
+        expected = (
+            np.full(tokens, importance.MIDDLE)
+            if p is None
+            else importance.classes_of(p.predict(own.T.copy()))
+        )
         np.testing.assert_array_equal(classes[i, :tokens][sound], expected[sound])
         largest = np.where(sound, np.abs(own).max(axis=0, initial=0), np.inf)
         np.testing.assert_array_equal(peaks[i, :tokens], largest)

@@ -1,0 +1,169 @@
+"""Grids of tokens: which step each one takes, and which one it lies on already.
+
+All coefficients of a token of a part are integer multiples of one step, times that of their band.
+Tokens' steps are whole quarter octaves above the calibration's unit, their exponents, so that
+all streams of a calibration share one lattice. What comes back from a stream lies on it, but for
+the cast to the cache's dtype. Stored again with the step that it has, it loses nothing more.
+
+So each token is looked at first. Were it on the grid of an exponent ``e``, the distances ``r`` of
+its coefficients from multiples of the step would be those of the cast; else they would be as of any
+number, a twelfth of a squared step on average, or the coefficient itself where that is less than
+half a step. The grid with the least ratio of the two sums of squares, if that says the former, is
+the token's own: of those that contain one another it is the coarsest. It is kept, unless the token
+is to have such a fine step that what the cast did would be seen.
+
+The kernel releases the GIL and keeps no state.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numba
+import numpy as np
+import numpy.typing as npt
+
+from kvtc_stream.coding.rans import CLASSES
+
+#: Of a token that lies on no grid.
+NO_GRID = -(1 << 15)
+#: Leading components that are looked at, how many of them before giving up, and exponents below
+#: that of the largest coefficient.
+LEADING, AT_ONCE, RANGE = 1024, 16, 64
+#: The largest coefficient of a token of which nothing was coded, in steps that are wanted.
+EMPTY = 1 / 32
+#: Most of the squared distances of any number that those of a grid's may be; and the least
+#: logarithm of how much likelier the grid makes them, in nats.
+MOST_RATIO, LEAST_EVIDENCE = 0.25, 4.0
+#: Logarithms of what the cast may have lost at most, as a part of what a finer step would lose, and
+#: of how much more squared distances are a quarter octave up.
+LOG_LOSS, LOG_HALF_OCTAVE = math.log(4), math.log(2) / 2
+
+_F32 = np.float32
+_jit = numba.njit(cache=True, nogil=True, error_model="numpy")
+
+
+@dataclass(frozen=True)
+class TokenGrids:
+    """What decides the exponents of a part's tokens.
+
+    Attributes
+    ----------
+    wishes
+        float32 [tokens]: the exponent that each should have at offset 0, before it is rounded.
+    grids
+        int16 [tokens]: the exponent that each has already, or ``NO_GRID``.
+    """
+
+    wishes: npt.NDArray[np.float32]
+    grids: npt.NDArray[np.int16]
+
+    def __getitem__(self, which: npt.NDArray[np.bool_]) -> TokenGrids:
+        """Those of some tokens."""
+        return TokenGrids(self.wishes[which], self.grids[which])
+
+    def exponents(self, offset: float) -> npt.NDArray[np.int16]:
+        """int16 [tokens] at an offset in quarter octaves."""
+        wanted = np.floor(self.wishes + np.float32(offset + 0.5)).astype(np.int16)
+        return np.where(self.known, self.grids, wanted)
+
+    @property
+    def known(self) -> npt.NDArray[np.bool_]:
+        """bool [tokens]: which have a grid."""
+        found: npt.NDArray[np.bool_] = self.grids != NO_GRID
+        return found
+
+    def forgotten(self) -> TokenGrids:
+        """As if none had a grid."""
+        return TokenGrids(self.wishes, np.full_like(self.grids, NO_GRID))
+
+
+def spread(positions: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+    """float32 [tokens], −½…½: what exponents of tokens without a predictor are rounded with.
+
+    Any run of positions has them evenly (H. Weyl, "Über die Gleichverteilung von Zahlen mod. Eins",
+    1916), so that an offset between two exponents is met by some tokens of each.
+    """
+    turns = positions.astype(np.uint32) * np.uint32(0x9E3779B9)
+    return (turns.astype(np.int32) * 2.0**-32).astype(np.float32)
+
+
+def settle(
+    exponents: Sequence[npt.NDArray[np.int16]], offset: float
+) -> tuple[int, list[npt.NDArray[np.uint8]]]:
+    """A block's level, and uint8 [tokens] a part: the classes that make up exponents with it.
+
+    The level is that of the offset if classes have room. Beyond the last class a grid that is finer
+    by whole octaves takes the place of the one that is asked for, and contains it.
+    """
+    level = int(np.floor(offset + 0.5))
+    lowest = min((int(e.min()) for e in exponents if len(e)), default=level)
+    highest = max((int(e.max()) for e in exponents if len(e)), default=level)
+    level = min(max(level, highest - (CLASSES - 1)), lowest)
+    classes = [(e - level).astype(np.int64) for e in exponents]
+    over = [((c - (CLASSES - 1) + 3) // 4).clip(0) for c in classes]
+    return level, [(c - 4 * o).astype(np.uint8) for c, o in zip(classes, over, strict=True)]
+
+
+def recognise(
+    coefficients: npt.NDArray[np.float32],
+    scale: npt.NDArray[np.float32],
+    wishes: npt.NDArray[np.float32],
+) -> TokenGrids:
+    """Look at float32 [tokens, components] of a part.
+
+    ``scale`` is float32 [components]: one over the step of exponent 0.
+    """
+    grids = np.empty(len(coefficients), np.int16)
+    leading = min(LEADING, len(scale))
+    _recognise(coefficients[:, :leading], scale[:leading], wishes, grids)
+    return TokenGrids(wishes, grids)
+
+
+@_jit
+def _recognise(x, scale, wishes, grids):  # type: ignore[no-untyped-def]
+    y = np.empty(scale.size, np.float32)
+    for t in range(len(x)):
+        grids[t] = NO_GRID
+        peak = _F32(0)
+        for i in range(scale.size):
+            y[i] = x[t, i] * scale[i]
+            # Of what is no number there is no largest.
+            peak = max(peak, abs(y[i])) if abs(y[i]) < _F32(1e30) else _F32(np.inf)
+        if not peak < _F32(1e30):
+            continue
+        if peak <= _F32(EMPTY * 2.0 ** (wishes[t] / 4)):
+            grids[t] = np.int64(np.floor(wishes[t] + _F32(0.5)))
+            continue
+        best = _F32(np.inf)
+        # From the coarsest grid on where the largest coefficient is not 0.
+        top = np.int64(np.floor(4 * np.log2(2 * np.float64(peak))))
+        for e in range(top, top - RANGE, -1):
+            factor = _F32(2.0 ** (-e / 4))
+            distance, usual = _F32(0), _F32(0)
+            for begin in range(0, y.size, AT_ONCE):
+                for i in range(begin, min(begin + AT_ONCE, y.size)):
+                    z = y[i] * factor
+                    r = z - np.rint(z)
+                    distance += r * r
+                    usual += min(z * z, _F32(1 / 12))
+                if usual > _F32(1 / 12) and distance > _F32(0.5) * usual:
+                    break
+            if distance < best * usual and accepted(distance, usual, _F32(e) - wishes[t]):
+                best = distance / usual
+                grids[t] = e
+
+
+@_jit
+def accepted(distance, usual, coarser):  # type: ignore[no-untyped-def]
+    """Whether squared distances from a grid are not those of any number; ``coarser``: quarter
+    octaves by which it is so than what is wanted."""
+    distance = max(distance, _F32(1e-12) * usual)
+    if not distance <= _F32(MOST_RATIO) * usual:
+        return False
+    likelier = np.log(usual / distance)
+    if _F32(6) * usual * likelier < _F32(LEAST_EVIDENCE):
+        return False
+    return likelier - _F32(LOG_LOSS) >= coarser * _F32(LOG_HALF_OCTAVE)

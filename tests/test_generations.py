@@ -1,0 +1,289 @@
+"""Caches that are stored, restored and stored again: coding is a projection."""
+
+from __future__ import annotations
+
+import io
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from strategies import FEWER
+
+import kvtc_stream as kvtc
+from kvtc_stream.coding import lattice
+from kvtc_stream.io.dlpack import numpy_dtype
+
+Cache = tuple[NDArray[Any], NDArray[Any]]
+
+pytestmark = pytest.mark.filterwarnings("ignore::kvtc_stream.KVTCWarning")
+
+#: Of the error of the first generation.
+MOST = 1.02
+
+
+@lru_cache
+def calibration(layers: int, heads: int, dim: int, importance: bool) -> kvtc.Calibration:
+    geometry = kvtc.Geometry.uniform(
+        layers=layers, kv_heads=heads, head_dim=dim, rope=kvtc.Rope.from_theta(1e4, dim)
+    )
+    calibrator = kvtc.Calibrator(geometry)
+    k, v = kvtc.testing.drawn_cache(geometry, 1500, seed=9)
+    calibrator.update(k, v)
+    if importance:
+        # Tokens with a large first channel matter most.
+        scale = np.exp(k[:1, :1, :, :1] - k[:1, :1, :, :1].mean())
+        rng = np.random.default_rng(3)
+        grad_k, grad_v = ((scale * rng.standard_normal(x.shape)).astype(np.float32) for x in (k, v))
+        calibrator.update_gradients(k, v, grad_k, grad_v)
+    return calibrator.finish()
+
+
+def drawn(calibration: kvtc.Calibration, dtype: str, tokens: int, seed: int) -> Cache:
+    kind = kvtc.DType[dtype.upper()]
+    k, v = kvtc.testing.drawn_cache(calibration.geometry, tokens, seed=seed)
+    return k.astype(numpy_dtype(kind)), v.astype(numpy_dtype(kind))
+
+
+def again(cache: Cache, codec: kvtc.Codec) -> Cache:
+    k, v = kvtc.decode(kvtc.encode(*cache, codec), codec.calibration)
+    return k, v
+
+
+def lost(cache: Cache, restored: Cache) -> list[NDArray[np.float64]]:
+    """Squared distances of K and of V by token."""
+    return [
+        np.square(a.astype(np.float64) - b.astype(np.float64)).sum(axis=(0, 1, 3))
+        for a, b in zip(cache, restored, strict=True)
+    ]
+
+
+def once(first: NDArray[np.float64], original: Cache, restored: Cache) -> NDArray[np.float64]:
+    """What is lost now; into ``first`` what it was when tokens were first coded: 0 until then."""
+    count = restored[0].shape[2]
+    now = np.array(lost((original[0][:, :, :count], original[1][:, :, :count]), restored))
+    own = first[:, :count]
+    own[own == 0] = now[own == 0]
+    return now
+
+
+def check(first: Any, last: Any) -> None:
+    for before, after in zip(first, last, strict=True):
+        assert np.sqrt(after.sum()) <= MOST * np.sqrt(before.sum())
+
+
+codings = st.fixed_dictionaries(
+    {
+        "preset": st.sampled_from(["default", "paper"]),
+        "ratio": st.sampled_from([4, 8, 16, 64, 128]),
+        "window": st.sampled_from([0, 24]),
+    }
+)
+#: What calibrations are made of.
+models = st.tuples(st.integers(1, 3), st.integers(1, 2), st.sampled_from([8, 16]), st.booleans())
+dtypes = st.sampled_from(["bfloat16", "float16", "float32"])
+sizes = st.sampled_from([16, 50, 128])
+
+
+@FEWER
+@given(models, dtypes, codings, st.lists(sizes, min_size=10, max_size=10))
+def test_nothing_more_is_lost(
+    model: tuple[int, int, int, bool], dtype: str, coding: dict[str, Any], blocks: list[int]
+) -> None:
+    """In ten generations, whatever the blocks."""
+    c = calibration(*model)
+
+    original = drawn(c, dtype, 150, 1)
+    cache, first = original, np.zeros((2, 150))
+    for size in blocks:
+        cache = again(cache, kvtc.Codec(c, **coding, block_tokens=size))
+        now = once(first, original, cache)
+    check(first, now)
+
+
+@FEWER
+@given(
+    models,
+    dtypes,
+    codings,
+    st.lists(st.tuples(st.integers(1, 60), st.integers(0, 30), sizes), min_size=3, max_size=6),
+)
+def test_conversations_grow(
+    model: tuple[int, int, int, bool],
+    dtype: str,
+    coding: dict[str, Any],
+    turns: list[tuple[int, int, int]],
+) -> None:
+    """Each token is as it was when it was first coded; turns may be taken back."""
+    c = calibration(*model)
+
+    original = drawn(c, dtype, sum(new for new, _, _ in turns), 2)
+    k, v = (x[:, :, :0] for x in original)
+    first = np.zeros((2, original[0].shape[2]))
+    for new, back, size in turns:
+        done = max(k.shape[2] - back, 0)
+        k, v = (
+            np.concatenate([x[:, :, :done], o[:, :, done : done + new]], axis=2)
+            for x, o in zip((k, v), original, strict=True)
+        )
+        first[:, done:] = 0
+        k, v = again((k, v), kvtc.Codec(c, **coding, block_tokens=size))
+        now = once(first, original, (k, v))
+    check(first[:, : k.shape[2]], now)
+
+
+@FEWER
+@given(models, dtypes, codings, st.sampled_from([None, 300, 600]), st.lists(sizes, min_size=4))
+def test_pages(
+    model: tuple[int, int, int, bool],
+    dtype: str,
+    coding: dict[str, Any],
+    most: int | None,
+    tokens: list[int],
+) -> None:
+    """A page that fitted fits again, and has the same in it; pages of other sizes too."""
+    c = calibration(*model)
+
+    original = drawn(c, dtype, 16, 3)
+    codec = kvtc.Codec(c, **{**coding, "window": 0}, block_tokens=16)
+    pages = kvtc.PageCodec(codec, dtype=dtype, max_bytes=most)
+    cache, first = original, None
+    for _ in tokens[:5]:
+        try:
+            page = pages.encode(*cache, positions=32)
+        except kvtc.UnsupportedError:
+            assert first is None
+            assert most is not None
+            return
+        k, v = pages.decode(page)[:2]
+        cache = k, v
+        if first is None:
+            first = lost(original, cache)
+    assert first is not None
+    check(first, lost(original, cache))
+
+
+@pytest.mark.parametrize("importance", [False, True])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_symbols_are_the_same(importance: bool, dtype: str) -> None:
+    """From the second generation on to the byte, and in the first to 1 %: families may differ."""
+    c = calibration(2, 2, 16, importance)
+    codec = kvtc.Codec(c, ratio=16, window=0)
+    streams, cache = [], drawn(c, dtype, 400, 4)
+    for _ in range(4):
+        streams.append(kvtc.encode(*cache, codec))
+        k, v = kvtc.decode(streams[-1], c)
+        cache = k, v
+    assert len(streams[1]) == pytest.approx(len(streams[0]), rel=0.01)
+    assert len(set(streams[2:])) == 1
+
+
+def test_parts_of_streams_joined() -> None:
+    c = calibration(2, 2, 16, True)
+    codec = kvtc.Codec(c, ratio=16, window=0, block_tokens=32)
+    original = drawn(c, "bfloat16", 192, 5)
+    first = kvtc.encode(*original, codec)
+    k, v = kvtc.decode(first, c)
+    joined, at = io.BytesIO(), np.arange(192)
+    kvtc.concat(
+        [
+            kvtc.encode(k[:, :, own], v[:, :, own], codec, positions=at[own])
+            for own in (slice(0, 50), slice(50, 192))
+        ],
+        joined,
+    )
+    check(lost(original, (k, v)), lost(original, kvtc.decode(joined.getvalue(), c)))
+
+
+def test_fewer_bytes_are_to_be_had() -> None:
+    """A restored cache that is stored with another target meets it, or is smaller still."""
+    c = calibration(2, 2, 16, True)
+    original = drawn(c, "bfloat16", 600, 6)
+    size = {r: len(kvtc.encode(*original, kvtc.Codec(c, ratio=r, window=0))) for r in (8, 16, 32)}
+    restored = again(original, kvtc.Codec(c, ratio=16, window=0))
+    coarser = kvtc.encode(*restored, kvtc.Codec(c, ratio=32, window=0))
+    assert len(coarser) == pytest.approx(size[32], rel=0.03)
+    finer = kvtc.encode(*restored, kvtc.Codec(c, ratio=8, window=0))
+    assert len(finer) < 1.02 * size[16]
+    check(lost(original, restored), lost(original, kvtc.decode(finer, c)))
+
+
+def test_fresh_tokens_beside_restored_ones() -> None:
+    """They get what they would get alone, though the others are small, and have no errors."""
+    c = calibration(2, 2, 16, True)
+    cache = drawn(c, "bfloat16", 512, 7)
+    for target in ({"ratio": 8.0}, {"mean_error": 0.2}):
+        codec = kvtc.Codec(c, **target, window=0, block_tokens=64)  # type: ignore[arg-type]
+        old = again(tuple(x[:, :, :256] for x in cache), kvtc.Codec(c, ratio=32, window=0))  # type: ignore[arg-type]
+        both = tuple(
+            np.concatenate([o, x[:, :, 256:]], axis=2) for o, x in zip(old, cache, strict=True)
+        )
+        mixed = again(both, codec)  # type: ignore[arg-type]
+        alone = again(tuple(x[:, :, 256:] for x in cache), codec)  # type: ignore[arg-type]
+        own = tuple(x[:, :, 256:] for x in cache)
+        found, expected = (
+            np.sqrt([x.sum() for x in lost(own, of)])  # type: ignore[arg-type]
+            for of in (tuple(x[:, :, 256:] for x in mixed), alone)
+        )
+        np.testing.assert_allclose(found, expected, rtol=0.1)
+
+
+# Recognition.
+
+
+def lattice_tokens(rng: np.random.Generator, exponents: NDArray[np.int64]) -> NDArray[np.float32]:
+    symbols = np.rint(rng.standard_normal((len(exponents), 200)) * 20 / np.arange(1, 201))
+    symbols[:, :2] = 13, -7  # on no coarser grid
+    return (symbols * 2.0 ** (exponents[:, None] / 4)).astype(np.float32)
+
+
+def test_grids_are_recognised() -> None:
+    rng = np.random.default_rng(1)
+    exponents = rng.integers(-20, 40, 100)
+    x = lattice_tokens(rng, exponents)
+    one = np.ones(200, np.float32)
+    for noise in (0, 1e-3, 3e-2):
+        moved = x + noise * 2.0 ** (exponents[:, None] / 4) * rng.standard_normal(x.shape)
+        found = lattice.recognise(moved.astype(np.float32), one, exponents.astype(np.float32))
+        np.testing.assert_array_equal(found.grids, exponents)
+
+
+def test_no_grid_is_seen_where_none_is() -> None:
+    rng = np.random.default_rng(2)
+    x = rng.standard_normal((2000, 300)) * 30 / np.arange(1, 301)
+    one, wishes = np.ones(300, np.float32), np.zeros(2000, np.float32)
+    assert lattice.recognise(x.astype(np.float32), one, wishes).known.mean() < 0.002
+    hostile = np.zeros((4, 300), np.float32)
+    hostile[1:, 0] = np.nan, np.inf, 1e-40
+    # Nothing was coded of one that is 0.
+    grids = lattice.recognise(hostile, one, wishes[:4]).grids
+    assert grids.tolist() == [0, lattice.NO_GRID, lattice.NO_GRID, 0]
+
+
+@given(
+    st.lists(st.integers(-90, 160), min_size=1, max_size=20),
+    st.floats(-70, 100),
+)
+def test_classes_make_up_exponents(exponents: list[int], offset: float) -> None:
+    """Or those of grids finer by whole octaves."""
+    e = np.array(exponents, np.int16)
+    level, [classes] = lattice.settle([e], offset)
+    assert (classes < 16).all()
+    found = level + classes.astype(np.int64)
+    assert ((e - found) % 4 == 0).all()
+    assert (found <= e).all()
+    if e.max() - e.min() < 16:
+        np.testing.assert_array_equal(found, e)
+
+
+@given(st.integers(0, 10**12), st.integers(1, 400))
+def test_an_offset_between_two_exponents_is_shared_out(first: int, tokens: int) -> None:
+    spread = lattice.spread(first + np.arange(tokens))
+    assert spread.dtype == np.float32
+    assert (abs(spread) <= 0.5).all()
+    for offset in (0.25, 0.5, 0.75):
+        upper = np.floor(spread + np.float32(offset + 0.5)).sum()
+        assert abs(upper - offset * tokens) <= 5
