@@ -233,22 +233,26 @@ class CpuSectionCoder:
             some = [x[which] for x in exact], [x[which] for x in grids]
             return coding.size(*some, offset, len(which))
 
-        if known.any() and not control.keeps(np.count_nonzero(known), size(known, 0.0)):
+        restored = float(np.mean([own.offset for own in grids])) if known.any() else None
+        if restored is not None and not control.keeps(
+            np.count_nonzero(known), size(known, restored)
+        ):
             grids = [own.forgotten() for own in grids]
-            known[:] = False
+            known[:], restored = False, None
         counted = control.counted(fits, known)
+        tokens = int(np.count_nonzero(counted))
 
         def size_of_counted(offset: float) -> float:
-            return size(counted, offset)
+            return size(counted if tokens else known, offset)
 
         def errors_of_counted(offset: float) -> _Errors:
             return errors(coding.quantise(exact, grids, offset))[:, counted]
 
-        asked = int(np.count_nonzero(counted)), size_of_counted, errors_of_counted
-        offset = control.choose(*asked, alone=not known.any())
+        asked = tokens, size_of_counted, errors_of_counted
+        offset = control.choose(*asked, restored=restored)
 
         def count(block: Block) -> None:
-            if known.any():
+            if restored is not None:
                 control.expect(offset, *asked)
             else:
                 control.record(offset, block)

@@ -115,10 +115,6 @@ class UniformCoding:
     ) -> tuple[float, int, list[NDArray[np.uint8]]]:
         """A block's step and level, and classes of its tokens."""
         exponents = [own.exponents(offset) for own in grids]
-        if len(exponents[0]) and all(own.known.all() for own in grids):
-            # Nothing takes the offset's step: that with the likeliest families.
-            pairs = zip(exponents, grids, strict=True)
-            offset = float(np.mean([(e - own.wishes).mean() for e, own in pairs]))
         level, classes = lattice.settle(exponents, offset)
         return float(np.float32(self._unit * 2 ** (level / 4))), level, classes
 

@@ -75,6 +75,12 @@ class TokenGrids:
         found: npt.NDArray[np.bool_] = self.grids != NO_GRID
         return found
 
+    @property
+    def offset(self) -> float:
+        """That at which tokens that have a grid would have it, on average."""
+        known = self.known
+        return float((self.grids[known] - self.wishes[known]).mean()) if known.any() else 0.0
+
     def forgotten(self) -> TokenGrids:
         """As if none had a grid."""
         return TokenGrids(self.wishes, np.full_like(self.grids, NO_GRID))

@@ -31,8 +31,9 @@ _RECORD_BYTES = 120
 #: Logarithm of how many times the bytes that restored tokens should take is too much; more by
 #: ``few / (few + tokens)``. And so many others have no step of their own.
 _SURELY, _FEW = 0.15, 32
-#: Times a page's budget at which it may yet fit.
-_PERHAPS = 1.1
+#: Times a page's budget at which it may yet fit; and how far from the families of restored tokens'
+#: steps others may take less.
+_PERHAPS, _NEAR = 1.1, 3
 #: Errors of tokens count up to here; such tokens end up verbatim.
 _MOST_ERROR = 2.0
 
@@ -103,13 +104,16 @@ class SectionControl:
         bytes_at: Callable[[float], float],
         errors_at: Callable[[float], _Errors],
         *,
-        alone: bool = True,
+        restored: float | None = None,
     ) -> float:
         """The offset for a block; the functions give its payload and its tokens' errors at one.
 
-        Not ``alone``: there are others in the block, and a few tokens have the step of all so far.
+        ``restored``: that of tokens in the block that keep their grids. Beside such, a few have the
+        step of all so far. Where there are no others, it is what their families are chosen by.
         """
-        if not tokens or (not alone and self._control.tokens + tokens < _FEW):
+        if restored is not None and not tokens:
+            return restored
+        if not tokens or (restored is not None and self._control.tokens + tokens < _FEW):
             return self._control.mean
         return self._control.choose(tokens, self._amounts(bytes_at, errors_at))
 
@@ -198,10 +202,10 @@ class IndependentControl(_Memoryless):
         bytes_at: Callable[[float], float],
         errors_at: Callable[[float], _Errors],
         *,
-        alone: bool = True,
+        restored: float | None = None,
     ) -> float:
         """See :meth:`SectionControl.choose`."""
-        return self._new().choose(tokens, bytes_at, errors_at, alone=alone)
+        return self._new().choose(tokens, bytes_at, errors_at, restored=restored)
 
 
 class FittingControl(_Memoryless):
@@ -221,8 +225,8 @@ class FittingControl(_Memoryless):
         return size <= self.budget * (1 if self.failed else _PERHAPS)
 
     def counted(self, fits: NDArray[np.bool_], known: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        """All: what restored tokens take is not there for others."""
-        return fits
+        """All, if not all are restored: what those take is not there for others."""
+        return fits & (fits & ~known).any()
 
     def choose(
         self,
@@ -230,11 +234,15 @@ class FittingControl(_Memoryless):
         bytes_at: Callable[[float], float],
         errors_at: Callable[[float], _Errors],
         *,
-        alone: bool = True,
+        restored: float | None = None,
     ) -> float:
         """See :meth:`SectionControl.choose`; the coarsest step if none fits."""
         low, high = self._least, _COARSER
-        self.fits = not tokens or bytes_at(high) <= self.budget * (1 if alone else _PERHAPS)
+        if not tokens:
+            self.fits = True
+            offsets = np.arange(-_NEAR, _NEAR + 1) + (restored or 0.0)
+            return float(min(offsets, key=bytes_at)) if restored is not None else 0.0
+        self.fits = bytes_at(high) <= self.budget * (1 if restored is None else _PERHAPS)
         if bytes_at(low) <= self.budget:
             return low
         while high - low > _RESOLUTION:
