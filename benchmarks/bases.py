@@ -36,11 +36,10 @@ import kvtc_stream as kvtc
 from kvtc_stream.calibration.arrays import HOST
 from kvtc_stream.calibration.components import Components, columns_of_layers
 from kvtc_stream.calibration.families import STEPS_PER_OCTAVE, fit_families
-from kvtc_stream.calibration.importance import MIDDLE
 from kvtc_stream.calibration.principal import Moments, leading_eigenvectors, one_level, two_levels
 from kvtc_stream.calibration.weights import apply_blocks
 from kvtc_stream.cli.bench import CALIBRATED_UNTIL, JUDGED_FROM
-from kvtc_stream.coding.rans import Families
+from kvtc_stream.coding.rans import MIDDLE, Families
 from kvtc_stream.coding.rope import Rotations, gather
 from kvtc_stream.coding.uniform import UniformBands
 from kvtc_stream.coding.values import to_float32
@@ -166,7 +165,7 @@ def measure(name: str, basis: Components, fitted: Rows, judged: Rows) -> list[di
                 "error": math.sqrt((lost + max(behind, 0)) / energy),
                 "components": count,
                 "of_second_level": 0 if coded.second is None else len(coded.second),
-                "multiply_adds": coded.multiply_adds,
+                "multiply_adds": sum(m.size for m in (*coded.local, coded.second) if m is not None),
             }
         )
     return points

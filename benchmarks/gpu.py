@@ -34,10 +34,11 @@ from rich.table import Table
 import kvtc_stream as kvtc
 from kvtc_stream.calibration.components import Components, columns_of_layers
 from kvtc_stream.calibration.families import fit_families
-from kvtc_stream.calibration.importance import MIDDLE, TokenImportance, classes_of, group_edges
+from kvtc_stream.calibration.importance import TokenImportance, classes_of, group_edges
 from kvtc_stream.calibration.model import Calibration
 from kvtc_stream.calibration.parts import Part, SectionCalibration, UniformTables
 from kvtc_stream.coding.payload import UniformPayload
+from kvtc_stream.coding.rans import MIDDLE
 from kvtc_stream.formats import Block, BlockErrors, Coder, DType, Limits, Role, StreamParser
 from kvtc_stream.formats.coders import decompress
 from kvtc_stream.gpu.coder import encoding

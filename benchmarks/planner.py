@@ -31,9 +31,9 @@ import numpy.typing as npt
 
 from kvtc_stream.calibration.band_tables import error_tables
 from kvtc_stream.calibration.families import fit_families
-from kvtc_stream.calibration.importance import MIDDLE
 from kvtc_stream.calibration.parts import Part, SectionCalibration, UniformTables
 from kvtc_stream.calibration.uniform_tables import STEPS, unit_of
+from kvtc_stream.coding.rans import MIDDLE
 from kvtc_stream.planning.dynamic import frontier
 from kvtc_stream.planning.targets import make_plan
 

@@ -14,14 +14,13 @@ from kvtc_stream.coding import bands as quantise
 from kvtc_stream.coding import lattice, payload, rans
 from kvtc_stream.coding.bands import split_segments
 from kvtc_stream.coding.lattice import TokenGrids
+from kvtc_stream.coding.rans import MIDDLE
 from kvtc_stream.coding.uniform import UniformBands
 from kvtc_stream.errors import FormatError
 from kvtc_stream.formats import Block, Coder, PartPlan
 from kvtc_stream.formats.coders import compress_beside
 
 Float = NDArray[np.float32]
-#: Class of a token where nothing predicts it.
-_MIDDLE = 8
 
 
 @dataclass(frozen=True)
@@ -103,7 +102,7 @@ class UniformCoding:
             coefficients, self._bands, self._importances, strict=True
         ):
             wishes = (
-                lattice.spread(positions) + np.float32(_MIDDLE)
+                lattice.spread(positions) + np.float32(MIDDLE)
                 if importance is None
                 else importance.wishes(array)
             )

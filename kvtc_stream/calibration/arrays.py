@@ -1,7 +1,7 @@
 """Where calibration's arrays live: the few operations that differ from one device to another.
 
-Everything else of calibration is written for an array module ``xp``, that of :class:`HostArrays` or
-of its subclass for CUDA devices.
+The rest of calibration is written for an array module ``xp``: that of :class:`HostArrays`, or of
+its subclass for CUDA devices.
 """
 
 from __future__ import annotations
@@ -30,14 +30,15 @@ class HostArrays:
     Attributes
     ----------
     name
-        The backend's.
+        Name of the backend.
     xp
         The array module.
     leading
-        Whether separate bases of few components come from the leading eigenvectors alone, as
-        joint ones do.
+        Whether a separate basis with few components is solved for its leading eigenvectors only,
+        as a joint one always is.
     widest
-        Columns of the largest matrix that is solved for all its eigenvectors; ``None``: any.
+        Columns of the largest matrix that can be solved for all its eigenvectors; ``None``: no
+        limit.
     counter
         Counts symbols for :func:`kvtc_stream.calibration.families.fit_families`.
     """
@@ -62,9 +63,10 @@ class HostArrays:
         positions: NDArray[np.int64],
         scales: Sequence[NDArray[np.float32] | None],
     ) -> Array:
-        """float32 [tokens, k_width + v_width] of K and V per layer: one row per token, no RoPE.
+        """Token vectors, float32 [tokens, k_width + v_width]: K of all layers without RoPE, then V.
 
-        ``scales`` are [layers, kv_heads] of K and of V, or ``None``.
+        ``held`` is K and V, each an array per layer; ``scales`` are those of K and of V,
+        [layers, kv_heads], or ``None``.
         """
         k, v = (to_float32(np.stack(x), s) for x, s in zip(held, scales, strict=True))
         layers = np.arange(len(section.layers))
@@ -74,34 +76,34 @@ class HostArrays:
         return rows
 
     def hashes(self, rows: Array) -> NDArray[np.uint64]:
-        """uint64 [rows], in host memory: a hash of each row's bytes."""
+        """uint64 [rows], in host memory: hash of the bytes of each row."""
         return np.array([xxhash.xxh3_64_intdigest(row) for row in rows], np.uint64)
 
     def orthonormal(self, x: Array) -> Array:
-        """float32 [n, m ≤ n]: an orthonormal basis of what the columns of ``x`` span."""
+        """An orthonormal basis, float32 [n, m ≤ n], of the space that the columns of ``x`` span."""
         return np.linalg.qr(x)[0]
 
     def put(self, x: NDArray[Any]) -> Array:
-        """An array of ``xp`` with the values of one in host memory."""
+        """Copy an array from host memory to an array of ``xp``."""
         return x
 
     def get(self, x: Array) -> NDArray[Any]:
-        """A NumPy array with the values of ``x``."""
+        """Copy ``x`` to a NumPy array."""
         return x  # type: ignore[no-any-return]
 
     def check_memory(self, size: int) -> None:
-        """Raise ``ValueError`` where so many bytes cannot be had."""
+        """Raise ``ValueError`` if ``size`` bytes cannot be allocated."""
 
     def settle(self) -> None:
-        """Wait until nothing reads the caller's arrays any more."""
+        """Wait until all work that reads the caller's arrays has finished."""
 
 
-#: The one on the CPU.
+#: One instance for all: it has no state.
 HOST = HostArrays()
 
 
 def get_arrays(name: BackendName) -> HostArrays:
-    """Where calibration of that backend keeps its arrays; ``"auto"`` is CUDA if it can run here.
+    """The arrays of a calibration backend; ``"auto"`` is CUDA if it can run here, else the CPU.
 
     Raises
     ------

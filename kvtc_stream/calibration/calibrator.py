@@ -1,4 +1,4 @@
-"""Calibration: running moments and a bounded sample of rows, then bases and error tables."""
+"""Calibration: collects moments and a sample of token vectors, then solves for the bases."""
 
 from __future__ import annotations
 
@@ -28,34 +28,38 @@ from kvtc_stream.formats import Geometry, ModelIdentity, Section
 from kvtc_stream.io.dlpack import BackendName, check_positions
 from kvtc_stream.progress import Progress
 
-#: Tokens gathered at a time: bounds the memory of an update.
+#: Tokens processed at a time, to bound the memory of an update.
 _CHUNK = 512
 
 
 class Calibrator:
-    """Learns a model's cache from documents, in one pass.
+    """Learns the statistics of a model's KV cache from documents, in one pass.
 
-    Memory: a float64 covariance per part of every basis (K and V of a joint one serve separate
-    ones too), ``sample_rows`` rows in float32, and a few thousand rows in flight; :meth:`finish`
-    takes about 12 bytes for each value of the widest covariance besides. With ``backend="cuda"``
-    that is memory of the device. Not thread-safe; calibrate in parallel with one calibrator each
-    and :meth:`merge`.
+    A token vector is the K and V of one token in all layers of a section.
+
+    Memory: a float64 covariance matrix for each part of a basis (that of a joint basis serves
+    separate ones too), ``sample_rows`` token vectors in float32, and a few thousand more while
+    they are processed. :meth:`finish` needs about 12 bytes more for each value of the largest
+    covariance matrix. With ``backend="cuda"`` this is memory of the device.
+
+    Not thread-safe. To calibrate in parallel, use one calibrator per thread and :meth:`merge`.
 
     Parameters
     ----------
     geometry
         The cache. Sections whose ``rope`` is set take keys after RoPE.
     bases
-        ``"separate"`` (K and V apart, as published, for the preset ``paper``) and ``"joint"`` (one
-        basis for both, of weighted rows, for the preset ``default``).
+        ``"separate"``: one basis for K and one for V, as published; for the preset ``paper``.
+        ``"joint"``: one basis for both, with channels weighted by importance; for the preset
+        ``default``.
     layer_groups
-        Cut each section's layers into this many runs with a basis each: a cheaper transform that
-        needs more bits. 1 is the published method.
+        Cut each section's layers into this many groups of neighbours with a basis each. The
+        transform becomes cheaper, and streams larger. 1 is the published method.
     second_level
-        Transform so many of the groups' coefficients of the joint basis once more, the strongest,
-        those of all groups together: nearly the bits of one basis for about half of its
-        multiply-adds. A quarter to three eighths of a row's values serve well. The groups are one
-        part then: layers of such a stream cannot be cut. 0: groups stay apart.
+        Transform this many of the strongest coefficients of all groups of the joint basis once
+        more, together. Streams are nearly as small as with one basis, for about half of its
+        multiply-adds. A quarter to three eighths of the values of a token vector serve well. The
+        groups then form one part, so layers of such a stream cannot be cut. 0: no second level.
     rank
         Keep at most this many components of each part (the paper keeps 10,000). ``None`` keeps
 
@@ -63,23 +67,28 @@ class Calibrator:
         - of a joint basis: two fifths of its columns, at least 3,072 and at most 4,608;
         - of a joint basis with a second level: three fifths, at least 3,072.
 
-        Those behind are rarely worth their bits.
+        Components beyond these are rarely worth their bits.
     sinks
-        Tokens at positions below this are left out (KVTC, arXiv 2511.01815, section 3).
+        Tokens at positions below this are not learnt from (KVTC, arXiv 2511.01815, section 3).
     sample_rows
-        Tokens kept to measure quantisation error on.
+        Tokens that are kept to measure quantisation errors on.
     weights
-        How much an error matters to the model in each channel of each head: per section a pair
-        for K (before RoPE) and V, of arrays [layers, kv_heads], [layers, kv_heads, head_dim] for
-        squared errors of channels, or [layers, kv_heads, head_dim, head_dim] for quadratic forms:
-        symmetric, positive semidefinite. Only proportions count, those between K and V too. One
-        pair suffices for one section. ``None``: from :meth:`update_gradients`, else all alike.
+        How much an error matters to the model, as a pair of arrays for K (before RoPE) and V of
+        each section (the pair itself, if there is one section):
+
+        - [layers, kv_heads]: weight of the squared error of a head;
+        - [layers, kv_heads, head_dim]: weight of the squared error of each channel;
+        - [layers, kv_heads, head_dim, head_dim]: quadratic form of the error, symmetric and
+          positive semidefinite.
+
+        Only proportions count, including those between K and V. ``None``: learnt from
+        :meth:`update_gradients`; without gradients, all channels weigh the same.
     model
-        Identity to record, see :class:`ModelIdentity`.
+        Identity to record in the calibration, see :class:`ModelIdentity`.
     backend
-        ``"cpu"``, ``"cuda"``, or ``"auto"``: CUDA where it can run. The calibration serves all
-        backends. Moments agree to rounding. The rows that are sampled are others on each, because
-        each has its hash, but do not depend on the order of documents nor on :meth:`merge`. On a
+        ``"cpu"``, ``"cuda"``, or ``"auto"``: CUDA where it can run. All backends can use the
+        calibration. Moments agree to rounding. Each backend samples other tokens, because its hash
+        differs; which ones does not depend on the order of documents, nor on :meth:`merge`. On a
         device, work goes to CuPy's current device and stream, and each call waits for it.
 
     Raises
@@ -119,15 +128,15 @@ class Calibrator:
         unknown = set(bases) - {"separate", "joint"}
         if unknown or not bases:
             raise ValueError(f"bases must be among 'separate' and 'joint', found {list(bases)}")
-        for name, value, least in (
+        for name, value, minimum in (
             ("layer_groups", layer_groups, 1),
             ("second_level", second_level, 0),
             ("rank", 1 if rank is None else rank, 1),
             ("sinks", sinks, 0),
             ("sample_rows", sample_rows, 1),
         ):
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, found {value}")
+            if value < minimum:
+                raise ValueError(f"{name} must be at least {minimum}, found {value}")
         if second_level and (layer_groups == 1 or "joint" not in bases):
             raise ValueError(
                 f"second_level={second_level} is of a joint basis in layer_groups of 2 or more, "
@@ -167,7 +176,7 @@ class Calibrator:
         return self._arrays.name
 
     def _check_size(self, geometry: Geometry) -> None:
-        """Raise ``ValueError`` now for what would not fit after all documents were read."""
+        """Raise ``ValueError`` now for what would not fit in :meth:`finish`."""
         options = self._options
         rank, groups, widest = options["rank"], options["layer_groups"], self._arrays.widest
         second = options["second_level"]
@@ -197,7 +206,7 @@ class Calibrator:
                 f"second_level={second} needs all eigenvectors of so many columns, for which this "
                 f"backend takes up to {widest}: choose that or less"
             )
-        # In float64; with them copies of the largest, and rows, in float32.
+        # Covariances in float64; float32 copies of the largest; rows in float32.
         self._arrays.check_memory(8 * covariances + 12 * largest + 4 * rows)
 
     def update(
@@ -210,17 +219,17 @@ class Calibrator:
         k_scale: Any = None,
         v_scale: Any = None,
     ) -> None:
-        """Learn from one document, or a piece of one. Tokens with NaN or Inf are left out.
+        """Learn from a document, or from a piece of one. Tokens with NaN or Inf are left out.
 
         Parameters
         ----------
         k, v
             As for :meth:`kvtc_stream.Encoder.encode`: [layers, kv_heads, tokens, head_dim]. With
-            ``backend="cuda"`` in host memory or on the current device: of CuPy, or of anything
-            with ``__dlpack__``.
+            ``backend="cuda"``, in host memory or on the current device: CuPy arrays, or any with
+            ``__dlpack__``.
         positions
-            int64 [tokens], rising. By default each call is a document of its own that starts at
-            position 0; give the positions of later pieces.
+            int64 [tokens], ascending. By default each call is a new document that starts at
+            position 0; for later pieces of a document, give their positions.
         section
             Which section of the geometry.
         k_scale, v_scale
@@ -244,24 +253,25 @@ class Calibrator:
         k_scale: Any = None,
         v_scale: Any = None,
     ) -> None:
-        """Learn from one document what matters to the model.
+        """Learn from a document which errors matter to the model.
 
-        The second moments of gradients over tokens are importance weights: with labels drawn from
-        the model, the Fisher information. Norms of gradients teach which tokens matter. A few
-        dozen documents suffice. The bases' moments are not touched: :meth:`update` takes those.
+        Second moments of gradients over tokens become the weights of channels; with labels drawn
+        from the model, they are the Fisher information. Norms of gradients teach which tokens
+        matter. A few dozen documents suffice. Give documents to :meth:`update` as well: the
+        covariances that bases are solved from come from there only.
 
         Parameters
         ----------
         k, v, positions, section, k_scale, v_scale
             As for :meth:`update`.
         grad_k, grad_v
-            float32 or narrower, of the shapes of ``k`` and ``v``: gradients of a loss with respect
-            to K *before* RoPE, and V.
+            float32 or narrower, in the shapes of ``k`` and ``v``: gradients of a loss with respect
+            to K *before* RoPE, and to V.
 
         Raises
         ------
         ValueError
-            The calibrator was given ``weights``; or wrong shapes.
+            The calibrator was given ``weights``, or shapes do not fit.
         """
         if self._weights is not None:
             raise ValueError("weights were given, gradients would be others: use one of them")
@@ -281,7 +291,7 @@ class Calibrator:
         self._arrays.settle()
 
     def _finite(self, *arrays: Array) -> list[Array]:
-        """Those rows of each that are finite in all of them."""
+        """The rows of each array that are finite in all arrays."""
         xp = self._arrays.xp
         sound = np.all([self._arrays.get(xp.isfinite(x).all(axis=1)) for x in arrays], axis=0)
         if sound.all():
@@ -319,7 +329,7 @@ class Calibrator:
         k_scale: Any,
         v_scale: Any,
     ) -> Iterator[Array]:
-        """Rows [tokens, k_width + v_width] of all tokens but sinks, a chunk at a time."""
+        """Yield token vectors [tokens, k_width + v_width], in chunks, without sinks."""
         grids = [
             None if scale is None else scale_grid(scale, name, len(s.layers), s.kv_heads)
             for name, scale in (("k_scale", k_scale), ("v_scale", v_scale))
@@ -330,9 +340,9 @@ class Calibrator:
             yield self._arrays.rows(s, (k, v), where[start:stop], grids)
 
     def merge(self, other: Calibrator) -> None:
-        """Take in what ``other`` learnt, as if this calibrator had seen its documents too.
+        """Add what ``other`` learnt, as if this calibrator had seen its documents too.
 
-        Moments agree with one pass to rounding; the row sample is the same.
+        Compared with one pass, moments agree to rounding, and the same tokens are sampled.
         """
         if self._options != other._options:
             differing = [k for k, v in self._options.items() if other._options[k] != v]
@@ -346,12 +356,12 @@ class Calibrator:
     def finish(self, progress: Progress | None = None) -> Calibration:
         """Solve for the bases and measure the error tables.
 
-        The calibrator stays usable: more documents and another ``finish`` are fine.
+        The calibrator stays usable: more documents, then another ``finish``, are fine.
 
         Raises
         ------
         ValueError
-            A section saw no tokens but sinks.
+            A section has no tokens besides sinks.
         """
         steps = sum(len(m.parts) for m in self._sections)
         given = self._weights or [m.importance.matrices() for m in self._sections]

@@ -1,8 +1,8 @@
-"""The principal components of a part: one matrix, or a product of small ones in two levels.
+"""The principal components of a part: one matrix, or a product of smaller ones in two levels.
 
-Two levels are a hierarchical Karhunen-Loève transform: each group of columns has components of its
-own, and the leading coefficients of all groups are transformed once more, together. It costs a part
-of the multiply-adds of one matrix for all columns, and finds nearly all that it would find.
+Two levels are a hierarchical Karhunen-Loève transform: each group of columns has its own
+components, and the leading coefficients of all groups are transformed once more, together. This
+needs fewer multiply-adds than one matrix for all columns, and compacts energy nearly as well.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ Array = Any
 class Components:
     """A matrix [rank, width] with orthonormal rows, before weights are applied to it.
 
-    Methods take and give arrays of the module that the matrices are of, ``xp``. Immutable.
+    Methods take and return arrays of ``xp``, like the matrices. Immutable.
 
     Attributes
     ----------
     groups
-        Columns of each group, ascending slices; of one level there is one group, of all columns.
+        The columns of each group, as ascending slices. With one level, one group has all columns.
     local
-        A matrix [rank, columns] of each group.
+        For each group, its matrix [rank, columns].
     leading
-        How many coefficients of each group, the first, go to the second level.
+        For each group, how many of its first coefficients go to the second level.
     second
         [rank, sum of ``leading``], or ``None`` with one level.
     order
-        int32 [rank]: of each component of the whole, its row among those of ``second`` and, after
-        them, those of the groups that are not leading. ``None`` with one level.
+        int32 [rank]: where each component is found among the rows of ``second``, followed by the
+        rows of each group that do not go to the second level. ``None`` with one level.
     xp
-        A module like NumPy; ``None``: NumPy, which pickle refuses.
+        The array module. ``None``: NumPy (a module itself cannot be pickled).
     """
 
     groups: tuple[tuple[slice, ...], ...]
@@ -58,35 +58,29 @@ class Components:
 
     @property
     def width(self) -> int:
-        """Columns."""
+        """Number of columns."""
         return max(int(span.stop) for group in self.groups for span in group)
 
     @property
     def rank(self) -> int:
-        """Components."""
+        """Number of components."""
         return len(self.local[0]) if self.order is None else len(self.order)
 
     @property
-    def multiply_adds(self) -> int:
-        """Multiply-adds from a row to its coefficients, or back."""
-        matrices = [*self.local] if self.second is None else [*self.local, self.second]
-        return sum(m.shape[0] * m.shape[1] for m in matrices)
-
-    @property
     def inner(self) -> list[int]:
-        """Where the rows of the second level, and then those of each group behind its leading
-        ones, begin in ``order``; and where the last end."""
+        """Bounds of the runs that ``order`` counts through: the rows of the second level, then
+        those rows of each group that do not go to it."""
         counts = [0 if self.second is None else len(self.second)]
         counts += [len(m) - n for m, n in zip(self.local, self.leading, strict=True)]
         return list(accumulate(counts, initial=0))
 
     def mapped(self, function: Callable[[Array], Array], xp: Any = None) -> Components:
-        """With a function of all matrices, whose results are of ``xp``."""
+        """A copy with ``function`` applied to each matrix; its results are arrays of ``xp``."""
         second = None if self.second is None else function(self.second)
         return replace(self, local=tuple(map(function, self.local)), second=second, xp=xp)
 
     def weighted(self, blocks: Sequence[NDArray[np.float32]], *, inverse: bool) -> Components:
-        """The matrix times the block-diagonal one of ``blocks``, see :func:`apply_blocks`."""
+        """The matrix times the block-diagonal matrix of ``blocks``, see :func:`apply_blocks`."""
         local = [
             apply_blocks(m, blocks_of(blocks, spans), inverse=inverse, xp=self.xp or np)
             for m, spans in zip(self.local, self.groups, strict=True)
@@ -94,7 +88,7 @@ class Components:
         return replace(self, local=tuple(local))
 
     def scaled(self, factors: NDArray[np.floating[Any]]) -> Components:
-        """With each component times its factor, [rank]."""
+        """A copy with each component multiplied by its factor; ``factors`` is [rank]."""
         if self.order is None:
             return replace(self, local=(self.local[0] * factors[:, None],))
         assert self.second is not None
@@ -108,8 +102,8 @@ class Components:
         return replace(self, local=tuple(local), second=second)
 
     def aligned(self, multiple: int) -> Components:
-        """The same matrix, with rows and columns of zeros so that each group's number of leading
-        coefficients is a multiple of this."""
+        """The same matrix, padded with rows and columns of zeros until each group's number of
+        leading coefficients is a multiple of ``multiple``."""
         if self.second is None:
             return self
         xp = self.xp or np
@@ -124,7 +118,7 @@ class Components:
         return replace(self, local=tuple(local), leading=counts, second=second)
 
     def taken(self, which: NDArray[np.integer[Any]]) -> Components:
-        """Only some components, in this order."""
+        """The components ``which``, in this order."""
         if self.order is None:
             prefix = bool((which == np.arange(len(which))).all())  # then nothing is copied
             own = self.local[0][: len(which)] if prefix else self.local[0][which]
@@ -142,7 +136,7 @@ class Components:
         return replace(self, local=tuple(local), second=self.second[rows[0]], order=order)
 
     def first(self, count: int) -> Components:
-        """The first so many components."""
+        """The first ``count`` components."""
         return self if count == self.rank else self.taken(np.arange(count))
 
     def project(self, rows: Array, out: Array | None = None) -> Array:
@@ -160,7 +154,7 @@ class Components:
         return xp.take(inner, xp.asarray(self.order), axis=1, out=out)
 
     def expand(self, coefficients: Array, wanted: Sequence[slice]) -> list[Array]:
-        """Columns ``wanted`` of ``coefficients`` [n, rank] times the matrix: an array for each."""
+        """``coefficients`` [n, rank] times the matrix: an array for each of ``wanted``."""
         if self.order is None:
             return [coefficients @ self.local[0][:, span] for span in wanted]
         assert self.second is not None
@@ -178,7 +172,7 @@ class Components:
         return out
 
     def matrix(self) -> Array:
-        """[rank, width]: all of it as one matrix."""
+        """The product of both levels as one matrix, [rank, width]."""
         if self.order is None:
             return self.local[0]
         unit = (self.xp or np).eye(self.rank, dtype=self.local[0].dtype)
@@ -187,10 +181,11 @@ class Components:
     def deviations(
         self, variance: NDArray[np.floating[Any]]
     ) -> tuple[list[NDArray[np.floating[Any]]], list[NDArray[np.floating[Any]]]]:
-        """What coefficients of these variances become, as deviations: of each group's leading
-        coefficients, none with one level, and of each group's columns.
+        """Standard deviations after the inverse transform of coefficients with these variances.
 
-        The former are taken to be uncorrelated in a group, which they are by the calibration.
+        Returned are those of each group's leading coefficients (none with one level), and those of
+        each group's columns. Leading coefficients of a group are taken to be uncorrelated, which
+        calibration makes them.
         """
         if self.order is None:
             return [], [np.sqrt(variance @ np.square(self.local[0]))]
@@ -206,8 +201,11 @@ class Components:
         return of_leading, of_columns
 
     def _of_groups(self) -> Iterator[tuple[tuple[slice, ...], Array, slice, slice]]:
-        """Yield each group's columns, matrix, slice of all leading coefficients, and slice of the
-        remaining components, in the numbers that ``order`` refers to."""
+        """Yield (columns, matrix, second-level slice, remaining slice) of each group.
+
+        The first slice selects from all groups' leading coefficients; the second selects the
+        group's other components, in the numbering of ``order``.
+        """
         firsts = accumulate(self.leading, initial=0)
         for spans, m, n, first, (begin, end) in zip(
             self.groups, self.local, self.leading, firsts, pairwise(self.inner[1:]), strict=False
@@ -218,7 +216,10 @@ class Components:
 def columns_of_layers(
     layers: Sequence[int], k_size: int, v_size: int
 ) -> tuple[tuple[slice, ...], ...]:
-    """Columns of runs of so many layers: K of them, and V behind all K."""
+    """The columns of consecutive groups of ``layers`` layers, where V follows all K.
+
+    ``k_size`` and ``v_size`` are the columns of one layer.
+    """
     found, first = [], 0
     for count in layers:
         last, split = first + count, sum(layers) * k_size
@@ -231,7 +232,10 @@ def columns_of_layers(
 def _overlaps(
     spans: Sequence[slice], wanted: Sequence[slice], out: Sequence[Array]
 ) -> list[tuple[slice, Array]]:
-    """Columns of a group, and where they go."""
+    """Pairs of a slice of a group's columns and the piece of ``out`` that they are written to.
+
+    ``spans`` are the group's columns in the matrix; ``out`` has an array for each of ``wanted``.
+    """
     found, at = [], 0
     for span in spans:
         for other, array in zip(wanted, out, strict=True):

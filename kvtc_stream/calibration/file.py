@@ -1,4 +1,4 @@
-"""The calibration file: a JSON description and arrays, and the digest over both."""
+"""The calibration file: a JSON description, arrays, and a digest of both."""
 
 from __future__ import annotations
 
@@ -23,13 +23,11 @@ from kvtc_stream.errors import ChecksumError, FormatError, VersionError
 from kvtc_stream.formats import Geometry, ModelIdentity, Rope, Section
 from kvtc_stream.io.storage import atomic_write
 
-#: Versions of the calibration file's layout: without components in two levels, and with.
+#: Versions of the file: 3; 4, with components in two levels; 5, with rotary axes.
 CALIBRATION_VERSIONS = (3, 4, 5)
 
 
 _METADATA_KEY = "kvtc_calibration"
-
-
 _DIGEST_KEY = "sha256"
 
 
@@ -84,7 +82,7 @@ def load(path: str | os.PathLike[str]) -> CalibratedBases:
 
 
 def _version(content: CalibratedBases) -> int:
-    """The lowest version of the file that suffices."""
+    """The lowest version of the file that can hold ``content``."""
     if any(section.axes for section in content.geometry.sections):
         return 5
     parts = [p for s in content.sections for basis in s.bases.values() for p in basis]
@@ -92,7 +90,7 @@ def _version(content: CalibratedBases) -> int:
 
 
 def _shape(section: Section) -> dict[str, Any]:
-    """A section's fields; rotary tables with axes, and only they, have ``axes``."""
+    """A section's fields; only rotary tables with axes have the key ``axes``."""
     shape = asdict(section)
     for rope in shape["rope"]:
         if rope is not None and not rope["axes"]:
@@ -250,19 +248,19 @@ def _parse_part(
         name: str,
         dtype: type[np.generic],
         *shape: int | None,
-        least: float = -np.inf,
+        minimum: float = -np.inf,
         finite: bool = True,
     ) -> NDArray[Any]:
         array = arrays.pop(prefix + name)
-        # None stands for any number.
+        # None stands for any length.
         expected = [n if m is None else m for n, m in zip(array.shape, shape, strict=False)]
         if array.dtype != dtype or list(array.shape) != expected or array.ndim != len(shape):
             raise FormatError(
                 f"{prefix}{name}: found {array.dtype} {array.shape}, expected "
                 f"{np.dtype(dtype)} {shape}"
             )
-        # Extremes are NaN where anything is.
-        if not array.min() >= least or (
+        # Minimum and maximum are NaN if any value is.
+        if not array.min() >= minimum or (
             finite and not np.isfinite([array.min(), array.max()]).all()
         ):
             raise FormatError(f"{prefix}{name} has values that no calibration makes")
@@ -279,9 +277,15 @@ def _parse_part(
     if entry["errors"] is not None:
         errors = ErrorTables(
             errors=take(
-                "errors", np.float32, rank, len(BAND_SIZES), len(BAND_TYPES), least=0, finite=False
+                "errors",
+                np.float32,
+                rank,
+                len(BAND_SIZES),
+                len(BAND_TYPES),
+                minimum=0,
+                finite=False,
             ),
-            energy=take("drop_errors", np.float64, rank, least=0),
+            energy=take("drop_errors", np.float64, rank, minimum=0),
             dropped=_energy(entry["errors"]["dropped"]),
             rows=_count(entry["errors"]["rows"]),
         )
@@ -302,7 +306,7 @@ def _parse_part(
         v_layers,
         take("mean", np.float32, width),
         components,
-        take("spectrum", np.float32, rank, least=0),
+        take("spectrum", np.float32, rank, minimum=0),
         _energy(entry["energy"]),
         errors,
         uniform,
@@ -311,7 +315,7 @@ def _parse_part(
 
 
 def _levels(section: Section, components: Components) -> dict[str, Any]:
-    """What the description says of two levels: layers of each group, and leading coefficients."""
+    """The description's entry for two levels: layers and leading coefficients of each group."""
     if components.second is None:
         return {}
     k_size = section.kv_heads * section.k_dim
@@ -380,7 +384,7 @@ def _parse_uniform(
         raise FormatError(f"importance must be true or false, found {entry['importance']!r}")
 
     def costs(name: str, dtype: type[np.generic], *shape: int) -> NDArray[Any]:
-        return take("uniform." + name, dtype, *shape, least=0)
+        return take("uniform." + name, dtype, *shape, minimum=0)
 
     families = FamilyTables(
         frequencies=costs("frequencies", np.uint16, count, 256),

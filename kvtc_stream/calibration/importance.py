@@ -1,9 +1,9 @@
-"""Importance of tokens: how much an error in a token matters to the model, from its coefficients.
+"""Importance of tokens: predicts from a token's coefficients how much its errors matter to a model.
 
 A Poisson regression with a logarithmic link (J. A. Nelder and R. W. M. Wedderburn, "Generalized
 linear models", JRSS A 135, 1972) predicts the squared norm of the gradient at a token. Its
 features are the leading coefficients, their magnitudes, and the energy in groups of components.
-What matters more gets a finer step: its class, which travels with the token.
+Tokens that matter more get smaller steps: each token has a step class, which is stored with it.
 """
 
 from __future__ import annotations
@@ -14,25 +14,23 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from kvtc_stream.coding.rans import CLASSES
+from kvtc_stream.coding.rans import CLASSES, MIDDLE
 from kvtc_stream.errors import FormatError
 
-#: Steps are proportional to the importance to the power of minus this. One half would be right if
-#: the predictor were, and errors independent. On SmolLM2-135M the ratios at the KL divergences of
-#: the published method's 16 and 32 times were 4.18 and 4.47 times its own with 0.2, 4.29 and 4.65
-#: with 0.275, 4.43 and 4.77 with 0.35.
+#: Step sizes are proportional to importance^(-ALPHA). With an exact predictor and independent
+#: errors, 0.5 would be best. Compression ratio on SmolLM2-135M, relative to the published method at
+#: ratios 16 and 32, at equal KL divergence: 4.18 and 4.47 with 0.2, 4.29 and 4.65 with 0.275, 4.43
+#: and 4.77 with 0.35.
 ALPHA = 0.35
-#: The class of a token of usual importance.
-MIDDLE = 8
 
 _LEADING = 300
 _EDGES = (0, 16, 64, 256, 1024, 3072)
 _CLIP_COEFFICIENT, _CLIP_FEATURE = 6.0, 8.0
-_LEAST_ENERGY = 1e-6
-#: Rows a feature needs; and rows that are held out to see whether the fit is of any use.
+_MIN_ENERGY = 1e-6
+#: Rows needed per feature; and one row in how many is held out, to see whether a fit predicts.
 _ROWS_PER_FEATURE, _HELD_OUT = 4, 5
-_ITERATIONS, _RIDGE, _MOST_IMPORTANCE = 12, 1e-2, 60.0
-_LEAST_LOG, _MOST_LOG = -8.0, 5.0
+_ITERATIONS, _RIDGE, _MAX_IMPORTANCE = 12, 1e-2, 60.0
+_MIN_LOG, _MAX_LOG = -8.0, 5.0
 
 _F32 = np.float32
 _jit = numba.njit(cache=True, nogil=True, error_model="numpy")
@@ -45,14 +43,15 @@ class TokenImportance:
     Attributes
     ----------
     scale
-        float32 [coefficients]: one over the standard deviation of each coefficient that is read;
-        0 where it does not vary.
+        float32 [coefficients]: reciprocal of the standard deviation of each coefficient that is
+        read; 0 where it does not vary.
     weights
-        float32 [features + 1]: of the standardised features, and the constant last. Features are
-        the first of the scaled coefficients, clipped to ±6; their magnitudes; and the logarithms
-        of mean squared scaled coefficients over the groups that :func:`group_edges` tells.
+        float32 [features + 1]: weight of each standardised feature, and the constant last.
+        Features are the first scaled coefficients, clipped to ±6; their magnitudes; and for each
+        group of :func:`group_edges`, the logarithm of its mean squared scaled coefficient.
     centre, spread
-        float32 [features]: what features are standardised by, then clipped to ±8.
+        float32 [features]: mean and standard deviation that features are standardised with. They
+        are then clipped to ±8.
     """
 
     scale: NDArray[np.float32]
@@ -61,10 +60,10 @@ class TokenImportance:
     spread: NDArray[np.float32]
 
     def predict(self, coefficients: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Logarithm of the importance of each token, 0 on the average of calibration.
+        """Logarithm of each token's importance; its mean over the calibration is 0.
 
-        ``coefficients`` is float32 [tokens, components], any number from the first on; features
-        of missing ones count as average. A token's prediction does not depend on the others.
+        ``coefficients`` is float32 [tokens, components]. Later components may be missing: their
+        features count as average. A token's prediction does not depend on other tokens.
         """
         edges = group_edges(len(self.scale))
         features = np.empty((len(coefficients), len(self.centre)), np.float32)
@@ -74,17 +73,19 @@ class TokenImportance:
         return out
 
     def wishes(self, coefficients: NDArray[np.float32]) -> NDArray[np.float32]:
-        """float32 [tokens]: class of each token's step, 0…15, before it is rounded; 8 is that of
-        usual importance."""
+        """Step class of each token before it is rounded, float32 [tokens], 0…15.
+
+        8 stands for average importance.
+        """
         return wishes_of(self.predict(coefficients))
 
     def arrays(self) -> dict[str, NDArray[np.float32]]:
-        """What a calibration file holds of it."""
+        """The arrays that a calibration file stores, by name."""
         return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
     @classmethod
     def from_arrays(cls, arrays: dict[str, NDArray[np.float32]]) -> TokenImportance:
-        """Undo :meth:`arrays`; ``FormatError`` for anything else."""
+        """The inverse of :meth:`arrays`; raises ``FormatError`` for arrays that do not fit."""
         if arrays.keys() != cls.__dataclass_fields__.keys():
             raise FormatError(
                 f"importance of tokens has arrays {sorted(arrays)}, expected "
@@ -109,21 +110,21 @@ class TokenImportance:
 
 
 def wishes_of(logarithm: NDArray[np.float32]) -> NDArray[np.float32]:
-    """float32, 0…15: the class of each logarithm of importance, before it is rounded."""
+    """The step class before rounding, float32 0…15, for each logarithm of importance."""
     with np.errstate(invalid="ignore"):
         steps = logarithm * np.float32(-4 * ALPHA / np.log(2))
-    # A token whose coefficients are no numbers is stored verbatim: any class will do.
+    # A token with coefficients that are NaN is stored verbatim: any class will do.
     wishes = MIDDLE + np.nan_to_num(steps).clip(-MIDDLE, CLASSES - 1 - MIDDLE)
     return np.asarray(wishes, np.float32)
 
 
 def classes_of(logarithm: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """uint8: the class of each logarithm of importance."""
+    """The step class, uint8, for each logarithm of importance."""
     return np.rint(wishes_of(logarithm)).astype(np.uint8)
 
 
 def group_edges(coefficients: int) -> NDArray[np.int64]:
-    """Borders of the groups of so many coefficients."""
+    """Bounds of the groups that so many coefficients are divided into."""
     return np.array([*(e for e in _EDGES if e < coefficients), coefficients])
 
 
@@ -132,27 +133,27 @@ def fit(
     variance: NDArray[np.floating],
     importance: NDArray[np.floating],
 ) -> TokenImportance | None:
-    """Fit a predictor.
+    """Fit a predictor of importance.
 
     Parameters
     ----------
     coefficients
         float32 [rows, components], finite.
     variance
-        [components]: of each component.
+        [components]: variance of each component.
     importance
-        [rows], finite, not negative, in any unit.
+        [rows]: finite, not negative, in any unit.
 
     Returns
     -------
     TokenImportance or None
-        ``None`` where rows are too few, or a fit to four fifths of them tells less about the rest
-        than their mean does.
+        ``None`` if rows are too few, or if a fit to four fifths of them predicts the rest no better
+        than a constant.
 
     Raises
     ------
     ValueError
-        Shapes that do not fit one another, or values that are not as above.
+        Shapes do not fit one another, or values are not as above.
     """
     rows, components = coefficients.shape
     importance = np.asarray(importance, np.float64)
@@ -182,7 +183,7 @@ def fit(
     np.divide(features, spread, out=features)
     np.clip(features, -_CLIP_FEATURE, _CLIP_FEATURE, out=features)
     features = np.concatenate([features, np.ones((rows, 1), np.float32)], axis=1)
-    target = np.minimum(importance / mean, _MOST_IMPORTANCE)
+    target = np.minimum(importance / mean, _MAX_IMPORTANCE)
 
     held = np.arange(rows) * _HELD_OUT // rows == _HELD_OUT - 1
     trial = _poisson(features[~held], target[~held])
@@ -202,7 +203,7 @@ def _poisson(
     weights = np.zeros(features.shape[1], np.float32)
     ridge = _RIDGE * len(features) * np.eye(features.shape[1])
     for _ in range(_ITERATIONS):
-        eta = (features @ weights).clip(_LEAST_LOG, _MOST_LOG)
+        eta = (features @ weights).clip(_MIN_LOG, _MAX_LOG)
         expected = np.exp(eta)
         weighted = features * expected[:, None]
         right = features.T @ (expected * (eta - 1) + target).astype(np.float32)
@@ -216,18 +217,18 @@ def _poisson(
 
 
 def _gain(eta: NDArray[np.float32], target: NDArray[np.float64]) -> float:
-    """By how much the likelihood of ``target`` is above that of its mean, per row."""
+    """Gain in log-likelihood per row over predicting the mean of ``target`` for every row."""
     mean = target.mean()
     if not mean > 0:
         return 0.0
-    clipped = eta.clip(_LEAST_LOG, _MOST_LOG).astype(np.float64)
+    clipped = eta.clip(_MIN_LOG, _MAX_LOG).astype(np.float64)
     scale = mean / np.exp(clipped).mean()
     return float((target * (clipped + np.log(scale) - np.log(mean))).mean())
 
 
 @_jit
 def _features(x, scale, edges, out):  # type: ignore[no-untyped-def]
-    """NaN stands for a feature of components that ``x`` lacks."""
+    """Fill ``out`` with the features of each row of ``x``; NaN where its components are missing."""
     leading = (out.shape[1] - (edges.size - 1)) // 2
     out[:] = _F32(np.nan)
     for t in range(len(x)):
@@ -245,7 +246,7 @@ def _features(x, scale, edges, out):  # type: ignore[no-untyped-def]
                 z = x[t, i] * scale[i]
                 energy += z * z
             mean = energy / _F32(end - edges[g])
-            mean = min(max(mean, _F32(_LEAST_ENERGY)), _F32(1 / _LEAST_ENERGY))
+            mean = min(max(mean, _F32(_MIN_ENERGY)), _F32(1 / _MIN_ENERGY))
             out[t, 2 * leading + g] = np.log(mean)
 
 

@@ -1,7 +1,7 @@
-"""The calibration artefact: what was learnt about a model's cache, once for all presets and ratios.
+"""The calibration: what was learnt about a model's cache, for all presets and ratios.
 
-Its identity is a SHA-256 over its content (SPEC, "Calibration file"); streams name it, and readers
-refuse any other.
+Its identity is a SHA-256 of its content (SPEC, "Calibration file"). A stream names the calibration
+that it was written with, and readers refuse any other.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Calibration(CalibratedBases):
 
     @property
     def tokens(self) -> int:
-        """Tokens that the first section learnt from."""
+        """Number of tokens that the first section learnt from."""
         return self.sections[0].tokens
 
     def __eq__(self, other: object) -> bool:
@@ -45,15 +45,15 @@ class Calibration(CalibratedBases):
         return f"Calibration(model={model!r}, tokens={self.tokens}, digest={self.digest.hex()!r})"
 
     def for_stream(self, geometry: Geometry, plan: Plan) -> CalibratedBases:
-        """The bases that a stream needs; itself where the stream holds all layers.
+        """The bases that a stream needs; the calibration itself if the stream has all layers.
 
-        Sections have the layers of ``geometry``, and the parts of the bases that ``plan`` uses, in
+        Sections of the result have the layers of ``geometry``, and the parts that ``plan`` uses, in
         its order.
 
         Raises
         ------
         FormatError
-            There is no part for one of the plan.
+            The plan has a part that the calibration lacks.
         """
         mine = [section.layers for section in self.geometry.sections]
         if [section.layers for section in geometry.sections] == mine:
@@ -61,7 +61,7 @@ class Calibration(CalibratedBases):
                 [[(p.k_layers, p.v_layers) for p in x] for x in (s.bases.get(d.basis, ()), d.parts)]
                 for s, d in zip(self.sections, plan.sections, strict=True)
             ]
-            # Other parts are found out by SectionCalibration.parts.
+            # Parts that differ in more than their order are refused by SectionCalibration.parts.
             if not any(a != b and sorted(a) == sorted(b) for a, b in orders):
                 return self
         key = ("layers", plan.digest, tuple(section.layers for section in geometry.sections))
@@ -100,7 +100,7 @@ class Calibration(CalibratedBases):
         return CalibratedBases(Geometry(tuple(shapes)), tuple(sections), self.sinks, self.model)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a safetensors file, whole or not at all."""
+        """Write a safetensors file. A write that fails leaves no partial file."""
         file.save(self, self.digest, path)
 
     @classmethod

@@ -1,4 +1,4 @@
-"""What a section has learnt so far: moments, a sample of rows, importance."""
+"""What a section has learnt so far: moments, a sample of token vectors, and importance."""
 
 from __future__ import annotations
 
@@ -15,50 +15,39 @@ from kvtc_stream.calibration.arrays import HOST, Array, HostArrays
 from kvtc_stream.calibration.band_tables import error_tables
 from kvtc_stream.calibration.components import Components, columns_of_layers
 from kvtc_stream.calibration.parts import Part, SectionCalibration
-from kvtc_stream.calibration.principal import (
-    Moments,
-    one_level,
-    separate,
-    two_levels,
-)
+from kvtc_stream.calibration.principal import Moments, one_level, separate, two_levels
 from kvtc_stream.calibration.uniform_tables import uniform_tables, unit_of
-from kvtc_stream.calibration.weights import (
-    Pair,
-)
+from kvtc_stream.calibration.weights import Pair
 from kvtc_stream.errors import KVTCWarning
 from kvtc_stream.formats import Section
 
 #: Rows per update of the moments: large enough for a fast matrix product.
 BATCH = 2048
-
-
-#: Below this many tokens per column the trailing components are noise.
+#: With fewer tokens per column, the trailing components are noise.
 _TOKENS_PER_COLUMN = 2
-
-
-#: A layer whose variance is this part of its mean square, or less, holds one value repeated.
+#: A layer whose variance is at most this fraction of its mean square holds one vector repeated.
 _CONSTANT = 1e-6
-#: Sampled rows that tables of bands are measured on.
+#: Sampled rows that error tables of bands are measured on.
 _BAND_ROWS = 2048
-#: Most rows with gradients that are kept, and about the most memory for them.
+#: Maximum number of rows with gradients that are kept, and about the maximum memory for them.
 _GRADIENT_ROWS, _GRADIENT_BYTES = 16_384, 1 << 30
 _BINARY16_MAX = 65504.0
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Which layers a part takes from a section."""
+    """The layers of a section whose K and V a part has."""
 
     k_layers: tuple[int, ...]
     v_layers: tuple[int, ...]
 
     def width(self, section: Section) -> int:
-        """Columns of the part."""
+        """Number of columns of the part."""
         k, v = section.kv_heads * section.k_dim, section.kv_heads * section.v_dim
         return len(self.k_layers) * k + len(self.v_layers) * v
 
     def take(self, section: Section, rows: Array, xp: Any) -> Array:
-        """The part's columns of section rows [tokens, k_width + v_width]."""
+        """The part's columns of token vectors [tokens, k_width + v_width]."""
         k, v = section.kv_heads * section.k_dim, section.kv_heads * section.v_dim
         spans = [(i * k, (i + 1) * k) for i in self.k_layers]
         spans += [(section.k_width + i * v, section.k_width + (i + 1) * v) for i in self.v_layers]
@@ -68,6 +57,7 @@ class Columns:
 
 
 def basis_columns(name: str, section: Section, groups: int) -> Iterable[Columns]:
+    """The columns of each part of a basis whose layers are cut into so many groups."""
     layers = [tuple(map(int, g)) for g in np.array_split(np.arange(len(section.layers)), groups)]
     layers = [g for g in layers if g]
     if name == "joint":
@@ -76,7 +66,7 @@ def basis_columns(name: str, section: Section, groups: int) -> Iterable[Columns]
 
 
 class SectionMoments:
-    """What one section has learnt."""
+    """What one section has learnt: moments per part, sampled rows, and importance."""
 
     def __init__(
         self,
@@ -98,7 +88,7 @@ class SectionMoments:
                 name, section, of_joint if name == "joint" else layer_groups
             )
         ]
-        # The moments of K and of V apart are blocks of those of both.
+        # The moments of K alone and of V alone are blocks of the moments of both.
         kept = "joint" if "joint" in bases else "separate"
         self.moments = {
             columns: Moments(columns.width(section), arrays)
@@ -133,6 +123,7 @@ class SectionMoments:
         self.importance.merge(other.importance)
 
     def _moments_of(self, columns: Columns) -> Moments:
+        """The moments of a part: its own, or a block of those of a joint part."""
         if columns in self.moments:
             return self.moments[columns]
         for both, moments in self.moments.items():
@@ -151,7 +142,7 @@ class SectionMoments:
         raise AssertionError(columns)
 
     def _column_groups(self, columns: Columns) -> tuple[tuple[slice, ...], ...]:
-        """Columns of each group of layers."""
+        """Columns of each group of layers, for a basis in two levels."""
         section = self.section
         groups = np.array_split(np.array(columns.k_layers), self._groups)
         layers = [len(group) for group in groups if len(group)]
@@ -160,7 +151,7 @@ class SectionMoments:
         )
 
     def _constant_layers(self) -> list[str]:
-        """What has hardly any variance, e.g. ``V of layers 0, 1``, by the model's numbers."""
+        """Layers with hardly any variance, by the model's numbers, e.g. ``V of layers 0, 1``."""
         found: dict[str, list[int]] = {"K": [], "V": []}
         for columns, moments in self.moments.items():
             variance = self._arrays.get(moments.scatter.diagonal()) / moments.count
@@ -181,6 +172,7 @@ class SectionMoments:
     def solve(
         self, rank: int | None, scaling: Pair | None, advance: Callable[[], None]
     ) -> SectionCalibration:
+        """Solve for the bases and measure their tables; calls ``advance`` after each part."""
         self._flush()
         tokens = next(iter(self.moments.values())).count
         width = max(self.section.k_width, self.section.v_width)
@@ -268,7 +260,7 @@ def _weighted_part(
     variance: NDArray[np.floating[Any]],
     arrays: HostArrays,
 ) -> Part:
-    """A part of weighted rows; tables are still lacking."""
+    """A part of weighted rows, still without its tables."""
     total = float(arrays.xp.trace(moments.scatter)) / moments.count
     k_weights, v_weights = weights or (None, None)
     return Part(
@@ -305,13 +297,14 @@ class Importance:
         for part, total in self._split(gradients):
             by_head = part.transpose(1, 2, 0, 3).astype(np.float64)
             total += by_head.swapaxes(2, 3) @ by_head
-        # In half the memory: gradients are tiny, so each row has an exponent.
+        # Kept as float16, to halve the memory. Gradients are tiny: each row has its own exponent.
         _, exponents = xp.frexp(xp.abs(gradients).max(axis=1))
         scaled = xp.ldexp(gradients, -exponents[:, None])
         pairs = [rows.clip(-_BINARY16_MAX, _BINARY16_MAX), scaled, exponents[:, None]]
         self._sample.add(xp.concatenate([x.astype(np.float16) for x in pairs], axis=1))
 
     def _split(self, rows: Array) -> Iterator[tuple[Array, Array]]:
+        """K and V of rows, [tokens, layers, kv_heads, dim], each with its sum of second moments."""
         split = self._section.k_width
         for part, total in ((rows[:, :split], self._k), (rows[:, split:], self._v)):
             yield part.reshape(len(rows), *total.shape[:3]), total
@@ -323,13 +316,15 @@ class Importance:
         self._sample.merge(other._sample)
 
     def matrices(self) -> Pair:
-        """Of K and V, in host memory; per token, so that sections compare however many gradients
-        each was given."""
+        """Mean second moments of gradients of K and of V, in host memory.
+
+        A mean per token, so that sections with different numbers of gradients compare.
+        """
         tokens = max(self._tokens, 1)
         return self._arrays.get(self._k) / tokens, self._arrays.get(self._v) / tokens
 
     def pairs(self, columns: Columns) -> tuple[Array, Array] | None:
-        """Rows and gradients [rows, width] of the columns; ``None`` without gradients."""
+        """Sampled rows and their gradients, both [rows, width]; ``None`` without gradients."""
         sample, xp = self._sample.rows, self._arrays.xp
         if not len(sample):
             return None
@@ -342,7 +337,7 @@ class Importance:
 
 
 class RowSample:
-    """The ``capacity`` rows with the smallest hashes: the same set in whatever order they came."""
+    """The ``capacity`` rows with the smallest hashes: the same rows in whatever order they came."""
 
     def __init__(self, capacity: int, arrays: HostArrays = HOST) -> None:
         self.capacity = capacity

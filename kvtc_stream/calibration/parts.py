@@ -1,4 +1,4 @@
-"""What calibration learnt of a section: bases, each a tuple of parts with what quantisers need."""
+"""What calibration learnt about a section: its bases, and the tables that quantisers need."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from kvtc_stream.calibration.importance import TokenImportance
 from kvtc_stream.errors import FormatError, UnsupportedError
 from kvtc_stream.formats import Geometry, ModelIdentity, SectionPlan
 
-#: Values of a kind that are kept.
+#: How many derived values of each kind are kept.
 _KEPT = 8
 
 
 @dataclass(frozen=True, eq=False)
 class UniformTables:
-    """What the uniform quantiser of a part needs.
+    """The tables of a part's uniform quantiser.
 
     Attributes
     ----------
     unit
-        The step of base step 0 and class 0, the same in all parts of a section.
+        The step size at base step 0 and step class 0, the same in all parts of a section.
     families
-        Frequency tables, and costs of every base step.
+        Frequency tables, and the costs at every base step.
     k_errors, v_errors
-        float32 [steps]: mean over sampled tokens of ‖x̂−x‖/‖x‖ of the part's K, and of its V, when
-        every component is coded with a base step; 0 where the part has none.
+        float32 [steps]: the relative error ‖x̂−x‖/‖x‖ of the part's K, and of its V, when every
+        component is coded at a base step; mean over sampled tokens. 0 if the part has no K, or V.
     importance
-        Predicts the step class of a token; without it all are of the middle one.
+        Predicts the step class of each token; without it, all tokens have the middle class.
     """
 
     unit: float
@@ -47,29 +47,29 @@ class UniformTables:
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """Columns of a section's row that share one orthonormal matrix.
+    """Columns of a section's token vectors that are transformed together.
 
     Attributes
     ----------
     k_layers, v_layers
-        Indices into the section's layers. A row of the part is the K of ``k_layers``, each
+        Indices into the section's layers. The part's token vector has the K of ``k_layers``, each
         [kv_heads, k_dim], followed by the V of ``v_layers``.
     mean
         float32 [width].
     components
-        float16, [rank, width]: the leading principal directions, strongest first. Orthonormal; of
-        weighted rows, where there are weights.
+        float16 [rank, width]: the leading principal directions, strongest first; orthonormal. With
+        weights, those of weighted token vectors.
     spectrum
-        float32 [rank]: variance along each.
+        float32 [rank]: variance along each component.
     energy
-        Mean squared norm of a row, mean included: what a relative error is relative to.
+        Mean squared norm of a token vector (mean included), which errors are divided by.
     errors
-        What bands with a scale per token would lose; ``None`` in a basis not made for them.
+        Errors of bands with a scale per token; ``None`` in a basis that is not coded so.
     uniform
-        What the uniform quantiser needs; ``None`` in a basis not made for it.
+        Tables of the uniform quantiser; ``None`` in a basis that is not coded so.
     k_weights, v_weights
         float32 [layers, kv_heads, dim, dim] for ``k_layers`` and ``v_layers``, or ``None``: the
-        symmetric matrices that a row less its mean is multiplied by before the components.
+        symmetric matrices that a token vector less the mean is multiplied by first.
     """
 
     k_layers: tuple[int, ...]
@@ -85,26 +85,27 @@ class Part:
 
     @property
     def weighted(self) -> bool:
-        """Whether channels count differently: then errors of coefficients are not those of rows."""
+        """Whether channels have weights; errors of coefficients then are not those of values."""
         return self.k_weights is not None
 
     @property
     def width(self) -> int:
-        """Values of a row."""
+        """Values of a token vector."""
         return self.components.width
 
     @property
     def rank(self) -> int:
-        """Components kept."""
+        """Number of components."""
         return self.components.rank
 
     def transforms(
         self, put: Callable[[NDArray[Any]], Any] = lambda x: x, xp: Any = None
     ) -> tuple[Components, Components]:
-        """Analysis and synthesis, float32, of the array module ``xp``, which ``put`` gives arrays.
+        """Analysis and synthesis, in float32.
 
-        A row less its mean projected by the analysis gives coefficients; these expanded by the
-        synthesis give the row less its mean. Without weights they are the same.
+        Analysis projects a token vector less the mean to coefficients, synthesis expands these
+        again. Without weights, both are the same. ``put`` copies a NumPy array to the array module
+        ``xp``.
         """
         components = self.components.mapped(lambda x: put(x).astype(np.float32), xp)
         if self.k_weights is None or self.v_weights is None:
@@ -118,13 +119,13 @@ class Part:
 
 @dataclass(frozen=True, eq=False)
 class SectionCalibration:
-    """One section: named bases, each a tuple of parts."""
+    """Calibration of one section: its bases by name, each a tuple of parts."""
 
     bases: Mapping[str, tuple[Part, ...]]
     tokens: int
 
     def basis(self, name: str) -> tuple[Part, ...]:
-        """The parts of a basis, or ``UnsupportedError`` when calibration did not make it."""
+        """The parts of a basis; ``UnsupportedError`` if the calibration has no such basis."""
         try:
             return self.bases[name]
         except KeyError:
@@ -134,7 +135,7 @@ class SectionCalibration:
             ) from None
 
     def parts(self, plan: SectionPlan) -> tuple[Part, ...]:
-        """The parts that a plan deals with, or ``FormatError`` when it was made for others."""
+        """The parts that a plan describes; ``FormatError`` if the plan is for other parts."""
         parts = self.basis(plan.basis)
         layers = [(p.k_layers, p.v_layers) for p in parts]
         if layers != [(p.k_layers, p.v_layers) for p in plan.parts] or any(
@@ -149,7 +150,7 @@ class SectionCalibration:
 
 @dataclass(frozen=True, eq=False)
 class CalibratedBases:
-    """The bases of every section, and what is made of them once. Immutable; safe across threads."""
+    """The bases of every section, and values derived from them. Immutable; safe across threads."""
 
     geometry: Geometry
     sections: tuple[SectionCalibration, ...]
@@ -159,10 +160,10 @@ class CalibratedBases:
     _lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
 
     def memo(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
-        """A value derived from these bases, made once: a plan, its arrays on a device.
+        """A value derived from these bases and cached: a plan, or its arrays on a device.
 
-        Of each kind, the first entry of ``key``, those used last are kept: plans come with streams,
-        of which somebody may send any number.
+        The first entry of ``key`` is the kind of value. Only the most recently used values of each
+        kind are kept, because plans come with streams, whose number has no limit.
         """
         with self._lock:
             value = self._memo.pop(key) if key in self._memo else make()
@@ -175,7 +176,7 @@ class CalibratedBases:
     def transforms(
         self, section: int, basis: str, part: int, count: int
     ) -> tuple[Components, Components]:
-        """See :meth:`Part.transforms`: of at least ``count`` components, made once."""
+        """Cached :meth:`Part.transforms` with at least the first ``count`` components."""
         key = (f"transforms of {basis} {section}.{part}",)
         with self._lock:
             if key not in self._memo or self._memo[key][0].rank < count:

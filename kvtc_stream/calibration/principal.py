@@ -1,4 +1,4 @@
-"""Principal components: moments of rows, and the bases that are solved from them."""
+"""Principal components: moments of rows, and the bases solved from them."""
 
 from __future__ import annotations
 
@@ -13,31 +13,33 @@ from kvtc_stream.calibration.arrays import HOST, Array, HostArrays
 from kvtc_stream.calibration.components import Components
 from kvtc_stream.calibration.weights import Pair, apply_blocks, blocks_of
 
-#: Components of a joint basis that are kept unless the user says otherwise: two fifths of its
-#: columns, within these bounds. On SmolLM2-135M, 11,520 columns, 4,608 instead of 3,072 halve the
-#: divergence at a ratio of 16.
-_LEAST_RANK, _MOST_RANK = 3072, 4608
-#: Sizes of matrices up to here are solved in full.
+#: By default, a joint basis keeps two fifths of its columns as components, within these bounds. On
+#: SmolLM2-135M (11,520 columns), 4,608 components instead of 3,072 halve the KL divergence at a
+#: ratio of 16.
+_MIN_RANK, _MAX_RANK = 3072, 4608
+#: Up to this size, matrices are solved for all eigenvectors.
 _DENSE = 2048
 _OVERSAMPLING, _POWER_ITERATIONS = 128, 3
-#: As published (KVTC, section 3); where the basis of K or V comes from the leading ones alone.
+#: As published (KVTC, section 3): for separate bases that are solved for leading eigenvectors only.
 _SEPARATE_POWER_ITERATIONS = 8
-#: Rows of a covariance matrix that are worked on at a time, where a copy of all would be too much.
+#: Rows of a covariance matrix that are processed at a time, to avoid a copy of the whole matrix.
 _SLAB = 1024
-#: Columns from which on a batch's products are of some rows at a time, and above the diagonal only.
+#: With more columns than ``_WIDE``, a batch updates ``_TALL`` rows of the scatter at a time, and
+#: only what is on and above the diagonal.
 _WIDE, _TALL = 16_384, 4096
-#: Up to so many columns the product of a batch is float64, which costs little.
+#: Up to so many columns, a batch's product is computed in float64, which costs little there.
 _EXACT = 512
 
-#: Components, and their variances, falling.
+#: Components, and their variances in descending order.
 Solved: TypeAlias = tuple[Components, NDArray[np.floating[Any]]]
 
 
 class Moments:
     """Count, mean and scatter matrix about the mean, in float64.
 
-    A batch is centred on its own mean, so that a binary32 product suffices, and combined by the
-    pairwise update of Chan, Golub and LeVeque (1979), whose rank-1 term rides along as a row.
+    A batch is centred on its own mean, so that a product in float32 suffices. It is added with the
+    pairwise update of Chan, Golub and LeVeque (1979), whose rank-1 term is one more row of the
+    batch.
     """
 
     def __init__(self, width: int, arrays: HostArrays = HOST) -> None:
@@ -45,11 +47,11 @@ class Moments:
         self.count = 0
         self.mean = arrays.xp.zeros(width)
         self._scatter = arrays.xp.zeros((width, width))
-        self._mirrored = True  # else what is below the diagonal is out of date
+        self._mirrored = True  # if not, values below the diagonal are out of date
 
     @property
     def scatter(self) -> Array:
-        """float64 [width, width]."""
+        """The scatter matrix, float64 [width, width]."""
         if not self._mirrored:
             for first in range(0, len(self._scatter), _TALL):
                 slab, behind = slice(first, first + _TALL), slice(first + _TALL, None)
@@ -85,7 +87,7 @@ class Moments:
         rows: Sequence[slice] = (slice(None),),
         columns: Sequence[slice] = (slice(None),),
     ) -> Array:
-        """Scatter over count, as a matrix of its own; or some of its rows and columns."""
+        """A copy of the covariance matrix, or of some of its rows and columns."""
         scatter, size = self.scatter, len(self.mean)
         heights, widths = ([len(range(size)[s]) for s in own] for own in (rows, columns))
         out = self._arrays.xp.empty((sum(heights), sum(widths)), dtype)
@@ -102,7 +104,7 @@ class Moments:
         return out
 
     def block(self, columns: slice) -> Moments:
-        """The moments of some columns; shares memory."""
+        """The moments of some columns; shares memory with these."""
         moments = Moments(0, self._arrays)
         moments.count, moments.mean = self.count, self.mean[columns]
         moments.scatter = self.scatter[columns, columns]
@@ -119,7 +121,7 @@ class Moments:
             scatter[slab] += delta[slab, None] * delta
 
     def _combine(self, count: int, mean: Array) -> Array:
-        """Take in a count and mean; return the vector whose outer product the scatter lacks."""
+        """Update count and mean; return the vector whose outer product must be added to scatter."""
         total = self.count + count
         delta = mean - self.mean
         weight = math.sqrt(self.count * count / total)
@@ -131,21 +133,23 @@ class Moments:
 def separate(
     moments: Moments, rank: int | None, arrays: HostArrays
 ) -> tuple[Array, NDArray[np.floating[Any]], float]:
-    """Leading principal components float16 [rank, width] of ``arrays``, their variances, falling,
-    and the variance of everything."""
+    """Leading principal components, their variances, and the total variance.
+
+    Components are float16 [rank, width] in ``arrays``; variances descend.
+    """
     xp, width = arrays.xp, len(moments.mean)
-    most = min(rank or width, width)
-    if not arrays.leading or in_full(width, most):
+    wanted = min(rank or width, width)
+    if not arrays.leading or in_full(width, wanted):
         values, vectors = xp.linalg.eigh(moments.covariance(np.float64))
         variance, vectors = arrays.get(values)[::-1], vectors[:, ::-1]
         total = max(float(variance.sum()), 0.0)
     else:
         values, vectors = leading_eigenvectors(
-            moments.covariance(np.float32), most, arrays, iterations=_SEPARATE_POWER_ITERATIONS
+            moments.covariance(np.float32), wanted, arrays, iterations=_SEPARATE_POWER_ITERATIONS
         )
         variance = arrays.get(values)
         total = max(float(xp.trace(moments.scatter)) / moments.count, 0.0)
-    keep = _rank_of(variance, width, most)
+    keep = _rank_of(variance, width, wanted)
     return _oriented(vectors[:, :keep], xp), variance[:keep], total
 
 
@@ -172,7 +176,7 @@ def two_levels(
     rank: int | None,
     arrays: HostArrays,
 ) -> Solved:
-    """Principal components of weighted rows' groups, and of their ``second_level`` strongest."""
+    """Components of each group of weighted rows, then of their ``second_level`` strongest."""
     xp, width = arrays.xp, len(moments.mean)
     local, variances = [], []
     for spans in groups:
@@ -182,9 +186,9 @@ def two_levels(
         local.append(_oriented(vectors, xp))
         variances.append(arrays.get(values))
     together = np.sort(np.concatenate(variances))[::-1]
-    least = together[min(second_level, len(together)) - 1]
-    leading = tuple(int((own >= least).sum()) for own in variances)
-    # As they will be, signs and rounding included.
+    smallest = together[min(second_level, len(together)) - 1]
+    leading = tuple(int((own >= smallest).sum()) for own in variances)
+    # As they will be stored, with their signs and rounding.
     strongest = [x[:n].astype(np.float32) for x, n in zip(local, leading, strict=True)]
     products: list[list[Array]] = [[] for _ in groups]
     for i, own in enumerate(groups):
@@ -200,9 +204,7 @@ def two_levels(
         [arrays.get(values), *(own[n:] for own, n in zip(variances, leading, strict=True))]
     )
     order = np.argsort(-variance, kind="stable")
-    keep = _rank_of(
-        variance[order], width, min(rank or max(_LEAST_RANK, 3 * width // 5), len(order))
-    )
+    keep = _rank_of(variance[order], width, min(rank or max(_MIN_RANK, 3 * width // 5), len(order)))
     components = Components(
         groups,
         tuple(map(arrays.get, local)),
@@ -220,7 +222,7 @@ def _weighted_block(
     columns: Sequence[slice],
     xp: Any,
 ) -> Array:
-    """float32: these rows and columns of the covariance matrix of weighted rows."""
+    """Rows and columns of the covariance matrix of weighted rows, float32."""
     block = moments.covariance(np.float32, rows, columns)
     if weights is None:
         return block
@@ -230,29 +232,30 @@ def _weighted_block(
 
 
 def joint_rank(width: int) -> int:
-    return max(_LEAST_RANK, min(2 * width // 5, _MOST_RANK))
+    """How many components a joint basis in one level keeps by default."""
+    return max(_MIN_RANK, min(2 * width // 5, _MAX_RANK))
 
 
 def local_rank(width: int, rank: int | None) -> int:
-    """Of a group under a second level."""
+    """How many components a group below a second level has."""
     return min(rank or (width if width <= _DENSE else width // 2), width)
 
 
 def in_full(size: int, count: int) -> bool:
-    """Whether all eigenvectors are found where ``count`` of them are wanted."""
+    """Whether a matrix is solved for all its eigenvectors when ``count`` are wanted."""
     return size <= _DENSE or 2 * count > size
 
 
 def leading_eigenvectors(
     matrix: Array, count: int, arrays: HostArrays = HOST, *, iterations: int = _POWER_ITERATIONS
 ) -> tuple[Array, Array]:
-    """The largest eigenvalues, falling, and their vectors [n, count] of a covariance matrix.
+    """The largest eigenvalues of a covariance matrix, descending, and their vectors [n, count].
 
-    Of few of a large matrix by randomised subspace iteration (N. Halko, P.-G. Martinsson and
-    J. A. Tropp, SIAM Review 53(2), 2011, algorithm 4.4): vectors at the far end come out mixed
-    with their neighbours, which have almost the same variance.
+    A few eigenvectors of a large matrix are found by randomised subspace iteration (N. Halko,
+    P.-G. Martinsson and J. A. Tropp, SIAM Review 53(2), 2011, algorithm 4.4). The last of them are
+    mixed with their neighbours, which have almost the same variance.
 
-    ``matrix`` is float32, and so are the results, or float64; all of ``arrays``.
+    ``matrix`` is a float32 array of ``arrays``; results are float32 or float64.
     """
     xp, size = arrays.xp, len(matrix)
     if in_full(size, count):
@@ -267,14 +270,14 @@ def leading_eigenvectors(
 
 
 def _oriented(vectors: Array, xp: Any) -> Array:
-    """Eigenvectors as rows, with fixed signs, so that merged calibrations compare."""
+    """Eigenvectors as float16 rows, with fixed signs, so that calibrations can be compared."""
     components = vectors.T
     strongest = xp.abs(components).argmax(axis=1)
     signs = xp.sign(components[xp.arange(len(components)), strongest])
     return xp.ascontiguousarray(components * signs[:, None], np.float16)
 
 
-def _rank_of(variance: NDArray[np.floating], width: int, most: int) -> int:
-    """How many components have more variance than rounding noise, of ``most``."""
+def _rank_of(variance: NDArray[np.floating], width: int, maximum: int) -> int:
+    """How many components have more variance than rounding noise, 1 to ``maximum``."""
     floor = variance[0] * width * np.finfo(np.float64).eps
-    return max(1, min(int((variance > floor).sum()), most))
+    return max(1, min(int((variance > floor).sum()), maximum))

@@ -1,4 +1,4 @@
-"""What the uniform quantiser of a part needs, from sampled rows: families, errors, importance."""
+"""Measures the tables of a part's uniform quantiser on sampled rows."""
 
 from __future__ import annotations
 
@@ -10,24 +10,26 @@ from numpy.typing import NDArray
 from kvtc_stream.calibration.arrays import HOST, Array, HostArrays
 from kvtc_stream.calibration.components import Components
 from kvtc_stream.calibration.families import STEPS_PER_OCTAVE, fit_families
-from kvtc_stream.calibration.importance import MIDDLE, TokenImportance, classes_of, fit
+from kvtc_stream.calibration.importance import TokenImportance, classes_of, fit
 from kvtc_stream.calibration.parts import Part, UniformTables
+from kvtc_stream.coding.rans import MIDDLE
 
-#: Base steps. In the middle class the coarsest is twice the strongest component's deviation.
+#: Number of base steps. In the middle step class, the largest step is ``_COARSEST`` times the
+#: standard deviation of the strongest component.
 STEPS = 56
 _COARSEST = 2.0
-#: Rows that errors of K and V are measured on, at every so many-th step.
+#: Errors of K and V are measured on so many rows, at every fourth base step.
 _ERROR_ROWS, _ERROR_STEPS = 256, 4
-#: Components that a token's importance is summed over: the others are hardly ever coded.
+#: A token's importance is summed over so many components; the others are hardly ever coded.
 _IMPORTANT = 1500
 _WEIGHT_LOG = 4.0
 
 
 def unit_of(parts: Sequence[Part]) -> float:
-    """The step of base step 0 and class 0, one for the parts of a section."""
+    """The step size at base step 0 and step class 0, the same for all parts of a section."""
     deviation = float(np.sqrt(max(float(part.spectrum[0]) for part in parts)))
     octaves = (STEPS - 1 + MIDDLE) / STEPS_PER_OCTAVE
-    # Units within what steps can be made of; a part that never varies has any.
+    # Clipped to a range that all step sizes are finite in; if nothing varies, any unit will do.
     return float(np.clip(_COARSEST * deviation, 1e-20, 1e20)) / 2**octaves
 
 
@@ -44,17 +46,17 @@ def uniform_tables(
     Parameters
     ----------
     part
-        With components, and weights if there are any.
+        A part with its components, and weights if there are any.
     rows
-        float32 [rows, width] of ``arrays``: a sample, means included.
+        float32 [rows, width] of ``arrays``: sampled token vectors, mean included.
     unit
         See :func:`unit_of`.
     split
-        Columns before this are of K, the others of V.
+        Columns before this are K, the others V.
     pairs
-        Rows [n, width] and gradients of a loss with respect to them, if there are any.
+        Token vectors [n, width], and gradients of a loss with respect to them, if there are any.
     arrays
-        Where it is done.
+        The array module that does the work.
     """
     xp = arrays.xp
     mean = arrays.put(part.mean)
@@ -96,8 +98,9 @@ def _importance(
     gradients: Array,
     arrays: HostArrays,
 ) -> TokenImportance | None:
+    """Fit a predictor of importance to rows with gradients."""
     xp = arrays.xp
-    # A coefficient's gradient is that of its direction in the synthesis.
+    # The gradient with respect to a coefficient is that along its direction in the synthesis.
     with np.errstate(over="ignore", invalid="ignore"):
         important = synthesis.first(min(_IMPORTANT, synthesis.rank))
         norms = xp.square(important.project(gradients), dtype=np.float64).sum(axis=1)
@@ -116,7 +119,7 @@ def _errors(
     split: int,
     arrays: HostArrays,
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Relative errors of K and of V at every base step: measured at some, else interpolated."""
+    """Relative errors of K and of V at every base step: measured at some, interpolated between."""
     xp = arrays.xp
     measured = np.unique(np.append(np.arange(0, STEPS, _ERROR_STEPS), STEPS - 1))
     exact = rows - mean
@@ -128,9 +131,9 @@ def _errors(
         values = (xp.rint(coefficients / steps) * steps).astype(np.float32)
         [decoded] = synthesis.expand(values, [slice(0, synthesis.width)])
         difference = xp.square(decoded - exact, dtype=np.float64)
-        for kind, columns in enumerate((slice(0, split), slice(split, None))):
+        for side, columns in enumerate((slice(0, split), slice(split, None))):
             lost, of = (arrays.get(x[:, columns].sum(axis=1)) for x in (difference, energy))
-            found[kind, i] = np.sqrt(lost[of > 0] / of[of > 0]).sum() / max(len(rows), 1)
+            found[side, i] = np.sqrt(lost[of > 0] / of[of > 0]).sum() / max(len(rows), 1)
     found = np.maximum.accumulate(np.nan_to_num(found), axis=1)
     k, v = (np.interp(np.arange(STEPS), measured, errors).astype(np.float32) for errors in found)
     return k, v

@@ -1,8 +1,8 @@
 """Importance weights: how much an error in each channel of each head matters to the model.
 
-An importance is a quadratic form per layer and KV head: the error ``e`` of a key or value counts
-as ``eᵀ G e``. The coder quantises ``W x`` with a symmetric ``W = (G + regularisation)^power``,
-and so spreads its error where it matters least.
+Importance is a quadratic form per layer and KV head: the error ``e`` of a key or value costs
+``eᵀ G e``. The coder quantises ``W x``, where ``W = (G + regularisation)^power`` is symmetric, so
+that errors are largest where they matter least.
 """
 
 from __future__ import annotations
@@ -15,30 +15,32 @@ from numpy.typing import ArrayLike, NDArray
 
 from kvtc_stream.formats import Section
 
-#: Importances of K and of V of a section; see :class:`kvtc_stream.Calibrator`.
+#: Importance of K and of V of a section; see :class:`kvtc_stream.Calibrator`.
 SectionWeights: TypeAlias = tuple[ArrayLike, ArrayLike]
-#: Arrays of K and of V.
+#: An array for K and one for V.
 Pair: TypeAlias = tuple[NDArray[Any], NDArray[Any]]
 
-#: One half would make the expected loss the plain squared error of ``W x``, if the errors of
-#: tokens were independent. They are not quite, and 0.35 serves models better: on SmolLM2-135M the
-#: ratio at equal KL divergence was 7 to 11 % higher.
+#: If errors of tokens were independent, 0.5 would make the expected loss the squared error of
+#: ``W x``. They are not quite: on SmolLM2-135M, the ratio at equal KL divergence was 7 to 11 %
+#: higher with 0.35.
 POWER = 0.35
 
-#: Of a head's own mean importance, added to each of its channels; and of the mean of all heads,
-#: so that a head without any is not divided by zero.
+#: Regularisation: these fractions of the head's mean importance and of the mean of all heads are
+#: added to each channel, so that a head without importance is not divided by zero.
 _OWN, _COMMON = 1e-2, 1e-4
 
 
 def importance_matrices(
     weights: SectionWeights | Sequence[SectionWeights], sections: Sequence[Section]
 ) -> list[Pair]:
-    """What a user gives, as float64 [layers, kv_heads, dim, dim] for K and V of every section.
+    """Expand weights given by the user to matrices for K and V of every section.
+
+    Matrices are float64 [layers, kv_heads, dim, dim].
 
     Raises
     ------
     ValueError
-        Wrong shape; or values that are not finite, not symmetric, or not positive semidefinite.
+        A shape is wrong, or values are not finite, not symmetric, or not positive semidefinite.
     """
     given: Sequence[Any] = [weights] if len(sections) == 1 and len(weights) == 2 else weights
     if len(given) != len(sections):
@@ -90,8 +92,8 @@ def _matrices(name: str, value: ArrayLike, shape: tuple[int, int, int]) -> NDArr
 def scaling_matrices(importances: Sequence[Pair]) -> list[Pair] | None:
     """The matrices ``W`` of every section, float32 [layers, kv_heads, dim, dim] for K and V.
 
-    Scaled together so that their mean diagonal is 1: a step means the same in every section.
-    ``None`` where nothing has any importance.
+    All are scaled together to a mean diagonal of 1, so that a step size means the same in every
+    section. ``None`` if all importance is 0.
     """
     largest = max(float(np.abs(g).max(initial=0)) for pair in importances for g in pair)
     if not largest > 0:
@@ -134,8 +136,10 @@ def apply_blocks(
 def blocks_of(
     blocks: Sequence[NDArray[np.float32]], spans: Sequence[slice]
 ) -> list[NDArray[np.float32]]:
-    """Those of ``blocks``, as for :func:`apply_blocks`, that some columns have: ascending slices,
-    each of whole blocks."""
+    """Select the ``blocks`` of :func:`apply_blocks` that belong to some columns.
+
+    ``spans`` are ascending slices of columns, each of whole blocks.
+    """
     found, first = [], 0
     for part in blocks:
         dim = part.shape[-1]

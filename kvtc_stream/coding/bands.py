@@ -1,7 +1,7 @@
 """The published quantiser on the CPU: coefficients to symbols, symbols to packed bytes, and back.
 
 Every token has a scale and a shift, binary16 each, for every coded band (KVTC, arXiv 2511.01815,
-section 3). With ``lo`` and ``hi`` the least and greatest coefficient of the token in the band:
+section 3). With ``lo`` and ``hi`` the minimum and maximum coefficient of the token in the band:
 
 ====  ======  ============================  =============================================
 band  shift   scale                         code
@@ -17,18 +17,18 @@ makes all codes 0. Nothing here changes when a compiler contracts to fused multi
 (``code · scale`` is exact), so every backend that divides correctly finds the same codes and
 values.
 
-FP8 has a shift because the published format has one. It stays 0: to centre the range would move
-the code's fine steps away from where most coefficients are (up to ten times the squared error on
-wide bands), and zeros compress away.
+FP8 has a shift because the published format has one. It is always 0, which compresses away.
+Centring the range would move the code's small steps away from where most coefficients are: up to
+ten times the squared error on wide bands.
 
-The packed symbols of a part are five segments, each of one kind of bytes: a byte coder that starts
-anew at their borders (:func:`kvtc_stream.formats.compress`) finds purer statistics, which together
-with byte planes and component-major codes saves 3 to 6 % of the whole against one run of bytes.
+The packed symbols of a part are five segments, each of similar bytes. The byte coder starts anew in
+each (:func:`kvtc_stream.formats.compress`), so that its statistics fit. Together with byte planes
+and component-major codes, this saves 3 to 6 % of the size, compared with a single segment.
 
 1. the low bytes of all scales, [coded bands, tokens], then of all shifts,
 2. their high bytes, likewise,
-3. the codes of INT2 bands, band by band and component by component: those of the tokens in order,
-   4 to a byte, the first in the lowest bits, the last byte filled up with zero bits,
+3. the codes of INT2 bands, band by band and component by component: for each component, codes of
+   the tokens in order, 4 to a byte, the first in the lowest bits, the last byte padded with zeros,
 4. the codes of INT4 bands, likewise, 2 to a byte,
 5. the codes of FP8 bands, likewise, 1 to a byte.
 
@@ -59,7 +59,7 @@ _FP8 = Quantiser.FP8.bits
 _F32 = np.float32
 _I32 = np.int32
 
-#: A number of the type that Numba compiles for; mypy sees Python's.
+#: A number whose type Numba infers.
 _Scalar: TypeAlias = Any
 
 _jit = numba.njit(cache=True, nogil=True, error_model="numpy")
@@ -77,8 +77,8 @@ class Symbols:
     scale, shift
         float16 [coded bands, tokens], finite.
     representable
-        bool [tokens]. ``False``: a coefficient of a coded band is NaN or infinite, or a scale or
-        shift exceeds binary16. Such a token's codes, scales and shifts are 0.
+        bool [tokens]. ``False`` if a coefficient of a coded band is NaN or infinite, or if a scale
+        or shift overflows binary16; codes, scales and shifts of the token are then 0.
     """
 
     codes: npt.NDArray[np.uint8]
@@ -98,7 +98,7 @@ def quantise(coefficients: npt.NDArray[np.float32], bands: tuple[Band, ...]) -> 
     Parameters
     ----------
     coefficients
-        float32 [tokens, components], C-contiguous; ``components`` is what the bands cover.
+        float32 [tokens, components], C-contiguous; the bands cover all components.
     bands
         The bands of one part of a plan.
     """
@@ -119,17 +119,17 @@ def dequantise(
     out: npt.NDArray[np.float32],
     rows: npt.NDArray[np.intp] | None = None,
 ) -> None:
-    """Write the values of the symbols into rows of ``out``.
+    """Write the dequantised values of the symbols into rows of ``out``.
 
     Parameters
     ----------
     symbols
-        What :func:`quantise` or :func:`unpack` gave for the same bands.
+        Returned by :func:`quantise` or :func:`unpack` for the same bands.
     bands
         The bands of one part of a plan.
     out
-        float32 [rows, components], C-contiguous. ``NONE`` bands become 0. Other rows are left
-        as they are.
+        float32 [rows, components], C-contiguous. ``NONE`` bands become 0. Rows without a token
+        are not changed.
     rows
         intp [tokens]: the row of each token; token ``i`` goes to row ``i`` by default.
     """
@@ -145,7 +145,7 @@ def dequantise(
 
 
 def segment_sizes(tokens: int, bands: tuple[Band, ...]) -> tuple[int, ...]:
-    """Bytes of each segment that :func:`pack` makes of this many tokens."""
+    """Size in bytes of each segment that :func:`pack` makes for this many tokens."""
     layout = _layout(bands)
     planes = 2 * layout.coded_bands * tokens
     codes = (
@@ -157,12 +157,12 @@ def segment_sizes(tokens: int, bands: tuple[Band, ...]) -> tuple[int, ...]:
 def pack(
     symbols: Symbols, bands: tuple[Band, ...], tokens: npt.NDArray[np.intp] | None = None
 ) -> list[npt.NDArray[np.uint8]]:
-    """Lay the symbols out as the segments of bytes that the module describes.
+    """Pack the symbols into the five segments that the module describes.
 
     Parameters
     ----------
     symbols
-        What :func:`quantise` gave for the same bands.
+        Returned by :func:`quantise` for the same bands.
     bands
         The bands of one part of a plan.
     tokens
@@ -185,12 +185,12 @@ def unpack(
     tokens: int,
     bands: tuple[Band, ...],
 ) -> Symbols:
-    """The inverse of :func:`pack`; every token is representable.
+    """The inverse of :func:`pack`; all tokens are representable.
 
     Raises
     ------
     FormatError
-        If a segment has another size than this many tokens of these bands take, or bytes that
+        A segment has not the size that this many tokens of these bands take, or has bytes that
         :func:`pack` never makes.
     """
     layout = _layout(bands)
@@ -317,7 +317,7 @@ def round_to_binary16(x: _Scalar) -> _Scalar:
 
 @_jit
 def affine_code(x: _Scalar, shift: _Scalar, divisor: _Scalar, levels: _Scalar) -> _Scalar:
-    """The code, as binary32; ``divisor`` is the scale, or infinity for a scale of 0."""
+    """The integer code as binary32; ``divisor`` is the scale, or infinity for a scale of 0."""
     code = np.rint((x - shift) / divisor)
     return min(max(code, _F32(0.0)), levels)
 
@@ -351,7 +351,7 @@ def e4m3_decode(code: _Scalar) -> _Scalar:
 
 @_jit
 def band_parameters(lo: _Scalar, hi: _Scalar, bits: _Scalar) -> tuple[_Scalar, _Scalar]:
-    """Scale and shift of a band with these extremes: binary16 values, kept as binary32."""
+    """Scale and shift of a band from its minimum and maximum: binary16 values, kept as binary32."""
     if bits == _FP8:
         return round_to_binary16(max(abs(lo), abs(hi)) / _F32(448.0)), _F32(0.0)
     levels = _F32(3.0) if bits == _INT2 else _F32(15.0)
@@ -363,7 +363,10 @@ def band_parameters(lo: _Scalar, hi: _Scalar, bits: _Scalar) -> tuple[_Scalar, _
 
 @_jit
 def _order_key(bits: _Scalar) -> _Scalar:
-    """Binary32 bits to an int32 of the same order, NaN outside the infinities; its own inverse."""
+    """Map binary32 bits to an int32 that sorts like the number; its own inverse.
+
+    NaN sorts beyond the infinities.
+    """
     return _I32(bits ^ ((bits >> 31) & 0x7FFFFFFF))
 
 
@@ -379,7 +382,7 @@ def _quantise_tokens(coefficients, table, codes, scale, shift, representable):  
         for g in range(table.shape[0]):
             start, size, bits, column = table[g]
             x = row[start : start + size]
-            # Extremes as integers: these loops become vector code, and NaN cannot hide.
+            # Minimum and maximum as integers: vector code, and a NaN is not lost.
             least = _I32(0x7FFFFFFF)
             greatest = _I32(-0x80000000)
             for x_bits in row_bits[start : start + size]:
@@ -439,7 +442,7 @@ def _dequantise_tokens(codes, scale, shift, table, rows, out):  # type: ignore[n
 
 @_jit
 def _bytes_of(tokens: int, bits: int) -> int:
-    """Bytes of the codes of one component."""
+    """Bytes that the codes of one component take."""
     return (tokens * bits + 7) // 8
 
 
@@ -467,7 +470,7 @@ def _pack_codes(codes, table, tokens, out):  # type: ignore[no-untyped-def]
 
 @_jit
 def _unpack_codes(packed, table, codes):  # type: ignore[no-untyped-def]
-    """Fill ``codes``; whether there is no NaN among them and only zero bits after them."""
+    """Fill ``codes``; return whether none is a NaN and all padding bits are zero."""
     tokens = codes.shape[0]
     merged = np.empty(codes.shape[1], np.uint8)
     nan_codes = np.uint8(0)
@@ -499,11 +502,14 @@ def _unpack_codes(packed, table, codes):  # type: ignore[no-untyped-def]
 
 
 def split_segments(block: Block, sizes: Sequence[Sequence[int]]) -> list[list[memoryview]]:
-    """The segments of each part, of these ``sizes``, of a payload of bands."""
+    """Split a block's payload of bands into the segments of each part.
+
+    ``sizes`` has the size of each segment, by part.
+    """
     data = memoryview(decompress(block.coder, block.coded, block.coded_size))
     segments: list[list[memoryview]] = [[] for _ in sizes]
-    for kind in zip(*sizes, strict=True):
-        for segment, size in zip(segments, kind, strict=True):
+    for same_segment in zip(*sizes, strict=True):
+        for segment, size in zip(segments, same_segment, strict=True):
             segment.append(data[:size])
             data = data[size:]
     return segments

@@ -1,4 +1,4 @@
-"""The payload of uniform bands: step, level, tiles and classes (SPEC, "Uniform bands")."""
+"""The payload of uniform bands: step size, level, tiles, step classes (SPEC, "Uniform bands")."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from numpy.typing import NDArray
 from kvtc_stream.errors import FormatError
 from kvtc_stream.formats import Block, Coder
 
-#: Components of a tile: its lanes' final states are 0.1 to 0.4 % of it, and a GPU decodes as many
-#: tiles at a time as there are.
+#: Components of a tile. Larger tiles compress better: the states of lanes are 0.1 to 0.4 % of a
+#: tile of this size. Smaller tiles keep more of a GPU busy: it decodes all tiles at the same time.
 TILE_COMPONENTS = 1024
-#: The step, the level, a reserved byte, components of a tile.
+#: Step size, level, a reserved byte, components of a tile.
 _HEAD = struct.Struct("<fbBH")
 
 
 @dataclass(frozen=True)
 class UniformPayload:
-    """Where things are in a payload.
+    """The fields of a payload, and where its tiles and classes begin.
 
     Attributes
     ----------
     step, level
         See the specification.
     tile_components
-        Most components of a tile.
+        Maximum number of components in a tile.
     lengths
         Bytes of each tile.
     tiles, classes
-        Where the first tile begins, and the classes of the first part.
+        Offsets in bytes of the first tile, and of the first part's step classes.
     """
 
     step: float
@@ -51,7 +51,7 @@ class UniformPayload:
         Raises
         ------
         FormatError
-            If there is anything that no writer makes, tiles and classes themselves apart.
+            The payload is not valid. The contents of tiles and classes are not checked.
         """
         where, tokens = f"block at token {block.start}", block.coded_tokens
         needed = tokens * sum(coded)
@@ -76,7 +76,7 @@ class UniformPayload:
                 f"{where}: a payload of {size} bytes, expected {head + tail} at least for {count} "
                 f"tiles"
             )
-        # A copy, so that what is checked is what counts whoever changes the memory.
+        # A copy: the memory may change after the checks.
         lengths = np.frombuffer(block.coded, "<u4", count, _HEAD.size).copy()
         total = int(lengths.sum(dtype=np.uint64))
         if (lengths % 2).any():
@@ -96,7 +96,7 @@ class UniformPayload:
 
 @dataclass(frozen=True)
 class PartPayload:
-    """What a payload holds of one part: lengths of its tiles, the tiles, and its classes."""
+    """One part's share of a payload: lengths of its tiles, the tiles, and its step classes."""
 
     lengths: NDArray[np.uint32]
     tiles: bytes
@@ -104,7 +104,7 @@ class PartPayload:
 
 
 def split_parts(block: Block, coded: Sequence[int]) -> tuple[UniformPayload, list[PartPayload]]:
-    """What a block's payload holds of each part; raises as :meth:`UniformPayload.parse`."""
+    """Split a block's payload by part; raises like :meth:`UniformPayload.parse`."""
     found = UniformPayload.parse(block, coded)
     edges = np.cumsum([0, *(len(tiles(count, found.tile_components)) for count in coded)])
     places = np.concatenate([[0], np.cumsum(found.lengths, dtype=np.int64)]) + found.tiles
@@ -120,7 +120,7 @@ def split_parts(block: Block, coded: Sequence[int]) -> tuple[UniformPayload, lis
 
 
 def join_parts(like: UniformPayload, parts: Sequence[PartPayload]) -> bytes:
-    """A payload of some parts, with the step and the tiles' size of another one."""
+    """Make a payload of some parts, with step size, level and tile size of ``like``."""
     lengths = [length for part in parts for length in part.lengths.tolist()]
     pieces = [part.tiles for part in parts] + [part.classes for part in parts]
     return head(like.step, like.level, lengths, like.tile_components) + b"".join(pieces)
@@ -129,29 +129,29 @@ def join_parts(like: UniformPayload, parts: Sequence[PartPayload]) -> bytes:
 def head(
     step: float, level: int, lengths: Sequence[int], tile_components: int = TILE_COMPONENTS
 ) -> bytes:
-    """What a payload begins with, before its tiles."""
+    """The bytes of a payload before its tiles."""
     return _HEAD.pack(step, level, 0, tile_components) + np.array(lengths, "<u4").tobytes()
 
 
 def tiles(coded: int, tile_components: int) -> list[slice]:
-    """The components of each tile of a part, among those that are coded."""
+    """For each tile of a part, the slice of the part's coded components that it holds."""
     edges = range(0, coded, tile_components)
     return [slice(i, min(i + tile_components, coded)) for i in edges]
 
 
 def nibbles(tokens: int) -> int:
-    """Bytes of the classes of so many tokens."""
+    """Number of bytes that the step classes of so many tokens take."""
     return (tokens + 1) // 2
 
 
 def pack_classes(classes: NDArray[np.uint8]) -> bytes:
-    """Classes 0…15 of tokens, two to a byte."""
+    """Pack the step classes of tokens, 0…15, two to a byte."""
     padded = np.zeros(2 * nibbles(len(classes)), np.uint8)
     padded[: len(classes)] = classes
     return (padded[::2] | padded[1::2] << 4).tobytes()
 
 
 def unpack_classes(data: bytes | memoryview, tokens: int) -> NDArray[np.uint8]:
-    """Undo :func:`pack_classes`."""
+    """The inverse of :func:`pack_classes`."""
     packed = np.frombuffer(data, np.uint8)
     return np.stack([packed & 15, packed >> 4], axis=1).ravel()[:tokens]

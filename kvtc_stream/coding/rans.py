@@ -1,27 +1,29 @@
 """The entropy coder on the CPU: static rANS with 32 interleaved lanes.
 
-A tile is the symbols of some components of some tokens. A symbol is coded with the frequencies of
-its family, which the token's class and the component choose. All frequencies are of 4096.
+A tile holds the symbols of some components of some tokens. The token's step class and the component
+choose the frequency table (family) that a symbol is coded with. Frequencies of a table sum to 4096.
 
-Range asymmetric numeral systems are J. Duda's (arXiv 1311.2540), here with states of 32 bits in
-[2¹⁶, 2³²) that take in words of 16 bits, so that a symbol needs one word at most. Lane ``j`` of 32
-has a state of its own and codes tokens ``j``, ``j`` + 32, …. The lanes decode in lockstep, one
-symbol each a step, and take their words from one sequence in the order of the lanes (F. Giesen,
-arXiv 1402.3392), as the threads of a warp can do.
+The coder is a range asymmetric numeral system (J. Duda, arXiv 1311.2540) with 32-bit states in
+[2¹⁶, 2³²) that are refilled with 16-bit words, so a symbol needs at most one word. Each of 32 lanes
+has its own state: lane ``j`` codes tokens ``j``, ``j`` + 32, …. Lanes decode in lockstep, one
+symbol per step, and take words from one shared sequence in lane order (F. Giesen, arXiv 1402.3392),
+as the threads of a warp can do.
 
-A tile is ``u32`` states of the min(32, tokens) lanes, then ``u16`` words, little-endian. For every
-32 tokens there is a step for each component. The lanes beyond the last token sit out. In a step
+A tile is stored as the ``u32`` states of the min(32, tokens) lanes, then ``u16`` words,
+little-endian. Each group of 32 tokens takes one step per component. Lanes beyond the last token are
+idle. In a step
 
 1. every lane splits its state ``x`` into ``x >> 12`` and the slot ``x & 4095``, finds the symbol
-   whose range of slots, from ``start`` on, has it, and goes on with the state
+   whose range of slots, beginning at ``start``, contains it, and sets its state to
    ``frequency · (x >> 12) + slot - start``,
 2. every lane whose state is now below 2¹⁶ takes a word: ``x = x << 16 | word``,
-3. every lane that found the escape takes a word, the value in two's complement,
-4. every lane whose value is now -32768 takes two words, the lower half of the value first, instead.
+3. every lane whose symbol is the escape takes a word, the value in two's complement,
+4. every lane whose value is now -32768 takes two more words that replace the value, lower half
+   first.
 
-The ranges of slots follow one another in the order of the columns of :class:`Families`. All lanes
-end with 2¹⁶, where the encoder began, at the end of the words. A value has no escape when its
-family gives it a frequency, and no more words than it needs: a tile has one encoding.
+Ranges of slots follow one another in the order of the columns of :class:`Families`. All lanes end
+with 2¹⁶, the encoder's initial state, at the end of the words. A value is escaped only if its table
+gives it no frequency, and takes no more words than it needs: a tile has exactly one encoding.
 
 The kernels release the GIL and keep no state: all functions may run on many threads at once.
 """
@@ -39,22 +41,24 @@ from kvtc_stream.errors import FormatError
 
 #: Lanes of a tile.
 LANES = 32
-#: Most tokens of a tile.
+#: Maximum number of tokens in a tile.
 MAX_TOKENS = 65_536
-#: Number of classes, and bits of one.
+#: Number of step classes, and bits to store one.
 CLASSES, CLASS_BITS = 16, 4
-#: What the frequencies of a family sum to.
+#: The step class of a token of average importance, and of all tokens if nothing predicts theirs.
+MIDDLE = 8
+#: The sum of the frequencies of a table.
 TOTAL = 4096
-#: Columns of a family are the values -ZERO…ZERO, then the escape.
+#: Columns of a table are the values -ZERO…ZERO, then the escape.
 ZERO = 127
 ESCAPE = 255
 
-_LEAST_STATE = 1 << 16
-#: A value after step 3 that stands for two more words.
+_MIN_STATE = 1 << 16
+#: A value of step 3 that announces the two words of step 4.
 _WIDE = -0x8000
-#: Components that go through a buffer together: a cache line of each token.
+#: Components that are buffered together: a cache line of each token.
 _CHUNK = 16
-#: Words that a step takes at most.
+#: Maximum number of words taken in a step.
 _STEP_WORDS = 4 * LANES
 
 _I32 = np.int32
@@ -72,14 +76,14 @@ _FAULTS = {
 
 @dataclass(frozen=True, eq=False)
 class Families:
-    """Frequencies of symbols.
+    """Frequency tables of symbols; each is called a family.
 
     Attributes
     ----------
     frequencies
-        uint16 [families, 256], 1 to 256 families. Column ``v + 127`` is the value ``v`` of
-        -127…127, column 255 the escape, which stands for every value without a frequency and is
-        at least 1. Rows sum to 4096.
+        uint16 [families, 256], 1 to 256 families. Column ``v + 127`` is the frequency of the value
+        ``v``, -127…127. Column 255 is that of the escape, at least 1, which stands for every value
+        without a frequency. Rows sum to 4096.
     """
 
     frequencies: npt.NDArray[np.uint16]
@@ -102,7 +106,10 @@ class Families:
 
     @cached_property
     def bits(self) -> npt.NDArray[np.float32]:
-        """float32 [families, 256]: ideal code length of each column, escapes with their 16 bits."""
+        """Ideal code length of each column in bits, float32 [families, 256].
+
+        That of the escape includes its 16 bits; values without a frequency take an escape.
+        """
         with np.errstate(divide="ignore"):
             bits = -np.log2(self.frequencies / np.float32(TOTAL))
         bits[:, ESCAPE] += 16
@@ -110,9 +117,9 @@ class Families:
 
     @cached_property
     def _rows(self) -> npt.NDArray[np.uint32]:
-        """uint32 [families + 1, 256]: the frequencies; then of idle lanes.
+        """The frequencies and, as the last row, a table for idle lanes: uint32 [families + 1, 256].
 
-        An idle lane has a symbol that is certain, which leaves its state as it is.
+        Idle lanes have one symbol of frequency 4096, which does not change their state.
         """
         rows = np.zeros((len(self.frequencies) + 1, 256), np.uint32)
         rows[:-1] = self.frequencies
@@ -142,19 +149,6 @@ class Families:
         return entries
 
 
-def ideal_bits(
-    symbols: npt.NDArray[np.int32],
-    classes: npt.NDArray[np.uint8],
-    ids: npt.NDArray[np.uint8],
-    families: Families,
-) -> float:
-    """Bits of a tile by the frequencies alone; arguments as in :func:`encode`."""
-    _check_tile(symbols, classes, ids, families)
-    columns = np.where((symbols < -ZERO) | (symbols > ZERO), ESCAPE - ZERO, symbols) + ZERO
-    wide = np.count_nonzero((symbols <= _WIDE) | (symbols > -_WIDE - 1))
-    return float(families.bits[ids[classes], columns].sum(dtype=np.float64) + 32 * wide)
-
-
 def encode(
     symbols: npt.NDArray[np.int32],
     classes: npt.NDArray[np.uint8],
@@ -168,17 +162,17 @@ def encode(
     symbols
         int32 [tokens, components], any values; at most 65,536 tokens.
     classes
-        uint8 [tokens], 0…15.
+        uint8 [tokens]: step classes, 0…15.
     ids
-        uint8 [16, components]: the family of each class and component.
+        uint8 [16, components]: the family for each step class and component.
     families
-        The frequencies.
+        The frequency tables.
     """
     _check_tile(symbols, classes, ids, families)
     tokens, components = symbols.shape
-    # Filled from the end, and only as far as needed. One more word: see _push.
+    # Filled from the end, only as far as needed. _push may write one word more than it counts.
     words = np.empty(4 * tokens * components + 1, np.uint16)
-    states = np.full(LANES, _LEAST_STATE, np.uint32)
+    states = np.full(LANES, _MIN_STATE, np.uint32)
     start = _encode(symbols, classes, ids, families._encoder, states, words)
     return states[:tokens].astype("<u4").tobytes() + words[start:].astype("<u2").tobytes()
 
@@ -197,9 +191,9 @@ def decode(
     data
         The tile.
     classes, ids, families
-        Those that it was encoded with.
+        As they were given to :func:`encode`.
     out
-        int32 [tokens, components]: where the symbols go; a new array by default.
+        int32 [tokens, components]: an array to write to; a new one by default.
 
     Returns
     -------
@@ -209,7 +203,7 @@ def decode(
     Raises
     ------
     FormatError
-        If no tile encodes to these bytes; ``out`` is then undefined.
+        No tile encodes to these bytes; the contents of ``out`` are then undefined.
     """
     _check_ids(ids, families)
     _check_classes(classes, len(classes))
@@ -227,9 +221,9 @@ def decode(
             f"a tile has {packed.size} bytes; expected {head} for the states of its lanes and 2 "
             "for each word; the stream is damaged"
         )
-    states = np.full(LANES, _LEAST_STATE, np.uint32)
+    states = np.full(LANES, _MIN_STATE, np.uint32)
     states[:tokens] = packed[:head].view("<u4")
-    # Words after the last let the kernel check once a step that there were enough.
+    # Padding lets the kernel check once per step whether there were enough words.
     words = np.zeros((packed.size - head) // 2 + _STEP_WORDS, np.uint16)
     words[:-_STEP_WORDS] = packed[head:].view("<u2")
     fault = _decode(words, states, classes, ids, families._decoder, families._encoder, out)
@@ -280,9 +274,9 @@ def _check_classes(classes: npt.NDArray[np.uint8], tokens: int) -> None:
 
 @_jit
 def _encode(symbols, classes, ids, table, states, words):  # type: ignore[no-untyped-def]
-    """Fill ``words`` from the end, everything in the reverse of the decoder's order.
+    """Encode a tile backwards, filling ``words`` from the end; return the first word's index.
 
-    The first word's index; ``states`` become those that the decoder starts from.
+    ``states`` become those that the decoder starts from.
     """
     tokens, components = symbols.shape
     position = _U64(words.size)
@@ -311,13 +305,13 @@ def _encode(symbols, classes, ids, table, states, words):  # type: ignore[no-unt
 
 @_jit
 def _push(words, position, states, entries):  # type: ignore[no-untyped-def]
-    """Steps 2 and 1."""
+    """Undo step 2, then step 1, for all lanes; return the new position."""
     for k in range(LANES):
         j = _U64(LANES - 1 - k)
         frequency = (entries[j] >> _U32(12)) & _U32(0x1FFF)
         x = states[j]
         spills = x >= _U64(frequency) << _U64(20)
-        # Written always, since a branch would often be mispredicted, and counted if it spills.
+        # Always written, but only counted if it spills: a branch would often be mispredicted.
         words[position - _U64(1)] = x
         position -= _U64(spills)
         x = x >> _U32(16) if spills else x
@@ -327,7 +321,7 @@ def _push(words, position, states, entries):  # type: ignore[no-untyped-def]
 
 @_jit
 def _push_escapes(words, position, entries, values):  # type: ignore[no-untyped-def]
-    """Steps 4 and 3."""
+    """Undo step 4, then step 3, for all lanes; return the new position."""
     for j in range(LANES - 1, -1, -1):
         if entries[j] >> _U32(31) and not -_WIDE > values[j] > _WIDE:
             position -= _U64(2)
@@ -342,13 +336,13 @@ def _push_escapes(words, position, entries, values):  # type: ignore[no-untyped-
 
 @_jit
 def _decode(words, states, classes, ids, table, encoder, out):  # type: ignore[no-untyped-def]
-    """Fill ``out``; 0, or what is wrong."""
+    """Fill ``out``; return 0, or a key of ``_FAULTS``."""
     tokens, components = out.shape
     end = _U64(words.size - _STEP_WORDS)
     position = _U64(0)
     values = np.empty((_CHUNK, LANES), np.int32)
     rows = np.empty(LANES, np.uint16)
-    if (states < _LEAST_STATE).any():
+    if (states < _MIN_STATE).any():
         return 3
     for first in range(0, tokens, LANES):
         active = min(LANES, tokens - first)
@@ -369,12 +363,15 @@ def _decode(words, states, classes, ids, table, encoder, out):  # type: ignore[n
             for j in range(active):
                 for i in range(size):
                     out[first + j, chunk + i] = values[i, j]
-    return 3 if position != end or (states != _LEAST_STATE).any() else 0
+    return 3 if position != end or (states != _MIN_STATE).any() else 0
 
 
 @_jit
 def _step(words, position, states, rows, table, values):  # type: ignore[no-untyped-def]
-    """Steps 1 and 2; whether a lane found an escape. No branch depends on the data."""
+    """Steps 1 and 2; return the position, and whether a lane has an escape.
+
+    No branch depends on the data.
+    """
     greatest = _U32(0)
     for j in range(LANES):
         x = states[j]
@@ -382,7 +379,7 @@ def _step(words, position, states, rows, table, values):  # type: ignore[no-unty
         frequency = (entry >> _U32(8) & _U32(0xFFF)) + _U32(1)
         x = _U32(frequency * (x >> _U32(12)) + (entry >> _U32(20)))
         longer = _U32(x << _U32(16) | words[position])
-        needs = x < _LEAST_STATE
+        needs = x < _MIN_STATE
         states[j] = longer if needs else x
         position += _U64(needs)
         column = _U32(entry & _U32(0xFF))
@@ -393,7 +390,7 @@ def _step(words, position, states, rows, table, values):  # type: ignore[no-unty
 
 @_jit
 def _escapes(words, position, rows, encoder, values):  # type: ignore[no-untyped-def]
-    """Steps 3 and 4; whether every value takes as few words as it can."""
+    """Steps 3 and 4; return the position, and whether every value takes as few words as it can."""
     shortest = True
     for j in range(LANES):
         if values[j] == ESCAPE - ZERO:

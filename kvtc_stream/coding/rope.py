@@ -1,7 +1,7 @@
-"""Rows: from the cache's layout to one row per token and back, RoPE taken off and put back.
+"""Token vectors: from the cache's layout to one row per token and back, without and with RoPE.
 
-The arithmetic of RoPE (SPEC, "RoPE"): angles are ``position * inv_freq`` in binary64, their cosine
-and sine, times or divided by the attention scaling factor, are rounded to binary32, and the
+The arithmetic of RoPE (SPEC, "RoPE"): angles are ``position * inv_freq`` in binary64. Their cosine
+and sine are multiplied or divided by the attention scaling factor, then rounded to binary32. The
 rotation is two products and a sum in binary32.
 """
 
@@ -21,7 +21,7 @@ Float = NDArray[np.float32]
 
 
 def check_axes(section: Section) -> None:
-    """Raise ``UnsupportedError`` if keys turn with positions on several axes."""
+    """Raise ``UnsupportedError`` if keys are rotated by positions on several axes (M-RoPE)."""
     if section.axes:
         raise UnsupportedError(
             f"keys with positions on {section.axes} axes (M-RoPE) cannot be coded yet: write them "
@@ -31,10 +31,10 @@ def check_axes(section: Section) -> None:
 
 @dataclass(frozen=True)
 class Rotations:
-    """The rotations of some tokens: what :func:`gather` and :func:`scatter` need to know.
+    """The rotations of some tokens, for :func:`gather` and :func:`scatter`.
 
-    ``cos`` and ``sin`` are [tables, tokens, pairs] with one table per distinct :class:`Rope`;
-    ``table`` gives each layer's (-1: none), ``pairs`` and ``interleaved`` are per table.
+    ``cos`` and ``sin`` are [tables, tokens, pairs], one table per distinct :class:`Rope`. ``table``
+    has the table of each layer (-1: no rotation). ``pairs`` and ``interleaved`` are per table.
     """
 
     cos: Float
@@ -45,7 +45,7 @@ class Rotations:
 
     @classmethod
     def of(cls, section: Section, positions: NDArray[np.int64], *, inverse: bool) -> Rotations:
-        """Rotations that put RoPE on, or with ``inverse`` take it off."""
+        """Rotations that apply RoPE, or with ``inverse`` remove it."""
         check_axes(section)
         ropes: list[Rope] = list(dict.fromkeys(r for r in section.rope if r is not None))
         per_layer: Sequence[Rope | None] = section.rope or (None,) * len(section.layers)
@@ -69,7 +69,7 @@ class Rotations:
 
     @classmethod
     def none(cls, layers: int) -> Rotations:
-        """For V, and for keys without RoPE."""
+        """No rotation: for V, and for keys without RoPE."""
         empty = np.zeros((0, 0, 0), np.float32)
         return cls(empty, empty, np.full(layers, -1), np.zeros(0, np.int64), np.zeros(0, np.bool_))
 
@@ -79,17 +79,17 @@ class Rotations:
 
 
 def gather(x: Float, layers: NDArray[np.int64], rotations: Rotations, rows: Float) -> None:
-    """Write ``layers`` of ``x`` as rows: ``rows[t, (l, h, d)] = rotate(x[layers[l], h, t, d])``.
+    """Gather token vectors: ``rows[t, (l, h, d)] = rotate(x[layers[l], h, t, d])``.
 
     ``x`` is float32 [layers, heads, tokens, dim]; ``rows`` float32 [≥ tokens, ≥ width], of which
-    the leading tokens and ``len(layers) * heads * dim`` columns are written.
+    the first ``tokens`` rows and ``len(layers) * heads * dim`` columns are written.
     """
     r = rotations
     _gather(x, layers, r.cos, r.sin, r.table, r.pairs, r.interleaved, rows)
 
 
 def scatter(rows: Float, rotations: Rotations, out: Float) -> None:
-    """The inverse: ``out[l, h, t, d] = rotate(rows[t, (l, h, d)])`` for all layers of ``out``.
+    """The inverse of :func:`gather`: ``out[l, h, t, d] = rotate(rows[t, (l, h, d)])``.
 
     ``rotations`` are those of ``out``'s layers.
     """
@@ -149,9 +149,10 @@ def _scatter(rows, cos, sin, table, pairs, interleaved, out):  # type: ignore[no
 
 @numba.njit(cache=True, nogil=True)
 def squared_errors(x, y):  # type: ignore[no-untyped-def]
-    """Σ(y−x)² and Σx², float64 [layers, tokens], of float32 [layers, heads, tokens, dim].
+    """Σ(y−x)² and Σx² per layer and token: float64 [layers, tokens].
 
-    A token with a value that is not finite has a sum that is not finite.
+    ``x`` and ``y`` are float32 [layers, heads, tokens, dim]. Where a value is not finite, a sum is
+    not finite.
     """
     layers, heads, tokens, dim = x.shape
     error = np.zeros((layers, tokens), np.float64)

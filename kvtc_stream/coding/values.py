@@ -18,7 +18,7 @@ Float = NDArray[np.float32]
 
 
 def to_float32(x: Array, scale: Float | None) -> Float:
-    """``x`` [layers, heads, tokens, dim] as binary32; fp8 times its scale [layers, heads]."""
+    """``x`` [layers, heads, tokens, dim] as float32; fp8 times its ``scale`` [layers, heads]."""
     values = x.astype(np.float32)
     if scale is not None:
         values *= scale[:, :, None, None]
@@ -26,7 +26,7 @@ def to_float32(x: Array, scale: Float | None) -> Float:
 
 
 def from_float32(x: Float, dtype: DType, scale: Float | None) -> Array:
-    """The inverse: round to ``dtype``, nearest even; fp8 is divided by its scale and saturates."""
+    """The inverse: round to ``dtype``, ties to even; fp8 is divided by its scale and saturates."""
     if dtype.is_fp8:
         if scale is None:
             raise ValueError(f"{dtype.label} needs a scale")
@@ -38,14 +38,14 @@ def from_float32(x: Float, dtype: DType, scale: Float | None) -> Array:
 
 
 def convert(x: Array, dtype: DType, scale: Float | None) -> Array:
-    """Verbatim values in the output dtype: as they are, or fp8 dequantised."""
+    """Verbatim values in the output dtype ``dtype``: unchanged, or dequantised from fp8."""
     if x.dtype == numpy_dtype(dtype):
         return x
     return from_float32(to_float32(x, scale), dtype, scale)
 
 
 def section_scales(header: StreamHeader, section: int) -> tuple[Float | None, Float | None]:
-    """fp8 scales [layers, kv_heads] of K and of V, if the cache has any."""
+    """fp8 scales of K and of V [layers, kv_heads], or ``None`` for other dtypes."""
     if not header.scales:
         return None, None
     of, shape = header.scales[section], (-1, header.geometry.sections[section].kv_heads)
@@ -54,7 +54,7 @@ def section_scales(header: StreamHeader, section: int) -> tuple[Float | None, Fl
 
 
 def scale_grid(scale: Any, name: str, layers: int, kv_heads: int) -> Float:
-    """fp8 scales, given as a scalar, [layers] or [layers, kv_heads], as [layers, kv_heads]."""
+    """Expand fp8 scales from a scalar, [layers] or [layers, kv_heads] to [layers, kv_heads]."""
     grid = np.asarray(1.0 if scale is None else scale, np.float32)
     if grid.ndim == 1:
         grid = grid[:, None]
@@ -71,9 +71,9 @@ def scale_grid(scale: Any, name: str, layers: int, kv_heads: int) -> Float:
 
 
 def verbatim_planes(k: Array, v: Array) -> list[memoryview]:
-    """K then V, each [layers, heads, tokens, dim] in C order, as byte planes, low bytes first.
+    """The byte planes of K then V, each [layers, heads, tokens, dim] in C order, low bytes first.
 
-    Planes put the bytes with sign and exponent together, where a byte coder finds redundancy.
+    Planes bring bytes with sign and exponent together, where a byte coder finds redundancy.
     """
     planes = np.empty((k.dtype.itemsize, k.size + v.size), np.uint8)
     for x, own in ((k, planes[:, : k.size]), (v, planes[:, k.size :])):
@@ -86,7 +86,7 @@ def verbatim_planes(k: Array, v: Array) -> list[memoryview]:
 def verbatim_arrays(
     data: bytes, k_shape: tuple[int, ...], v_shape: tuple[int, ...], dtype: DType
 ) -> tuple[Array, Array]:
-    """What :func:`verbatim_planes` was given."""
+    """The inverse of :func:`verbatim_planes`: K and V."""
     planes = np.frombuffer(data, np.uint8).reshape(dtype.itemsize, -1)
     items = np.empty(planes.shape[::-1], np.uint8)
     for place, plane in enumerate(planes):  # quicker than one transposed copy
@@ -97,34 +97,37 @@ def verbatim_arrays(
 
 
 def verbatim_bytes(block: Block, header: StreamHeader) -> bytes:
-    """The planes of a block's verbatim tokens, one after the other."""
+    """The decompressed byte planes of a block's verbatim tokens, one after the other."""
     size = header.verbatim_size(block.section, len(block.verbatim_tokens))
     return decompress(block.verbatim_coder, block.verbatim, size)
 
 
 def verbatim_values(block: Block, header: StreamHeader) -> tuple[Array, Array]:
-    """K and V of a block's verbatim tokens, as the cache held them."""
+    """K and V of a block's verbatim tokens, in the cache's dtype."""
     section, count = header.geometry.sections[block.section], len(block.verbatim_tokens)
     data = verbatim_bytes(block, header)
     return verbatim_arrays(data, section.k_shape(count), section.v_shape(count), header.dtype)
 
 
 def verbatim_output(block: Block, header: StreamHeader) -> tuple[Array, Array]:
-    """K and V [layers, kv_heads, n, head_dim] of a block's verbatim tokens, in the out_dtype."""
+    """K and V of a block's verbatim tokens in the output dtype: [layers, kv_heads, n, head_dim]."""
     k, v = verbatim_values(block, header)
     k_scale, v_scale = section_scales(header, block.section)
     return convert(k, header.out_dtype, k_scale), convert(v, header.out_dtype, v_scale)
 
 
 def verbatim_tokens(block: Block, header: StreamHeader) -> tuple[Array, Array, NDArray[np.int64]]:
-    """K, V and positions of a block that is all verbatim, as the cache held them, uncut tokens."""
+    """K, V (in the cache's dtype) and positions of a block that is entirely verbatim.
+
+    Tokens that were cut from the block are left out.
+    """
     k, v = verbatim_values(block, header)
     kept = slice(block.kept.start, block.kept.stop)
     return k[:, :, kept], v[:, :, kept], np.array(block.positions, np.int64)[kept]
 
 
 def stored_positions(positions: NDArray[np.int64]) -> range | array[int]:
-    """Positions as a block holds them: a range where they are contiguous."""
+    """Positions as a block stores them: a range if they are contiguous."""
     first = int(positions[0])
     if int(positions[-1]) - first == len(positions) - 1:
         return range(first, first + len(positions))

@@ -9,6 +9,7 @@ import numpy.typing as npt
 import pytest
 
 from kvtc_stream.calibration import importance
+from kvtc_stream.coding.rans import MIDDLE
 from kvtc_stream.gpu.kernels import uniform
 from kvtc_stream.gpu.runtime.simulator import simulate
 
@@ -78,9 +79,7 @@ def test_classes(coded: tuple[int, ...], reads: tuple[int | None, ...], tokens: 
         own = coefficients[first : first + count, :tokens]
         sound = np.isfinite(own).all(axis=0)
         expected = (
-            np.full(tokens, importance.MIDDLE)
-            if p is None
-            else importance.classes_of(p.predict(own.T.copy()))
+            np.full(tokens, MIDDLE) if p is None else importance.classes_of(p.predict(own.T.copy()))
         )
         np.testing.assert_array_equal(classes[i, :tokens][sound], expected[sound])
         largest = np.where(sound, np.abs(own).max(axis=0, initial=0), np.inf)
