@@ -62,14 +62,14 @@ def test_the_command_prints_one_json_object(demo, model_folder, capsys) -> None:
 
 @pytest.mark.filterwarnings("error")
 def test_the_command_prints_answers_from_both(demo, model_folder, capsys, monkeypatch) -> None:
-    answers = iter(f"answer {i}" for i in range(6))
+    answers = iter(f"answer {i}" for i in range(2 * len(demo.QUESTIONS)))
     monkeypatch.setattr(demo, "_answer", lambda *_: next(answers))
     assert main(["demo", "--model", str(model_folder), *OPTIONS]) == 0
 
     printed = capsys.readouterr().out
     for fact in ("4 sinks and a window of 128", "KL divergence", "restored cache", *demo.QUESTIONS):
         assert fact in printed
-    assert all(f"answer {i}" in printed for i in range(6))
+    assert all(f"answer {i}" in printed for i in range(2 * len(demo.QUESTIONS)))
 
 
 def test_run_says_how_long_the_text_must_be(demo, model_folder) -> None:
@@ -84,7 +84,7 @@ def test_questions_are_answered_by_the_first_part_of_the_text() -> None:
     prose, code, judged = demo.texts()
     assert len(judged) > 9000
     assert "Skerray" not in prose + code
-    for fact in ("Martha Finlay", "built in 1847", "a wheel of cheese"):
+    for fact in ("built in 1847", "a wheel of cheese"):
         assert judged.index(fact) < 0.8 * len(judged)
 
 

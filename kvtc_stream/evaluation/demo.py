@@ -45,7 +45,6 @@ if TYPE_CHECKING:
 
 #: Of the text that is judged; its first part answers them.
 QUESTIONS = (
-    "Who is the captain of the ferry?",
     "When was the lighthouse built?",
     "What is the prize of the festival?",
 )
