@@ -1,9 +1,9 @@
-"""How good a compressed cache is: what it takes, what a model predicts from it and finds in it.
+"""Quality of a compressed cache: its size, and what a model predicts and retrieves from it.
 
-``kvtc bench quality`` and ``kvtc demo`` measure with these functions. A cache is taken in
-bfloat16, as most models are served: ratios are relative to that, and what comes back from a real
-stream is compared with that. Needs the ``transformers`` extra; PyTorch is imported when first
-used. One model serves one call at a time.
+``kvtc bench quality`` and ``kvtc demo`` use these functions. The original cache is in bfloat16, as
+most models are served: ratios and errors of the restored cache are relative to it. Caches go
+through real streams. Needs the ``transformers`` extra; PyTorch is imported when first used. Use a
+model in one call at a time.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from transformers.cache_utils import DynamicCache
 
-#: Longest document that a model reads for calibration.
+#: Maximum number of tokens of a document for calibration.
 DOCUMENT_TOKENS = 2048
-#: Where facts are planted, as shares of the context.
+#: Where facts are planted, as fractions of the context.
 FACT_DEPTHS = (0.1, 0.3, 0.5, 0.7)
 
 Ids = NDArray[np.int64]
@@ -44,12 +44,12 @@ Ids = NDArray[np.int64]
 
 def token_ids(tokenizer: Any, text: str) -> Ids:
     """Token ids [tokens] of a text of any length."""
-    # verbose=False: a text longer than the model's context is no mistake, it will be cut.
+    # verbose=False: no warning of texts longer than the model's context, since they will be cut.
     return np.array(tokenizer(text, verbose=False)["input_ids"], np.int64)
 
 
 def spread_documents(ids: Ids, tokens: int, longest: int) -> list[Ids]:
-    """Documents of at most ``longest`` tokens, ``tokens`` in all, evenly spread over ``ids``."""
+    """Cut documents from ``ids``, evenly spread: ``tokens`` in all, at most ``longest`` in each."""
     tokens = min(tokens, len(ids))
     count = -(-tokens // longest)
     sizes = np.diff(np.arange(count + 1) * tokens // max(count, 1))
@@ -58,9 +58,9 @@ def spread_documents(ids: Ids, tokens: int, longest: int) -> list[Ids]:
 
 
 def calibration_documents(tokenizer: Any, texts: Sequence[str], tokens: int) -> list[Ids]:
-    """About ``tokens`` tokens to calibrate on, evenly from all texts and from all of each.
+    """Documents to calibrate on: about ``tokens`` tokens, spread evenly over all texts.
 
-    Every document begins with BOS if the tokenizer begins texts with it.
+    Every document begins with the BOS token if the tokenizer adds it to texts.
     """
     documents = []
     for i, text in enumerate(texts):
@@ -76,7 +76,7 @@ def calibration_documents(tokenizer: Any, texts: Sequence[str], tokens: int) -> 
 
 
 def prefill(model: PreTrainedModel, ids: Ids, dtype: torch.dtype | None = None) -> DynamicCache:
-    """The cache after a model has read ``ids`` [tokens], in ``dtype`` or the model's own."""
+    """Let a model read ``ids`` [tokens]; return its cache, in ``dtype`` or the model's dtype."""
     from transformers.cache_utils import DynamicCache
 
     from kvtc_stream.integrations.transformers.model import decoder_of, growing, inference
@@ -88,7 +88,7 @@ def prefill(model: PreTrainedModel, ids: Ids, dtype: torch.dtype | None = None) 
 
 
 def cast_cache(cache: DynamicCache, dtype: torch.dtype) -> DynamicCache:
-    """A cache with the same content in another dtype; the given one stays as it is."""
+    """A copy of a cache in another dtype."""
     cast = _branch(cache)
     layer: Any
     for layer in cast.layers:
@@ -99,9 +99,9 @@ def cast_cache(cache: DynamicCache, dtype: torch.dtype) -> DynamicCache:
 
 
 def next_token_log_probabilities(model: PreTrainedModel, cache: DynamicCache, ids: Ids) -> Tensor:
-    """Log-probabilities of the token after each of ``ids`` [tokens], which follow the cache.
+    """Log-probabilities of the next token after each of ``ids`` [tokens], which follow the cache.
 
-    Float32 [tokens, vocabulary] on the model's device, in nats. The cache stays as it is.
+    Float32 [tokens, vocabulary] on the model's device, in nats. The cache is not changed.
     """
     import torch
 
@@ -114,9 +114,9 @@ def next_token_log_probabilities(model: PreTrainedModel, cache: DynamicCache, id
 
 
 def continue_greedily(model: PreTrainedModel, cache: DynamicCache, ids: Ids, count: int) -> Ids:
-    """The ``count`` likeliest tokens, one by one, after ``ids`` [tokens], which follow the cache.
+    """Generate ``count`` tokens greedily after ``ids`` [tokens], which follow the cache.
 
-    The cache stays as it is.
+    The cache is not changed.
     """
     import torch
 
@@ -138,7 +138,10 @@ def _row(model: PreTrainedModel, ids: Ids) -> Tensor:
 
 
 def _branch(cache: DynamicCache) -> DynamicCache:
-    """A cache that grows apart from the given one; layers never write into their tensors."""
+    """A cache that can grow without changing the given one.
+
+    Tensors are shared: layers replace them, and never write into them.
+    """
     branch = copy.copy(cache)
     branch.layers = [copy.copy(layer) for layer in cache.layers]
     return branch
@@ -152,7 +155,7 @@ def round_trip(
     Parameters
     ----------
     cache
-        Of ``ids`` [tokens], in the dtype that ratios are relative to.
+        The cache of ``ids`` [tokens], in the dtype that ratios are relative to.
 
     Returns
     -------
@@ -173,17 +176,18 @@ def round_trip(
 
 @dataclass(frozen=True)
 class Judgement:
-    """What a restored cache does to a model's predictions, means over tokens.
+    """Effect of a restored cache on a model's predictions; means over tokens.
 
     Attributes
     ----------
     loss, restored_loss
-        Negative log-likelihood of the text, nats per token, from the original and the restored.
+        Negative log-likelihood of the text, from the original and from the restored cache; nats per
+        token.
     kl_divergence, kl_worst
-        Of the next-token distribution from the restored cache, relative to the original's; nats:
-        the mean, and that of the worst token.
+        KL divergence of the next-token distribution from the restored cache, relative to that from
+        the original: the mean, and the maximum; nats.
     same_top_token
-        Share of tokens for which both predict the same.
+        Fraction of tokens for which both caches predict the same most likely token.
     """
 
     loss: float
@@ -194,12 +198,12 @@ class Judgement:
 
     @property
     def loss_rise(self) -> float:
-        """Nats per token."""
+        """Increase of the loss by compression, nats per token."""
         return self.restored_loss - self.loss
 
 
 def judge(original: Tensor, restored: Tensor, targets: Ids) -> Judgement:
-    """Compare log-probabilities [tokens, vocabulary]; ``targets`` [tokens] is what came next."""
+    """Compare log-probabilities [tokens, vocabulary]; ``targets`` [tokens] are the actual tokens."""
     import torch
 
     chosen = torch.from_numpy(targets).to(original.device)[:, None]
@@ -207,7 +211,7 @@ def judge(original: Tensor, restored: Tensor, targets: Ids) -> Judgement:
     divergences = torch.nn.functional.kl_div(
         restored, original, reduction="none", log_target=True
     ).sum(-1)
-    divergences = divergences.clamp_min(0)  # rounding may leave less than nothing
+    divergences = divergences.clamp_min(0)  # rounding may leave negative values
     return Judgement(
         loss=losses[0],
         restored_loss=losses[1],
@@ -219,17 +223,17 @@ def judge(original: Tensor, restored: Tensor, targets: Ids) -> Judgement:
 
 @dataclass(frozen=True)
 class Measurement:
-    """One text through one codec.
+    """Result of one text with one codec.
 
     Attributes
     ----------
     statistics
-        Of the stream: its bytes, every one counted.
+        Statistics of the stream; sizes count every byte.
     k_centred, v_centred
-        Root of the sum over coded tokens of ‖x̂−x‖² over that of ‖x−mean‖²: keys before RoPE, the
-        calibration's mean. Statistics have errors relative to ‖x‖.
+        √(Σ‖x̂−x‖² / Σ‖x−mean‖²) over coded tokens, with K before RoPE and the calibration's mean.
+        (Errors in ``statistics`` are relative to ‖x‖.)
     judgement
-        Of the tokens that follow.
+        Predictions of the tokens that follow the context.
     """
 
     statistics: StreamStatistics
@@ -246,15 +250,15 @@ def measure(
     Parameters
     ----------
     ids
-        Token ids: ``context`` tokens whose cache is compressed, then at least two that judge.
-        Those are predicted with the exact cache once, and with every restored one.
+        Token ids: ``context`` tokens whose cache is compressed, then at least two tokens, which
+        are predicted from the exact cache and from every restored one.
     codecs
-        One :class:`Measurement` comes for each.
+        One :class:`Measurement` is yielded for each.
 
     Raises
     ------
     ValueError
-        The text is too short, or the context, so that sinks and window leave nothing to code.
+        The text is too short; or the context is, so that sinks and window leave nothing to code.
     """
     import torch
 
@@ -294,7 +298,7 @@ def centred_errors(
 
 
 def _means(section: Section, learnt: SectionCalibration) -> list[NDArray[np.float32]]:
-    """Means of K before RoPE and of V, [layers * kv_heads * head_dim]; all bases share them."""
+    """Means of K before RoPE and of V, [layers * kv_heads * head_dim]; equal in all bases."""
     layers = len(section.layers)
     k, v = (
         np.empty((layers, width // layers), np.float32)
@@ -308,7 +312,7 @@ def _means(section: Section, learnt: SectionCalibration) -> list[NDArray[np.floa
 
 
 def _rows(cache: DynamicCache, section: Section, entry: IndexEntry) -> list[NDArray[np.float32]]:
-    """A block's K before RoPE and V, a row [layers * kv_heads * head_dim] per token."""
+    """K before RoPE and V of a block, each [tokens, layers * kv_heads * head_dim]."""
     import torch
 
     tokens = slice(entry.start, entry.start + entry.tokens)
@@ -330,7 +334,7 @@ def _rows(cache: DynamicCache, section: Section, entry: IndexEntry) -> list[NDAr
 
 @dataclass(frozen=True)
 class Fact:
-    """Token ids of a question for what a text tells, and of the answer, which follows it."""
+    """Token ids of a question that a text answers, and of the answer, which follows it."""
 
     question: Ids
     answer: Ids
@@ -339,18 +343,18 @@ class Fact:
 def plant_facts(
     tokenizer: Any, ids: Ids, *, seed: int | Sequence[int], depths: Sequence[float] = FACT_DEPTHS
 ) -> tuple[Ids, list[Fact]]:
-    """Put facts in the place of tokens of a text: five-digit numbers of made-up names.
+    """Replace tokens of a text by facts: five-digit numbers of made-up names.
 
     Parameters
     ----------
     tokenizer
-        As transformers has them.
+        A tokenizer of transformers.
     ids
         Token ids [tokens].
     seed
-        Of names and numbers.
+        Seed of the random names and numbers.
     depths
-        Where facts begin, rising shares of the text, from 0 to 1.
+        Where facts begin, as ascending fractions of the text, 0 to 1.
 
     Raises
     ------
@@ -361,7 +365,7 @@ def plant_facts(
     planted, facts, free = ids.copy(), [], 0
     for depth in depths:
         question = f"\n\nThe secret number of {_name(rng)} is"
-        # Tokens of each piece alone: the same in the text as when asked for.
+        # Each piece is tokenised alone, so that its tokens are the same in text and question.
         told = [
             np.array(tokenizer(piece, add_special_tokens=False)["input_ids"], np.int64)
             for piece in (question, f" {rng.integers(10_000, 100_000)}", ".\n\n")
@@ -385,14 +389,14 @@ def _name(rng: np.random.Generator) -> str:
 
 @dataclass(frozen=True)
 class Retrieval:
-    """How a model answers questions for facts from a cache.
+    """How well a model answers questions about facts from a cache.
 
     Attributes
     ----------
     facts_found
-        Share of facts whose answer is, token by token, what the model thinks likeliest.
+        Fraction of facts for which every token of the answer is the model's most likely token.
     fact_log_probability
-        Of the right answer, all its tokens together: mean over facts, nats.
+        Log-probability of the whole right answer; mean over facts, nats.
     """
 
     facts_found: float
@@ -400,7 +404,7 @@ class Retrieval:
 
 
 def retrieve(model: PreTrainedModel, cache: DynamicCache, facts: Sequence[Fact]) -> Retrieval:
-    """Ask for every fact, each time from the same cache, which is in the model's dtype."""
+    """Ask for each fact separately, from a cache in the model's dtype, which is not changed."""
     found, log_probabilities = [], []
     for fact in facts:
         asked = np.concatenate([fact.question, fact.answer[:-1]])
@@ -413,7 +417,7 @@ def retrieve(model: PreTrainedModel, cache: DynamicCache, facts: Sequence[Fact])
 def measure_retrieval(
     model: PreTrainedModel, ids: Ids, facts: Sequence[Fact], codecs: Iterable[Codec]
 ) -> Iterator[Retrieval]:
-    """Ask for facts in a text: from its exact cache, then from what each codec restores."""
+    """Ask for facts in a text: from its exact cache, then from the one that each codec restores."""
     import torch
 
     cache = prefill(model, ids, torch.bfloat16)
@@ -428,21 +432,21 @@ def measure_retrieval(
 def ratio_at_kl(
     points: Iterable[tuple[float, float]], kl: float
 ) -> float | Literal["below range", "above range"]:
-    """The ratio at which a curve reaches a KL divergence, interpolated between its logarithms.
+    """The ratio at which a curve reaches a KL divergence, interpolated in logarithms.
 
     Parameters
     ----------
     points
-        (ratio, KL divergence), in any order. Those without divergence have no logarithm and are
-        left out.
+        Pairs (ratio, KL divergence), in any order. Those with divergence 0 are ignored: it has no
+        logarithm.
     kl
-        Nats.
+        The KL divergence, in nats.
 
     Returns
     -------
     float or str
-        Where several ratios have this divergence, the lowest. Nothing is extrapolated:
-        ``"below range"`` and ``"above range"`` say that all of those points diverge more, or less.
+        The lowest ratio with this divergence. Nothing is extrapolated: the result is
+        ``"below range"`` if all points diverge more, ``"above range"`` if all diverge less.
     """
     curve = sorted((ratio, found) for ratio, found in points if found > 0)
     if kl <= 0 or kl < min((found for _, found in curve), default=0):

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from kvtc_stream.formats.geometry import DType
 
-#: Who codes: ``"auto"`` is CUDA for tensors on a CUDA device, else the CPU.
+#: The backend that codes: ``"auto"`` is CUDA for tensors on a CUDA device, else the CPU.
 BackendName = Literal["auto", "cpu", "cuda"]
 
 _NUMPY_DTYPES: Final[dict[DType, np.dtype[Any]]] = {
@@ -32,7 +32,7 @@ _NUMPY_DTYPES: Final[dict[DType, np.dtype[Any]]] = {
 }
 _DTYPES: Final = {dtype: key for key, dtype in _NUMPY_DTYPES.items()}
 
-# DLDataTypeCode of what numpy has no code for; 1 is kDLUInt.
+# DLDataTypeCode of types that numpy cannot import or export; 1 is kDLUInt.
 _DL_CODES: Final = {
     _NUMPY_DTYPES[DType.BFLOAT16]: 4,
     _NUMPY_DTYPES[DType.FLOAT8_E4M3FN]: 10,
@@ -138,7 +138,7 @@ def _dl_tensor(capsule: object) -> _DLTensor:
 
 
 class _Once:
-    """Gives a consumer a capsule that we hold already."""
+    """Hands a capsule that already exists to a DLPack consumer."""
 
     def __init__(self, capsule: object, device: tuple[int, ...] = (1, 0)) -> None:
         self._capsule, self._device = capsule, device
@@ -151,19 +151,19 @@ class _Once:
 
 
 def as_bits(x: Any, name: str, stream: int) -> tuple[Any, DType]:
-    """A CUDA tensor as one of unsigned integers that another DLPack consumer can hold.
+    """Reinterpret a CUDA tensor as unsigned integers, which every DLPack consumer can hold.
 
     Parameters
     ----------
     x
         Anything with ``__dlpack__``.
     stream
-        Of the consumer, as DLPack numbers them: the data is ready for what follows there.
+        The consumer's stream, by DLPack's numbers: work submitted there later sees the data.
 
     Returns
     -------
     tensor, dtype
-        A tensor with ``__dlpack__``, once, of the same memory; and what its elements are.
+        A tensor of the same memory, whose ``__dlpack__`` can be called once; and its element type.
     """
     device = tuple(map(int, x.__dlpack_device__()))
     capsule = _capsule_of(x, name, stream)
@@ -193,7 +193,7 @@ def _check_device(device_type: int, name: str) -> None:
 
 
 def _export(x: Any, name: str) -> object:
-    """A capsule of a host tensor, straight from its producer."""
+    """Ask a host tensor for its DLPack capsule."""
     try:
         device_type = int(x.__dlpack_device__()[0])
     except Exception as error:
@@ -206,7 +206,7 @@ def _export(x: Any, name: str) -> object:
 
 
 def _capsule_of(x: Any, name: str, stream: int | None) -> object:
-    """A capsule for a consumer on a stream of a device, or on the host (``None``)."""
+    """Ask for a capsule that will be read on a stream of a device, or on the host (``None``)."""
     try:
         try:
             capsule = x.__dlpack__(stream=stream, max_version=(1, 0))
@@ -226,15 +226,15 @@ def _capsule_of(x: Any, name: str, stream: int | None) -> object:
 
 
 def to_numpy(x: Any, name: str = "k") -> npt.NDArray[Any]:
-    """A numpy view of a host tensor.
+    """View a host tensor as a numpy array.
 
     Parameters
     ----------
     x
         A numpy array, or anything with ``__dlpack__`` in host memory (PyTorch, JAX, ...), of any
-        shape, strides and dtype that numpy and ml_dtypes can hold between them.
+        shape and strides, and of a dtype that numpy or ml_dtypes has.
     name
-        What error messages call it.
+        Name of ``x`` in error messages.
 
     Returns
     -------
@@ -244,10 +244,10 @@ def to_numpy(x: Any, name: str = "k") -> npt.NDArray[Any]:
     Raises
     ------
     TypeError
-        If ``x`` is not a tensor, or of a dtype that has no numpy counterpart.
+        ``x`` is not a tensor, or its dtype has no numpy counterpart.
     BufferError
-        If the memory is not readable from the host, or the producer refuses (tensors that
-        require grad, sparse, quantised or meta tensors).
+        The host cannot read the memory, or the producer refuses (tensors that require grad,
+        sparse, quantised or meta tensors).
     """
     if isinstance(x, np.ndarray):
         return x.view(np.ndarray)
@@ -276,7 +276,7 @@ def to_numpy(x: Any, name: str = "k") -> npt.NDArray[Any]:
 
 
 class KVArray(np.ndarray[Any, np.dtype[Any]]):
-    """A numpy array that exports bfloat16 and fp8 through DLPack too.
+    """A numpy array that can export bfloat16 and fp8 through DLPack.
 
     ``torch.from_dlpack(a)``, ``jax.dlpack.from_dlpack(a)`` and ``np.asarray(a)`` share its
     memory. Slices and views are again ``KVArray``.
@@ -292,13 +292,13 @@ class KVArray(np.ndarray[Any, np.dtype[Any]]):
         dl_device: tuple[Any, int] | None = None,
         copy: bool | None = None,
     ) -> Any:
-        """A DLPack capsule of this array; the keywords are those of ``ndarray.__dlpack__``.
+        """Export a DLPack capsule; the arguments are those of ``ndarray.__dlpack__``.
 
         Raises
         ------
         BufferError
-            For a dtype or device that DLPack cannot carry, and for a read-only array unless
-            copied or ``max_version`` is at least (1, 0): older capsules cannot say read-only.
+            DLPack cannot carry the dtype or device; or the array is read-only, is not to be
+            copied, and ``max_version`` is below (1, 0), where capsules cannot say so.
         """
         versioned = max_version is not None and max_version[0] >= 1
         if not (self.flags.writeable or versioned or copy):
@@ -319,12 +319,12 @@ class KVArray(np.ndarray[Any, np.dtype[Any]]):
 
 
 def as_kv_array(a: Any) -> Any:
-    """``a`` as a :class:`KVArray` of the same memory; a device's array as it is."""
+    """View a numpy array as a :class:`KVArray`; return a device's array unchanged."""
     return a.view(KVArray) if isinstance(a, np.ndarray) else a
 
 
 def to_host(x: Any) -> npt.NDArray[Any]:
-    """A decoded array as numpy's: a copy, if it is CuPy's."""
+    """A decoded array as a numpy array: a copy, if it is CuPy's."""
     if isinstance(x, np.ndarray):
         return x
     bits: npt.NDArray[Any] = x.view(f"u{x.itemsize}").get()
@@ -332,7 +332,7 @@ def to_host(x: Any) -> npt.NDArray[Any]:
 
 
 def on_cuda(x: Any) -> bool:
-    """Whether a tensor, or the first of a list of them, says that it is in CUDA memory."""
+    """Whether a tensor, or the first tensor of a list, is in CUDA memory."""
     if isinstance(x, list | tuple):
         return bool(x) and on_cuda(x[0])
     if isinstance(x, np.ndarray) or not hasattr(x, "__dlpack_device__"):
@@ -340,11 +340,11 @@ def on_cuda(x: Any) -> bool:
     try:
         return int(x.__dlpack_device__()[0]) in _CUDA_DEVICES
     except Exception:
-        return False  # whoever reads it says what is wrong
+        return False  # reading it will raise, and say what is wrong
 
 
 def check_memory(x: Any, name: str, backend: str) -> None:
-    """Raise ``BufferError`` unless a tensor to write to is where the backend decodes to."""
+    """Raise ``BufferError`` unless an output tensor is where the backend writes to."""
     if on_cuda(x) != (backend == "cuda"):
         raise BufferError(
             f"{name}: found {'a CUDA device' if on_cuda(x) else 'host memory'}, the backend is "
@@ -362,21 +362,23 @@ def layer_list(
     convert: Callable[[Any, str], Any] = to_numpy,
     kind: Callable[[Any, str], DType] = lambda array, name: dtype_of(array.dtype, name),
 ) -> tuple[list[Any], DType]:
-    """K or V of one section as per-layer host arrays.
+    """Check K or V of one section, and split it into an array per layer.
 
     Parameters
     ----------
     x
         One tensor [layers, kv_heads, tokens, head_dim] or [layers, 1, kv_heads, tokens, head_dim];
         or a list or tuple of a tensor per layer, each [kv_heads, tokens, head_dim] or
-        [1, kv_heads, tokens, head_dim]. What :func:`to_numpy` takes. ``tokens`` may be 0.
+        [1, kv_heads, tokens, head_dim]. Tensors as for :func:`to_numpy`. ``tokens`` may be 0.
     name
-        What error messages call it.
+        Name of ``x`` in error messages.
     layers, kv_heads, head_dim
-        The shape expected.
+        The expected shape.
     convert
-        What makes an array of a tensor and its name: another than :func:`to_numpy` gives arrays
-        of another kind.
+        Makes an array from a tensor and its name: :func:`to_numpy`, or another function for arrays
+        on a device.
+    kind
+        Returns the cache dtype of an array, given the array and its name.
 
     Returns
     -------
@@ -388,9 +390,9 @@ def layer_list(
     Raises
     ------
     ValueError
-        For a wrong shape, or layers with different numbers of tokens.
+        The shape is wrong, or layers have different numbers of tokens.
     TypeError, BufferError
-        For a wrong or mixed dtype, and as :func:`to_numpy` raises them.
+        The dtype is wrong or differs between layers, or :func:`to_numpy` raises it.
     """
     if isinstance(x, list | tuple):
         if len(x) != layers:
@@ -422,7 +424,7 @@ def layer_list(
 
 
 def _drop_batch(array: Any, name: str, expected: dict[str, int | None], axis: int) -> Any:
-    """Check the shape against ``expected`` (``None``: any) and take out a batch axis of 1."""
+    """Check the shape against ``expected`` (``None``: any), and remove a batch axis of size 1."""
     sizes = list(expected.values())
     shape = list(array.shape)
     batch = shape.pop(axis) if len(shape) == len(sizes) + 1 else 1
@@ -457,29 +459,29 @@ def _fits_swapped(shape: Sequence[int], sizes: Sequence[int | None]) -> bool:
 
 
 def check_positions(positions: Any, tokens: int, after: int) -> npt.NDArray[np.int64]:
-    """The positions of a chunk's tokens, checked.
+    """Check the positions of a chunk's tokens.
 
     Parameters
     ----------
     positions
-        ``None`` (contiguous from ``after + 1``), or ``tokens`` strictly rising integers above
+        ``None`` (contiguous from ``after + 1``), or ``tokens`` strictly ascending integers above
         ``after``: a sequence, a numpy array or a host tensor.
     tokens
-        Tokens of the chunk.
+        Number of tokens in the chunk.
     after
         The last position so far; -1 at the beginning.
 
     Returns
     -------
     numpy.ndarray
-        int64 [tokens], a copy of its own.
+        int64 [tokens], always a copy.
 
     Raises
     ------
     ValueError
-        If the positions are anything else.
+        The positions are not as above.
     BufferError
-        If they are not in host memory.
+        The positions are not in host memory.
     """
     if positions is None:
         if after > _INT64_MAX - tokens:

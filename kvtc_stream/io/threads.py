@@ -1,4 +1,4 @@
-"""Work on bytes by several threads: copying, checksums, coders, which all leave Python's lock."""
+"""Work on bytes by several threads: copying, checksums and coders, which release the GIL."""
 
 from __future__ import annotations
 
@@ -17,29 +17,32 @@ from kvtc_stream import environment
 
 R = TypeVar("R")
 
-#: Bytes for which it is worth waking a thread.
+#: A thread is given at least this many bytes.
 SHARE = 2 << 20
-#: Calls that are begun before the first result is taken.
+#: Calls that are submitted before the first result is taken.
 _AHEAD = 16
-#: Threads that share the calls of one task.
-_MOST_SHARES = 16
-#: Bytes below which a copy is not worth handing over.
+#: Maximum number of threads that share the calls of one task.
+_MAX_SHARES = 16
+#: Copies of fewer bytes are not given to a thread.
 _SMALL = 1 << 16
 
 
 @cache
 def threads() -> ThreadPoolExecutor:
-    """The process's threads for such work."""
+    """The process's thread pool for work on bytes."""
     return ThreadPoolExecutor(environment.threads(), thread_name_prefix="kvtc-bytes")
 
 
-# A fork has none of them.
+# A forked process has none of its parent's threads: it makes its own pool.
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=threads.cache_clear)
 
 
 def in_turn(function: Callable[..., R], arguments: Iterable[tuple[Any, ...]]) -> Iterator[R]:
-    """As ``itertools.starmap``, on threads, a few at a time; the first ones begin at once."""
+    """Like ``itertools.starmap``, on threads, a few calls at a time.
+
+    The first calls start at once, before a result is asked for. Results come in order.
+    """
     rest = iter(arguments)
     pending = deque(threads().submit(function, *x) for x in islice(rest, _AHEAD))
 
@@ -55,12 +58,12 @@ def in_turn(function: Callable[..., R], arguments: Iterable[tuple[Any, ...]]) ->
 def begin(
     function: Callable[..., R], arguments: Sequence[tuple[Any, ...]], size: int
 ) -> Callable[[], list[R]]:
-    """Begin with all of ``itertools.starmap``; the result waits for it.
+    """Start all calls of ``itertools.starmap``; return a function that waits for their results.
 
-    On threads if it is about many bytes, ``size`` in all; otherwise the result does it. For calls
-    that leave Python's lock for most of their time.
+    ``size`` is the number of bytes that all calls work on. If it is small, no thread is used, and
+    the returned function makes the calls. For calls that release the GIL most of the time.
     """
-    shares = min(size // SHARE, len(arguments), _MOST_SHARES, environment.threads())
+    shares = min(size // SHARE, len(arguments), _MAX_SHARES, environment.threads())
     if shares < 2:
         return lambda: list(starmap(function, arguments))
     parts = [slice(i, None, shares) for i in range(shares)]
@@ -79,12 +82,12 @@ def begin(
 
 
 def spread(function: Callable[..., R], arguments: Sequence[tuple[Any, ...]], size: int) -> list[R]:
-    """As :func:`begin`, and wait."""
+    """Like :func:`begin`, but wait for the results and return them."""
     return begin(function, arguments, size)()
 
 
 def copy(sources: Sequence[NDArray[Any]], targets: Sequence[NDArray[Any]]) -> None:
-    """Each to each; large ones on several threads."""
+    """Copy each source to its target; large ones on several threads."""
     small, large = [], []
     for source, target in zip(sources, targets, strict=True):
         if len(source) < _SMALL:
@@ -95,6 +98,6 @@ def copy(sources: Sequence[NDArray[Any]], targets: Sequence[NDArray[Any]]) -> No
                 for at in range(0, len(source), SHARE)
             ]
     spread(np.copyto, large, sum(len(x) for x, _ in large))
-    # Threads would wait for each other's lock; and whoever comes first maps the page.
+    # Small ones stay here: threads would wait for the GIL, and for each other to map pages.
     for target, source in small:
         target[:] = source

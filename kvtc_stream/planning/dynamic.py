@@ -1,14 +1,14 @@
 """Bit allocation by dynamic programming (KVTC, arXiv 2511.01815, section 3).
 
-The plan of a part is a row of bands. A coded band costs ``size · bits + 32`` bits per token and
-leaves the error of the tables; a component outside bands costs nothing and leaves its energy.
+The plan of a part is a sequence of bands. A coded band costs ``size · bits + 32`` bits per token,
+and its error is in the tables. A component outside bands costs no bits; its error is its energy.
 With ``gain(band) = energy of its components - its error``,
 
     best[i][b] = max( best[i - 1][b],
                       max over bands of i - size … i:  best[i - size][b - cost] + gain(band) )
 
-is the greatest error that a plan of the first ``i`` components saves within ``b`` bits. Counting
-gains instead of errors makes leaving a component out exact: it adds nothing to a sum.
+is the largest reduction of the error by a plan of the first ``i`` components within ``b`` bits.
+Gains are summed instead of errors because a component that is left out then adds nothing, exactly.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from kvtc_stream import environment
 from kvtc_stream.calibration.band_tables import ErrorTables
 from kvtc_stream.formats.plan import Band, Quantiser
 
-#: Components that one task advances, and cells (of the budget) that one pass keeps in cache.
+#: Components that one task processes, and budgets that stay in cache during one pass.
 _ROWS = 128
 _CELLS = 2048
 
@@ -35,7 +35,7 @@ _jit = numba.njit(cache=True, nogil=True)
 
 @dataclass(frozen=True, slots=True)
 class Allocation:
-    """A plan of one part and what it promises.
+    """A plan of one part, with its cost and predicted error.
 
     Attributes
     ----------
@@ -44,7 +44,7 @@ class Allocation:
     bits
         Bits per token that the bands take before entropy coding.
     error
-        Mean squared error per token by the tables, what lies outside the basis included.
+        Mean squared error per token by the tables, including what lies outside the basis.
     """
 
     bands: tuple[Band, ...]
@@ -58,9 +58,9 @@ class Frontier:
     Attributes
     ----------
     unit
-        Budgets count in steps of this many bits, the greatest that divides every band's cost.
+        Budgets are multiples of this many bits, the greatest common divisor of all bands' costs.
     errors
-        float64 [max_bits // unit + 1]: least error within ``i · unit`` bits; never rises.
+        float64 [max_bits // unit + 1]: minimum error within ``i · unit`` bits; never ascends.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Frontier:
 
     @property
     def max_bits(self) -> int:
-        """The greatest budget."""
+        """The largest budget."""
         return (self.errors.size - 1) * self.unit
 
     def allocation(self, bits: int) -> Allocation:
@@ -103,8 +103,8 @@ class Frontier:
                 band = options[choice - 1]
                 position -= band.size
                 left -= band.bits // self.unit
-                size, kind = divmod(choice - 1, len(tables.types))
-                error += float(tables.errors[position, size, kind])
+                size, type_ = divmod(choice - 1, len(tables.types))
+                error += float(tables.errors[position, size, type_])
                 bands.append(band)
         bands.reverse()
         return Allocation(tuple(bands), sum(b.bits for b in bands), tables.dropped + error)
@@ -115,7 +115,7 @@ class Frontier:
         Raises
         ------
         ValueError
-            If ``max_bits`` do not suffice.
+            ``max_bits`` bits are not enough.
         """
         enough = np.flatnonzero(self.errors <= error)
         if not enough.size:
@@ -137,18 +137,19 @@ def frontier(
     Parameters
     ----------
     tables
-        Up to 15 sizes × types.
+        Error tables with at most 15 combinations of size and type.
     max_bits
-        Budget per token before entropy coding.
+        Maximum budget per token, before entropy coding.
     progress
-        Called with components done and components in all.
+        Called with the number of components done, and of all components.
 
     Notes
     -----
-    Exact over the tables' sizes and types, up to the rounding of float64 sums. Takes half a byte
-    per component and unit of the budget (2 bits), kept by the result, and while it runs 8 bytes
-    per unit for each component of the longest band: for 40,960 components and bits 420 MB and
-    250 MB. Runs on all CPUs.
+    Optimal for the tables' sizes and types, up to the rounding of float64 sums.
+
+    Memory: the result keeps half a byte per component and unit of the budget (2 bits). While it
+    runs, it needs 8 bytes per unit for each component of the longest band. For 40,960 components
+    and bits, these are 420 MB and 250 MB. Runs on all CPUs.
     """
     options = _options(tables)
     if len(options) > 15:
@@ -160,18 +161,11 @@ def frontier(
     costs = np.array([band.bits // unit for band in options])
     components = tables.components
     cells = max_bits // unit + 1
-
     cumulative = np.concatenate([[0.0], np.cumsum(tables.energy)])
-    gains = np.full((components, len(options)), -np.inf)
-    for k, size in enumerate(sizes):
-        if size <= components:
-            energy = cumulative[size:] - cumulative[:-size]
-            gains[: energy.size, k] = (
-                energy - tables.errors[: energy.size].reshape(energy.size, -1)[:, k]
-            )
+    gains = _gains(tables, sizes, cumulative)
 
-    # A cell depends on earlier rows of the same and of smaller budgets only. So the budget is cut
-    # into one range per CPU, and each range works one block of rows behind the range below it.
+    # A cell depends only on earlier rows of the same and of smaller budgets. So budgets are cut
+    # into one range per CPU, and each range is one block of rows behind the range below it.
     workers = max(1, min(environment.threads(), cells // _CELLS))
     cuts = np.linspace(0, cells // 2, workers + 1).astype(int) * 2
     cuts[-1] = cells
@@ -197,6 +191,23 @@ def frontier(
     return Frontier(tables, unit, errors, choices)
 
 
+def _gains(
+    tables: ErrorTables, sizes: npt.NDArray[np.int64], cumulative: npt.NDArray[np.float64]
+) -> npt.NDArray[np.float64]:
+    """Gain of each option's band from each component on: [components, options].
+
+    ``-inf`` where the band would reach beyond the last component.
+    """
+    gains = np.full((tables.components, len(sizes)), -np.inf)
+    for k, size in enumerate(sizes):
+        if size <= tables.components:
+            energy = cumulative[size:] - cumulative[:-size]
+            gains[: energy.size, k] = (
+                energy - tables.errors[: energy.size].reshape(energy.size, -1)[:, k]
+            )
+    return gains
+
+
 def allocate(
     tables: ErrorTables,
     bits: int,
@@ -216,13 +227,13 @@ def allocate_for_error(
 ) -> Allocation:
     """The optimal plan with the fewest bits per token whose error is at most ``error``.
 
-    Tries budgets from 1/16 of ``max_bits`` up, doubling, so that an error that is easily reached
-    costs little.
+    Tries budgets from 1/16 of ``max_bits`` up, doubling each time, so that a large error takes
+    little time.
 
     Raises
     ------
     ValueError
-        If ``max_bits`` do not suffice.
+        ``max_bits`` bits are not enough.
     """
     bits = max_bits // 16
     while True:
@@ -233,15 +244,18 @@ def allocate_for_error(
 
 
 def _options(tables: ErrorTables) -> list[Band]:
-    """Kinds of coded bands, in the order of the tables' axes; choice ``k + 1`` is option ``k``."""
-    return [Band(size, kind) for size in tables.sizes for kind in tables.types]
+    """The bands that may be chosen, in the order of the tables' axes.
+
+    Choice 0 leaves a component out; choice ``k + 1`` is option ``k``.
+    """
+    return [Band(size, quantiser) for size in tables.sizes for quantiser in tables.types]
 
 
 @_jit
 def _advance(best, choices, gains, sizes, costs, first, last, low, high):  # type: ignore[no-untyped-def]
-    """Fill rows ``first + 1 … last`` of ``best``, a ring, for budgets ``low … high - 1``.
+    """Fill rows ``first + 1 … last`` of ``best``, a ring buffer, for budgets ``low … high - 1``.
 
-    ``low`` is even. ``choices`` has the choice of row ``i`` in row ``i - 1``, two budgets a byte.
+    ``low`` is even. Row ``i - 1`` of ``choices`` has the choices of row ``i``, two in a byte.
     """
     ring = best.shape[0]
     choice = np.empty(_CELLS, np.uint8)
@@ -265,7 +279,7 @@ def _advance(best, choices, gains, sizes, costs, first, last, low, high):  # typ
 
 @_jit
 def _improve(row, origin, choice, gain, cost, number, start, stop):  # type: ignore[no-untyped-def]
-    """Take the band where it saves more; one branch-free loop over the budgets."""
+    """Choose the band for all budgets where it gains more, in one loop without branches."""
     first = max(start, cost)
     if first >= stop:
         return

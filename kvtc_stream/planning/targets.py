@@ -1,4 +1,4 @@
-"""From a target (ratio, bits, error) to a plan."""
+"""Makes a plan that meets a target: a ratio, bits per token, or an error."""
 
 from __future__ import annotations
 
@@ -17,14 +17,13 @@ from kvtc_stream.formats import Band, PartPlan, Plan, Quantiser, SectionPlan
 from kvtc_stream.planning.dynamic import allocate, allocate_for_error
 from kvtc_stream.progress import Progress
 
-#: Bits per value that a ratio is relative to, whatever the cache's dtype (as published).
+#: Ratios are relative to this many bits per value, whatever the cache's dtype (as published).
 RATIO_BITS = 16
 
-#: What a uniform band's component costs that is not coded, as a part of its energy: its squared
-#: error, and half of that again because it is lacking from all tokens alike (see ``FamilyTables``).
-#: As much again would code half as many components more at high ratios, on SmolLM2-135M at 64
-#: times 4,607 instead of 3,045, which takes time and brings predictions no closer
-#: (benchmarks/results/two_levels.json).
+#: What leaving a component out of a uniform band costs, relative to its energy: its squared error,
+#: and half of that again because all tokens lack it (see ``FamilyTables``). With 2.0, half as many
+#: components more would be coded at high ratios (SmolLM2-135M at ratio 64: 4,607 instead of 3,045),
+#: which takes time and does not improve predictions (benchmarks/results/two_levels.json).
 LEFT_OUT = 1.5
 
 
@@ -38,11 +37,11 @@ def make_plan(
     uniform: bool,
     progress: Progress | None = None,
 ) -> Plan:
-    """Deal out bits to every part of every section.
+    """Allocate bits to every part of every section.
 
-    ``target`` is ``"ratio"``, ``"bits_per_token"`` (shared among parts by their width, so that K
-    and V get the same ratio, as published; with uniform bands among sections) or
-    ``"mean_error"`` (met by every part).
+    ``target`` is ``"ratio"``, ``"bits_per_token"`` or ``"mean_error"``. Bits are shared among parts
+    by their width, so that K and V get the same ratio, as published; with uniform bands, among
+    sections. An error is met by every part.
     """
     if not (math.isfinite(value) and value > 0):
         raise ValueError(f"{target} must be positive and finite, found {value}")
@@ -55,8 +54,8 @@ def make_plan(
         if target == "mean_error":
             return _bands_for_error(part, value, progress)
         bits = RATIO_BITS * part.width / value if target == "ratio" else value * part.width / width
-        most = part.rank * Band(1, Quantiser.FP8).bits  # no plan can spend more
-        return allocate(_tables(part), int(min(bits, most)), progress=progress).bands
+        maximum = part.rank * Band(1, Quantiser.FP8).bits  # no plan can spend more
+        return allocate(_tables(part), int(min(bits, maximum)), progress=progress).bands
 
     return Plan(
         preset,
@@ -84,14 +83,13 @@ def _tables(part: Part) -> ErrorTables:
 def _uniform_section(
     basis: str, parts: tuple[Part, ...], target: str, value: float, width: int
 ) -> SectionPlan:
-    """One base step for a section, and how many of each part's components to code with it.
+    """Choose one base step for a section, and how many components of each part to code with it.
 
-    What a component costs does not depend on its neighbours, so the dynamic program of bands with
-    parameters of their own comes down to a choice for each component: it is coded where the error
-    that this saves is worth the bits, at the price where the next finer step would save as much.
-    Components fall in variance, so those that are coded come first. (Steps that differ from band
-    to band were tried, and gained nothing.) To meet an error all are coded: a cache unlike the
-    calibration's may need any of them.
+    The cost of a component does not depend on its neighbours, so no dynamic program is needed: a
+    component is coded if the error that this saves is worth its bits, at the price at which the
+    next smaller step would save as much. Components descend in variance, so the coded ones come
+    first. (Different steps for different bands were tried, and gained nothing.) To meet an error,
+    all components are coded: a cache unlike the calibration's may need any of them.
     """
     tables = [p.uniform for p in parts]
     families = [t.families for t in tables if t is not None]
@@ -146,7 +144,7 @@ def _uniform_section(
 def _bands_for_error(
     part: Part, relative_error: float, progress: Progress | None
 ) -> tuple[Band, ...]:
-    """The cheapest bands whose predicted error stays below the target."""
+    """The bands with the fewest bits whose predicted error stays below the target."""
     allowed = relative_error**2 * part.energy
     try:
         return allocate_for_error(
@@ -160,13 +158,13 @@ def _bands_for_error(
 
 
 def _expecting(parts: tuple[Part, ...], plan: SectionPlan) -> SectionPlan:
-    """The plan with the errors that the parts' tables predict for it."""
+    """The plan with the errors of K and V that the parts' tables predict."""
     error, energy = {"k": 0.0, "v": 0.0}, {"k": 0.0, "v": 0.0}
     for part, dealt in zip(parts, plan.parts, strict=True):
         if part.k_layers and part.v_layers:
-            return plan  # the tables do not tell K and V apart
-        kind = "k" if part.k_layers else "v"
-        error[kind] += _tables(part).error(dealt.bands)
-        energy[kind] += part.energy
+            return plan  # tables of a joint part do not tell K and V apart
+        side = "k" if part.k_layers else "v"
+        error[side] += _tables(part).error(dealt.bands)
+        energy[side] += part.energy
     expected = {n: math.sqrt(error[n] / energy[n]) if energy[n] else 0.0 for n in error}
     return replace(plan, expected_k_error=expected["k"], expected_v_error=expected["v"])
