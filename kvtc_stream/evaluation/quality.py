@@ -203,7 +203,7 @@ class Judgement:
 
 
 def judge(original: Tensor, restored: Tensor, targets: Ids) -> Judgement:
-    """Compare log-probabilities [tokens, vocabulary]; ``targets`` [tokens] are the actual tokens."""
+    """Compare log-probabilities [tokens, vocabulary]; ``targets`` [tokens] are actual tokens."""
     import torch
 
     chosen = torch.from_numpy(targets).to(original.device)[:, None]
