@@ -189,7 +189,7 @@ class Model:
         cp.get_default_memory_pool().free_all_blocks()
 
     def _tables(self, rank: int) -> UniformTables:
-        """Of some of the components; those between have their neighbours'."""
+        """Tables fitted to some components; the others get those of their nearest neighbour."""
         some = np.unique(np.linspace(0, rank - 1, min(rank, TABLES)).astype(int))
         rng = np.random.default_rng(0)
         scale = np.exp(TOKEN_SCALE * rng.standard_normal((4096, 1)))
@@ -300,6 +300,134 @@ def block_of(payload: Any, start: int, coded: int) -> Block:
     )
 
 
+class Streams:
+    """Caches of a drawn model on the device, and the plan that they are coded with.
+
+    With ``frontier``, all components are coded.
+    """
+
+    def __init__(
+        self, model: Model, streams: int, tokens: int, ratio: float, *, frontier: bool
+    ) -> None:
+        codec = kvtc.Codec(model.calibration, ratio=ratio, window=0, sinks=0, block_tokens=BLOCK)
+        dealt = codec.plan.sections[0]
+        if frontier:
+            rank = model.calibration.sections[0].bases["joint"][0].rank
+            bands = (replace(dealt.parts[0].bands[0], size=rank),)
+            dealt = replace(dealt, parts=tuple(replace(p, bands=bands) for p in dealt.parts))
+        self.model, self.streams, self.tokens = model, streams, tokens
+        self.plan = DevicePlan(model.calibration, 0, dealt)
+        self.section = model.geometry.sections[0]
+        per_token = 2 * (self.section.k_width + self.section.v_width)
+        #: Bytes of all caches, and of a token once it is coded.
+        self.size, self.share = per_token * streams * tokens, per_token / ratio
+        self.caches = [model.cache(tokens, seed) for seed in range(streams)]
+        self.tensors = [
+            [Tensors.of_layers(list(x), DType.BFLOAT16) for x in kv] for kv in self.caches
+        ]
+        #: Of each batch: stream, first token, payloads, and where each block's is among them.
+        self.encoded: list[Any] = []
+        self._offset = 0.0
+
+    def encoder(self, *, measure: bool) -> encoding.BatchEncoder:
+        """An encoder, with or without errors."""
+        return encoding.BatchEncoder(
+            self.section, self.plan, DType.BFLOAT16, None, measure=measure, bound=2.0
+        )
+
+    def encode(self, encoder: encoding.BatchEncoder) -> None:
+        """Encode everything with one step size per batch that meets the target.
+
+        The search begins at the step of the batch before, as the rate control's does. Payloads stay
+        on the device.
+        """
+        self.encoded.clear()
+        together = encoding.BATCH_TOKENS
+        for i in range(self.streams):
+            for first in range(0, self.tokens, together):
+                slots = np.arange(first, min(first + together, self.tokens))
+                starts = np.append(np.arange(0, len(slots), BLOCK), len(slots))
+                batch = encoder.prepare(*self.tensors[i], slots, slots, starts)
+                sizes = encoder.sizes(batch)
+                for _ in range(10):  # Newton's, with about the slope of all streams
+                    coded = sizes.at(slice(None), self._offset).sum()
+                    excess = np.log(coded / (self.share * len(slots)))
+                    self._offset += excess / 0.09
+                    if abs(excess) < 1e-4:
+                        break
+                done = encoder.encode_on_device(batch, np.full(len(starts) - 1, self._offset))
+                # Copied, as a caller would, so that the coefficients' memory is free again.
+                used = int(done.places[-1].sum())
+                payloads = done.payloads[:used].copy()
+                self.encoded.append((i, slots[0], payloads, cp.asnumpy(done.places)))
+
+    def take_blocks(self) -> list[Placed]:
+        """The encoded blocks in pinned memory; payloads on the device are dropped."""
+        room = sum(data.size + 512 for _, _, data, _ in self.encoded)
+        pinned = np.frombuffer(cp.cuda.alloc_pinned_memory(room), np.uint8)
+        blocks: list[Placed] = []
+        at = 0
+        for i, first, data, places in self.encoded:
+            own = pinned[at : at + data.size]
+            own[:] = cp.asnumpy(data)
+            at += -(-data.size // 256) * 256
+            for j, (begin, count) in enumerate(places.tolist()):
+                start = first + j * BLOCK
+                slots = i * self.tokens + np.arange(start, start + BLOCK)
+                block = block_of(own[begin : begin + count].data, start, self.plan.components)
+                blocks.append(Placed(block, slots))
+        self.encoded.clear()
+        return blocks
+
+
+class Restored:
+    """One cache that all streams are decoded into, as ``decode_many`` makes it."""
+
+    def __init__(self, streams: Streams) -> None:
+        layers, heads, dim = streams.model.shape
+        shape = layers, heads, streams.streams * streams.tokens, dim
+        self.cache = [cp.empty(shape, np.uint16) for _ in "kv"]
+        self.decoder = UniformDecoder(streams.section, streams.plan)
+        self.target = self.decoder.target(
+            range(layers), *(Tensors.of_layers(list(x), DType.BFLOAT16) for x in self.cache)
+        )
+        #: Of each batch: its blocks, their payloads parsed, and uploaded.
+        self.work: list[Any] = []
+        for some in self.decoder.batches(streams.take_blocks()):
+            payloads = [UniformPayload.parse(p.block, streams.plan.coded) for p in some]
+            uploaded = self.decoder.staging.upload([p.block.coded for p in some])
+            self.work.append((some, payloads, *uploaded))
+        self.batches: list[Any] = []
+
+    def symbols(self, item: Any) -> Any:
+        """Symbols of a batch whose payloads are on the device."""
+        return self.decoder.symbols_on_device(*item)
+
+    def decode(self) -> None:
+        """Decode payloads that are on the device."""
+        self.batches.clear()
+        for item in self.work:
+            self.batches.append(self.symbols(item))
+            self.decoder.values(self.batches[-1], self.target)
+
+    def restore(self) -> None:
+        """Decode payloads that are in pinned memory."""
+        self.batches.clear()
+        for item in self.work:
+            self.batches.append(self.decoder.symbols(item[0]))
+            self.decoder.values(self.batches[-1], self.target)
+
+    def scratch(self) -> int:
+        """Bytes of device memory that decoding needs besides its results."""
+        pool = cp.get_default_memory_pool()
+        pool.free_all_blocks()
+        before = pool.total_bytes()
+        for item in self.work:
+            self.decoder.values(self.symbols(item), self.target)
+        cp.cuda.Device().synchronize()
+        return int(pool.total_bytes() - before)
+
+
 def measure(
     model: Model,
     streams: int,
@@ -311,17 +439,8 @@ def measure(
 ) -> dict[str, Any]:
     """All figures of a geometry and a batch; for the ``frontier`` speeds only, with all components
     coded."""
-    layers = model.shape[0]
-    codec = kvtc.Codec(model.calibration, ratio=ratio, window=0, sinks=0, block_tokens=BLOCK)
-    dealt = codec.plan.sections[0]
-    if frontier:
-        rank = model.calibration.sections[0].bases["joint"][0].rank
-        bands = (replace(dealt.parts[0].bands[0], size=rank),)
-        dealt = replace(dealt, parts=tuple(replace(p, bands=bands) for p in dealt.parts))
-    plan = DevicePlan(model.calibration, 0, dealt)
-    section = model.geometry.sections[0]
-    per_token = 2 * (section.k_width + section.v_width)
-    size = per_token * streams * tokens
+    source = Streams(model, streams, tokens, ratio, frontier=frontier)
+    plan, size = source.plan, source.size
     result: dict[str, Any] = {
         "kv_bytes": size,
         "components": plan.components,
@@ -329,169 +448,89 @@ def measure(
         "multiply_adds_per_token": sum(p.count * p.width for p in plan.leaves)
         + sum(s.analysis.size for s in plan.seconds),
     }
-    caches = [model.cache(tokens, seed) for seed in range(streams)]
-    tensors = [[Tensors.of_layers(list(x), DType.BFLOAT16) for x in kv] for kv in caches]
-    together = encoding.BATCH_TOKENS
-    pieces = [
-        (i, np.arange(first, min(first + together, tokens)))
-        for i in range(streams)
-        for first in range(0, tokens, together)
-    ]
-    share = per_token / ratio
-    found: list[Any] = []
-
-    offset = 0.0
-
-    def encode(encoder: encoding.BatchEncoder) -> None:
-        """One step for all blocks of a batch, which meets the target, kept on the device; searched
-        for from that of the batch before on, as the rate control does."""
-        nonlocal offset
-        found.clear()
-        for i, slots in pieces:
-            starts = np.append(np.arange(0, len(slots), BLOCK), len(slots))
-            batch = encoder.prepare(*tensors[i], slots, slots, starts)
-            sizes = encoder.sizes(batch)
-            for _ in range(10):  # Newton's, with about the slope of all streams
-                excess = np.log(sizes.at(slice(None), offset).sum() / (share * len(slots)))
-                offset += excess / 0.09
-                if abs(excess) < 1e-4:
-                    break
-            done = encoder.encode_on_device(batch, np.full(len(starts) - 1, offset))
-            # Copied, as a caller would, so that the coefficients' memory is free again.
-            used = int(done.places[-1].sum())
-            found.append((i, slots[0], done.payloads[:used].copy(), cp.asnumpy(done.places)))
-
     for name, with_errors in (("encode", False), ("encode_measured", True)):
-        encoder = encoding.BatchEncoder(
-            section, plan, DType.BFLOAT16, None, measure=with_errors, bound=2.0
-        )
+        encoder = source.encoder(measure=with_errors)
         if with_errors and (frontier or tokens > 100_000):
             continue
-        device, host = seconds(lambda encoder=encoder: encode(encoder), 3)
+        device, host = seconds(lambda encoder=encoder: source.encode(encoder), 3)
         result[f"{name}_gbps"] = size / device / 1e9
         result[f"{name}_host_s"] = host
-    coded_bytes = sum(int(places[:, 1].sum()) for *_, places in found)
+    coded_bytes = sum(int(places[:, 1].sum()) for *_, places in source.encoded)
     result["ratio"] = size / coded_bytes
     result["bits_per_symbol"] = 8 * coded_bytes / (streams * tokens * plan.components)
 
-    # All streams go into one cache, as ``decode_many`` makes it.
-    del tensors[1:], caches[1:]
-    k, v = (
-        cp.empty((layers, section.kv_heads, streams * tokens, model.shape[2]), np.uint16)
-        for _ in "kv"
-    )
-    decoder = UniformDecoder(section, plan)
-    target = decoder.target(
-        range(layers), *(Tensors.of_layers(list(x), DType.BFLOAT16) for x in (k, v))
-    )
-    host_bytes = cp.cuda.alloc_pinned_memory(sum(data.size + 512 for _, _, data, _ in found))
-    pinned = np.frombuffer(host_bytes, np.uint8)
-    blocks: list[Placed] = []
-    at = 0
-    for i, first, data, places in found:
-        own = pinned[at : at + data.size]
-        own[:] = cp.asnumpy(data)
-        at += -(-data.size // 256) * 256
-        for j, (begin, count) in enumerate(places.tolist()):
-            start = first + j * BLOCK
-            slots = i * tokens + np.arange(start, start + BLOCK)
-            block = block_of(own[begin : begin + count].data, start, plan.components)
-            blocks.append(Placed(block, slots))
-    found.clear()
-    work = []
-    for some in decoder.batches(blocks):
-        payloads = [UniformPayload.parse(p.block, plan.coded) for p in some]
-        work.append((some, payloads, *decoder.staging.upload([p.block.coded for p in some])))
-    batches: list[Any] = []
-
-    def symbols(item: Any) -> Any:
-        return decoder.symbols_on_device(*item)
-
-    def decode() -> None:
-        batches.clear()
-        for item in work:
-            batches.append(symbols(item))
-            decoder.values(batches[-1], target)
-
-    def restore() -> None:
-        batches.clear()
-        for item in work:
-            batches.append(decoder.symbols(item[0]))
-            decoder.values(batches[-1], target)
-
-    pool = cp.get_default_memory_pool()
-    batches.clear()
-    pool.free_all_blocks()
-    before = pool.total_bytes()
-    for item in work:
-        decoder.values(symbols(item), target)
-    cp.cuda.Device().synchronize()
-    result["scratch_fraction"] = (pool.total_bytes() - before) / size
-    device, host = seconds(decode)
+    del source.tensors[1:], source.caches[1:]
+    restored = Restored(source)
+    result["scratch_fraction"] = restored.scratch() / size
+    device, host = seconds(restored.decode)
     result["decode_gbps"], result["decode_host_s"] = size / device / 1e9, host
-    assert not any(int(b.faults.any()) or int(b.overflow[0]) for b in batches)
+    assert not any(int(b.faults.any()) or int(b.overflow[0]) for b in restored.batches)
     if frontier:
-        decoded = symbols(work[0])
+        decoded = restored.symbols(restored.work[0])
         tasks = {
-            "symbols": lambda: symbols(work[0]),
+            "symbols": lambda: restored.symbols(restored.work[0]),
             "second level": lambda: plan.stacked(decoded.symbols[: plan.components]),
-            "synthesis and scatter": lambda: decoder.values(decoded, target),
+            "synthesis and scatter": lambda: restored.decoder.values(decoded, restored.target),
         }
         result["stages_s"] = {name: seconds(task)[0] for name, task in tasks.items()}
         result["stage_tokens"] = decoded.tokens
         return result
-    device, _ = seconds(restore, 3)
+    device, _ = seconds(restored.restore, 3)
     result["restore_s"] = device
     result["restore_vs_raw_copy"] = (size / pinned_gbps / 1e9) / device
+    encoder = source.encoder(measure=False)
+    result |= stages(source, encoder, restored, result["multiply_adds_per_token"])
+    return result | coder_speed(
+        encoder, restored.decoder, plan, restored.work, model, source.tensors, source.share
+    )
 
-    # Stages, on one batch.
-    count = min(tokens, encoding.BATCH_TOKENS)
-    encoder = encoding.BatchEncoder(section, plan, DType.BFLOAT16, None, measure=False, bound=2.0)
+
+def stages(
+    source: Streams, encoder: encoding.BatchEncoder, restored: Restored, multiply_adds: int
+) -> dict[str, Any]:
+    """Seconds of each stage, on one batch, and TFLOP/s of the products."""
+    plan = source.plan
+    count = min(source.tokens, encoding.BATCH_TOKENS)
     slots = np.arange(count)
     starts = np.append(np.arange(0, count, BLOCK), count)
-    batch = encoder.prepare(*tensors[0], slots, slots, starts)
-    source = batch.source
-    flops = 2 * result["multiply_adds_per_token"] * count
+    batch = encoder.prepare(*source.tensors[0], slots, slots, starts)
     rows = cp.zeros((count, max(p.width for p in plan.leaves)), np.uint16)
     c = batch.coefficients
-    stages = {}
-    stages["gather and analysis"], _ = seconds(lambda: encoder._coefficients(source, batch.stride))
-    stages["analysis alone"], _ = seconds(
-        lambda: [
-            analyse(
-                rows.ravel()[: count * p.width].reshape(count, p.width),
-                p.analysis,
-                1.0,
-                c.data.ptr,
-                batch.stride,
-            )
-            for p in plan.leaves
-        ]
-    )
-    decoded = symbols(work[0])
-    stages["symbols"], _ = seconds(lambda: symbols(work[0]))
-    stages["synthesis and scatter"], _ = seconds(lambda: decoder.values(decoded, target))
-    rows = cp.zeros((decoded.tokens, rows.shape[1]), np.uint16)
-    stages["synthesis alone"], _ = seconds(
-        lambda: [
+    decoded = restored.symbols(restored.work[0])
+    out = cp.zeros((decoded.tokens, rows.shape[1]), np.uint16)
+
+    def analysis() -> None:
+        for p in plan.leaves:
+            own = rows.ravel()[: count * p.width].reshape(count, p.width)
+            analyse(own, p.analysis, 1.0, c.data.ptr, batch.stride)
+
+    def synthesis() -> None:
+        for p in plan.leaves:
             synthesise(
                 decoded.symbols.data.ptr + 2 * p.first * decoded.stride,
                 decoded.stride,
                 p.synthesis,
                 slice(0, p.width),
                 decoded.tokens,
-                rows.data.ptr,
+                out.data.ptr,
                 p.width,
             )
-            for p in plan.leaves
-        ]
-    )
-    result["stages_s"] = stages
-    result["stage_tokens"] = {"encode": count, "decode": decoded.tokens}
-    result["analysis_tflops"] = flops / stages["analysis alone"] / 1e12
-    flops *= decoded.tokens / count
-    result["synthesis_tflops"] = flops / stages["synthesis alone"] / 1e12
-    return result | coder_speed(encoder, decoder, plan, work, model, tensors, share)
+
+    tasks: dict[str, Callable[[], Any]] = {
+        "gather and analysis": lambda: encoder._coefficients(batch.source, batch.stride),
+        "analysis alone": analysis,
+        "symbols": lambda: restored.symbols(restored.work[0]),
+        "synthesis and scatter": lambda: restored.decoder.values(decoded, restored.target),
+        "synthesis alone": synthesis,
+    }
+    found = {name: seconds(task)[0] for name, task in tasks.items()}
+    flops = 2 * multiply_adds
+    return {
+        "stages_s": found,
+        "stage_tokens": {"encode": count, "decode": decoded.tokens},
+        "analysis_tflops": flops * count / found["analysis alone"] / 1e12,
+        "synthesis_tflops": flops * decoded.tokens / found["synthesis alone"] / 1e12,
+    }
 
 
 def coder_speed(
