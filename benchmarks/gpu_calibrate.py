@@ -219,7 +219,7 @@ class Caches:
         return self._narrow(k), self._narrow(v)
 
     def gradients(self, seed: int) -> tuple[Any, Any]:
-        """Of a loss, with respect to K before RoPE, and V."""
+        """Gradients of a loss with respect to K before RoPE, and V."""
         xp = self._machine.xp
         _, latent = self._rows(seed)
         rng = xp.random.default_rng(10_000 + seed)
@@ -357,7 +357,7 @@ def pieces(calibrator: kvtc.Calibrator, caches: Caches, machine: Machine) -> dic
 
 
 def moments_error(calibrator: kvtc.Calibrator, caches: Caches, machine: Machine) -> dict[str, Any]:
-    """Of the scatter of a document's rows in the first part, against float64.
+    """Error of the scatter of a document's rows in the first part, against float64.
 
     Relative to the standard deviations of row and column.
     """

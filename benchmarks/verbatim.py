@@ -46,7 +46,7 @@ def best(action: Callable[[], Any], repeats: int = 7) -> tuple[Any, float]:
 
 
 def measure(samples: list[list[memoryview]], coder: Callable[..., Any]) -> dict[str, Any]:
-    """Of samples' byte planes: bytes left, as a share, and MB/s in both directions."""
+    """Measure a coder on samples' byte planes: compressed fraction, and MB/s in both directions."""
     sizes = [sum(map(len, planes)) for planes in samples]
     coded, encoding = best(lambda: [coder(*planes) for planes in samples])
     found, decoding = best(

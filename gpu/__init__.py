@@ -15,7 +15,7 @@ _REMEDY = (
 
 
 def require_cuda() -> None:
-    """Raise ``BackendUnavailableError`` that says what the CUDA backend lacks, if it does."""
+    """Raise ``BackendUnavailableError`` if the CUDA backend cannot run; it says what is missing."""
     missing = [
         package
         for name, package in (("numba_cuda", "numba-cuda"), ("cupy", "cupy-cuda13x"))

@@ -1,7 +1,7 @@
-"""Calibration on a CUDA device: arrays of CuPy, and what NumPy does in another way.
+"""Calibration on a CUDA device, with CuPy arrays.
 
-Work goes to CuPy's current device and stream. Nothing here is a kernel of our own: matrix products
-are cuBLAS's, decompositions cuSOLVER's, and the rest CuPy's element-wise operations.
+Work goes to CuPy's current device and stream. There are no custom kernels here: matrix products use
+cuBLAS, decompositions cuSOLVER, and the rest CuPy's element-wise operations.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from kvtc_stream.io.dlpack import dtype_of, layer_list, numpy_dtype, on_cuda, to
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 _ONE = np.uint64(1)
 _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32}
-#: The largest matrix that is solved for all its eigenvectors.
+#: Columns of the largest matrix that can be solved for all its eigenvectors.
 _WIDEST = 16_384
-#: Errors of products of basis vectors that binary32 cannot do without.
+#: A float32 basis is orthonormal if its products differ from the identity by less than this.
 _ORTHONORMAL = 1e-6
-#: Components whose symbols are counted together; with 56 steps and 16 classes 1.2 GB.
+#: Components whose symbols are counted together: 1.2 GB with 56 steps and 16 step classes.
 _COUNTED = 1024
 
 
 def require_cupy() -> Any:
-    """CuPy, with a device that it can use; else ``BackendUnavailableError``."""
+    """Import CuPy; raise ``BackendUnavailableError`` if it is missing or has no usable device."""
     try:
         import cupy
     except ImportError as error:
@@ -80,19 +80,20 @@ class DeviceArrays(HostArrays):
     def layers(self, x: Any, name: str, layers: int, kv_heads: int, dim: int) -> list[Array]:
         """K or V as arrays [kv_heads, tokens, dim] of each layer, on the device.
 
-        As :func:`layer_list`, from host memory too; fp8 becomes float16, which holds its values.
+        Like :func:`layer_list`; host tensors are copied to the device. fp8 becomes float16, which
+        represents its values exactly.
         """
         return list(layer_list(x, name, layers, kv_heads, dim, convert=self._array)[0])
 
     def _array(self, x: Any, name: str) -> Array:
-        """A tensor as an array of bfloat16, float16 or float32 on the device."""
+        """Convert a tensor to a bfloat16, float16 or float32 array on the device."""
         xp = self.xp
         if isinstance(x, xp.ndarray):
             array = x
         elif on_cuda(x):
             array = self._from_dlpack(x, name)
         else:
-            # As integers: not every array module copies the narrow types.
+            # As integers: not every array module can copy these types.
             host = to_numpy(x, name)
             dtype = dtype_of(host.dtype, name)
             bits = xp.asarray(host.view(_UNSIGNED[host.itemsize]))
@@ -101,7 +102,7 @@ class DeviceArrays(HostArrays):
         return self._fp8_values(array.view(np.uint8), dtype) if dtype.is_fp8 else array
 
     def _fp8_values(self, bits: Array, dtype: DType) -> Array:
-        """float16: the values of fp8 in bytes."""
+        """Values of fp8 bytes, float16."""
         values = np.arange(256, dtype=np.uint8).view(numpy_dtype(dtype)).astype(np.float16)
         return self.put(values)[bits]
 
@@ -128,7 +129,7 @@ class DeviceArrays(HostArrays):
         positions: NDArray[np.int64],
         scales: Sequence[NDArray[np.float32] | None],
     ) -> Array:
-        """See :meth:`HostArrays.rows`; the same values, bit by bit."""
+        """See :meth:`HostArrays.rows`; values are bit-identical."""
         k, v = (self._float32(x, scale) for x, scale in zip(held, scales, strict=True))
         self.rotate(k, Rotations.of(section, positions, inverse=True))
         return self.xp.concatenate(
@@ -136,7 +137,7 @@ class DeviceArrays(HostArrays):
         )
 
     def _float32(self, layers: Sequence[Array], scale: NDArray[np.float32] | None) -> Array:
-        """[layers, heads, tokens, dim], a copy."""
+        """A float32 copy, [layers, heads, tokens, dim]."""
         xp = self.xp
         if layers[0].dtype == _BFLOAT16:
             bits = xp.stack([x.view(np.uint16) for x in layers])
@@ -148,7 +149,7 @@ class DeviceArrays(HostArrays):
         return values
 
     def rotate(self, k: Array, rotations: Rotations) -> None:
-        """Rotate ``k`` [layers, heads, tokens, dim] in place, layers with one table at a time."""
+        """Rotate ``k`` [layers, heads, tokens, dim] in place, all layers of a table at once."""
         tables = enumerate(rotations.table.tolist())
         for table, run in groupby(tables, key=itemgetter(1)):
             if table < 0:
@@ -167,11 +168,11 @@ class DeviceArrays(HostArrays):
             a[...] = first
 
     def hashes(self, rows: Array) -> NDArray[np.uint64]:
-        """uint64 [rows], in host memory: a hash of each row's values.
+        """Hash of each row's values, uint64 [rows], in host memory.
 
-        The words of a row times odd random numbers, summed modulo 2⁶⁴ (multiplicative hashing,
-        M. Dietzfelbinger and others, J. Algorithms 25(1), 1997), then mixed. Integer sums do not
-        depend on their order, so a row has the same hash on every device and in every batch.
+        The words of a row are multiplied by odd random numbers and summed modulo 2⁶⁴
+        (multiplicative hashing, M. Dietzfelbinger and others, J. Algorithms 25(1), 1997), then
+        mixed. Integer sums do not depend on order: a row's hash is the same on every device.
         """
         width = rows.shape[1]
         if width not in self._keys:
@@ -181,11 +182,11 @@ class DeviceArrays(HostArrays):
         return _mixed(self.get(words.sum(axis=1)))
 
     def orthonormal(self, x: Array) -> Array:
-        """float32 [n, m ≤ n]: an orthonormal basis of what the columns of ``x`` span.
+        """An orthonormal basis, float32 [n, m ≤ n], of the space that the columns of ``x`` span.
 
-        By the Cholesky factor of their products in float64, which is matrix products for the most
-        part; a second time where the first leaves errors (Y. Yamamoto and others, Electronic
-        Transactions on Numerical Analysis 44, 2015). By Householder's method where that fails.
+        Cholesky QR in float64, which is mostly matrix products, repeated if the first pass is not
+        accurate enough (Y. Yamamoto and others, Electronic Transactions on Numerical Analysis 44,
+        2015). If it fails, Householder QR.
         """
         xp = self.xp
         basis = x
@@ -228,7 +229,7 @@ class DeviceArrays(HostArrays):
 
 
 class DeviceSymbolCounter(SymbolCounter):
-    """Counts symbols with the arrays of ``xp``: the same counts, and sums to rounding."""
+    """Counts symbols on the device. Counts equal those of the CPU; sums agree to rounding."""
 
     components = _COUNTED
     workers = 1
@@ -251,7 +252,7 @@ class DeviceSymbolCounter(SymbolCounter):
         components, classes = len(values), np.repeat(np.arange(present.size), np.diff(bounds))
         counts = xp.zeros((components, deltas.size, present.size, 256), np.float32)
         flat, one = counts.reshape(-1), xp.ones((), np.float32)
-        # Where each value's histogram of step 0 begins.
+        # Index at which the histogram of step 0 begins, for each value.
         begins = xp.arange(components)[:, None] * (deltas.size * present.size * 256)
         begins = begins + xp.asarray(classes * 256)
         member = classes[:, None] == np.arange(present.size)
@@ -285,7 +286,7 @@ class DeviceSymbolCounter(SymbolCounter):
 
 
 def _mixed(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Each number with its bits mixed: the finaliser of SplitMix64 (G. L. Steele Jr., D. Lea and
+    """Mix the bits of each number: the finaliser of SplitMix64 (G. L. Steele Jr., D. Lea and
     C. H. Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014)."""
     x = x * np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

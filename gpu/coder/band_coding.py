@@ -1,4 +1,4 @@
-"""Bands with a scale per token: tensors to payloads and back; the coder of bytes is on the host.
+"""Bands with a scale per token: tensors to payloads and back. Bytes are compressed on the host.
 
 The kernels are in :mod:`kvtc_stream.gpu.kernels.bands`. Bytes are compressed and decompressed on
 threads of the host, many blocks at a time.
@@ -25,12 +25,12 @@ from kvtc_stream.gpu.kernels import bands
 from kvtc_stream.gpu.runtime.tensors import Tensors
 from kvtc_stream.io.threads import threads
 
-#: Tokens of a batch: all components have coefficients, in binary32.
+#: Tokens of a batch. Fewer than for uniform bands: coefficients of all components are float32.
 BATCH_TOKENS = 4096
 
 
 class BandDecoder(BlockDecoder):
-    """Of bands with a scale and a shift per token."""
+    """Decodes blocks of bands with a scale and a shift per token."""
 
     batch_tokens = BATCH_TOKENS
 
@@ -67,16 +67,17 @@ def _decompressed(block: Block) -> bytes:
 
 
 def _starts(plan: BandPlan, counts: Sequence[int]) -> list[int]:
-    """Where the payloads of blocks of so many coded tokens begin, and where the last one ends."""
+    """Offsets of the payloads of blocks with so many coded tokens, and the end of the last."""
     return [0, *accumulate(bands.payload_size(count, plan.bands) for count in counts)]
 
 
 def _unpacked(
     plan: BandPlan, counts: Sequence[int], columns: Any, payloads: Any, tokens: int
 ) -> tuple[Any, Any, int, Any]:
-    """Symbols, scales, stride and faults, as a batch has them, of payloads on the device.
+    """Unpack payloads on the device: symbols, scales, stride and faults, as in :class:`Batch`.
 
-    ``counts`` are the blocks' coded tokens, which have these ``columns`` among all ``tokens``.
+    ``counts`` are the coded tokens of each block; ``columns`` are their places among all
+    ``tokens``.
     """
     stride = -(-tokens // 64) * 64
     coefficients = cupy.zeros((plan.components, stride), np.float32)
@@ -109,8 +110,8 @@ def _unpacked(
 class BandEncoder(Analyser):
     """Encodes blocks of bands with a scale per token. One thread and one CUDA stream at a time.
 
-    Parameters are those of :class:`kvtc_stream.gpu.coder.analysis.Analyser`, and ``coder``: of
-    bytes.
+    Parameters are those of :class:`kvtc_stream.gpu.coder.analysis.Analyser`, and the byte
+    ``coder``.
     """
 
     batch_tokens = BATCH_TOKENS
@@ -130,7 +131,7 @@ class BandEncoder(Analyser):
         positions: NDArray[np.int64],
         starts: NDArray[np.int64],
     ) -> Encoded:
-        """Encode a batch of blocks, and wait for it.
+        """Encode a batch of blocks, and wait for the result.
 
         Parameters are those of :meth:`kvtc_stream.gpu.coder.encoding.BatchEncoder.prepare`.
         """
@@ -150,7 +151,7 @@ class BandEncoder(Analyser):
         verbatim = cupy.asnumpy(unfit)[:tokens] != 0
         errors = by_layer = None
         if self._measure:
-            # What all tokens would come back as.
+            # What would be restored for each token.
             counts = np.diff(starts).tolist()
             columns = cupy.asarray(np.arange(tokens, dtype=np.int32))
             packed = self._pack(counts, columns, coefficients, parameters, stride)
@@ -176,7 +177,7 @@ class BandEncoder(Analyser):
     def _pack(
         self, counts: Sequence[int], columns: Any, coefficients: Any, parameters: Any, stride: int
     ) -> Any:
-        """Payloads of blocks with so many coded tokens, before the coder of bytes."""
+        """Payloads of blocks with so many coded tokens, before compression."""
         plan, starts = self._plan, _starts(self._plan, counts)
         packed = cupy.empty(starts[-1], np.uint8)
         if starts[-1]:

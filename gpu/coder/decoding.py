@@ -1,9 +1,9 @@
 """Blocks to tensors, many at a time.
 
-Blocks go through in batches of some thousand tokens: payloads to the device, there to symbols, and
-for each part of the basis a product and a scatter, in pieces whose rows stay in the cache between
-the two. Nothing waits for the device before the end, when faults are looked at: a block with one is
-decoded on the CPU, which says what is wrong with it, or copes.
+Blocks are decoded in batches of some thousand tokens. Payloads are copied to the device and decoded
+to symbols. Then each part of the basis takes a matrix product and a scatter, in pieces small enough
+for the product's rows to stay in the cache. The host waits for the device only at the end, to look
+at faults: a block with a fault is decoded on the CPU, which raises the error or succeeds.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from kvtc_stream.gpu.kernels import layout, rans
 from kvtc_stream.gpu.runtime.staging import Staging
 from kvtc_stream.gpu.runtime.tensors import Column, Tensors, entries
 
-#: Most bytes of a batch's symbols, stacked ones included.
+#: Maximum bytes of a batch's symbols, stacked ones included.
 SYMBOL_BYTES = 1 << 30
-#: Tokens of a batch, and bytes of rows between a product and its scatter: an H100 caches 50 MB.
+#: Tokens of a batch; and bytes of rows between a product and its scatter (an H100 caches 50 MB).
 BATCH_TOKENS, PIECE_BYTES = 16_384, 32 << 20
-#: Blocks of threads of the coder that a processor holds at a time, for their tables' sake.
+#: Thread blocks of the coder that a multiprocessor runs at a time, limited by their tables.
 _BLOCKS_OF_THREADS = 2
 #: cudaDevAttrMultiProcessorCount
 _MULTIPROCESSORS = 16
@@ -38,7 +38,7 @@ _MULTIPROCESSORS = 16
 
 @dataclass(frozen=True)
 class Placed:
-    """A block, and where its tokens go: int64 [tokens], -1 for those that nobody wants."""
+    """A block, and the slots its tokens are written to: int64 [tokens], -1 for none."""
 
     block: Block
     slots: NDArray[np.int64]
@@ -46,18 +46,18 @@ class Placed:
 
 @dataclass(frozen=True)
 class Batch:
-    """Symbols of some blocks on the device, and what turns them into values.
+    """Symbols of some blocks on the device, and what is needed to turn them into values.
 
     Attributes
     ----------
     symbols, scales
         Bits of binary16 [rows, stride], see :meth:`Basis.stacked`, and float32 [parts, stride].
     tokens, stride
-        Tokens in all, and from component to component.
+        Number of tokens, and elements from one component to the next.
     slots, rotations
-        Of the tokens.
+        Slot and RoPE of each token.
     faults, overflow
-        int32 [blocks] and [1]: what went wrong.
+        int32 [blocks] and [1]: errors that kernels found; 0 if none.
     """
 
     symbols: Any
@@ -71,7 +71,7 @@ class Batch:
 
 
 class Started(NamedTuple):
-    """A batch that was begun, and what will tell how it went: see :class:`Batch`."""
+    """A batch whose work was submitted, and its faults and overflow: see :class:`Batch`."""
 
     blocks: Sequence[Placed]
     faults: Any
@@ -80,8 +80,8 @@ class Started(NamedTuple):
 
 @dataclass(frozen=True)
 class Span:
-    """Columns of a leaf's rows, from ``begin`` to ``end``, that ``count`` entries from ``row`` on
-    take."""
+    """Columns ``begin`` to ``end`` of a leaf's rows, and the ``count`` entries from ``row`` on that
+    they are written to."""
 
     leaf: int
     row: int
@@ -92,16 +92,16 @@ class Span:
 
 @dataclass(frozen=True)
 class Target:
-    """Tensors that values go to.
+    """Tensors that values are written to.
 
     Attributes
     ----------
     entries
         int64 [entries, layout.FIELDS] on the device.
     spans
-        What they take of the leaves' rows.
+        Which columns of the leaves' rows they take.
     dtype, wide
-        Element type, and whether the wide kernel serves.
+        Element type, and whether the wide kernel can be used.
     """
 
     entries: Any
@@ -112,14 +112,16 @@ class Target:
 
 
 def piece_tokens(width: int, count: int, tokens: int) -> int:
-    """How many of ``tokens`` go through a product of ``count`` components and its scatter at a
-    time: so many that their rows stay in the cache, or, of large matrices, that reading the
-    matrix for each piece costs little."""
+    """How many of ``tokens`` take a product of ``count`` components and its scatter at a time.
+
+    Few enough for their rows to stay in the cache; for large matrices, enough to make reading the
+    matrix for each piece cheap.
+    """
     return min(max(PIECE_BYTES // (2 * width), count // 4, 64) // 64 * 64, tokens)
 
 
 def kept_columns(blocks: Sequence[Placed]) -> NDArray[np.int32]:
-    """int32: where the coded tokens of blocks are, among all tokens."""
+    """Indices of the blocks' coded tokens among all tokens, int32."""
     kept = np.ones(sum(p.block.tokens for p in blocks), np.bool_)
     first = 0
     for p in blocks:
@@ -130,7 +132,7 @@ def kept_columns(blocks: Sequence[Placed]) -> NDArray[np.int32]:
 
 
 class TileTasks:
-    """Makes the tasks of tiles, see :mod:`kvtc_stream.gpu.kernels.rans`; keeps what repeats."""
+    """Makes the tasks of tiles, see :mod:`kvtc_stream.gpu.kernels.rans`; caches what repeats."""
 
     def __init__(self, plan: DevicePlan) -> None:
         self._plan = plan
@@ -177,7 +179,7 @@ class TileTasks:
     def arranged(
         self, tasks: NDArray[np.int64], size: int, blocks: int, together: int
     ) -> NDArray[np.int64]:
-        """``tasks`` [blocks, tiles, FIELDS] in that order."""
+        """``tasks`` [blocks, tiles, FIELDS] in the order of :meth:`order`."""
         order = self.order(size, blocks, together)
         flat = tasks.reshape(-1, rans.FIELDS)
         out = np.zeros((len(order), rans.FIELDS), np.int64)
@@ -229,7 +231,7 @@ class TileTasks:
 class BlockDecoder(ABC):
     """Decodes data blocks of one kind of stream. One thread and one CUDA stream at a time.
 
-    ``scales`` float32 [2 · layers, heads] of K and then V: of fp8 that comes out; ``None``: 1.
+    ``scales`` are those of fp8 output, float32 [2 · layers, heads], K then V; ``None``: 1.
     """
 
     #: Tokens of a batch.
@@ -300,7 +302,7 @@ class BlockDecoder(ABC):
                 ]
                 first += len(own) * sizes[kind]
                 found.append(columns)
-            # Of some layers only, K and V lie apart: what is between them is not computed.
+            # If only some layers are wanted, columns between their K and V are not computed.
             together = sum(map(len, found)) == len(leaf.k_layers) + len(leaf.v_layers)
             for columns in [found[0] + found[1]] if together else found:
                 if columns:
@@ -335,7 +337,7 @@ class BlockDecoder(ABC):
         return started
 
     def values(self, batch: Batch, target: Target) -> None:
-        """Symbols to K and V."""
+        """Turn symbols into K and V."""
         ropes, found = self._ropes, batch.rotations
         scatter = layout.scatter(target.dtype, target.wide)
         for span in target.spans:
@@ -385,7 +387,7 @@ class BlockDecoder(ABC):
 
 
 class UniformDecoder(BlockDecoder):
-    """Of uniform bands."""
+    """Decodes blocks of uniform bands."""
 
     def __init__(
         self, section: Section, plan: DevicePlan, scales: NDArray[np.float32] | None = None
@@ -410,7 +412,7 @@ class UniformDecoder(BlockDecoder):
         data: Any,
         begins: NDArray[np.int64],
     ) -> Batch:
-        """As :meth:`symbols`, of payloads that are on the device already."""
+        """Like :meth:`symbols`, for payloads that are on the device already."""
         plan = self._plan
         coded = np.array([p.block.coded_tokens for p in blocks])
         firsts = np.concatenate([[0], np.cumsum(coded)[:-1]])
@@ -421,7 +423,7 @@ class UniformDecoder(BlockDecoder):
         host_tasks, together = self._tasks.decoding(payloads, coded, firsts, begins)
         tasks = cupy.asarray(host_tasks)
         kept = kept_columns(blocks)
-        # Columns that no tile writes go through the products too, where nothing may be infinite.
+        # No tile writes these columns, but products read them, so they must be finite.
         new = cupy.empty if len(kept) == stride else cupy.zeros
         symbols = new((plan.components, stride), np.uint16)
         scales = cupy.zeros((len(plan.parts), stride), np.float32)
@@ -454,7 +456,7 @@ class UniformDecoder(BlockDecoder):
 
 
 def device_scales(section: Section, scales: NDArray[np.float32] | None) -> Any:
-    """float32 [2 · layers, heads] of K and then V on the device; ``None``: 1."""
+    """fp8 scales of K, then V, on the device, float32 [2 · layers, heads]; ``None``: 1."""
     shape = (2 * len(section.layers), section.kv_heads)
     return cupy.asarray(np.ones(shape, np.float32) if scales is None else scales)
 
@@ -467,7 +469,7 @@ def _positions(block: Block) -> NDArray[np.int64]:
 
 
 def faulty(started: Iterable[Started]) -> Iterator[Placed]:
-    """The blocks that the device could not decode; waits for it."""
+    """Wait for the device; return the blocks that it could not decode."""
     for blocks, faults, overflow in started:
         found = cupy.asnumpy(faults)
         if int(overflow[0]):

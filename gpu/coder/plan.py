@@ -1,4 +1,4 @@
-"""What the kernels need of a plan and a calibration, on the device. Made once, immutable."""
+"""A plan and its calibration on the device, in the form that kernels need. Immutable."""
 
 from __future__ import annotations
 
@@ -31,31 +31,31 @@ _USUAL = 256.0
 
 @dataclass(frozen=True, eq=False)
 class Leaf:
-    """Columns of a part that are multiplied by one matrix: all, or a group of the first level.
+    """Columns of a part that share a matrix: all, or those of a group of the first level.
 
     Attributes
     ----------
     part
-        Whose columns.
+        The part's index.
     k_layers, v_layers
         Indices into the section's layers.
     width
-        Values of a row.
+        Number of columns.
     first, count, leading
-        Rows of the symbols that it is made of, as :meth:`Basis.stacked` gives them; the ``leading``
-        first of them come from the second level.
+        Its rows of symbols, as :meth:`Basis.stacked` arranges them: ``count`` rows from ``first``.
+        The first ``leading`` of them come from the second level.
     inner
-        Where coefficients behind the leading ones are among those of all parts, before
+        Index of its first coefficient that has no second level, among those of all parts, before
         :meth:`Basis.ordered`.
     mean
         float32 [width].
     analysis, synthesis
-        Bits of binary16 [count, width]: what rows are multiplied by, and what symbols are, times
-        powers of two.
+        Bits of binary16 [count, width]: the matrices that rows and symbols are multiplied by,
+        times powers of two.
     analysis_scale, synthesis_scale
-        What products are multiplied by.
+        Factors of the products.
     leading_scale
-        What leading coefficients are multiplied by besides, to be binary16.
+        Factor that brings leading coefficients into the range of binary16.
     """
 
     part: int
@@ -76,20 +76,20 @@ class Leaf:
 
 @dataclass(frozen=True, eq=False)
 class SecondLevel:
-    """What a part's leading coefficients are multiplied by.
+    """The second level of a part: a matrix for its leading coefficients.
 
     Attributes
     ----------
     leaves
-        Of the part, in order.
+        The leaves of the part, in order.
     first, count
-        Rows of the stacked symbols that are its own.
+        Its rows of the stacked symbols: ``count`` rows from ``first``.
     inner
         As for :class:`Leaf`.
     analysis, synthesis
         Bits of binary16 [count, leading of all leaves].
     analysis_scale
-        What products are multiplied by.
+        Factor of the products.
     """
 
     leaves: tuple[Leaf, ...]
@@ -102,20 +102,20 @@ class SecondLevel:
 
 
 class Basis:
-    """What analysis and synthesis need of a section's plan, whatever its bands.
+    """The matrices of a section's plan, for any kind of bands.
 
     Attributes
     ----------
     parts
-        Of the basis: components of each that have a row of coefficients.
+        For each part of the basis, the components that have a row of coefficients.
     components
-        Of all parts together.
+        Number of components of all parts.
     leaves, seconds
-        What the products are with.
+        The matrices of the first and second level.
     rows
-        Of the stacked symbols.
+        Number of rows of the stacked symbols.
     places
-        int64 [components] on the device: the row of each.
+        int64 [components] on the device: the row of each component.
     """
 
     def __init__(self, counts: Sequence[int]) -> None:
@@ -245,16 +245,16 @@ class Basis:
 
 @dataclass(frozen=True)
 class Sizes:
-    """How large what is between the products becomes, in units of binary16's room.
+    """How large intermediate values become, relative to the range of binary16.
 
     Attributes
     ----------
     rows
-        Of each leaf's rows, when decoded.
+        Size of each leaf's rows when decoding.
     leading
-        Of the leading coefficients, when decoded.
+        Size of the leading coefficients when decoding.
     leading_scale
-        A power of two, when encoded.
+        Factor of leading coefficients when encoding, a power of two.
     """
 
     rows: list[float]
@@ -263,12 +263,12 @@ class Sizes:
 
 
 class BandPlan(Basis):
-    """A section's plan whose bands have a scale and a shift per token.
+    """A section's plan with bands that have a scale and a shift per token.
 
     Attributes
     ----------
     bands
-        Of each part.
+        The bands of each part.
     whole, cut
         Tables of strips: whole bands, and pieces of them, see
         :func:`kvtc_stream.gpu.kernels.bands.strips`.
@@ -302,21 +302,21 @@ class DevicePlan(Basis):
     Attributes
     ----------
     coded
-        Components that are coded, of each part.
+        Number of coded components of each part.
     unit
-        The step of base step 0 and class 0 at offset 0.
+        The step size at base step 0, step class 0 and offset 0.
     ids, families, buckets, symbols, codes, bits
         Tables of the coder, see :mod:`kvtc_stream.gpu.kernels.rans`; ``codes`` are the encoder's
         entries.
     down
         float32 [components]: powers of two that symbols are multiplied by on the device, so that
-        binary16 has room for those of the strongest components.
+        those of the strongest components fit into binary16.
     decode_shared, encode_shared
-        Bytes of shared memory for them.
+        Bytes of shared memory for the tables.
     lowest, highest
-        Levels that ``ids`` has rows for, those below and above share the first and the last.
+        Range of levels that ``ids`` has rows for; other levels use the first or the last row.
     fields, scale, weights, groups, per_class
-        Of the predictor of importance, see :func:`kvtc_stream.gpu.kernels.uniform.classify`.
+        The predictor of importance, see :func:`kvtc_stream.gpu.kernels.uniform.classify`.
     """
 
     def __init__(self, calibration: CalibratedBases, section: int, plan: SectionPlan) -> None:
@@ -419,7 +419,7 @@ class DevicePlan(Basis):
         self.per_class = -4 * importance.ALPHA / np.log(2)
 
     def check_encodable(self) -> None:
-        """Raise ``UnsupportedError`` where the encoder's predictor would lack components."""
+        """Raise ``UnsupportedError`` if the predictor of importance needs components not coded."""
         if not self.leading:
             raise UnsupportedError(
                 "the CUDA backend encodes plans whose coded components come first, this plan has "
@@ -428,7 +428,7 @@ class DevicePlan(Basis):
 
 
 def _down(deviations: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Powers of two, 1 at most, that bring a deviation to ``_USUAL`` at most."""
+    """Powers of two, at most 1, that bring a deviation to at most ``_USUAL``."""
     return np.exp2(-np.ceil(np.log2(np.maximum(deviations / _USUAL, 1))))
 
 

@@ -1,4 +1,4 @@
-"""Matrix products of binary16 on tensor cores, summed in binary32: cuBLAS through CuPy."""
+"""Matrix products of binary16 with sums in binary32, on tensor cores: cuBLAS through CuPy."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def gemm(
     a_op: int, b_op: int, m: int, n: int, k: int, scale: float,
     a: int, a_stride: int, b: int, b_stride: int, c: int, c_type: int, c_stride: int,
 ) -> None:  # fmt: skip
-    """``c = scale · a · b``, as BLAS has it: [m, n], [m, k] and [k, n], columns side by side."""
+    """``c = scale · a · b`` as in BLAS: [m, n], [m, k] and [k, n], column-major."""
     from cupy.cuda import device
     from cupy_backends.cuda.libs import cublas
 

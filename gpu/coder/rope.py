@@ -15,7 +15,7 @@ from kvtc_stream.gpu.kernels import layout
 
 @dataclass(frozen=True)
 class Rotations:
-    """Cosines and sines, float32 [rotations, tokens, most pairs], of some tokens."""
+    """Cosines and sines of some tokens, each float32 [rotations, tokens, max pairs]."""
 
     cosines: Any
     sines: Any
@@ -28,11 +28,11 @@ class DeviceRopes:
     Attributes
     ----------
     tables
-        The rotation of each layer, or -1.
+        Index of each layer's rotation, or -1 for none.
     pairs, interleaved
         int32 [rotations] on the device.
     most
-        Most pairs.
+        Maximum number of pairs.
     halves
         Whether every rotation pairs the halves of a key.
     """
@@ -57,7 +57,7 @@ class DeviceRopes:
         )
 
     def at(self, positions: Any, *, sign: int) -> Rotations:
-        """Of int64 positions on the device; ``sign`` is 1 to put RoPE on, -1 to take it off."""
+        """Rotations for int64 positions on the device; ``sign`` 1 applies RoPE, -1 removes it."""
         tokens = len(positions)
         shape = (self._count, tokens, self.most)
         found = Rotations(cupy.empty(shape, np.float32), cupy.empty(shape, np.float32), tokens)

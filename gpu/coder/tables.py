@@ -1,4 +1,4 @@
-"""Tables of the rANS kernels, made of frequencies."""
+"""Makes the tables of the rANS kernels from frequency tables."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ Frequencies = npt.NDArray[np.uint16]
 def decode_tables(
     frequencies: Frequencies,
 ) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint32]]:
-    """What finds the column of a slot without a search.
+    """Tables that find the column of a slot without a search.
 
     Returns
     -------
     buckets
-        uint32 [families, 256], one for 16 slots: index << 16 | mask. The column of slot s is the
-        symbol ``index + popc(mask & ((2 << s % 16) - 1))``: a bit is set where a column begins,
+        uint32 [families, 256], an entry per 16 slots: index << 16 | mask. Slot s has the column of
+        the symbol ``index + popc(mask & ((2 << s % 16) - 1))``: a bit is set where a column begins,
         but for that of the bucket's first slot.
     symbols
         uint32 [n], the columns that have a frequency, family after family:
@@ -45,7 +45,7 @@ def decode_tables(
 
 
 def encode_entries(frequencies: Frequencies) -> npt.NDArray[np.uint32]:
-    """uint32 [families, 256]: ``start | frequency << 12 | escaped << 31`` of each column.
+    """Entry of each column, uint32 [families, 256]: ``start | frequency << 12 | escaped << 31``.
 
     Columns without a frequency have the entry of the escape.
     """

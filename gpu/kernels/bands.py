@@ -1,8 +1,7 @@
 """Bands with a scale per token on the GPU: coefficients to packed bytes and back.
 
 The arithmetic and the segments are those of :mod:`kvtc_stream.coding.bands` and of the
-specification: from the same coefficients come the same bytes, from the same bytes the same values,
-bit by bit.
+specification: equal coefficients give equal bytes, and equal bytes give bit-identical values.
 
 Bands are cut into strips, rows of an int32 table: see :func:`strips`. A thread has a token and a
 strip. A task is a row of int64, one a block of the stream: see :func:`tasks`. Kernels get their
@@ -73,7 +72,7 @@ _INT2, _INT4, _FP8 = np.int32(2), np.int32(4), np.int32(8)
 
 
 def strips(parts: Sequence[tuple[Band, ...]], size: int | None = STRIP) -> npt.NDArray[np.int32]:
-    """int32 [strips, STRIP_FIELDS]: bands cut to at most ``size`` components, or whole.
+    """Strips of bands: cut to at most ``size`` components, or whole; int32 [strips, STRIP_FIELDS].
 
     The components of all parts are rows of the coefficients in order, those of ``NONE`` too.
     """
@@ -98,7 +97,7 @@ def strips(parts: Sequence[tuple[Band, ...]], size: int | None = STRIP) -> npt.N
 
 
 def payload_size(tokens: int, parts: Sequence[tuple[Band, ...]]) -> int:
-    """Bytes of a block with so many coded tokens, before the coder of bytes."""
+    """Bytes of the payload of a block with so many coded tokens, before compression."""
     return sum(sum(segment_sizes(tokens, bands)) for bands in parts)
 
 
@@ -127,13 +126,13 @@ def tasks(
 
 
 def grid(tokens: int, strips: int, blocks: int = 1) -> tuple[int, int, int]:
-    """Blocks of ``THREADS`` threads; ``tokens`` is the most that a block of the stream has."""
+    """The launch grid; ``tokens`` is the maximum number of a stream block's coded tokens."""
     return -(-tokens // THREADS), strips, blocks
 
 
 @kernel(i32p, f32p, i64, i32, u16p, u8p)
 def measure(strips, coefficients, stride, tokens, parameters, unfit):  # type: ignore[no-untyped-def]
-    """Scale and shift of each token and band.
+    """Kernel: measure scale and shift of each token and band.
 
     Parameters
     ----------
@@ -154,7 +153,7 @@ def measure(strips, coefficients, stride, tokens, parameters, unfit):  # type: i
     bits = strips[strip + BITS]
     if column >= tokens or bits == 0:
         return
-    # As integers of the same order: NaN cannot hide.
+    # Compared as integers of the same order, so that a NaN is not lost.
     least = _I32(0x7FFFFFFF)
     greatest = _I32(-0x80000000)
     source = _I64(strips[strip + ROW]) * stride + column
@@ -201,9 +200,9 @@ def pack(  # type: ignore[no-untyped-def]
     coefficients
         float32 [components, stride].
     parameters
-        What :func:`measure` found.
+        As written by :func:`measure`.
     payloads
-        Become the blocks' payloads, before the coder of bytes.
+        The blocks' payloads are written here, before compression.
     """
     task = _I32(cuda.blockIdx.z) * (_I32(TASK_FIELDS) + _I32(SEGMENTS) * parts)
     strip = _I32(cuda.blockIdx.y) * _I32(STRIP_FIELDS)

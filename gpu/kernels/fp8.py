@@ -1,4 +1,4 @@
-"""The two types of 8 bits, with integer arithmetic: not every device has instructions for them."""
+"""E4M3 and E5M2 in integer arithmetic: not every device has instructions for them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def e4m3_code(y):  # type: ignore[no-untyped-def]
 
 @cuda.jit(device=True)
 def e4m3_value(code):  # type: ignore[no-untyped-def]
-    """Of a code that is no NaN."""
+    """The value of an E4M3 code, which must not be NaN."""
     # A binary16 has the same subnormals, and exponents that are 8 more.
     half = (code & _I32(0x80)) << _I32(8) | (code & _I32(0x7F)) << _I32(7)
     return f16_value(np.uint16(half)) * _F32(256.0)
@@ -33,7 +33,7 @@ def e4m3_value(code):  # type: ignore[no-untyped-def]
 
 @cuda.jit(device=True)
 def e5m2_code(y):  # type: ignore[no-untyped-def]
-    """To nearest, ties to even, of a finite binary32; magnitudes above 57,344 become that."""
+    """The E5M2 code of a finite binary32: nearest, ties to even, saturating at ±57,344."""
     bits = _I32(f32_bits(y))
     magnitude = _I32(bits & _I32(0x7FFFFFFF))
     if magnitude < _I32(0x38800000):  # 2⁻¹⁴: steps of 2⁻¹⁶, the last place of 2⁷
@@ -46,5 +46,5 @@ def e5m2_code(y):  # type: ignore[no-untyped-def]
 
 @cuda.jit(device=True)
 def e5m2_value(code):  # type: ignore[no-untyped-def]
-    """Of a code that is finite: the upper half of a binary16."""
+    """The value of a finite E5M2 code, which is the upper half of a binary16."""
     return f16_value(np.uint16(code << _I32(8)))

@@ -1,4 +1,4 @@
-"""What kernels say to the machine, said by Python: for Numba's simulator.
+"""The intrinsics of kernels in Python, for Numba's simulator.
 
 Numba runs kernels in Python where ``NUMBA_ENABLE_CUDASIM=1`` is set before it is imported: every
 thread is one of Python's, every value NumPy's. Pointers are :class:`Memory`, which keeps bounds
@@ -30,14 +30,14 @@ from numba import cuda, types
 from kvtc_stream.gpu.runtime.compile import Kernel
 
 _WARP = 32
-#: Seconds to wait for the other lanes of a warp: one that left is never coming.
+#: Seconds to wait for the other lanes of a warp: a lane that has returned never arrives.
 _PATIENCE = 60.0
-#: Bytes at an address that only a kernel knows the end of.
+#: Size in bytes given to memory at an address, whose end only the kernel knows.
 _UNKNOWN = 1 << 40
 
 
 class Memory:
-    """A pointer: a one-dimensional array whose indices are in bounds, or an error."""
+    """A pointer: a one-dimensional array that raises an error for an index out of bounds."""
 
     __slots__ = ("array",)
 
@@ -63,9 +63,9 @@ def simulate(
     arguments: Sequence[Any],
     shared: int = 0,
 ) -> None:
-    """Run a kernel on NumPy arrays, C-contiguous, or addresses. As ``kernel(…)`` otherwise.
+    """Run a kernel on C-contiguous NumPy arrays or addresses; arguments are those of a launch.
 
-    Some hundredths of a millisecond a thread, and more for each :func:`ballot`. One at a time.
+    Takes some 0.01 ms per thread, and more for each :func:`ballot`. One call at a time.
     """
     grid = (grid,) if isinstance(grid, int) else grid
     if min(grid) == 0:

@@ -1,4 +1,4 @@
-"""Independent calls side by side, on threads and CUDA streams of their own."""
+"""Runs independent calls at the same time, each on its own thread and CUDA stream."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _threads() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(AT_A_TIME, thread_name_prefix="kvtc-cuda")
 
 
-# A fork has none of them.
+# A forked process has none of these threads.
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_threads.cache_clear)
 

@@ -1,6 +1,6 @@
-"""Where a cache's values are on the device: contiguous tensors, one a layer, or pages.
+"""Layout of a cache in device memory: one contiguous tensor, one tensor per layer, or pages.
 
-Nothing here copies, but host tensors to the device. DLPack goes through CuPy; the stream is CuPy's
+Nothing is copied, except host tensors to the device. DLPack goes through CuPy; the stream is CuPy's
 current one, as every producer is asked to make its data ready there.
 """
 
@@ -19,7 +19,7 @@ from kvtc_stream.gpu.coder.rope import DeviceRopes
 from kvtc_stream.gpu.kernels import layout
 from kvtc_stream.io.dlpack import as_bits, dtype_of, on_cuda, to_numpy
 
-#: What elements are on the device: their bits.
+#: Elements are held as unsigned integers of the same size.
 BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32}
 
 
@@ -30,13 +30,13 @@ class Tensors:
     Attributes
     ----------
     addresses
-        Of each layer, on the device.
+        Device address of each layer.
     token_stride, head_stride
         In elements. Channels of a head lie side by side.
     heads, dim
         KV heads, and channels of one.
     slots
-        How many tokens a layer has room for.
+        Number of tokens that a layer has room for.
     dtype
         Element type.
     """
