@@ -1,6 +1,6 @@
-"""What kernels say to the machine: pointers, conversions, and what the lanes of a warp share.
+"""Intrinsics of kernels: pointers, conversions, and communication between lanes of a warp.
 
-Kernels get memory as pointers, indexed like arrays without bounds: every kernel keeps its own.
+Kernels get memory as pointers, indexed like arrays, without bounds checks.
 In Numba's simulator (``NUMBA_ENABLE_CUDASIM=1``) a pointer is a one-dimensional array.
 """
 
@@ -53,7 +53,7 @@ else:
     from numba.cuda.extending import intrinsic
 
     def _assembly(name: str, code: str, constraints: str, result: Any, argument: Any) -> Any:
-        """A function of one value in one line of PTX."""
+        """Make a device function of one value from one line of PTX."""
 
         def typer(_context: Any, x: Any) -> Any:
             def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
@@ -68,12 +68,12 @@ else:
         typer.__name__ = name
         return intrinsic(typer)
 
-    #: Bits of a binary32 as binary16, to nearest even; and back.
+    #: Binary32 to the bits of binary16, rounded to nearest even; and back.
     f16_bits = _assembly("f16_bits", "cvt.rn.f16.f32 $0, $1;", "=h,f", types.uint16, f32)
     f16_value = _assembly("f16_value", "cvt.f32.f16 $0, $1;", "=f,h", f32, types.uint16)
-    #: Bits of a binary32 as bfloat16, to nearest even.
+    #: Binary32 to the bits of bfloat16, rounded to nearest even.
     bf16_bits = _assembly("bf16_bits", "cvt.rn.bf16.f32 $0, $1;", "=h,f", types.uint16, f32)
-    #: What a bfloat16's bits, moved to the upper half of 32, are as binary32.
+    #: Reinterpret 32 bits as binary32; bfloat16 are its upper half.
     f32_from_bits = _assembly("f32_from_bits", "mov.b32 $0, $1;", "=f,r", f32, u32)
     f32_bits = _assembly("f32_bits", "mov.b32 $0, $1;", "=r,f", u32, f32)
     #: The nearest integer, ties to even; saturates, and is 0 for NaN.
@@ -97,7 +97,7 @@ else:
     f32_at = _pointer_at("f32_at", f32p)
 
     def _pair(name: str, code: str) -> Any:
-        """A function of two binary32 that gives 32 bits; the first goes to the lower half."""
+        """Make a device function that packs two binary32 in 32 bits, the first in the low half."""
 
         def typer(_context: Any, low: Any, high: Any) -> Any:
             def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
@@ -143,7 +143,7 @@ else:
 
     @intrinsic
     def store_u32x4(_context, address, a, b, c, d):  # type: ignore[no-untyped-def]
-        """Sixteen bytes to an address that is a multiple of 16."""
+        """Store sixteen bytes at an address that is a multiple of 16."""
 
         def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
             to = context.cast(builder, arguments[0], address, u64)
@@ -165,20 +165,20 @@ else:
 
     @cuda.jit(device=True)
     def shuffle(value, lane):  # type: ignore[no-untyped-def]
-        """int32: the value of a lane. All lanes take part."""
+        """The value of another lane, int32. All lanes must take part."""
         return cuda.shfl_sync(np.uint32(0xFFFFFFFF), value, lane)
 
     @cuda.jit(device=True)
     def ballot(predicate):  # type: ignore[no-untyped-def]
-        """uint32: bit ``j`` is whether lane ``j`` says yes. All lanes take part."""
+        """Votes of all lanes, uint32: bit ``j`` is lane ``j``'s. All lanes must take part."""
         return np.uint32(cuda.ballot_sync(np.uint32(0xFFFFFFFF), predicate))
 
     @cuda.jit(device=True)
     def popc(mask):  # type: ignore[no-untyped-def]
-        """Number of bits set."""
+        """Number of set bits."""
         return np.uint32(cuda.popc(mask))
 
     @cuda.jit(device=True)
     def shuffle_down(value, by):  # type: ignore[no-untyped-def]
-        """The value of the lane ``by`` further on. All lanes take part."""
+        """The value of the lane whose number is ``by`` higher. All lanes must take part."""
         return cuda.shfl_down_sync(np.uint32(0xFFFFFFFF), value, by)

@@ -1,14 +1,15 @@
-"""From a framework's tensors to rows and back: addresses, RoPE, means, casts, errors.
+"""From a framework's tensors to token vectors (rows) and back: RoPE, means, casts and errors.
 
-An entry is K, or V, of a layer: its address; a token is at ``slots[t] · TOKEN_STRIDE`` from there
-and a head at ``h · HEAD_STRIDE``, in elements. That describes contiguous tensors, one tensor a
-layer, and pages with a page table alike. A slot of -1 is nowhere: nothing is read or written.
+An entry describes K or V of one layer. From its address, token ``t`` is ``slots[t] · TOKEN_STRIDE``
+elements away, and head ``h`` another ``h · HEAD_STRIDE``. This covers one contiguous tensor, one
+tensor per layer, and pages with a page table. A slot of -1 stands for no place: nothing is read or
+written there.
 
-Rows are binary16 [tokens, width]: without RoPE, less the mean. What an entry's channels are in a
-row is said by its COLUMN.
+Rows are binary16 [tokens, width], without RoPE and less the mean. An entry's channels begin at its
+COLUMN.
 
-Every kernel has two forms. The wide one moves 16 bytes at a time: it needs elements of two bytes,
-strides and addresses that are multiples of that, and RoPE that pairs the halves of a head.
+Every kernel has two forms. The wide form moves 16 bytes at a time. It needs elements of two bytes,
+strides and addresses that are multiples of 16 bytes, and RoPE that pairs the halves of a head.
 """
 
 from __future__ import annotations
@@ -71,9 +72,9 @@ _I32, _I64, _U32, _F32 = np.int32, np.int64, np.uint32, np.float32
 
 @kernel(i64p, f64p, i32p, f64p, i32, i32, i32, f32p, f32p)
 def rotations(positions, frequencies, pairs, scales, tokens, most, sign, cosines, sines):  # type: ignore[no-untyped-def]
-    """Cosines and sines of RoPE, float32 [tables, tokens, most pairs] each.
+    """Kernel: cosines and sines of RoPE, each float32 [tables, tokens, max pairs].
 
-    ``sign`` is 1 to put RoPE on, -1 to take it off. Arithmetic as in the specification.
+    ``sign`` 1 applies RoPE, -1 removes it. Arithmetic as in the specification.
     """
     table = _I32(cuda.blockIdx.y)
     i = _I32(cuda.blockIdx.x) * _I32(THREADS) + _I32(cuda.threadIdx.x)
@@ -176,7 +177,7 @@ _ROUNDS = {
 
 @_device
 def _first_channel(unit, pairs, interleaved):  # type: ignore[no-untyped-def]
-    """A unit is two channels: those of a pair of RoPE, behind them any two."""
+    """First channel of a unit: two channels that RoPE pairs, or two without RoPE."""
     if unit < pairs and not interleaved:
         return unit
     if unit < pairs:
@@ -186,7 +187,7 @@ def _first_channel(unit, pairs, interleaved):  # type: ignore[no-untyped-def]
 
 @_device
 def _second_channel(unit, pairs, interleaved, dim):  # type: ignore[no-untyped-def]
-    """``dim`` where there is none."""
+    """Second channel of a unit, or ``dim`` if it has only one."""
     if unit < pairs and not interleaved:
         return unit + pairs
     if unit < pairs:
@@ -218,19 +219,19 @@ _HALVES = {
     DType.FLOAT16: (_low_f16, _high_f16, f16_pair),
     DType.BFLOAT16: (_low_bf16, _high_bf16, bf16_pair),
 }
-#: Types whose elements the wide forms can move.
+#: Element types that the wide forms support.
 WIDE = frozenset(_HALVES)
 
 
 @_device
 def _eight(address):  # type: ignore[no-untyped-def]
-    """Eight binary32 at an address."""
+    """Load eight binary32 from an address."""
     return load_f32x4(address), load_f32x4(address + 16)
 
 
 @_device
 def _turns(table, cosines, sines, at):  # type: ignore[no-untyped-def]
-    """Cosines and sines of eight pairs; without RoPE nothing turns."""
+    """Cosines and sines of eight pairs; 1 and 0 without RoPE."""
     if table < 0:
         one, zero = (_F32(1), _F32(1), _F32(1), _F32(1)), (_F32(0), _F32(0), _F32(0), _F32(0))
         return one, one, zero, zero
@@ -254,10 +255,10 @@ _COMMON = (
 
 @cache
 def gather(dtype: DType, wide: bool) -> Kernel:
-    """A kernel from tensors of ``dtype`` to rows; blocks [⌈tokens / TOKENS⌉, entries].
+    """Make the kernel from tensors of ``dtype`` to rows; grid [⌈tokens / TOKENS⌉, entries].
 
-    ``rows[t, (h, d)] = unrotate(x[h, t, d] · scale) - mean[(h, d)]``. ``values`` float32 [256]:
-    of fp8. ``scales`` float32 [rows of entries, heads]. ``mean`` and ``rows`` are addresses.
+    ``rows[t, (h, d)] = unrotate(x[h, t, d] · scale) - mean[(h, d)]``. ``values`` are those of fp8
+    codes, float32 [256]; ``scales`` float32 [entries, heads]. ``mean`` and ``rows`` are addresses.
     """
     if wide:
         low, high, _ = _HALVES[dtype]
@@ -358,11 +359,11 @@ def gather(dtype: DType, wide: bool) -> Kernel:
 
 @cache
 def scatter(dtype: DType, wide: bool) -> Kernel:
-    """The inverse kernel, to tensors of ``dtype``; blocks as for :func:`gather`.
+    """Make the inverse kernel, from rows to tensors of ``dtype``; grid as for :func:`gather`.
 
     ``x[h, t, d] = rotate(rows[t, (h, d)] · steps[t] · scale + mean[(h, d)])``; ``steps`` float32
-    [tokens]. ``overflow`` int32 [1] becomes 1 where a row is not finite. ``scales`` float32 [rows
-    of entries, heads]: fp8 is divided by them, and saturates.
+    [tokens]. ``overflow`` int32 [1] becomes 1 if a row is not finite. ``scales`` float32 [entries,
+    heads]: fp8 is divided by them, and saturates.
     """
     if wide:
         _, _, pair = _HALVES[dtype]
@@ -488,10 +489,10 @@ def scatter(dtype: DType, wide: bool) -> Kernel:
 
 @cache
 def errors(dtype: DType, out_dtype: DType, wide: bool) -> Kernel:
-    """A kernel that compares rows with the tensors that they should become; blocks as before.
+    """Make the kernel that compares rows with original tensors; grid as for :func:`gather`.
 
-    Σ(x̂ − x)² and Σx² of each entry, float32 [rows of entries, stride]; x̂ is what :func:`scatter`
-    would write. The wide form needs heads of 16, 32, 64, … channels.
+    It writes Σ(x̂ − x)² and Σx² of each entry, float32 [entries, stride], where x̂ is what
+    :func:`scatter` would write. The wide form needs heads of 16, 32, 64, … channels.
     """
     round_to = _ROUNDS[out_dtype]
     if wide:
@@ -641,7 +642,10 @@ def errors(dtype: DType, out_dtype: DType, wide: bool) -> Kernel:
 
 @kernel(f32p, f32p, i32, i64, i32, f32p)
 def relative_errors(lost, energy, count, stride, tokens, out):  # type: ignore[no-untyped-def]
-    """‖x̂ − x‖ / ‖x‖ of each token, float32 [tokens], from [count, stride]; summed in order."""
+    """Relative error ‖x̂ − x‖ / ‖x‖ of each token, float32 [tokens], from sums [count, stride].
+
+    Sums are added in order, so that the result is always the same.
+    """
     token = _I32(cuda.blockIdx.x) * _I32(THREADS) + _I32(cuda.threadIdx.x)
     if token >= tokens:
         return
@@ -657,10 +661,10 @@ def relative_errors(lost, energy, count, stride, tokens, out):  # type: ignore[n
 
 @cache
 def move(size: int, *, back: bool) -> Kernel:
-    """A kernel that copies elements of ``size`` bytes to slots, or ``back`` from them; blocks
-    [tokens, entries].
+    """Make the kernel that copies elements of ``size`` bytes to slots, or ``back`` from them.
 
-    ``dense`` int64 [entries]: addresses of [heads, tokens, dim] of each.
+    Its grid is [tokens, entries]; ``dense`` int64 [entries] has the address of each entry's
+    contiguous [heads, tokens, dim].
     """
     at = {1: u8_at, 2: u16_at, 4: u32_at}[size]
 
@@ -686,7 +690,7 @@ def move(size: int, *, back: bool) -> Kernel:
 
 
 def variants() -> list[Kernel]:
-    """Every kernel that a factory here can make."""
+    """Every kernel that the functions here can make."""
     return [
         *(gather(d, False) for d in _LOADS),
         *(gather(d, True) for d in WIDE),

@@ -1,10 +1,10 @@
-"""Static rANS on the GPU: a warp a tile, a lane of the tile a lane of the warp.
+"""Static rANS on the GPU: one warp per tile, one lane of the warp per lane of the tile.
 
-The method and the bytes are those of :mod:`kvtc_stream.coding.rans` and of the specification.
-Blocks of threads work on tiles of one part, whose tables lie in shared memory.
+The method and the bytes are those of :mod:`kvtc_stream.coding.rans` and of the specification. A
+thread block works on tiles of one part, whose tables are in shared memory.
 
-A task is a row of int64, one a tile; rows of a block of threads are of one part, filled up with
-tiles of no tokens. A launch has 32 threads for each of a block's tiles.
+A task is a row of int64 for each tile. Tasks of a thread block belong to one part, and are padded
+with tiles without tokens. A thread block has 32 threads for each of its tiles.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from kvtc_stream.gpu.kernels.intrinsics import (
 )
 from kvtc_stream.gpu.runtime.compile import kernel
 
-#: Most tiles, and so warps, of a block of threads.
+#: Maximum number of tiles, and so warps, of a thread block.
 MOST_TILES = 16
 #: Fields of a task.
 (
@@ -48,14 +48,14 @@ MOST_TILES = 16
 ) = range(10)
 FIELDS = 10
 
-#: Faults of a block, bits. LARGE is none of the stream's: binary16 has no room for a symbol.
+#: Bits of a block's faults. LARGE is not an error of the stream: a symbol exceeds binary16.
 DAMAGED, LARGE, FULL = 1, 2, 4
 
 _ESCAPE, _ZERO = 255, 127
 _U32, _I32, _I64, _F32 = np.uint32, np.int32, np.int64, np.float32
 _LEAST = np.uint32(1 << 16)
 _WIDE = -0x8000
-#: Words that a step gives off at most: one a state, one an escape, two a wide value.
+#: Maximum number of words of a step: one for each lane's state and escape, two for a wide value.
 _STEP_WORDS = 4 * WARP
 
 
@@ -81,39 +81,38 @@ def decode(  # type: ignore[no-untyped-def]
     stride,
     faults,
 ):
-    """Tiles to symbols.
+    """Kernel: decode tiles to symbols.
 
     Parameters
     ----------
     tasks
         int64 [tiles, FIELDS].
     parts
-        Number of them.
+        Number of parts.
     words, packed_classes
         The payloads, as words and as bytes.
     buckets, symbols
-        From :func:`kvtc_stream.gpu.coder.tables.decode_tables`, those of a part after those of
-        another;
-        a part's indices count its own symbols.
+        From :func:`kvtc_stream.gpu.coder.tables.decode_tables`, concatenated over parts. Indices
+        in a part's buckets count from its first symbol.
     entries
         As for :func:`encode`.
     families
-        int32 [2, parts + 1]: where each part's families begin, and then its symbols.
+        int32 [2, parts + 1]: where each part's families begin, and where its symbols begin.
     ids
-        uint8 [levels, components, 16]: the family of each component and class. Up to 32 bytes
-        behind the last are read, whatever they are.
+        uint8 [levels, components, 16]: the family for each component and step class. Up to 32 bytes
+        after the last are read, but not used.
     columns
-        int32 [tokens]: where each token goes.
+        int32 [tokens]: the column of ``out`` for each token.
     block_steps
-        float32 [blocks, 16]: of each class.
+        float32 [blocks, 16]: the step size of each step class.
     scales
-        float32 [parts, stride]: becomes the step of each token.
+        float32 [parts, stride]: the step size of each token is written here.
     down
-        float32 [components]: powers of two that symbols are multiplied by, for binary16's sake.
+        float32 [components]: powers of two that bring symbols into the range of binary16.
     out
-        Bits of binary16 [components, stride]: becomes the symbols times ``down``.
+        Bits of binary16 [components, stride]: symbols times ``down`` are written here.
     faults
-        int32 [blocks]: becomes the faults; 0 before.
+        int32 [blocks], 0 before: bits of faults are set.
     """
     table = cuda.shared.array(0, u32)
     thread = _U32(cuda.threadIdx.x)
@@ -159,8 +158,8 @@ def decode(  # type: ignore[no-untyped-def]
     fault = state < _LEAST
     position = _U32(_U32(2) * lanes)
     last = _U32(length - _U32(1))
-    # Words to come: 32 from ``window`` on and the 64 behind them, a word a lane. A step looks at
-    # the first 64; the last 32 are still on their way.
+    # The next 96 words, three in each lane: 32 from ``window`` on, and the 64 after them. A step
+    # reads from the first 64; the last 32 are still being loaded.
     window = position
     near = _I32(words[begin + min(_U32(window + lane), last)])
     far = _I32(words[begin + min(_U32(window + lane + _U32(WARP)), last)])
@@ -178,7 +177,7 @@ def decode(  # type: ignore[no-untyped-def]
             if classes >= 0:
                 scales[part * stride + column] = block_steps[block * 16 + klass]
         target = _I64(first) * stride + column
-        # Families are read two steps ahead: nothing else hides the way to memory.
+        # Families are loaded two steps ahead: nothing else hides the latency of memory.
         source = (of_level + first) * 16 + klass
         family_1, family_2 = _U32(ids[source]), _U32(ids[source + 16])
         for i in range(_I32(0), count):
@@ -212,7 +211,7 @@ def decode(  # type: ignore[no-untyped-def]
                 if escaped:
                     at = _U32(min(_U32(position + popc(_U32(mask & below))), last))
                     value = _I32(np.int16(words[begin + at]))
-                    # A family that has a frequency for it would have been shorter.
+                    # An escape is a fault if the family has a frequency for the value.
                     if -_ZERO <= value <= _ZERO:
                         own = (first_family + family) << _U32(8)
                         fault |= entries[own + _U32(value + _I32(_ZERO))] >> _U32(31) == _U32(0)
@@ -265,17 +264,17 @@ def encode(  # type: ignore[no-untyped-def]
     lengths,
     faults,
 ):
-    """Coefficients to tiles, each at the end of the room for it.
+    """Kernel: encode coefficients to tiles, each at the end of the space for it.
 
     Parameters
     ----------
     tasks, families, ids, columns
         As for :func:`decode`.
     entries
-        uint32 [families, 256]: ``start | frequency << 12 | escaped << 31``, those of the escape
-        where a column has no frequency.
+        uint32 [families, 256]: ``start | frequency << 12 | escaped << 31``; columns without a
+        frequency have the entry of the escape.
     factors
-        float32 [blocks, 16]: what coefficients of a token of a class are multiplied by.
+        float32 [blocks, 16]: factor of coefficients for each step class.
     coefficients
         float32 [components, stride].
     levels
@@ -283,13 +282,13 @@ def encode(  # type: ignore[no-untyped-def]
     classes
         uint8 [parts, stride].
     kept
-        int32 [blocks]: tokens of ``columns`` that are coded, instead of the task's.
+        int32 [blocks]: number of tokens of ``columns`` to code, instead of the task's.
     words
-        Room for the tiles.
+        Space for the tiles.
     lengths
-        int32 [tiles]: become their lengths in words.
+        int32 [tiles]: the length of each tile in words is written here.
     faults
-        int32 [blocks]: becomes FULL where a tile has no room; 0 before.
+        int32 [blocks], 0 before: becomes FULL if a tile does not fit.
     """
     table = cuda.shared.array(0, u32)
     thread = _U32(cuda.threadIdx.x)
@@ -337,7 +336,7 @@ def encode(  # type: ignore[no-untyped-def]
         of_family = max(of_family - 16, _I64(0))
         x_2, family_2 = coefficients[source], _U32(ids[of_family])
         for _ in range(count):
-            # Two steps ahead: nothing else hides the way to memory.
+            # Two steps ahead: nothing else hides the latency of memory.
             x, x_1 = x_1, x_2
             family, family_1 = family_1, family_2
             source = max(source - stride, column)
@@ -374,7 +373,7 @@ def encode(  # type: ignore[no-untyped-def]
                 words[at] = np.uint16(state & _U32(0xFFFF))
                 state = _U32(state >> _U32(16))
             if active:
-                # Exact to one: a quotient is below 2²⁰.
+                # Off by one at most: the quotient is below 2²⁰.
                 quotient = _U32(_F32(state) * (_F32(1) / _F32(frequency)))
                 rest = _I32(_U32(state - quotient * frequency))
                 if rest < 0:

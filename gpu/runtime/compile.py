@@ -16,7 +16,7 @@ from typing import Any
 from numba import types
 
 _ENTRY = re.compile(r"\.visible \.entry (\w+)")
-#: CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES; and what needs no permission.
+#: CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES; and the size that is always allowed.
 _MAX_SHARED, _FREE_SHARED = 8, 48 * 1024
 #: How an argument lies in 8 bytes of its own.
 _FORMATS = {
@@ -30,7 +30,7 @@ _FORMATS = {
 
 
 class Kernel:
-    """A kernel, compiled for a device at its first launch there. Safe across threads.
+    """A kernel, compiled for each device at its first launch there. Safe across threads.
 
     Parameters
     ----------
@@ -51,7 +51,7 @@ class Kernel:
         self._own = threading.local()
 
     def ptx(self, capability: tuple[int, int]) -> str:
-        """PTX for a compute capability. Needs no device."""
+        """Compile to PTX for a compute capability. Needs no device."""
         from numba import cuda
 
         code, _ = cuda.compile_ptx(self.function, types.void(*self.signature), cc=capability)
@@ -95,7 +95,7 @@ class Kernel:
 
 
 class _Loaded:
-    """A kernel on a device."""
+    """A kernel loaded on a device."""
 
     def __init__(self, kernel: Kernel) -> None:
         import cupy
@@ -113,7 +113,7 @@ class _Loaded:
         self.granted = _FREE_SHARED
 
     def grant(self, shared: int) -> None:
-        """Allow more shared memory than every kernel may have."""
+        """Allow more shared memory than kernels have by default."""
         import cupy
 
         cupy.cuda.driver.funcSetAttribute(self._function.ptr, _MAX_SHARED, shared)
@@ -133,5 +133,5 @@ class _Loaded:
 
 
 def kernel(*signature: Any) -> Callable[[Callable[..., None]], Any]:
-    """Make a :class:`Kernel` of a function with arguments of these types."""
+    """Decorator: make a :class:`Kernel` of a function with arguments of these types."""
     return lambda function: Kernel(function, signature)

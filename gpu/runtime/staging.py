@@ -1,7 +1,8 @@
-"""Bytes between ordinary memory of the host and the device, through pinned memory.
+"""Copies between pageable host memory and the device, through pinned memory.
 
-The driver copies to and from ordinary memory on one thread, and waits; from pinned memory copies
-are as fast as the bus and asynchronous. What is to be copied first is copied on several threads.
+The driver copies to and from pageable memory on one thread, synchronously. Copies from pinned
+memory are asynchronous and as fast as the bus. Copies between pageable and pinned memory use
+several threads.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _PINNED = 1
 
 
 class Staging:
-    """Copies through two pinned buffers in turn, each as large as the largest copy was.
+    """Copies through two pinned buffers in turn, which grow to the largest copy.
 
     One thread and one CUDA stream at a time.
     """
@@ -38,10 +39,10 @@ class Staging:
                 event.synchronize()
 
     def upload(self, pieces: Sequence[Any]) -> tuple[Any, NDArray[np.int64]]:
-        """Buffers of bytes, one after the other in uint8 on the device, and where each begins.
+        """Upload buffers of bytes to one uint8 array; return it and the offset of each buffer.
 
-        Returns before they are there, in the current stream's order; pinned pieces must stay as
-        they are until then.
+        The copy is asynchronous, in the order of the current stream. Pieces in pinned memory must
+        not change until it is done.
         """
         sources = [np.frombuffer(piece, np.uint8) for piece in pieces]
         sizes = np.array([x.size for x in sources], np.int64)
@@ -61,7 +62,7 @@ class Staging:
         return data, begins
 
     def fetch(self, data: Any) -> NDArray[np.uint8]:
-        """The bytes of a contiguous uint8 array of the device, in ordinary memory; waits."""
+        """Copy a contiguous uint8 array from the device to pageable memory, and wait."""
         if data.size < SHARE:
             found: NDArray[np.uint8] = cupy.asnumpy(data)
             return found
@@ -73,7 +74,7 @@ class Staging:
         return out
 
     def _next(self, size: int) -> NDArray[np.uint8]:
-        """The buffer whose turn it is, once it is free, with room for ``size`` bytes."""
+        """Wait for the next buffer to be free, and return it with room for ``size`` bytes."""
         buffer, event = self._buffers.pop(0)
         if event is not None:
             event.synchronize()
@@ -86,7 +87,7 @@ class Staging:
         return buffer
 
     def _used(self, buffer: NDArray[np.uint8]) -> None:
-        """Whoever wants the buffer next waits for what the stream does now."""
+        """Record that the buffer is in use until the stream's current work is done."""
         event = cupy.cuda.Event(disable_timing=True)
         event.record()
         self._buffers[-1] = buffer, event
@@ -98,7 +99,7 @@ def _is_pinned(source: NDArray[np.uint8]) -> bool:
 
 
 def _copy(to: Any, source: Any, size: int, kind: str) -> None:
-    """Asynchronous; one end is pinned memory, the other an address of the device."""
+    """Copy asynchronously between pinned memory and a device address."""
     runtime = cupy.cuda.runtime
     if size:
         to, source = (x.ctypes.data if isinstance(x, np.ndarray) else x for x in (to, source))
