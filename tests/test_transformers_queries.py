@@ -17,7 +17,8 @@ from test_transformers_gradients import made, state  # noqa: E402
 from transformers import AttentionInterface  # noqa: E402
 
 import kvtc_stream as kvtc  # noqa: E402
-from kvtc_stream.integrations.transformers import geometry_of  # noqa: E402
+from kvtc_stream.integrations.transformers import capture, geometry_of  # noqa: E402
+from kvtc_stream.integrations.transformers.calibration import _query_weights  # noqa: E402
 from kvtc_stream.integrations.transformers.queries import (  # noqa: E402
     output_norms,
     query_second_moments,
@@ -211,3 +212,26 @@ def test_a_norm_before_the_output_projection() -> None:
 def test_no_tokens() -> None:
     with pytest.raises(ValueError, match="at least one token"):
         query_second_moments(made(llama), [])
+
+
+def test_a_layer_that_adds_little_is_not_lost() -> None:
+    """Its weights are raised to what most layers' are worth; those of others stay."""
+    model = made(llama)
+    layers = len(attentions(model))
+    ids = [drawn_ids(300, seed) for seed in range(2)]
+
+    def worth() -> np.ndarray[Any, Any]:
+        """[layers]: what all of a layer's values are worth by its weights."""
+        [(_, v_weights)] = _query_weights(model, ids, lambda _: None)
+        [(_, _, v)] = capture(model, ids[0])
+        values = np.stack([x[0].double().numpy() for x in v])
+        centred = values - values.mean(axis=2, keepdims=True)
+        return np.einsum("lhti,lhij,lhtj->l", centred, v_weights, centred)
+
+    before = worth()
+    with torch.no_grad():
+        attentions(model)[0].v_proj.weight.mul_(0.01)
+    after = worth()
+    assert after[0] > 0.3 * np.median(after)
+    assert before[0] > 0.3 * np.median(before)
+    assert layers > 1

@@ -179,9 +179,8 @@ def demonstrate(
     cache = cast_cache(cache, model.dtype)
     with steps.step(f"Predicting the next {following} tokens from both"):
         seen, targets = ids[context:][:following], ids[context + 1 :][:following]
-        judgement = judge(
-            *(next_token_log_probabilities(model, c, seen) for c in (cache, restored)), targets
-        )
+        exact, coded = (next_token_log_probabilities(model, c, seen) for c in (cache, restored))
+        judgement = judge(exact, coded, targets)
     with steps.step(f"Asking both {len(questions)} questions"):
         answers = [
             {

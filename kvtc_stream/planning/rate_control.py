@@ -38,7 +38,7 @@ _PERHAPS, _NEAR = 1.1, 3
 _MOST_ERROR = 2.0
 
 _Amounts: TypeAlias = NDArray[np.float64] | float
-_Errors: TypeAlias = tuple[NDArray[np.float64], NDArray[np.float64]]
+_Errors: TypeAlias = NDArray[np.float64] | tuple[NDArray[np.float64], NDArray[np.float64]]
 
 
 @dataclass(frozen=True)

@@ -186,7 +186,8 @@ def _query_weights(
 
     A score that is off moves attention between tokens, and what enters the residual stream by
     their difference in value: so the weights of K are ``E[q qᵀ]`` times the variance of what the
-    head's values contribute, and those of V, ``W_Oᵀ W_O``, are in the same unit.
+    head's values contribute, and those of V, ``W_Oᵀ W_O``, are in the same unit. Layers that add
+    less to the stream than most are raised to what most add.
     """
     norms = [x.astype(np.float64) for x in output_norms(model)]
     moments = [np.zeros(1)] * len(norms)
@@ -201,9 +202,14 @@ def _query_weights(
             spread = np.einsum("lhij,lhij->lh", norms[i], covariance)
             variances[i] = variances[i] + spread / len(documents)
         advance(document)
+    # What each layer adds to the residual stream. Later layers often add more, but read it through
+    # norms: a layer that adds little is not one whose errors do not matter.
+    added = [variance.sum(axis=1) for variance in variances]
+    usual = np.median(np.concatenate(added))
+    raised = [usual / np.clip(x, 1e-30, usual)[:, None, None, None] for x in added]
     return [
-        (moment * variance[..., None, None], norm)
-        for moment, variance, norm in zip(moments, variances, norms, strict=True)
+        (moment * variance[..., None, None] * factor, norm * factor)
+        for moment, variance, norm, factor in zip(moments, variances, norms, raised, strict=True)
     ]
 
 
