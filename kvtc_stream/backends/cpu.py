@@ -235,7 +235,7 @@ class CpuSectionCoder:
 
         restored = float(np.mean([own.offset for own in grids])) if known.any() else None
         if restored is not None and not control.keeps(
-            np.count_nonzero(known), size(known, restored)
+            int(np.count_nonzero(known)), size(known, restored)
         ):
             grids = [own.forgotten() for own in grids]
             known[:], restored = False, None
