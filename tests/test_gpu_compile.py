@@ -1,7 +1,4 @@
-"""Every CUDA kernel becomes machine code that keeps its values in registers. Needs no GPU.
-
-A module's kernels are those that it names, and those that its function ``variants`` lists.
-"""
+"""Every CUDA kernel becomes machine code that keeps its values in registers. Needs no GPU."""
 
 from __future__ import annotations
 
@@ -14,7 +11,8 @@ from typing import Any
 
 import pytest
 
-import kvtc_stream.gpu
+from kvtc_stream.formats import DType
+from kvtc_stream.gpu import kernels
 
 
 def _missing() -> str:
@@ -41,20 +39,31 @@ CAPABILITIES = [(8, 0), (9, 0), (10, 0)]
 
 def _kernels() -> Iterator[tuple[str, Any]]:
     """Every kernel of the package, and those that its factories can make, by name."""
+    from kvtc_stream.gpu.kernels import layout
     from kvtc_stream.gpu.runtime.compile import Kernel
 
-    for found in pkgutil.iter_modules(kvtc_stream.gpu.__path__):
-        try:
-            module = importlib.import_module(f"kvtc_stream.gpu.{found.name}")
-        except ModuleNotFoundError as error:
-            if error.name != "cupy":  # which modules need that have no kernels
-                raise
-            continue
+    for found in pkgutil.iter_modules(kernels.__path__):
+        module = importlib.import_module(f"{kernels.__name__}.{found.name}")
         own = [value for value in vars(module).values() if isinstance(value, Kernel)]
-        made = module.variants() if hasattr(module, "variants") else []
-        for i, kernel in enumerate([*own, *made]):
+        for i, kernel in enumerate([*own, *(_layout_kernels() if module is layout else [])]):
             if kernel.function.__module__ == module.__name__:
                 yield f"{found.name}.{kernel.__name__}.{i}", kernel
+
+
+def _layout_kernels() -> Iterator[Any]:
+    """Every kernel that the functions of :mod:`kvtc_stream.gpu.kernels.layout` can make."""
+    from kvtc_stream.gpu.kernels import layout
+
+    for dtype in DType:
+        for wide in {False, dtype in layout.WIDE}:
+            yield layout.gather(dtype, wide)
+            yield layout.scatter(dtype, wide)
+            for out in DType:
+                if not (wide and out.is_fp8):
+                    yield layout.errors(dtype, out, wide)
+    for size in (1, 2, 4):
+        for back in (False, True):
+            yield layout.move(size, back=back)
 
 
 KERNELS = dict(_kernels())

@@ -687,16 +687,3 @@ def move(size: int, *, back: bool) -> Kernel:
                 tensor[there + channel] = own[here]
 
     return move  # type: ignore[no-any-return]
-
-
-def variants() -> list[Kernel]:
-    """Every kernel that the functions here can make."""
-    return [
-        *(gather(d, False) for d in _LOADS),
-        *(gather(d, True) for d in WIDE),
-        *(scatter(d, False) for d in _STORES),
-        *(scatter(d, True) for d in WIDE),
-        *(errors(a, b, False) for a in _LOADS for b in _STORES),
-        *(errors(a, b, True) for a in WIDE for b in _STORES if not b.is_fp8),
-        *(move(size, back=back) for size in (1, 2, 4) for back in (False, True)),
-    ]
