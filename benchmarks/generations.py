@@ -51,7 +51,7 @@ class Judge:
         )
 
     def log_probabilities(self, cache: Cache) -> Any:
-        """Of the tokens that follow."""
+        """Log-probabilities of the tokens that follow."""
         import torch
         from transformers.cache_utils import DynamicCache
 
@@ -83,7 +83,7 @@ def again(cache: Cache, codec: kvtc.Codec, backend: str, turn: int) -> tuple[Cac
 
 
 def errors(original: Cache, cache: Cache) -> list[float]:
-    """Of K and V, relative."""
+    """Relative errors of K and of V."""
     found = []
     for a, b in zip(original, cache, strict=True):
         x, y = a[:, :, : b.shape[2]].astype(np.float32), b.astype(np.float32)

@@ -414,7 +414,7 @@ def ceilings(
         moments += batches * found[name + "_seconds"]
     found["moments_seconds"] = moments
     part = next(iter(parts.values()))[0]
-    wide = part.rank + principal._OVERSAMPLING
+    wide = part.rank + principal.OVERSAMPLING
     if principal.in_full(part.width, part.rank):
         a = rng.standard_normal((part.width, part.width), dtype=np.float64)
         a += a.T

@@ -19,7 +19,7 @@ from kvtc_stream.calibration.weights import Pair, apply_blocks, blocks_of
 _MIN_RANK, _MAX_RANK = 3072, 4608
 #: Up to this size, matrices are solved for all eigenvectors.
 _DENSE = 2048
-_OVERSAMPLING, _POWER_ITERATIONS = 128, 3
+OVERSAMPLING, _POWER_ITERATIONS = 128, 3
 #: As published (KVTC, section 3): for separate bases that are solved for leading eigenvectors only.
 _SEPARATE_POWER_ITERATIONS = 8
 #: Rows of a covariance matrix that are processed at a time, to avoid a copy of the whole matrix.
@@ -262,7 +262,7 @@ def leading_eigenvectors(
         values, vectors = xp.linalg.eigh(matrix.astype(np.float64))
         return values[::-1][:count], vectors[:, ::-1][:, :count]
     rng = xp.random.default_rng(0)
-    basis = rng.standard_normal((size, min(count + _OVERSAMPLING, size)), dtype=np.float32)
+    basis = rng.standard_normal((size, min(count + OVERSAMPLING, size)), dtype=np.float32)
     for _ in range(iterations):
         basis = arrays.orthonormal(matrix @ basis)
     values, rotation = xp.linalg.eigh(basis.T @ (matrix @ basis))
