@@ -382,7 +382,7 @@ def test_fp8_goes_in() -> None:
         for b in ("cpu", "cuda")
     ]  # fmt: skip
     a, b = (kvtc.decode(data, calibration, backend="cpu") for data in streams)
-    assert distance(b[0], a[0]) < 0.2
+    assert distance(b[0], a[0]) < 0.3  # steps of their own
     exact = fp8[0].astype(np.float32) * 0.05
     assert distance(b[0], exact) < distance(a[0], exact) + 0.05
 
