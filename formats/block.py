@@ -9,6 +9,7 @@ from kvtc_stream.errors import FormatError
 from kvtc_stream.formats.block_errors import NO_ERRORS, BlockErrors, LayerErrors, Measure
 from kvtc_stream.formats.coders import Coder, check_coded
 from kvtc_stream.formats.features import NO_FEATURES, Feature
+from kvtc_stream.formats.geometry import Section
 from kvtc_stream.formats.header import StreamHeader
 from kvtc_stream.formats.limits import Limits
 from kvtc_stream.formats.positions import (
@@ -247,14 +248,7 @@ class Block:
         coder = known(Coder, coder, f"{where}, coder")
         verbatim_coder = known(Coder, verbatim_coder, f"{where}, verbatim coder")
         features = header.features if features is None else features
-        allowed = _HAS_LAYER_ERRORS if Feature.LAYER_ERRORS in features else 0
-        allowed |= _HAS_AXES if Feature.AXES in features else 0
-        if contents & ~allowed or reserved != _RESERVED:
-            raise FormatError(
-                f"{where}, contents are {contents:#x} where the required features allow "
-                f"{allowed:#x}, and reserved {reserved.hex()} where they must be zero: the writer "
-                "is at fault"
-            )
+        _check_contents(contents, reserved, features, where)
         if section >= len(header.geometry.sections):
             raise FormatError(
                 f"{where}: section {section} is not one of {len(header.geometry.sections)}"
@@ -262,14 +256,8 @@ class Block:
         shape = header.geometry.sections[section]
         positions = read_positions(reader, listed, first, tokens)
         verbatim_tokens = _read_bitmap(reader, count, tokens)
-        axes: tuple[Positions, ...] = ()
-        layer_errors = None
         with located(where):
-            if contents & _HAS_AXES:
-                axes = read_axes(reader, normal_positions(positions), shape.axes)
-            if contents & _HAS_LAYER_ERRORS:
-                codes = reader.raw(4 * len(shape.layers), "errors by layer")
-                layer_errors = LayerErrors(codes)
+            axes, layer_errors = _read_contents(reader, contents, shape, positions)
         coded = reader.view(coded_length, "symbols")
         verbatim = reader.view(verbatim_length, "verbatim values")
         reader.expect_end()
@@ -297,6 +285,31 @@ class Block:
         size = header.verbatim_size(section, count)
         limits.check("max_block_bytes", size, f"{where}, size of verbatim values")
         return block
+
+
+def _check_contents(contents: int, reserved: bytes, features: Feature, where: str) -> None:
+    """Raise unless a block has only what the stream's required features allow."""
+    allowed = _HAS_LAYER_ERRORS if Feature.LAYER_ERRORS in features else 0
+    allowed |= _HAS_AXES if Feature.AXES in features else 0
+    if contents & ~allowed or reserved != _RESERVED:
+        raise FormatError(
+            f"{where}, contents are {contents:#x} where the required features allow "
+            f"{allowed:#x}, and reserved {reserved.hex()} where they must be zero: the writer "
+            "is at fault"
+        )
+
+
+def _read_contents(
+    reader: ByteReader, contents: int, shape: Section, positions: Positions
+) -> tuple[tuple[Positions, ...], LayerErrors | None]:
+    """Positions on axes and errors by layer, where a block has them."""
+    axes: tuple[Positions, ...] = ()
+    layer_errors = None
+    if contents & _HAS_AXES:
+        axes = read_axes(reader, normal_positions(positions), shape.axes)
+    if contents & _HAS_LAYER_ERRORS:
+        layer_errors = LayerErrors(reader.raw(4 * len(shape.layers), "errors by layer"))
+    return axes, layer_errors
 
 
 def _bitmap_size(tokens: int) -> int:

@@ -269,26 +269,7 @@ class BatchEncoder(Analyser):
         blocks, tokens, parts = len(starts) - 1, int(starts[-1]), len(plan.parts)
         steps = self._steps(offsets)
         errors = self._errors(batch, steps) if self._measure else None
-        columns = cupy.empty(tokens, np.int32)
-        kept = cupy.empty(blocks, np.int32)
-        verbatim = cupy.empty(tokens, np.uint8)
-        uniform.keep(
-            blocks,
-            32,
-            (
-                batch.starts_d,
-                parts,
-                stride,
-                batch.classes,
-                batch.peaks,
-                steps.factors,
-                batch.peaks if errors is None else self._limiting(errors),
-                -1.0 if errors is None else self._bound,
-                columns,
-                kept,
-                verbatim,
-            ),
-        )
+        columns, kept, verbatim = self._keep(batch, steps, errors)
         tasks, of_blocks, words, together = self._room(starts)
         tasks_d, of_blocks_d = cupy.asarray(tasks), cupy.asarray(of_blocks)
         room = cupy.empty(max(words, 1), np.uint16)
@@ -347,6 +328,33 @@ class BatchEncoder(Analyser):
             ),
         )
         return OnDevice(out, places, verbatim, faults, errors)
+
+    def _keep(self, batch: Prepared, steps: _Steps, errors: Any) -> tuple[Any, Any, Any]:
+        """Which tokens are coded: int32 [tokens] columns, int32 [blocks] how many, and uint8
+        [tokens] those that are not; see :func:`kvtc_stream.gpu.kernels.uniform.keep`."""
+        stride, starts = batch.stride, batch.starts
+        blocks, tokens, parts = len(starts) - 1, int(starts[-1]), len(self._plan.parts)
+        columns = cupy.empty(tokens, np.int32)
+        kept = cupy.empty(blocks, np.int32)
+        verbatim = cupy.empty(tokens, np.uint8)
+        uniform.keep(
+            blocks,
+            32,
+            (
+                batch.starts_d,
+                parts,
+                stride,
+                batch.classes,
+                batch.peaks,
+                steps.factors,
+                batch.peaks if errors is None else self._limiting(errors),
+                -1.0 if errors is None else self._bound,
+                columns,
+                kept,
+                verbatim,
+            ),
+        )
+        return columns, kept, verbatim
 
     def _errors(self, batch: Prepared, steps: _Steps) -> Any:
         """See :meth:`_compare`."""

@@ -260,62 +260,67 @@ def gather(dtype: DType, wide: bool) -> Kernel:
     ``rows[t, (h, d)] = unrotate(x[h, t, d] · scale) - mean[(h, d)]``. ``values`` are those of fp8
     codes, float32 [256]; ``scales`` float32 [entries, heads]. ``mean`` and ``rows`` are addresses.
     """
-    if wide:
-        low, high, _ = _HALVES[dtype]
+    return (_wide_gather if wide else _any_gather)(dtype)
 
-        @_device
-        def turn(a, b, c0, c1, s0, s1, ma0, ma1, mb0, mb1):  # type: ignore[no-untyped-def]
-            a0, a1, b0, b1 = low(a), high(a), low(b), high(b)
-            return (
-                f16_pair(a0 * c0 - b0 * s0 - ma0, a1 * c1 - b1 * s1 - ma1),
-                f16_pair(b0 * c0 + a0 * s0 - mb0, b1 * c1 + a1 * s1 - mb1),
+
+def _wide_gather(dtype: DType) -> Kernel:
+    low, high, _ = _HALVES[dtype]
+
+    @_device
+    def turn(a, b, c0, c1, s0, s1, ma0, ma1, mb0, mb1):  # type: ignore[no-untyped-def]
+        a0, a1, b0, b1 = low(a), high(a), low(b), high(b)
+        return (
+            f16_pair(a0 * c0 - b0 * s0 - ma0, a1 * c1 - b1 * s1 - ma1),
+            f16_pair(b0 * c0 + a0 * s0 - mb0, b1 * c1 + a1 * s1 - mb1),
+        )
+
+    @kernel(*_COMMON, f32p, f32p, u64, u64, i64)
+    def gather(  # type: ignore[no-untyped-def]
+        entries, slots, tokens, cosines, sines, _pairs, _interleaved, most, table_tokens,
+        table_token, _values, _scales, mean, rows, width,
+    ):  # fmt: skip
+        entry = _I32(cuda.blockIdx.y) * _I32(FIELDS)
+        dim, heads = _I32(entries[entry + DIM]), _I32(entries[entry + HEADS])
+        table = entries[entry + TABLE]
+        units = dim // _I32(16)
+        thread = _I32(cuda.threadIdx.x)
+        unit, offset, together = thread % units, thread // units, _I32(THREADS) // units
+        first = _I32(cuda.blockIdx.x) * _I32(TOKENS)
+        last = min(first + _I32(TOKENS), tokens)
+        if offset >= together:
+            return
+        for token in range(first + offset, last, together):
+            slot = slots[token]
+            if slot < 0:
+                continue
+            at = (table * table_tokens + table_token + token) * most + unit * _I32(8)
+            c, d, s, r = _turns(table, cosines, sines, at)
+            x = entries[entry + ADDRESS] + 2 * (
+                slot * entries[entry + TOKEN_STRIDE] + unit * _I32(8)
             )
+            column = entries[entry + COLUMN] + unit * _I32(8)
+            for _ in range(heads):
+                a, b = load_u32x4(x), load_u32x4(x + dim)
+                m = mean + 4 * column
+                m0, m1 = _eight(m)
+                n0, n1 = _eight(m + 2 * dim)
+                a0, b0 = turn(a[0], b[0], c[0], c[1], s[0], s[1], m0[0], m0[1], n0[0], n0[1])
+                a1, b1 = turn(a[1], b[1], c[2], c[3], s[2], s[3], m0[2], m0[3], n0[2], n0[3])
+                a2, b2 = turn(a[2], b[2], d[0], d[1], r[0], r[1], m1[0], m1[1], n1[0], n1[1])
+                a3, b3 = turn(a[3], b[3], d[2], d[3], r[2], r[3], m1[2], m1[3], n1[2], n1[3])
+                to = rows + 2 * (token * width + column)
+                store_u32x4(to, a0, a1, a2, a3)
+                store_u32x4(to + dim, b0, b1, b2, b3)
+                x += 2 * entries[entry + HEAD_STRIDE]
+                column += dim
 
-        @kernel(*_COMMON, f32p, f32p, u64, u64, i64)
-        def gather(  # type: ignore[no-untyped-def]
-            entries, slots, tokens, cosines, sines, _pairs, _interleaved, most, table_tokens,
-            table_token, _values, _scales, mean, rows, width,
-        ):  # fmt: skip
-            entry = _I32(cuda.blockIdx.y) * _I32(FIELDS)
-            dim, heads = _I32(entries[entry + DIM]), _I32(entries[entry + HEADS])
-            table = entries[entry + TABLE]
-            units = dim // _I32(16)
-            thread = _I32(cuda.threadIdx.x)
-            unit, offset, together = thread % units, thread // units, _I32(THREADS) // units
-            first = _I32(cuda.blockIdx.x) * _I32(TOKENS)
-            last = min(first + _I32(TOKENS), tokens)
-            if offset >= together:
-                return
-            for token in range(first + offset, last, together):
-                slot = slots[token]
-                if slot < 0:
-                    continue
-                at = (table * table_tokens + table_token + token) * most + unit * _I32(8)
-                c, d, s, r = _turns(table, cosines, sines, at)
-                x = entries[entry + ADDRESS] + 2 * (
-                    slot * entries[entry + TOKEN_STRIDE] + unit * _I32(8)
-                )
-                column = entries[entry + COLUMN] + unit * _I32(8)
-                for _ in range(heads):
-                    a, b = load_u32x4(x), load_u32x4(x + dim)
-                    m = mean + 4 * column
-                    m0, m1 = _eight(m)
-                    n0, n1 = _eight(m + 2 * dim)
-                    a0, b0 = turn(a[0], b[0], c[0], c[1], s[0], s[1], m0[0], m0[1], n0[0], n0[1])
-                    a1, b1 = turn(a[1], b[1], c[2], c[3], s[2], s[3], m0[2], m0[3], n0[2], n0[3])
-                    a2, b2 = turn(a[2], b[2], d[0], d[1], r[0], r[1], m1[0], m1[1], n1[0], n1[1])
-                    a3, b3 = turn(a[3], b[3], d[2], d[3], r[2], r[3], m1[2], m1[3], n1[2], n1[3])
-                    to = rows + 2 * (token * width + column)
-                    store_u32x4(to, a0, a1, a2, a3)
-                    store_u32x4(to + dim, b0, b1, b2, b3)
-                    x += 2 * entries[entry + HEAD_STRIDE]
-                    column += dim
+    return gather  # type: ignore[no-any-return]
 
-        return gather  # type: ignore[no-any-return]
 
+def _any_gather(dtype: DType) -> Kernel:
     load = _LOADS[dtype]
 
-    @kernel(*_COMMON, f32p, f32p, u64, u64, i64)  # type: ignore[no-redef]
+    @kernel(*_COMMON, f32p, f32p, u64, u64, i64)
     def gather(  # type: ignore[no-untyped-def]
         entries, slots, tokens, cosines, sines, pairs, interleaved, most, table_tokens,
         table_token, values, scales, mean, rows, width,
@@ -365,84 +370,81 @@ def scatter(dtype: DType, wide: bool) -> Kernel:
     [tokens]. ``overflow`` int32 [1] becomes 1 if a row is not finite. ``scales`` float32 [entries,
     heads]: fp8 is divided by them, and saturates.
     """
-    if wide:
-        _, _, pair = _HALVES[dtype]
+    return (_wide_scatter if wide else _any_scatter)(dtype)
 
-        @_device
-        def turn(a, b, c0, c1, s0, s1, ma0, ma1, mb0, mb1, step):  # type: ignore[no-untyped-def]
-            a0, a1 = _low_f16(a) * step + ma0, _high_f16(a) * step + ma1
-            b0, b1 = _low_f16(b) * step + mb0, _high_f16(b) * step + mb1
-            return (
-                pair(a0 * c0 - b0 * s0, a1 * c1 - b1 * s1),
-                pair(b0 * c0 + a0 * s0, b1 * c1 + a1 * s1),
+
+def _wide_scatter(dtype: DType) -> Kernel:
+    _, _, pair = _HALVES[dtype]
+
+    @_device
+    def turn(a, b, c0, c1, s0, s1, ma0, ma1, mb0, mb1, step):  # type: ignore[no-untyped-def]
+        a0, a1 = _low_f16(a) * step + ma0, _high_f16(a) * step + ma1
+        b0, b1 = _low_f16(b) * step + mb0, _high_f16(b) * step + mb1
+        return (
+            pair(a0 * c0 - b0 * s0, a1 * c1 - b1 * s1),
+            pair(b0 * c0 + a0 * s0, b1 * c1 + a1 * s1),
+        )
+
+    @_device
+    def infinite(words):  # type: ignore[no-untyped-def]
+        bad = False
+        for word in words:
+            bad |= (word & _U32(0x7C00)) == _U32(0x7C00)
+            bad |= (word & _U32(0x7C000000)) == _U32(0x7C000000)
+        return bad
+
+    @kernel(*_COMMON, f32p, f32, u64, u64, i64, i32p, f32p)
+    def scatter(  # type: ignore[no-untyped-def]
+        entries, slots, tokens, cosines, sines, _pairs, _interleaved, most, table_tokens,
+        table_token, steps, scale, mean, rows, width, overflow, _scales,
+    ):  # fmt: skip
+        entry = _I32(cuda.blockIdx.y) * _I32(FIELDS)
+        dim, heads = _I32(entries[entry + DIM]), _I32(entries[entry + HEADS])
+        table = entries[entry + TABLE]
+        units = dim // _I32(16)
+        thread = _I32(cuda.threadIdx.x)
+        unit, offset, together = thread % units, thread // units, _I32(THREADS) // units
+        first = _I32(cuda.blockIdx.x) * _I32(TOKENS)
+        last = min(first + _I32(TOKENS), tokens)
+        if offset >= together:
+            return
+        bad = False
+        for token in range(first + offset, last, together):
+            slot = slots[token]
+            if slot < 0:
+                continue
+            at = (table * table_tokens + table_token + token) * most + unit * _I32(8)
+            c, d, s, r = _turns(table, cosines, sines, at)
+            x = entries[entry + ADDRESS] + 2 * (
+                slot * entries[entry + TOKEN_STRIDE] + unit * _I32(8)
             )
+            column = entries[entry + COLUMN] + unit * _I32(8)
+            step = steps[token] * scale
+            for _ in range(heads):
+                source = rows + 2 * (token * width + column)
+                a, b = load_u32x4(source), load_u32x4(source + dim)
+                bad |= infinite(a) or infinite(b)
+                m = mean + 4 * column
+                m0, m1 = _eight(m)
+                n0, n1 = _eight(m + 2 * dim)
+                a0, b0 = turn(a[0], b[0], c[0], c[1], s[0], s[1], m0[0], m0[1], n0[0], n0[1], step)
+                a1, b1 = turn(a[1], b[1], c[2], c[3], s[2], s[3], m0[2], m0[3], n0[2], n0[3], step)
+                a2, b2 = turn(a[2], b[2], d[0], d[1], r[0], r[1], m1[0], m1[1], n1[0], n1[1], step)
+                a3, b3 = turn(a[3], b[3], d[2], d[3], r[2], r[3], m1[2], m1[3], n1[2], n1[3], step)
+                store_u32x4(x, a0, a1, a2, a3)
+                store_u32x4(x + dim, b0, b1, b2, b3)
+                x += 2 * entries[entry + HEAD_STRIDE]
+                column += dim
+        if bad:
+            overflow[0] = _I32(1)
 
-        @_device
-        def infinite(words):  # type: ignore[no-untyped-def]
-            bad = False
-            for word in words:
-                bad |= (word & _U32(0x7C00)) == _U32(0x7C00)
-                bad |= (word & _U32(0x7C000000)) == _U32(0x7C000000)
-            return bad
+    return scatter  # type: ignore[no-any-return]
 
-        @kernel(*_COMMON, f32p, f32, u64, u64, i64, i32p, f32p)
-        def scatter(  # type: ignore[no-untyped-def]
-            entries, slots, tokens, cosines, sines, _pairs, _interleaved, most, table_tokens,
-            table_token, steps, scale, mean, rows, width, overflow, _scales,
-        ):  # fmt: skip
-            entry = _I32(cuda.blockIdx.y) * _I32(FIELDS)
-            dim, heads = _I32(entries[entry + DIM]), _I32(entries[entry + HEADS])
-            table = entries[entry + TABLE]
-            units = dim // _I32(16)
-            thread = _I32(cuda.threadIdx.x)
-            unit, offset, together = thread % units, thread // units, _I32(THREADS) // units
-            first = _I32(cuda.blockIdx.x) * _I32(TOKENS)
-            last = min(first + _I32(TOKENS), tokens)
-            if offset >= together:
-                return
-            bad = False
-            for token in range(first + offset, last, together):
-                slot = slots[token]
-                if slot < 0:
-                    continue
-                at = (table * table_tokens + table_token + token) * most + unit * _I32(8)
-                c, d, s, r = _turns(table, cosines, sines, at)
-                x = entries[entry + ADDRESS] + 2 * (
-                    slot * entries[entry + TOKEN_STRIDE] + unit * _I32(8)
-                )
-                column = entries[entry + COLUMN] + unit * _I32(8)
-                step = steps[token] * scale
-                for _ in range(heads):
-                    source = rows + 2 * (token * width + column)
-                    a, b = load_u32x4(source), load_u32x4(source + dim)
-                    bad |= infinite(a) or infinite(b)
-                    m = mean + 4 * column
-                    m0, m1 = _eight(m)
-                    n0, n1 = _eight(m + 2 * dim)
-                    a0, b0 = turn(
-                        a[0], b[0], c[0], c[1], s[0], s[1], m0[0], m0[1], n0[0], n0[1], step
-                    )
-                    a1, b1 = turn(
-                        a[1], b[1], c[2], c[3], s[2], s[3], m0[2], m0[3], n0[2], n0[3], step
-                    )
-                    a2, b2 = turn(
-                        a[2], b[2], d[0], d[1], r[0], r[1], m1[0], m1[1], n1[0], n1[1], step
-                    )
-                    a3, b3 = turn(
-                        a[3], b[3], d[2], d[3], r[2], r[3], m1[2], m1[3], n1[2], n1[3], step
-                    )
-                    store_u32x4(x, a0, a1, a2, a3)
-                    store_u32x4(x + dim, b0, b1, b2, b3)
-                    x += 2 * entries[entry + HEAD_STRIDE]
-                    column += dim
-            if bad:
-                overflow[0] = _I32(1)
 
-        return scatter  # type: ignore[no-any-return]
-
+def _any_scatter(dtype: DType) -> Kernel:
     store = _STORES[dtype]
 
-    @kernel(*_COMMON, f32p, f32, u64, u64, i64, i32p, f32p)  # type: ignore[no-redef]
+    @kernel(*_COMMON, f32p, f32, u64, u64, i64, i32p, f32p)
     def scatter(  # type: ignore[no-untyped-def]
         entries, slots, tokens, cosines, sines, pairs, interleaved, most, table_tokens,
         table_token, steps, scale, mean, rows, width, overflow, scales,
@@ -494,95 +496,101 @@ def errors(dtype: DType, out_dtype: DType, wide: bool) -> Kernel:
     It writes Σ(x̂ − x)² and Σx² of each entry, float32 [entries, stride], where x̂ is what
     :func:`scatter` would write. The wide form needs heads of 16, 32, 64, … channels.
     """
+    return (_wide_errors if wide else _any_errors)(dtype, out_dtype)
+
+
+def _wide_errors(dtype: DType, out_dtype: DType) -> Kernel:
     round_to = _ROUNDS[out_dtype]
-    if wide:
-        low, high, _ = _HALVES[dtype]
+    low, high, _ = _HALVES[dtype]
 
-        @_device
-        def compare(a, b, xa, xb, c0, c1, s0, s1, ma0, ma1, mb0, mb1, step):  # type: ignore[no-untyped-def]
-            a0, a1 = _low_f16(a) * step + ma0, _high_f16(a) * step + ma1
-            b0, b1 = _low_f16(b) * step + mb0, _high_f16(b) * step + mb1
-            d0 = round_to(a0 * c0 - b0 * s0, _F32(1)) - low(xa)
-            d1 = round_to(a1 * c1 - b1 * s1, _F32(1)) - high(xa)
-            e0 = round_to(b0 * c0 + a0 * s0, _F32(1)) - low(xb)
-            e1 = round_to(b1 * c1 + a1 * s1, _F32(1)) - high(xb)
-            return (
-                d0 * d0 + d1 * d1 + e0 * e0 + e1 * e1,
-                low(xa) * low(xa) + high(xa) * high(xa) + low(xb) * low(xb) + high(xb) * high(xb),
+    @_device
+    def compare(a, b, xa, xb, c0, c1, s0, s1, ma0, ma1, mb0, mb1, step):  # type: ignore[no-untyped-def]
+        a0, a1 = _low_f16(a) * step + ma0, _high_f16(a) * step + ma1
+        b0, b1 = _low_f16(b) * step + mb0, _high_f16(b) * step + mb1
+        d0 = round_to(a0 * c0 - b0 * s0, _F32(1)) - low(xa)
+        d1 = round_to(a1 * c1 - b1 * s1, _F32(1)) - high(xa)
+        e0 = round_to(b0 * c0 + a0 * s0, _F32(1)) - low(xb)
+        e1 = round_to(b1 * c1 + a1 * s1, _F32(1)) - high(xb)
+        return (
+            d0 * d0 + d1 * d1 + e0 * e0 + e1 * e1,
+            low(xa) * low(xa) + high(xa) * high(xa) + low(xb) * low(xb) + high(xb) * high(xb),
+        )
+
+    @kernel(*_COMMON, f32p, f32p, f32p, f32, u64, u64, i64, f32p, f32p, i64)
+    def errors(  # type: ignore[no-untyped-def]
+        entries, slots, tokens, cosines, sines, _pairs, _interleaved, most, table_tokens,
+        table_token, _values, _scales, steps, step_scale, mean, rows, width, lost, energy,
+        stride,
+    ):  # fmt: skip
+        entry = _I32(cuda.blockIdx.y) * _I32(FIELDS)
+        dim, heads = _I32(entries[entry + DIM]), _I32(entries[entry + HEADS])
+        table = entries[entry + TABLE]
+        units = dim // _I32(16)
+        thread = _I32(cuda.threadIdx.x)
+        unit, offset, together = thread % units, thread // units, _I32(THREADS) // units
+        first = _I32(cuda.blockIdx.x) * _I32(TOKENS)
+        for begin in range(first, first + _I32(TOKENS), together):
+            token = min(_I32(begin) + offset, tokens - _I32(1))
+            slot = max(slots[token], _I64(0))
+            at = (table * table_tokens + table_token + token) * most + unit * _I32(8)
+            c, d, s, r = _turns(table, cosines, sines, at)
+            x = entries[entry + ADDRESS] + 2 * (
+                slot * entries[entry + TOKEN_STRIDE] + unit * _I32(8)
             )
+            column = entries[entry + COLUMN] + unit * _I32(8)
+            step = steps[token] * step_scale
+            difference, total = _F32(0), _F32(0)
+            for _ in range(heads):
+                source = rows + 2 * (token * width + column)
+                a, b = load_u32x4(source), load_u32x4(source + dim)
+                xa, xb = load_u32x4(x), load_u32x4(x + dim)
+                m = mean + 4 * column
+                m0, m1 = _eight(m)
+                n0, n1 = _eight(m + 2 * dim)
+                e, n = compare(
+                    a[0], b[0], xa[0], xb[0], c[0], c[1], s[0], s[1],
+                    m0[0], m0[1], n0[0], n0[1], step,
+                )  # fmt: skip
+                difference += e
+                total += n
+                e, n = compare(
+                    a[1], b[1], xa[1], xb[1], c[2], c[3], s[2], s[3],
+                    m0[2], m0[3], n0[2], n0[3], step,
+                )  # fmt: skip
+                difference += e
+                total += n
+                e, n = compare(
+                    a[2], b[2], xa[2], xb[2], d[0], d[1], r[0], r[1],
+                    m1[0], m1[1], n1[0], n1[1], step,
+                )  # fmt: skip
+                difference += e
+                total += n
+                e, n = compare(
+                    a[3], b[3], xa[3], xb[3], d[2], d[3], r[2], r[3],
+                    m1[2], m1[3], n1[2], n1[3], step,
+                )  # fmt: skip
+                difference += e
+                total += n
+                x += 2 * entries[entry + HEAD_STRIDE]
+                column += dim
+            by = units >> _I32(1)
+            while by > 0:
+                difference += shuffle_down(difference, by)
+                total += shuffle_down(total, by)
+                by >>= _I32(1)
+            if unit == 0 and _I32(begin) + offset < min(first + _I32(TOKENS), tokens):
+                to = entries[entry + ROW] * stride + token
+                lost[to] = difference
+                energy[to] = total
 
-        @kernel(*_COMMON, f32p, f32p, f32p, f32, u64, u64, i64, f32p, f32p, i64)
-        def errors(  # type: ignore[no-untyped-def]
-            entries, slots, tokens, cosines, sines, _pairs, _interleaved, most, table_tokens,
-            table_token, _values, _scales, steps, step_scale, mean, rows, width, lost, energy,
-            stride,
-        ):  # fmt: skip
-            entry = _I32(cuda.blockIdx.y) * _I32(FIELDS)
-            dim, heads = _I32(entries[entry + DIM]), _I32(entries[entry + HEADS])
-            table = entries[entry + TABLE]
-            units = dim // _I32(16)
-            thread = _I32(cuda.threadIdx.x)
-            unit, offset, together = thread % units, thread // units, _I32(THREADS) // units
-            first = _I32(cuda.blockIdx.x) * _I32(TOKENS)
-            for begin in range(first, first + _I32(TOKENS), together):
-                token = min(_I32(begin) + offset, tokens - _I32(1))
-                slot = max(slots[token], _I64(0))
-                at = (table * table_tokens + table_token + token) * most + unit * _I32(8)
-                c, d, s, r = _turns(table, cosines, sines, at)
-                x = entries[entry + ADDRESS] + 2 * (
-                    slot * entries[entry + TOKEN_STRIDE] + unit * _I32(8)
-                )
-                column = entries[entry + COLUMN] + unit * _I32(8)
-                step = steps[token] * step_scale
-                difference, total = _F32(0), _F32(0)
-                for _ in range(heads):
-                    source = rows + 2 * (token * width + column)
-                    a, b = load_u32x4(source), load_u32x4(source + dim)
-                    xa, xb = load_u32x4(x), load_u32x4(x + dim)
-                    m = mean + 4 * column
-                    m0, m1 = _eight(m)
-                    n0, n1 = _eight(m + 2 * dim)
-                    e, n = compare(
-                        a[0], b[0], xa[0], xb[0], c[0], c[1], s[0], s[1],
-                        m0[0], m0[1], n0[0], n0[1], step,
-                    )  # fmt: skip
-                    difference += e
-                    total += n
-                    e, n = compare(
-                        a[1], b[1], xa[1], xb[1], c[2], c[3], s[2], s[3],
-                        m0[2], m0[3], n0[2], n0[3], step,
-                    )  # fmt: skip
-                    difference += e
-                    total += n
-                    e, n = compare(
-                        a[2], b[2], xa[2], xb[2], d[0], d[1], r[0], r[1],
-                        m1[0], m1[1], n1[0], n1[1], step,
-                    )  # fmt: skip
-                    difference += e
-                    total += n
-                    e, n = compare(
-                        a[3], b[3], xa[3], xb[3], d[2], d[3], r[2], r[3],
-                        m1[2], m1[3], n1[2], n1[3], step,
-                    )  # fmt: skip
-                    difference += e
-                    total += n
-                    x += 2 * entries[entry + HEAD_STRIDE]
-                    column += dim
-                by = units >> _I32(1)
-                while by > 0:
-                    difference += shuffle_down(difference, by)
-                    total += shuffle_down(total, by)
-                    by >>= _I32(1)
-                if unit == 0 and _I32(begin) + offset < min(first + _I32(TOKENS), tokens):
-                    to = entries[entry + ROW] * stride + token
-                    lost[to] = difference
-                    energy[to] = total
+    return errors  # type: ignore[no-any-return]
 
-        return errors  # type: ignore[no-any-return]
 
+def _any_errors(dtype: DType, out_dtype: DType) -> Kernel:
+    round_to = _ROUNDS[out_dtype]
     load = _LOADS[dtype]
 
-    @kernel(*_COMMON, f32p, f32p, f32p, f32, u64, u64, i64, f32p, f32p, i64)  # type: ignore[no-redef]
+    @kernel(*_COMMON, f32p, f32p, f32p, f32, u64, u64, i64, f32p, f32p, i64)
     def errors(  # type: ignore[no-untyped-def]
         entries, slots, tokens, cosines, sines, pairs, interleaved, most, table_tokens,
         table_token, values, scales, steps, step_scale, mean, rows, width, lost, energy, stride,

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 from numba import cuda
 
+from kvtc_stream.coding.rans import MIDDLE
 from kvtc_stream.gpu.kernels import rans
 from kvtc_stream.gpu.kernels.intrinsics import (
     WARP,
@@ -50,7 +51,7 @@ SIZED = 256
 TOGETHER = 32
 
 _CLIP_COEFFICIENT, _CLIP_FEATURE, _LEAST_ENERGY = 6.0, 8.0, 1e-6
-_MIDDLE, _MOST_SYMBOL = 8, float(1 << 24)
+_MOST_SYMBOL = float(1 << 24)
 #: Symbols of a token that is coded are smaller.
 _CODED = 0.999 * _MOST_SYMBOL
 _I32, _I64, _U32, _F32, _F64 = np.int32, np.int64, np.uint32, np.float32, np.float64
@@ -122,7 +123,7 @@ def classify(  # type: ignore[no-untyped-def]
         return
     for w in range(_I32(1), warps):
         peak = max(peak, found[w * _I32(WARP) + lane])
-    klass = _I32(_MIDDLE)
+    klass = _I32(MIDDLE)
     if read >= 0:
         total = weights[at]
         for w in range(warps):
