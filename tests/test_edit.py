@@ -210,3 +210,16 @@ def test_user_records_stay(codec: kvtc.Codec, stream: bytes) -> None:
     data = writer.start() + writer.user(b"mine")
     data += b"".join(writer.block(file.read_block(e)) for e in file.index) + writer.finish()
     assert list(StreamFile(io.BytesIO(cut(data, tokens=slice(5)))).user_records()) == [b"mine"]
+
+
+def test_tokens_that_left_the_cache_are_not_counted(codec: kvtc.Codec, cache: Cache) -> None:
+    """Of a stream that begins later, more tokens than it has are asked for by mistake."""
+    k, v = (x[:, :, 50:90] for x in cache)
+    data = kvtc.encode(k, v, codec, positions=np.arange(50, 90))
+    with pytest.raises(kvtc.UnsupportedError, match="holds 40, at positions 50 to 89"):
+        kvtc.truncate(io.BytesIO(data), 60, io.BytesIO())
+    out = io.BytesIO()
+    kvtc.cut(io.BytesIO(data), out, positions=slice(None, 60))
+    assert kvtc.decode(out.getvalue(), codec.calibration)[0].shape[2] == 10
+    kvtc.truncate(io.BytesIO(data), 10, again := io.BytesIO())
+    assert again.getvalue() == out.getvalue()

@@ -60,7 +60,8 @@ class Machine(RuleBasedStateMachine):
         with kvtc.open(self.file, "ab", codec=self.codec) as writer:
             for piece in np.array_split(chosen, 2 if key else 1):
                 writer.write(self.k[:, :, piece], self.v[:, :, piece], positions=piece)
-        assert self.file.getvalue().startswith(before)
+        # A stream without tokens begins anew, in whatever dtype comes.
+        assert not self.positions or self.file.getvalue().startswith(before)
         self.positions += chosen.tolist()
 
     @precondition(lambda self: self.positions)

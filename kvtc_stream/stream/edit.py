@@ -286,6 +286,14 @@ def _span(stream: StreamFile, piece: Piece) -> slice | None:
             f"sections have {', '.join(map(str, counts))} tokens: say which to keep by positions, "
             "which mean the same in all of them"
         )
+    first = min((entry.first_position for entry in stream.index), default=0)
+    if first and piece.tokens.stop is not None and piece.tokens.stop > counts[0]:
+        last = max(entry.last_position for entry in stream.index)
+        raise UnsupportedError(
+            f"tokens up to {piece.tokens.stop} are asked for, the stream holds {counts[0]}, at "
+            f"positions {first} to {last}, as a sliding window leaves them: say which to keep by "
+            "positions"
+        )
     return _checked(piece.tokens, counts[0])
 
 
