@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 import kvtc_stream as kvtc
-from kvtc_stream import environment
 from kvtc_stream.backends.select import get_backend
-from kvtc_stream.io import threads
+from kvtc_stream.io import environment, threads
 
 
 def test_threads(monkeypatch: pytest.MonkeyPatch) -> None:

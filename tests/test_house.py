@@ -16,8 +16,8 @@ import kvtc_stream
 #: From the ground up. A module belongs to the longest name here that begins its own; it may import
 #: modules of its own floor, and of floors below.
 FLOORS = (
-    ("environment", "errors", "progress"),
-    ("io.threads", "io.memory", "io.storage"),
+    ("errors", "progress"),
+    ("io.environment", "io.threads", "io.memory", "io.storage"),
     ("formats",),
     ("io.dlpack",),
     ("coding",),
@@ -34,7 +34,7 @@ FLOORS = (
 #: What may reach up: these import a GPU's arrays, or a backend, only when one is asked for.
 LAZY = {("calibration.arrays", "gpu.arrays")}
 #: Names of the package itself may be imported by these floors only.
-TOP_LEVEL = {"__init__", "environment", "errors", "progress", "testing"}
+TOP_LEVEL = {"__init__", "errors", "progress", "testing"}
 
 
 def modules() -> dict[str, Path]:

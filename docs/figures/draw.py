@@ -16,7 +16,7 @@ BLUE, RED, GREEN, SAND = "#dbe7f5", "#f6d9d9", "#dcefdc", "#f3ead6"
 #: What each floor is for, and its colour, by one of its rooms.
 ROOMS = {
     "errors": ("what can go wrong, how far work has come, settings", SAND),
-    "io.threads": ("threads, memory, atomic files", SAND),
+    "io.environment": ("threads, memory, atomic files", SAND),
     "formats": ("the container's bytes: parser, records, index, SPEC", BLUE),
     "io.dlpack": ("tensors of any framework", BLUE),
     "coding": ("what SPEC fixes: RoPE, quantisers, rANS, payloads", GREEN),

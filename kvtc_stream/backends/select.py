@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvtc_stream import environment
 from kvtc_stream.backends.base import Backend
 from kvtc_stream.errors import BackendUnavailableError
+from kvtc_stream.io import environment
 from kvtc_stream.io.dlpack import BackendName, on_cuda
 
 

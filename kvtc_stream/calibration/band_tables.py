@@ -15,7 +15,6 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-from kvtc_stream import environment
 from kvtc_stream.coding.bands import (
     affine_code,
     band_parameters,
@@ -23,6 +22,7 @@ from kvtc_stream.coding.bands import (
     e4m3_encode,
 )
 from kvtc_stream.formats.plan import Band, Quantiser
+from kvtc_stream.io import environment
 
 #: Sizes and types of coded bands (KVTC, arXiv 2511.01815, section 3).
 BAND_SIZES = (1, 16, 64, 256, 1024)

@@ -17,8 +17,8 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-from kvtc_stream import environment
 from kvtc_stream.coding.rans import CLASSES, ESCAPE, TOTAL, ZERO, Families
+from kvtc_stream.io import environment
 
 #: Base steps in an octave of step sizes.
 STEPS_PER_OCTAVE = 4

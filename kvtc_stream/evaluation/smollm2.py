@@ -13,8 +13,8 @@ import time
 import zipfile
 from pathlib import Path
 
-from kvtc_stream import environment
 from kvtc_stream.errors import KVTCError
+from kvtc_stream.io import environment
 from kvtc_stream.io.storage import atomic_write
 from kvtc_stream.progress import Progress
 

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from kvtc_stream import environment
+from kvtc_stream.io import environment
 
 R = TypeVar("R")
 

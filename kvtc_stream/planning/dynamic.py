@@ -22,9 +22,9 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-from kvtc_stream import environment
 from kvtc_stream.calibration.band_tables import ErrorTables
 from kvtc_stream.formats.plan import Band, Quantiser
+from kvtc_stream.io import environment
 
 #: Components that one task processes, and budgets that stay in cache during one pass.
 _ROWS = 128
