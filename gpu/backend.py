@@ -47,8 +47,6 @@ from kvtc_stream.io.dlpack import BackendName, layer_list, numpy_dtype, on_cuda
 from kvtc_stream.io.threads import threads
 from kvtc_stream.planning.rate_control import Controls, SectionControl
 
-#: Plans that are kept on the device for a calibration, those used last.
-_PLANS = 8
 #: About the most bytes of verbatim tokens that wait to be uploaded.
 _VERBATIM_BYTES = 64 << 20
 

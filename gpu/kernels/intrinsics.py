@@ -14,7 +14,6 @@ from numba import config, types
 u8p = types.CPointer(types.uint8)
 u16p = types.CPointer(types.uint16)
 u32p = types.CPointer(types.uint32)
-u64p = types.CPointer(types.uint64)
 i32p = types.CPointer(types.int32)
 i64p = types.CPointer(types.int64)
 f32p = types.CPointer(types.float32)
