@@ -16,23 +16,19 @@ from __future__ import annotations
 
 import math
 from functools import cache
-from typing import Any
 
 import numpy as np
 from numba import cuda
 
 from kvtc_stream.formats import DType
-from kvtc_stream.gpu.kernels.fp8 import e4m3_code, e4m3_value, e5m2_code, e5m2_value
+from kvtc_stream.gpu.kernels.elements import HALVES, LOADS, ROUNDS, STORES, high_f16, low_f16
 from kvtc_stream.gpu.kernels.intrinsics import (
     WARP,
-    bf16_bits,
-    bf16_pair,
     f16_bits,
     f16_pair,
     f16_value,
     f32,
     f32_at,
-    f32_from_bits,
     f32p,
     f64p,
     i32,
@@ -43,7 +39,6 @@ from kvtc_stream.gpu.kernels.intrinsics import (
     load_u32x4,
     shuffle_down,
     store_u32x4,
-    u8,
     u8_at,
     u16_at,
     u32_at,
@@ -51,6 +46,8 @@ from kvtc_stream.gpu.kernels.intrinsics import (
 )
 from kvtc_stream.gpu.runtime.compile import Kernel, kernel
 
+#: Element types that the wide forms support.
+WIDE = frozenset(HALVES)
 #: Threads of a block; tokens of one.
 THREADS = 256
 TOKENS = 64
@@ -71,186 +68,179 @@ _I32, _I64, _U32, _F32 = np.int32, np.int64, np.uint32, np.float32
 
 
 @kernel(i64p, f64p, i32p, f64p, i32, i32, i32, f32p, f32p)
-def rotations(positions, frequencies, pairs, scales, tokens, most, sign, cosines, sines):  # type: ignore[no-untyped-def]
+def rotations(positions, frequencies, pairs, scales, tokens, max_pairs, sign, cosines, sines):  # type: ignore[no-untyped-def]
     """Kernel: cosines and sines of RoPE, each float32 [tables, tokens, max pairs].
 
     ``sign`` 1 applies RoPE, -1 removes it. Arithmetic as in the specification.
     """
     table = _I32(cuda.blockIdx.y)
     i = _I32(cuda.blockIdx.x) * _I32(THREADS) + _I32(cuda.threadIdx.x)
-    if i >= tokens * most:
+    if i >= tokens * max_pairs:
         return
-    token, pair = i // most, i % most
+    token, pair = i // max_pairs, i % max_pairs
     if pair >= pairs[table]:
         return
-    angle = np.float64(positions[token]) * frequencies[table * most + pair]
+    angle = np.float64(positions[token]) * frequencies[table * max_pairs + pair]
     scale = scales[table]
     if sign < 0:
         scale = 1.0 / scale
-    at = _I64(table) * tokens * most + i
+    at = _I64(table) * tokens * max_pairs + i
     cosines[at] = _F32(math.cos(angle) * scale)
     sines[at] = _F32(math.sin(angle) * (scale * sign))
 
 
-def _load_f32(address, i, _table):  # type: ignore[no-untyped-def]
-    return f32_at(address)[i]
+# --- what every kernel asks -----------------------------------------------------------------------
 
-
-def _load_f16(address, i, _table):  # type: ignore[no-untyped-def]
-    return f16_value(u16_at(address)[i])
-
-
-def _load_bf16(address, i, _table):  # type: ignore[no-untyped-def]
-    return f32_from_bits(_U32(u16_at(address)[i]) << _U32(16))
-
-
-def _load_fp8(address, i, table):  # type: ignore[no-untyped-def]
-    return table[u8_at(address)[i]]
-
-
-def _store_f32(address, i, value, _scale):  # type: ignore[no-untyped-def]
-    f32_at(address)[i] = value
-
-
-def _store_f16(address, i, value, _scale):  # type: ignore[no-untyped-def]
-    u16_at(address)[i] = f16_bits(value)
-
-
-def _store_bf16(address, i, value, _scale):  # type: ignore[no-untyped-def]
-    u16_at(address)[i] = bf16_bits(value)
-
-
-def _store_e4m3(address, i, value, scale):  # type: ignore[no-untyped-def]
-    u8_at(address)[i] = u8(e4m3_code(value / scale))
-
-
-def _store_e5m2(address, i, value, scale):  # type: ignore[no-untyped-def]
-    u8_at(address)[i] = u8(e5m2_code(value / scale))
-
-
-def _round_f32(value, _scale):  # type: ignore[no-untyped-def]
-    return value
-
-
-def _round_f16(value, _scale):  # type: ignore[no-untyped-def]
-    return f16_value(f16_bits(value))
-
-
-def _round_bf16(value, _scale):  # type: ignore[no-untyped-def]
-    return f32_from_bits(_U32(bf16_bits(value)) << _U32(16))
-
-
-def _round_e4m3(value, scale):  # type: ignore[no-untyped-def]
-    return e4m3_value(e4m3_code(value / scale)) * scale
-
-
-def _round_e5m2(value, scale):  # type: ignore[no-untyped-def]
-    return e5m2_value(e5m2_code(value / scale)) * scale
-
-
-def _device(function: Any) -> Any:
-    return cuda.jit(device=True)(function)
-
-
-_LOADS = {
-    DType.FLOAT32: _device(_load_f32),
-    DType.FLOAT16: _device(_load_f16),
-    DType.BFLOAT16: _device(_load_bf16),
-    DType.FLOAT8_E4M3FN: _device(_load_fp8),
-    DType.FLOAT8_E5M2: _device(_load_fp8),
-}
-_STORES = {
-    DType.FLOAT32: _device(_store_f32),
-    DType.FLOAT16: _device(_store_f16),
-    DType.BFLOAT16: _device(_store_bf16),
-    DType.FLOAT8_E4M3FN: _device(_store_e4m3),
-    DType.FLOAT8_E5M2: _device(_store_e5m2),
-}
-_ROUNDS = {
-    DType.FLOAT32: _device(_round_f32),
-    DType.FLOAT16: _device(_round_f16),
-    DType.BFLOAT16: _device(_round_bf16),
-    DType.FLOAT8_E4M3FN: _device(_round_e4m3),
-    DType.FLOAT8_E5M2: _device(_round_e5m2),
-}
-
-
-@_device
-def _first_channel(unit, pairs, interleaved):  # type: ignore[no-untyped-def]
-    """First channel of a unit: two channels that RoPE pairs, or two without RoPE."""
-    if unit < pairs and not interleaved:
-        return unit
-    if unit < pairs:
-        return _I32(2) * unit
-    return unit + pairs
-
-
-@_device
-def _second_channel(unit, pairs, interleaved, dim):  # type: ignore[no-untyped-def]
-    """Second channel of a unit, or ``dim`` if it has only one."""
-    if unit < pairs and not interleaved:
-        return unit + pairs
-    if unit < pairs:
-        return _I32(2) * unit + _I32(1)
-    return unit + pairs + (dim - _I32(2) * pairs + _I32(1)) // _I32(2)
-
-
-@_device
-def _low_f16(word):  # type: ignore[no-untyped-def]
-    return f16_value(np.uint16(word & _U32(0xFFFF)))
-
-
-@_device
-def _high_f16(word):  # type: ignore[no-untyped-def]
-    return f16_value(np.uint16(word >> _U32(16)))
-
-
-@_device
-def _low_bf16(word):  # type: ignore[no-untyped-def]
-    return f32_from_bits(_U32(word << _U32(16)))
-
-
-@_device
-def _high_bf16(word):  # type: ignore[no-untyped-def]
-    return f32_from_bits(_U32(word & _U32(0xFFFF0000)))
-
-
-_HALVES = {
-    DType.FLOAT16: (_low_f16, _high_f16, f16_pair),
-    DType.BFLOAT16: (_low_bf16, _high_bf16, bf16_pair),
-}
-#: Element types that the wide forms support.
-WIDE = frozenset(_HALVES)
-
-
-@_device
-def _eight(address):  # type: ignore[no-untyped-def]
-    """Load eight binary32 from an address."""
-    return load_f32x4(address), load_f32x4(address + 16)
-
-
-@_device
-def _turns(table, cosines, sines, at):  # type: ignore[no-untyped-def]
-    """Cosines and sines of eight pairs; 1 and 0 without RoPE."""
-    if table < 0:
-        one, zero = (_F32(1), _F32(1), _F32(1), _F32(1)), (_F32(0), _F32(0), _F32(0), _F32(0))
-        return one, one, zero, zero
-    c, s = cosines + 4 * at, sines + 4 * at
-    return load_f32x4(c), load_f32x4(c + 16), load_f32x4(s), load_f32x4(s + 16)
-
-
+#: The leading arguments of every kernel that goes between tensors and rows.
 _COMMON = (
     i64p,  # entries [entries, FIELDS]
     i64p,  # slots [tokens]
     i32,  # tokens
     u64,  # address of cosines
-    u64,  # and of sines, float32 [tables, table tokens, most]
+    u64,  # and of sines, float32 [tables, table tokens, max pairs]
     i32p,  # pairs of each table
     i32p,  # interleaved
-    i32,  # most pairs
+    i32,  # max pairs
     i32,  # table tokens
     i64,  # where the first token is among them
 )
+
+
+@cuda.jit(device=True)
+def _entry(entries):  # type: ignore[no-untyped-def]
+    """The block's entry: where its fields begin, and its DIM, HEADS and TABLE."""
+    entry = _I32(cuda.blockIdx.y) * _I32(FIELDS)
+    return (
+        entry,
+        _I32(entries[entry + DIM]),
+        _I32(entries[entry + HEADS]),
+        entries[entry + TABLE],
+    )
+
+
+@cuda.jit(device=True)
+def _tile(tokens):  # type: ignore[no-untyped-def]
+    """The block's first token, and the one after its last."""
+    first = _I32(cuda.blockIdx.x) * _I32(TOKENS)
+    return first, min(first + _I32(TOKENS), tokens)
+
+
+@cuda.jit(device=True)
+def _angle_at(table, table_tokens, table_token, token, max_pairs):  # type: ignore[no-untyped-def]
+    """Where the angles of a token begin among cosines and sines."""
+    return (table * table_tokens + table_token + token) * max_pairs
+
+
+# --- the wide form: a thread takes 8 channels of a head's first half, and their partners ----------
+#
+# Channels are in words of 32 bits, two in each. ``a`` is of the first half, ``b`` of the second.
+
+
+@cuda.jit(device=True)
+def _wide_share(dim):  # type: ignore[no-untyped-def]
+    """A thread's unit of 2 · 8 channels, its first token in the tile, and tokens side by side."""
+    units, thread = dim // _I32(16), _I32(cuda.threadIdx.x)
+    return thread % units, thread // units, _I32(THREADS) // units
+
+
+@cuda.jit(device=True)
+def _wide_place(entries, entry, slot, unit):  # type: ignore[no-untyped-def]
+    """The address of a unit of the first head in a slot, and its column."""
+    channel = unit * _I32(8)
+    x = slot * entries[entry + TOKEN_STRIDE] + channel
+    return entries[entry + ADDRESS] + 2 * x, entries[entry + COLUMN] + channel
+
+
+@cuda.jit(device=True)
+def _by_word(a, b):  # type: ignore[no-untyped-def]
+    """Eight binary32 from each of two addresses; for each word two from ``a``, two from ``b``."""
+    a0, a1, b0, b1 = load_f32x4(a), load_f32x4(a + 16), load_f32x4(b), load_f32x4(b + 16)
+    return (
+        (a0[0], a0[1], b0[0], b0[1]),
+        (a0[2], a0[3], b0[2], b0[3]),
+        (a1[0], a1[1], b1[0], b1[1]),
+        (a1[2], a1[3], b1[2], b1[3]),
+    )
+
+
+@cuda.jit(device=True)
+def _wide_means(mean, column, dim):  # type: ignore[no-untyped-def]
+    """Means of a unit: for each word two of the first half, two of the second."""
+    a = mean + 4 * column
+    return _by_word(a, a + 2 * dim)
+
+
+@cuda.jit(device=True)
+def _wide_angles(table, at, cosines, sines):  # type: ignore[no-untyped-def]
+    """For each word two cosines, two sines: 1 and 0 without RoPE."""
+    if table < 0:
+        none = (_F32(1), _F32(1), _F32(0), _F32(0))
+        return none, none, none, none
+    return _by_word(cosines + 4 * at, sines + 4 * at)
+
+
+@cuda.jit(device=True)
+def _turn(a0, a1, b0, b1, angles):  # type: ignore[no-untyped-def]
+    """Turn the pairs (a0, b0) and (a1, b1)."""
+    c0, c1, s0, s1 = angles
+    return a0 * c0 - b0 * s0, a1 * c1 - b1 * s1, b0 * c0 + a0 * s0, b1 * c1 + a1 * s1
+
+
+@cuda.jit(device=True)
+def _restore(a, b, step, mean, angles):  # type: ignore[no-untyped-def]
+    """Two values of each half from words of a row."""
+    a0, a1 = low_f16(a) * step + mean[0], high_f16(a) * step + mean[1]
+    b0, b1 = low_f16(b) * step + mean[2], high_f16(b) * step + mean[3]
+    return _turn(a0, a1, b0, b1, angles)
+
+
+# --- the general form: a thread takes units of two channels, ``a`` and ``b``, or of one ----------
+
+
+@cuda.jit(device=True)
+def _pairing(table, pairs, interleaved):  # type: ignore[no-untyped-def]
+    """How many channels RoPE pairs, and whether neighbours rather than halves."""
+    if table < 0:
+        return _I32(0), False
+    return pairs[table], interleaved[table] != 0
+
+
+@cuda.jit(device=True)
+def _channels(unit, pairs, interleaved, dim):  # type: ignore[no-untyped-def]
+    """Channels of a unit: two that RoPE pairs, or two without it; ``dim`` for a second it lacks."""
+    if unit < pairs and not interleaved:
+        return unit, unit + pairs
+    if unit < pairs:
+        return _I32(2) * unit, _I32(2) * unit + _I32(1)
+    return unit + pairs, unit + pairs + (dim - _I32(2) * pairs + _I32(1)) // _I32(2)
+
+
+@cuda.jit(device=True)
+def _element(entries, entry, slot, head):  # type: ignore[no-untyped-def]
+    """Where a head begins in a slot, in elements."""
+    return slot * entries[entry + TOKEN_STRIDE] + head * entries[entry + HEAD_STRIDE]
+
+
+@cuda.jit(device=True)
+def _turn_unit(x, y, unit, pairs, at, cosines, sines):  # type: ignore[no-untyped-def]
+    """Turn a unit's two values, if RoPE pairs them."""
+    if unit < pairs:
+        c, s = f32_at(cosines)[at + unit], f32_at(sines)[at + unit]
+        x, y = x * c - y * s, y * c + x * s
+    return x, y
+
+
+@cuda.jit(device=True)
+def _row_unit(rows, row, means, column, a, b, dim, step):  # type: ignore[no-untyped-def]
+    """A unit's two values from a row, with their means; 0 for a second that there is not."""
+    x = f16_value(rows[row + a]) * step + means[column + a]
+    y = _F32(0)
+    if b < dim:
+        y = f16_value(rows[row + b]) * step + means[column + b]
+    return x, y
+
+
+# --- the kernels ----------------------------------------------------------------------------------
 
 
 @cache
@@ -264,53 +254,40 @@ def gather(dtype: DType, wide: bool) -> Kernel:
 
 
 def _wide_gather(dtype: DType) -> Kernel:
-    low, high, _ = _HALVES[dtype]
+    low, high, _ = HALVES[dtype]
 
-    @_device
-    def turn(a, b, c0, c1, s0, s1, ma0, ma1, mb0, mb1):  # type: ignore[no-untyped-def]
-        a0, a1, b0, b1 = low(a), high(a), low(b), high(b)
-        return (
-            f16_pair(a0 * c0 - b0 * s0 - ma0, a1 * c1 - b1 * s1 - ma1),
-            f16_pair(b0 * c0 + a0 * s0 - mb0, b1 * c1 + a1 * s1 - mb1),
-        )
+    @cuda.jit(device=True)
+    def center(a, b, mean, angles):  # type: ignore[no-untyped-def]
+        a0, a1, b0, b1 = _turn(low(a), high(a), low(b), high(b), angles)
+        return f16_pair(a0 - mean[0], a1 - mean[1]), f16_pair(b0 - mean[2], b1 - mean[3])
 
     @kernel(*_COMMON, f32p, f32p, u64, u64, i64)
     def gather(  # type: ignore[no-untyped-def]
-        entries, slots, tokens, cosines, sines, _pairs, _interleaved, most, table_tokens,
+        entries, slots, tokens, cosines, sines, _pairs, _interleaved, max_pairs, table_tokens,
         table_token, _values, _scales, mean, rows, width,
     ):  # fmt: skip
-        entry = _I32(cuda.blockIdx.y) * _I32(FIELDS)
-        dim, heads = _I32(entries[entry + DIM]), _I32(entries[entry + HEADS])
-        table = entries[entry + TABLE]
-        units = dim // _I32(16)
-        thread = _I32(cuda.threadIdx.x)
-        unit, offset, together = thread % units, thread // units, _I32(THREADS) // units
-        first = _I32(cuda.blockIdx.x) * _I32(TOKENS)
-        last = min(first + _I32(TOKENS), tokens)
+        entry, dim, heads, table = _entry(entries)
+        unit, offset, together = _wide_share(dim)
+        first, last = _tile(tokens)
         if offset >= together:
             return
         for token in range(first + offset, last, together):
             slot = slots[token]
             if slot < 0:
                 continue
-            at = (table * table_tokens + table_token + token) * most + unit * _I32(8)
-            c, d, s, r = _turns(table, cosines, sines, at)
-            x = entries[entry + ADDRESS] + 2 * (
-                slot * entries[entry + TOKEN_STRIDE] + unit * _I32(8)
-            )
-            column = entries[entry + COLUMN] + unit * _I32(8)
+            at = _angle_at(table, table_tokens, table_token, token, max_pairs) + unit * _I32(8)
+            angles = _wide_angles(table, at, cosines, sines)
+            x, column = _wide_place(entries, entry, slot, unit)
             for _ in range(heads):
                 a, b = load_u32x4(x), load_u32x4(x + dim)
-                m = mean + 4 * column
-                m0, m1 = _eight(m)
-                n0, n1 = _eight(m + 2 * dim)
-                a0, b0 = turn(a[0], b[0], c[0], c[1], s[0], s[1], m0[0], m0[1], n0[0], n0[1])
-                a1, b1 = turn(a[1], b[1], c[2], c[3], s[2], s[3], m0[2], m0[3], n0[2], n0[3])
-                a2, b2 = turn(a[2], b[2], d[0], d[1], r[0], r[1], m1[0], m1[1], n1[0], n1[1])
-                a3, b3 = turn(a[3], b[3], d[2], d[3], r[2], r[3], m1[2], m1[3], n1[2], n1[3])
-                to = rows + 2 * (token * width + column)
-                store_u32x4(to, a0, a1, a2, a3)
-                store_u32x4(to + dim, b0, b1, b2, b3)
+                means = _wide_means(mean, column, dim)
+                a0, b0 = center(a[0], b[0], means[0], angles[0])
+                a1, b1 = center(a[1], b[1], means[1], angles[1])
+                a2, b2 = center(a[2], b[2], means[2], angles[2])
+                a3, b3 = center(a[3], b[3], means[3], angles[3])
+                row = rows + 2 * (token * width + column)
+                store_u32x4(row, a0, a1, a2, a3)
+                store_u32x4(row + dim, b0, b1, b2, b3)
                 x += 2 * entries[entry + HEAD_STRIDE]
                 column += dim
 
@@ -318,22 +295,17 @@ def _wide_gather(dtype: DType) -> Kernel:
 
 
 def _any_gather(dtype: DType) -> Kernel:
-    load = _LOADS[dtype]
+    load = LOADS[dtype]
 
     @kernel(*_COMMON, f32p, f32p, u64, u64, i64)
     def gather(  # type: ignore[no-untyped-def]
-        entries, slots, tokens, cosines, sines, pairs, interleaved, most, table_tokens,
-        table_token, values, scales, mean, rows, width,
+        entries, slots, tokens, cosines, sines, table_pairs, table_interleaved, max_pairs,
+        table_tokens, table_token, values, scales, mean, rows, width,
     ):  # fmt: skip
-        entry = _I32(cuda.blockIdx.y) * _I32(FIELDS)
-        dim, heads = _I32(entries[entry + DIM]), _I32(entries[entry + HEADS])
-        table = entries[entry + TABLE]
-        paired, woven = _I32(0), False
-        if table >= 0:
-            paired, woven = pairs[table], interleaved[table] != 0
+        entry, dim, heads, table = _entry(entries)
+        pairs, interleaved = _pairing(table, table_pairs, table_interleaved)
         units = (dim + _I32(1)) // _I32(2)
-        first = _I32(cuda.blockIdx.x) * _I32(TOKENS)
-        last = min(first + _I32(TOKENS), tokens)
+        first, last = _tile(tokens)
         means, out = f32_at(mean), u16_at(rows)
         for i in range(_I32(cuda.threadIdx.x), (last - first) * units * heads, _I32(THREADS)):
             unit, rest = _I32(i) % units, _I32(i) // units
@@ -342,22 +314,19 @@ def _any_gather(dtype: DType) -> Kernel:
             if slot < 0:
                 continue
             scale = scales[entries[entry + ROW] * heads + head]
-            a = _first_channel(unit, paired, woven)
-            b = _second_channel(unit, paired, woven, dim)
-            at = slot * entries[entry + TOKEN_STRIDE] + head * entries[entry + HEAD_STRIDE]
-            x = load(entries[entry + ADDRESS], at + a, values) * scale
+            column = entries[entry + COLUMN] + head * dim
+            row = token * width + column
+            a, b = _channels(unit, pairs, interleaved, dim)
+            address, at = entries[entry + ADDRESS], _element(entries, entry, slot, head)
+            x = load(address, at + a, values) * scale
             y = _F32(0)
             if b < dim:
-                y = load(entries[entry + ADDRESS], at + b, values) * scale
-            if unit < paired:
-                r = (table * table_tokens + table_token + token) * most + unit
-                c, s = f32_at(cosines)[r], f32_at(sines)[r]
-                x, y = x * c - y * s, y * c + x * s
-            column = entries[entry + COLUMN] + head * dim
-            to = token * width + column
-            out[to + a] = f16_bits(x - means[column + a])
+                y = load(address, at + b, values) * scale
+            angle = _angle_at(table, table_tokens, table_token, token, max_pairs)
+            x, y = _turn_unit(x, y, unit, pairs, angle, cosines, sines)
+            out[row + a] = f16_bits(x - means[column + a])
             if b < dim:
-                out[to + b] = f16_bits(y - means[column + b])
+                out[row + b] = f16_bits(y - means[column + b])
 
     return gather  # type: ignore[no-any-return]
 
@@ -373,39 +342,32 @@ def scatter(dtype: DType, wide: bool) -> Kernel:
     return (_wide_scatter if wide else _any_scatter)(dtype)
 
 
+@cuda.jit(device=True)
+def _infinite(words):  # type: ignore[no-untyped-def]
+    """Whether a binary16 in four words is infinite or NaN."""
+    bad = False
+    for word in words:
+        bad |= (word & _U32(0x7C00)) == _U32(0x7C00)
+        bad |= (word & _U32(0x7C000000)) == _U32(0x7C000000)
+    return bad
+
+
 def _wide_scatter(dtype: DType) -> Kernel:
-    _, _, pair = _HALVES[dtype]
+    _, _, pair = HALVES[dtype]
 
-    @_device
-    def turn(a, b, c0, c1, s0, s1, ma0, ma1, mb0, mb1, step):  # type: ignore[no-untyped-def]
-        a0, a1 = _low_f16(a) * step + ma0, _high_f16(a) * step + ma1
-        b0, b1 = _low_f16(b) * step + mb0, _high_f16(b) * step + mb1
-        return (
-            pair(a0 * c0 - b0 * s0, a1 * c1 - b1 * s1),
-            pair(b0 * c0 + a0 * s0, b1 * c1 + a1 * s1),
-        )
-
-    @_device
-    def infinite(words):  # type: ignore[no-untyped-def]
-        bad = False
-        for word in words:
-            bad |= (word & _U32(0x7C00)) == _U32(0x7C00)
-            bad |= (word & _U32(0x7C000000)) == _U32(0x7C000000)
-        return bad
+    @cuda.jit(device=True)
+    def restore(a, b, step, mean, angles):  # type: ignore[no-untyped-def]
+        a0, a1, b0, b1 = _restore(a, b, step, mean, angles)
+        return pair(a0, a1), pair(b0, b1)
 
     @kernel(*_COMMON, f32p, f32, u64, u64, i64, i32p, f32p)
     def scatter(  # type: ignore[no-untyped-def]
-        entries, slots, tokens, cosines, sines, _pairs, _interleaved, most, table_tokens,
+        entries, slots, tokens, cosines, sines, _pairs, _interleaved, max_pairs, table_tokens,
         table_token, steps, scale, mean, rows, width, overflow, _scales,
     ):  # fmt: skip
-        entry = _I32(cuda.blockIdx.y) * _I32(FIELDS)
-        dim, heads = _I32(entries[entry + DIM]), _I32(entries[entry + HEADS])
-        table = entries[entry + TABLE]
-        units = dim // _I32(16)
-        thread = _I32(cuda.threadIdx.x)
-        unit, offset, together = thread % units, thread // units, _I32(THREADS) // units
-        first = _I32(cuda.blockIdx.x) * _I32(TOKENS)
-        last = min(first + _I32(TOKENS), tokens)
+        entry, dim, heads, table = _entry(entries)
+        unit, offset, together = _wide_share(dim)
+        first, last = _tile(tokens)
         if offset >= together:
             return
         bad = False
@@ -413,24 +375,19 @@ def _wide_scatter(dtype: DType) -> Kernel:
             slot = slots[token]
             if slot < 0:
                 continue
-            at = (table * table_tokens + table_token + token) * most + unit * _I32(8)
-            c, d, s, r = _turns(table, cosines, sines, at)
-            x = entries[entry + ADDRESS] + 2 * (
-                slot * entries[entry + TOKEN_STRIDE] + unit * _I32(8)
-            )
-            column = entries[entry + COLUMN] + unit * _I32(8)
+            at = _angle_at(table, table_tokens, table_token, token, max_pairs) + unit * _I32(8)
+            angles = _wide_angles(table, at, cosines, sines)
+            x, column = _wide_place(entries, entry, slot, unit)
             step = steps[token] * scale
             for _ in range(heads):
-                source = rows + 2 * (token * width + column)
-                a, b = load_u32x4(source), load_u32x4(source + dim)
-                bad |= infinite(a) or infinite(b)
-                m = mean + 4 * column
-                m0, m1 = _eight(m)
-                n0, n1 = _eight(m + 2 * dim)
-                a0, b0 = turn(a[0], b[0], c[0], c[1], s[0], s[1], m0[0], m0[1], n0[0], n0[1], step)
-                a1, b1 = turn(a[1], b[1], c[2], c[3], s[2], s[3], m0[2], m0[3], n0[2], n0[3], step)
-                a2, b2 = turn(a[2], b[2], d[0], d[1], r[0], r[1], m1[0], m1[1], n1[0], n1[1], step)
-                a3, b3 = turn(a[3], b[3], d[2], d[3], r[2], r[3], m1[2], m1[3], n1[2], n1[3], step)
+                row = rows + 2 * (token * width + column)
+                a, b = load_u32x4(row), load_u32x4(row + dim)
+                bad |= _infinite(a) or _infinite(b)
+                means = _wide_means(mean, column, dim)
+                a0, b0 = restore(a[0], b[0], step, means[0], angles[0])
+                a1, b1 = restore(a[1], b[1], step, means[1], angles[1])
+                a2, b2 = restore(a[2], b[2], step, means[2], angles[2])
+                a3, b3 = restore(a[3], b[3], step, means[3], angles[3])
                 store_u32x4(x, a0, a1, a2, a3)
                 store_u32x4(x + dim, b0, b1, b2, b3)
                 x += 2 * entries[entry + HEAD_STRIDE]
@@ -442,22 +399,17 @@ def _wide_scatter(dtype: DType) -> Kernel:
 
 
 def _any_scatter(dtype: DType) -> Kernel:
-    store = _STORES[dtype]
+    store = STORES[dtype]
 
     @kernel(*_COMMON, f32p, f32, u64, u64, i64, i32p, f32p)
     def scatter(  # type: ignore[no-untyped-def]
-        entries, slots, tokens, cosines, sines, pairs, interleaved, most, table_tokens,
-        table_token, steps, scale, mean, rows, width, overflow, scales,
+        entries, slots, tokens, cosines, sines, table_pairs, table_interleaved, max_pairs,
+        table_tokens, table_token, steps, scale, mean, rows, width, overflow, scales,
     ):  # fmt: skip
-        entry = _I32(cuda.blockIdx.y) * _I32(FIELDS)
-        dim, heads = _I32(entries[entry + DIM]), _I32(entries[entry + HEADS])
-        table = entries[entry + TABLE]
-        paired, woven = _I32(0), False
-        if table >= 0:
-            paired, woven = pairs[table], interleaved[table] != 0
+        entry, dim, heads, table = _entry(entries)
+        pairs, interleaved = _pairing(table, table_pairs, table_interleaved)
         units = (dim + _I32(1)) // _I32(2)
-        first = _I32(cuda.blockIdx.x) * _I32(TOKENS)
-        last = min(first + _I32(TOKENS), tokens)
+        first, last = _tile(tokens)
         means, source = f32_at(mean), u16_at(rows)
         for i in range(_I32(cuda.threadIdx.x), (last - first) * units * heads, _I32(THREADS)):
             unit, rest = _I32(i) % units, _I32(i) // units
@@ -465,26 +417,19 @@ def _any_scatter(dtype: DType) -> Kernel:
             slot = slots[token]
             if slot < 0:
                 continue
-            a = _first_channel(unit, paired, woven)
-            b = _second_channel(unit, paired, woven, dim)
+            a, b = _channels(unit, pairs, interleaved, dim)
             column = entries[entry + COLUMN] + head * dim
-            begin = token * width + column
-            step = steps[token] * scale
-            x = f16_value(source[begin + a]) * step + means[column + a]
-            y = _F32(0)
-            if b < dim:
-                y = f16_value(source[begin + b]) * step + means[column + b]
-            if unit < paired:
-                r = (table * table_tokens + table_token + token) * most + unit
-                c, s = f32_at(cosines)[r], f32_at(sines)[r]
-                x, y = x * c - y * s, y * c + x * s
+            row, step = token * width + column, steps[token] * scale
+            x, y = _row_unit(source, row, means, column, a, b, dim, step)
+            angle = _angle_at(table, table_tokens, table_token, token, max_pairs)
+            x, y = _turn_unit(x, y, unit, pairs, angle, cosines, sines)
             if not (math.isfinite(x) and math.isfinite(y)):
                 overflow[0] = _I32(1)
-            at = slot * entries[entry + TOKEN_STRIDE] + head * entries[entry + HEAD_STRIDE]
-            of_head = scales[entries[entry + ROW] * heads + head]
-            store(entries[entry + ADDRESS], at + a, x, of_head)
+            address, at = entries[entry + ADDRESS], _element(entries, entry, slot, head)
+            head_scale = scales[entries[entry + ROW] * heads + head]
+            store(address, at + a, x, head_scale)
             if b < dim:
-                store(entries[entry + ADDRESS], at + b, y, of_head)
+                store(address, at + b, y, head_scale)
 
     return scatter  # type: ignore[no-any-return]
 
@@ -500,17 +445,16 @@ def errors(dtype: DType, out_dtype: DType, wide: bool) -> Kernel:
 
 
 def _wide_errors(dtype: DType, out_dtype: DType) -> Kernel:
-    round_to = _ROUNDS[out_dtype]
-    low, high, _ = _HALVES[dtype]
+    round_to = ROUNDS[out_dtype]
+    low, high, _ = HALVES[dtype]
 
-    @_device
-    def compare(a, b, xa, xb, c0, c1, s0, s1, ma0, ma1, mb0, mb1, step):  # type: ignore[no-untyped-def]
-        a0, a1 = _low_f16(a) * step + ma0, _high_f16(a) * step + ma1
-        b0, b1 = _low_f16(b) * step + mb0, _high_f16(b) * step + mb1
-        d0 = round_to(a0 * c0 - b0 * s0, _F32(1)) - low(xa)
-        d1 = round_to(a1 * c1 - b1 * s1, _F32(1)) - high(xa)
-        e0 = round_to(b0 * c0 + a0 * s0, _F32(1)) - low(xb)
-        e1 = round_to(b1 * c1 + a1 * s1, _F32(1)) - high(xb)
+    @cuda.jit(device=True)
+    def compare(a, b, xa, xb, step, mean, angles):  # type: ignore[no-untyped-def]
+        a0, a1, b0, b1 = _restore(a, b, step, mean, angles)
+        d0 = round_to(a0, _F32(1)) - low(xa)
+        d1 = round_to(a1, _F32(1)) - high(xa)
+        e0 = round_to(b0, _F32(1)) - low(xb)
+        e1 = round_to(b1, _F32(1)) - high(xb)
         return (
             d0 * d0 + d1 * d1 + e0 * e0 + e1 * e1,
             low(xa) * low(xa) + high(xa) * high(xa) + low(xb) * low(xb) + high(xb) * high(xb),
@@ -518,67 +462,41 @@ def _wide_errors(dtype: DType, out_dtype: DType) -> Kernel:
 
     @kernel(*_COMMON, f32p, f32p, f32p, f32, u64, u64, i64, f32p, f32p, i64)
     def errors(  # type: ignore[no-untyped-def]
-        entries, slots, tokens, cosines, sines, _pairs, _interleaved, most, table_tokens,
+        entries, slots, tokens, cosines, sines, _pairs, _interleaved, max_pairs, table_tokens,
         table_token, _values, _scales, steps, step_scale, mean, rows, width, lost, energy,
         stride,
     ):  # fmt: skip
-        entry = _I32(cuda.blockIdx.y) * _I32(FIELDS)
-        dim, heads = _I32(entries[entry + DIM]), _I32(entries[entry + HEADS])
-        table = entries[entry + TABLE]
-        units = dim // _I32(16)
-        thread = _I32(cuda.threadIdx.x)
-        unit, offset, together = thread % units, thread // units, _I32(THREADS) // units
-        first = _I32(cuda.blockIdx.x) * _I32(TOKENS)
+        entry, dim, heads, table = _entry(entries)
+        unit, offset, together = _wide_share(dim)
+        first, last = _tile(tokens)
+        # Lanes add up their sums together: those without a token of their own take another's.
         for begin in range(first, first + _I32(TOKENS), together):
             token = min(_I32(begin) + offset, tokens - _I32(1))
             slot = max(slots[token], _I64(0))
-            at = (table * table_tokens + table_token + token) * most + unit * _I32(8)
-            c, d, s, r = _turns(table, cosines, sines, at)
-            x = entries[entry + ADDRESS] + 2 * (
-                slot * entries[entry + TOKEN_STRIDE] + unit * _I32(8)
-            )
-            column = entries[entry + COLUMN] + unit * _I32(8)
+            at = _angle_at(table, table_tokens, table_token, token, max_pairs) + unit * _I32(8)
+            angles = _wide_angles(table, at, cosines, sines)
+            x, column = _wide_place(entries, entry, slot, unit)
             step = steps[token] * step_scale
             difference, total = _F32(0), _F32(0)
             for _ in range(heads):
-                source = rows + 2 * (token * width + column)
-                a, b = load_u32x4(source), load_u32x4(source + dim)
+                row = rows + 2 * (token * width + column)
+                a, b = load_u32x4(row), load_u32x4(row + dim)
                 xa, xb = load_u32x4(x), load_u32x4(x + dim)
-                m = mean + 4 * column
-                m0, m1 = _eight(m)
-                n0, n1 = _eight(m + 2 * dim)
-                e, n = compare(
-                    a[0], b[0], xa[0], xb[0], c[0], c[1], s[0], s[1],
-                    m0[0], m0[1], n0[0], n0[1], step,
-                )  # fmt: skip
-                difference += e
-                total += n
-                e, n = compare(
-                    a[1], b[1], xa[1], xb[1], c[2], c[3], s[2], s[3],
-                    m0[2], m0[3], n0[2], n0[3], step,
-                )  # fmt: skip
-                difference += e
-                total += n
-                e, n = compare(
-                    a[2], b[2], xa[2], xb[2], d[0], d[1], r[0], r[1],
-                    m1[0], m1[1], n1[0], n1[1], step,
-                )  # fmt: skip
-                difference += e
-                total += n
-                e, n = compare(
-                    a[3], b[3], xa[3], xb[3], d[2], d[3], r[2], r[3],
-                    m1[2], m1[3], n1[2], n1[3], step,
-                )  # fmt: skip
-                difference += e
-                total += n
+                means = _wide_means(mean, column, dim)
+                e0, n0 = compare(a[0], b[0], xa[0], xb[0], step, means[0], angles[0])
+                e1, n1 = compare(a[1], b[1], xa[1], xb[1], step, means[1], angles[1])
+                e2, n2 = compare(a[2], b[2], xa[2], xb[2], step, means[2], angles[2])
+                e3, n3 = compare(a[3], b[3], xa[3], xb[3], step, means[3], angles[3])
+                difference = difference + e0 + e1 + e2 + e3
+                total = total + n0 + n1 + n2 + n3
                 x += 2 * entries[entry + HEAD_STRIDE]
                 column += dim
-            by = units >> _I32(1)
+            by = dim // _I32(32)
             while by > 0:
                 difference += shuffle_down(difference, by)
                 total += shuffle_down(total, by)
                 by >>= _I32(1)
-            if unit == 0 and _I32(begin) + offset < min(first + _I32(TOKENS), tokens):
+            if unit == 0 and _I32(begin) + offset < last:
                 to = entries[entry + ROW] * stride + token
                 lost[to] = difference
                 energy[to] = total
@@ -587,25 +505,27 @@ def _wide_errors(dtype: DType, out_dtype: DType) -> Kernel:
 
 
 def _any_errors(dtype: DType, out_dtype: DType) -> Kernel:
-    round_to = _ROUNDS[out_dtype]
-    load = _LOADS[dtype]
+    round_to = ROUNDS[out_dtype]
+    load = LOADS[dtype]
+
+    @cuda.jit(device=True)
+    def compare(x, address, at, values, scale):  # type: ignore[no-untyped-def]
+        exact = load(address, at, values) * scale
+        delta = round_to(x, scale) - exact
+        return delta * delta, exact * exact
 
     @kernel(*_COMMON, f32p, f32p, f32p, f32, u64, u64, i64, f32p, f32p, i64)
     def errors(  # type: ignore[no-untyped-def]
-        entries, slots, tokens, cosines, sines, pairs, interleaved, most, table_tokens,
-        table_token, values, scales, steps, step_scale, mean, rows, width, lost, energy, stride,
+        entries, slots, tokens, cosines, sines, table_pairs, table_interleaved, max_pairs,
+        table_tokens, table_token, values, scales, steps, step_scale, mean, rows, width, lost,
+        energy, stride,
     ):  # fmt: skip
-        entry = _I32(cuda.blockIdx.y) * _I32(FIELDS)
-        dim, heads = _I32(entries[entry + DIM]), _I32(entries[entry + HEADS])
-        table = entries[entry + TABLE]
-        paired, woven = _I32(0), False
-        if table >= 0:
-            paired, woven = pairs[table], interleaved[table] != 0
+        entry, dim, heads, table = _entry(entries)
+        pairs, interleaved = _pairing(table, table_pairs, table_interleaved)
         units = (dim + _I32(1)) // _I32(2)
-        lane = _I32(cuda.threadIdx.x) % _I32(WARP)
-        first = _I32(cuda.blockIdx.x) * _I32(TOKENS)
-        last = min(first + _I32(TOKENS), tokens)
+        first, last = _tile(tokens)
         means, source = f32_at(mean), u16_at(rows)
+        lane = _I32(cuda.threadIdx.x) % _I32(WARP)
         begin = first + _I32(cuda.threadIdx.x) // _I32(WARP)
         for token in range(begin, last, _I32(THREADS // WARP)):
             slot = slots[token]
@@ -614,29 +534,21 @@ def _any_errors(dtype: DType, out_dtype: DType) -> Kernel:
             if slot >= 0:
                 for i in range(lane, units * heads, _I32(WARP)):
                     unit, head = _I32(i) % units, _I32(i) // units
-                    scale = scales[entries[entry + ROW] * heads + head]
-                    at = slot * entries[entry + TOKEN_STRIDE] + head * entries[entry + HEAD_STRIDE]
+                    a, b = _channels(unit, pairs, interleaved, dim)
                     column = entries[entry + COLUMN] + head * dim
                     row = token * width + column
-                    a = _first_channel(unit, paired, woven)
-                    b = _second_channel(unit, paired, woven, dim)
-                    x = f16_value(source[row + a]) * step + means[column + a]
-                    y = _F32(0)
+                    x, y = _row_unit(source, row, means, column, a, b, dim, step)
+                    angle = _angle_at(table, table_tokens, table_token, token, max_pairs)
+                    x, y = _turn_unit(x, y, unit, pairs, angle, cosines, sines)
+                    address, at = entries[entry + ADDRESS], _element(entries, entry, slot, head)
+                    scale = scales[entries[entry + ROW] * heads + head]
+                    e, n = compare(x, address, at + a, values, scale)
+                    difference += e
+                    total += n
                     if b < dim:
-                        y = f16_value(source[row + b]) * step + means[column + b]
-                    if unit < paired:
-                        r = (table * table_tokens + table_token + token) * most + unit
-                        c, s = f32_at(cosines)[r], f32_at(sines)[r]
-                        x, y = x * c - y * s, y * c + x * s
-                    exact = load(entries[entry + ADDRESS], at + a, values) * scale
-                    delta = round_to(x, scale) - exact
-                    difference += delta * delta
-                    total += exact * exact
-                    if b < dim:
-                        exact = load(entries[entry + ADDRESS], at + b, values) * scale
-                        delta = round_to(y, scale) - exact
-                        difference += delta * delta
-                        total += exact * exact
+                        e, n = compare(y, address, at + b, values, scale)
+                        difference += e
+                        total += n
             for by in (16, 8, 4, 2, 1):
                 difference += shuffle_down(difference, _I32(by))
                 total += shuffle_down(total, _I32(by))
@@ -678,15 +590,15 @@ def move(size: int, *, back: bool) -> Kernel:
 
     @kernel(i64p, i64p, i32, i64p)
     def move(entries, slots, tokens, dense):  # type: ignore[no-untyped-def]
-        entry = _I32(cuda.blockIdx.y) * _I32(FIELDS)
-        dim, heads = _I32(entries[entry + DIM]), _I32(entries[entry + HEADS])
+        entry, dim, heads, _ = _entry(entries)
         token = _I32(cuda.blockIdx.x)
         slot = slots[token]
         if slot < 0:
             return
+        begin = slot * entries[entry + TOKEN_STRIDE]
         for i in range(_I32(cuda.threadIdx.x), heads * dim, _I32(cuda.blockDim.x)):
             head, channel = _I32(i) // dim, _I32(i) % dim
-            there = slot * entries[entry + TOKEN_STRIDE] + head * entries[entry + HEAD_STRIDE]
+            there = begin + head * entries[entry + HEAD_STRIDE]
             here = (head * tokens + token) * dim + channel
             tensor, own = at(entries[entry + ADDRESS]), at(dense[_I32(cuda.blockIdx.y)])
             if back:
