@@ -31,7 +31,7 @@ from kvtc_stream.gpu.coder.analysis import Payload
 from kvtc_stream.gpu.coder.band_coding import BandDecoder, BandEncoder
 from kvtc_stream.gpu.coder.decoding import (
     BATCH_TOKENS,
-    BlockDecoder,
+    BatchDecoder,
     Placed,
     UniformDecoder,
     faulty,
@@ -183,7 +183,7 @@ class CudaSectionCoder:
         self._scales: NDArray[np.float32] | None = None
         if k_scale is not None and v_scale is not None:
             self._scales = np.concatenate([k_scale, v_scale])
-        self._decoder: BlockDecoder = (UniformDecoder if plan.uniform else BandDecoder)(
+        self._decoder: BatchDecoder = (UniformDecoder if plan.uniform else BandDecoder)(
             self._section, self._plan, self._scales
         )
         self._encoder: BatchEncoder | BandEncoder | None = None
@@ -517,9 +517,9 @@ class CudaSectionCoder:
                 self._spread(Tensors.of_layers(list(x), dtype), [index]) for x in (k, v)
             )
             if found:
-                target = self._decoder.target([index], k_out, v_out)
+                destination = self._decoder.destination([index], k_out, v_out)
                 for _, batch in found:
-                    self._decoder.values(batch, target)
+                    self._decoder.values(batch, destination)
             decoded = list(on_host)
             for some, batch in found:
                 if int(batch.overflow[0]):

@@ -14,7 +14,7 @@ from kvtc_stream.formats import Coder, DType, LayerErrors, Section
 from kvtc_stream.gpu.coder.decoding import device_scales, piece_tokens
 from kvtc_stream.gpu.coder.plan import Basis
 from kvtc_stream.gpu.coder.products import R_16F, analyse, analyse_leading, synthesise
-from kvtc_stream.gpu.coder.rope import DeviceRopes, Rotations
+from kvtc_stream.gpu.coder.rope import DeviceRopes, DeviceRotations
 from kvtc_stream.gpu.kernels import layout
 from kvtc_stream.gpu.runtime.tensors import Column, Tensors, entries
 from kvtc_stream.io.dlpack import numpy_dtype
@@ -134,7 +134,9 @@ class Analyser:
             k.wide and v.wide and self._ropes.halves,
         )
 
-    def _common(self, source: Source, part: int, at: int, tokens: int, r: Rotations) -> list[Any]:
+    def _common(
+        self, source: Source, part: int, at: int, tokens: int, r: DeviceRotations
+    ) -> list[Any]:
         """What kernels that read tensors have in common: ``tokens`` from ``at`` on."""
         return [
             source.entries.data.ptr + 8 * layout.FIELDS * source.parts[part][0],

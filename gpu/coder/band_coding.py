@@ -19,7 +19,7 @@ from kvtc_stream.errors import FormatError
 from kvtc_stream.formats import Block, Coder, Section
 from kvtc_stream.formats.coders import compress_beside, decompress
 from kvtc_stream.gpu.coder.analysis import Analyser, Encoded, Payload, errors_by_layer, stride_of
-from kvtc_stream.gpu.coder.decoding import Batch, BlockDecoder, Placed, kept_columns
+from kvtc_stream.gpu.coder.decoding import Batch, BatchDecoder, Placed, kept_columns
 from kvtc_stream.gpu.coder.plan import BandPlan
 from kvtc_stream.gpu.kernels import bands
 from kvtc_stream.gpu.runtime.tensors import Tensors
@@ -29,7 +29,7 @@ from kvtc_stream.io.threads import threads
 BATCH_TOKENS = 4096
 
 
-class BandDecoder(BlockDecoder):
+class BandDecoder(BatchDecoder):
     """Decodes blocks of bands with a scale and a shift per token."""
 
     batch_tokens = BATCH_TOKENS
@@ -41,7 +41,7 @@ class BandDecoder(BlockDecoder):
         self._plan = plan
 
     def symbols(self, blocks: Sequence[Placed]) -> Batch:
-        """See :meth:`kvtc_stream.gpu.coder.decoding.BlockDecoder.symbols`."""
+        """See :meth:`kvtc_stream.gpu.coder.decoding.BatchDecoder.symbols`."""
         plan = self._plan
         for p in blocks:
             b, needed = p.block, bands.payload_size(p.block.coded_tokens, plan.bands)

@@ -21,7 +21,7 @@ from kvtc_stream.coding.payload import UniformPayload, tiles
 from kvtc_stream.formats import Block, DType, Section
 from kvtc_stream.gpu.coder.plan import Basis, DevicePlan
 from kvtc_stream.gpu.coder.products import synthesise
-from kvtc_stream.gpu.coder.rope import DeviceRopes, Rotations
+from kvtc_stream.gpu.coder.rope import DeviceRopes, DeviceRotations
 from kvtc_stream.gpu.kernels import layout, rans
 from kvtc_stream.gpu.runtime.staging import Staging
 from kvtc_stream.gpu.runtime.tensors import Column, Tensors, entries
@@ -65,7 +65,7 @@ class Batch:
     tokens: int
     stride: int
     slots: Any
-    rotations: Rotations
+    rotations: DeviceRotations
     faults: Any
     overflow: Any
 
@@ -91,7 +91,7 @@ class Span:
 
 
 @dataclass(frozen=True)
-class Target:
+class Destination:
     """Tensors that values are written to.
 
     Attributes
@@ -228,7 +228,7 @@ class TileTasks:
         return np.concatenate(out), together
 
 
-class BlockDecoder(ABC):
+class BatchDecoder(ABC):
     """Decodes data blocks of one kind of stream. One thread and one CUDA stream at a time.
 
     ``scales`` are those of fp8 output, float32 [2 · layers, heads], K then V; ``None``: 1.
@@ -283,7 +283,9 @@ class BlockDecoder(ABC):
             cupy.zeros(1, np.int32),
         )
 
-    def target(self, layers: Sequence[int], k_out: Tensors | None, v_out: Tensors | None) -> Target:
+    def destination(
+        self, layers: Sequence[int], k_out: Tensors | None, v_out: Tensors | None
+    ) -> Destination:
         """Where values of ``layers`` go: indices into the section's, as those of the tensors'
         addresses are; ``None`` is not wanted."""
         s = self._section
@@ -311,7 +313,7 @@ class BlockDecoder(ABC):
                     spans.append(Span(index, len(rows), len(columns), begin, end))
                     rows += [(kind, x, c - begin) for kind, x, c in columns]
         wanted = [t for t in (k_out, v_out) if t is not None]
-        return Target(
+        return Destination(
             cupy.asarray(entries(k_out, v_out, rows, self._ropes)),
             spans,
             wanted[0].dtype,
@@ -329,18 +331,18 @@ class BlockDecoder(ABC):
         """Decode blocks, all of which have coded tokens, into tensors: batch after batch as they
         come, without waiting for the device. See :func:`faulty`."""
         started = []
-        target = self.target(layers, k_out, v_out)
+        destination = self.destination(layers, k_out, v_out)
         for some in self.batches(blocks):
             batch = self.symbols(some)
-            self.values(batch, target)
+            self.values(batch, destination)
             started.append(Started(some, batch.faults, batch.overflow))
         return started
 
-    def values(self, batch: Batch, target: Target) -> None:
+    def values(self, batch: Batch, destination: Destination) -> None:
         """Turn symbols into K and V."""
         ropes, found = self._ropes, batch.rotations
-        scatter = layout.scatter(target.dtype, target.wide)
-        for span in target.spans:
+        scatter = layout.scatter(destination.dtype, destination.wide)
+        for span in destination.spans:
             leaf, begin, end = self._basis.leaves[span.leaf], span.begin, span.end
             width = end - begin
             piece = piece_tokens(width, leaf.count, batch.tokens)
@@ -349,7 +351,7 @@ class BlockDecoder(ABC):
                 rows[...] = 0
             symbols = batch.symbols.data.ptr + 2 * leaf.first * batch.stride
             scales = batch.scales.data.ptr + 4 * leaf.part * batch.stride
-            own = target.entries.data.ptr + 8 * layout.FIELDS * span.row
+            own = destination.entries.data.ptr + 8 * layout.FIELDS * span.row
             for at in range(0, batch.tokens, piece):
                 tokens = min(piece, batch.tokens - at)
                 synthesise(
@@ -386,7 +388,7 @@ class BlockDecoder(ABC):
                 )
 
 
-class UniformDecoder(BlockDecoder):
+class UniformDecoder(BatchDecoder):
     """Decodes blocks of uniform bands."""
 
     def __init__(

@@ -14,7 +14,7 @@ from kvtc_stream.gpu.kernels import layout
 
 
 @dataclass(frozen=True)
-class Rotations:
+class DeviceRotations:
     """Cosines and sines of some tokens, each float32 [rotations, tokens, max pairs]."""
 
     cosines: Any
@@ -56,11 +56,13 @@ class DeviceRopes:
             np.array([int(r.interleaved) for r in ropes] or [0], np.int32)
         )
 
-    def at(self, positions: Any, *, sign: int) -> Rotations:
+    def at(self, positions: Any, *, sign: int) -> DeviceRotations:
         """Rotations for int64 positions on the device; ``sign`` 1 applies RoPE, -1 removes it."""
         tokens = len(positions)
         shape = (self._count, tokens, self.most)
-        found = Rotations(cupy.empty(shape, np.float32), cupy.empty(shape, np.float32), tokens)
+        found = DeviceRotations(
+            cupy.empty(shape, np.float32), cupy.empty(shape, np.float32), tokens
+        )
         layout.rotations(
             (-(-tokens * self.most // layout.THREADS), self._count),
             layout.THREADS,

@@ -1,7 +1,8 @@
 """The intrinsics of kernels in Python, for Numba's simulator.
 
 Numba runs kernels in Python where ``NUMBA_ENABLE_CUDASIM=1`` is set before it is imported: every
-thread is one of Python's, every value NumPy's. Pointers are :class:`Memory`, which keeps bounds
+thread is one of Python's, every value NumPy's. Kernels then import their intrinsics from here;
+``tests/simulated/launch.py`` launches them. Pointers are :class:`Memory`, which keeps bounds
 that the GPU would not.
 
 NumPy keeps integers of 32 bits where Numba widens them to 64, and refuses Python's integers beyond
@@ -18,16 +19,11 @@ a type. A kernel is right in both if
 from __future__ import annotations
 
 import threading
-import warnings
-from collections.abc import Sequence
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
-from numba import cuda, types
-
-from kvtc_stream.gpu.runtime.compile import Kernel
 
 _WARP = 32
 #: Seconds to wait for the other lanes of a warp: a lane that has returned never arrives.
@@ -54,43 +50,6 @@ class Memory:
         if not 0 <= index < self.array.size:
             raise IndexError(f"{index} is outside an array of {self.array.size}")
         return int(index)
-
-
-def simulate(
-    kernel: Kernel,
-    grid: int | tuple[int, ...],
-    block: int,
-    arguments: Sequence[Any],
-    shared: int = 0,
-) -> None:
-    """Run a kernel on C-contiguous NumPy arrays or addresses; arguments are those of a launch.
-
-    Takes some 0.01 ms per thread, and more for each :func:`ballot`. One call at a time.
-    """
-    grid = (grid,) if isinstance(grid, int) else grid
-    if min(grid) == 0:
-        return
-    typed = [_typed(t, x) for t, x in zip(kernel.signature, arguments, strict=True)]
-    launch = cuda.jit(kernel.function)[grid, block, 0, shared]
-    with warnings.catch_warnings():
-        # Integers wrap.
-        warnings.simplefilter("ignore", RuntimeWarning)
-        launch(*typed)
-
-
-def _typed(kind: Any, value: Any) -> Any:
-    dtype = np.dtype(str(getattr(kind, "dtype", kind)))
-    if not isinstance(kind, types.CPointer):
-        # Addresses are signed here: see above.
-        return np.int64(value) if dtype == np.uint64 else dtype.type(value)
-    if not isinstance(value, np.ndarray):
-        return _at(value, dtype)
-    flat = np.asarray(value).reshape(-1, copy=False)
-    if value.dtype == np.uint8:  # bytes, to be read as anything
-        flat = flat[: flat.size // dtype.itemsize * dtype.itemsize].view(dtype)
-    if flat.dtype != dtype:
-        raise TypeError(f"expected {dtype}, found {value.dtype}")
-    return Memory(flat)
 
 
 # --- what the lanes of a warp share -------------------------------------------------------------
@@ -196,35 +155,36 @@ def round_to_int(x: Any) -> np.int32:
 # --- pointers from addresses --------------------------------------------------------------------
 
 
-def _at(address: Any, dtype: npt.DTypeLike) -> Memory:
+def memory_at(address: Any, dtype: npt.DTypeLike) -> Memory:
+    """A pointer of an element type from an address."""
     kind = np.ctypeslib.as_ctypes_type(dtype) * (_UNKNOWN // np.dtype(dtype).itemsize)
     return Memory(np.ctypeslib.as_array(kind.from_address(int(address))))
 
 
 def u8_at(address: Any) -> Memory:
     """A pointer from an address."""
-    return _at(address, np.uint8)
+    return memory_at(address, np.uint8)
 
 
 def u16_at(address: Any) -> Memory:
     """A pointer from an address."""
-    return _at(address, np.uint16)
+    return memory_at(address, np.uint16)
 
 
 def u32_at(address: Any) -> Memory:
     """A pointer from an address."""
-    return _at(address, np.uint32)
+    return memory_at(address, np.uint32)
 
 
 def f32_at(address: Any) -> Memory:
     """A pointer from an address."""
-    return _at(address, np.float32)
+    return memory_at(address, np.float32)
 
 
 def _four_at(address: Any, dtype: type) -> npt.NDArray[Any]:
     if int(address) % 16:
         raise ValueError(f"address {int(address)} is no multiple of 16")
-    return _at(address, dtype).array[:4]
+    return memory_at(address, dtype).array[:4]
 
 
 def load_u32x4(address: Any) -> tuple[Any, ...]:

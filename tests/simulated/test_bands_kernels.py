@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from launch import simulate
 
 from kvtc_stream.coding import bands as cpu
 from kvtc_stream.errors import FormatError
 from kvtc_stream.formats.plan import Band, Quantiser
 from kvtc_stream.gpu.kernels import bands
-from kvtc_stream.gpu.runtime.simulator import simulate
 
 Array = npt.NDArray[Any]
 

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from launch import simulate
 
 import kvtc_stream as kvtc
 from kvtc_stream.coding import rope as cpu
 from kvtc_stream.coding.values import from_float32
 from kvtc_stream.gpu.kernels import layout
-from kvtc_stream.gpu.runtime.simulator import simulate
 from kvtc_stream.io.dlpack import numpy_dtype
 
 Array = npt.NDArray[Any]

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from launch import simulate
 from test_rans import EDGES, FAMILIES, _family, _one_lane
 
 from kvtc_stream.coding import rans as cpu
 from kvtc_stream.errors import FormatError
 from kvtc_stream.gpu.coder import tables
 from kvtc_stream.gpu.kernels import rans
-from kvtc_stream.gpu.runtime.simulator import simulate
 
 Array = npt.NDArray[Any]
 

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from launch import simulate
 
 from kvtc_stream.calibration import importance
 from kvtc_stream.coding.rans import MIDDLE
 from kvtc_stream.gpu.kernels import uniform
-from kvtc_stream.gpu.runtime.simulator import simulate
 
 Array = npt.NDArray[Any]
 
