@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any, TypeAlias
 
 import cupy
@@ -236,7 +237,7 @@ class CudaSectionCoder:
         else:
             batch = encoder.prepare(*inputs)
             if self._control is not None:
-                self._choose(self._control, encoder, batch, offsets)
+                batch, offsets = self._choose(self._control, encoder, batch)
             found = encoder.encode(batch, offsets)
         blocks = []
         for i, (begin, end) in enumerate(zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True)):
@@ -267,36 +268,55 @@ class CudaSectionCoder:
         return BandEncoder(*arguments, coder=self._header.coder, **options)
 
     def _choose(
-        self,
-        control: SectionControl,
-        encoder: BatchEncoder,
-        batch: Prepared,
-        offsets: NDArray[np.float64],
-    ) -> None:
-        """Offsets of a batch's blocks, by what they are expected to take or lose.
+        self, control: SectionControl, encoder: BatchEncoder, batch: Prepared
+    ) -> tuple[Prepared, NDArray[np.float64]]:
+        """Offsets of a batch's blocks, by what they are expected to take or lose; and the batch,
+        without the grids that are not kept.
 
         That is also what the control counts them by, so that a block's bytes do not depend on
         which blocks were in a batch with it.
         """
-        starts = batch.starts.tolist()
-        sizes, errors = encoder.sizes(batch), encoder.errors(batch)
-        for i in range(len(offsets)):
-            own = np.arange(starts[i], starts[i + 1])
+        blocks = [slice(a, b) for a, b in pairwise(batch.starts.tolist())]
+        grids, fits = encoder.grids(batch)
+        known = fits & np.logical_and.reduce([own.known for own in grids])
+        restored: list[float | None] = [None] * len(blocks)
+        if known.any():
+            sizes, forgotten = encoder.sizes(batch, known), np.zeros_like(known)
+            for i, own in enumerate(blocks):
+                if known[own].any():
+                    offset = float(np.mean([x[own].offset for x in grids]))
+                    count = int(np.count_nonzero(known[own]))
+                    if control.keeps(count, float(sizes.at(i, offset))):
+                        restored[i] = offset
+                    else:
+                        forgotten[own] = True
+            if forgotten.any():
+                batch, known = encoder.forgotten(batch, forgotten), known & ~forgotten
+        errors = encoder.errors(batch)
+        counted, measured = np.zeros((2, len(known)), np.bool_)
+        for own in blocks:
+            counted[own] = control.counted(fits[own], known[own])
             if control.of_errors:
                 # Tokens that will be verbatim have none.
                 found = errors.at((slice(None), own), 0.0)
-                own = own[(found <= self._bound).all(axis=0)]
-            if not len(own):
+                counted[own] &= (found <= self._bound).all(axis=0)
+            measured[own] = counted[own] if counted[own].any() else known[own]
+        sizes = encoder.sizes(batch, measured)
+        offsets = np.zeros(len(blocks))
+        for i, own in enumerate(blocks):
+            which = own.start + np.flatnonzero(counted[own])
+            if not len(which) and restored[i] is None:
                 continue
 
             def size(x: float, i: int = i) -> float:
                 return float(sizes.at(i, x))
 
-            def error(x: float, own: NDArray[np.int64] = own) -> tuple[Any, Any]:
-                return errors.at((0, own), x), errors.at((1, own), x)
+            def error(x: float, which: NDArray[np.int64] = which) -> tuple[Any, Any]:
+                return errors.at((0, which), x), errors.at((1, which), x)
 
-            offsets[i] = control.choose(len(own), size, error)
-            control.expect(float(offsets[i]), len(own), size, error)
+            offsets[i] = control.choose(len(which), size, error, restored=restored[i])
+            control.expect(float(offsets[i]), len(which), size, error)
+        return batch, offsets
 
     def reads(self, k: list[Any], v: list[Any]) -> bool:
         """See :meth:`kvtc_stream.backends.base.SectionCoder.reads`."""

@@ -272,6 +272,7 @@ def test_classes_make_up_exponents(exponents: list[int], offset: float) -> None:
     e = np.array(exponents, np.int16)
     level, [classes] = lattice.settle([e], offset)
     assert (classes < 16).all()
+    assert -128 <= level <= 127
     found = level + classes.astype(np.int64)
     assert ((e - found) % 4 == 0).all()
     assert (found <= e).all()

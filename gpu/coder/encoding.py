@@ -1,22 +1,25 @@
 """Tensors to blocks with uniform bands, many at a time.
 
-A batch of blocks is gathered, projected and classified; sizes, or errors, are measured at some
-steps, from which the rate control chooses; tokens that cannot be coded are left out; the rest
-becomes tiles and then payloads. The host waits for sizes twice: to choose steps, and to fetch.
+A batch of blocks is gathered, projected and classified; which tokens are restored ones is found;
+sizes, or errors, are measured at some steps, from which the rate control chooses; tokens that
+cannot be coded are left out; the rest becomes tiles and then payloads. The host waits three times:
+for grids and for sizes, to choose steps, and to fetch.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import cupy
 import numpy as np
 from numpy.typing import NDArray
 
+from kvtc_stream.coding.lattice import NO_GRID, TokenGrids
 from kvtc_stream.coding.payload import TILE_COMPONENTS
+from kvtc_stream.coding.rans import CLASSES
 from kvtc_stream.formats import Coder, Section
 from kvtc_stream.gpu.coder.analysis import (
     Analyser,
@@ -56,22 +59,25 @@ class OnDevice:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A batch whose coefficients are known: float32 [components, stride], uint8 classes and
-    float32 peaks [parts, stride], and first tokens of blocks."""
+    """A batch whose coefficients are known: float32 [components, stride]; float32 wishes and peaks
+    and int32 grids [parts, stride], see :func:`kvtc_stream.gpu.kernels.uniform.classify` and
+    ``recognise``; and first tokens of blocks."""
 
     source: Source
     coefficients: Any
     stride: int
-    classes: Any
+    wishes: Any
     peaks: Any
+    grids: Any
     starts: NDArray[np.int64]
     starts_d: Any
 
 
 @dataclass(frozen=True)
 class _Steps:
-    """See :func:`kvtc_stream.gpu.kernels.uniform.steps`."""
+    """See :func:`kvtc_stream.gpu.kernels.uniform.settle`."""
 
+    classes: Any
     block_steps: Any
     factors: Any
     levels: Any
@@ -130,7 +136,7 @@ class BatchEncoder(Analyser):
         positions: NDArray[np.int64],
         starts: NDArray[np.int64],
     ) -> Prepared:
-        """Coefficients and classes of a batch.
+        """Coefficients and grids of a batch.
 
         Parameters
         ----------
@@ -146,10 +152,11 @@ class BatchEncoder(Analyser):
         stride = stride_of(tokens)
         source = self._source(k, v, slots, positions)
         c = self._coefficients(source, stride)
-        classes = cupy.empty((parts, stride), np.uint8)
-        peaks = cupy.empty((parts, stride), np.float32)
+        wishes, peaks = cupy.empty((2, parts, stride), np.float32)
+        grids = cupy.empty((parts, stride), np.int32)
+        grid = -(-tokens // WARP), parts
         uniform.classify(
-            (-(-tokens // WARP), parts),
+            grid,
             uniform.CLASSIFY_THREADS,
             (
                 c,
@@ -160,27 +167,57 @@ class BatchEncoder(Analyser):
                 plan.weights,
                 plan.groups,
                 plan.per_class,
-                classes,
+                source.positions,
+                wishes,
                 peaks,
             ),
         )
+        uniform.recognise(
+            grid,
+            uniform.CLASSIFY_THREADS,
+            (c, stride, tokens, plan.fields, plan.unit, wishes, peaks, grids),
+        )
         starts_d = cupy.asarray(starts.astype(np.int32))
-        return Prepared(source, c, stride, classes, peaks, starts, starts_d)
+        return Prepared(source, c, stride, wishes, peaks, grids, starts, starts_d)
 
-    def _steps(self, offsets: NDArray[np.float64]) -> _Steps:
-        plan, count = self._plan, offsets.size
-        block_steps, factors = cupy.empty((2, count, 16), np.float32)
-        levels, indices = cupy.empty((2, count), np.int32)
-        heads = cupy.empty(count, np.float32)
-        uniform.steps(
-            -(-count * 16 // uniform.THREADS),
+    def grids(self, batch: Prepared) -> tuple[list[TokenGrids], NDArray[np.bool_]]:
+        """What decides the steps of tokens, a part; and which tokens, bool, the plan's steps can
+        code. Waits for the device."""
+        tokens = int(batch.starts[-1])
+        grids = cupy.asnumpy(batch.grids)[:, :tokens].astype(np.int16)
+        wishes, peaks = (cupy.asnumpy(x)[:, :tokens] for x in (batch.wishes, batch.peaks))
+        found = list(map(TokenGrids, wishes, grids))
+        steps = self._plan.unit * np.exp2(np.stack([own.exponents(0.0) for own in found]) / 4)
+        return found, (peaks < uniform.CODED * steps).all(axis=0)
+
+    def forgotten(self, batch: Prepared, which: NDArray[np.bool_]) -> Prepared:
+        """As if some tokens, bool [tokens], had no grids."""
+        grids = batch.grids.copy()
+        grids[:, : len(which)][:, cupy.asarray(which)] = NO_GRID
+        return replace(batch, grids=grids)
+
+    def _steps(self, batch: Prepared, offsets: NDArray[np.float64]) -> _Steps:
+        """At offsets [blocks, any number]."""
+        plan, parts = self._plan, len(self._plan.parts)
+        blocks, number = offsets.shape
+        classes = cupy.empty((number, parts, batch.stride), np.uint8)
+        block_steps, factors = cupy.empty((2, blocks, number, CLASSES), np.float32)
+        levels, indices = cupy.empty((2, blocks, number), np.int32)
+        heads = cupy.empty((blocks, number), np.float32)
+        uniform.settle(
+            (blocks, number),
             uniform.THREADS,
             (
-                count,
+                batch.starts_d,
+                parts,
+                batch.stride,
+                batch.wishes,
+                batch.grids,
                 cupy.asarray(offsets.ravel()),
                 plan.unit,
                 plan.lowest,
                 plan.highest,
+                classes,
                 block_steps,
                 factors,
                 levels,
@@ -188,19 +225,37 @@ class BatchEncoder(Analyser):
                 heads,
             ),
         )
-        return _Steps(block_steps, factors, levels, indices, heads)
+        return _Steps(classes, block_steps, factors, levels, indices, heads)
 
-    def sizes(self, batch: Prepared) -> Measured:
-        """Bytes of the blocks' payloads [blocks] over offsets; waits for the device."""
+    def sizes(self, batch: Prepared, which: NDArray[np.bool_] | None = None) -> Measured:
+        """Bytes of the blocks' payloads [blocks] over offsets; waits for the device.
+
+        About how much of them some tokens, bool [tokens], are; by default all.
+        """
         tokens, parts = np.diff(batch.starts), len(self._plan.parts)
         overhead = 8 + self._tiles * (4 + 3 * np.minimum(tokens, 32)) + parts * ((tokens + 1) // 2)
-        return Measured(lambda offsets: self._bits(batch, offsets) / 8 + overhead[:, None])
+        peaks = batch.peaks
+        if which is not None and not which.all():
+            share = np.add.reduceat(which, batch.starts[:-1], dtype=np.int64) / tokens
+            overhead = overhead * share
+            # To the kernel they are as tokens that will be verbatim.
+            none = cupy.asarray(np.where(which, np.float32(0), np.float32(np.inf)))
+            peaks = peaks.copy()
+            peaks[:, : len(which)] = cupy.maximum(peaks[:, : len(which)], none)
 
-    def _bits(self, batch: Prepared, offsets: NDArray[np.float64]) -> NDArray[np.float64]:
+        def measure(offsets: NDArray[np.float64]) -> NDArray[np.float64]:
+            found: NDArray[np.float64] = self._bits(batch, peaks, offsets) / 8 + overhead[:, None]
+            return found
+
+        return Measured(measure)
+
+    def _bits(
+        self, batch: Prepared, peaks: Any, offsets: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
         """Of symbols and escapes, [blocks, offsets]."""
         plan = self._plan
         blocks, parts = len(batch.starts) - 1, len(plan.parts)
-        steps = self._steps(np.tile(offsets, (blocks, 1)))
+        steps = self._steps(batch, np.tile(offsets, (blocks, 1)))
         chunks = uniform.chunks(plan.coded)
         bits = cupy.empty((blocks, parts * chunks, uniform.SIZES), np.float32)
         uniform.sizes(
@@ -212,8 +267,8 @@ class BatchEncoder(Analyser):
                 plan.fields,
                 plan.ids,
                 plan.components,
-                batch.classes,
-                batch.peaks,
+                steps.classes,
+                peaks,
                 steps.factors,
                 steps.indices,
                 plan.bits,
@@ -231,7 +286,7 @@ class BatchEncoder(Analyser):
         blocks, tokens = len(batch.starts) - 1, int(batch.starts[-1])
 
         def measure(offsets: NDArray[np.float64]) -> NDArray[np.float32]:
-            steps = (self._steps(np.full(blocks, offset)) for offset in offsets)
+            steps = (self._steps(batch, np.full((blocks, 1), offset)) for offset in offsets)
             found = [cupy.asnumpy(self._errors(batch, x)[:, 0])[:, :tokens] for x in steps]
             return np.stack(found, axis=-1)
 
@@ -267,7 +322,7 @@ class BatchEncoder(Analyser):
         """As :meth:`encode` without waiting. The batch's coefficients are gone."""
         plan, c, stride, starts = self._plan, batch.coefficients, batch.stride, batch.starts
         blocks, tokens, parts = len(starts) - 1, int(starts[-1]), len(plan.parts)
-        steps = self._steps(offsets)
+        steps = self._steps(batch, offsets[:, None])
         errors = self._errors(batch, steps) if self._measure else None
         columns, kept, verbatim = self._keep(batch, steps, errors)
         tasks, of_blocks, words, together = self._room(starts)
@@ -289,7 +344,7 @@ class BatchEncoder(Analyser):
                 c,
                 stride,
                 steps.indices,
-                batch.classes,
+                steps.classes,
                 kept,
                 room,
                 lengths,
@@ -317,7 +372,7 @@ class BatchEncoder(Analyser):
                 of_blocks_d,
                 columns,
                 stride,
-                batch.classes,
+                steps.classes,
                 room,
                 self._tiles,
                 parts,
@@ -344,7 +399,7 @@ class BatchEncoder(Analyser):
                 batch.starts_d,
                 parts,
                 stride,
-                batch.classes,
+                steps.classes,
                 batch.peaks,
                 steps.factors,
                 batch.peaks if errors is None else self._limiting(errors),
@@ -378,7 +433,7 @@ class BatchEncoder(Analyser):
                 tokens,
                 plan.fields,
                 cupy.asarray(of_tokens),
-                batch.classes,
+                steps.classes,
                 steps.factors,
                 steps.block_steps,
                 plan.down,

@@ -1,4 +1,4 @@
-"""Uniform bands on the GPU: classes of tokens, sizes, steps, kept tokens, payloads.
+"""Uniform bands on the GPU: grids and steps of tokens, sizes, kept tokens, payloads.
 
 Coefficients are float32 [components, stride]: a component's tokens lie side by side. Components are
 those of all parts, one part after the other; tokens those of all blocks of a batch. Coefficients
@@ -13,7 +13,8 @@ from collections.abc import Sequence
 import numpy as np
 from numba import cuda
 
-from kvtc_stream.coding.rans import MIDDLE
+from kvtc_stream.coding import lattice
+from kvtc_stream.coding.rans import CLASSES, MIDDLE
 from kvtc_stream.gpu.kernels import rans
 from kvtc_stream.gpu.kernels.intrinsics import (
     WARP,
@@ -37,6 +38,7 @@ from kvtc_stream.gpu.kernels.intrinsics import (
 from kvtc_stream.gpu.runtime.compile import kernel
 
 THREADS = 256
+#: Of blocks whose warps share out what is looked at of a warp of tokens.
 CLASSIFY_THREADS = 512
 #: What a thread of :func:`classify` finds: a peak, features of leading ones, up to 7 energies.
 _FOUND = 9 * CLASSIFY_THREADS
@@ -50,18 +52,18 @@ SIZED = 256
 #: Components that a thread quantises for a reconstruction.
 TOGETHER = 32
 
-_CLIP_COEFFICIENT, _CLIP_FEATURE, _LEAST_ENERGY = 6.0, 8.0, 1e-6
-_MOST_SYMBOL = float(1 << 24)
 #: Symbols of a token that is coded are smaller.
-_CODED = 0.999 * _MOST_SYMBOL
+CODED = 0.999 * (1 << 24)
+
+_CLIP_COEFFICIENT, _CLIP_FEATURE, _LEAST_ENERGY = 6.0, 8.0, 1e-6
 _I32, _I64, _U32, _F32, _F64 = np.int32, np.int64, np.uint32, np.float32, np.float64
 
 
-@kernel(f32p, i64, i32, i32p, f32p, f32p, i32p, f32, u8p, f32p)
+@kernel(f32p, i64, i32, i32p, f32p, f32p, i32p, f32, i64p, f32p, f32p)
 def classify(  # type: ignore[no-untyped-def]
-    coefficients, stride, tokens, parts, scale, weights, groups, per_class, classes, peaks
+    coefficients, stride, tokens, parts, scale, weights, groups, per_class, positions, wishes, peaks
 ):
-    """The class of each token in each part, and its largest coefficient.
+    """The exponent that each token should have in each part, and its largest coefficient.
 
     Blocks of threads [tokens / WARP, parts] of CLASSIFY_THREADS: a warp's lanes are tokens, and a
     token's components are shared out to the warps.
@@ -80,8 +82,11 @@ def classify(  # type: ignore[no-untyped-def]
         int32 [parts, 8]: borders of the groups.
     per_class
         Classes for a unit of the logarithm of importance.
-    classes, peaks
-        uint8, float32 [parts, stride]. A peak is not finite where a coefficient is not.
+    positions
+        int64 [tokens].
+    wishes, peaks
+        float32 [parts, stride]; see :class:`kvtc_stream.coding.lattice.TokenGrids`. A peak is not
+        finite where a coefficient is not.
     """
     # What each warp finds of each token: largest coefficient, leading features, energies.
     found = cuda.shared.array(_FOUND, f32)
@@ -123,7 +128,8 @@ def classify(  # type: ignore[no-untyped-def]
         return
     for w in range(_I32(1), warps):
         peak = max(peak, found[w * _I32(WARP) + lane])
-    klass = _I32(MIDDLE)
+    turns = _I32(_U32(_U32(positions[token]) * _U32(0x9E3779B9)))  # see lattice.spread
+    wish = _F32(_F64(turns) * 2.0**-32)
     if read >= 0:
         total = weights[at]
         for w in range(warps):
@@ -139,10 +145,93 @@ def classify(  # type: ignore[no-untyped-def]
                 mean = min(max(mean, _F32(_LEAST_ENERGY)), _F32(1 / _LEAST_ENERGY))
                 k = at + _I32(1) + _I32(2) * leading + _I32(group)
                 total += _feature(_F32(math.log(mean)), weights, k, features)
-        klass = min(max(klass + round_to_int(total * per_class), _I32(0)), _I32(15))
+        total *= per_class
+        wish = _F32(0)
+        if total == total:  # no NaN
+            wish = min(max(total, _F32(-MIDDLE)), _F32(CLASSES - 1 - MIDDLE))
     to = _I64(part) * stride + token
-    classes[to] = np.uint8(klass)
+    wishes[to] = _F32(MIDDLE) + wish
     peaks[to] = peak
+
+
+@kernel(f32p, i64, i32, i32p, f64, f32p, f32p, i32p)
+def recognise(coefficients, stride, tokens, parts, unit, wishes, peaks, grids):  # type: ignore[no-untyped-def]
+    """The grid that each token lies on already in each part, if any.
+
+    As :func:`kvtc_stream.coding.lattice.recognise`. Blocks of threads [tokens / WARP, parts] of
+    CLASSIFY_THREADS: a warp's lanes are tokens, and the exponents are shared out to the warps.
+
+    Parameters
+    ----------
+    parts, wishes, peaks
+        As for :func:`classify`.
+    unit
+        The step of exponent 0.
+    grids
+        int32 [parts, stride]: become exponents, or ``lattice.NO_GRID``.
+    """
+    ratios = cuda.shared.array(CLASSIFY_THREADS, f32)
+    exponents = cuda.shared.array(CLASSIFY_THREADS, i32)
+    thread = _I32(cuda.threadIdx.x)
+    lane, warp = thread % _I32(WARP), thread // _I32(WARP)
+    warps = _I32(CLASSIFY_THREADS // WARP)
+    token = _I32(cuda.blockIdx.x) * _I32(WARP) + lane
+    part = _I32(cuda.blockIdx.y)
+    count = min(parts[part * 6 + 1], _I32(lattice.LEADING))
+    own = min(token, tokens - _I32(1))
+    column = _I64(parts[part * 6]) * stride + own
+    row = _I64(part) * stride + own
+    wish, peak = wishes[row], _F32(_F64(peaks[row]) / unit)
+    best, grid = _F32(math.inf), _I32(lattice.NO_GRID)
+    empty = peak <= _F32(lattice.EMPTY) * _F32(math.pow(2.0, _F64(wish) * 0.25))
+    if empty:
+        grid = _I32(math.floor(wish + _F32(0.5)))
+    elif peak < _F32(1e30):
+        # From the coarsest grid on where the largest coefficient is not 0.
+        top = _I32(math.floor(4.0 * math.log2(2.0 * _F64(peak))))
+        for below in range(warp, _I32(lattice.RANGE), warps):
+            e = top - _I32(below)
+            factor = _F32(_quarters(-e) / unit)
+            distance, usual = _F32(0), _F32(0)
+            source = column
+            begin = _I32(0)
+            while begin < count:
+                end = min(begin + _I32(lattice.AT_ONCE), count)
+                for _ in range(begin, end):
+                    z = coefficients[source] * factor
+                    r = z - _F32(round_to_int(z))
+                    distance += r * r
+                    usual += min(z * z, _F32(1 / 12))
+                    source += stride
+                begin = end
+                if usual > _F32(1 / 12) and distance > _F32(0.5) * usual:
+                    break
+            if distance < best * usual and _accepted(distance, usual, _F32(e) - wish):
+                best = distance / usual
+                grid = e
+    ratios[thread] = best
+    exponents[thread] = grid
+    cuda.syncthreads()
+    if warp > 0 or token >= tokens:
+        return
+    for w in range(_I32(1), warps):
+        other = w * _I32(WARP) + lane
+        ratio, e = ratios[other], exponents[other]
+        if ratio < best or (ratio == best and e > grid):
+            best, grid = ratio, e
+    grids[row] = grid
+
+
+@cuda.jit(device=True)
+def _accepted(distance, usual, coarser):  # type: ignore[no-untyped-def]
+    """See :func:`kvtc_stream.coding.lattice.accepted`."""
+    distance = max(distance, _F32(1e-12) * usual)
+    if not distance <= _F32(lattice.MOST_RATIO) * usual:
+        return False
+    likelier = _F32(math.log(usual / distance))
+    if _F32(6) * usual * likelier < _F32(lattice.LEAST_EVIDENCE):
+        return False
+    return likelier - _F32(lattice.LOG_LOSS) >= coarser * _F32(lattice.LOG_HALF_OCTAVE)
 
 
 @cuda.jit(device=True)
@@ -177,8 +266,8 @@ def sizes(  # type: ignore[no-untyped-def]
     """Bits of a block's tokens in a part at each offset; blocks of threads [blocks, parts, chunks],
     see :func:`chunks`.
 
-    Tokens that will be verbatim, see :func:`keep`, take none. ``factors`` and ``indices`` are those
-    of :func:`steps` for [blocks, SIZES]. ``bits`` float32
+    Tokens that will be verbatim, see :func:`keep`, take none. ``classes``, ``factors`` and
+    ``indices`` are those of :func:`settle` for SIZES offsets. ``bits`` float32
     [families, 256]; ``out`` float32 [blocks, parts, chunks, SIZES];
     ``starts`` int32 [blocks + 1]: first tokens.
     """
@@ -208,21 +297,25 @@ def sizes(  # type: ignore[no-untyped-def]
     level_0 = _I64(indices[at]) * components * 16
     level_1 = _I64(indices[at + 1]) * components * 16
     level_2 = _I64(indices[at + 2]) * components * 16
+    plane = _I64(cuda.gridDim.y) * stride
     if thread < together * across:
         for t in range(begin + thread % across, end, across):
             row = _I64(part) * stride + t
-            klass = _I32(classes[row])
-            f = at * _I32(16) + klass
-            f_0, f_1, f_2 = factors[f], factors[f + 16], factors[f + 32]
-            if not peaks[row] * f_1 < _F32(_CODED):
+            class_0 = _I32(classes[row])
+            class_1 = _I32(classes[row + plane])
+            class_2 = _I32(classes[row + 2 * plane])
+            f_0 = factors[at * _I32(16) + class_0]
+            f_1 = factors[at * _I32(16) + _I32(16) + class_1]
+            f_2 = factors[at * _I32(16) + _I32(32) + class_2]
+            if not peaks[row] * f_1 < _F32(CODED):
                 continue  # see keep
             for i in range(chunk * _I32(SIZED) + thread // across, sized, together):
                 c = first + min(_I32(i) * every + every // _I32(2), count - _I32(1))
                 x = coefficients[_I64(c) * stride + t]
-                own = c * _I32(16) + klass
-                sum_0 += _cost(x, f_0, ids[level_0 + own], table)
-                sum_1 += _cost(x, f_1, ids[level_1 + own], table)
-                sum_2 += _cost(x, f_2, ids[level_2 + own], table)
+                own = c * _I32(16)
+                sum_0 += _cost(x, f_0, ids[level_0 + (own + class_0)], table)
+                sum_1 += _cost(x, f_1, ids[level_1 + (own + class_1)], table)
+                sum_2 += _cost(x, f_2, ids[level_2 + (own + class_2)], table)
     for by in (16, 8, 4, 2, 1):
         sum_0 += shuffle_down(sum_0, _I32(by))
         sum_1 += shuffle_down(sum_1, _I32(by))
@@ -247,23 +340,99 @@ def chunks(coded: Sequence[int]) -> int:
     return max([1, *(-(-count // SIZED) for count in taken)])
 
 
-@kernel(i32, f64p, f64, i32, i32, f32p, f32p, i32p, i32p, f32p)
-def steps(  # type: ignore[no-untyped-def]
-    blocks, offsets, unit, lowest, highest, block_steps, factors, levels, indices, heads
+@kernel(
+    i32p, i32, i64, f32p, i32p, f64p, f64, i32, i32, u8p, f32p, f32p, i32p, i32p, f32p
+)  # fmt: skip
+def settle(  # type: ignore[no-untyped-def]
+    starts,
+    parts,
+    stride,
+    wishes,
+    grids,
+    offsets,
+    unit,
+    lowest,
+    highest,
+    classes,
+    block_steps,
+    factors,
+    levels,
+    indices,
+    heads,
 ):
-    """Steps of the classes of each block, float32 [blocks, 16], and one over them.
+    """Levels of blocks, classes of their tokens, and what their steps are, at some offsets.
 
-    ``offsets`` float64 [blocks]: to the plan's step, in quarter octaves.
+    As :func:`kvtc_stream.coding.lattice.settle`. Blocks of threads [blocks, offsets].
 
-    ``heads`` float32 and ``levels`` int32 [blocks] are what payloads say; ``indices`` int32
-    [blocks] count levels from ``lowest`` to ``highest``.
+    Parameters
+    ----------
+    starts
+        int32 [blocks + 1]: first tokens.
+    wishes, grids
+        Of :func:`classify` and :func:`recognise`.
+    offsets
+        float64 [blocks, offsets]: to the plan's step, in quarter octaves.
+    unit
+        The step of exponent 0.
+    lowest, highest
+        Of the levels that have families.
+    classes
+        uint8 [offsets, parts, stride].
+    block_steps, factors
+        float32 [blocks, offsets, 16]: the steps of classes, and one over them.
+    levels, heads
+        int32, float32 [blocks, offsets]: what payloads say.
+    indices
+        int32 [blocks, offsets]: levels, counted from ``lowest`` to ``highest``.
     """
-    i = _I32(cuda.blockIdx.x) * _I32(THREADS) + _I32(cuda.threadIdx.x)
-    if i >= blocks * _I32(16):
-        return
-    block, klass = i // _I32(16), i % _I32(16)
-    step = _F32(unit * math.pow(2.0, offsets[block] * 0.25))
-    quarter = klass % _I32(4)
+    bounds = cuda.shared.array(2, i32)
+    block, thread = _I32(cuda.blockIdx.x), _I32(cuda.threadIdx.x)
+    begin, end = starts[block], starts[block + 1]
+    at = block * _I32(cuda.gridDim.y) + _I32(cuda.blockIdx.y)
+    rounded = _F32(offsets[at] + 0.5)
+    level = _I32(math.floor(offsets[at] + 0.5))
+    if thread == 0:
+        bounds[0], bounds[1] = _I32(1 << 30), _I32(-(1 << 30))
+    cuda.syncthreads()
+    for part in range(parts):
+        for t in range(begin + thread, end, _I32(THREADS)):
+            e = _exponent(wishes, grids, _I64(part) * stride + t, rounded)
+            cuda.atomic.min(bounds, 0, e)
+            cuda.atomic.max(bounds, 1, e)
+    cuda.syncthreads()
+    level = max(level, bounds[1] - _I32(CLASSES - 1))
+    level = min(level, bounds[0], _I32(lattice.HIGHEST_LEVEL))
+    step = _F32(unit * _quarters(level))
+    for part in range(parts):
+        for t in range(begin + thread, end, _I32(THREADS)):
+            row = _I64(part) * stride + t
+            klass = _exponent(wishes, grids, row, rounded) - level
+            over = max((klass - _I32(CLASSES - 1) + _I32(3)) // _I32(4), _I32(0))
+            to = (_I64(cuda.blockIdx.y) * parts) * stride + row
+            classes[to] = np.uint8(klass - _I32(4) * over)
+    if thread < _I32(CLASSES):
+        delta = _F32(_F64(step) * _quarters(thread))
+        factors[at * _I32(CLASSES) + thread] = _F32(1) / delta
+        block_steps[at * _I32(CLASSES) + thread] = delta
+    if thread == 0:
+        heads[at] = step
+        levels[at] = level
+        indices[at] = min(max(level, lowest), highest) - lowest
+
+
+@cuda.jit(device=True)
+def _exponent(wishes, grids, row, offset):  # type: ignore[no-untyped-def]
+    """See :meth:`kvtc_stream.coding.lattice.TokenGrids.exponents`."""
+    grid = grids[row]
+    if grid == _I32(lattice.NO_GRID):
+        grid = _I32(math.floor(wishes[row] + offset))
+    return grid
+
+
+@cuda.jit(device=True)
+def _quarters(exponent):  # type: ignore[no-untyped-def]
+    """2^(exponent / 4), binary64."""
+    quarter = exponent & _I32(3)
     power = 1.0
     if quarter == 1:
         power = 1.189207115002721
@@ -271,14 +440,7 @@ def steps(  # type: ignore[no-untyped-def]
         power = 1.4142135623730951
     elif quarter == 3:
         power = 1.681792830507429
-    delta = _F32(math.ldexp(_F64(step) * power, int(klass // _I32(4))))
-    factors[i] = _F32(1) / delta
-    block_steps[i] = delta
-    if klass == 0:
-        heads[block] = step
-        level = _I32(min(max(math.floor(offsets[block] + 0.5), -128.0), 127.0))
-        levels[block] = level
-        indices[block] = min(max(level, lowest), highest) - lowest
+    return math.ldexp(power, int(exponent >> _I32(2)))
 
 
 @kernel(f32p, i64, i32, i32p, i32p, u8p, f32p, f32p, f32p, u16p, f32p)
@@ -338,7 +500,7 @@ def keep(starts, parts, stride, classes, peaks, factors, errors, bound, columns,
                 at = _I64(part) * stride + token
                 klass = _I32(classes[at])
                 largest = peaks[at] * factors[block * _I32(16) + klass]
-                good &= largest < _F32(_CODED)
+                good &= largest < _F32(CODED)
             if bound >= 0:
                 good &= errors[token] <= bound and errors[stride + token] <= bound
             verbatim[token] = np.uint8(0) if good else np.uint8(1)

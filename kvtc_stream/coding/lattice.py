@@ -29,6 +29,8 @@ from kvtc_stream.coding.rans import CLASSES
 
 #: Of a token that lies on no grid.
 NO_GRID = -(1 << 15)
+#: Of blocks: what payloads have room for.
+HIGHEST_LEVEL = 127
 #: Leading components that are looked at, how many of them before giving up, and exponents below
 #: that of the largest coefficient.
 LEADING, AT_ONCE, RANGE = 1024, 16, 64
@@ -60,7 +62,7 @@ class TokenGrids:
     wishes: npt.NDArray[np.float32]
     grids: npt.NDArray[np.int16]
 
-    def __getitem__(self, which: npt.NDArray[np.bool_]) -> TokenGrids:
+    def __getitem__(self, which: npt.NDArray[np.bool_] | slice) -> TokenGrids:
         """Those of some tokens."""
         return TokenGrids(self.wishes[which], self.grids[which])
 
@@ -107,7 +109,7 @@ def settle(
     level = int(np.floor(offset + 0.5))
     lowest = min((int(e.min()) for e in exponents if len(e)), default=level)
     highest = max((int(e.max()) for e in exponents if len(e)), default=level)
-    level = min(max(level, highest - (CLASSES - 1)), lowest)
+    level = min(max(level, highest - (CLASSES - 1)), lowest, HIGHEST_LEVEL)
     classes = [(e - level).astype(np.int64) for e in exponents]
     over = [((c - (CLASSES - 1) + 3) // 4).clip(0) for c in classes]
     return level, [(c - 4 * o).astype(np.uint8) for c, o in zip(classes, over, strict=True)]

@@ -142,6 +142,28 @@ def test_a_base_is_taken_over(
     assert [block.tokens for block in after] == [24, 11, 9]
 
 
+def test_restored_tokens_are_coded_as_they_were(
+    calibration: kvtc.Calibration, stream: bytes, cache: tuple[Array, Array], cuda: BackendName
+) -> None:
+    """Whichever backend decodes and encodes, with fresh tokens behind them."""
+    codec = kvtc.Codec(calibration, ratio=RATIO, sinks=0, window=0, block_tokens=BLOCK)
+    expected = kvtc.decode(stream, calibration)
+    back = kvtc.decode(stream, calibration, backend=cuda)
+    grown = [
+        np.concatenate([np.array(x), y[:, :, :9]], axis=2) for x, y in zip(back, cache, strict=True)
+    ]
+    second = kvtc.decode(kvtc.encode(*grown, codec=replace(codec, backend=cuda)), calibration)
+    third = kvtc.decode(kvtc.encode(*second, codec=codec), calibration)
+    for a, b, c, exact in zip(expected, second, third, cache, strict=True):
+        found, again, first, exact = (
+            np.nan_to_num(np.array(x, np.float32)) for x in (b, c, a, exact)
+        )
+        assert (found[:, :, :TOKENS] != first).mean() < 0.002  # where rounding is another
+        assert (again != found).mean() < 0.002
+        lost = np.linalg.norm(found[:, :, TOKENS:] - exact[:, :, :9])
+        assert lost < 0.3 * np.linalg.norm(exact[:, :, :9])
+
+
 def test_the_published_method(
     calibration: kvtc.Calibration, cache: tuple[Array, Array], cuda: BackendName
 ) -> None:

@@ -1,4 +1,4 @@
-"""What uniform bands need before rANS: classes against the CPU's predictor, sizes against sums."""
+"""What uniform bands need before rANS, against the CPU: grids and steps of tokens, and sizes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import pytest
 from launch import simulate
 
 from kvtc_stream.calibration import importance
+from kvtc_stream.coding import lattice
 from kvtc_stream.coding.rans import MIDDLE
+from kvtc_stream.coding.uniform import steps
 from kvtc_stream.gpu.kernels import uniform
 
 Array = npt.NDArray[Any]
@@ -34,7 +36,7 @@ def drawn_predictor(rng: np.random.Generator, read: int) -> importance.TokenImpo
     ("coded", "reads", "tokens"),
     [((400, 0, 10, 3), (400, 8, 70, None), 45), ((0,), (8,), 3), ((330, 100), (300, 257), 33)],
 )
-def test_classes(coded: tuple[int, ...], reads: tuple[int | None, ...], tokens: int) -> None:
+def test_wishes(coded: tuple[int, ...], reads: tuple[int | None, ...], tokens: int) -> None:
     """Of parts without components, without a predictor, and with fewer than it reads."""
     rng = np.random.default_rng(1)
     predictors = [None if n is None else drawn_predictor(rng, n) for n in reads]
@@ -56,8 +58,8 @@ def test_classes(coded: tuple[int, ...], reads: tuple[int | None, ...], tokens: 
         groups[i, : len(edges)] = edges
         scale[first : first + read] = p.scale[:read]
         weights += [p.weights[-1:], p.weights[:-1], p.centre, p.spread]
-    classes = np.full((parts, STRIDE), 99, np.uint8)
-    peaks = np.full((parts, STRIDE), -1, np.float32)
+    positions = (1 << 40) + 7 * np.arange(tokens)
+    wishes, peaks = np.full((2, parts, STRIDE), -1, np.float32)
     simulate(
         uniform.classify,
         (-(-tokens // 32), parts),
@@ -71,21 +73,103 @@ def test_classes(coded: tuple[int, ...], reads: tuple[int | None, ...], tokens: 
             np.concatenate([*weights, np.zeros(1, np.float32)]),
             groups,
             float(-4 * importance.ALPHA / np.log(2)),
-            classes,
+            positions,
+            wishes,
             peaks,
         ),
     )
     for i, (first, count, p) in enumerate(zip(firsts, coded, predictors, strict=True)):
         own = coefficients[first : first + count, :tokens]
         sound = np.isfinite(own).all(axis=0)
-        expected = (
-            np.full(tokens, MIDDLE) if p is None else importance.classes_of(p.predict(own.T.copy()))
-        )
-        np.testing.assert_array_equal(classes[i, :tokens][sound], expected[sound])
+        expected = lattice.spread(positions) + MIDDLE if p is None else p.wishes(own.T.copy())
+        np.testing.assert_allclose(wishes[i, :tokens][sound], expected[sound], atol=1e-4)
+        assert ((wishes[i, :tokens] >= 0) & (wishes[i, :tokens] <= 15)).all()
         largest = np.where(sound, np.abs(own).max(axis=0, initial=0), np.inf)
         np.testing.assert_array_equal(peaks[i, :tokens], largest)
-        assert (classes[i, tokens:] == 99).all()
+        assert (wishes[i, tokens:] == -1).all()
         assert (peaks[i, tokens:] == -1).all()
+
+
+def test_grids() -> None:
+    """Of tokens on grids but for what a cast did, on none, without a value that counts, and with
+    values that are no numbers; in two parts, one of them empty."""
+    rng = np.random.default_rng(4)
+    tokens, count, unit = 40, 70, 0.3
+    exponents = rng.integers(0, 16, tokens)
+    x = np.rint(
+        rng.standard_normal((count, tokens)) * 9 / np.sqrt(np.arange(1, count + 1))[:, None]
+    )
+    x = (x + 0.02 * rng.standard_normal(x.shape)) * 2.0 ** (exponents / 4)
+    x[:, 30:] = rng.standard_normal((count, 10)) * 9
+    x[:, 33], x[:, 34], x[3, 35], x[4, 36] = 0, 1e-3, np.nan, np.inf
+    coefficients = np.zeros((count, STRIDE), np.float32)
+    coefficients[:, :tokens] = x * unit
+    wishes = rng.uniform(5, 11, (2, STRIDE)).astype(np.float32)
+    peaks = np.zeros((2, STRIDE), np.float32)
+    magnitudes = np.abs(coefficients[:, :tokens])
+    peaks[0, :tokens] = np.where(np.isfinite(magnitudes), magnitudes, np.inf).max(axis=0)
+    grids = np.full((2, STRIDE), 77, np.int32)
+    simulate(
+        uniform.recognise,
+        (2, 2),
+        uniform.CLASSIFY_THREADS,
+        (
+            coefficients,
+            STRIDE,
+            tokens,
+            np.array([[0, count, -1, 0, 0, 0], [count, 0, -1, 0, 0, 0]], np.int32),
+            unit,
+            wishes,
+            peaks,
+            grids,
+        ),
+    )
+    scale = np.full(count, 1 / unit, np.float32)
+    for part, size in enumerate((count, 0)):
+        expected = lattice.recognise(
+            coefficients[:size, :tokens].T.copy(), scale[:size], wishes[part, :tokens]
+        ).grids
+        np.testing.assert_array_equal(grids[part, :tokens], expected)
+        assert (grids[part, tokens:] == 77).all()
+    assert (grids[0, :30] == exponents[:30]).mean() > 0.9
+    assert set(grids[0, [30, 31, 32, 35, 36, 37]]) == {lattice.NO_GRID}
+
+
+def test_levels_classes_and_steps() -> None:
+    """Of blocks at some offsets, where exponents are more than classes have room for too."""
+    rng = np.random.default_rng(5)
+    starts, parts, unit = np.array([0, 3, 20, 21], np.int32), 2, 0.37
+    offsets = np.array([[0.3, -7.25], [2.5, 30.0], [-0.5, 99.9]])
+    blocks, number = offsets.shape
+    wishes = rng.uniform(0, 15, (parts, STRIDE)).astype(np.float32)
+    grids = np.full((parts, STRIDE), lattice.NO_GRID, np.int32)
+    grids[:, 5:14] = rng.integers(-20, 40, (parts, 9))
+    grids[:, 20] = 150
+    classes = np.full((number, parts, STRIDE), 99, np.uint8)
+    block_steps, factors = np.zeros((2, blocks, number, 16), np.float32)
+    levels, indices = np.zeros((2, blocks, number), np.int32)
+    heads = np.zeros((blocks, number), np.float32)
+    simulate(
+        uniform.settle,
+        (blocks, number),
+        uniform.THREADS,
+        (
+            starts, parts, STRIDE, wishes, grids, offsets.ravel(), unit, -4, 60,
+            classes, block_steps, factors, levels, indices, heads,
+        ),
+    )  # fmt: skip
+    found = [lattice.TokenGrids(*x) for x in zip(wishes, grids.astype(np.int16), strict=True)]
+    for b in range(blocks):
+        own = slice(starts[b], starts[b + 1])
+        for i, offset in enumerate(offsets[b]):
+            exponents = [x.exponents(offset)[own] for x in found]
+            level, expected = lattice.settle(exponents, offset)
+            assert levels[b, i] == level
+            assert indices[b, i] == min(max(level, -4), 60) + 4
+            np.testing.assert_array_equal(classes[i, :, own], expected)
+            assert heads[b, i] == np.float32(unit * 2 ** (level / 4))
+            np.testing.assert_array_equal(block_steps[b, i], steps(float(heads[b, i]))[:16])
+            np.testing.assert_allclose(factors[b, i], 1 / block_steps[b, i], rtol=1e-6)
 
 
 @pytest.mark.parametrize("coded", [(uniform.MANY, uniform.MANY - 24), (3, 0, 300), (1030,)])
@@ -98,7 +182,7 @@ def test_sizes(coded: tuple[int, ...]) -> None:
     fields = np.array([(f, n, -1, 0, 0, 0) for f, n in zip(firsts, coded, strict=True)], np.int32)
     bits = rng.random((2 * parts, 256), np.float32)
     ids = rng.integers(0, 2, (sum(coded), 16), np.uint8)
-    classes = rng.integers(7, 9, (parts, STRIDE), np.uint8)
+    classes = rng.integers(7, 9, (uniform.SIZES, parts, STRIDE), np.uint8)
     peaks = np.ones((parts, STRIDE), np.float32)
     peaks[:, 2] = np.inf  # a token that will be verbatim
     factors = rng.random((uniform.SIZES, 16), np.float32) + 0.5
@@ -131,7 +215,7 @@ def test_sizes(coded: tuple[int, ...]) -> None:
         for i, own in enumerate(factors):
             total = 0.0
             for token in np.delete(np.arange(tokens), 2):
-                klass = classes[part, token]
+                klass = classes[i, part, token]
                 symbols = np.rint(coefficients[chosen, token] * own[klass]).astype(int)
                 places = np.where(abs(symbols) <= 127, symbols + 127, 255)
                 total += float(bits[2 * part + ids[chosen, klass], places].sum(dtype=np.float64))
