@@ -388,7 +388,7 @@ class Restored:
         shape = layers, heads, streams.streams * streams.tokens, dim
         self.cache = [cp.empty(shape, np.uint16) for _ in "kv"]
         self.decoder = UniformDecoder(streams.section, streams.plan)
-        self.target = self.decoder.target(
+        self.target = self.decoder.destination(
             range(layers), *(Tensors.of_layers(list(x), DType.BFLOAT16) for x in self.cache)
         )
         #: Of each batch: its blocks, their payloads parsed, and uploaded.

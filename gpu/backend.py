@@ -16,7 +16,7 @@ import cupy
 import numpy as np
 from numpy.typing import NDArray
 
-from kvtc_stream.backends.base import HOPELESS, R, T, block_errors
+from kvtc_stream.backends.base import R, SectionCoder, T, block_errors
 from kvtc_stream.backends.cpu import CpuBackend, CpuSectionCoder
 from kvtc_stream.calibration.parts import CalibratedBases
 from kvtc_stream.coding.values import (
@@ -26,7 +26,7 @@ from kvtc_stream.coding.values import (
     verbatim_output,
     verbatim_planes,
 )
-from kvtc_stream.formats import Block, DType, Feature, LayerErrors, Role, SectionPlan, StreamHeader
+from kvtc_stream.formats import Block, DType, LayerErrors, Role, SectionPlan, StreamHeader
 from kvtc_stream.formats.coders import compress_beside
 from kvtc_stream.gpu.coder.analysis import Payload
 from kvtc_stream.gpu.coder.band_coding import BandDecoder, BandEncoder
@@ -46,7 +46,7 @@ from kvtc_stream.gpu.runtime.streams import side_by_side
 from kvtc_stream.gpu.runtime.tensors import BITS, Tensors, entries, to_device
 from kvtc_stream.io.dlpack import BackendName, layer_list, numpy_dtype, on_cuda
 from kvtc_stream.io.threads import threads
-from kvtc_stream.planning.rate_control import Controls, SectionControl
+from kvtc_stream.planning.rate_control import SectionControl
 
 #: About the most bytes of verbatim tokens that wait to be uploaded.
 _VERBATIM_BYTES = 64 << 20
@@ -60,21 +60,10 @@ class CudaBackend:
 
     name: BackendName = "cuda"
 
-    def section_coder(
-        self,
-        header: StreamHeader,
-        section: int,
-        calibration: CalibratedBases,
-        *,
-        error_bound: float | None = None,
-        layer_error_bound: float | None = None,
-        measure: bool = True,
-        target: Controls | None = None,
-    ) -> CudaSectionCoder:
-        """See :meth:`kvtc_stream.backends.base.Backend.section_coder`."""
-        return CudaSectionCoder(
-            header, section, calibration, error_bound, layer_error_bound, measure, target
-        )
+    @property
+    def section_coder(self) -> type[CudaSectionCoder]:
+        """See :attr:`kvtc_stream.backends.base.Backend.section_coder`."""
+        return CudaSectionCoder
 
     def layer_list(
         self, x: Any, name: str, layers: int, kv_heads: int, head_dim: int
@@ -156,26 +145,14 @@ def _device_plan(
     return made
 
 
-class CudaSectionCoder:
+class CudaSectionCoder(SectionCoder):
     """See :class:`kvtc_stream.backends.base.SectionCoder`."""
 
     def __init__(
-        self,
-        header: StreamHeader,
-        section: int,
-        calibration: CalibratedBases,
-        error_bound: float | None,
-        layer_error_bound: float | None,
-        measure: bool,
-        target: Controls | None,
+        self, header: StreamHeader, section: int, calibration: CalibratedBases, **options: Any
     ) -> None:
+        super().__init__(header, section, calibration, **options)
         plan = header.plan.sections[section]
-        self._header, self._index = header, section
-        self._section = header.geometry.sections[section]
-        self._calibration, self._measure = calibration, measure
-        self._bound = HOPELESS if error_bound is None else min(HOPELESS, error_bound)
-        self._layer_bound = layer_error_bound
-        self._by_layer = Feature.LAYER_ERRORS in header.features
         self._ropes = DeviceRopes(self._section)
         self._uniform = plan.uniform
         key = ("cuda", cupy.cuda.runtime.getDevice(), section, header.plan.digest)
@@ -188,7 +165,6 @@ class CudaSectionCoder:
             self._section, self._plan, self._scales
         )
         self._encoder: BatchEncoder | BandEncoder | None = None
-        self._control = None if target is None else target.control(header, section)
         self._host: CpuSectionCoder | None = None
 
     @property
@@ -350,7 +326,11 @@ class CudaSectionCoder:
         errors: NDArray[np.float32] | None,
         by_layer: LayerErrors | None,
     ) -> Block:
-        """Of a payload; k and v are the values of the tokens that are left out."""
+        """Make the record of a payload.
+
+        ``k`` and ``v`` [layers, kv_heads, tokens, head_dim] are the tokens at the indices
+        ``left_out``, which are stored verbatim; ``errors`` is float32 [2, tokens] of K and V.
+        """
         verbatim_coder, data = compress_beside(self._header.coder, *verbatim_planes(k, v))
         kept = np.delete(np.arange(len(positions)), left_out)
         return Block(

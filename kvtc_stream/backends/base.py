@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol, TypeVar
 
@@ -9,7 +11,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvtc_stream.calibration.parts import CalibratedBases
-from kvtc_stream.formats import Block, BlockErrors, DType, LayerErrors, Measure, StreamHeader
+from kvtc_stream.formats import (
+    Block,
+    BlockErrors,
+    DType,
+    Feature,
+    LayerErrors,
+    Measure,
+    StreamHeader,
+)
 from kvtc_stream.io.dlpack import BackendName
 from kvtc_stream.planning.rate_control import Controls
 
@@ -22,9 +32,46 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-class SectionCoder(Protocol):
-    """Codes the blocks of one section of one stream. Used by one thread at a time."""
+class SectionCoder(ABC):
+    """Codes the blocks of one section of one stream. Used by one thread at a time.
 
+    Parameters
+    ----------
+    header
+        Describes the stream.
+    section
+        Index of the section.
+    calibration
+        The bases that the header's plan names.
+    error_bound, layer_error_bound
+        A token is stored verbatim if its relative error of K or of V over all layers, or in one
+        layer, is larger. ``None``: :data:`HOPELESS` over all layers, anything in one.
+    measure
+        Whether to measure errors of what would be restored; without, no bound is kept.
+    target
+        What an encoder with uniform bands keeps to; ``None``: the plan's step.
+    """
+
+    def __init__(
+        self,
+        header: StreamHeader,
+        section: int,
+        calibration: CalibratedBases,
+        *,
+        error_bound: float | None = None,
+        layer_error_bound: float | None = None,
+        measure: bool = True,
+        target: Controls | None = None,
+    ) -> None:
+        self._header, self._index = header, section
+        self._section = header.geometry.sections[section]
+        self._calibration, self._measure = calibration, measure
+        self._bound = HOPELESS if error_bound is None else min(HOPELESS, error_bound)
+        self._layer_bound = math.inf if layer_error_bound is None else layer_error_bound
+        self._by_layer = Feature.LAYER_ERRORS in header.features
+        self._control = None if target is None else target.control(header, section)
+
+    @abstractmethod
     def encode(self, k: Any, v: Any, positions: NDArray[np.int64], start: int) -> list[Block]:
         """Data blocks from k, v [layers, kv_heads, tokens, head_dim] in the stream's dtype.
 
@@ -32,16 +79,16 @@ class SectionCoder(Protocol):
         token in the section. The arrays are the backend's, or those of the layers in a list, where
         :meth:`reads` says so.
         """
-        ...
 
+    @abstractmethod
     def reads(self, k: list[Any], v: list[Any]) -> bool:
         """Whether :meth:`encode` takes these arrays of layers, [kv_heads, tokens, head_dim]."""
-        ...
 
+    @abstractmethod
     def decode(self, block: Block, layers: Sequence[int]) -> tuple[Any, Any]:
         """K and V of some layers (indices into the section's), in the header's ``out_dtype``."""
-        ...
 
+    @abstractmethod
     def decode_into(
         self,
         blocks: Iterable[tuple[Block, NDArray[np.int64]]],
@@ -53,15 +100,15 @@ class SectionCoder(Protocol):
 
         With each block comes where its tokens go, int64 [tokens]; -1 is nowhere.
         """
-        ...
 
+    @abstractmethod
     def decode_layers(self, block: Block) -> Callable[[int], tuple[Any, Any]]:
         """Decode the symbols once; the result gives K and V [1, …] of a layer when it is called.
 
         Other blocks may be decoded in between.
         """
-        ...
 
+    @abstractmethod
     def layers_of(
         self, blocks: Sequence[tuple[Block, NDArray[np.int64]]], tokens: int
     ) -> Callable[[int], tuple[Any, Any]]:
@@ -69,7 +116,6 @@ class SectionCoder(Protocol):
 
         Blocks come with slots, as for :meth:`decode_into`.
         """
-        ...
 
 
 class Backend(Protocol):
@@ -115,22 +161,9 @@ class Backend(Protocol):
         """What users get of an array: with an element type, and DLPack."""
         ...
 
-    def section_coder(
-        self,
-        header: StreamHeader,
-        section: int,
-        calibration: CalibratedBases,
-        *,
-        error_bound: float | None = None,
-        layer_error_bound: float | None = None,
-        measure: bool = True,
-        target: Controls | None = None,
-    ) -> SectionCoder:
-        """A coder for one section of the stream that ``header`` describes.
-
-        ``target`` is what an encoder with uniform bands keeps to. A token is verbatim whose error
-        exceeds ``error_bound``, or in a layer ``layer_error_bound``.
-        """
+    @property
+    def section_coder(self) -> type[SectionCoder]:
+        """The class of its section coders."""
         ...
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvtc_stream.backends.base import HOPELESS, R, T, block_errors, layer_errors
+from kvtc_stream.backends.base import R, SectionCoder, T, block_errors, layer_errors
 from kvtc_stream.backends.cpu_payloads import BandCoding, Quantised, UniformCoding
 from kvtc_stream.calibration.components import Components
 from kvtc_stream.calibration.parts import CalibratedBases, Part
@@ -22,10 +22,9 @@ from kvtc_stream.coding.values import (
     verbatim_output,
     verbatim_planes,
 )
-from kvtc_stream.formats import Block, DType, Feature, PartPlan, Role, StreamHeader
+from kvtc_stream.formats import Block, DType, PartPlan, Role, StreamHeader
 from kvtc_stream.formats.coders import compress_beside
 from kvtc_stream.io.dlpack import BackendName, as_kv_array, layer_list, numpy_dtype, to_numpy
-from kvtc_stream.planning.rate_control import Controls
 
 Float = NDArray[np.float32]
 #: float64 [2, tokens]: of K and of V.
@@ -49,21 +48,10 @@ class CpuBackend:
 
     name: BackendName = "cpu"
 
-    def section_coder(
-        self,
-        header: StreamHeader,
-        section: int,
-        calibration: CalibratedBases,
-        *,
-        error_bound: float | None = None,
-        layer_error_bound: float | None = None,
-        measure: bool = True,
-        target: Controls | None = None,
-    ) -> CpuSectionCoder:
-        """See :meth:`kvtc_stream.backends.base.Backend.section_coder`."""
-        return CpuSectionCoder(
-            header, section, calibration, error_bound, layer_error_bound, measure, target
-        )
+    @property
+    def section_coder(self) -> type[CpuSectionCoder]:
+        """See :attr:`kvtc_stream.backends.base.Backend.section_coder`."""
+        return CpuSectionCoder
 
     def layer_list(
         self, x: Any, name: str, layers: int, kv_heads: int, head_dim: int
@@ -122,26 +110,13 @@ class _Part:
         self.coefficients = np.zeros((block_tokens, plan.components), np.float32)
 
 
-class CpuSectionCoder:
+class CpuSectionCoder(SectionCoder):
     """See :class:`kvtc_stream.backends.base.SectionCoder`."""
 
     def __init__(
-        self,
-        header: StreamHeader,
-        section: int,
-        calibration: CalibratedBases,
-        error_bound: float | None,
-        layer_error_bound: float | None,
-        measure: bool,
-        target: Controls | None,
+        self, header: StreamHeader, section: int, calibration: CalibratedBases, **options: Any
     ) -> None:
-        self._header = header
-        self._index = section
-        self._section = header.geometry.sections[section]
-        self._bound = HOPELESS if error_bound is None else min(HOPELESS, error_bound)
-        self._layer_bound = math.inf if layer_error_bound is None else layer_error_bound
-        self._by_layer = Feature.LAYER_ERRORS in header.features
-        self._measure = measure
+        super().__init__(header, section, calibration, **options)
         self._k_scale, self._v_scale = section_scales(header, section)
         plan = header.plan.sections[section]
         basis = calibration.sections[section].parts(plan)
@@ -157,7 +132,6 @@ class CpuSectionCoder:
         self._coding: BandCoding | UniformCoding = BandCoding(plan.parts, header.coder)
         if plan.uniform:
             self._coding = UniformCoding(basis, plan.parts)
-        self._control = None if target is None else target.control(header, section)
 
     def encode(
         self, k: NDArray[Any], v: NDArray[Any], positions: NDArray[np.int64], start: int
