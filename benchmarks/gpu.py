@@ -325,7 +325,7 @@ class Streams:
         self.tensors = [
             [Tensors.of_layers(list(x), DType.BFLOAT16) for x in kv] for kv in self.caches
         ]
-        #: Of each batch: stream, first token, payloads, and where each block's is among them.
+        #: For each batch: stream, first token, payloads, and where each block's payload begins.
         self.encoded: list[Any] = []
         self._offset = 0.0
 
@@ -391,7 +391,7 @@ class Restored:
         self.target = self.decoder.destination(
             range(layers), *(Tensors.of_layers(list(x), DType.BFLOAT16) for x in self.cache)
         )
-        #: Of each batch: its blocks, their payloads parsed, and uploaded.
+        #: For each batch: its blocks, their parsed payloads, and the uploaded bytes.
         self.work: list[Any] = []
         for some in self.decoder.batches(streams.take_blocks()):
             payloads = [UniformPayload.parse(p.block, streams.plan.coded) for p in some]

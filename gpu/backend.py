@@ -169,7 +169,7 @@ class CudaSectionCoder(SectionCoder):
 
     @property
     def _cpu(self) -> CpuSectionCoder:
-        """What copes with the blocks that the device cannot."""
+        """A CPU coder, for blocks that the device cannot code."""
         if self._host is None:
             self._host = CpuBackend().section_coder(
                 self._header,
@@ -246,11 +246,13 @@ class CudaSectionCoder(SectionCoder):
     def _choose(
         self, control: SectionControl, encoder: BatchEncoder, batch: Prepared
     ) -> tuple[Prepared, NDArray[np.float64]]:
-        """Offsets of a batch's blocks, by what they are expected to take or lose; and the batch,
-        without the grids that are not kept.
+        """Choose the steps of a batch's blocks.
 
-        That is also what the control counts them by, so that a block's bytes do not depend on
-        which blocks were in a batch with it.
+        Returns the batch, without the grids of restored tokens that are not kept, and the blocks'
+        offsets to the plan's step, float64 [blocks].
+
+        The rate control counts the estimated sizes or errors, not the real ones, so that a block's
+        bytes do not depend on which blocks were in a batch with it.
         """
         blocks = [slice(a, b) for a, b in pairwise(batch.starts.tolist())]
         grids, fits = encoder.grids(batch)
@@ -400,8 +402,11 @@ class CudaSectionCoder(SectionCoder):
         blocks: Iterable[tuple[Block, NDArray[np.int64]]],
         begun: Callable[[_Exact, int], None],
     ) -> Iterator[Placed]:
-        """Blocks with coded tokens, and where these go; threads begin with verbatim tokens, of
-        which ``begun`` is told, and how many bytes they are."""
+        """Yield the blocks that have coded tokens, with the slots of these.
+
+        Verbatim tokens are decoded on threads: ``begun`` is called with each block's future and the
+        bytes of its values.
+        """
         for block, slots in blocks:
             own = slots.astype(np.int64)
             if block.verbatim_tokens:
@@ -422,7 +427,7 @@ class CudaSectionCoder(SectionCoder):
     def _uploaded(
         self, found: Sequence[tuple[NDArray[np.int64], bytes]]
     ) -> list[tuple[NDArray[np.int64], Any]]:
-        """Slots, and values on the device."""
+        """Copy verbatim tokens to the device: slots, and uint8 values in the output's layout."""
         data, begins = self._decoder.staging.upload([planes for _, planes in found])
         size = self._header.out_dtype.itemsize
         return [
@@ -433,7 +438,8 @@ class CudaSectionCoder(SectionCoder):
     def _place_exact(
         self, slots: NDArray[np.int64], values: Any, layers: Sequence[int], columns: Any
     ) -> None:
-        """K [layers, heads, tokens, dim] of all layers and then V, on the device, to slots."""
+        """Write ``layers`` of ``values`` to slots: on the device, all of K [layers, heads, tokens,
+        dim] and then of V."""
         s, size = self._section, self._header.out_dtype.itemsize * len(slots)
         k_size, v_size = size * s.kv_heads * s.k_dim, size * s.kv_heads * s.v_dim
         v_first = values.data.ptr + len(s.layers) * k_size
@@ -442,7 +448,7 @@ class CudaSectionCoder(SectionCoder):
         self._move(slots, dense, columns, self._header.out_dtype, back=False)
 
     def _spread(self, out: Tensors, layers: Sequence[int]) -> Tensors:
-        """Addresses by layer of the section; those that are not wanted have none."""
+        """The same tensors with an address for every layer of the section, 0 if not wanted."""
         addresses = [0] * len(self._section.layers)
         for layer, address in zip(layers, out.addresses, strict=True):
             addresses[layer] = address
@@ -455,7 +461,7 @@ class CudaSectionCoder(SectionCoder):
         v: NDArray[Any],
         columns: Any,
     ) -> None:
-        """Host values [layers, heads, tokens, dim] to slots."""
+        """Copy K and V [layers, heads, tokens, dim] from the host to slots."""
         values = [np.ascontiguousarray(x).view(np.uint8) for x in (k, v)]
         held, begins = self._decoder.staging.upload([x.reshape(-1) for x in values])
         dense = [
@@ -466,7 +472,7 @@ class CudaSectionCoder(SectionCoder):
         self._move(slots, dense, columns, self._header.out_dtype, back=False)
 
     def _columns(self, layers: Sequence[int], k: Tensors, v: Tensors) -> Any:
-        """Entries of layers, K's and then V's, on the device."""
+        """Entries of layers, K's and then V's, int64 [2 · layers, layout.FIELDS] on the device."""
         columns = [(kind, layer, 0) for kind in (0, 1) for layer in layers]
         return cupy.asarray(entries(k, v, columns, self._ropes))
 
@@ -479,7 +485,8 @@ class CudaSectionCoder(SectionCoder):
         *,
         back: bool,
     ) -> None:
-        """Values at the addresses ``dense``, one a column, to slots or back."""
+        """Copy values at the addresses ``dense``, one an entry of ``columns``, to slots; or from
+        them with ``back``."""
         layout.move(dtype.itemsize, back=back)(
             (len(slots), len(columns)),
             128,

@@ -281,7 +281,7 @@ class Table:
     frequencies: NDArray[np.float32]
     interleaved: bool
     scale: float
-    #: Of each pair; empty without axes.
+    #: The axis of each pair; empty without axes.
     axes: list[int]
 
 

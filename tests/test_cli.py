@@ -353,7 +353,7 @@ def test_calibrate_refuses_caches_that_differ(tmp_path, kvtc_command):
 
 @pytest.fixture
 def texts(tmp_path: Path) -> list[Path]:
-    """Of 100 characters each, which are the tiny model's tokens."""
+    """Texts of 100 characters each; characters are the tiny model's tokens."""
     rng = np.random.default_rng(0)
     names = ("a.txt", "b.txt")
     for name in names:

@@ -213,7 +213,7 @@ def test_user_records_stay(codec: kvtc.Codec, stream: bytes) -> None:
 
 
 def test_tokens_that_left_the_cache_are_not_counted(codec: kvtc.Codec, cache: Cache) -> None:
-    """Of a stream that begins later, more tokens than it has are asked for by mistake."""
+    """A stream begins later, and more tokens than it has are asked for by mistake."""
     k, v = (x[:, :, 50:90] for x in cache)
     data = kvtc.encode(k, v, codec, positions=np.arange(50, 90))
     with pytest.raises(kvtc.UnsupportedError, match="holds 40, at positions 50 to 89"):

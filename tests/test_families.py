@@ -122,7 +122,7 @@ def test_a_class_with_few_rows_borrows_from_all_rows() -> None:
     coder = Families(tables.frequencies)
 
     def bits(klass: int, j: int) -> float:
-        """Of the fresh rows at the step of base step 3 of class 2."""
+        """The fresh rows at the step of base step 3 and class 2."""
         columns = np.rint(fresh / (0.5 * 2 ** (5 / 4))).astype(np.intp).clip(-127, 128) + ZERO
         return float(coder.bits[tables.ids[j, klass], columns].mean())
 

@@ -523,7 +523,7 @@ def test_patched_field(reader, name):
 LATER, LATER_HEADER, LATER_BLOCKS = later_stream()
 TABLE = LATER.index(struct.pack("<HBf", 2, 2, 1.0))
 LATER_PAYLOADS = [offset + RECORD_HEADER for offset in records(LATER)]
-#: Of the block with everything: after positions and bitmap.
+#: Where the parts of the block with everything begin, after positions and bitmap.
 LISTED = LATER_PAYLOADS[1] + 80 + 16 + 1
 SHIFTED = LATER_PAYLOADS[2] + 80
 LATER_PATCHES = {

@@ -21,7 +21,7 @@ Cache = tuple[NDArray[Any], NDArray[Any]]
 
 pytestmark = pytest.mark.filterwarnings("ignore::kvtc_stream.KVTCWarning")
 
-#: Of the error of the first generation.
+#: The most that the error of later generations may be, relative to the first one's.
 MOST = 1.02
 
 

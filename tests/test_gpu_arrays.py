@@ -56,7 +56,7 @@ def gradients(shape: tuple[int, ...], seed: int) -> np.ndarray:
 
 
 def relative(found: np.ndarray, expected: np.ndarray) -> float:
-    """Of the norms of the difference and of what is expected."""
+    """Norm of the difference over the norm of what is expected."""
     difference = np.linalg.norm(np.asarray(found, np.float64) - np.asarray(expected, np.float64))
     return float(difference / np.linalg.norm(np.asarray(expected, np.float64)))
 
@@ -223,7 +223,7 @@ def test_a_real_cache_codes_as_well(arrays: DeviceArrays, real_sample: RealSampl
 
 
 def test_leading_eigenvectors(arrays: DeviceArrays, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of few of a large matrix, by subspace iteration."""
+    """A few eigenvectors of a large matrix, by subspace iteration."""
     rng = np.random.default_rng(0)
     monkeypatch.setattr(principal, "_DENSE", 256)
     spectrum = np.arange(1, 401, dtype=np.float32) ** -1.5

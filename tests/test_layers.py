@@ -39,7 +39,7 @@ def calibrated(geometry: kvtc.Geometry, groups: int) -> kvtc.Calibration:
 
 @pytest.fixture(scope="module")
 def calibration() -> kvtc.Calibration:
-    """Of three groups of two layers."""
+    """A calibration of three groups of two layers."""
     return calibrated(GEOMETRY, 3)
 
 

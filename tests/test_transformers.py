@@ -475,7 +475,7 @@ def recipe(
     return hashlib.sha256(data + after).digest()
 
 
-#: Of :func:`llama`, as the first fingerprint took it.
+#: What :func:`llama` had in the first version of the fingerprint.
 FIRST_CONFIG: dict[str, Any] = {
     "head_dim": 8,
     "hidden_act": "silu",

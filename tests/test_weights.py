@@ -134,7 +134,7 @@ def test_sections_weigh_by_token_however_many_gave_gradients() -> None:
 
 
 def test_a_weighted_basis_loses_less_of_what_matters() -> None:
-    """Of the weighted error that the leading components leave, against the unweighted basis."""
+    """Weighted error that the leading components leave, relative to the unweighted basis."""
     rng = np.random.default_rng(0)
     k, v = kvtc.testing.drawn_cache(GEOMETRY, 3000, seed=1)
     weights = tuple(np.exp(3 * rng.standard_normal((2, 2, 4))) for _ in "kv")
@@ -358,7 +358,7 @@ def rewrite(path: Path, arrays: dict[str, Array]) -> None:
 
 @pytest.mark.parametrize("name", sorted(dict(file.arrays_of(learnt()))))
 def test_spoilt_arrays_are_refused(saved: Path, name: str) -> None:
-    """Of another shape or type, absent, or with numbers that no calibration makes."""
+    """Weights of another shape or type, absent, or with numbers that no calibration makes."""
     good = load_file(saved)
     array = good[name]
     spoilt = [array[..., None], array[:0], np.zeros(array.shape, np.int16)]

@@ -15,7 +15,7 @@ class Docstrings(griffe.Extension):
     """Works on every docstring once it is known, in numpydoc's style."""
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
-        """Of an object whose members are known."""
+        """An object whose members are known."""
         if obj.docstring is None:
             return
         owner = obj if obj.is_class else obj.parent

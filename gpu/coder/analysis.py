@@ -27,12 +27,13 @@ _MULTIPLE = 512
 
 
 def stride_of(tokens: int) -> int:
-    """From component to component of coefficients, in elements."""
+    """Elements from one component's coefficients to the next one's, for so many tokens."""
     return -(-tokens // _MULTIPLE) * _MULTIPLE
 
 
 class Payload(NamedTuple):
-    """Of a block: how it is coded, what it takes, and the size it stands for."""
+    """The payload of a block: its entropy coder, its bytes, and its size once decoded (bytes, or
+    symbols with rANS)."""
 
     coder: Coder
     data: bytes | memoryview
@@ -63,7 +64,21 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Source:
-    """Where the tokens of a batch are: entries of each part, and what they have in common."""
+    """The tensors of a batch, as kernels read them.
+
+    Attributes
+    ----------
+    entries
+        int64 [entries, layout.FIELDS] on the device, K and V of every layer of every part.
+    parts
+        First entry, and number of entries, of each part.
+    slots, positions
+        int64 [tokens] on the device.
+    tokens, dtype
+        Number of tokens, and element type.
+    wide
+        Whether the wide kernels can be used.
+    """
 
     entries: Any
     parts: list[tuple[int, int]]
@@ -80,15 +95,15 @@ class Analyser:
     Parameters
     ----------
     section, plan
-        What of.
+        The section, and its plan on the device.
     out_dtype
-        What errors are measured after the cast to.
+        Element type of decoded tensors: errors are measured after the cast to it.
     scales
-        float32 [2 · layers, heads] of K and then V: of fp8; ``None``: 1.
+        Scales of fp8 tensors, float32 [2 · layers, heads], K's and then V's; ``None``: 1.
     measure
-        Whether errors of the reconstruction are measured, on every token.
-    bound
-        Tokens with a larger one are left out.
+        Whether to measure the errors of what would be restored, of every token.
+    bound, layer_bound
+        Tokens are left out whose relative error over all layers, or in one, is larger.
     """
 
     #: Tokens of a batch.
@@ -137,7 +152,7 @@ class Analyser:
     def _common(
         self, source: Source, part: int, at: int, tokens: int, r: DeviceRotations
     ) -> list[Any]:
-        """What kernels that read tensors have in common: ``tokens`` from ``at`` on."""
+        """Leading arguments of the kernels that read tensors, for ``tokens`` tokens from ``at``."""
         return [
             source.entries.data.ptr + 8 * layout.FIELDS * source.parts[part][0],
             source.slots.data.ptr + 8 * at,
@@ -162,7 +177,7 @@ class Analyser:
         return self._values[dtype]
 
     def _coefficients(self, source: Source, stride: int) -> Any:
-        """float32 [components, stride], see :func:`stride_of`."""
+        """Coefficients of a batch, float32 [components, stride]; see :func:`stride_of`."""
         plan, tokens = self._plan, source.tokens
         rotations = self._ropes.at(source.positions, sign=-1)
         gather = layout.gather(source.dtype, source.wide)
@@ -202,10 +217,17 @@ class Analyser:
         return plan.ordered(out)
 
     def _compare(self, source: Source, symbols: Any, scales: Any, stride: int) -> Any:
-        """float32 [2, 1 + layers, stride]: errors of each token's K and V over all layers, then in
-        each, after the cast to the output's dtype.
+        """Relative errors of what would be decoded, after the cast to ``out_dtype``.
 
-        Of binary16 ``symbols`` [components, stride] times ``scales`` [parts, stride].
+        Parameters
+        ----------
+        symbols, scales
+            Bits of binary16 [components, stride], and float32 [parts, stride] that they are times.
+
+        Returns
+        -------
+        Array
+            float32 [2, 1 + layers, stride]: each token's K and V, over all layers and in each.
         """
         s, plan, tokens = self._section, self._plan, source.tokens
         rotations = self._ropes.at(source.positions, sign=1)
@@ -265,8 +287,10 @@ class Analyser:
         return out
 
     def _limiting(self, errors: Any) -> Any:
-        """float32 [2, stride]: what ``bound`` is held against, of :meth:`_compare`'s errors: those
-        over all layers, or of the worst layer in terms of its own bound."""
+        """Errors to compare with ``bound``, float32 [2, stride], from those of :meth:`_compare`.
+
+        That over all layers or, if larger, that of the worst layer · ``bound / layer_bound``.
+        """
         whole = errors[:, 0]
         if self._layer_bound is None or self._layer_bound == math.inf:
             return cupy.ascontiguousarray(whole)
@@ -278,7 +302,11 @@ class Analyser:
 def errors_by_layer(
     errors: Any, verbatim: NDArray[np.bool_], starts: NDArray[np.int64]
 ) -> list[LayerErrors | None]:
-    """Mean and worst over each block's coded tokens, of float32 [2, layers, at least tokens]."""
+    """Mean and worst error of each layer over the coded tokens of each block.
+
+    ``errors`` is float32 [2, layers, ≥ tokens] on the device; ``None`` is of a block without coded
+    tokens.
+    """
     blocks, tokens, size = len(starts) - 1, int(starts[-1]), int(np.diff(starts).max(initial=1))
     kept = np.zeros(blocks * size, np.bool_)
     kept[:tokens] = ~verbatim[:tokens]

@@ -71,7 +71,8 @@ class Batch:
 
 
 class Started(NamedTuple):
-    """A batch whose work was submitted, and its faults and overflow: see :class:`Batch`."""
+    """A batch that the device is at work on: its blocks, and ``faults`` and ``overflow`` as of
+    :class:`Batch`."""
 
     blocks: Sequence[Placed]
     faults: Any
@@ -80,8 +81,8 @@ class Started(NamedTuple):
 
 @dataclass(frozen=True)
 class Span:
-    """Columns ``begin`` to ``end`` of a leaf's rows, and the ``count`` entries from ``row`` on that
-    they are written to."""
+    """Columns ``begin`` to ``end`` of a leaf's rows, and where they go: to ``count`` entries of the
+    destination from number ``row`` on."""
 
     leaf: int
     row: int
@@ -163,8 +164,11 @@ class TileTasks:
         return self._of_sizes[size]
 
     def order(self, size: int, blocks: int, together: int) -> NDArray[np.int64]:
-        """Which of the blocks' tiles, block after block, is at each place when those of a part lie
-        side by side, filled up to blocks of threads of ``together``; -1 - part where none is."""
+        """Sort tiles of several blocks by part, so that a block of threads has one part's tables.
+
+        Returns int64: the index, block after block, of the tile at each place. Each part is filled
+        up to a multiple of ``together`` with ``-1 - part``.
+        """
         if (size, blocks, together) not in self._orders:
             parts = np.tile(self.template(size)[0][:, rans.PART], blocks)
             places = []
@@ -286,8 +290,11 @@ class BatchDecoder(ABC):
     def destination(
         self, layers: Sequence[int], k_out: Tensors | None, v_out: Tensors | None
     ) -> Destination:
-        """Where values of ``layers`` go: indices into the section's, as those of the tensors'
-        addresses are; ``None`` is not wanted."""
+        """Describe where values of ``layers`` go.
+
+        ``layers`` are indices into the section's, as the tensors' addresses are by. ``None``
+        instead of tensors: K, or V, is not wanted.
+        """
         s = self._section
         sizes = s.kv_heads * s.k_dim, s.kv_heads * s.v_dim
         chosen = frozenset(layers)
@@ -328,8 +335,10 @@ class BatchDecoder(ABC):
         k_out: Tensors,
         v_out: Tensors,
     ) -> list[Started]:
-        """Decode blocks, all of which have coded tokens, into tensors: batch after batch as they
-        come, without waiting for the device. See :func:`faulty`."""
+        """Submit the decoding of blocks into tensors, batch after batch as they come.
+
+        All must have coded tokens. Does not wait for the device: :func:`faulty` does.
+        """
         started = []
         destination = self.destination(layers, k_out, v_out)
         for some in self.batches(blocks):
@@ -471,7 +480,7 @@ def _positions(block: Block) -> NDArray[np.int64]:
 
 
 def faulty(started: Iterable[Started]) -> Iterator[Placed]:
-    """Wait for the device; return the blocks that it could not decode."""
+    """Wait for the device; yield the blocks that it could not decode."""
     for blocks, faults, overflow in started:
         found = cupy.asnumpy(faults)
         if int(overflow[0]):

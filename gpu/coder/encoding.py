@@ -47,8 +47,21 @@ _SPAN = 2.0
 
 @dataclass(frozen=True)
 class OnDevice:
-    """What becomes of a batch, before anybody waits for it: uint8 payloads; their places int64
-    [blocks, 2], begin and bytes; uint8 [tokens]; int32 [blocks] faults; errors."""
+    """An encoded batch on the device, which may still be at work on it.
+
+    Attributes
+    ----------
+    payloads
+        uint8: all payloads, one after the other.
+    places
+        int64 [blocks, 2]: where each payload begins, and its bytes.
+    verbatim
+        uint8 [tokens]: 1 for tokens that are not coded.
+    faults
+        int32 [blocks]: not 0 where the payload did not fit into its room.
+    errors
+        float32 [2, 1 + layers, stride] as of :meth:`Analyser._compare`, or ``None``.
+    """
 
     payloads: Any
     places: Any
@@ -59,9 +72,23 @@ class OnDevice:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A batch whose coefficients are known: float32 [components, stride]; float32 wishes and peaks
-    and int32 grids [parts, stride], see :func:`kvtc_stream.gpu.kernels.uniform.classify` and
-    ``recognise``; and first tokens of blocks."""
+    """A batch of blocks after analysis, on the device, ready to be encoded at any step.
+
+    Attributes
+    ----------
+    source
+        The tensors it came from.
+    coefficients, stride
+        float32 [components, stride], with at least as many columns as tokens.
+    wishes, peaks
+        float32 [parts, stride]: the step exponent that each token should have, and its largest
+        coefficient; see :func:`kvtc_stream.gpu.kernels.uniform.classify`.
+    grids
+        int32 [parts, stride]: the grid that a restored token lies on, see
+        :func:`kvtc_stream.gpu.kernels.uniform.recognise`.
+    starts, starts_d
+        [blocks + 1], first tokens of blocks and the end: int64 on the host, int32 on the device.
+    """
 
     source: Source
     coefficients: Any
@@ -86,11 +113,11 @@ class _Steps:
 
 
 class Measured:
-    """Sizes or errors over offsets, of many blocks at a time.
+    """Sizes or errors of many blocks as functions of the offset to the plan's step.
 
-    Measured where they are asked for, at both ends and in the middle of a span of ``_SPAN``;
-    logarithms are taken as quadratic between. What is found of a block does not depend on
-    the blocks beside it.
+    Offsets are divided into spans of ``_SPAN``. The first time that an offset in a span is asked
+    for, amounts are measured at its ends and in its middle; between these, their logarithms are
+    interpolated quadratically. A block's amounts do not depend on the blocks beside it.
 
     Parameters
     ----------
@@ -230,7 +257,7 @@ class BatchEncoder(Analyser):
     def sizes(self, batch: Prepared, which: NDArray[np.bool_] | None = None) -> Measured:
         """Bytes of the blocks' payloads [blocks] over offsets; waits for the device.
 
-        About how much of them some tokens, bool [tokens], are; by default all.
+        ``which``, bool [tokens]: only the share of these tokens, about; by default all.
         """
         tokens, parts = np.diff(batch.starts), len(self._plan.parts)
         overhead = 8 + self._tiles * (4 + 3 * np.minimum(tokens, 32)) + parts * ((tokens + 1) // 2)
@@ -252,7 +279,7 @@ class BatchEncoder(Analyser):
     def _bits(
         self, batch: Prepared, peaks: Any, offsets: NDArray[np.float64]
     ) -> NDArray[np.float64]:
-        """Of symbols and escapes, [blocks, offsets]."""
+        """Bits of the blocks' symbols and escapes, float64 [blocks, offsets]."""
         plan = self._plan
         blocks, parts = len(batch.starts) - 1, len(plan.parts)
         steps = self._steps(batch, np.tile(offsets, (blocks, 1)))
@@ -446,8 +473,14 @@ class BatchEncoder(Analyser):
     def _room(
         self, starts: NDArray[np.int64]
     ) -> tuple[NDArray[np.int64], NDArray[np.int32], int, int]:
-        """Tasks, int32 [blocks, tiles] where each tile's is, words of room in all, and how many
-        tiles share a block of threads."""
+        """Lay out the tiles of blocks: where each is encoded to, and by whom.
+
+        Returns
+        -------
+        tuple
+            Tasks int64 [tasks, rans.FIELDS]; int32 [blocks · tiles], each tile's task; 16-bit words
+            of room in all; and how many tiles share a block of threads.
+        """
         blocks, tokens = len(starts) - 1, np.diff(starts)
         template, leading = self._tasks.template(TILE_COMPONENTS)
         counts = template[:, rans.COUNT]

@@ -124,8 +124,8 @@ class Basis:
         self.leaves: list[Leaf] = []
         self.seconds: list[SecondLevel] = []
         self.rows = 0
-        # Of each component: its row of the stacked symbols, and of coefficients before they are
-        # put in order.
+        # The row of each component: of the stacked symbols, and of coefficients before
+        # :meth:`ordered`.
         self._rows: list[NDArray[np.int64]] = []
         self._inner: list[NDArray[np.int64]] = []
 
@@ -137,8 +137,12 @@ class Basis:
         sizes: Sizes,
         k_size: int,
     ) -> None:
-        """The next part. ``analysis`` and ``synthesis`` have its coded components, in float32, and
-        whatever factors these have on the device; ``k_size`` channels has a layer's K."""
+        """Append the next part of the basis.
+
+        ``analysis`` and ``synthesis`` are the matrices of its coded components, float32, with the
+        factors that these have on the device. ``k_size`` is the number of channels of a layer's K,
+        ``kv_heads · k_dim``.
+        """
         # Tensor cores read 16 bytes at a time.
         analysis, synthesis = analysis.aligned(8), synthesis.aligned(8)
         index = len(self._rows)
@@ -203,15 +207,18 @@ class Basis:
         self._inner.append(inner + order.astype(np.int64))
 
     def finish(self) -> None:
-        """After the last part."""
+        """Make what depends on all parts; call it after the last :meth:`add`."""
         self.places, self._from_inner = (
             cupy.asarray(np.concatenate([np.zeros(0, np.int64), *x]))
             for x in (self._rows, self._inner)
         )
 
     def stacked(self, symbols: Any) -> Any:
-        """Bits of binary16 [rows, stride], what leaves are multiplied by, of symbols [components,
-        stride], whose stride is a multiple of 64."""
+        """Arrange symbols [components, stride] as the leaves' products read them.
+
+        Bits of binary16; ``stride`` must be a multiple of 64. Returns [rows, stride], in which the
+        leading coefficients are computed from the second level. Without one, the symbols as given.
+        """
         if not self.seconds:
             return symbols
         stride = symbols.shape[1]
@@ -235,8 +242,8 @@ class Basis:
         return stack
 
     def ordered(self, coefficients: Any) -> Any:
-        """Coefficients float32 [components, stride] of the leaves, in the components' order; as for
-        :meth:`stacked`."""
+        """Put coefficients, float32 [components, stride], from the products' order in the
+        components'; ``stride`` must be a multiple of 64."""
         if not self.seconds:
             return coefficients
         # Sixteen bytes at a time.

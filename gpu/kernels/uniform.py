@@ -47,7 +47,7 @@ SIZES = 3
 #: Components that sizes are measured on, of a part with ``MANY``: one of so many. Neighbours take
 #: almost the same bits.
 SAMPLED, MANY = 4, 1024
-#: Of those that sizes are measured on, so many share a block of threads.
+#: Sampled components that a block of threads measures sizes on.
 SIZED = 256
 #: Components that a thread quantises for a reconstruction.
 TOGETHER = 32

@@ -159,7 +159,7 @@ def _layers(stream: StreamFile) -> list[int]:
 
 
 def _tokens(stream: StreamFile) -> int:
-    """Of the section that has most; where others have fewer, ranges go by positions."""
+    """Number of tokens of the longest section: if others have fewer, ranges go by positions."""
     counts = [0] * len(stream.header.geometry.sections)
     for entry in stream.index:
         counts[entry.section] += entry.tokens

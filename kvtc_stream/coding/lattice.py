@@ -27,7 +27,7 @@ import numpy.typing as npt
 
 from kvtc_stream.coding.rans import CLASSES
 
-#: Of a token that lies on no grid.
+#: Stands for the grid of a token that lies on none.
 NO_GRID = -(1 << 15)
 #: Of blocks: what payloads have room for.
 HIGHEST_LEVEL = 127
@@ -138,7 +138,7 @@ def _recognise(x, scale, wishes, grids):  # type: ignore[no-untyped-def]
         peak = _F32(0)
         for i in range(scale.size):
             y[i] = x[t, i] * scale[i]
-            # Of what is no number there is no largest.
+            # NaN would get lost in max().
             peak = max(peak, abs(y[i])) if abs(y[i]) < _F32(1e30) else _F32(np.inf)
         if not peak < _F32(1e30):
             continue

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from transformers.cache_utils import DynamicCache
 
-#: Of the text that is judged; its first part answers them.
+#: Asked about the text that is judged, whose first part has the answers.
 QUESTIONS = (
     "When was the lighthouse built?",
     "What is the prize of the festival?",

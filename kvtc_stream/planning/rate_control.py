@@ -24,15 +24,15 @@ _CORRIDOR = 0.015
 #: former is beyond what a basis in binary16 resolves, and leaves room below the largest symbol.
 _FINER, _COARSER = 16.0, 100.0
 _EVALUATIONS = 8
-#: Of a step that has to fit a size, in quarter octaves.
+#: How near the search for a step that fits a size comes to the finest one, in quarter octaves.
 _RESOLUTION = 1 / 16
-#: Of a block's record, besides payload and verbatim values.
+#: Estimated bytes of a block's record without its payload and verbatim values.
 _RECORD_BYTES = 120
-#: Logarithm of how many times the bytes that restored tokens should take is too much; more by
-#: ``few / (few + tokens)``. And so many others have no step of their own.
+#: Restored tokens give up their grids if they take more than exp(_SURELY + few / (few + tokens))
+#: times the bytes that they should. Fewer than ``_FEW`` other tokens have no step of their own.
 _SURELY, _FEW = 0.15, 32
-#: Times a page's budget at which it may yet fit; and how far from the families of restored tokens'
-#: steps others may take less.
+#: An estimate of up to so many times a page's budget may still fit, as sizes are estimates. Tables
+#: for a page of restored tokens are searched so many quarter octaves around those tokens' step.
 _PERHAPS, _NEAR = 1.1, 3
 #: Errors of tokens count up to here; such tokens end up verbatim.
 _MOST_ERROR = 2.0
@@ -43,14 +43,21 @@ _Errors: TypeAlias = NDArray[np.float64] | tuple[NDArray[np.float64], NDArray[np
 
 @dataclass(frozen=True)
 class Target:
-    """What a stream with uniform bands keeps to: ``ratio``, ``bits_per_token`` or
-    ``mean_error``, of the tokens that are coded, in each section by itself."""
+    """What a stream with uniform bands keeps to, in each section by itself.
+
+    Attributes
+    ----------
+    name
+        ``"ratio"``, ``"bits_per_token"`` or ``"mean_error"``, of the tokens that are coded.
+    value
+        The ratio, bits, or relative error wanted.
+    """
 
     name: str
     value: float
 
     def control(self, header: StreamHeader, section: int) -> SectionControl:
-        """Of one section of a new stream."""
+        """Start the rate control of one section of a new stream."""
         least = _least_offset(header, section)
         if self.name == "mean_error":
             return SectionControl(RateControl(self.value, 0.14, least), of_errors=True)
@@ -62,20 +69,20 @@ class Target:
 
 
 class Controls(Protocol):
-    """What gives the sections of a stream their rate control: a target, or ones made before."""
+    """Makes the rate control of each section of a stream: from a target, or from stored state."""
 
     def control(self, header: StreamHeader, section: int) -> SectionControl:
-        """Of one section."""
+        """The rate control of a section, given by its index."""
         ...
 
 
 class SectionControl:
     """Rate control of a section's bytes or errors, one block after the other.
 
-    Tokens that were restored from a stream lie on grids already. Those are kept, unless they take
-    clearly more bytes than they should: then fewer are asked for than when they were stored. They
-    lose nothing, so that sizes and errors count of the others alone, which get what they would get
-    if there were no restored ones.
+    Tokens that were restored from a stream lie on the grids they were quantised to. Coding them on
+    the same grids again loses nothing, so they keep them, unless they would take clearly more bytes
+    than the target allows (which happens if the new target is smaller than the old one). The target
+    applies to the other tokens alone: they are coded as if there were no restored ones.
     """
 
     def __init__(self, control: RateControl, *, of_errors: bool) -> None:
@@ -83,7 +90,7 @@ class SectionControl:
         self._kept = RateControl(control.target, -1.0, 0.0)
 
     def keeps(self, tokens: int, size: float) -> bool:
-        """Whether restored tokens of a block keep their grids, with which they take ``size``."""
+        """Whether a block's restored tokens keep their grids, on which they take ``size`` bytes."""
         if self.of_errors:
             return True
         # Blocks may begin elsewhere than those that they were in: a few tokens say little.
@@ -95,7 +102,10 @@ class SectionControl:
         return True
 
     def counted(self, fits: NDArray[np.bool_], known: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        """bool [tokens]: which are to be told of, of those that fit and those that keep a grid."""
+        """Which tokens the target applies to, bool [tokens].
+
+        ``fits``: tokens that can be coded; ``known``: restored tokens that keep their grid.
+        """
         return fits & ~known
 
     def choose(
@@ -106,10 +116,17 @@ class SectionControl:
         *,
         restored: float | None = None,
     ) -> float:
-        """The offset for a block; the functions give its payload and its tokens' errors at one.
+        """Choose a block's offset to the plan's step, in quarter octaves.
 
-        ``restored``: that of tokens in the block that keep their grids. Beside such, a few have the
-        step of all so far. Where there are no others, it is what their families are chosen by.
+        Parameters
+        ----------
+        tokens
+            How many tokens the target applies to.
+        bytes_at, errors_at
+            Bytes of the payload, and relative errors [2, tokens] of K and V, at an offset.
+        restored
+            Mean offset of the block's tokens that keep their grids, if there are any. If all do, it
+            is the result; beside them, a few other tokens take the mean offset so far.
         """
         if restored is not None and not tokens:
             return restored
@@ -124,9 +141,10 @@ class SectionControl:
         bytes_at: Callable[[float], float],
         errors_at: Callable[[float], _Errors],
     ) -> None:
-        """Count a block before it is coded, by what it should take; arguments as before.
+        """Count a block by its estimates, instead of by what it took (:meth:`record`).
 
-        For those who choose for many blocks at a time, instead of :meth:`record`.
+        Encoders that choose offsets for many blocks before they code any need this. Arguments are
+        those of :meth:`choose`.
         """
         self._control.record(offset, tokens, self._amounts(bytes_at, errors_at)(offset))
 
@@ -156,12 +174,12 @@ class SectionControl:
         return self._control.state()
 
     def restore(self, state: Any) -> None:
-        """Go on where another was in :meth:`state`; ``ValueError`` if it cannot have been."""
+        """Continue from a :meth:`state`; ``ValueError`` if no rate control can have had it."""
         self._control.restore(state, 2 if self.of_errors else 1)
 
 
 class _Memoryless(SectionControl):
-    """Blocks do not depend on one another."""
+    """Rate control in which blocks do not depend on one another: it keeps no state."""
 
     of_errors = False
 
@@ -169,17 +187,17 @@ class _Memoryless(SectionControl):
         """There is nothing to remember."""
 
     def expect(self, *_: Any) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     def record(self, offset: float, block: Block) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     def state(self) -> dict[str, Any]:
-        """Nothing."""
+        """Empty."""
         return {}
 
     def restore(self, state: Any) -> None:
-        """Nothing."""
+        """Does nothing."""
 
 
 class IndependentControl(_Memoryless):
@@ -221,11 +239,11 @@ class FittingControl(_Memoryless):
         self._least = _least_offset(header, section)
 
     def keeps(self, tokens: int, size: float) -> bool:
-        """If they may fit: a page that fitted fits again, and sizes are estimates."""
+        """Whether they may fit. A page that fitted fits again, though its estimate be larger."""
         return size <= self.budget * (1 if self.failed else _PERHAPS)
 
     def counted(self, fits: NDArray[np.bool_], known: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        """All, if not all are restored: what those take is not there for others."""
+        """All tokens that fit, since they share the page's budget; none if all are restored."""
         return fits & (fits & ~known).any()
 
     def choose(
@@ -265,7 +283,7 @@ class RateControl:
     Parameters
     ----------
     target
-        Of the amounts per token: none may exceed it, and one should reach it.
+        What the largest amount per token should be: bytes, or errors of K and of V.
     slope
         By how much the logarithm of an amount changes from one quarter octave of the step to the
         next: negative for bytes, positive for errors. A first guess.
@@ -275,9 +293,9 @@ class RateControl:
     Attributes
     ----------
     target
-        See above.
+        As given.
     tokens, mean
-        That were recorded, and the mean of their offsets.
+        Number of tokens recorded, and the mean of their offsets.
     """
 
     def __init__(self, target: float, slope: float, least: float) -> None:
@@ -339,7 +357,7 @@ class RateControl:
         return min(max(self.mean - excess / self._slope, self._least), _COARSER)
 
     def record(self, x: float, tokens: int, amounts: _Amounts) -> None:
-        """What a block of ``tokens`` coded tokens took in the end."""
+        """Add a block of ``tokens`` coded tokens at offset ``x``, and the sums of its amounts."""
         if tokens:
             self.tokens += tokens
             self._amounts = self._amounts + amounts

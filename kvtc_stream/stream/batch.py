@@ -30,7 +30,7 @@ Stream = bytes | bytearray | memoryview
 T = TypeVar("T")
 R = TypeVar("R")
 
-#: Of paged caches, copied before they are encoded.
+#: Tokens of a paged cache that are copied and encoded at a time.
 _TOKENS_AT_A_TIME = 8192
 
 

@@ -146,7 +146,8 @@ class Union:
                 f"the streams have {', '.join(map(str, sorted(counts)))} sections: layers of "
                 "every section must be in each of them"
             )
-        # Of every section of the result: which stream and which of its layers, or parts, it is.
+        # For every section of the result, where each of its layers and parts comes from: (stream,
+        # index there).
         self._layers: list[list[tuple[int, int]]] = []
         self._parts: list[list[tuple[int, int]]] = []
         sections, plans, scales = [], [], []
@@ -182,7 +183,7 @@ class Union:
         return replace(own[0], layers=numbers, rope=rope)
 
     def _plan(self, own: Sequence[SectionPlan]) -> SectionPlan:
-        """Of the section that :meth:`_section` was for."""
+        """The plan of the section that :meth:`_section` made last, from the streams' plans."""
         if len(bases := {plan.basis for plan in own}) > 1:
             raise UnsupportedError(f"the streams have bases {sorted(bases)}: expected one")
         order = self._layers[-1]
@@ -198,7 +199,7 @@ class Union:
         return SectionPlan(bases.pop(), tuple(part for part, _, _ in placed))
 
     def _scales(self, index: int, heads: int) -> SectionScales:
-        """Of the section that :meth:`_section` was for."""
+        """The fp8 scales of the section that :meth:`_section` made last."""
         own = [h.scales[index] for h in self._of]
         spans = [(j, slice(k * heads, (k + 1) * heads)) for j, k in self._layers[-1]]
         return SectionScales(
@@ -277,7 +278,11 @@ def _renumbered(part: PartPlan, number: Callable[[int], int]) -> PartPlan:
 
 @dataclass(frozen=True)
 class _Pieces:
-    """Of a block's symbols, by part: of uniform bands, or segments of others; and their head."""
+    """A block's coded symbols, part by part.
+
+    With uniform bands each part is a run of tiles and there is a head; with other bands each part
+    is its segments.
+    """
 
     uniform: payload.UniformPayload | None
     parts: list[Any]

@@ -29,7 +29,7 @@ from kvtc_stream.stream.pending import verbatim_block
 
 #: How often a page is coded again because the estimate of its size was too low.
 _ATTEMPTS = 8
-#: Of a block, without positions, payload and verbatim values.
+#: Maximum bytes of a block's record without positions, payload and verbatim values.
 _BLOCK_BYTES = 80
 
 

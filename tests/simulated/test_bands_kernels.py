@@ -174,7 +174,7 @@ def test_fp8_codes_are_those_of_the_cpu() -> None:
     assert payload.tobytes() == b"".join(s.tobytes() for s in cpu.pack(symbols, band))
 
 
-#: Of the payload of 5 tokens: where a byte is, and what it becomes.
+#: Damage to the payload of 5 tokens: where a byte is, and what it becomes.
 TOKENS = 5
 _SCALES = 2 * TOKENS * CODED
 _INT2_END = _SCALES * 2 + 3 * 2

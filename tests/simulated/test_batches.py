@@ -53,7 +53,7 @@ def cache() -> tuple[Array, Array]:
 
 @pytest.fixture(scope="module")
 def stream(calibration: kvtc.Calibration, cache: tuple[Array, Array]) -> bytes:
-    """Of the CPU backend."""
+    """What the CPU backend makes."""
     codec = kvtc.Codec(calibration, ratio=RATIO, sinks=0, window=0, block_tokens=BLOCK)
     return kvtc.encode(*cache, codec=codec)
 

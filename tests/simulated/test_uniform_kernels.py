@@ -37,7 +37,7 @@ def drawn_predictor(rng: np.random.Generator, read: int) -> importance.TokenImpo
     [((400, 0, 10, 3), (400, 8, 70, None), 45), ((0,), (8,), 3), ((330, 100), (300, 257), 33)],
 )
 def test_wishes(coded: tuple[int, ...], reads: tuple[int | None, ...], tokens: int) -> None:
-    """Of parts without components, without a predictor, and with fewer than it reads."""
+    """Parts without components, without a predictor, and with fewer components than it reads."""
     rng = np.random.default_rng(1)
     predictors = [None if n is None else drawn_predictor(rng, n) for n in reads]
     total, parts = sum(coded), len(coded)
@@ -174,7 +174,7 @@ def test_levels_classes_and_steps() -> None:
 
 @pytest.mark.parametrize("coded", [(uniform.MANY, uniform.MANY - 24), (3, 0, 300), (1030,)])
 def test_sizes(coded: tuple[int, ...]) -> None:
-    """Of parts whose components are all measured, beside those of which some are."""
+    """Parts whose components are all measured, beside those of which some are."""
     rng = np.random.default_rng(2)
     tokens, parts = 5, len(coded)
     firsts = np.cumsum([0, *coded])[:-1]

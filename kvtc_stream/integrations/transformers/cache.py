@@ -316,7 +316,10 @@ def _fill(layer: Any, keys: Tensor, values: Tensor, seen: int) -> None:
 
 
 def _some_tokens(x: Tensor, slots: NDArray[np.int64], there: bool) -> Tensor:
-    """Of a layer's [heads, tokens, dim]: a view where possible, on the host if not ``there``."""
+    """Some tokens of a layer [heads, tokens, dim]: a view if possible, else a copy.
+
+    On the device of ``x`` if ``there``, else on the host.
+    """
     if slots[-1] - slots[0] + 1 == len(slots):
         x = x[:, slots[0] : slots[-1] + 1]
     else:
@@ -478,10 +481,10 @@ def _needed(layer: Any, tokens: int) -> int:
 def _cache_positions(
     sections: Sequence[Section], held: Sequence[NDArray[np.int64]], layers: Mapping[int, Any]
 ) -> NDArray[np.int64]:
-    """Of all tokens that a cache of the stream's sections has seen; refuses those that lack some.
+    """Positions, int64, of all tokens that a cache of the stream's sections has seen.
 
-    A section holds the latest of them. Which went before, where none holds all, is known if their
-    positions have no gaps.
+    Each section holds the latest tokens. If all of them slide, the earlier tokens are known only if
+    positions have no gaps. ``UnsupportedError`` if sections do not end at the same token.
     """
     positions = max(held, key=len)
     if any(not len(x) or not np.array_equal(x, positions[-len(x) :]) for x in held):

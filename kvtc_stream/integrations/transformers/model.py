@@ -112,7 +112,7 @@ def probe_tokens(decoder: PreTrainedModel, count: int) -> list[int]:
 
 
 def filled_layers(cache: DynamicCache, name: str) -> dict[int, Any]:
-    """Of :func:`attention_layers` those that hold tokens; refuses a model that left all empty."""
+    """The :func:`attention_layers` that hold tokens; ``UnsupportedError`` if none does."""
     layers = {n: x for n, x in attention_layers(cache, name).items() if x.is_initialized}
     if not layers:
         raise UnsupportedError(f"{name} left its cache empty; {SUPPORTED_CACHES}")

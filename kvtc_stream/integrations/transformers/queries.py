@@ -27,7 +27,7 @@ from kvtc_stream.integrations.transformers.gradients import onto_unrotated
 from kvtc_stream.integrations.transformers.identity import TokenIds
 from kvtc_stream.integrations.transformers.model import decoder_of, growing, inference
 
-#: Of the short run that shows output projections.
+#: Tokens of the short run that shows which modules are output projections.
 _PROBE_TOKENS = 4
 
 #: Held while transformers' attention interface is replaced.
@@ -155,7 +155,7 @@ def output_norms(model: PreTrainedModel) -> list[NDArray[np.float32]]:
 
 
 def _places(sections: tuple[Section, ...]) -> dict[int, tuple[int, int, Section]]:
-    """Of each layer: its section's index, its place in it, and a section of this layer only."""
+    """For each layer its section's index, its place there, and a section of this layer only."""
     return {
         layer: (i, row, replace(section, layers=(layer,), rope=section.rope[row : row + 1]))
         for i, section in enumerate(sections)
