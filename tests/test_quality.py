@@ -102,6 +102,8 @@ def test_greedy_continuation_is_that_of_the_whole_text(loaded: tuple[Any, Any]) 
     cache = quality.prefill(model, ids[:40])
 
     found = quality.continue_greedily(model, cache, ids[40:], 12)
+    ended = quality.continue_greedily(model, cache, ids[40:], 12, stop=int(found[5]))
+    np.testing.assert_array_equal(ended, found[: found.tolist().index(found[5])])
 
     expected = ids
     with torch.inference_mode():

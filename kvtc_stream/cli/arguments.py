@@ -142,6 +142,12 @@ def _encode(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "--append", action="store_true", help="continue OUT, with the options it was made with"
     )
+    parser.add_argument(
+        "--base",
+        metavar="FILE",
+        help="an earlier stream that IN was restored from: blocks whose tokens IN still begins "
+        "with are copied, and lose nothing more (may be OUT)",
+    )
     parser.add_argument("--preset", default="default", help="how to code: default or paper")
     target = parser.add_mutually_exclusive_group()
     target.add_argument(

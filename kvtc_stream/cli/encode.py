@@ -8,6 +8,7 @@ from typing import Any
 import kvtc_stream as kvtc
 from kvtc_stream.cli import paths, report, terminal
 from kvtc_stream.cli.arguments import UsageError
+from kvtc_stream.formats import StreamFile
 from kvtc_stream.io import plain
 
 #: Tokens handed to the encoder at a time.
@@ -18,6 +19,11 @@ def run(args: Namespace) -> int:
     """Compress a plain cache; see ``kvtc encode --help``."""
     target = paths.output(args)
     paths.check_output(args.output, paths.STREAM, [args.input, args.calibration])
+    if args.base is not None:
+        if args.append:
+            raise UsageError("--base is for new streams: one that is continued keeps its blocks")
+        with paths.open_input(args.base, seekable=True) as base, paths.about(args.base):
+            StreamFile(base)  # refused before the work
     with terminal.progress() as bars:
         calibration = paths.load_calibration(args.calibration)
         reading = bars.add_task(f"Reading {args.input}", total=None)
@@ -42,7 +48,7 @@ def run(args: Namespace) -> int:
         encoding = terminal.bar(bars, "Encoding")
         options: dict[str, Any] = _scales(sections)
         if not args.append:
-            options["metadata"] = args.metadata
+            options |= {"metadata": args.metadata, "base": args.base}
         elif args.metadata:
             raise UsageError("--metadata is for new streams: it is in the header")
         mode: Any = "ab" if args.append else "wb"

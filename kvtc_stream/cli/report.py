@@ -128,6 +128,7 @@ def section_json(section: Section) -> dict[str, Any]:
                 "interleaved": rope.interleaved,
                 "scale": rope.scale,
                 "inv_freq": list(rope.inv_freq),
+                "axes": list(rope.axes),
             }
             for rope, layers in _ropes(section)
             if rope is not None
@@ -465,10 +466,19 @@ def _describe_rope(rope: Rope | None) -> str:
         return "keys without RoPE"
     pairs = "interleaved" if rope.interleaved else "half-split"
     scale = "" if rope.scale == 1 else f", scale {rope.scale:.4g}"
+    axes = ""
+    if rope.axes:
+        shares = np.bincount(rope.axes).tolist()
+        axes = f", {len(shares)} axes with {_describe_list(shares)} pairs"
     return (
         f"RoPE over {rope.rotary_dim} channels ({pairs}, frequencies {rope.inv_freq[0]:.4g} to "
-        f"{rope.inv_freq[-1]:.4g}{scale})"
+        f"{rope.inv_freq[-1]:.4g}{scale}{axes})"
     )
+
+
+def _describe_list(numbers: Sequence[int]) -> str:
+    *leading, last = map(str, numbers)
+    return f"{', '.join(leading)} and {last}" if leading else last
 
 
 def _describe_numbers(numbers: Sequence[int]) -> str:

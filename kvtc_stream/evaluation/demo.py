@@ -334,7 +334,6 @@ def _ids(tokenizer: Any, text: str) -> NDArray[np.int64]:
 def _answer(model: PreTrainedModel, tokenizer: Any, cache: DynamicCache, question: str) -> str:
     """The first sentence of the likeliest answer; so small a model has no more to say."""
     ids = _ids(tokenizer, f"\n\n{question}")
-    found = continue_greedily(model, cache, ids, _ANSWER_TOKENS)
-    ends = np.flatnonzero(found == tokenizer.eos_token_id)
-    text = tokenizer.decode(found[: ends[0]] if len(ends) else found).strip()
+    found = continue_greedily(model, cache, ids, _ANSWER_TOKENS, stop=tokenizer.eos_token_id)
+    text = tokenizer.decode(found).strip()
     return re.split(r"(?<=[.!?])\s|\n", text, maxsplit=1)[0]

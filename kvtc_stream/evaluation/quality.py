@@ -113,10 +113,13 @@ def next_token_log_probabilities(model: PreTrainedModel, cache: DynamicCache, id
     return log_probabilities
 
 
-def continue_greedily(model: PreTrainedModel, cache: DynamicCache, ids: Ids, count: int) -> Ids:
-    """Generate ``count`` tokens greedily after ``ids`` [tokens], which follow the cache.
+def continue_greedily(
+    model: PreTrainedModel, cache: DynamicCache, ids: Ids, count: int, *, stop: int | None = None
+) -> Ids:
+    """Generate up to ``count`` tokens greedily after ``ids`` [tokens], which follow the cache.
 
-    The cache is not changed.
+    Ends early with the token ``stop``, which is not in the result, int64 [tokens]. The cache is not
+    changed.
     """
     import torch
 
@@ -127,6 +130,8 @@ def continue_greedily(model: PreTrainedModel, cache: DynamicCache, ids: Ids, cou
         for _ in range(count):
             logits = model(input_ids=given, **growing(model, grown)).logits
             given = logits[:, -1:].argmax(-1)
+            if int(given) == stop:
+                break
             found.append(int(given))
     return np.array(found, np.int64)
 

