@@ -10,6 +10,7 @@ grid from :func:`grid`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import accumulate
 
@@ -17,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from numba import cuda
 
-from kvtc_stream.coding.bands import segment_sizes
+from kvtc_stream.coding.bands import LEAST_EVIDENCE, MOST_RATIO, PARTS, segment_sizes
 from kvtc_stream.formats.plan import Band, Quantiser
 from kvtc_stream.gpu.kernels.fp8 import e4m3_code, e4m3_value
 from kvtc_stream.gpu.kernels.intrinsics import (
@@ -66,7 +67,7 @@ STRIP_FIELDS = 9
 TASK_FIELDS = 2
 SEGMENTS = 5
 
-_I32, _U32, _I64, _F32 = np.int32, np.uint32, np.int64, np.float32
+_I32, _U32, _I64, _F32, _F64 = np.int32, np.uint32, np.int64, np.float32, np.float64
 _INFINITE = np.int32(0x7F800000)
 _INT2, _INT4, _FP8 = np.int32(2), np.int32(4), np.int32(8)
 
@@ -132,7 +133,8 @@ def grid(tokens: int, strips: int, blocks: int = 1) -> tuple[int, int, int]:
 
 @kernel(i32p, f32p, i64, i32, u16p, u8p)
 def measure(strips, coefficients, stride, tokens, parameters, unfit):  # type: ignore[no-untyped-def]
-    """Kernel: measure scale and shift of each token and band.
+    """Kernel: measure scale and shift of each token and band; of restored ones those they had, see
+    :mod:`kvtc_stream.coding.bands`.
 
     Parameters
     ----------
@@ -178,9 +180,49 @@ def measure(strips, coefficients, stride, tokens, parameters, unfit):  # type: i
         shift = f16_bits(lo)
     if (_I32(scale) & _I32(0x7C00)) == _I32(0x7C00) or (_I32(shift) & _I32(0x7C00)) == _I32(0x7C00):
         unfit[column] = 1
+    elif bits != _FP8 and scale != 0:
+        source = _I64(strips[strip + ROW]) * stride + column
+        size, step, begin = strips[strip + SIZE], f16_value(scale), f16_value(shift)
+        move, stretch = _fitted(coefficients, source, stride, size, begin, step, bits)
+        if move != 0.0 or stretch != 0.0:
+            new_shift = f16_bits(_F32(_F64(begin) + move * _F64(step)))
+            new_scale = f16_bits(_F32(_F64(step) + stretch * _F64(step)))
+            exponent = _I32(new_shift) & _I32(0x7C00)
+            # A positive scale, and both finite.
+            if _I32(0) < _I32(new_scale) < _I32(0x7C00) and exponent != _I32(0x7C00):
+                scale, shift = new_scale, new_shift
     target = _I64(strips[strip + PARAMETER]) * 2 * stride + column
     parameters[target] = scale
     parameters[target + stride] = shift
+
+
+@cuda.jit(device=True)
+def _fitted(coefficients, source, stride, size, shift, scale, bits):  # type: ignore[no-untyped-def]
+    """See :func:`kvtc_stream.coding.bands.refit`: of a token's coefficients in a band."""
+    levels = _F32(3.0) if bits == _INT2 else _F32(15.0)
+    c, cc, r, rc, rr = _I64(0), _I64(0), _I64(0), _I64(0), _I64(0)
+    for _ in range(_I32(0), size):
+        y = (coefficients[source] - shift) / scale
+        code = min(max(round_to_int(y), _I32(0)), _I32(levels))
+        away = min(max(y - _F32(code), _F32(-0.5)), _F32(0.5))
+        parts = round_to_int(away * _F32(PARTS))
+        c += code
+        cc += code * code
+        r += parts
+        rc += parts * code
+        rr += parts * parts
+        source += stride
+    spread = size * cc - c * c
+    if spread > 0:
+        move, stretch = r * cc - c * rc, size * rc - c * r
+        explained = (move * _F64(r) + stretch * _F64(rc)) / _F64(spread)
+        distance = max((_F64(rr) - explained) / _F64(PARTS**2), 1e-9 * _F64(size))
+        usual = _F64(size - _I32(2)) / 12.0
+        evidence = 6.0 * usual * math.log(max(usual, 1e-9) / distance)
+        if distance <= MOST_RATIO * usual and evidence >= LEAST_EVIDENCE:
+            whole = _F64(spread) * _F64(PARTS)
+            return _F64(move) / whole, _F64(stretch) / whole
+    return 0.0, 0.0
 
 
 @kernel(i64p, i32, i32p, i32p, f32p, u16p, i64, u8p)

@@ -17,6 +17,11 @@ makes all codes 0. Nothing here changes when a compiler contracts to fused multi
 (``code · scale`` is exact), so every backend that divides correctly finds the same codes and
 values.
 
+A cache that was restored lies on such grids already, but for the cast to its dtype, which moves
+``lo`` and ``hi`` each time it is stored. So where the distances of a band's coefficients from the
+grid are not those of any numbers, scale and shift are those that fit all codes best (least
+squares): then nothing more is lost than what binary16 and the mean of many casts leave.
+
 FP8 has a shift because the published format has one. It is always 0, which compresses away.
 Centring the range would move the code's small steps away from where most coefficients are: up to
 ten times the squared error on wide bands.
@@ -56,8 +61,16 @@ from kvtc_stream.formats.plan import Band, Quantiser
 _INT2 = Quantiser.INT2.bits
 _FP8 = Quantiser.FP8.bits
 
+#: Distances from grids are counted in parts of a step: sums of whole numbers are the same in
+#: whatever order, on every backend.
+PARTS = 256
+#: Most of the squared distances of any numbers that those of a grid's may be; and the least
+#: logarithm of how much likelier the grid makes them, in nats.
+MOST_RATIO, LEAST_EVIDENCE = 1 / 8, 8.0
+
 _F32 = np.float32
 _I32 = np.int32
+_I64 = np.int64
 
 #: A number whose type Numba infers.
 _Scalar: TypeAlias = Any
@@ -358,6 +371,28 @@ def band_parameters(lo: _Scalar, hi: _Scalar, bits: _Scalar) -> tuple[_Scalar, _
     return round_to_binary16((hi - lo) / levels), round_to_binary16(lo)
 
 
+@_jit
+def refit(
+    size: _Scalar, c: _Scalar, cc: _Scalar, r: _Scalar, rc: _Scalar, rr: _Scalar
+) -> tuple[_Scalar, _Scalar]:
+    """How far a grid is to be moved, and by how much to be stretched, in steps; both binary64.
+
+    0 where the coefficients do not lie on it. ``size`` is their number; the others are sums, int64,
+    of codes, their squares, distances in ``PARTS``, distances times codes, and their squares.
+    """
+    spread = size * cc - c * c
+    if spread > 0:
+        move, stretch = r * cc - c * rc, size * rc - c * r
+        explained = (move * np.float64(r) + stretch * np.float64(rc)) / spread
+        distance = max((rr - explained) / PARTS**2, 1e-9 * size)
+        usual = (size - 2) / 12
+        evidence = 6 * usual * np.log(max(usual, 1e-9) / distance)
+        if distance <= MOST_RATIO * usual and evidence >= LEAST_EVIDENCE:
+            whole = np.float64(spread) * PARTS
+            return move / whole, stretch / whole
+    return 0.0, 0.0
+
+
 # --- kernels ------------------------------------------------------------------------------------
 
 
@@ -408,13 +443,37 @@ def _quantise_tokens(coefficients, table, codes, scale, shift, representable):  
                     out[j] = e4m3_encode((x[j] - band_shift) / band_scale)
             else:
                 levels = _F32(3.0) if bits == _INT2 else _F32(15.0)
-                for j in range(size):
-                    out[j] = _I32(affine_code(x[j], band_shift, band_scale, levels))
+                move, stretch = _affine_codes(x, band_shift, band_scale, levels, out)
+                if move != 0 or stretch != 0:
+                    new_shift = round_to_binary16(band_shift + move * band_scale)
+                    new_scale = round_to_binary16(band_scale + stretch * band_scale)
+                    if new_scale > 0 and new_scale < infinity and abs(new_shift) < infinity:
+                        scale[g, t] = new_scale
+                        shift[g, t] = new_shift
+                        _affine_codes(x, new_shift, new_scale, levels, out)
         representable[t] = fits
         if not fits:
             row_codes[:] = 0
             scale[:, t] = 0
             shift[:, t] = 0
+
+
+@_jit
+def _affine_codes(x, shift, scale, levels, codes):  # type: ignore[no-untyped-def]
+    """Fill in a band's codes; return what :func:`refit` says of them."""
+    c, cc, r, rc, rr = _I32(0), _I32(0), _I32(0), _I32(0), _I32(0)
+    for j in range(x.size):
+        y = (x[j] - shift) / scale
+        code = min(max(np.rint(y), _F32(0.0)), levels)
+        away = min(max(y - code, _F32(-0.5)), _F32(0.5))
+        of_code, parts = _I32(code), _I32(np.rint(away * _F32(PARTS)))
+        codes[j] = of_code
+        c = _I32(c + of_code)
+        cc = _I32(cc + _I32(of_code * of_code))
+        r = _I32(r + parts)
+        rc = _I32(rc + _I32(parts * of_code))
+        rr = _I32(rr + _I32(parts * parts))
+    return refit(_I64(x.size), _I64(c), _I64(cc), _I64(r), _I64(rc), _I64(rr))
 
 
 @_jit

@@ -24,6 +24,8 @@ PARTS = (
         Band(3, Quantiser.INT4),
         Band(1, Quantiser.FP8),
         Band(3, Quantiser.INT2),
+        Band(12, Quantiser.INT4),
+        Band(12, Quantiser.INT2),
     ),
     (Band(4, Quantiser.FP8), Band(1, Quantiser.INT2), Band(1, Quantiser.NONE)),
 )
@@ -113,6 +115,10 @@ def _coefficients(case: Case) -> Array:
     # Bands that are flat, zero with either sign, and smaller than binary16.
     drawn[:, :4] = [0.0, -0.0, 3.7, 1e-9]
     drawn[::2, 1] = 0
+    # Two bands of some tokens that lie on grids, but for what a cast did.
+    for at, levels in ((12, 16), (24, 4)):
+        codes = rng.integers(0, levels, (12, case.stride - 10))
+        drawn[at : at + 12, 10:] = 0.3 * codes - 0.5 + 0.005 * rng.standard_normal(codes.shape)
     return drawn.astype(np.float32)
 
 
@@ -183,7 +189,7 @@ DAMAGE = {
     "scale NaN": (_SCALES + 1, 0xFE),
     "last shift infinite": (2 * _SCALES - 1, 0xFC),
     "INT2 bits after the last": (_INT2_END - 1, 0x04),
-    "INT4 bits after the last": (2 * _SCALES + 4 * 2 + 2, 0x10),
+    "INT4 bits after the last": (2 * _SCALES + 16 * 2 + 2, 0x10),
     "FP8 NaN": (-1, 0x7F),
     "FP8 NaN, negative": (-TOKENS, 0xFF),
     "none": (-1, 0x7E),
