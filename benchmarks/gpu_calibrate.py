@@ -36,15 +36,19 @@ from rich.console import Console
 from rich.table import Table
 
 import kvtc_stream as kvtc
-from kvtc_stream.calibration import calibrator as module
+from kvtc_stream.calibration import moments as section_moments
 from kvtc_stream.calibration import principal
 from kvtc_stream.calibration import uniform_tables as uniform
 from kvtc_stream.calibration.arrays import get_arrays
+from kvtc_stream.calibration.calibrator import CHUNK, finite_rows
+from kvtc_stream.calibration.moments import BATCH, SectionMoments
 from kvtc_stream.coding.rope import Rotations
 from kvtc_stream.gpu.arrays import DeviceArrays
 
 #: Targets in seconds: in all, and of the plan.
 SECONDS, PLAN_SECONDS = 60.0, 20.0
+#: Token vectors that a calibrator samples, by default.
+SAMPLE_ROWS = 4096
 
 
 def main() -> None:
@@ -67,14 +71,14 @@ def main() -> None:
     with machine.timed(result.setdefault("seconds", {}), "first_calls"):
         small = kvtc.Geometry.uniform(layers=2, kv_heads=2, head_dim=64)
         of_small = Caches(small, machine, 256)
-        _, found = calibrate(of_small, args, 512, machine, {}, groups=1, second_level=0, rank=None)
+        found = calibrate(of_small, args, 512, machine, {}, groups=1, second_level=0, rank=None)
         for preset, of in kvtc.PRESETS.items():
             if of.basis in args.bases:
-                kvtc.Codec(found, preset, ratio=args.ratio)
+                kvtc.Codec(found, preset, ratio=args.ratio).make_plan()
     machine.peaks.clear()
 
     seconds: dict[str, float] = {}
-    calibrator, calibration = calibrate(
+    calibration = calibrate(
         caches,
         args,
         args.tokens,
@@ -90,6 +94,7 @@ def main() -> None:
         if of.basis in args.bases:
             with machine.timed(seconds, f"plan_{preset}"):
                 codecs[preset] = kvtc.Codec(calibration, preset, ratio=args.ratio, window=0)
+                codecs[preset].make_plan()
     seconds["plan"] = sum(s for name, s in seconds.items() if name.startswith("plan_"))
     counted = ("update", "update_gradients", "finish", "plan")
     seconds["total"] = sum(seconds.get(name, 0.0) for name in counted)
@@ -104,9 +109,8 @@ def main() -> None:
         for name, parts in calibration.sections[0].bases.items()
     }
     if not args.second_level:
-        result["pieces_of_an_update"] = pieces(calibrator, caches, machine)
-        result["moments_error"] = moments_error(calibrator, caches, machine)
-    del calibrator
+        result["pieces_of_an_update"] = pieces(args, caches, machine)
+        result["moments_error"] = moments_error(args, caches, machine)
     machine.free()
     if not args.second_level:
         result["ceilings"] = ceilings(result, calibration, machine)
@@ -177,7 +181,7 @@ class Caches:
 
     def __init__(self, geometry: kvtc.Geometry, machine: Machine, tokens: int) -> None:
         self.geometry, self.tokens = geometry, tokens
-        self._machine, self._section = machine, geometry.sections[0]
+        self.machine, self._section = machine, geometry.sections[0]
         xp, s = machine.xp, self._section
         rng = xp.random.default_rng(1)
         layers, width = len(s.layers), s.k_width + s.v_width
@@ -215,12 +219,12 @@ class Caches:
         k, v = self._split(self._rows(seed)[0])
         positions = np.arange(self.tokens)
         rotations = Rotations.of(self._section, positions, inverse=False)
-        self._machine.device.rotate(k, rotations)
+        self.machine.device.rotate(k, rotations)
         return self._narrow(k), self._narrow(v)
 
     def gradients(self, seed: int) -> tuple[Any, Any]:
         """Gradients of a loss with respect to K before RoPE, and V."""
-        xp = self._machine.xp
+        xp = self.machine.xp
         _, latent = self._rows(seed)
         rng = xp.random.default_rng(10_000 + seed)
         noise = rng.standard_normal((self.tokens, len(self._mean)), dtype=np.float32)
@@ -231,7 +235,7 @@ class Caches:
         return self._narrow(k), self._narrow(v)
 
     def _rows(self, seed: int) -> tuple[Any, Any]:
-        xp = self._machine.xp
+        xp = self.machine.xp
         rng = xp.random.default_rng(100 + seed)
         rank, width = self._directions.shape
         latent = rng.standard_normal((self.tokens, rank), dtype=np.float32)
@@ -249,7 +253,7 @@ class Caches:
         s = self._section
         halves = (rows[:, : s.k_width], s.k_dim), (rows[:, s.k_width :], s.v_dim)
         k, v = (
-            self._machine.xp.ascontiguousarray(
+            self.machine.xp.ascontiguousarray(
                 x.reshape(self.tokens, len(s.layers), s.kv_heads, dim).transpose(1, 2, 0, 3)
             )
             for x, dim in halves
@@ -273,7 +277,7 @@ def calibrate(
     groups: int,
     second_level: int,
     rank: int | None,
-) -> tuple[kvtc.Calibrator, kvtc.Calibration]:
+) -> kvtc.Calibration:
     """Calibrate on drawn documents; only what the calibrator does is counted."""
     calibrator = kvtc.Calibrator(
         caches.geometry,
@@ -296,15 +300,13 @@ def calibrate(
     machine.note_peak()
     with ExitStack() as stack:
         for owner, function, name in (
-            (module, "one_level", "finish_joint_bases"),
-            (module, "two_levels", "finish_joint_bases"),
+            (section_moments, "one_level", "finish_joint_bases"),
+            (section_moments, "two_levels", "finish_joint_bases"),
             (principal, "leading_eigenvectors", "finish_eigenvectors"),
-            (module, "_separate_part", "finish_separate_parts"),
-            (module, "error_tables", "finish_band_tables"),
-            (module, "uniform_tables", "finish_uniform_tables"),
+            (section_moments, "separate", "finish_separate_bases"),
+            (section_moments, "error_tables", "finish_band_tables"),
+            (section_moments, "uniform_tables", "finish_uniform_tables"),
             (uniform, "fit_families", "finish_families"),
-            (uniform, "_importance", "finish_importance"),
-            (uniform, "_errors", "finish_errors"),
         ):
             stack.enter_context(
                 mock.patch.object(
@@ -314,7 +316,7 @@ def calibrate(
         with machine.timed(seconds, "finish"):
             calibration = calibrator.finish()
     machine.note_peak()
-    return calibrator, calibration
+    return calibration
 
 
 def timing(
@@ -329,12 +331,27 @@ def timing(
     return timed
 
 
-def pieces(calibrator: kvtc.Calibrator, caches: Caches, machine: Machine) -> dict[str, float]:
+def token_vectors(caches: Caches, machine: Machine, seed: int) -> Iterator[Any]:
+    """Rows of a document, in chunks, as ``update`` makes them."""
+    s, arrays = caches.geometry.sections[0], machine.arrays
+    k, v = caches.document(seed)
+    layers = (
+        arrays.layers(k, "k", len(s.layers), s.kv_heads, s.k_dim),
+        arrays.layers(v, "v", len(s.layers), s.kv_heads, s.v_dim),
+    )
+    positions = np.arange(caches.tokens)
+    for first in range(0, caches.tokens, CHUNK):
+        own = slice(first, first + CHUNK)
+        k, v = ([x[:, own] for x in of_layers] for of_layers in layers)
+        yield arrays.rows(s, (k, v), positions[own], [None, None])
+
+
+def pieces(args: argparse.Namespace, caches: Caches, machine: Machine) -> dict[str, float]:
     """Seconds of the pieces of ``update`` for one document, each waited for."""
     seconds: dict[str, float] = {}
-    moments, xp = calibrator._sections[0], machine.xp
-    k, v, where = calibrator._document(moments.section, *caches.document(10**6), None)
-    rows = calibrator._rows(moments.section, k, v, where, None, None)
+    section, arrays, xp = caches.geometry.sections[0], machine.arrays, machine.xp
+    moments = SectionMoments(section, args.bases, args.layer_groups, 0, SAMPLE_ROWS, arrays)
+    rows = token_vectors(caches, machine, 10**6)
     pending = []
     while True:
         with machine.timed(seconds, "rows"):
@@ -342,37 +359,34 @@ def pieces(calibrator: kvtc.Calibrator, caches: Caches, machine: Machine) -> dic
         if found is None:
             break
         with machine.timed(seconds, "finite"):
-            [found] = calibrator._finite(found)
+            [found] = finite_rows(arrays, found)
         with machine.timed(seconds, "hashes"):
-            machine.arrays.hashes(found)
+            arrays.hashes(found)
         with machine.timed(seconds, "sample_with_hashes"):
             moments.sample.add(found)
         pending.append(found)
-    for first in range(0, len(pending), 4):
+    for first in range(0, len(pending), BATCH // CHUNK):
         with machine.timed(seconds, "moments"):
-            batch = xp.concatenate(pending[first : first + 4])
+            batch = xp.concatenate(pending[first : first + BATCH // CHUNK])
             for columns, of_part in moments.moments.items():
-                of_part.add(columns.take(moments.section, batch, xp))
+                of_part.add(columns.take(section, batch, xp))
     return seconds
 
 
-def moments_error(calibrator: kvtc.Calibrator, caches: Caches, machine: Machine) -> dict[str, Any]:
+def moments_error(args: argparse.Namespace, caches: Caches, machine: Machine) -> dict[str, Any]:
     """Error of the scatter of a document's rows in the first part, against float64.
 
     Relative to the standard deviations of row and column.
     """
-    moments, xp = calibrator._sections[0], machine.xp
-    columns = next(iter(moments.moments))
-    k, v, where = calibrator._document(moments.section, *caches.document(10**6 + 1), None)
-    taken = [
-        columns.take(moments.section, rows, xp)
-        for rows in calibrator._rows(moments.section, k, v, where, None, None)
-    ]
+    section, xp = caches.geometry.sections[0], machine.xp
+    name = "joint" if "joint" in args.bases else "separate"
+    columns = next(iter(section_moments.basis_columns(name, section, args.layer_groups)))
+    taken = [columns.take(section, rows, xp) for rows in token_vectors(caches, machine, 10**6 + 1)]
     width = min(8192, taken[0].shape[1])
     taken = [x[:, :width] for x in taken]
     found = principal.Moments(width, machine.arrays)
-    for first in range(0, len(taken), 4):
-        found.add(xp.concatenate(taken[first : first + 4]))
+    for first in range(0, len(taken), BATCH // CHUNK):
+        found.add(xp.concatenate(taken[first : first + BATCH // CHUNK]))
     exact = xp.concatenate(taken).astype(np.float64)
     exact -= exact.mean(axis=0)
     expected = exact.T @ exact
@@ -396,20 +410,20 @@ def ceilings(
     x, y = (xp.ones(size, np.float32) for _ in range(2))
     found["copy_bytes_per_second"] = 8 * size / machine.median(lambda x=x, y=y: xp.copyto(y, x))
     del x, y
-    batches = result["calibrated_tokens"] / module._BATCH
+    batches = result["calibrated_tokens"] / BATCH
     moments = 0.0
     parts = calibration.sections[0].bases
     for part in parts["joint"] if "joint" in parts else parts["separate"]:
-        name = f"moments_{module._BATCH}x{part.width}"
+        name = f"moments_{BATCH}x{part.width}"
         if name + "_seconds" not in found:
-            a = rng.standard_normal((module._BATCH, part.width), dtype=np.float32)
+            a = rng.standard_normal((BATCH, part.width), dtype=np.float32)
             seconds = machine.median(lambda a=a: a.T @ a, 3)
             found[name + "_seconds"] = seconds
-            found[name + "_tflops"] = 2e-12 * module._BATCH * part.width**2 / seconds
+            found[name + "_tflops"] = 2e-12 * BATCH * part.width**2 / seconds
             if part.width <= 8192:
                 a = a.astype(np.float64)
                 seconds = machine.median(lambda a=a: a.T @ a, 3)
-                found[name + "_float64_tflops"] = 2e-12 * module._BATCH * part.width**2 / seconds
+                found[name + "_float64_tflops"] = 2e-12 * BATCH * part.width**2 / seconds
             del a
         moments += batches * found[name + "_seconds"]
     found["moments_seconds"] = moments
@@ -446,7 +460,7 @@ def check(codecs: dict[str, kvtc.Codec], caches: Caches, tokens: int) -> dict[st
     """Ratio and errors of a document that calibration has not seen, coded on the CPU."""
     found = {}
     k, v = (
-        np.array(caches._machine.arrays.get(x[:, :, :tokens].view(np.uint16))).view(
+        np.array(caches.machine.arrays.get(x[:, :, :tokens].view(np.uint16))).view(
             ml_dtypes.bfloat16
         )
         for x in caches.document(10**6 + 2)

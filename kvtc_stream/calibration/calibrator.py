@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvtc_stream.calibration.arrays import Array, get_arrays
+from kvtc_stream.calibration.arrays import Array, HostArrays, get_arrays
 from kvtc_stream.calibration.model import Calibration
 from kvtc_stream.calibration.moments import BATCH, SectionMoments, basis_columns
 from kvtc_stream.calibration.principal import (
@@ -29,7 +29,7 @@ from kvtc_stream.io.dlpack import BackendName, check_positions
 from kvtc_stream.progress import Progress
 
 #: Tokens processed at a time, to bound the memory of an update.
-_CHUNK = 512
+CHUNK = 512
 
 
 class Calibrator:
@@ -238,7 +238,7 @@ class Calibrator:
         moments = self._section(section)
         k_layers, v_layers, where = self._document(moments.section, k, v, positions)
         for rows in self._rows(moments.section, k_layers, v_layers, where, k_scale, v_scale):
-            moments.add(*self._finite(rows))
+            moments.add(*finite_rows(self._arrays, rows))
         self._arrays.settle()
 
     def update_gradients(
@@ -287,17 +287,8 @@ class Calibrator:
             self._rows(straight, *grads, where, None, None),
             strict=True,
         ):
-            moments.importance.add(*self._finite(rows, gradients))
+            moments.importance.add(*finite_rows(self._arrays, rows, gradients))
         self._arrays.settle()
-
-    def _finite(self, *arrays: Array) -> list[Array]:
-        """The rows of each array that are finite in all arrays."""
-        xp = self._arrays.xp
-        sound = np.all([self._arrays.get(xp.isfinite(x).all(axis=1)) for x in arrays], axis=0)
-        if sound.all():
-            return list(arrays)
-        rows = self._arrays.put(np.flatnonzero(sound))
-        return [x[rows] for x in arrays]
 
     def _section(self, index: int) -> SectionMoments:
         if not 0 <= index < len(self._sections):
@@ -334,8 +325,8 @@ class Calibrator:
             None if scale is None else scale_grid(scale, name, len(s.layers), s.kv_heads)
             for name, scale in (("k_scale", k_scale), ("v_scale", v_scale))
         ]
-        for start in range(int(np.searchsorted(where, self._options["sinks"])), len(where), _CHUNK):
-            stop = min(start + _CHUNK, len(where))
+        for start in range(int(np.searchsorted(where, self._options["sinks"])), len(where), CHUNK):
+            stop = min(start + CHUNK, len(where))
             k, v = ([x[:, start:stop] for x in held] for held in (k_layers, v_layers))
             yield self._arrays.rows(s, (k, v), where[start:stop], grids)
 
@@ -380,6 +371,16 @@ class Calibrator:
         )
         options = self._options
         return Calibration(options["geometry"], sections, options["sinks"], options["model"])
+
+
+def finite_rows(arrays: HostArrays, *of_tokens: Array) -> list[Array]:
+    """The rows of each array [tokens, width] that are finite in all of them."""
+    xp = arrays.xp
+    sound = np.all([arrays.get(xp.isfinite(x).all(axis=1)) for x in of_tokens], axis=0)
+    if sound.all():
+        return list(of_tokens)
+    rows = arrays.put(np.flatnonzero(sound))
+    return [x[rows] for x in of_tokens]
 
 
 def _same_weights(a: Sequence[Pair] | None, b: Sequence[Pair] | None) -> bool:
