@@ -103,7 +103,7 @@ class _Member:
 
 
 def _encode_pages(cache: PagedCache, codec: Codec, **options: Any) -> bytes:
-    """A stream of what pages hold, of which some thousand tokens are copied at a time."""
+    """Encode a cache in pages to a stream, copying some thousand tokens at a time."""
     encoder = Encoder(codec, **options)
     pieces: list[bytes | memoryview] = []
     for first in range(0, max(cache.tokens, 1), _TOKENS_AT_A_TIME):

@@ -70,7 +70,7 @@ class KVBlock:
 
 
 def check_calibration(header: StreamHeader, calibration: Calibration) -> CalibratedBases:
-    """What of this calibration the stream's layers need; raise unless it was written with it."""
+    """The bases of the stream's layers; ``CalibrationMismatchError`` if they are another's."""
     if header.calibration != calibration.digest:
         raise CalibrationMismatchError(
             f"the stream was written with calibration {header.calibration.hex()} (model "

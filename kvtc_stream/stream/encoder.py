@@ -202,7 +202,7 @@ class Encoder:
                 return [*start, *self._records(self._blocks(section, chunk))]
 
     def _blocks(self, index: int, chunk: Chunk) -> Iterator[Block]:
-        """The blocks that some tokens complete."""
+        """The blocks that are complete with a section's next tokens."""
         state = self._sections[index]
         if self._base is not None:
             chunk = yield from self._base.take(index, chunk, state)
@@ -210,7 +210,7 @@ class Encoder:
         yield from state.take(*chunk)
 
     def _last_blocks(self, index: int) -> Iterator[Block]:
-        """The blocks of what is pending."""
+        """The last blocks, of the tokens that are pending."""
         if self._base is not None:
             yield from self._base.end(index, self._sections[index])
             self._go_on(index)
@@ -355,7 +355,7 @@ class Encoder:
                 )
 
     def _continue(self, stream: StreamFile) -> None:
-        """Be where the encoder that wrote ``stream`` was before it wrote the tail."""
+        """Take the state that the encoder of ``stream`` had before it wrote the tail."""
         header, codec = stream.header, self._codec
         self._statistics = StreamStatistics.of(stream, superseded=True)
         self._writer = stream.continued(self._token_digest)

@@ -144,7 +144,7 @@ def token_digest(token_ids: TokenIds) -> bytes:
 
 
 def check_fingerprint(model: PreTrainedModel, calibration: Calibration) -> None:
-    """Refuse another model than that of the calibration, if the calibration knows it."""
+    """Raise if the model is not the calibration's; pass if the calibration names none."""
     expected = calibration.model
     if not expected.fingerprint:
         return
@@ -181,7 +181,7 @@ def as_ids(token_ids: TokenIds, name: str = "token_ids") -> NDArray[np.int64]:
 
 
 def config_text(config: PreTrainedConfig) -> str:
-    """What of a configuration may change keys and values, as JSON."""
+    """The fields of a configuration that may change keys and values, as JSON."""
     entries = {
         name: value
         for name, value in config.to_dict().items()
