@@ -253,19 +253,25 @@ def read_calibration(path: Path) -> Calibration:
     size = _u64(data, 0)
     header = json.loads(data[8 : 8 + size])
     metadata = header.pop("__metadata__")
-    kinds = {"F16": "<f2", "F32": "<f4", "F64": "<f8", "U8": "u1", "U16": "<u2", "I32": "<i4"}
-    names = {"<f2": "float16", "<f4": "float32", "<f8": "float64", "u1": "uint8"}
-    names |= {"<u2": "uint16", "<i4": "int32"}
+    kinds = {
+        "F16": ("<f2", "float16"),
+        "F32": ("<f4", "float32"),
+        "F64": ("<f8", "float64"),
+        "U8": ("u1", "uint8"),
+        "U16": ("<u2", "uint16"),
+        "I32": ("<i4", "int32"),
+        "F8_E4M3": ("u1", "float8_e4m3fn"),  # made numbers of where they are needed
+    }
     text = metadata["kvtc_calibration"]
     sha = hashlib.sha256(text.encode())
     arrays = {}
     for name in sorted(header):
         entry = header[name]
-        kind = kinds[entry["dtype"]]
+        kind, of_digest = kinds[entry["dtype"]]
         begin, end = entry["data_offsets"]
         raw = data[8 + size + begin : 8 + size + end]
         arrays[name] = np.frombuffer(raw, kind).reshape(entry["shape"])
-        sha.update(f"\n{name} {names[kind]} {list(entry['shape'])}\n".encode() + raw)
+        sha.update(f"\n{name} {of_digest} {list(entry['shape'])}\n".encode() + raw)
     need(sha.hexdigest() == metadata["sha256"], "the calibration was changed", "checksum")
     return Calibration(sha.digest(), json.loads(text), arrays)
 
@@ -691,7 +697,7 @@ class Decoder:
         """[rank, width], from one matrix or from those of two levels."""
         arrays = self.calibration.arrays
         if prefix + "components" in arrays:
-            return arrays[prefix + "components"].astype(np.float64)
+            return self.matrix(prefix + "components")
         of, basis, part = prefix.split(".")[:3]
         levels = self.calibration.description["sections"][int(of)]["bases"][basis][int(part)]
         counts, leading = levels["levels"]["layers"], levels["levels"]["leading"]
@@ -702,12 +708,23 @@ class Decoder:
             columns = [*range(first * k, (first + count) * k)]
             columns += range(layers * k + first * v, layers * k + (first + count) * v)
             whole = np.zeros((len(arrays[f"{prefix}local.{g}"]), layers * (k + v)))
-            whole[:, columns] = arrays[f"{prefix}local.{g}"]
+            whole[:, columns] = self.matrix(f"{prefix}local.{g}")
             above.append(whole[:n])
             below.append(whole[n:])
             first += count
-        second = arrays[prefix + "second"].astype(np.float64) @ np.concatenate(above)
+        second = self.matrix(prefix + "second") @ np.concatenate(above)
         return np.concatenate([second, *below])[arrays[prefix + "order"]]
+
+    def matrix(self, name: str) -> NDArray[np.float64]:
+        """A matrix of components, in 16 bits or in 8."""
+        arrays = self.calibration.arrays
+        if arrays[name].dtype != np.uint8:
+            return arrays[name].astype(np.float64)
+        found = f8(arrays[name], 4).astype(np.float64)
+        residuals = f8(arrays[f"{name}.residuals"], 4).astype(np.float64)
+        found[: len(residuals)] += residuals / 16
+        factors = arrays[f"{name}.rows"][:, None].astype(np.float64) * arrays[f"{name}.columns"]
+        return found * factors
 
     def symbols(self, block: Block) -> tuple[bytes, list[NDArray[np.float32]]]:
         """What the golden manifest has the SHA-256 of, and coefficients [tokens, components]."""

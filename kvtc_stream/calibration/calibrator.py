@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,8 @@ from kvtc_stream.formats import Geometry, ModelIdentity, Section
 from kvtc_stream.io.dlpack import BackendName, check_positions
 from kvtc_stream.progress import Progress
 
+#: Element types that bases are stored in.
+BasisDType: TypeAlias = Literal["float16", "float8_e4m3"]
 #: Tokens processed at a time, to bound the memory of an update.
 CHUNK = 512
 
@@ -68,6 +70,9 @@ class Calibrator:
         - of a joint basis with a second level: three fifths, at least 3,072.
 
         Components beyond these are rarely worth their bits.
+    basis_dtype
+        What the bases are stored in. ``"float8_e4m3"`` halves the file, for a few thousandths of
+        the bits more at equal error, and calibration and the first use take a little longer.
     sinks
         Tokens at positions below this are not learnt from (KVTC, arXiv 2511.01815, section 3).
     sample_rows
@@ -119,6 +124,7 @@ class Calibrator:
         layer_groups: int = 1,
         second_level: int = 0,
         rank: int | None = None,
+        basis_dtype: BasisDType = "float16",
         sinks: int = 4,
         sample_rows: int = 4096,
         weights: SectionWeights | Sequence[SectionWeights] | None = None,
@@ -137,6 +143,11 @@ class Calibrator:
         ):
             if value < minimum:
                 raise ValueError(f"{name} must be at least {minimum}, found {value}")
+        if basis_dtype not in get_args(BasisDType):
+            raise ValueError(
+                f"basis_dtype must be one of {', '.join(get_args(BasisDType))}, found "
+                f"{basis_dtype!r}"
+            )
         if second_level and (layer_groups == 1 or "joint" not in bases):
             raise ValueError(
                 f"second_level={second_level} is of a joint basis in layer_groups of 2 or more, "
@@ -150,6 +161,7 @@ class Calibrator:
             "layer_groups": layer_groups,
             "second_level": second_level,
             "rank": rank,
+            "basis_dtype": basis_dtype,
             "sinks": sinks,
             "sample_rows": sample_rows,
             "model": model or ModelIdentity(),
@@ -365,11 +377,12 @@ class Calibrator:
             if progress is not None:
                 progress(done, steps)
 
-        rank = self._options["rank"]
-        sections = tuple(
-            m.solve(rank, pair, advance) for m, pair in zip(self._sections, scaling, strict=True)
-        )
         options = self._options
+        eight_bits = options["basis_dtype"] != "float16"
+        sections = tuple(
+            m.solve(options["rank"], pair, advance, eight_bits=eight_bits)
+            for m, pair in zip(self._sections, scaling, strict=True)
+        )
         return Calibration(options["geometry"], sections, options["sinks"], options["model"])
 
 

@@ -25,7 +25,9 @@ Array = Any
 class Components:
     """A matrix [rank, width] with orthonormal rows, before weights are applied to it.
 
-    Methods take and return arrays of ``xp``, like the matrices. Immutable.
+    Methods take and return arrays of ``xp``, like the matrices. Immutable. As calibrations hold
+    them, matrices may be :class:`~kvtc_stream.calibration.float8.Float8Matrix`; these can be
+    :meth:`mapped` only.
 
     Attributes
     ----------

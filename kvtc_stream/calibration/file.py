@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from kvtc_stream.calibration.band_tables import BAND_SIZES, BAND_TYPES, ErrorTables
 from kvtc_stream.calibration.components import Components, columns_of_layers
 from kvtc_stream.calibration.families import FamilyTables
+from kvtc_stream.calibration.float8 import E4M3, Float8Matrix
 from kvtc_stream.calibration.importance import TokenImportance
 from kvtc_stream.calibration.parts import CalibratedBases, Part, SectionCalibration, UniformTables
 from kvtc_stream.coding.rans import CLASSES, Families
@@ -23,10 +24,11 @@ from kvtc_stream.errors import ChecksumError, FormatError, VersionError
 from kvtc_stream.formats import Geometry, ModelIdentity, Rope, Section
 from kvtc_stream.io.storage import atomic_write
 
-#: Versions of the file: 3; 4, with components in two levels; 5, with rotary axes.
+#: Versions of the file: 3; 4, with components in two levels; 5, with rotary axes or components in
+#: 8 bits.
 CALIBRATION_VERSIONS = (3, 4, 5)
 
-
+_FLOAT8 = "float8_e4m3fn"
 _METADATA_KEY = "kvtc_calibration"
 _DIGEST_KEY = "sha256"
 
@@ -51,7 +53,10 @@ def load(path: str | os.PathLike[str]) -> CalibratedBases:
     try:
         with safe_open(name, framework="np") as file:
             metadata = file.metadata() or {}
-            arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            types = {key: file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118
+            small = [key for key, dtype in types.items() if dtype == "F8_E4M3"]
+            arrays = {key: file.get_tensor(key) for key in types if key not in small}
+        arrays |= _float8_arrays(name, small)
     except (SafetensorError, TypeError, AttributeError) as error:
         raise FormatError(f"{name} is not a readable safetensors file: {error}") from None
     if _METADATA_KEY not in metadata:
@@ -81,11 +86,28 @@ def load(path: str | os.PathLike[str]) -> CalibratedBases:
     return content
 
 
+def _float8_arrays(name: str, keys: list[str]) -> dict[str, NDArray[Any]]:
+    """Arrays of a sound safetensors file that its NumPy reader has no type for."""
+    if not keys:
+        return {}
+    found = {}
+    with open(name, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        for key in keys:
+            begin, end = header[key]["data_offsets"]
+            file.seek(8 + length + begin)
+            array = np.fromfile(file, np.uint8, end - begin).view(E4M3)
+            found[key] = array.reshape(header[key]["shape"])
+    return found
+
+
 def _version(content: CalibratedBases) -> int:
     """The lowest version of the file that can hold ``content``."""
-    if any(section.axes for section in content.geometry.sections):
-        return 5
     parts = [p for s in content.sections for basis in s.bases.values() for p in basis]
+    axes = any(section.axes for section in content.geometry.sections)
+    if axes or any(part.eight_bits for part in parts):
+        return 5
     return 4 if any(part.components.second is not None for part in parts) else 3
 
 
@@ -117,6 +139,7 @@ def description(content: CalibratedBases) -> str:
                                 "energy": part.energy,
                                 "weighted": part.weighted,
                                 **_levels(section, part.components),
+                                **({"component_type": _FLOAT8} if part.eight_bits else {}),
                                 "errors": part.errors
                                 and {
                                     "dropped": part.errors.dropped,
@@ -170,7 +193,7 @@ def digest_of(content: CalibratedBases) -> bytes:
     for name, array in sorted(arrays_of(content)):
         little_endian = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
         digest.update(f"\n{name} {array.dtype.name} {list(array.shape)}\n".encode())
-        digest.update(little_endian.data)
+        digest.update(little_endian.view(np.uint8).data)
     return digest.digest()
 
 
@@ -267,10 +290,27 @@ def _parse_part(
         array.setflags(write=False)
         return array
 
+    if entry.get("component_type", _FLOAT8) != _FLOAT8:
+        raise FormatError(
+            f"{prefix}: components of type {entry['component_type']!r}, expected {_FLOAT8!r}, or "
+            f"no type for binary16"
+        )
+
+    def matrix(name: str, rows: int | None, columns: int) -> Any:
+        if "component_type" not in entry:
+            return take(name, np.float16, rows, columns)
+        codes = take(name, E4M3.type, rows, columns)
+        residuals = take(f"{name}.residuals", E4M3.type, None, columns)
+        if len(residuals) > len(codes):
+            raise FormatError(f"{prefix}{name}: {len(residuals)} residuals of {len(codes)} rows")
+        of_rows = take(f"{name}.rows", np.float32, len(codes))
+        return Float8Matrix(codes, residuals, of_rows, take(f"{name}.columns", np.float32, columns))
+
     if "levels" not in entry:
-        components = Components.dense(take("components", np.float16, rank, width))
+        components = Components.dense(matrix("components", rank, width))
     elif k_layers == v_layers:
-        components = _parse_components(section, entry["levels"], len(k_layers), rank, take)
+        levels = entry["levels"]
+        components = _parse_components(section, levels, len(k_layers), rank, matrix, take)
     else:
         raise FormatError(f"{prefix}: two levels of K of {k_layers} and V of {v_layers}")
     errors = uniform = None
@@ -325,13 +365,37 @@ def _levels(section: Section, components: Components) -> dict[str, Any]:
 
 def _component_arrays(components: Components) -> dict[str, NDArray[Any]]:
     if components.second is None or components.order is None:
-        return {"components": components.local[0]}
+        return _matrix_arrays({"components": components.local[0]})
     local = {f"local.{i}": matrix for i, matrix in enumerate(components.local)}
-    return {**local, "second": components.second, "order": components.order}
+    return {
+        **_matrix_arrays({**local, "second": components.second}),
+        "order": components.order,
+    }
+
+
+def _matrix_arrays(matrices: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
+    """Arrays of matrices by name."""
+    found: dict[str, NDArray[Any]] = {}
+    for name, matrix in matrices.items():
+        if not isinstance(matrix, Float8Matrix):
+            found[name] = matrix
+            continue
+        found |= {
+            name: matrix.codes,
+            f"{name}.residuals": matrix.residuals,
+            f"{name}.rows": matrix.rows,
+            f"{name}.columns": matrix.columns,
+        }
+    return found
 
 
 def _parse_components(
-    section: Section, entry: Any, layers: int, rank: int, take: Callable[..., NDArray[Any]]
+    section: Section,
+    entry: Any,
+    layers: int,
+    rank: int,
+    matrix: Callable[[str, int | None, int], Any],
+    take: Callable[..., NDArray[Any]],
 ) -> Components:
     k_size, v_size = section.kv_heads * section.k_dim, section.kv_heads * section.v_dim
     runs, leading = _layers(entry["layers"]), _layers(entry["leading"])
@@ -339,10 +403,10 @@ def _parse_components(
         raise FormatError(f"groups of {runs} layers with {leading} leading, of {layers} layers")
     groups = columns_of_layers(runs, k_size, v_size)
     local = tuple(
-        take(f"local.{i}", np.float16, None, sum(s.stop - s.start for s in spans))
+        matrix(f"local.{i}", None, sum(s.stop - s.start for s in spans))
         for i, spans in enumerate(groups)
     )
-    second = take("second", np.float16, None, sum(leading))
+    second = matrix("second", None, sum(leading))
     order = take("order", np.int32, rank)
     if any(n > len(m) for n, m in zip(leading, local, strict=True)):
         raise FormatError(f"{leading} leading of {list(map(len, local))} components")

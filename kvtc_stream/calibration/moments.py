@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from kvtc_stream.calibration.arrays import HOST, Array, HostArrays
 from kvtc_stream.calibration.band_tables import error_tables
 from kvtc_stream.calibration.components import Components, columns_of_layers
+from kvtc_stream.calibration.float8 import Float8Matrix
 from kvtc_stream.calibration.parts import Part, SectionCalibration
 from kvtc_stream.calibration.principal import Moments, one_level, separate, two_levels
 from kvtc_stream.calibration.uniform_tables import uniform_tables, unit_of
@@ -170,7 +171,12 @@ class SectionMoments:
         ]
 
     def solve(
-        self, rank: int | None, scaling: Pair | None, advance: Callable[[], None]
+        self,
+        rank: int | None,
+        scaling: Pair | None,
+        advance: Callable[[], None],
+        *,
+        eight_bits: bool = False,
     ) -> SectionCalibration:
         """Solve for the bases and measure their tables; calls ``advance`` after each part."""
         self._flush()
@@ -212,9 +218,13 @@ class SectionMoments:
                     solved = two_levels(moments, weights, groups, self._second_level, rank, arrays)
                 else:
                     solved = one_level(moments, weights, rank, arrays)
-                part = _weighted_part(columns, moments, weights, *solved, arrays)
+                components, variance = solved
+                if eight_bits:
+                    components = components.mapped(Float8Matrix.of)
+                part = _weighted_part(columns, moments, weights, components, variance, arrays)
             else:
-                part = _separate_part(columns, moments, rows[:_BAND_ROWS], rank, arrays)
+                sample = rows[:_BAND_ROWS]
+                part = _separate_part(columns, moments, sample, rank, arrays, eight_bits)
                 advance()
             bases.setdefault(name, []).append(part)
             arrays.settle()
@@ -232,24 +242,31 @@ class SectionMoments:
 
 
 def _separate_part(
-    columns: Columns, moments: Moments, sample: Array, rank: int | None, arrays: HostArrays
+    columns: Columns,
+    moments: Moments,
+    sample: Array,
+    rank: int | None,
+    arrays: HostArrays,
+    eight_bits: bool,
 ) -> Part:
     """Principal components from the covariance, and error tables from the sampled rows."""
-    components, variance, total = separate(moments, rank, arrays)
+    found, variance, total = separate(moments, rank, arrays)
+    components = Components.dense(arrays.get(found))
+    if eight_bits:
+        components = components.mapped(Float8Matrix.of)
     mean = moments.mean.astype(np.float32)
-    coefficients = (sample - mean) @ components.T.astype(np.float32)
-    return Part(
+    part = Part(
         columns.k_layers,
         columns.v_layers,
         arrays.get(mean),
-        Components.dense(arrays.get(components)),
+        components,
         variance.clip(0).astype(np.float32),
         total + float(moments.mean @ moments.mean),
-        errors=error_tables(
-            np.ascontiguousarray(arrays.get(coefficients)),
-            dropped=max(total - float(variance.sum()), 0.0),
-        ),
     )
+    analysis, _ = part.transforms(arrays.put, arrays.xp)
+    coefficients = np.ascontiguousarray(arrays.get(analysis.project(sample - mean)))
+    dropped = max(total - float(variance.sum()), 0.0)
+    return replace(part, errors=error_tables(coefficients, dropped=dropped))
 
 
 def _weighted_part(

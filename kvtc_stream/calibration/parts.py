@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from kvtc_stream.calibration.band_tables import ErrorTables
 from kvtc_stream.calibration.components import Components
 from kvtc_stream.calibration.families import FamilyTables
+from kvtc_stream.calibration.float8 import Float8Matrix, dual
 from kvtc_stream.calibration.importance import TokenImportance
 from kvtc_stream.errors import FormatError, UnsupportedError
 from kvtc_stream.formats import Geometry, ModelIdentity, SectionPlan
@@ -57,8 +58,9 @@ class Part:
     mean
         float32 [width].
     components
-        float16 [rank, width]: the leading principal directions, strongest first; orthonormal. With
-        weights, those of weighted token vectors.
+        [rank, width]: the leading principal directions, strongest first; orthonormal but for
+        rounding. With weights, those of weighted token vectors. Its matrices are float16, or all
+        :class:`Float8Matrix`.
     spectrum
         float32 [rank]: variance along each component.
     energy
@@ -98,22 +100,37 @@ class Part:
         """Number of components."""
         return self.components.rank
 
+    @property
+    def eight_bits(self) -> bool:
+        """Whether the components are in 8 bits."""
+        return isinstance(self.components.local[0], Float8Matrix)
+
     def transforms(
-        self, put: Callable[[NDArray[Any]], Any] = lambda x: x, xp: Any = None
+        self,
+        put: Callable[[NDArray[Any]], Any] = lambda x: x,
+        xp: Any = None,
+        count: int | None = None,
     ) -> tuple[Components, Components]:
-        """Analysis and synthesis, in float32.
+        """Analysis and synthesis of the first ``count`` components, or of all, in float32.
 
         Analysis projects a token vector less the mean to coefficients, synthesis expands these
-        again. Without weights, both are the same. ``put`` copies a NumPy array to the array module
-        ``xp``.
+        again. With components in 16 bits and without weights, both are the same. ``put`` copies a
+        NumPy array to the array module ``xp``.
         """
-        components = self.components.mapped(lambda x: put(x).astype(np.float32), xp)
+        count = self.rank if count is None else count
+        if self.eight_bits:
+            whole = self.components.mapped(lambda x: put(x.values()), xp)
+            # All components have a part in each one's dual.
+            analysis, synthesis = (x.first(count) for x in (whole.mapped(dual, xp), whole))
+        else:
+            some = self.components.first(count)
+            analysis = synthesis = some.mapped(lambda x: put(x).astype(np.float32), xp)
         if self.k_weights is None or self.v_weights is None:
-            return components, components
+            return analysis, synthesis
         weights = (self.k_weights, self.v_weights)
         return (
-            components.weighted(weights, inverse=False),
-            components.weighted(weights, inverse=True),
+            analysis.weighted(weights, inverse=False),
+            synthesis.weighted(weights, inverse=True),
         )
 
 
@@ -181,6 +198,5 @@ class CalibratedBases:
         with self._lock:
             if key not in self._memo or self._memo[key][0].rank < count:
                 stored = self.sections[section].basis(basis)[part]
-                some = replace(stored, components=stored.components.first(count))
-                self._memo[key] = some.transforms()
+                self._memo[key] = stored.transforms(count=count)
             return self._memo[key]  # type: ignore[no-any-return]

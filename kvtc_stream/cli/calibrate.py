@@ -27,6 +27,7 @@ def run(args: Namespace) -> int:
         "layer_groups": args.layer_groups,
         "second_level": args.second_level,
         "rank": args.rank,
+        "basis_dtype": args.basis_dtype,
         "backend": args.backend,
     }
     with terminal.progress() as bars:

@@ -187,6 +187,7 @@ def calibration_json(calibration: Calibration) -> dict[str, Any]:
                             "rank": part.rank,
                             "groups": len(part.components.groups),
                             "second_level": sum(part.components.leading),
+                            "dtype": "float8_e4m3" if part.eight_bits else "float16",
                             "weighted": part.weighted,
                             "token_importance": bool(part.uniform and part.uniform.importance),
                             "components_for_90_percent": _components_for(part, 0.9),
@@ -363,12 +364,13 @@ def calibration_tables(name: str, calibration: Calibration) -> Iterator[Table]:
     )
     yield terminal.table(
         "Bases",
-        ("part", "values", "components", "for 90% of variance", "for 99%", "weighted"),
+        ("part", "values", "components", "in", "for 90% of variance", "for 99%", "weighted"),
         [
             (
                 f"{f'{i}: ' if several else ''}{basis}, {_part_name(part)}",
                 str(part.width),
                 _rank(part),
+                "e4m3" if part.eight_bits else "binary16",
                 str(_components_for(part, 0.9)),
                 str(_components_for(part, 0.99)),
                 _weighted(part),
