@@ -388,7 +388,7 @@ class Restored:
         shape = layers, heads, streams.streams * streams.tokens, dim
         self.cache = [cp.empty(shape, np.uint16) for _ in "kv"]
         self.decoder = UniformDecoder(streams.section, streams.plan)
-        self.target = self.decoder.destination(
+        self.destination = self.decoder.destination(
             range(layers), *(Tensors.of_layers(list(x), DType.BFLOAT16) for x in self.cache)
         )
         #: For each batch: its blocks, their parsed payloads, and the uploaded bytes.
@@ -408,14 +408,14 @@ class Restored:
         self.batches.clear()
         for item in self.work:
             self.batches.append(self.symbols(item))
-            self.decoder.values(self.batches[-1], self.target)
+            self.decoder.values(self.batches[-1], self.destination)
 
     def restore(self) -> None:
         """Decode payloads that are in pinned memory."""
         self.batches.clear()
         for item in self.work:
             self.batches.append(self.decoder.symbols(item[0]))
-            self.decoder.values(self.batches[-1], self.target)
+            self.decoder.values(self.batches[-1], self.destination)
 
     def scratch(self) -> int:
         """Bytes of device memory that decoding needs besides its results."""
@@ -423,7 +423,7 @@ class Restored:
         pool.free_all_blocks()
         before = pool.total_bytes()
         for item in self.work:
-            self.decoder.values(self.symbols(item), self.target)
+            self.decoder.values(self.symbols(item), self.destination)
         cp.cuda.Device().synchronize()
         return int(pool.total_bytes() - before)
 

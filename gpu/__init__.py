@@ -8,6 +8,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 
 from kvtc_stream.errors import BackendUnavailableError
+from kvtc_stream.io import environment
 
 _REMEDY = (
     "pip install 'kvtc-stream[cuda]', or use backend='cpu': it reads and writes the same streams"
@@ -16,11 +17,11 @@ _REMEDY = (
 
 def require_cuda() -> None:
     """Raise ``BackendUnavailableError`` if the CUDA backend cannot run; it says what is missing."""
-    missing = [
-        package
-        for name, package in (("numba_cuda", "numba-cuda"), ("cupy", "cupy-cuda13x"))
-        if find_spec(name) is None
-    ]
+    from kvtc_stream.gpu.runtime.dialect import compiler
+
+    missing = [] if compiler() else [environment.cuda_compiler() or "numba-cuda"]
+    if find_spec("cupy") is None:
+        missing.append("cupy-cuda13x")
     if missing:
         raise BackendUnavailableError(
             f"the CUDA backend needs {' and '.join(missing)}, not found here: {_REMEDY}"

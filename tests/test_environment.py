@@ -39,6 +39,16 @@ def test_backend(monkeypatch: pytest.MonkeyPatch, calibration: kvtc.Calibration)
     assert isinstance(get_backend("cpu"), CpuBackend)  # what was asked for by name stays
 
 
+def test_cuda_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("KVTC_CUDA_COMPILER", raising=False)
+    assert environment.cuda_compiler() is None
+    monkeypatch.setenv("KVTC_CUDA_COMPILER", "numba-cuda-mlir")
+    assert environment.cuda_compiler() == "numba-cuda-mlir"
+    monkeypatch.setenv("KVTC_CUDA_COMPILER", "nvcc")
+    with pytest.raises(ValueError, match="one of numba-cuda, numba-cuda-mlir, found 'nvcc'"):
+        environment.cuda_compiler()
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="each system has its own place")
 def test_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("KVTC_CACHE", str(tmp_path))

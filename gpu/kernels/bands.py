@@ -16,7 +16,6 @@ from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
-from numba import cuda
 
 from kvtc_stream.coding.bands import LEAST_EVIDENCE, MOST_RATIO, PARTS, segment_sizes
 from kvtc_stream.formats.plan import Band, Quantiser
@@ -39,6 +38,7 @@ from kvtc_stream.gpu.kernels.intrinsics import (
 )
 from kvtc_stream.gpu.kernels.rans import DAMAGED
 from kvtc_stream.gpu.runtime.compile import kernel
+from kvtc_stream.gpu.runtime.dialect import cuda
 
 #: Threads of a block, a multiple of the warp.
 THREADS = 128

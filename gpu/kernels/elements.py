@@ -7,7 +7,6 @@ from, and put into, words of 32 bits, two at a time.
 from __future__ import annotations
 
 import numpy as np
-from numba import cuda
 
 from kvtc_stream.formats import DType
 from kvtc_stream.gpu.kernels.fp8 import e4m3_code, e4m3_value, e5m2_code, e5m2_value
@@ -23,6 +22,7 @@ from kvtc_stream.gpu.kernels.intrinsics import (
     u8_at,
     u16_at,
 )
+from kvtc_stream.gpu.runtime.dialect import cuda
 
 _U32 = np.uint32
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import cuda
 
 from kvtc_stream.gpu.kernels.intrinsics import f16_value, f32_bits, f32_from_bits
+from kvtc_stream.gpu.runtime.dialect import cuda
 
 _I32, _U32, _I64, _F32 = np.int32, np.uint32, np.int64, np.float32
 

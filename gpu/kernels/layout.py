@@ -18,7 +18,6 @@ import math
 from functools import cache
 
 import numpy as np
-from numba import cuda
 
 from kvtc_stream.formats import DType
 from kvtc_stream.gpu.kernels.elements import HALVES, LOADS, ROUNDS, STORES, high_f16, low_f16
@@ -45,6 +44,7 @@ from kvtc_stream.gpu.kernels.intrinsics import (
     u64,
 )
 from kvtc_stream.gpu.runtime.compile import Kernel, kernel
+from kvtc_stream.gpu.runtime.dialect import cuda
 
 #: Element types that the wide forms support.
 WIDE = frozenset(HALVES)
@@ -152,9 +152,8 @@ def _wide_place(entries, entry, slot, unit):  # type: ignore[no-untyped-def]
 
 
 @cuda.jit(device=True)
-def _by_word(a, b):  # type: ignore[no-untyped-def]
-    """Eight binary32 from each of two addresses; for each word two from ``a``, two from ``b``."""
-    a0, a1, b0, b1 = load_f32x4(a), load_f32x4(a + 16), load_f32x4(b), load_f32x4(b + 16)
+def _by_word(a0, a1, b0, b1):  # type: ignore[no-untyped-def]
+    """Eight values and eight more, four each: for each word two of the first, two of the others."""
     return (
         (a0[0], a0[1], b0[0], b0[1]),
         (a0[2], a0[3], b0[2], b0[3]),
@@ -167,16 +166,31 @@ def _by_word(a, b):  # type: ignore[no-untyped-def]
 def _wide_means(mean, column, dim):  # type: ignore[no-untyped-def]
     """Means of a unit: for each word two of the first half, two of the second."""
     a = mean + 4 * column
-    return _by_word(a, a + 2 * dim)
+    b = a + 2 * dim
+    return _by_word(load_f32x4(a), load_f32x4(a + 16), load_f32x4(b), load_f32x4(b + 16))
+
+
+@cuda.jit(device=True)
+def _four(there, address, otherwise):  # type: ignore[no-untyped-def]
+    """Four binary32 at an address, or four of one value. One return: branches join numbers here,
+    because numba-cuda-mlir cannot join tuples."""
+    a, b, c, d = otherwise, otherwise, otherwise, otherwise
+    if there:
+        x = load_f32x4(address)
+        a, b, c, d = x[0], x[1], x[2], x[3]
+    return a, b, c, d
 
 
 @cuda.jit(device=True)
 def _wide_angles(table, at, cosines, sines):  # type: ignore[no-untyped-def]
     """For each word two cosines, two sines: 1 and 0 without RoPE."""
-    if table < 0:
-        none = (_F32(1), _F32(1), _F32(0), _F32(0))
-        return none, none, none, none
-    return _by_word(cosines + 4 * at, sines + 4 * at)
+    turned, c, s = table >= 0, cosines + 4 * at, sines + 4 * at
+    return _by_word(
+        _four(turned, c, _F32(1)),
+        _four(turned, c + 16, _F32(1)),
+        _four(turned, s, _F32(0)),
+        _four(turned, s + 16, _F32(0)),
+    )
 
 
 @cuda.jit(device=True)

@@ -10,7 +10,6 @@ with tiles without tokens. A thread block has 32 threads for each of its tiles.
 from __future__ import annotations
 
 import numpy as np
-from numba import cuda
 
 from kvtc_stream.gpu.kernels.intrinsics import (
     WARP,
@@ -30,6 +29,7 @@ from kvtc_stream.gpu.kernels.intrinsics import (
     u32p,
 )
 from kvtc_stream.gpu.runtime.compile import kernel
+from kvtc_stream.gpu.runtime.dialect import cuda
 
 #: Maximum number of tiles, and so warps, of a thread block.
 MOST_TILES = 16
@@ -343,7 +343,9 @@ def encode(  # type: ignore[no-untyped-def]
             of_family = max(of_family - 16, _I64(0))
             x_2, family_2 = coefficients[source], _U32(ids[of_family])
             value = round_to_int(x * factor)
-            place = _U32(min(_U32(value + _I32(_ZERO)), _U32(_ESCAPE)))
+            # Not min(): numba-cuda-mlir compares unsigned numbers as if they were signed there.
+            place = _U32(value + _I32(_ZERO))
+            place = place if place < _U32(_ESCAPE) else _U32(_ESCAPE)
             entry = _U32(table[_U32((family << _U32(8)) + place)])
             escaped = active and (entry >> _U32(31)) != _U32(0)
             mask = ballot(escaped)

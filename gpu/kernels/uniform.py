@@ -11,7 +11,6 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from numba import cuda
 
 from kvtc_stream.coding import lattice
 from kvtc_stream.coding.rans import CLASSES, MIDDLE
@@ -36,6 +35,7 @@ from kvtc_stream.gpu.kernels.intrinsics import (
     u16p,
 )
 from kvtc_stream.gpu.runtime.compile import kernel
+from kvtc_stream.gpu.runtime.dialect import cuda
 
 THREADS = 256
 #: Of blocks whose warps share out what is looked at of a warp of tokens.
@@ -243,7 +243,9 @@ def _feature(value, weights, k, features):  # type: ignore[no-untyped-def]
 
 @cuda.jit(device=True)
 def _cost(x, factor, family, table):  # type: ignore[no-untyped-def]
-    place = min(_U32(round_to_int(x * factor) + _I32(127)), _U32(255))
+    # Not min(): numba-cuda-mlir compares unsigned numbers as if they were signed there.
+    place = _U32(round_to_int(x * factor) + _I32(127))
+    place = place if place < _U32(255) else _U32(255)
     return table[(_U32(family) << _U32(8)) + place]
 
 
@@ -401,7 +403,7 @@ def settle(  # type: ignore[no-untyped-def]
             cuda.atomic.max(bounds, 1, e)
     cuda.syncthreads()
     level = max(level, bounds[1] - _I32(CLASSES - 1))
-    level = min(level, bounds[0], _I32(lattice.HIGHEST_LEVEL))
+    level = min(min(level, bounds[0]), _I32(lattice.HIGHEST_LEVEL))
     step = _F32(unit * _quarters(level))
     for part in range(parts):
         for t in range(begin + thread, end, _I32(THREADS)):

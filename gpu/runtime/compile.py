@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from numba import types
+from kvtc_stream.gpu.runtime.dialect import cuda, types
 
 _ENTRY = re.compile(r"\.visible \.entry (\w+)")
 #: CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES; and the size that is always allowed.
@@ -52,8 +52,6 @@ class Kernel:
 
     def ptx(self, capability: tuple[int, int]) -> str:
         """Compile to PTX for a compute capability. Needs no device."""
-        from numba import cuda
-
         code, _ = cuda.compile_ptx(self.function, types.void(*self.signature), cc=capability)
         return str(code)
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 _BACKENDS = ("auto", "cpu", "cuda")
+_CUDA_COMPILERS = ("numba-cuda", "numba-cuda-mlir")
 
 
 def threads() -> int:
@@ -36,6 +37,22 @@ def backend() -> str:
     name = os.environ.get("KVTC_BACKEND") or "auto"
     if name not in _BACKENDS:
         raise ValueError(f"KVTC_BACKEND must be one of {', '.join(_BACKENDS)}, found {name!r}")
+    return name
+
+
+def cuda_compiler() -> str | None:
+    """Which package compiles CUDA kernels: ``KVTC_CUDA_COMPILER``, ``None`` if it is not set.
+
+    Raises
+    ------
+    ValueError
+        The variable is not ``numba-cuda`` or ``numba-cuda-mlir``.
+    """
+    name = os.environ.get("KVTC_CUDA_COMPILER") or None
+    if name is not None and name not in _CUDA_COMPILERS:
+        raise ValueError(
+            f"KVTC_CUDA_COMPILER must be one of {', '.join(_CUDA_COMPILERS)}, found {name!r}"
+        )
     return name
 
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numba import cuda, types
 
 from kvtc_stream.gpu.runtime.compile import Kernel
+from kvtc_stream.gpu.runtime.dialect import cuda, types
 from kvtc_stream.gpu.runtime.simulator import Memory, memory_at
 
 
