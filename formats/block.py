@@ -9,7 +9,7 @@ from kvtc_stream.errors import FormatError
 from kvtc_stream.formats.block_errors import NO_ERRORS, BlockErrors, LayerErrors, Measure
 from kvtc_stream.formats.coders import Coder, check_coded
 from kvtc_stream.formats.features import NO_FEATURES, Feature
-from kvtc_stream.formats.geometry import Section
+from kvtc_stream.formats.geometry import DType, Section
 from kvtc_stream.formats.header import StreamHeader
 from kvtc_stream.formats.limits import Limits
 from kvtc_stream.formats.positions import (
@@ -59,8 +59,9 @@ class Block:
         Symbols of the other tokens: compressed with ``coder``, their size before that; the number
         of symbols if it is ``RANS``.
     verbatim_coder, verbatim
-        Compressed byte planes of the verbatim values, K as [layers, kv_heads, n, k_dim] and then
-        V as [layers, kv_heads, n, v_dim] in the header's dtype, in C order.
+        The verbatim values, K as [layers, kv_heads, n, k_dim] and then V as
+        [layers, kv_heads, n, v_dim] in the header's dtype, in C order: their compressed byte
+        planes, or with ``PLANES`` see :mod:`kvtc_stream.coding.verbatim`.
     errors
         What coding cost, over all tokens that are coded here.
     cut
@@ -122,6 +123,8 @@ class Block:
             raise ValueError("no token is coded, yet there are errors by layer")
         if self.coded_size and not self.coded_tokens:
             raise ValueError(f"no token is coded, yet there are {self.coded_size} bytes of symbols")
+        if self.coder is Coder.PLANES:
+            raise ValueError("PLANES codes verbatim values, found it as the coder of symbols")
         if self.coder is not Coder.RANS:
             check_coded(self.coder, len(self.coded), self.coded_size, "symbols")
         elif not self.coded_size:
@@ -140,7 +143,8 @@ class Block:
     @property
     def features(self) -> Feature:
         """Required features that this block uses, besides those that follow from the header."""
-        return NO_FEATURES if self.layer_errors is None else Feature.LAYER_ERRORS
+        found = NO_FEATURES if self.layer_errors is None else Feature.LAYER_ERRORS
+        return found | Feature.PLANES if self.verbatim_coder is Coder.PLANES else found
 
     def check(self, header: StreamHeader) -> None:
         """Raise ``ValueError`` unless the block fits the stream."""
@@ -162,6 +166,8 @@ class Block:
                 f"the block has errors of {self.layer_errors.layers} layers, the section has "
                 f"{len(section.layers)}"
             )
+        if self.verbatim_coder is Coder.PLANES and header.dtype is not DType.BFLOAT16:
+            raise ValueError(f"PLANES codes bfloat16, the stream has {header.dtype.label}")
         size = header.verbatim_size(self.section, len(self.verbatim_tokens))
         check_coded(self.verbatim_coder, len(self.verbatim), size, "verbatim values")
 
@@ -248,6 +254,11 @@ class Block:
         coder = known(Coder, coder, f"{where}, coder")
         verbatim_coder = known(Coder, verbatim_coder, f"{where}, verbatim coder")
         features = header.features if features is None else features
+        if verbatim_coder is Coder.PLANES and Feature.PLANES not in features:
+            raise FormatError(
+                f"{where}: verbatim values are coded as PLANES, which the required features have "
+                "not: the writer is at fault"
+            )
         _check_contents(contents, reserved, features, where)
         if section >= len(header.geometry.sections):
             raise FormatError(

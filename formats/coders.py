@@ -1,4 +1,8 @@
-"""Byte coders for symbols and verbatim values. rANS, which codes symbols, is in the backends."""
+"""Byte coders for symbols and verbatim values.
+
+rANS, which codes symbols, and ``PLANES``, which codes verbatim values, are not of bytes: they are
+in ``kvtc_stream.coding``.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +17,18 @@ from kvtc_stream.errors import FormatError
 
 
 class Coder(enum.IntEnum):
-    """Coders; all but ``RANS`` code bytes. The numbers are those of the stream."""
+    """Coders; all but ``RANS`` and ``PLANES`` code bytes. The numbers are those of the stream."""
 
     STORED = 0
     DEFLATE = 1
     ZSTD = 2
     LZ4 = 3
     RANS = 4
+    PLANES = 5
+
+
+#: What can code symbols of bands with a scale per token.
+BYTE_CODERS = (Coder.STORED, Coder.DEFLATE, Coder.ZSTD, Coder.LZ4)
 
 
 # Packed symbols have skewed frequencies and hardly any repeats. Looking for matches at distance 1
@@ -42,7 +51,7 @@ _ZSTD_OF_VALUES = zstandard.ZstdCompressionParameters.from_level(
 )
 _ZSTD_MIN_WINDOW = 1 << 10
 #: Bytes of values from which on DEFLATE takes too long.
-_LARGE = 1 << 18
+LARGE = 1 << 18
 
 
 def compress_beside(coder: Coder, *segments: bytes | memoryview) -> tuple[Coder, bytes]:
@@ -55,7 +64,7 @@ def compress_beside(coder: Coder, *segments: bytes | memoryview) -> tuple[Coder,
     if coder is not Coder.RANS:
         return compress(coder, *segments)
     size = sum(map(len, segments))
-    if size < _LARGE:
+    if size < LARGE:
         return compress(Coder.DEFLATE, *segments)
     coded = _zstd(_ZSTD_OF_VALUES, segments)
     return _smaller(Coder.ZSTD, coded, segments, size)
@@ -90,8 +99,8 @@ def compress(coder: Coder, *segments: bytes | memoryview) -> tuple[Coder, bytes]
             coded = _zstd(_ZSTD, segments)
         case Coder.LZ4:
             coded = lz4.block.compress(b"".join(segments), store_size=False)
-        case Coder.RANS:
-            raise ValueError("RANS codes symbols, not bytes")
+        case Coder.RANS | Coder.PLANES:
+            raise ValueError(f"{coder.name} codes no bytes")
     return _smaller(coder, coded, segments, size)
 
 
@@ -144,8 +153,8 @@ def decompress(coder: Coder, data: bytes | memoryview, size: int) -> bytes:
                 found = _unzstd(data, size)
             case Coder.LZ4:
                 found = lz4.block.decompress(data, uncompressed_size=size)
-            case Coder.RANS:
-                raise AssertionError("check_coded refuses it")
+            case Coder.RANS | Coder.PLANES:
+                raise ValueError("they are no coded bytes")
     except (ValueError, _DeflateError, zstandard.ZstdError, lz4.block.LZ4BlockError) as error:
         raise FormatError(f"{coder.name} data of {len(data)} bytes are corrupt: {error}") from error
     if len(found) != size:

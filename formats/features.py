@@ -21,7 +21,7 @@ class Feature(enum.IntFlag):
 
 NO_FEATURES = Feature(0)
 #: What this package reads and writes; the other bits are reserved, and refused.
-STREAM_FEATURES = Feature.LAYER_ERRORS | Feature.AXES
+STREAM_FEATURES = Feature.LAYER_ERRORS | Feature.AXES | Feature.PLANES
 
 
 def version_for(features: Feature) -> tuple[int, int]:

@@ -149,6 +149,8 @@ class StreamHeader:
         _check_digest(self.calibration, "the calibration's digest")
         _check_digest(self.token_digest, "the token digest", optional=True)
         _check_json(self.metadata)
+        if self.coder is Coder.PLANES:
+            raise ValueError("PLANES codes verbatim values, found it as the preferred coder")
         if reserved := self.features & ~STREAM_FEATURES:
             raise ValueError(f"features {names(reserved)} are reserved, and not written yet")
         object.__setattr__(self, "features", self.features & ~Feature.AXES | self._implied)

@@ -456,6 +456,7 @@ enums:
     2: zstd
     3: lz4
     4: rans
+    5: planes
   record_type:
     1: block
     2: index

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from typing import Any, TypeAlias
 
@@ -16,18 +17,29 @@ import cupy
 import numpy as np
 from numpy.typing import NDArray
 
-from kvtc_stream.backends.base import R, SectionCoder, T, block_errors
+from kvtc_stream.backends.base import Coded, R, SectionCoder, T, block_errors
 from kvtc_stream.backends.cpu import CpuBackend, CpuSectionCoder
 from kvtc_stream.calibration.parts import CalibratedBases
 from kvtc_stream.coding.values import (
+    code_verbatim,
+    codes_planes,
     section_scales,
     stored_positions,
     verbatim_bytes,
     verbatim_output,
     verbatim_planes,
 )
-from kvtc_stream.formats import Block, DType, LayerErrors, Role, SectionPlan, StreamHeader
-from kvtc_stream.formats.coders import compress_beside
+from kvtc_stream.errors import FormatError
+from kvtc_stream.formats import (
+    Block,
+    Coder,
+    DType,
+    LayerErrors,
+    Role,
+    SectionPlan,
+    StreamHeader,
+)
+from kvtc_stream.gpu.coder import verbatim
 from kvtc_stream.gpu.coder.analysis import Payload
 from kvtc_stream.gpu.coder.band_coding import BandDecoder, BandEncoder
 from kvtc_stream.gpu.coder.decoding import (
@@ -51,8 +63,9 @@ from kvtc_stream.planning.rate_control import SectionControl
 #: About the most bytes of verbatim tokens that wait to be uploaded.
 _VERBATIM_BYTES = 64 << 20
 
-#: Slots and byte planes of a block's verbatim tokens, from a thread.
-_Exact: TypeAlias = "Future[tuple[NDArray[np.int64], bytes]]"
+#: Slots of a block's verbatim tokens, and their byte planes, or the block if the device decodes
+#: them; from a thread.
+_Exact: TypeAlias = tuple[NDArray[np.int64], bytes | Block]
 
 
 class CudaBackend:
@@ -95,17 +108,24 @@ class CudaBackend:
         """See :meth:`kvtc_stream.backends.base.Backend.empty`."""
         return cupy.empty(shape, BITS[dtype.itemsize])
 
-    def planes(self, pieces: Sequence[tuple[Any, Any]]) -> list[list[memoryview]]:
-        """See :meth:`kvtc_stream.backends.base.Backend.planes`."""
-        itemsize = pieces[0][0].itemsize
-        planes = []
-        for piece in pieces:
-            values = cupy.concatenate([x.reshape(-1) for x in piece])
-            items = values.view(np.uint8).reshape(-1, itemsize)
-            planes.append(cupy.ascontiguousarray(items.T).reshape(-1))
-        found = Staging().fetch(cupy.concatenate(planes))
-        own = np.split(found, np.cumsum([len(x) for x in planes])[:-1])
-        return [[plane.data for plane in x.reshape(itemsize, -1)] for x in own]
+    def verbatim(self, header: StreamHeader, pieces: Sequence[tuple[Any, Any]]) -> list[Coded]:
+        """See :meth:`kvtc_stream.backends.base.Backend.verbatim`."""
+        sizes = [k.nbytes + v.nbytes for k, v in pieces]
+        if all(codes_planes(header, size) for size in sizes):
+            coded = verbatim.encode(pieces)
+            if all(len(x) < size for x, size in zip(coded, sizes, strict=True)):
+                return [partial(_given, Coder.PLANES, x.data) for x in coded]
+        arrays = [x for piece in pieces for x in piece]
+        flat = cupy.concatenate([x.reshape(-1) for x in arrays]).view(np.uint8)
+        ends = np.cumsum([x.nbytes for x in arrays])
+        found = [
+            own.view(x.dtype).reshape(x.shape)
+            for own, x in zip(np.split(Staging().fetch(flat), ends[:-1]), arrays, strict=True)
+        ]
+        return [
+            partial(code_verbatim, header, k, v)
+            for k, v in zip(found[::2], found[1::2], strict=True)
+        ]
 
     def pool(self, tensors: Sequence[Any]) -> Tensors:
         """See :meth:`kvtc_stream.backends.base.Backend.pool`."""
@@ -134,6 +154,10 @@ class CudaBackend:
     def output(self, x: Any, dtype: DType) -> Any:
         """See :meth:`kvtc_stream.backends.base.Backend.output`."""
         return x.view(numpy_dtype(dtype))
+
+
+def _given(coder: Coder, payload: memoryview) -> tuple[Coder, memoryview]:
+    return coder, payload
 
 
 def _device_plan(
@@ -165,6 +189,7 @@ class CudaSectionCoder(SectionCoder):
             self._section, self._plan, self._scales
         )
         self._encoder: BatchEncoder | BandEncoder | None = None
+        self._unchecked: list[tuple[list[Block], Any]] = []
         self._host: CpuSectionCoder | None = None
 
     @property
@@ -333,7 +358,7 @@ class CudaSectionCoder(SectionCoder):
         ``k`` and ``v`` [layers, kv_heads, tokens, head_dim] are the tokens at the indices
         ``left_out``, which are stored verbatim; ``errors`` is float32 [2, tokens] of K and V.
         """
-        verbatim_coder, data = compress_beside(self._header.coder, *verbatim_planes(k, v))
+        verbatim_coder, data = code_verbatim(self._header, k, v)
         kept = np.delete(np.arange(len(positions)), left_out)
         return Block(
             section=self._index,
@@ -376,7 +401,8 @@ class CudaSectionCoder(SectionCoder):
         ]
         k_out, v_out = (self._spread(x, layers) for x in outputs)
         columns = self._columns(layers, k_out, v_out)
-        exact: list[_Exact] = []
+        exact: list[Future[_Exact]] = []
+        self._unchecked.clear()  # of a call that failed
         waiting = 0
 
         def place() -> None:
@@ -384,9 +410,9 @@ class CudaSectionCoder(SectionCoder):
                 self._place_exact(slots, values, layers, columns)
             exact.clear()
 
-        def begun(verbatim: _Exact, size: int) -> None:
+        def begun(own: Future[_Exact], size: int) -> None:
             nonlocal waiting
-            exact.append(verbatim)
+            exact.append(own)
             waiting += size
             if waiting > _VERBATIM_BYTES:
                 place()
@@ -396,11 +422,12 @@ class CudaSectionCoder(SectionCoder):
         place()  # beside what the device does
         for p in faulty(started):
             self._place(p.slots, *self._cpu.decode(p.block, layers), columns)
+        self._check_exact()
 
     def _parted(
         self,
         blocks: Iterable[tuple[Block, NDArray[np.int64]]],
-        begun: Callable[[_Exact, int], None],
+        begun: Callable[[Future[_Exact], int], None],
     ) -> Iterator[Placed]:
         """Yield the blocks that have coded tokens, with the slots of these.
 
@@ -417,23 +444,46 @@ class CudaSectionCoder(SectionCoder):
             if block.coded_tokens:
                 yield Placed(block, own)
 
-    def _exact(self, block: Block, slots: NDArray[np.int64]) -> tuple[NDArray[np.int64], bytes]:
-        """Slots, and byte planes of a block's verbatim tokens in the output's dtype."""
+    def _exact(self, block: Block, slots: NDArray[np.int64]) -> _Exact:
+        """Slots, and byte planes of a block's verbatim tokens in the output's dtype, or itself."""
         header = self._header
-        if header.dtype is header.out_dtype:
-            return slots, verbatim_bytes(block, header)
-        return slots, b"".join(verbatim_planes(*verbatim_output(block, header)))
+        if header.dtype is not header.out_dtype:
+            return slots, b"".join(verbatim_planes(*verbatim_output(block, header)))
+        if block.verbatim_coder is Coder.PLANES:
+            return slots, block
+        return slots, verbatim_bytes(block, header)
 
-    def _uploaded(
-        self, found: Sequence[tuple[NDArray[np.int64], bytes]]
-    ) -> list[tuple[NDArray[np.int64], Any]]:
-        """Copy verbatim tokens to the device: slots, and uint8 values in the output's layout."""
-        data, begins = self._decoder.staging.upload([planes for _, planes in found])
+    def _uploaded(self, found: Sequence[_Exact]) -> list[tuple[NDArray[np.int64], Any]]:
+        """Slots, and values on the device; see :meth:`_check_exact`."""
+        pieces = [x.verbatim if isinstance(x, Block) else x for _, x in found]
+        data, begins = self._decoder.staging.upload(pieces)
         size = self._header.out_dtype.itemsize
-        return [
-            (slots, cupy.ascontiguousarray(data[at : at + len(planes)].reshape(size, -1).T))
-            for (slots, planes), at in zip(found, begins.tolist(), strict=True)
-        ]
+        values: list[Any] = [None] * len(found)
+        blocks = {i: x for i, (_, x) in enumerate(found) if isinstance(x, Block)}
+        if blocks:
+            sizes = [
+                self._header.verbatim_size(self._index, len(x.verbatim_tokens)) // size
+                for x in blocks.values()
+            ]
+            own = [pieces[i] for i in blocks]
+            decoded, faults = verbatim.decode(own, sizes, data, begins[list(blocks)])
+            for i, x in zip(blocks, decoded, strict=True):
+                values[i] = x
+            self._unchecked.append((list(blocks.values()), faults))
+        for i, (piece, at) in enumerate(zip(pieces, begins.tolist(), strict=True)):
+            if values[i] is None:
+                planes = data[at : at + len(piece)].reshape(size, -1)
+                values[i] = cupy.ascontiguousarray(planes.T)
+        return [(slots, x) for (slots, _), x in zip(found, values, strict=True)]
+
+    def _check_exact(self) -> None:
+        """Wait for verbatim values that the device decodes; ``FormatError`` if one is damaged."""
+        unchecked, self._unchecked = self._unchecked, []
+        for blocks, faults in unchecked:
+            for i in np.flatnonzero(cupy.asnumpy(faults)).tolist():
+                raise FormatError(
+                    f"block at token {blocks[i].start}: its verbatim values are damaged"
+                )
 
     def _place_exact(
         self, slots: NDArray[np.int64], values: Any, layers: Sequence[int], columns: Any
@@ -507,15 +557,17 @@ class CudaSectionCoder(SectionCoder):
     ) -> Callable[[int], tuple[Any, Any]]:
         """See :meth:`kvtc_stream.backends.base.SectionCoder.layers_of`."""
         s, dtype = self._section, self._header.out_dtype
-        verbatim: list[_Exact] = []
-        coded = list(self._parted(blocks, lambda own, _: verbatim.append(own)))
+        begun: list[Future[_Exact]] = []
+        self._unchecked.clear()
+        coded = list(self._parted(blocks, lambda own, _: begun.append(own)))
         slow: list[Placed] = []
         found = [(some, self._decoder.symbols(some)) for some in self._decoder.batches(coded)]
         for some, batch in found:
             faults = np.flatnonzero(cupy.asnumpy(batch.faults)).tolist()
             slow += [some[i] for i in faults]
         on_host = [(p, self._cpu.decode_layers(p.block)) for p in slow]
-        exact = [own for x in verbatim for own in self._uploaded([x.result()])]
+        exact = [own for x in begun for own in self._uploaded([x.result()])]
+        self._check_exact()
 
         def layer(index: int) -> tuple[Any, Any]:
             shape = (1, s.kv_heads, tokens)

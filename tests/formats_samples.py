@@ -33,6 +33,7 @@ from kvtc_stream.formats import (
     StreamWriter,
     compress,
 )
+from kvtc_stream.formats.coders import BYTE_CODERS
 
 PREAMBLE = 40
 RECORD_HEADER = 32
@@ -285,7 +286,7 @@ def headers(draw: st.DrawFn) -> StreamHeader:
         window=draw(st.integers(0, 2**32 - 1)),
         block_tokens=draw(st.integers(1, 40)),
         plan=Plan(draw(names), tuple(draw(section_plans(s)) for s in geometry.sections)),
-        coder=draw(st.sampled_from(Coder)),
+        coder=draw(st.sampled_from((*BYTE_CODERS, Coder.RANS))),
         calibration=draw(digests),
         scales=tuple(
             SectionScales(factors(s), factors(s)) for s in geometry.sections if dtype.is_fp8
@@ -293,7 +294,7 @@ def headers(draw: st.DrawFn) -> StreamHeader:
         model=ModelIdentity(draw(names), draw(names), draw(st.just(b"") | digests)),
         token_digest=draw(st.just(b"") | digests),
         metadata=draw(st.sampled_from(("{}", '{"a": [1, "é"]}', ' {"b": null}'))),
-        features=draw(st.sampled_from((Feature(0), Feature.LAYER_ERRORS))),
+        features=draw(st.sampled_from((Feature(0), Feature.LAYER_ERRORS, Feature.PLANES))),
     )
 
 
@@ -360,7 +361,7 @@ def streams(draw: st.DrawFn) -> tuple[StreamHeader, list[Block]]:
                 role=role,
                 verbatim_tokens=tuple(sorted(verbatim)),
                 symbols=draw(st.binary(max_size=60)) * draw(st.integers(1, 9)) if coded else b"",
-                coder=draw(st.sampled_from([c for c in Coder if c is not Coder.RANS])),
+                coder=draw(st.sampled_from(BYTE_CODERS)),
                 errors=BlockErrors(Measure.COEFFICIENTS, *(draw(binary32) for _ in range(4))),
                 cut=(front, cut - front),
                 layer_errors=draw(layer_errors(len(shape.layers))) if measured else None,

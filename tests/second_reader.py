@@ -279,7 +279,7 @@ def read_calibration(path: Path) -> Calibration:
 # --- Opening (sections 4 to 6) ---
 
 #: Required features, and bits of a block's contents.
-LAYER_ERRORS, AXES = 1, 2
+LAYER_ERRORS, AXES, PLANES = 1, 2, 16
 
 
 @dataclass
@@ -432,7 +432,7 @@ def read_stream(data: bytes) -> Stream:
     opening = take(0, 40)
     major, minor, must, _may, algorithm, size, seed = struct.unpack_from("<HHIIIQQ", opening, 8)
     need(major == 1 and algorithm == 1, "another version", "version")
-    need(must & ~(LAYER_ERRORS | AXES) == 0 and (minor or not must), "features", "version")
+    need(must & ~(LAYER_ERRORS | AXES | PLANES) == 0 and (minor or not must), "features", "version")
     body = take(40, size)
     need(xxh3(opening[:32] + body) == seed, "preamble and header", "checksum")
     stream = Stream(read_header(body, must))
@@ -511,8 +511,12 @@ def read_block(
     need(section < len(header.sections), "no such section")
     n, v, start, first, role, listed, measure, coder, verbatim_coder = b.unpack("IIQqBBBBB")
     contents = b.one("B")
-    need(contents & ~features == 0 and b.raw(2) == bytes(2), "contents or reserved bytes")
-    need(role <= 2 and measure <= 2 and max(coder, verbatim_coder) <= 4, "unknown", "version")
+    allowed = features & (LAYER_ERRORS | AXES)
+    need(contents & ~allowed == 0 and b.raw(2) == bytes(2), "contents or reserved bytes")
+    need(role <= 2 and measure <= 2 and max(coder, verbatim_coder) <= 5, "unknown", "version")
+    need(coder != 5, "PLANES does not code symbols")
+    if verbatim_coder == 5:
+        need(features & PLANES and header.dtype == 3, "PLANES without its feature, or dtype")
     coded_size, coded_length, verbatim_length = b.unpack("QQQ")
     errors = b.raw(16)
     front, end = b.unpack("II")
@@ -596,12 +600,54 @@ def decompress(coder: int, data: bytes, size: int) -> bytes:
                 found = zstandard.ZstdDecompressor().decompress(data, allow_extra_data=False)
             case 3:
                 found = lz4.block.decompress(data, uncompressed_size=size)
+            case 5:
+                found = decode_planes(data, size // 2)
             case _:
                 raise ReadError("format", "RANS does not code bytes")
     except (zlib.error, zstandard.ZstdError, lz4.block.LZ4BlockError) as error:
         raise ReadError("format", str(error)) from None
     need(len(found) == size, "another size")
     return found
+
+
+def decode_planes(data: bytes, count: int) -> bytes:
+    """Low bytes, then high bytes, of ``count`` elements (section 11.2)."""
+    b = Bytes(data)
+    tiles = [min(8192, count - first) for first in range(0, count, 8192)]
+    heads = [b.unpack("3H9BB") for _ in tiles]
+    exponents, open_ends = [], []
+    for size, (*head, reserved) in zip(tiles, heads, strict=True):
+        table = head[3:]
+        need(reserved == 0 and len(set(table)) == 9, "the head of a tile")
+        found = np.full(size, -1)
+        left = np.arange(size)
+        for level in range(3):
+            need(head[level] <= len(left), "more go on than there are")
+            pairs = [b.unpack("II") for _ in range(-(-len(left) // 32))]
+            low, high = (
+                np.unpackbits(
+                    np.array([p[i] for p in pairs], "<u4").view(np.uint8), bitorder="little"
+                )
+                for i in (0, 1)
+            )
+            digits = low.astype(int) + 2 * high
+            need(not digits[len(left) :].any(), "bits beyond the last element")
+            digits = digits[: len(left)]
+            named = digits < 3
+            found[left[named]] = np.array(table)[3 * level + digits[named]]
+            left = left[~named]
+            need(len(left) == head[level], "another number goes on")
+        exponents.append(found)
+        open_ends.append((left, table))
+    rests = np.frombuffer(b.raw(count), np.uint8).astype(int)
+    for found, (left, table) in zip(exponents, open_ends, strict=True):
+        spelt = np.frombuffer(b.raw(len(left)), np.uint8)
+        need(not np.isin(spelt, table).any(), "an exponent that the table has")
+        found[left] = spelt
+    b.end()
+    exponent = np.concatenate([np.empty(0, int), *exponents])
+    element = (rests & 0x7F) | (rests & 0x80) << 8 | exponent << 7
+    return element.astype(np.uint8).tobytes() + (element >> 8).astype(np.uint8).tobytes()
 
 
 def decode_tile(
@@ -917,15 +963,16 @@ def read_page(data: bytes, header: bytes) -> tuple[Header, Block]:
     context, section, reserved, algorithm, size, own = struct.unpack_from("<32sHHIQQ", data, 16)
     need(magic == b"\x8bKVP\r\n\x1a\n", "this is no page")
     need(major == 1 and algorithm == 1, "another version", "version")
-    need(must & ~(LAYER_ERRORS | AXES) == 0 and (minor or not must), "features", "version")
+    need(must & ~(LAYER_ERRORS | AXES | PLANES) == 0 and (minor or not must), "features", "version")
     need(xxh3(data[:64]) == own and not reserved, "page header", "checksum")
     need(context == hashlib.sha256(header).digest(), "another header", "calibration")
     need(len(data) >= 80 + size, "a page ends early", "truncated")
     need(xxh3(data[72 : 72 + size], own) == _u64(data, 72 + size), "page payload", "checksum")
     found = read_header(header, must)
     block, _ = read_block(data[72 : 72 + size], section, found, must)
-    used = block.layer_errors is not None
-    need(used == bool(must & LAYER_ERRORS), "a feature that the page does not use")
+    used = block.layer_errors is not None, block.verbatim_coder == 5
+    stated = bool(must & LAYER_ERRORS), bool(must & PLANES)
+    need(used == stated, "a feature that the page does not use")
     need(block.role == 0 and not block.start and block.cut == (0, 0), "block of a page")
     return found, block
 

@@ -138,7 +138,8 @@ def test_another_order_of_rotary_tables_is_refused():
         ({"metadata": '{"a": NaN}'}, "NaN is no JSON"),
         ({"metadata": '{"a": ' + "[" * 100_000}, "text of a JSON object"),
         ({"metadata": '{"\ud800": 1}'}, "text of a JSON object"),
-        ({"features": Feature.PLANES | Feature.AXES}, "features PLANES are reserved"),
+        ({"features": Feature.SEALED_PAGES}, "features SEALED_PAGES are reserved"),
+        ({"coder": Coder.PLANES}, "PLANES codes verbatim values"),
         ({"plan": Plan("p", ())}, "the plan has 0 sections, the geometry has 1"),
     ],
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,7 @@ from kvtc_stream.calibration.parts import CalibratedBases
 from kvtc_stream.formats import (
     Block,
     BlockErrors,
+    Coder,
     DType,
     Feature,
     LayerErrors,
@@ -30,6 +31,8 @@ HOPELESS = 2.0
 
 T = TypeVar("T")
 R = TypeVar("R")
+#: Coder and payload, when it is called; by any thread.
+Coded: TypeAlias = Callable[[], tuple[Coder, bytes]]
 
 
 class SectionCoder(ABC):
@@ -137,8 +140,8 @@ class Backend(Protocol):
         """An uninitialised array."""
         ...
 
-    def planes(self, pieces: Sequence[tuple[Any, Any]]) -> list[list[memoryview]]:
-        """See :func:`kvtc_stream.coding.values.verbatim_planes`; of pieces of K and V."""
+    def verbatim(self, header: StreamHeader, pieces: Sequence[tuple[Any, Any]]) -> list[Coded]:
+        """See :func:`kvtc_stream.coding.values.code_verbatim`; of pieces of K and V."""
         ...
 
     def pool(self, tensors: Sequence[Any]) -> Any:

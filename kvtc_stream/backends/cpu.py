@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvtc_stream.backends.base import R, SectionCoder, T, block_errors, layer_errors
+from kvtc_stream.backends.base import Coded, R, SectionCoder, T, block_errors, layer_errors
 from kvtc_stream.backends.cpu_payloads import BandCoding, Quantised, UniformCoding
 from kvtc_stream.calibration.components import Components
 from kvtc_stream.calibration.parts import CalibratedBases, Part
 from kvtc_stream.coding.rope import Rotations, gather, scatter, squared_errors
 from kvtc_stream.coding.values import (
+    code_verbatim,
     from_float32,
     section_scales,
     stored_positions,
     to_float32,
     verbatim_output,
-    verbatim_planes,
 )
 from kvtc_stream.formats import Block, DType, PartPlan, Role, StreamHeader
-from kvtc_stream.formats.coders import compress_beside
 from kvtc_stream.io.dlpack import BackendName, as_kv_array, layer_list, numpy_dtype, to_numpy
 
 Float = NDArray[np.float32]
@@ -67,9 +67,9 @@ class CpuBackend:
         """See :meth:`kvtc_stream.backends.base.Backend.empty`."""
         return np.empty(shape, numpy_dtype(dtype))
 
-    def planes(self, pieces: Sequence[tuple[Any, Any]]) -> list[list[memoryview]]:
-        """See :meth:`kvtc_stream.backends.base.Backend.planes`."""
-        return [verbatim_planes(k, v) for k, v in pieces]
+    def verbatim(self, header: StreamHeader, pieces: Sequence[tuple[Any, Any]]) -> list[Coded]:
+        """See :meth:`kvtc_stream.backends.base.Backend.verbatim`."""
+        return [partial(code_verbatim, header, k, v) for k, v in pieces]
 
     def pool(self, tensors: Sequence[Any]) -> list[PagedLayer]:
         """See :meth:`kvtc_stream.backends.base.Backend.pool`."""
@@ -278,8 +278,8 @@ class CpuSectionCoder(SectionCoder):
     ) -> Block:
         verbatim = np.delete(np.arange(len(positions)), kept)
         coder, coded, coded_size = self._coding.pack(quantised, kept)
-        verbatim_coder, verbatim_coded = compress_beside(
-            self._header.coder, *verbatim_planes(k[:, :, verbatim], v[:, :, verbatim])
+        verbatim_coder, verbatim_coded = code_verbatim(
+            self._header, k[:, :, verbatim], v[:, :, verbatim]
         )
         return Block(
             section=self._index,

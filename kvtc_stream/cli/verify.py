@@ -16,7 +16,7 @@ import kvtc_stream as kvtc
 from kvtc_stream.cli import paths, terminal
 from kvtc_stream.cli.arguments import UsageError
 from kvtc_stream.coding.rope import squared_errors
-from kvtc_stream.coding.values import convert, to_float32
+from kvtc_stream.coding.values import convert, to_float32, verbatim_values
 from kvtc_stream.errors import FormatError, KVTCError
 from kvtc_stream.formats import (
     Block,
@@ -114,8 +114,7 @@ def _check_coded(block: Block, header: StreamHeader) -> None:
     try:
         if block.coder is not Coder.RANS:  # its tables are in the calibration
             decompress(block.coder, block.coded, block.coded_size)
-        size = header.verbatim_size(block.section, len(block.verbatim_tokens))
-        decompress(block.verbatim_coder, block.verbatim, size)
+        verbatim_values(block, header)
     except FormatError as error:
         raise FormatError(f"{_place(block)}: {error}") from error
 

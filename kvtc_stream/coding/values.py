@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from array import array
 from typing import Any
 
@@ -9,8 +10,9 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from kvtc_stream.formats import Block, DType, StreamHeader
-from kvtc_stream.formats.coders import decompress
+from kvtc_stream.coding import verbatim
+from kvtc_stream.formats import Block, Coder, DType, Feature, StreamHeader
+from kvtc_stream.formats.coders import LARGE, compress_beside, decompress
 from kvtc_stream.io.dlpack import numpy_dtype
 
 Array = NDArray[Any]
@@ -91,13 +93,39 @@ def verbatim_arrays(
     items = np.empty(planes.shape[::-1], np.uint8)
     for place, plane in enumerate(planes):  # quicker than one transposed copy
         items[:, place] = plane
-    values = items.reshape(-1).view(numpy_dtype(dtype))
-    count = int(np.prod(k_shape))
+    return _parted(items.reshape(-1).view(numpy_dtype(dtype)), k_shape, v_shape)
+
+
+def _parted(
+    values: Array, k_shape: tuple[int, ...], v_shape: tuple[int, ...]
+) -> tuple[Array, Array]:
+    count = math.prod(k_shape)
     return values[:count].reshape(k_shape), values[count:].reshape(v_shape)
 
 
+def codes_planes(header: StreamHeader, size: int) -> bool:
+    """Whether a writer codes so many bytes of verbatim values with ``Coder.PLANES``.
+
+    Fewer than 256 KiB take less space with a byte coder (benchmarks/verbatim.py).
+    """
+    return size >= LARGE and Feature.PLANES in header.features
+
+
+def code_verbatim(header: StreamHeader, k: Array, v: Array) -> tuple[Coder, bytes]:
+    """Coder and payload of a block's verbatim values, [layers, heads, tokens, dim]."""
+    if codes_planes(header, k.nbytes + v.nbytes):
+        bits = np.concatenate([x.reshape(-1).view(np.uint16) for x in (k, v)])
+        coded = verbatim.encode(bits)
+        if coded.size < bits.nbytes:
+            return Coder.PLANES, coded.tobytes()
+    return compress_beside(header.coder, *verbatim_planes(k, v))
+
+
 def verbatim_bytes(block: Block, header: StreamHeader) -> bytes:
-    """The decompressed byte planes of a block's verbatim tokens, one after the other."""
+    """The decompressed byte planes of a block's verbatim tokens, one after the other.
+
+    Of a byte coder.
+    """
     size = header.verbatim_size(block.section, len(block.verbatim_tokens))
     return decompress(block.verbatim_coder, block.verbatim, size)
 
@@ -105,8 +133,11 @@ def verbatim_bytes(block: Block, header: StreamHeader) -> bytes:
 def verbatim_values(block: Block, header: StreamHeader) -> tuple[Array, Array]:
     """K and V of a block's verbatim tokens, in the cache's dtype."""
     section, count = header.geometry.sections[block.section], len(block.verbatim_tokens)
-    data = verbatim_bytes(block, header)
-    return verbatim_arrays(data, section.k_shape(count), section.v_shape(count), header.dtype)
+    shapes = section.k_shape(count), section.v_shape(count)
+    if block.verbatim_coder is Coder.PLANES:
+        bits = verbatim.decode(block.verbatim, math.prod(shapes[0]) + math.prod(shapes[1]))
+        return _parted(bits.view(numpy_dtype(header.dtype)), *shapes)
+    return verbatim_arrays(verbatim_bytes(block, header), *shapes, header.dtype)
 
 
 def verbatim_output(block: Block, header: StreamHeader) -> tuple[Array, Array]:

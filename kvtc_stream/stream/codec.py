@@ -9,6 +9,7 @@ from dataclasses import KW_ONLY, dataclass
 
 from kvtc_stream.calibration.model import Calibration
 from kvtc_stream.formats import Coder, DType, Limits, Plan
+from kvtc_stream.formats.coders import BYTE_CODERS
 from kvtc_stream.io.dlpack import BackendName
 from kvtc_stream.planning.rate_control import Target
 from kvtc_stream.planning.targets import make_plan
@@ -129,7 +130,7 @@ class Codec:
             raise ValueError(f"preset must be one of {', '.join(PRESETS)}, found {self.preset!r}")
         preset = PRESETS[self.preset]
         for name, value, accepted in (
-            ("coder", self.coder, [c.name.lower() for c in Coder]),
+            ("coder", self.coder, [c.name.lower() for c in (*BYTE_CODERS, Coder.RANS)]),
             ("out_dtype", self.out_dtype, [d.label for d in DType]),
             ("measure", self.measure, [True, False]),
             ("backend", self.backend, ["auto", "cpu", "cuda"]),

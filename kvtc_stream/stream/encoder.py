@@ -20,6 +20,7 @@ from kvtc_stream.coding.values import (
 from kvtc_stream.errors import KVTCWarning, StateError
 from kvtc_stream.formats import (
     Block,
+    Coder,
     DType,
     Feature,
     Geometry,
@@ -417,6 +418,9 @@ def _header(
     out_dtype = DType.BFLOAT16 if dtype.is_fp8 else dtype
     if codec.out_dtype is not None:
         out_dtype = DType[codec.out_dtype.upper()]
+    features = Feature.LAYER_ERRORS if codec.measure else Feature(0)
+    if codec.byte_coder is Coder.RANS and dtype is DType.BFLOAT16:
+        features |= Feature.PLANES
     if out_dtype.is_fp8 and not scales:
         raise TypeError(f"out_dtype={out_dtype.label} needs fp8 input, found {dtype.label}")
     return StreamHeader(
@@ -431,7 +435,7 @@ def _header(
         coder=codec.byte_coder,
         calibration=codec.calibration.digest,
         model=codec.calibration.model,
-        features=Feature.LAYER_ERRORS if codec.measure else Feature(0),
+        features=features,
     )
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from kvtc_stream.coding import payload
 from kvtc_stream.coding.bands import segment_sizes, split_segments
-from kvtc_stream.coding.values import verbatim_planes, verbatim_values
+from kvtc_stream.coding.values import code_verbatim, verbatim_values
 from kvtc_stream.errors import UnsupportedError
 from kvtc_stream.formats import (
     Block,
@@ -313,7 +313,7 @@ def _assembled(
 ) -> Block:
     """The block with other values and symbols, of ``plan``; its errors over all layers are not
     known."""
-    verbatim_coder, exact = compress_beside(header.coder, *verbatim_planes(*verbatim))
+    verbatim_coder, exact = code_verbatim(header, *verbatim)
     symbols = sum(_coded(plan)) * block.coded_tokens
     if pieces.uniform is None or not symbols:
         parts = pieces.parts if pieces.uniform is None else []

@@ -259,8 +259,8 @@ class PageCodec:
 
     def _raw(self, chunk: tuple[Any, Any, NDArray[np.int64]]) -> bytes:
         k, v, positions = chunk
-        [planes] = self._backend.planes([(k, v)])
-        block = verbatim_block(self._header, self._section, Role.DATA, planes, positions, 0)
+        [coded] = self._backend.verbatim(self._header, [(k, v)])
+        block = verbatim_block(self._section, Role.DATA, coded, positions, 0)
         return pack_page(block, self._header)
 
 

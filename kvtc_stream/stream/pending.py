@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from itertools import islice, starmap
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvtc_stream.backends.base import Backend
+from kvtc_stream.backends.base import Backend, Coded
 from kvtc_stream.coding.values import (
     stored_positions,
 )
@@ -21,7 +21,6 @@ from kvtc_stream.formats import (
     Role,
     StreamHeader,
 )
-from kvtc_stream.formats.coders import compress_beside
 from kvtc_stream.io.threads import in_turn
 from kvtc_stream.planning.rate_control import Controls
 from kvtc_stream.stream.codec import Codec
@@ -205,30 +204,29 @@ class SectionState:
         per_token = self._header.verbatim_size(self._index, 1)
         most = max(1, min(self._header.block_tokens, _VERBATIM_BYTES // per_token))
 
-        def pieces() -> Iterator[tuple[list[memoryview], NDArray[np.int64], int]]:
+        def pieces() -> Iterator[tuple[Coded, NDArray[np.int64], int]]:
             counts = iter([min(most, tokens - first) for first in range(0, tokens, most)])
             while some := [self._pop(count) for count in islice(counts, _PIECES)]:
-                planes = self._backend.planes([(k, v) for k, v, _, _ in some])
-                for own, (_, _, positions, start) in zip(planes, some, strict=True):
+                coded = self._backend.verbatim(self._header, [(k, v) for k, v, _, _ in some])
+                for own, (_, _, positions, start) in zip(coded, some, strict=True):
                     yield own, positions, start
 
-        block = partial(verbatim_block, self._header, self._index, role)
+        block = partial(verbatim_block, self._index, role)
         return (in_turn if tokens > most else starmap)(block, pieces())
 
 
 def verbatim_block(
-    header: StreamHeader,
     section: int,
     role: Role,
-    planes: Sequence[memoryview],
+    coded: Coded,
     positions: NDArray[np.int64],
     start: int,
 ) -> Block:
     """A block that holds tokens bit for bit.
 
-    ``planes``: see :meth:`kvtc_stream.backends.base.Backend.planes`.
+    ``coded``: see :meth:`kvtc_stream.backends.base.Backend.verbatim`.
     """
-    coder, verbatim = compress_beside(header.coder, *planes)
+    coder, verbatim = coded()
     return Block(
         section=section,
         role=role,

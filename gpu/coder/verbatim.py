@@ -1,0 +1,99 @@
+"""Verbatim bfloat16 values: those of many blocks on the device to payloads, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import cupy
+import numpy as np
+from numpy.typing import NDArray
+
+from kvtc_stream.coding.verbatim import HEAD, TILE, Places, places, split
+from kvtc_stream.gpu.kernels import verbatim
+from kvtc_stream.gpu.runtime.staging import Staging
+
+#: Values of a piece, and bytes of a payload, begin at multiples of so many bytes.
+_ALIGNMENT = 16
+
+
+def tasks_of(
+    sizes: Sequence[int],
+    firsts: NDArray[np.int64],
+    places: Sequence[Places] | None = None,
+    begins: NDArray[np.int64] | None = None,
+) -> NDArray[np.int64]:
+    """int64 [tiles, FIELDS] of pieces of so many values, the first of which are ``firsts``.
+
+    ``places`` are those in the payloads, which begin at ``begins``, multiples of 16 bytes.
+    """
+    counts = [-(-n // TILE) for n in sizes]
+    tasks = np.zeros((sum(counts), verbatim.FIELDS), np.int64)
+    end = 0
+    for i, (n, count) in enumerate(zip(sizes, counts, strict=True)):
+        own, end = tasks[end : end + count], end + count
+        before = np.arange(count) * TILE
+        own[:, verbatim.VALUES] = firsts[i] + before
+        own[:, verbatim.COUNT] = np.minimum(TILE, n - before)
+        own[:, verbatim.BLOCK] = i
+        if places is not None and begins is not None:
+            begin, found = int(begins[i]), places[i]
+            own[:, verbatim.PLACE] = begin + np.arange(count) * HEAD
+            own[:, verbatim.DIGITS] = begin // 4 + found.digits
+            own[:, verbatim.REST] = begin + found.rest + before
+            own[:, verbatim.OTHERS] = begin + found.others
+    return tasks
+
+
+def _starts(sizes: Sequence[int]) -> NDArray[np.int64]:
+    """Where pieces of so many bytes begin, one after the other, and where the last ends."""
+    room = -(-np.array(sizes, np.int64) // _ALIGNMENT) * _ALIGNMENT
+    return np.concatenate([[0], np.cumsum(room)])
+
+
+def encode(pieces: Sequence[tuple[Any, Any]]) -> list[NDArray[np.uint8]]:
+    """Payloads of bits of K and V on the device, uint8 on the host; see
+    :func:`kvtc_stream.coding.verbatim.encode`."""
+    sizes = [k.size + v.size for k, v in pieces]
+    firsts = _starts([2 * n for n in sizes]) // 2
+    values = cupy.empty(int(firsts[-1]), np.uint16)
+    for (k, v), first in zip(pieces, firsts.tolist(), strict=False):
+        values[first : first + k.size].reshape(k.shape)[...] = k
+        values[first + k.size : first + k.size + v.size].reshape(v.shape)[...] = v
+    tasks = tasks_of(sizes, firsts)
+    heads = cupy.empty((len(tasks), HEAD), np.uint8)
+    verbatim.survey(len(tasks), verbatim.THREADS, (cupy.asarray(tasks), values, heads))
+    ends = np.cumsum([-(-n // TILE) for n in sizes])
+    own = np.split(cupy.asnumpy(heads), ends[:-1])
+    found = [places(x, n) for x, n in zip(own, sizes, strict=True)]
+    begins = _starts([x.length for x in found])
+    data = cupy.empty(int(begins[-1]), np.uint8)
+    tasks = tasks_of(sizes, firsts, found, begins)
+    verbatim.encode(len(tasks), verbatim.THREADS, (cupy.asarray(tasks), values, heads, data, data))
+    host = Staging().fetch(data)
+    return [host[b : b + x.length] for b, x in zip(begins.tolist(), found, strict=False)]
+
+
+def decode(
+    payloads: Sequence[Any], sizes: Sequence[int], data: Any, begins: NDArray[np.int64]
+) -> tuple[list[Any], Any]:
+    """Bits of values on the device, of payloads that are there too, at ``begins`` in ``data``.
+
+    Returns
+    -------
+    list of uint16 [values], int32 [payloads]
+        The values, and on the device which payloads no encoder wrote: not 0.
+
+    Raises
+    ------
+    FormatError
+        The heads of tiles show that already.
+    """
+    firsts = _starts([2 * n for n in sizes]) // 2
+    found = [split(payload, n)[2] for payload, n in zip(payloads, sizes, strict=True)]
+    tasks = tasks_of(sizes, firsts, found, begins)
+    values = cupy.empty(int(firsts[-1]), np.uint16)
+    faults = cupy.zeros(len(payloads), np.int32)
+    arguments = cupy.asarray(tasks), data, data, values.data.ptr, faults
+    verbatim.decode(len(tasks), verbatim.THREADS, arguments)
+    return [values[f : f + n] for f, n in zip(firsts.tolist(), sizes, strict=False)], faults

@@ -1,0 +1,317 @@
+"""Verbatim bfloat16 values in tiles that a block of GPU threads codes alone.
+
+Sign and mantissa of a value hold little to be found; they are a byte as it is. Exponents are few:
+the nine that a tile has most often, in its table, have digits of two bits, in up to three levels.
+Digits 0, 1 and 2 of a level stand for exponents of the table, 3 says that the value goes on to the
+next level, and from the third level on to a byte, its exponent itself.
+
+No code has a length of its own, so nothing needs to be decoded before something else, but for the
+numbers of values that go on: how many before a value do is a sum over bits, which threads of a warp
+find together.
+
+A payload of ``n`` values, in the order of SPEC, is
+
+1. a head of 16 bytes for each tile of 8192 values: how many go on to the second and third level and
+   to a byte, as u16, the table, and a reserved byte,
+2. for each tile, its digits, level by level: for each 32 values of the level two u32, the lower and
+   the higher bits of their digits, those of the first value in bit 0; what is beyond the last value
+   is 0,
+3. a byte for each value, sign and mantissa,
+4. a byte for each value that no table has, its exponent.
+
+With a table given a tile has one encoding. The kernels release the GIL and keep no state.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numba
+import numpy as np
+import numpy.typing as npt
+from numba.cpython.unsafe.numbers import trailing_zeros
+
+from kvtc_stream.errors import FormatError
+
+#: Values of a tile, and bytes of its head.
+TILE, HEAD = 8192, 16
+#: Levels, entries of a table, and where it begins in a head.
+LEVELS, ENTRIES, TABLE = 3, 9, 6
+
+_U16, _U32, _U64 = np.uint16, np.uint32, np.uint64
+
+_jit = numba.njit(cache=True, nogil=True, error_model="numpy")
+
+_FAULTS = {
+    1: "its tiles have other numbers of values that go on than their digits say",
+    2: "bits are set beyond the last value of a level",
+    3: "a value has an exponent of its own that the table has",
+}
+
+
+class Places(NamedTuple):
+    """Where the tiles' things are in a payload; int64 [tiles], and the payload's length.
+
+    Attributes
+    ----------
+    digits
+        First word of each tile, from the beginning of the payload.
+    others
+        First of each tile's bytes for exponents that its table lacks.
+    rest
+        First byte of signs and mantissas.
+    """
+
+    digits: npt.NDArray[np.int64]
+    others: npt.NDArray[np.int64]
+    rest: int
+    length: int
+
+
+def encode(values: npt.NDArray[np.uint16]) -> npt.NDArray[np.uint8]:
+    """The payload of the bits of bfloat16 values [n]: uint8, which may be more than they were."""
+    n = len(values)
+    tiles = -(-n // TILE)
+    heads = np.zeros((tiles, HEAD), np.uint8)
+    words = np.empty(tiles * 2 * LEVELS * (TILE // 32), np.uint32)
+    rest, others = np.empty(n, np.uint8), np.empty(n, np.uint8)
+    used, spare = _encode(values, heads, words, rest, others)
+    pieces = heads.reshape(-1), words[:used].astype("<u4").view(np.uint8), rest, others[:spare]
+    return np.concatenate(pieces)
+
+
+def places(heads: npt.NDArray[np.uint8], n: int) -> Places:
+    """Where things are, by the heads [tiles, HEAD] of ``n`` values.
+
+    Raises
+    ------
+    FormatError
+        No encoder writes such heads.
+    """
+    counts = heads[:, :TABLE].copy().view("<u2").astype(np.int64)
+    sizes = np.full(len(heads), TILE, np.int64)
+    sizes[-1:] = n - TILE * (len(heads) - 1)
+    levels = np.concatenate([sizes[:, None], counts], axis=1)
+    table = np.sort(heads[:, TABLE : TABLE + ENTRIES], axis=1)
+    if (
+        (np.diff(levels, axis=1) > 0).any()
+        or (table[:, 1:] == table[:, :-1]).any()
+        or heads[:, TABLE + ENTRIES :].any()
+    ):
+        raise FormatError(
+            "verbatim values: the head of a tile is damaged: more values go on than there are, "
+            "its table has an exponent twice, or its reserved byte is not 0"
+        )
+    words = 2 * ((levels[:, :LEVELS] + 31) // 32).sum(axis=1)
+    ends, spare = np.cumsum(words), np.cumsum(levels[:, LEVELS])
+    first = len(heads) * HEAD // 4
+    rest = 4 * (first + int(ends[-1:].sum()))
+    others = rest + n + spare - levels[:, LEVELS]
+    return Places(first + ends - words, others, rest, rest + n + int(spare[-1:].sum()))
+
+
+def split(
+    data: bytes | memoryview | npt.NDArray[np.uint8], n: int
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8], Places]:
+    """A payload's bytes, its heads, and where things are; of ``n`` values.
+
+    Raises
+    ------
+    FormatError
+        The payload is shorter or longer than its heads say, or they are damaged.
+    """
+    packed = np.frombuffer(data, np.uint8)
+    size = -(-n // TILE) * HEAD
+    if packed.size < size:
+        raise FormatError(
+            f"verbatim values: {packed.size} bytes, expected {size} for the heads of tiles alone"
+        )
+    heads = packed[:size].reshape(-1, HEAD)
+    found = places(heads, n)
+    if packed.size != found.length:
+        raise FormatError(
+            f"verbatim values: {packed.size} bytes, expected {found.length} by the heads of tiles"
+        )
+    return packed, heads, found
+
+
+def decode(data: bytes | memoryview | npt.NDArray[np.uint8], n: int) -> npt.NDArray[np.uint16]:
+    """The inverse of :func:`encode`: the bits of ``n`` values.
+
+    Raises
+    ------
+    FormatError
+        No encoder writes these bytes.
+    """
+    packed, heads, found = split(data, n)
+    # Digits as words of their own: the payload may begin anywhere in memory.
+    begin = heads.size
+    words = packed[begin : found.rest].copy().view("<u4").astype(np.uint32, copy=False)
+    out = np.empty(n, np.uint16)
+    rest, others = packed[found.rest : found.rest + n], packed[found.rest + n :]
+    fault = _decode(heads, words, rest, others, out)
+    if fault:
+        raise FormatError(f"verbatim values are damaged: {_FAULTS[fault]}")
+    return out
+
+
+# --- kernels ------------------------------------------------------------------------------------
+
+
+@_jit
+def _encode(values, heads, words, rest, others):  # type: ignore[no-untyped-def]
+    """Fill the parts of a payload; return how many words and other exponents there are."""
+    n = values.size
+    at, spare = _U64(0), _U64(0)
+    ranks = np.empty(256, np.uint8)
+    counts = np.empty((4, 256), np.uint32)
+    # Ranks that go on, of two levels: everything is written, and only counted if it does.
+    second, third = np.empty(TILE + 1, np.uint8), np.empty(TILE + 1, np.uint8)
+    exponents = np.empty(TILE + 1, np.uint8)
+    for tile in range(len(heads)):
+        own = values[tile * TILE : min(tile * TILE + TILE, n)]
+        size = own.size
+        bytes_of = rest[tile * TILE : tile * TILE + size]
+        counts[:] = 0
+        for i in range(size // 4):
+            for j in range(4):
+                counts[j, (own[4 * i + j] >> 7) & 0xFF] += 1
+        for i in range(size // 4 * 4, size):
+            counts[0, (own[i] >> 7) & 0xFF] += 1
+        for i in range(256):
+            counts[0, i] += counts[1, i] + counts[2, i] + counts[3, i]
+        ranks[:] = ENTRIES
+        for rank in range(ENTRIES):
+            best, most = 0, -1
+            for i in range(256):
+                if ranks[i] == ENTRIES and np.int64(counts[0, i]) > most:
+                    best, most = i, np.int64(counts[0, i])
+            ranks[best] = rank
+            heads[tile, TABLE + rank] = best
+        for i in range(size):
+            bytes_of[i] = (own[i] & 0x7F) | ((own[i] >> 8) & 0x80)
+        of_second, of_third, of_others = _U64(0), _U64(0), _U64(0)
+        for begin in range(0, size, 32):
+            low, high = _U32(0), _U32(0)
+            for i in range(min(32, size - begin)):
+                exponent = (own[begin + i] >> 7) & 0xFF
+                rank = ranks[exponent]
+                digit = min(_U32(rank), _U32(3))
+                low |= (digit & _U32(1)) << _U32(i)
+                high |= (digit >> _U32(1)) << _U32(i)
+                second[of_second] = rank - 3
+                of_second += _U64(rank >= 3)
+                others[spare + of_others] = exponent
+                of_others += _U64(rank >= ENTRIES)
+            words[at], words[at + _U64(1)] = low, high
+            at += _U64(2)
+        at = _digits(second, of_second, third, words, at)
+        for i in range(of_second):
+            third[of_third] = second[i] - 3
+            of_third += _U64(second[i] >= 3)
+        at = _digits(third, of_third, exponents, words, at)
+        spare += of_others
+        for i, count in enumerate((of_second, of_third, of_others)):
+            heads[tile, 2 * i] = count & _U64(0xFF)
+            heads[tile, 2 * i + 1] = count >> _U64(8)
+    return at, spare
+
+
+@_jit
+def _digits(ranks, count, _unused, words, at):  # type: ignore[no-untyped-def]
+    """Write the digits of a level; return where the next begins."""
+    for begin in range(0, count, 32):
+        low, high = _U32(0), _U32(0)
+        for i in range(min(32, count - begin)):
+            digit = min(_U32(ranks[begin + i]), _U32(3))
+            low |= (digit & _U32(1)) << _U32(i)
+            high |= (digit >> _U32(1)) << _U32(i)
+        words[at], words[at + _U64(1)] = low, high
+        at += _U64(2)
+    return at
+
+
+@_jit
+def _decode(heads, words, rest, others, out):  # type: ignore[no-untyped-def]
+    """Fill ``out``; return 0, or a key of ``_FAULTS``."""
+    n = out.size
+    at, spare = _U64(0), _U64(0)
+    found = np.empty((LEVELS, TILE), np.uint8)
+    table = np.zeros(ENTRIES + 1, np.uint8)  # there is no fourth digit's
+    for tile in range(len(heads)):
+        head = heads[tile]
+        table[:ENTRIES] = head[TABLE : TABLE + ENTRIES]
+        sizes = (
+            np.int64(min(TILE, n - tile * TILE)),
+            np.int64(head[0]) | np.int64(head[1]) << 8,
+            np.int64(head[2]) | np.int64(head[3]) << 8,
+            np.int64(head[4]) | np.int64(head[5]) << 8,
+        )
+        firsts = (
+            at,
+            at + _U64(2) * _U64((sizes[0] + 31) // 32),
+            at + _U64(2) * _U64((sizes[0] + 31) // 32 + (sizes[1] + 31) // 32),
+        )
+        at = firsts[2] + _U64(2) * _U64((sizes[2] + 31) // 32)
+        own = others[spare : spare + _U64(sizes[3])]
+        spare += _U64(sizes[3])
+        for i in range(own.size):
+            for j in range(ENTRIES):
+                if own[i] == table[j]:
+                    return 3
+        for level in range(LEVELS):
+            size = sizes[level]
+            if size % 32:
+                last = firsts[level] + _U64(2) * _U64(size // 32)
+                if (words[last] | words[last + _U64(1)]) >> _U32(size % 32):
+                    return 2
+        further = own
+        for level in range(LEVELS - 1, -1, -1):
+            exponents = found[level, : sizes[level]]
+            if _level(words, firsts[level], table[3 * level :], further, exponents):
+                return 1
+            further = exponents
+        begin = tile * TILE
+        for i in range(sizes[0]):
+            byte = _U16(rest[begin + i])
+            out[begin + i] = (
+                (byte & _U16(0x7F)) | (byte & _U16(0x80)) << _U16(8) | _U16(further[i]) << _U16(7)
+            )
+    return 0
+
+
+@_jit
+def _level(words, first, table, further, out):  # type: ignore[no-untyped-def]
+    """Exponents of the values of a level; ``further`` are of those that go on.
+
+    Returns whether another number goes on.
+    """
+    # Of four values at a time, by their digits' lower bits and higher bits; any for those that go
+    # on.
+    lookup = np.empty((256, 4), np.uint8)
+    for bits in range(256):
+        for i in range(4):
+            lookup[bits, i] = table[(bits >> i & 1) | (bits >> (4 + i) & 1) << 1]
+    fours = lookup.view(np.uint32)[:, 0]
+    whole = out[: out.size // 32 * 32].view(np.uint32)
+    taken = _U64(0)
+    for begin in range(0, out.size, 32):
+        low, high = words[first], words[first + _U64(1)]
+        first += _U64(2)
+        if begin + 32 <= out.size:
+            for i in range(8):
+                digits = low >> _U32(4 * i) & _U32(0xF)
+                digits |= (high >> _U32(4 * i) & _U32(0xF)) << _U32(4)
+                whole[_U64(begin // 4 + i)] = fours[digits]
+        else:
+            for i in range(out.size - begin):
+                digits = (low >> _U32(i) & _U32(1)) | (high >> _U32(i) & _U32(1)) << _U32(4)
+                out[begin + i] = lookup[digits, 0]
+        go_on = low & high
+        while go_on:
+            if taken >= further.size:
+                return True
+            out[_U64(begin) + _U64(trailing_zeros(go_on))] = further[taken]
+            go_on &= go_on - _U64(1)
+            taken += _U64(1)
+    return taken != further.size
