@@ -13,6 +13,7 @@ from kvtc_stream.errors import FormatError, LimitError, VersionError
 from kvtc_stream.formats import (
     Band,
     BlockErrors,
+    Coder,
     DType,
     Feature,
     Geometry,

@@ -104,6 +104,13 @@ def test_bytes_are_those_of_the_specification(n: int) -> None:
     assert payload.tobytes() == written(values, heads)
 
 
+def test_the_example_of_the_specification() -> None:
+    values = np.array([0x3F80, 0x3F00, 0x3F40, 0x3F40], np.uint16)
+    head = "00 00 00 00 00 00 7e 7f 00 01 02 03 04 05 06 00"
+    payload = bytes.fromhex(f"{head} 01 00 00 00 00 00 00 00 00 00 40 40")
+    assert verbatim.encode(values).tobytes() == payload
+
+
 def test_a_table_has_the_most_frequent_first() -> None:
     values = np.array([0x4000, 0x3F80, 0x3F80, 0x3F00, 0x3F00], np.uint16)
     assert verbatim.encode(values)[6:15].tolist() == [126, 127, 128, 0, 1, 2, 3, 4, 5]

@@ -32,7 +32,7 @@ HOPELESS = 2.0
 T = TypeVar("T")
 R = TypeVar("R")
 #: Coder and payload, when it is called; by any thread.
-Coded: TypeAlias = Callable[[], tuple[Coder, bytes]]
+Coded: TypeAlias = Callable[[], tuple[Coder, bytes | memoryview]]
 
 
 class SectionCoder(ABC):

@@ -182,7 +182,7 @@ def _encode(values, heads, words, rest, others):  # type: ignore[no-untyped-def]
             counts[0, i] += counts[1, i] + counts[2, i] + counts[3, i]
         ranks[:] = ENTRIES
         for rank in range(ENTRIES):
-            best, most = 0, -1
+            best, most = 0, np.int64(-1)
             for i in range(256):
                 if ranks[i] == ENTRIES and np.int64(counts[0, i]) > most:
                     best, most = i, np.int64(counts[0, i])
@@ -311,7 +311,8 @@ def _level(words, first, table, further, out):  # type: ignore[no-untyped-def]
         while go_on:
             if taken >= further.size:
                 return True
-            out[_U64(begin) + _U64(trailing_zeros(go_on))] = further[taken]
+            place = trailing_zeros(go_on)  # type: ignore[call-arg]  # an intrinsic
+            out[_U64(begin) + _U64(place)] = further[taken]
             go_on &= go_on - _U64(1)
             taken += _U64(1)
     return taken != further.size

@@ -3,6 +3,7 @@
     python tests/golden/make.py tests/golden/1.0
     python tests/golden/make.py tests/golden/1.0-two-levels --two-levels
     python tests/golden/make.py tests/golden/1.1 --later
+    python tests/golden/make.py tests/golden/1.1-planes --planes
 
 ``manifest.json`` says what each file must give: for a stream or page, the SHA-256 of the symbols
 of each block, and a file with K and V as float32 [layers, heads, tokens, dim], little-endian; for
@@ -32,8 +33,10 @@ from formats_samples import records, reseal
 from symbols import block_symbols
 
 import kvtc_stream as kvtc
+from kvtc_stream.coding import verbatim
 from kvtc_stream.formats import (
     Block,
+    Coder,
     DType,
     Feature,
     LayerErrors,
@@ -303,6 +306,66 @@ def later(folder: Path) -> None:
     (folder / "manifest.json").write_text(text + "\n")
 
 
+def planes(folder: Path) -> None:
+    """Verbatim values that a device decodes: tokens of a block, and a tail of two tiles."""
+    folder.mkdir(parents=True)
+    geometry = kvtc.Geometry.uniform(layers=2, kv_heads=2, head_dim=8, v_head_dim=4)
+    calibrator = kvtc.Calibrator(geometry, model=kvtc.ModelIdentity("golden", "1"))
+    calibrator.update(*kvtc.testing.drawn_cache(geometry, 200, seed=1))
+    calibration = calibrator.finish()
+    calibration.save(folder / "calibration.safetensors")
+    codec = kvtc.Codec(calibration, ratio=3, sinks=2, window=200, block_tokens=200)
+    k, v = (x.copy() for x in kvtc.testing.drawn_cache(geometry, 440, seed=7, dtype=DType.BFLOAT16))
+    k[0, 0, 9:40:2, 0] = np.nan  # tokens that are verbatim
+    coded = StreamFile(io.BytesIO(kvtc.encode(k, v, codec)))
+    blocks = []
+    for entry in coded.index:
+        block = coded.read_block(entry)
+        own = block.start + np.array(block.verbatim_tokens)
+        bits = np.concatenate([x[:, :, own].reshape(-1).view(np.uint16) for x in (k, v)])
+        payload = verbatim.encode(bits).tobytes()
+        if len(payload) < bits.nbytes:
+            block = replace(block, verbatim_coder=Coder.PLANES, verbatim=payload)
+        blocks.append(block)
+    writer = StreamWriter(coded.header)
+    whole = writer.start() + b"".join(map(writer.block, blocks)) + writer.finish()
+    (folder / "planes.kvtc").write_bytes(whole)
+    (folder / "planes.kvtc.f32").write_bytes(
+        b"".join(np.asarray(x).astype("<f4").tobytes() for x in kvtc.decode(whole, calibration))
+    )
+    rows = [
+        {
+            "section": 0,
+            "role": block.role.name,
+            "start": block.start,
+            "tokens": block.tokens,
+            "symbols": hashlib.sha256(block_symbols(coded.header, block, calibration)).hexdigest(),
+        }
+        | described(block)
+        for block in blocks
+    ]
+    cases: list[dict[str, Any]] = [
+        {"file": "planes.kvtc", "blocks": rows, "values": "planes.kvtc.f32"}
+    ]
+    payload = records(whole)[2] + 32
+    at = payload + 80
+
+    def bad(name: str, offset: int, layout: str, value: int, error: str) -> None:
+        changed = bytearray(whole)
+        struct.pack_into("<" + layout, changed, offset, value)
+        (folder / name).write_bytes(reseal(changed))
+        cases.append({"file": name, "error": error})
+
+    bad("bad-feature.kvtc", 12, "I", 1, "format")
+    bad("bad-symbols.kvtc", payload + 27, "B", 5, "format")
+    bad("bad-count.kvtc", at, "H", 8193, "format")
+    bad("bad-table.kvtc", at + 7, "B", whole[at + 6], "format")
+    bad("bad-reserved.kvtc", at + 15, "B", 1, "format")
+    bad("bad-digits.kvtc", at + 32, "Q", 2**64 - 1, "format")
+    text = json.dumps({"version": folder.name, "key": KEY.hex(), "cases": cases}, indent=1)
+    (folder / "manifest.json").write_text(text + "\n")
+
+
 def described(block: Block) -> dict[str, Any]:
     """What a block has beyond format 1.0, for the manifest."""
     found: dict[str, Any] = {}
@@ -316,5 +379,7 @@ def described(block: Block) -> dict[str, Any]:
 if __name__ == "__main__":
     if "--later" in sys.argv[2:]:
         later(Path(sys.argv[1]))
+    elif "--planes" in sys.argv[2:]:
+        planes(Path(sys.argv[1]))
     else:
         main(Path(sys.argv[1]), "--two-levels" in sys.argv[2:])
