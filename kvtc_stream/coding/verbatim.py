@@ -311,7 +311,7 @@ def _level(words, first, table, further, out):  # type: ignore[no-untyped-def]
         while go_on:
             if taken >= further.size:
                 return True
-            place = trailing_zeros(go_on)  # type: ignore[call-arg]  # an intrinsic
+            place: int = trailing_zeros(go_on)  # type: ignore[call-arg]  # an intrinsic
             out[_U64(begin) + _U64(place)] = further[taken]
             go_on &= go_on - _U64(1)
             taken += _U64(1)
