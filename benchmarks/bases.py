@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _common import capture_caches, environment, load_cache, write_result
+from _common import capture_caches, environment, load_cache, show, write_result
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
@@ -215,7 +215,7 @@ def main() -> None:
     args = _parse()
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     result: dict[str, Any] = environment()
-    steps = demo.Steps(console)
+    steps = demo.Steps(show)
     with tempfile.TemporaryDirectory() as name:
         if args.model:
             args.calibration, args.cache, args.judge = _capture(args, Path(name), steps)

@@ -29,7 +29,7 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
-from _common import capture_caches, environment, load_cache, write_result
+from _common import capture_caches, environment, load_cache, show, write_result
 from rich.console import Console
 from rich.table import Table
 
@@ -55,7 +55,7 @@ def main() -> None:
     os.sched_setaffinity(0, cores)  # processes that start from here on inherit it
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     result: dict[str, Any] = environment()
-    steps = demo.Steps(console)
+    steps = demo.Steps(show)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if args.model:
@@ -151,7 +151,9 @@ def _products(
     for section, plan in enumerate(codec.plan.sections):
         for i, part in enumerate(plan.parts):
             count = part.components
-            basis = codec.calibration.transforms(section, plan.basis, i, count)[0].first(count)
+            basis = codec.calibration.transforms(section, plan.basis, i, count).analysis.first(
+                count
+            )
             rows = rng.standard_normal((size, basis.width), np.float32)
             operands.append((rows, basis, rng.standard_normal((size, count), np.float32)))
     outputs = [np.empty_like(c) for _, _, c in operands]

@@ -66,6 +66,9 @@ GEOMETRIES = {
 CALIBRATIONS = {name: calibrated(geometry) for name, geometry in GEOMETRIES.items()}
 CALIBRATIONS["groups"] = calibrated(GEOMETRIES["halves"], layer_groups=3)
 CALIBRATIONS["levels"] = calibrated(GEOMETRIES["halves"], layer_groups=3, second_level=70)
+CALIBRATIONS["levels in 8 bits"] = calibrated(
+    GEOMETRIES["halves"], layer_groups=3, second_level=70, basis_dtype="float8_e4m3"
+)
 
 
 @pytest.fixture(params=sorted(CALIBRATIONS))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -291,7 +291,7 @@ class BandPlan(Basis):
         for i, (part, count) in enumerate(zip(stored, counts, strict=True)):
             analysis, synthesis = (
                 Components.dense(x.first(count).matrix())
-                for x in calibration.transforms(section, plan.basis, i, count)
+                for x in _transforms(calibration, section, plan.basis, i, count)
             )
             # Coefficients are 1 at most on the device; so are rows, but for their number's root.
             _, [deviations] = synthesis.deviations(np.ones(count, np.float32))
@@ -343,7 +343,7 @@ class DevicePlan(Basis):
         for i, (part, dealt, own) in enumerate(zip(parts, plan.parts, bands, strict=True)):
             analysis, synthesis = (
                 x.taken(own.components)
-                for x in calibration.transforms(section, plan.basis, i, dealt.components)
+                for x in _transforms(calibration, section, plan.basis, i, dealt.components)
             )
             variance = part.spectrum[own.components]
             leading, rows = (
@@ -432,6 +432,17 @@ class DevicePlan(Basis):
                 "the CUDA backend encodes plans whose coded components come first, this plan has "
                 "bands without bits before them: use backend='cpu'"
             )
+
+
+def _transforms(
+    calibration: CalibratedBases, section: int, basis: str, part: int, count: int
+) -> Iterable[Components]:
+    """Analysis and synthesis, in host memory. Of components in 8 bits they are made on the device:
+    that takes products as large as calibrating does."""
+    stored = calibration.sections[section].basis(basis)[part]
+    if not stored.eight_bits:
+        return calibration.transforms(section, basis, part, count)
+    return [x.mapped(cupy.asnumpy) for x in stored.transforms(cupy.asarray, cupy, count)]
 
 
 def _down(deviations: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from kvtc_stream.backends.base import Coded, R, SectionCoder, T, block_errors, layer_errors
 from kvtc_stream.backends.cpu_payloads import BandCoding, Quantised, UniformCoding
 from kvtc_stream.calibration.components import Components
-from kvtc_stream.calibration.parts import CalibratedBases, Part
+from kvtc_stream.calibration.parts import CalibratedBases, Part, Transforms
 from kvtc_stream.coding.rope import Rotations, gather, scatter, squared_errors
 from kvtc_stream.coding.values import (
     code_verbatim,
@@ -98,16 +98,22 @@ class _Part:
         self,
         part: Part,
         plan: PartPlan,
-        transforms: tuple[Components, Components],
+        transforms: Transforms,
         block_tokens: int,
     ) -> None:
         self.k_layers = np.array(part.k_layers, np.int64)
         self.v_layers = np.array(part.v_layers, np.int64)
         self.mean = part.mean
-        self.analysis, self.synthesis = (x.first(plan.components) for x in transforms)
+        self._transforms, self._count = transforms, plan.components
+        self.synthesis = transforms.synthesis.first(self._count)
         # One fixed shape for every product: however the input is cut, the sums are the same.
         self.rows = np.zeros((block_tokens, part.width), np.float32)
         self.coefficients = np.zeros((block_tokens, plan.components), np.float32)
+
+    @cached_property
+    def analysis(self) -> Components:
+        """Only encoders need it, and with components in 8 bits it takes a while."""
+        return self._transforms.analysis.first(self._count)
 
 
 class CpuSectionCoder(SectionCoder):

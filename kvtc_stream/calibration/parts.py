@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -110,28 +111,60 @@ class Part:
         put: Callable[[NDArray[Any]], Any] = lambda x: x,
         xp: Any = None,
         count: int | None = None,
-    ) -> tuple[Components, Components]:
-        """Analysis and synthesis of the first ``count`` components, or of all, in float32.
+    ) -> Transforms:
+        """Analysis and synthesis of the first ``count`` components, or of all.
 
-        Analysis projects a token vector less the mean to coefficients, synthesis expands these
-        again. With components in 16 bits and without weights, both are the same. ``put`` copies a
-        NumPy array to the array module ``xp``.
+        ``put`` copies a NumPy array to the array module ``xp``.
         """
-        count = self.rank if count is None else count
-        if self.eight_bits:
-            whole = self.components.mapped(lambda x: put(x.values()), xp)
+        return Transforms(self, put, xp, self.rank if count is None else count)
+
+
+class Transforms:
+    """What projects a token vector less the mean to coefficients, and what expands these again.
+
+    Both are float32, and are made when they are first asked for. With components in 16 bits and
+    without weights, they are the same.
+    """
+
+    def __init__(self, part: Part, put: Callable[[NDArray[Any]], Any], xp: Any, count: int) -> None:
+        self._part, self._put, self._xp, self.count = part, put, xp, count
+
+    def __iter__(self) -> Iterator[Components]:
+        return iter((self.analysis, self.synthesis))
+
+    @cached_property
+    def synthesis(self) -> Components:
+        """Coefficients times this are a token vector less the mean."""
+        return self._weighted(self._rounded(self._part.components).first(self.count), inverse=True)
+
+    @cached_property
+    def analysis(self) -> Components:
+        """A token vector less the mean, times this transposed, is coefficients."""
+        part = self._part
+        if part.eight_bits:
             # All components have a part in each one's dual.
-            analysis, synthesis = (x.first(count) for x in (whole.mapped(dual, xp), whole))
+            found = self._rounded(part.components).mapped(dual, self._xp)
+        elif not part.weighted:
+            return self.synthesis
         else:
-            some = self.components.first(count)
-            analysis = synthesis = some.mapped(lambda x: put(x).astype(np.float32), xp)
-        if self.k_weights is None or self.v_weights is None:
-            return analysis, synthesis
-        weights = (self.k_weights, self.v_weights)
-        return (
-            analysis.weighted(weights, inverse=False),
-            synthesis.weighted(weights, inverse=True),
-        )
+            found = self._rounded(part.components)
+        return self._weighted(found.first(self.count), inverse=False)
+
+    def _rounded(self, components: Components) -> Components:
+        """``components`` as they are stored, in float32."""
+
+        def values(x: Any) -> Any:
+            if isinstance(x, Float8Matrix):
+                return x.values(self._put)
+            return self._put(x).astype(np.float32)
+
+        return components.mapped(values, self._xp)
+
+    def _weighted(self, components: Components, *, inverse: bool) -> Components:
+        if self._part.k_weights is None or self._part.v_weights is None:
+            return components
+        weights = self._part.k_weights, self._part.v_weights
+        return components.weighted(weights, inverse=inverse)
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,13 +223,11 @@ class CalibratedBases:
                 del self._memo[old]
             return value
 
-    def transforms(
-        self, section: int, basis: str, part: int, count: int
-    ) -> tuple[Components, Components]:
+    def transforms(self, section: int, basis: str, part: int, count: int) -> Transforms:
         """Cached :meth:`Part.transforms` with at least the first ``count`` components."""
         key = (f"transforms of {basis} {section}.{part}",)
         with self._lock:
-            if key not in self._memo or self._memo[key][0].rank < count:
+            if key not in self._memo or self._memo[key].count < count:
                 stored = self.sections[section].basis(basis)[part]
                 self._memo[key] = stored.transforms(count=count)
             return self._memo[key]  # type: ignore[no-any-return]

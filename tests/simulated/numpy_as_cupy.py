@@ -123,6 +123,7 @@ def install() -> None:
         cuda=cuda,
         ndarray=ndarray,
         asarray=_made(np.array),
+        empty_like=_made(np.empty_like),
         ascontiguousarray=_made(lambda x: np.array(x, order="C")),
         asnumpy=lambda x: np.array(x),
         concatenate=_made(np.concatenate),

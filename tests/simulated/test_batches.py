@@ -27,7 +27,14 @@ HOSTILE = 30
 
 
 in_two_levels_too = pytest.mark.parametrize(
-    "calibration", [{}, {"layer_groups": 2, "second_level": 10}], indirect=True, scope="module"
+    "calibration",
+    [
+        {},
+        {"layer_groups": 2, "second_level": 10},
+        {"layer_groups": 2, "second_level": 10, "basis_dtype": "float8_e4m3"},
+    ],
+    indirect=True,
+    scope="module",
 )
 
 
