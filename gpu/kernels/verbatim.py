@@ -10,7 +10,6 @@ A task is a row of int64 for each tile.
 from __future__ import annotations
 
 import numpy as np
-from numba import cuda
 
 from kvtc_stream.coding.verbatim import ENTRIES, HEAD, TABLE, TILE
 from kvtc_stream.gpu.kernels.intrinsics import (
@@ -31,6 +30,7 @@ from kvtc_stream.gpu.kernels.intrinsics import (
     u32p,
 )
 from kvtc_stream.gpu.runtime.compile import kernel
+from kvtc_stream.gpu.runtime.dialect import cuda
 
 #: Threads of a block: one for each 32 values of a tile.
 THREADS = TILE // WARP

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from launch import simulate
 from test_verbatim import damaged, drawn
 
 import kvtc_stream as kvtc
@@ -18,7 +19,6 @@ from kvtc_stream.errors import FormatError
 from kvtc_stream.formats import Coder, StreamFile, StreamWriter
 from kvtc_stream.gpu.coder.verbatim import tasks_of
 from kvtc_stream.gpu.kernels import verbatim
-from kvtc_stream.gpu.runtime.simulator import simulate
 
 Array = npt.NDArray[Any]
 
