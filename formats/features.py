@@ -22,6 +22,8 @@ class Feature(enum.IntFlag):
 NO_FEATURES = Feature(0)
 #: What this package reads and writes; the other bits are reserved, and refused.
 STREAM_FEATURES = Feature.LAYER_ERRORS | Feature.AXES | Feature.PLANES
+#: What pages may have besides.
+PAGE_FEATURES = STREAM_FEATURES | Feature.SEALED_PAGES
 
 
 def version_for(features: Feature) -> tuple[int, int]:

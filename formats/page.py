@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import hmac
 import struct
 
-from kvtc_stream.errors import CalibrationMismatchError, FormatError, TruncatedError, VersionError
+from kvtc_stream.errors import (
+    AuthenticationError,
+    CalibrationMismatchError,
+    FormatError,
+    TruncatedError,
+    VersionError,
+)
 from kvtc_stream.formats.block import Block, Role
 from kvtc_stream.formats.checksum import Checksum, checksum, verify
-from kvtc_stream.formats.features import STREAM_FEATURES, Feature, read_features, version_for
+from kvtc_stream.formats.features import PAGE_FEATURES, Feature, read_features, version_for
 from kvtc_stream.formats.header import StreamHeader
 from kvtc_stream.formats.limits import Limits
 from kvtc_stream.formats.preamble import check_version
@@ -20,6 +27,9 @@ _CHECKSUM = struct.Struct("<Q")
 _HEADER_SIZE = _FIELDS.size + _CHECKSUM.size
 #: Bytes of a page beside its block.
 PAGE_OVERHEAD = _HEADER_SIZE + _CHECKSUM.size
+#: Bytes more of a sealed one.
+SEAL_SIZE = 32
+_SEAL_DOMAIN = b"kvtc page seal 1\0"
 
 
 def page_context(header: StreamHeader) -> bytes:
@@ -27,10 +37,15 @@ def page_context(header: StreamHeader) -> bytes:
     return hashlib.sha256(header.pack()).digest()
 
 
-def pack_page(block: Block, header: StreamHeader) -> bytes:
-    """Pack one block as a page; its required features are those that the block uses."""
+def pack_page(
+    block: Block, header: StreamHeader, *, key: bytes | None = None, identity: bytes = b""
+) -> bytes:
+    """Pack one block as a page; its required features are those that the block uses.
+
+    With ``key`` the page is sealed, as the one that ``identity`` names.
+    """
     block.check(header)
-    features = _features(block, header)
+    features = _features(block, header, sealed=key is not None)
     payload = block.pack()
     size = sum(map(len, payload))
     context = page_context(header)
@@ -46,13 +61,21 @@ def pack_page(block: Block, header: StreamHeader) -> bytes:
     )
     own = checksum(fields)
     end = checksum(*payload, seed=own)
-    return b"".join((fields, _CHECKSUM.pack(own), *payload, _CHECKSUM.pack(end)))
+    page = b"".join((fields, _CHECKSUM.pack(own), *payload, _CHECKSUM.pack(end)))
+    return page if key is None else page + _seal(page, key, identity)
 
 
 def unpack_page(
-    data: bytes | bytearray | memoryview, header: StreamHeader, limits: Limits | None = None
+    data: bytes | bytearray | memoryview,
+    header: StreamHeader,
+    limits: Limits | None = None,
+    *,
+    key: bytes | None = None,
+    identity: bytes = b"",
 ) -> Block:
     """Read the block of a page; bytes after the page, as in a slot of fixed size, are ignored.
+
+    With ``key`` only a page is taken that was sealed with it as the one that ``identity`` names.
 
     Raises
     ------
@@ -60,6 +83,8 @@ def unpack_page(
         These bytes are no page, or were changed.
     CalibrationMismatchError
         The page belongs under another header.
+    AuthenticationError
+        With ``key``: the page is not sealed, or with another key or as another page.
     """
     limits = limits or Limits()
     view = memoryview(data)
@@ -73,7 +98,7 @@ def unpack_page(
         view
     )
     check_version(major, minor, "page")
-    features = read_features(must, (major, minor), STREAM_FEATURES, "page")
+    features = read_features(must, (major, minor), PAGE_FEATURES, "page")
     if algorithm != Checksum.XXH3_64:
         raise VersionError(
             f"page: checksum algorithm {algorithm}, this reader knows {Checksum.XXH3_64.value}; "
@@ -94,19 +119,28 @@ def unpack_page(
         )
     limits.check("max_record_bytes", size, "page, payload length at byte 56")
     end = _HEADER_SIZE + size
-    if len(view) < end + _CHECKSUM.size:
-        raise TruncatedError(
-            f"page: {len(view)} bytes, expected {end + _CHECKSUM.size}: fetch it again"
-        )
+    sealed = Feature.SEALED_PAGES in features
+    whole = end + _CHECKSUM.size + (SEAL_SIZE if sealed else 0)
+    if len(view) < whole:
+        raise TruncatedError(f"page: {len(view)} bytes, expected {whole}: fetch it again")
+    if key is not None and not sealed:
+        raise AuthenticationError("page: it is not sealed, and a key was given: do not use it")
     payload = bytes(view[_HEADER_SIZE:end])
     (found,) = _CHECKSUM.unpack_from(view, end)
     verify(found, payload, own, "page, payload")
+    if key is not None:
+        own_seal = _seal(view[: whole - SEAL_SIZE], key, identity)
+        if not hmac.compare_digest(own_seal, view[whole - SEAL_SIZE : whole]):
+            raise AuthenticationError(
+                "page: it was sealed with another key or as another page: do not use it"
+            )
     reader = ByteReader(payload, "page", _HEADER_SIZE)
     block = Block.unpack(reader, section, header, limits, features)
-    if features != _features(block, header):
+    needed = _features(block, header, sealed=sealed)
+    if features != needed:
         raise FormatError(
-            f"page: required features are {features:#x}, its block needs "
-            f"{_features(block, header):#x}: the writer is at fault"
+            f"page: required features are {features:#x}, its block needs {needed:#x}: the writer "
+            "is at fault"
         )
     if block.role is not Role.DATA or block.start or any(block.cut):
         raise FormatError(
@@ -116,5 +150,11 @@ def unpack_page(
     return block
 
 
-def _features(block: Block, header: StreamHeader) -> Feature:
-    return block.features | header.features & Feature.AXES
+def _features(block: Block, header: StreamHeader, *, sealed: bool) -> Feature:
+    own = block.features | header.features & Feature.AXES
+    return own | Feature.SEALED_PAGES if sealed else own
+
+
+def _seal(page: bytes | memoryview, key: bytes, identity: bytes) -> bytes:
+    message = b"".join((_SEAL_DOMAIN, hashlib.sha256(identity).digest(), page))
+    return hmac.digest(key, message, "sha256")

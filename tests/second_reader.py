@@ -6,6 +6,7 @@ It needs the standard library, numpy, lz4 and zstandard, is slow, and reads from
 from __future__ import annotations
 
 import hashlib
+import hmac
 import json
 import struct
 import sys
@@ -279,7 +280,7 @@ def read_calibration(path: Path) -> Calibration:
 # --- Opening (sections 4 to 6) ---
 
 #: Required features, and bits of a block's contents.
-LAYER_ERRORS, AXES, PLANES = 1, 2, 16
+LAYER_ERRORS, AXES, PLANES, SEALED_PAGES = 1, 2, 16, 64
 
 
 @dataclass
@@ -956,18 +957,26 @@ def rotate(
     return out
 
 
-def read_page(data: bytes, header: bytes) -> tuple[Header, Block]:
-    """A page, under a header's bytes (section 23)."""
+def read_page(
+    data: bytes, header: bytes, key: bytes | None = None, identity: bytes = b""
+) -> tuple[Header, Block]:
+    """A page, under a header's bytes (section 23), and its seal, if there is a key (23.1)."""
     need(len(data) >= 72, "a page ends early", "truncated")
     magic, major, minor, must = struct.unpack_from("<8sHHI", data)
     context, section, reserved, algorithm, size, own = struct.unpack_from("<32sHHIQQ", data, 16)
     need(magic == b"\x8bKVP\r\n\x1a\n", "this is no page")
     need(major == 1 and algorithm == 1, "another version", "version")
-    need(must & ~(LAYER_ERRORS | AXES | PLANES) == 0 and (minor or not must), "features", "version")
+    known = LAYER_ERRORS | AXES | PLANES | SEALED_PAGES
+    need(must & ~known == 0 and (minor or not must), "features", "version")
     need(xxh3(data[:64]) == own and not reserved, "page header", "checksum")
     need(context == hashlib.sha256(header).digest(), "another header", "calibration")
-    need(len(data) >= 80 + size, "a page ends early", "truncated")
+    end = 80 + size
+    need(len(data) >= end + 32 * bool(must & SEALED_PAGES), "a page ends early", "truncated")
     need(xxh3(data[72 : 72 + size], own) == _u64(data, 72 + size), "page payload", "checksum")
+    if key is not None:
+        text = b"kvtc page seal 1\0" + hashlib.sha256(identity).digest() + data[:end]
+        need(bool(must & SEALED_PAGES), "a page without a seal", "authentication")
+        need(hmac.digest(key, text, "sha256") == data[end : end + 32], "seal", "authentication")
     found = read_header(header, must)
     block, _ = read_block(data[72 : 72 + size], section, found, must)
     used = block.layer_errors is not None, block.verbatim_coder == 5

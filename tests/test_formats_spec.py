@@ -33,7 +33,7 @@ from kvtc_stream.formats import (
     StreamFile,
 )
 from kvtc_stream.formats.block_errors import LEVELS
-from kvtc_stream.formats.features import STREAM_FEATURES
+from kvtc_stream.formats.features import PAGE_FEATURES
 from kvtc_stream.formats.positions import AxesKind
 
 SPEC = Path(kvtc_stream.formats.__file__).with_name("SPEC.md").read_text(encoding="utf-8")
@@ -121,7 +121,7 @@ def test_features():
     rows = tables("18.8 Required features")[0]
     assert {row[1]: 1 << int(row[0]) for row in rows} == {f.name: f.value for f in Feature}
     known = [Feature[row[1]] for row in rows if not row[3].startswith("reserved")]
-    assert functools.reduce(operator.or_, known) == STREAM_FEATURES
+    assert functools.reduce(operator.or_, known) == PAGE_FEATURES
 
 
 def test_magic_and_version():

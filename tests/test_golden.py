@@ -173,6 +173,15 @@ def test_pages(version: str, case: dict[str, Any]) -> None:
     assert described(block) == {x: case[x] for x in ("axes", "layer_errors") if x in case}
     symbols = block_symbols(own, block, calibration(version))
     assert hashlib.sha256(symbols).hexdigest() == case["symbols"]
+    if "identity" in case:
+        key, identity = (bytes.fromhex(x) for x in (MANIFESTS[version]["key"], case["identity"]))
+        assert unpack_page(data, own, key=key, identity=identity) == block
+        second_reader.read_page(data, header, key, identity)
+        for sealed in ({"key": key}, {"key": b"another", "identity": identity}):
+            with pytest.raises(kvtc.AuthenticationError):
+                unpack_page(data, own, **sealed)
+            with pytest.raises(second_reader.ReadError, match="seal"):
+                second_reader.read_page(data, header, **sealed)
     found, other = second_reader.read_page(data, header)
     decoder = second_reader.Decoder(found, second(version))
     assert hashlib.sha256(decoder.symbols(other)[0]).hexdigest() == case["symbols"]

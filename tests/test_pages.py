@@ -230,6 +230,43 @@ def test_a_page_at_fault(
         page_codec(codec).decode(data)
 
 
+def test_sealed_pages(codec: kvtc.Codec, cache: Cache, page: bytes) -> None:
+    """A seal names a page: no other key, no other page, no page without one."""
+    k, v = cache[0][:, :, :3], cache[1][:, :, :3]
+    sealed = page_codec(codec, key=b"secret")
+    for encode in (sealed.encode, sealed.encode_raw):
+        own = encode(k, v, positions=7, identity=b"one")
+        assert len(own) <= sealed.raw_size(3)
+        for found in (own, own + b"padding of a slot"):
+            a, _ = sealed.decode(found, identity=b"one")
+            assert a.shape == k.shape
+        page_codec(codec).decode(own)  # without a key the seal is left alone
+        assert len(list(sealed.layers(own, identity=b"one"))) == 2
+        for reader, identity in (
+            (sealed, b"two"),
+            (sealed, None),
+            (page_codec(codec, key=b"other"), b"one"),
+        ):
+            with pytest.raises(kvtc.AuthenticationError, match="another key or as another page"):
+                reader.decode(own, identity=identity)
+            with pytest.raises(kvtc.AuthenticationError):
+                reader.layers(own, identity=identity)
+        for i in range(0, len(own), 3):
+            data = bytearray(own)
+            data[i] ^= 1
+            with pytest.raises(kvtc.KVTCError):
+                sealed.decode(data, identity=b"one")
+            with pytest.raises(kvtc.FormatError):
+                sealed.decode(own[:i], identity=b"one")
+    with pytest.raises(kvtc.AuthenticationError, match="it is not sealed"):
+        sealed.decode(page, identity=b"one")
+    with pytest.raises(ValueError, match="identity is sealed with a key"):
+        page_codec(codec).encode(k, v, positions=7, identity=b"one")
+    small = page_codec(codec, key=b"secret", max_bytes=1000)
+    fitted = small.encode(*cache_part(cache), positions=0, identity=b"one")
+    assert 900 < len(fitted) <= 1000
+
+
 def test_a_page_of_another_codec(codec: kvtc.Codec, page: bytes) -> None:
     for other in (
         kvtc.PageCodec(codec, dtype="float16"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +14,7 @@ from kvtc_stream.backends.base import SectionCoder
 from kvtc_stream.backends.select import get_backend
 from kvtc_stream.errors import UnsupportedError
 from kvtc_stream.formats import Block, DType, Limits, Role, Rope, StreamHeader
-from kvtc_stream.formats.page import PAGE_OVERHEAD, pack_page, unpack_page
+from kvtc_stream.formats.page import PAGE_OVERHEAD, SEAL_SIZE, pack_page, unpack_page
 from kvtc_stream.io.dlpack import KVArray, as_kv_array, check_positions
 from kvtc_stream.planning.rate_control import (
     Controls,
@@ -31,6 +31,13 @@ from kvtc_stream.stream.pending import verbatim_block
 _ATTEMPTS = 8
 #: Maximum bytes of a block's record without positions, payload and verbatim values.
 _BLOCK_BYTES = 80
+
+
+class _Seal(TypedDict):
+    """Arguments of :func:`pack_page` and :func:`unpack_page`."""
+
+    key: bytes | None
+    identity: bytes
 
 
 class PageCodec:
@@ -58,6 +65,10 @@ class PageCodec:
         As for :class:`kvtc_stream.Encoder`.
     limits
         What to refuse in pages.
+    key
+        Pages are sealed with this secret, each as the one that ``identity`` names, and only such
+        pages are decoded: so nobody without the key can make or change one, and none can take the
+        place of another, not even of one with the same key. 32 bytes more in each.
 
     Examples
     --------
@@ -83,6 +94,7 @@ class PageCodec:
         k_scale: Any = None,
         v_scale: Any = None,
         limits: Limits | None = None,
+        key: bytes | None = None,
     ) -> None:
         if dtype not in (d.label for d in DType):
             raise ValueError(f"dtype must be one of {', '.join(d.label for d in DType)}")
@@ -93,7 +105,8 @@ class PageCodec:
             raise ValueError("error_bound stores tokens verbatim, which no fixed size allows")
         if k_scale is not None or v_scale is not None:
             check_scaled(DType[dtype.upper()])
-        self._codec, self._limits = codec, limits
+        self._codec, self._limits, self._key = codec, limits, key
+        self._overhead = PAGE_OVERHEAD + _BLOCK_BYTES + (0 if key is None else SEAL_SIZE)
         self._options = DType[dtype.upper()], rope, k_scale, v_scale
         self._section, self._max_bytes = section, max_bytes
         self._fitting: FittingControl | None = None
@@ -126,14 +139,14 @@ class PageCodec:
         """The most bytes that :meth:`encode_raw` gives for so many tokens."""
         listed = 8 * max(tokens - 1, 0)
         values = self._header.verbatim_size(self._section, tokens)
-        return PAGE_OVERHEAD + _BLOCK_BYTES + listed + values
+        return self._overhead + listed + values
 
     def max_encoded_size(self, tokens: int) -> int:
         """The most bytes that :meth:`encode` gives for so many tokens; from the layout alone."""
         raw = self.raw_size(tokens)
         return raw if self._max_bytes is None else min(raw, self._max_bytes)
 
-    def encode(self, k: Any, v: Any, *, positions: Any) -> bytes:
+    def encode(self, k: Any, v: Any, *, positions: Any, identity: bytes | None = None) -> bytes:
         """A page of some tokens.
 
         Parameters
@@ -142,18 +155,22 @@ class PageCodec:
             As :meth:`kvtc_stream.Encoder.encode` takes them, 1 to ``block_tokens`` tokens.
         positions
             Of the first token if they are contiguous, or int64 [tokens].
+        identity
+            With ``key``: what the page is sealed as, such as the key that the store has for it.
+            :meth:`decode` must be given the same bytes; they are not in the page.
 
         Raises
         ------
         UnsupportedError
             The tokens do not fit ``max_bytes``.
         """
+        seal = self._seal(identity)
         chunk = self._chunk(k, v, positions)
         most = self.max_encoded_size(len(chunk[2]))
         with self._lock:
-            page = self._code(chunk, most)
+            page = self._code(chunk, most, seal)
         if page is None:
-            page = self._raw(chunk)
+            page = self._raw(chunk, seal)
         if len(page) <= most:
             return page
         raise UnsupportedError(
@@ -161,12 +178,17 @@ class PageCodec:
             f"encode_raw (at most {self.raw_size(len(chunk[2]))} bytes), or allow more"
         )
 
-    def encode_raw(self, k: Any, v: Any, *, positions: Any) -> bytes:
+    def encode_raw(self, k: Any, v: Any, *, positions: Any, identity: bytes | None = None) -> bytes:
         """A page whose tokens are all verbatim: bit-exact, at most :meth:`raw_size` bytes."""
-        return self._raw(self._chunk(k, v, positions))
+        seal = self._seal(identity)
+        return self._raw(self._chunk(k, v, positions), seal)
 
     def decode(
-        self, page: bytes | bytearray | memoryview, layers: slice | None = None
+        self,
+        page: bytes | bytearray | memoryview,
+        layers: slice | None = None,
+        *,
+        identity: bytes | None = None,
     ) -> tuple[KVArray, KVArray]:
         """K and V [layers, kv_heads, tokens, head_dim] of a page, of all layers or a slice of them.
 
@@ -178,25 +200,35 @@ class PageCodec:
             The bytes are no page, or were changed.
         CalibrationMismatchError
             The page was made with another codec.
+        AuthenticationError
+            With ``key``: the page was not sealed with it, or as another page than ``identity``.
         """
-        block = self.block(page, layers)
+        block = self.block(page, layers, identity=identity)
         return block.k, block.v
 
-    def block(self, page: bytes | bytearray | memoryview, layers: slice | None = None) -> KVBlock:
+    def block(
+        self,
+        page: bytes | bytearray | memoryview,
+        layers: slice | None = None,
+        *,
+        identity: bytes | None = None,
+    ) -> KVBlock:
         """As :meth:`decode`, with the positions of the tokens and the errors recorded."""
-        block = self._own(unpack_page(page, self._header, self._limits))
+        block = self._unpack(page, identity)
         count = len(self._header.geometry.sections[self._section].layers)
         with self._lock:
             k, v = self._coder.decode(block, range(count)[layers or slice(None)])
         positions = np.array(block.positions, np.int64)
         return KVBlock(block.section, block.role, block.start, positions, k, v, block.errors)
 
-    def layers(self, page: bytes | bytearray | memoryview) -> Iterator[tuple[KVArray, KVArray]]:
+    def layers(
+        self, page: bytes | bytearray | memoryview, *, identity: bytes | None = None
+    ) -> Iterator[tuple[KVArray, KVArray]]:
         """K and V [kv_heads, tokens, head_dim] of each layer, in order; each comes when asked for.
 
         The symbols are decoded once. The page is checked before this returns.
         """
-        block = self._own(unpack_page(page, self._header, self._limits))
+        block = self._unpack(page, identity)
         with self._lock:
             decoded = self._coder.decode_layers(block)
         return self._in_turn(decoded)
@@ -209,7 +241,13 @@ class PageCodec:
                 k, v = decoded(layer)
             yield as_kv_array(k[0]), as_kv_array(v[0])
 
-    def _own(self, block: Block) -> Block:
+    def _seal(self, identity: bytes | None) -> _Seal:
+        if identity is not None and self._key is None:
+            raise ValueError("identity is sealed with a key: make the PageCodec with key=")
+        return {"key": self._key, "identity": identity or b""}
+
+    def _unpack(self, page: bytes | bytearray | memoryview, identity: bytes | None) -> Block:
+        block = unpack_page(page, self._header, self._limits, **self._seal(identity))
         if block.section != self._section:
             raise UnsupportedError(
                 f"the page is of section {block.section}, expected {self._section}: decode it with "
@@ -240,14 +278,16 @@ class PageCodec:
             positions = np.arange(positions, positions + tokens)
         return found[0], found[1], check_positions(positions, tokens, -1)
 
-    def _code(self, chunk: tuple[Any, Any, NDArray[np.int64]], most: int) -> bytes | None:
+    def _code(
+        self, chunk: tuple[Any, Any, NDArray[np.int64]], most: int, seal: _Seal
+    ) -> bytes | None:
         """The page, if it has at most ``most`` bytes."""
         coder, fitting = self._coder, self._fitting
         if fitting is not None:
-            fitting.budget, fitting.failed = float(most - PAGE_OVERHEAD - _BLOCK_BYTES), False
+            fitting.budget, fitting.failed = float(most - self._overhead), False
         for _ in range(_ATTEMPTS if fitting is not None else 1):
             [block] = coder.encode(*chunk, 0)
-            page = pack_page(block, self._header)
+            page = pack_page(block, self._header, **seal)
             if fitting is not None and not fitting.fits:
                 break
             if len(page) <= most:
@@ -257,11 +297,11 @@ class PageCodec:
                 fitting.failed = True
         return None
 
-    def _raw(self, chunk: tuple[Any, Any, NDArray[np.int64]]) -> bytes:
+    def _raw(self, chunk: tuple[Any, Any, NDArray[np.int64]], seal: _Seal) -> bytes:
         k, v, positions = chunk
         [coded] = self._backend.verbatim(self._header, [(k, v)])
         block = verbatim_block(self._section, Role.DATA, coded, positions, 0)
-        return pack_page(block, self._header)
+        return pack_page(block, self._header, **seal)
 
 
 class _Only(Controls):

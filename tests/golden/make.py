@@ -4,6 +4,7 @@
     python tests/golden/make.py tests/golden/1.0-two-levels --two-levels
     python tests/golden/make.py tests/golden/1.1 --later
     python tests/golden/make.py tests/golden/1.1-planes --planes
+    python tests/golden/make.py tests/golden/1.1-sealed --sealed
 
 ``manifest.json`` says what each file must give: for a stream or page, the SHA-256 of the symbols
 of each block, and a file with K and V as float32 [layers, heads, tokens, dim], little-endian; for
@@ -366,6 +367,40 @@ def planes(folder: Path) -> None:
     (folder / "manifest.json").write_text(text + "\n")
 
 
+def sealed(folder: Path) -> None:
+    """A sealed page; values are the second reader's."""
+    folder.mkdir(parents=True)
+    geometry = kvtc.Geometry.uniform(layers=2, kv_heads=2, head_dim=4)
+    calibrator = kvtc.Calibrator(geometry, model=kvtc.ModelIdentity("golden", "1"))
+    calibrator.update(*kvtc.testing.drawn_cache(geometry, 200, seed=1))
+    calibration = calibrator.finish()
+    calibration.save(folder / "calibration.safetensors")
+    codec = kvtc.Codec(calibration, ratio=3, block_tokens=36)
+    identity = b"a tenant and a hash"
+    page = kvtc.PageCodec(codec, dtype="bfloat16", key=KEY).encode(
+        *kvtc.testing.drawn_cache(geometry, 34, seed=7, dtype=DType.BFLOAT16),
+        positions=100,
+        identity=identity,
+    )
+    (folder / "page.kvp").write_bytes(page)
+    header = page_header(codec, DType.BFLOAT16, None, None, None)
+    (folder / "page.header").write_bytes(header.pack())
+    found, block = second_reader.read_page(page, header.pack(), KEY, identity)
+    other = second_reader.read_calibration(folder / "calibration.safetensors")
+    values = second_reader.Decoder(found, other).values(block)
+    (folder / "page.kvp.f32").write_bytes(b"".join(x.astype("<f4").tobytes() for x in values))
+    symbols = block_symbols(header, unpack_page(page, header), calibration)
+    case = {
+        "file": "page.kvp",
+        "header": "page.header",
+        "identity": identity.hex(),
+        "symbols": hashlib.sha256(symbols).hexdigest(),
+        "values": "page.kvp.f32",
+    }
+    text = json.dumps({"version": folder.name, "key": KEY.hex(), "cases": [case]}, indent=1)
+    (folder / "manifest.json").write_text(text + "\n")
+
+
 def described(block: Block) -> dict[str, Any]:
     """What a block has beyond format 1.0, for the manifest."""
     found: dict[str, Any] = {}
@@ -379,6 +414,8 @@ def described(block: Block) -> dict[str, Any]:
 if __name__ == "__main__":
     if "--later" in sys.argv[2:]:
         later(Path(sys.argv[1]))
+    elif "--sealed" in sys.argv[2:]:
+        sealed(Path(sys.argv[1]))
     elif "--planes" in sys.argv[2:]:
         planes(Path(sys.argv[1]))
     else:
