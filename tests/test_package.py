@@ -73,8 +73,14 @@ def test_public_names() -> None:
 
 
 def test_every_module_imports() -> None:
+    """Those of a host only where the host is."""
     for module in pkgutil.walk_packages(kvtc.__path__, "kvtc_stream."):
-        importlib.import_module(module.name)
+        try:
+            importlib.import_module(module.name)
+        except ModuleNotFoundError as error:
+            host = "kvtc_stream.integrations.vllm."
+            if not (module.name.startswith(host) and (error.name or "").split(".")[0] == "vllm"):
+                raise
 
 
 @pytest.mark.skipif(cuda_runs(), reason="there is a CUDA device")

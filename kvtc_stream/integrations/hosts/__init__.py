@@ -1,0 +1,31 @@
+"""What adapters of serving hosts share: how hosts lay out pages, whose they are, and stores."""
+
+from __future__ import annotations
+
+from kvtc_stream.integrations.hosts.keys import Chain, Namespace, PageKey
+from kvtc_stream.integrations.hosts.layouts import Layout, kv_views
+from kvtc_stream.integrations.hosts.positions import FoundPosition, PositionFinder
+from kvtc_stream.integrations.hosts.store import (
+    Entry,
+    FileStore,
+    MemoryStore,
+    RemoteStore,
+    Store,
+    open_store,
+)
+
+__all__ = [
+    "Chain",
+    "Entry",
+    "FileStore",
+    "FoundPosition",
+    "Layout",
+    "MemoryStore",
+    "Namespace",
+    "PageKey",
+    "PositionFinder",
+    "RemoteStore",
+    "Store",
+    "kv_views",
+    "open_store",
+]

@@ -1,0 +1,372 @@
+"""Where hosts keep pages: host memory, a folder, or whatever fsspec reaches.
+
+A store maps names to bytes. It has a budget; what was used longest ago goes first. Names are hex
+digits, with slashes between parts. Stores may be used by many threads, and those that lie outside
+the process by many processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import tempfile
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kvtc_stream.errors import UnsupportedError
+
+_NAME = re.compile(r"[0-9a-f]{2,}(/[0-9a-f]{2,})*")
+#: What eviction leaves of a budget, so that not every write evicts.
+_KEPT = 0.9
+#: Object stores, where a write is whole or not at all.
+_WHOLE_WRITES = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oss", "memory"})
+#: A partial file that is older, in seconds, was left by a crash.
+_ABANDONED = 3600.0
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a store has under a name.
+
+    Attributes
+    ----------
+    name
+        The name.
+    size
+        Bytes.
+    used
+        When it was last written or read, seconds since 1970; a store behind a URL knows of reads
+        by this process only.
+    """
+
+    name: str
+    size: int
+    used: float
+
+
+class Store(ABC):
+    """Named bytes, within a budget."""
+
+    def __init__(self, budget: int | None) -> None:
+        if budget is not None and budget < 1:
+            raise ValueError(f"the budget of a store must be at least 1 byte, found {budget}")
+        self._budget = budget
+        self._filled: int | None = None  #: bytes, as far as this process knows
+        self._lock = threading.Lock()
+        self._evicting = threading.Lock()
+
+    def get(self, name: str) -> bytes | None:
+        """The bytes under a name, or ``None``."""
+        return self._get(_checked(name))
+
+    def put(self, name: str, data: bytes) -> bool:
+        """Store bytes under a name, in place of others; evicts what the budget has no room for.
+
+        Readers see all of it or nothing. ``False`` if it is more than the whole budget: then
+        nothing is stored.
+        """
+        if self._budget is not None and len(data) > self._budget:
+            return False
+        self._put(_checked(name), data)
+        if self._budget is not None:
+            self._account(len(data))
+        return True
+
+    @abstractmethod
+    def exists(self, name: str) -> bool:
+        """Whether there is something under a name."""
+
+    @abstractmethod
+    def delete(self, name: str) -> None:
+        """Forget a name; nothing happens if there is none."""
+
+    @abstractmethod
+    def list(self, prefix: str = "") -> Iterator[Entry]:
+        """What there is under names that begin with a part, in no order."""
+
+    @abstractmethod
+    def _get(self, name: str) -> bytes | None: ...
+
+    @abstractmethod
+    def _put(self, name: str, data: bytes) -> None: ...
+
+    def _account(self, added: int) -> None:
+        """Add to what is known; look again, and evict, when that is beyond the budget."""
+        assert self._budget is not None
+        with self._lock:
+            if self._filled is not None:
+                self._filled += added
+            if self._filled is not None and self._filled <= self._budget:
+                return
+        with self._evicting:  # one at a time; others have nothing left to do
+            if self._filled is not None and self._filled <= self._budget:
+                return
+            entries = sorted(self.list(), key=lambda entry: entry.used)
+            filled = sum(entry.size for entry in entries)
+            if filled > self._budget:
+                for entry in entries:
+                    if filled <= _KEPT * self._budget:
+                        break
+                    self.delete(entry.name)
+                    filled -= entry.size
+            with self._lock:
+                self._filled = filled
+
+
+class MemoryStore(Store):
+    """In the memory of this process.
+
+    Parameters
+    ----------
+    budget
+        The most bytes; no limit if ``None``.
+    """
+
+    def __init__(self, budget: int | None = None) -> None:
+        super().__init__(budget)
+        self._held: OrderedDict[str, tuple[bytes, float]] = OrderedDict()
+
+    def _get(self, name: str) -> bytes | None:
+        with self._lock:
+            found = self._held.get(name)
+            if found is None:
+                return None
+            self._held[name] = (found[0], time.time())
+            self._held.move_to_end(name)
+            return found[0]
+
+    def _put(self, name: str, data: bytes) -> None:
+        with self._lock:
+            old = self._held.pop(name, None)
+            self._held[name] = (bytes(data), time.time())
+            if old is not None and self._filled is not None:
+                self._filled -= len(old[0])
+
+    def exists(self, name: str) -> bool:
+        """See :meth:`Store.exists`."""
+        return _checked(name) in self._held
+
+    def delete(self, name: str) -> None:
+        """See :meth:`Store.delete`."""
+        with self._lock:
+            self._held.pop(_checked(name), None)
+
+    def list(self, prefix: str = "") -> Iterator[Entry]:
+        """See :meth:`Store.list`."""
+        with self._lock:
+            held = list(self._held.items())
+        for name, (data, used) in held:
+            if name.startswith(prefix):
+                yield Entry(name, len(data), used)
+
+
+class FileStore(Store):
+    """A folder, which processes of one machine may share; files appear whole.
+
+    The time of a file's last change is that of its last use.
+
+    Parameters
+    ----------
+    folder
+        Made if it is not there, for its owner alone.
+    budget
+        The most bytes; no limit if ``None``.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], budget: int | None = None) -> None:
+        super().__init__(budget)
+        self._folder = Path(folder)
+        self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+    def _get(self, name: str) -> bytes | None:
+        path = self._folder / name
+        try:
+            with open(path, "rb") as file:
+                data = file.read()
+            os.utime(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        return data
+
+    def _put(self, name: str, data: bytes) -> None:
+        path = self._folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # A name of its own: two writers of a page have equal bytes, and neither waits.
+        handle, partial = tempfile.mkstemp(prefix=".", suffix=".partial", dir=path.parent)
+        try:
+            with open(handle, "wb") as file:
+                file.write(data)
+            os.replace(partial, path)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(partial)
+            raise
+
+    def exists(self, name: str) -> bool:
+        """See :meth:`Store.exists`."""
+        return (self._folder / _checked(name)).is_file()
+
+    def delete(self, name: str) -> None:
+        """See :meth:`Store.delete`."""
+        with contextlib.suppress(FileNotFoundError):
+            (self._folder / _checked(name)).unlink()
+
+    def list(self, prefix: str = "") -> Iterator[Entry]:
+        """See :meth:`Store.list`; what crashed writers left is removed."""
+        pending = [str(self._folder)]
+        while pending:
+            try:
+                entries = list(os.scandir(pending.pop()))
+            except FileNotFoundError:
+                continue
+            for entry in entries:
+                try:
+                    if entry.is_dir(follow_symlinks=False):
+                        pending.append(entry.path)
+                        continue
+                    status = entry.stat()
+                    if entry.name.startswith("."):
+                        if time.time() - status.st_mtime > _ABANDONED:
+                            os.unlink(entry.path)
+                        continue
+                except FileNotFoundError:
+                    continue
+                name = os.path.relpath(entry.path, self._folder).replace(os.sep, "/")
+                if name.startswith(prefix) and _NAME.fullmatch(name):
+                    yield Entry(name, status.st_size, status.st_mtime)
+
+
+class RemoteStore(Store):
+    """Whatever fsspec reaches by a URL: S3, GCS, Azure, SFTP, ... Needs ``kvtc-stream[remote]``.
+
+    Parameters
+    ----------
+    url
+        Of a folder, or of a bucket and the beginning of names.
+    budget
+        The most bytes; no limit if ``None``. Only what this process knows of last uses counts.
+    """
+
+    def __init__(self, url: str, budget: int | None = None) -> None:
+        super().__init__(budget)
+        try:
+            import fsspec
+        except ModuleNotFoundError:
+            raise ModuleNotFoundError(
+                "a store behind a URL needs fsspec: pip install 'kvtc-stream[remote]'",
+                name="fsspec",
+            ) from None
+        try:
+            self._filesystem, root = fsspec.core.url_to_fs(url)
+        except ImportError as error:
+            raise UnsupportedError(f"{url}: {error}") from error
+        self._root = root.rstrip("/")
+        protocol = self._filesystem.protocol
+        names = {protocol} if isinstance(protocol, str) else set(protocol)
+        self._whole = bool(names & _WHOLE_WRITES)
+        self._used: dict[str, float] = {}
+
+    def _path(self, name: str) -> str:
+        return f"{self._root}/{name}"
+
+    def _get(self, name: str) -> bytes | None:
+        try:
+            data: bytes = self._filesystem.cat_file(self._path(name))
+        except FileNotFoundError:
+            return None
+        self._used[name] = time.time()
+        return data
+
+    def _put(self, name: str, data: bytes) -> None:
+        path = self._path(name)
+        if not self._whole:
+            self._filesystem.makedirs(path.rpartition("/")[0], exist_ok=True)
+            partial = f"{path}.{os.getpid()}.{threading.get_ident()}.partial"
+            self._filesystem.pipe_file(partial, data)
+            self._filesystem.mv(partial, path)
+        else:
+            self._filesystem.pipe_file(path, data)
+        self._used[name] = time.time()
+
+    def exists(self, name: str) -> bool:
+        """See :meth:`Store.exists`."""
+        self._filesystem.invalidate_cache()
+        return bool(self._filesystem.isfile(self._path(_checked(name))))
+
+    def delete(self, name: str) -> None:
+        """See :meth:`Store.delete`."""
+        self._used.pop(name, None)
+        with contextlib.suppress(FileNotFoundError):
+            self._filesystem.rm_file(self._path(_checked(name)))
+
+    def list(self, prefix: str = "") -> Iterator[Entry]:
+        """See :meth:`Store.list`."""
+        self._filesystem.invalidate_cache()
+        try:
+            found = self._filesystem.find(self._root, detail=True)
+        except FileNotFoundError:
+            return
+        for path, info in found.items():
+            name = path[len(self._root) + 1 :]
+            if name.startswith(prefix) and _NAME.fullmatch(name):
+                used = self._used.get(name, _seconds(info))
+                yield Entry(name, int(info.get("size") or 0), used)
+
+
+def _seconds(info: dict[str, Any]) -> float:
+    """When fsspec says that a file was written; 0 if it does not."""
+    for key in ("mtime", "LastModified", "last_modified", "updated", "created"):
+        found = info.get(key)
+        if isinstance(found, int | float):
+            return float(found)
+        if found is not None and hasattr(found, "timestamp"):
+            return float(found.timestamp())
+    return 0.0
+
+
+#: Stores in memory, which all of a process share, by their names.
+_memory: dict[str, MemoryStore] = {}
+_memory_lock = threading.Lock()
+
+_SCHEMES: dict[str, Callable[[str, int | None], Store]] = {
+    "file": lambda path, budget: FileStore(path, budget),
+    "shm": lambda path, budget: FileStore(Path("/dev/shm") / f"kvtc-{os.getuid()}" / path, budget),
+}
+
+
+def open_store(url: str, budget: int | None = None) -> Store:
+    """The store that a URL names.
+
+    Parameters
+    ----------
+    url
+        ``memory://NAME``: of this process, one for each name. ``shm://NAME``: in the host's
+        memory, shared by processes and kept when they end (a folder in ``/dev/shm``).
+        ``file:///FOLDER``, or a path: a folder. Any other: by fsspec.
+    budget
+        The most bytes; no limit if ``None``.
+    """
+    scheme, separator, rest = url.partition("://")
+    if not separator:
+        return FileStore(os.path.expanduser(url), budget)
+    if scheme == "memory":
+        with _memory_lock:
+            return _memory.setdefault(rest, MemoryStore(budget))
+    if scheme in _SCHEMES:
+        if not rest.strip("/") or ".." in rest.split("/"):
+            raise ValueError(f"a store at {url!r} needs a name after ://")
+        return _SCHEMES[scheme](rest, budget)
+    return RemoteStore(url, budget)
+
+
+def _checked(name: str) -> str:
+    if not _NAME.fullmatch(name):
+        raise ValueError(f"names in a store are hex digits and slashes, found {name!r}")
+    return name

@@ -1,0 +1,59 @@
+"""A calibration from the pages that a server computes while it runs."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from kvtc_stream.calibration.calibrator import Calibrator
+from kvtc_stream.integrations.vllm.scheduling import PageJob
+
+_log = logging.getLogger(__name__)
+
+
+class LearnSink:
+    """Learns from pages, each once, and writes a calibration when there were enough tokens.
+
+    Parameters
+    ----------
+    calibrator
+        What learns.
+    path
+        Of the calibration.
+    tokens
+        How many.
+    """
+
+    def __init__(self, calibrator: Calibrator, path: str, tokens: int) -> None:
+        self._calibrator, self._path, self._tokens = calibrator, path, tokens
+        self._seen: set[str] = set()
+        self._read = 0
+        self._lock = threading.Lock()
+
+    def wanted(self, job: PageJob) -> bool:
+        """Whether the page is new, and more are needed."""
+        return self._read < self._tokens and job.key.name not in self._seen
+
+    def take(self, job: PageJob, k: Tensor, v: Tensor, valid: Callable[[], bool]) -> None:
+        """See :meth:`kvtc_stream.integrations.vllm.transfer.PageSink.take`."""
+        tokens = int(k.shape[2])
+        k, v = k.cpu(), v.cpu()
+        if not valid():
+            return
+        first = job.key.position
+        self._calibrator.update(k, v, positions=list(range(first, first + tokens)))
+        self._seen.add(job.key.name)
+        self._read += tokens
+        if self._read >= self._tokens:
+            _log.info("making a calibration of %d tokens; this takes minutes", self._read)
+            self._calibrator.finish().save(self._path)
+            _log.info("the calibration is in %s: serve with it", self._path)
+
+
+def calibrator_of(geometry: Any, model: Any, options: Any) -> Calibrator:
+    """A calibrator of what is served; ``options`` as the settings give them."""
+    return Calibrator(geometry, model=model, **{"bases": ("joint",), **(options or {})})

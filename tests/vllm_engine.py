@@ -1,0 +1,89 @@
+"""An engine of vLLM that serves some requests: ``python vllm_engine.py IN OUT``, JSON both.
+
+Run as a process of its own, because an engine's memory comes back only with its end. ``IN`` has
+``model``, ``engine`` (keywords of ``LLM``), ``connector`` (``kv_connector_extra_config``, or null),
+``connector_name`` (of vLLM's own ones),
+``requests`` (each with ``ids``, and ``tokens`` to generate or ``score`` for log-probabilities of
+the prompt), ``pages`` and ``folder``: it ends when the folder holds so many files.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.update(HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+
+
+def main(given: dict[str, Any]) -> list[dict[str, Any]]:
+    from vllm import LLM, SamplingParams
+
+    connector, name = given["connector"], given.get("connector_name", "KvtcConnector")
+    llm = LLM(
+        model=given["model"],
+        dtype="bfloat16",
+        enforce_eager=True,
+        skip_tokenizer_init=given.get("skip_tokenizer", False),
+        kv_transfer_config=connector
+        and {
+            "kv_connector": name,
+            "kv_connector_module_path": None
+            if name != "KvtcConnector"
+            else "kvtc_stream.integrations.vllm",
+            "kv_role": "kv_both",
+            "kv_connector_extra_config": connector,
+        },
+        **given.get("engine", {}),
+    )
+    found = []
+    for request in given["requests"]:
+        score = request.get("score", 0)
+        parameters = SamplingParams(
+            max_tokens=request.get("tokens", 1),
+            temperature=0,
+            logprobs=request.get("next", score or 1),
+            detokenize=False,
+            ignore_eos=True,
+            prompt_logprobs=score or None,
+            skip_reading_prefix_cache=False,
+        )
+        prompts = [
+            {"prompt_token_ids": ids}
+            | ({"cache_salt": request["salt"]} if "salt" in request else {})
+            for ids in request["ids"]
+        ]
+        started = time.perf_counter()
+        outputs = llm.generate(prompts, parameters, use_tqdm=False)
+        seconds = time.perf_counter() - started
+        for output in outputs:
+            cached = output.num_cached_tokens
+            found.append(
+                {
+                    "seconds": seconds,
+                    "cached": cached,
+                    "ids": list(output.outputs[0].token_ids),
+                    "reason": output.outputs[0].finish_reason,
+                    "next": {int(i): x.logprob for i, x in output.outputs[0].logprobs[0].items()},
+                    "logprobs": [
+                        {int(i): x.logprob for i, x in (row or {}).items()}
+                        for row in (output.prompt_logprobs or [])[cached + 1 :]
+                    ],
+                }
+            )
+    folder, pages = given.get("folder"), given.get("pages", 0)
+    deadline = time.monotonic() + 300
+    while folder and sum(p.is_file() for p in Path(folder).rglob("*")) < pages:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{folder} does not get {pages} pages")
+        time.sleep(0.2)
+    return found
+
+
+if __name__ == "__main__":
+    result = main(json.loads(Path(sys.argv[1]).read_text()))
+    Path(sys.argv[2]).write_text(json.dumps(result))
