@@ -28,6 +28,7 @@ import cupy as cp
 import ml_dtypes
 import numpy as np
 from _common import environment, write_result
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
@@ -37,12 +38,20 @@ from kvtc_stream.calibration.families import fit_families
 from kvtc_stream.calibration.importance import TokenImportance, classes_of, group_edges
 from kvtc_stream.calibration.model import Calibration
 from kvtc_stream.calibration.parts import Part, SectionCalibration, UniformTables
-from kvtc_stream.coding.payload import UniformPayload
 from kvtc_stream.coding.rans import MIDDLE
-from kvtc_stream.formats import Block, BlockErrors, Coder, DType, Limits, Role, StreamParser
+from kvtc_stream.formats import (
+    Block,
+    BlockErrors,
+    BlockTable,
+    Coder,
+    DType,
+    Limits,
+    Role,
+    StreamParser,
+)
 from kvtc_stream.formats.coders import decompress
 from kvtc_stream.gpu.coder import encoding
-from kvtc_stream.gpu.coder.decoding import Placed, UniformDecoder
+from kvtc_stream.gpu.coder.decoding import UniformDecoder
 from kvtc_stream.gpu.coder.plan import DevicePlan
 from kvtc_stream.gpu.coder.products import analyse, synthesise
 from kvtc_stream.gpu.coder.rope import DeviceRopes
@@ -361,11 +370,13 @@ class Streams:
                 payloads = done.payloads[:used].copy()
                 self.encoded.append((i, slots[0], payloads, cp.asnumpy(done.places)))
 
-    def take_blocks(self) -> list[Placed]:
-        """The encoded blocks in pinned memory; payloads on the device are dropped."""
+    def take_blocks(self) -> tuple[BlockTable, NDArray[np.int64]]:
+        """The encoded blocks in pinned memory, and the slots of their tokens; payloads on the
+        device are dropped."""
         room = sum(data.size + 512 for _, _, data, _ in self.encoded)
         pinned = np.frombuffer(cp.cuda.alloc_pinned_memory(room), np.uint8)
-        blocks: list[Placed] = []
+        blocks: list[Block] = []
+        slots = []
         at = 0
         for i, first, data, places in self.encoded:
             own = pinned[at : at + data.size]
@@ -373,11 +384,11 @@ class Streams:
             at += -(-data.size // 256) * 256
             for j, (begin, count) in enumerate(places.tolist()):
                 start = first + j * BLOCK
-                slots = i * self.tokens + np.arange(start, start + BLOCK)
-                block = block_of(own[begin : begin + count].data, start, self.plan.components)
-                blocks.append(Placed(block, slots))
+                slots.append(i * self.tokens + np.arange(start, start + BLOCK))
+                payload = own[begin : begin + count].data
+                blocks.append(block_of(payload, start, self.plan.components))
         self.encoded.clear()
-        return blocks
+        return BlockTable.of(blocks), np.concatenate(slots)
 
 
 class Restored:
@@ -391,17 +402,15 @@ class Restored:
         self.destination = self.decoder.destination(
             range(layers), *(Tensors.of_layers(list(x), DType.BFLOAT16) for x in self.cache)
         )
-        #: For each batch: its blocks, their parsed payloads, and the uploaded bytes.
-        self.work: list[Any] = []
-        for some in self.decoder.batches(streams.take_blocks()):
-            payloads = [UniformPayload.parse(p.block, streams.plan.coded) for p in some]
-            uploaded = self.decoder.staging.upload([p.block.coded for p in some])
-            self.work.append((some, payloads, *uploaded))
+        self.stored = streams.take_blocks()
+        #: Batches whose payloads are parsed, and uploaded.
+        blocks = self.decoder.load(*self.stored).blocks
+        self.work = list(blocks.batches(self.decoder.batch_tokens))
         self.batches: list[Any] = []
 
     def symbols(self, item: Any) -> Any:
         """Symbols of a batch whose payloads are on the device."""
-        return self.decoder.symbols_on_device(*item)
+        return self.decoder.symbols(item)
 
     def decode(self) -> None:
         """Decode payloads that are on the device."""
@@ -413,8 +422,8 @@ class Restored:
     def restore(self) -> None:
         """Decode payloads that are in pinned memory."""
         self.batches.clear()
-        for item in self.work:
-            self.batches.append(self.decoder.symbols(item[0]))
+        for item in self.decoder.load(*self.stored).blocks.batches(self.decoder.batch_tokens):
+            self.batches.append(self.symbols(item))
             self.decoder.values(self.batches[-1], self.destination)
 
     def scratch(self) -> int:
@@ -555,12 +564,12 @@ def coder_speed(
 
     rans.decode, rans.encode = keep("decode", rans.decode), keep("encode", rans.encode)
     try:
-        batch = decoder.symbols_on_device(*work[0])
+        batch = decoder.symbols(work[0])
         count = min(batch.tokens, encoding.BATCH_TOKENS)
         slots = np.arange(count)
         starts = np.append(np.arange(0, count, BLOCK), count)
         prepared = encoder.prepare(*tensors[0], slots, slots, starts)
-        steps = np.array([p.step for p in work[0][1][: count // BLOCK]])
+        steps = work[0].payloads.steps[: count // BLOCK].astype(np.float64)
         done = encoder.encode_on_device(prepared, 4 * np.log2(steps / plan.unit))
     finally:
         rans.decode, rans.encode = originals
@@ -595,12 +604,12 @@ def nvcomp_speed(model: Model, plan: DevicePlan) -> dict[str, Any]:
     _, *blocks = StreamParser(Limits()).feed(
         kvtc.encode(k, v, replace(codec, backend="cuda", measure=False))
     )
-    placed = [Placed(b, np.arange(b.start, b.start + b.tokens)) for b in blocks if b.coded_tokens]
+    table = BlockTable.of([b for b in blocks if b.coded_tokens])
     decoder = UniformDecoder(section, plan)
-    batch = decoder.symbols(placed)
+    batch = decoder.symbols(decoder.load(table, table.ordinals()).blocks)
     values = batch.symbols[:, : batch.tokens].view(np.float16) / plan.down[:, None]
     codes = cp.ascontiguousarray(cp.rint(values).clip(-128, 127).astype(np.int8))
-    coded = sum(len(p.block.coded) for p in placed)
+    coded = int(table.rows["coded_length"].sum())
     found: dict[str, Any] = {"ours": {"bits_per_symbol": 8 * coded / codes.size}}
     for name in ("ANS", "Deflate", "GDeflate", "Zstd", "LZ4"):
         coder = nvcomp.Codec(algorithm=name)

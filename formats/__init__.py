@@ -3,8 +3,8 @@
 ``parser`` turns bytes into blocks, ``file_reader`` reads them from files, ``writer`` makes streams,
 ``page`` single pages. The other modules are a structure each: ``preamble``, ``header`` (with
 ``geometry`` and ``plan``), ``record``, ``block`` (with ``positions`` and ``block_errors``),
-``index``. Below them are ``wire`` (fields), ``coders``, ``checksum``, ``auth``, ``features`` and
-``limits``.
+``index``; ``table`` has many blocks at a time. Below them are ``wire`` (fields), ``coders``,
+``checksum``, ``auth``, ``features`` and ``limits``.
 """
 
 from kvtc_stream.formats.block import Block, Role
@@ -28,6 +28,7 @@ from kvtc_stream.formats.plan import (
 )
 from kvtc_stream.formats.preamble import FORMAT_VERSION, MAGIC
 from kvtc_stream.formats.record import RecordType
+from kvtc_stream.formats.table import BlockTable
 from kvtc_stream.formats.writer import StreamWriter
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "Band",
     "Block",
     "BlockErrors",
+    "BlockTable",
     "Checksum",
     "Coder",
     "DType",

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, cast
+from functools import cached_property
+from typing import Any, Protocol, cast
+
+import numpy as np
+from numpy.typing import NDArray
 
 from kvtc_stream.errors import (
     AuthenticationError,
@@ -23,6 +27,8 @@ from kvtc_stream.formats.index import (
     Order,
     Trailer,
     live_blocks,
+    pack_index,
+    unpack_entries,
     unpack_index,
 )
 from kvtc_stream.formats.limits import Limits
@@ -34,6 +40,7 @@ from kvtc_stream.formats.record import (
     RecordHeader,
     RecordType,
 )
+from kvtc_stream.formats.table import ENTRY, BlockTable, read_table, usual_entries
 from kvtc_stream.formats.wire import located
 from kvtc_stream.formats.writer import StreamWriter
 from kvtc_stream.io.memory import LARGE, empty
@@ -82,10 +89,9 @@ class StreamFile:
     ----------
     header
         The stream's header.
-    index
-        One entry a block, in the order of the stream, without superseded ones.
-    records
-        One entry a record, superseded ones too.
+    entries, live
+        One entry a record, superseded ones too, :data:`~kvtc_stream.formats.table.ENTRY`; and the
+        numbers of those that :attr:`index` lists.
     sizes
         Bytes of the stream's parts.
     fault
@@ -125,25 +131,37 @@ class StreamFile:
         body = self._read(PREAMBLE_SIZE, preamble.header_size)
         self.header, self._seed = preamble.open(body, self._limits)
         try:
-            entries, index_size = self._read_index(start, total)
+            self.entries, index_size = self._read_index(start, total)
         except FormatError as error:
             if not recover:
                 raise
             self.fault = error
-            entries, index_size = self._scan(start), 0
-        self.records = tuple(entries)
+            self.entries, index_size = _packed(self._scan(start)), 0
         self._opening_digest = digest(opening + body) if key else b""
         if key:
             self._digests = self._authenticate()
-        self.index = tuple(live_blocks(entries))
         self.sizes = StreamSizes(start, index_size, total)
-        superseding = [e for e in entries if e.type == RecordType.SUPERSEDE]
-        if superseding:
+        kinds = self.entries["type"]
+        if (kinds == RecordType.SUPERSEDE).any():
+            self.live = np.array([e.sequence for e in live_blocks(self.records)], np.int64)
+            superseding = [e for e in self.records if e.type == RecordType.SUPERSEDE]
             record, data = self._read_record(superseding[-1])
             offset = superseding[-1].offset
             header, _ = open_record(record, data, offset, self.header, self._limits)
             assert isinstance(header, StreamHeader)
             self.header = header
+        else:
+            self.live = np.flatnonzero(kinds == RecordType.BLOCK)
+
+    @cached_property
+    def records(self) -> tuple[IndexEntry, ...]:
+        """One entry a record, superseded ones too."""
+        return unpack_entries(self.entries.tobytes())
+
+    @cached_property
+    def index(self) -> tuple[IndexEntry, ...]:
+        """One entry a block, in the order of the stream, without superseded ones."""
+        return tuple(self.records[i] for i in self.live.tolist())
 
     def read_block(self, entry: IndexEntry) -> Block:
         """Read one block that :attr:`index` lists.
@@ -168,6 +186,43 @@ class StreamFile:
             blocks, ahead = ahead, self._begun(run)
             yield from blocks
         yield from ahead
+
+    def read_table(
+        self, sequences: NDArray[np.int64], room: Callable[[int], memoryview] = empty
+    ) -> BlockTable:
+        """Read blocks of one section, given the numbers of their records, rising.
+
+        All is checked but the checksums of payloads: see :meth:`BlockTable.verify`. Bytes that
+        must be copied are copied to what ``room`` gives for their number.
+
+        Raises as :meth:`read_block`, of the first block that is damaged or not what the index says.
+        """
+        entries = self.entries[sequences]
+        if self._digests or not len(sequences):
+            return BlockTable.of(list(self.read_blocks(self.records[i] for i in sequences)))
+        offsets, lengths = (entries[name].astype(np.int64) for name in ("offset", "length"))
+        begins = offsets - offsets[0]
+        size = int(begins[-1] + lengths[-1])
+        # Bytes between the blocks, of other sections, come along unless they are most.
+        if size > 2 * int(lengths.sum()):
+            return BlockTable.of(list(self.read_blocks(self.records[i] for i in sequences)))
+        data = memoryview(self._read(int(offsets[0]), size, room))
+
+        def parse(row: int, found: int | None) -> Block:
+            entry = self.records[sequences[row]]
+            own = data[begins[row] : begins[row] + lengths[row]]
+            return self._block(entry, *self._open(entry, own), found)
+
+        return read_table(
+            data,
+            begins,
+            entries,
+            sequences,
+            parse,
+            header=self.header,
+            seed=self._seed,
+            limits=self._limits,
+        )
 
     def _runs(self, entries: Iterable[IndexEntry]) -> Iterator[list[IndexEntry]]:
         """Group entries of neighbouring blocks, up to a number of bytes."""
@@ -271,13 +326,15 @@ class StreamFile:
         writer.resume(order, entries, self._seed, self._opening_digest, digests)
         return writer
 
-    def _read(self, offset: int, size: int) -> bytes:
+    def _read(self, offset: int, size: int, room: Callable[[int], memoryview] = empty) -> bytes:
         """Read bytes: a ``bytes`` object, or a view of memory that is not written to any more."""
         file, read = self._file, 0
         file.seek(offset)
-        if size >= LARGE and isinstance(file, io.BufferedReader | io.FileIO):
-            buffer = empty(size)
-            while count := file.readinto(buffer[read:]):
+        fills = isinstance(file, io.BufferedReader | io.FileIO) or getattr(file, "fills", False)
+        fill = getattr(file, "readinto", None) if fills and size >= LARGE else None
+        if fill is not None:
+            buffer = room(size)
+            while count := fill(buffer[read:]):
                 read += count
             data = cast(bytes, buffer[:read].toreadonly())
         else:
@@ -313,8 +370,8 @@ class StreamFile:
             )
         return record, memoryview(data)[RECORD_HEADER_SIZE:]
 
-    def _read_index(self, start: int, total: int) -> tuple[list[IndexEntry], int]:
-        """Read the index; returns its entries, and the size of index and trailer.
+    def _read_index(self, start: int, total: int) -> tuple[NDArray[Any], int]:
+        """Read the index; returns all entries, :data:`ENTRY`, and the size of index and trailer.
 
         The first record is at ``start``, the file has ``total`` bytes.
         """
@@ -341,14 +398,21 @@ class StreamFile:
         where = IndexEntry(sequence, trailer.index_offset, size, RecordType.INDEX)
         record, rest = self._read_record(where)
         payload = record.open(rest, where.offset)
-        entries = unpack_index(payload, "index", where.offset + RECORD_HEADER_SIZE, limits)
         order = Order(self.header, start)
+        packed = payload[len(pack_index(0, b"")) :]
+        usual = usual_entries(packed, self.header, start, limits)
+        if usual is None or payload[: -len(packed) or None] != pack_index(len(usual), b""):
+            entries = unpack_index(payload, "index", where.offset + RECORD_HEADER_SIZE, limits)
+            with located("index"):
+                for entry in entries:
+                    order.accept(entry)
+            usual = _packed(entries)
+        else:
+            order.skip(len(usual), int(usual["length"].sum()))
         with located("index"):
-            for entry in entries:
-                order.accept(entry)
             check_trailer(trailer, order, total)
             order.accept(where)
-        return [*entries, where], total - trailer.index_offset
+        return np.concatenate([usual, _packed([where])]), total - trailer.index_offset
 
     def _scan(self, start: int) -> list[IndexEntry]:
         """Find the complete records before the first fault; returns their entries.
@@ -372,6 +436,10 @@ class StreamFile:
                 ended, tokens = i + 1, list(order.tokens)
         lost = any(a < b for a, b in zip(order.tokens, tokens, strict=True))
         return entries[:ended] if lost else entries
+
+
+def _packed(entries: Sequence[IndexEntry]) -> NDArray[Any]:
+    return np.frombuffer(b"".join(entry.pack() for entry in entries), ENTRY)
 
 
 def _truncated(found: int, expected: int, what: str) -> TruncatedError:

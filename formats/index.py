@@ -210,6 +210,11 @@ class Order:
         self.offset += entry.length + (TRAILER_SIZE if self.ended else 0)
         self.sequence += 1
 
+    def skip(self, records: int, size: int) -> None:
+        """Count records whose order was checked otherwise; nothing but the end may follow."""
+        self.sequence += records
+        self.offset += size
+
     def _accept_block(self, entry: IndexEntry) -> None:
         section = entry.section
         if section >= len(self.tokens):
@@ -264,6 +269,11 @@ def live_blocks(entries: Iterable[IndexEntry]) -> list[IndexEntry]:
 def pack_index(count: int, entries: bytes | bytearray) -> bytes:
     """The payload of the index record from packed entries."""
     return _COUNT.pack(count) + entries
+
+
+def unpack_entries(packed: bytes) -> tuple[IndexEntry, ...]:
+    """Undo :meth:`IndexEntry.pack` of one entry after the other, which were checked before."""
+    return tuple(IndexEntry.unpack(x, i) for i, x in enumerate(_ENTRY.iter_unpack(packed)))
 
 
 def unpack_index(

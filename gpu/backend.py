@@ -6,12 +6,12 @@ values may still be on their way, as the stream's order tells.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple
 
 import cupy
 import numpy as np
@@ -25,13 +25,13 @@ from kvtc_stream.coding.values import (
     codes_planes,
     section_scales,
     stored_positions,
-    verbatim_bytes,
     verbatim_output,
     verbatim_planes,
 )
 from kvtc_stream.errors import FormatError
 from kvtc_stream.formats import (
     Block,
+    BlockTable,
     Coder,
     DType,
     LayerErrors,
@@ -39,19 +39,21 @@ from kvtc_stream.formats import (
     SectionPlan,
     StreamHeader,
 )
+from kvtc_stream.formats.coders import decompress
 from kvtc_stream.gpu.coder import verbatim
 from kvtc_stream.gpu.coder.analysis import Payload
 from kvtc_stream.gpu.coder.band_coding import BandDecoder, BandEncoder
 from kvtc_stream.gpu.coder.decoding import (
     BATCH_TOKENS,
     BatchDecoder,
-    Placed,
+    Loaded,
+    Started,
     UniformDecoder,
     faulty,
 )
 from kvtc_stream.gpu.coder.encoding import BatchEncoder, Prepared
 from kvtc_stream.gpu.coder.plan import BandPlan, DevicePlan
-from kvtc_stream.gpu.coder.rope import DeviceRopes
+from kvtc_stream.gpu.coder.rope import ropes_of
 from kvtc_stream.gpu.kernels import layout
 from kvtc_stream.gpu.runtime.staging import Staging
 from kvtc_stream.gpu.runtime.streams import side_by_side
@@ -63,9 +65,16 @@ from kvtc_stream.planning.rate_control import SectionControl
 #: About the most bytes of verbatim tokens that wait to be uploaded.
 _VERBATIM_BYTES = 64 << 20
 
-#: Slots of a block's verbatim tokens, and their byte planes, or the block if the device decodes
-#: them; from a thread.
-_Exact: TypeAlias = tuple[NDArray[np.int64], bytes | Block]
+
+class _Exact(NamedTuple):
+    """Verbatim tokens of a block: its row and first ordinal, the tokens' slots, and their byte
+    planes; or, if the device decodes them, their payload."""
+
+    row: int
+    start: int
+    slots: NDArray[np.int64]
+    planes: bytes | None
+    payload: memoryview
 
 
 class CudaBackend:
@@ -145,6 +154,12 @@ class CudaBackend:
         bits, dtype = to_device(x, "a cache's tensor")
         return bits.view(numpy_dtype(dtype))
 
+    def room(self, size: int) -> memoryview:
+        """See :meth:`kvtc_stream.backends.base.Backend.room`: pinned memory."""
+        # Powers of two, so that the pool finds one that was used before.
+        memory = cupy.cuda.alloc_pinned_memory(1 << max(size - 1, 1).bit_length())
+        return np.frombuffer(memory, np.uint8, size).data
+
     batch_tokens = BATCH_TOKENS
 
     def side_by_side(self, function: Callable[[T], R], arguments: Sequence[T]) -> list[R]:
@@ -177,7 +192,7 @@ class CudaSectionCoder(SectionCoder):
     ) -> None:
         super().__init__(header, section, calibration, **options)
         plan = header.plan.sections[section]
-        self._ropes = DeviceRopes(self._section)
+        self._ropes = ropes_of(self._section)
         self._uniform = plan.uniform
         key = ("cuda", cupy.cuda.runtime.getDevice(), section, header.plan.digest)
         self._plan: Any = calibration.memo(key, lambda: _device_plan(calibration, section, plan))
@@ -189,7 +204,7 @@ class CudaSectionCoder(SectionCoder):
             self._section, self._plan, self._scales
         )
         self._encoder: BatchEncoder | BandEncoder | None = None
-        self._unchecked: list[tuple[list[Block], Any]] = []
+        self._unchecked: list[tuple[list[int], Any]] = []
         self._host: CpuSectionCoder | None = None
 
     @property
@@ -384,12 +399,13 @@ class CudaSectionCoder(SectionCoder):
         dtype = self._header.out_dtype
         shape = (len(chosen), s.kv_heads, block.tokens)
         k, v = (cupy.empty((*shape, d), BITS[dtype.itemsize]) for d in (s.k_dim, s.v_dim))
-        self.decode_into([(block, np.arange(block.tokens))], chosen, k, v)
+        self.decode_into(BlockTable.of([block]), np.arange(block.tokens), chosen, k, v)
         return k.view(numpy_dtype(dtype)), v.view(numpy_dtype(dtype))
 
     def decode_into(
         self,
-        blocks: Iterable[tuple[Block, NDArray[np.int64]]],
+        table: BlockTable,
+        slots: NDArray[np.int64],
         layers: Sequence[int],
         k: Any,
         v: Any,
@@ -400,90 +416,100 @@ class CudaSectionCoder(SectionCoder):
             x if isinstance(x, Tensors) else Tensors.of_layers(list(x), dtype) for x in (k, v)
         ]
         k_out, v_out = (self._spread(x, layers) for x in outputs)
-        columns = self._columns(layers, k_out, v_out)
-        exact: list[Future[_Exact]] = []
+        exact: Iterator[Sequence[_Exact]] = iter(())
         self._unchecked.clear()  # of a call that failed
-        waiting = 0
+        loaded = self._decoder.load(table, slots, tiles=self._tiles)
 
-        def place() -> None:
-            for slots, values in self._uploaded([x.result() for x in exact]):
-                self._place_exact(slots, values, layers, columns)
-            exact.clear()
+        def begin() -> None:
+            nonlocal exact
+            loaded.whole()
+            exact = self._exact(table, slots)
 
-        def begun(own: Future[_Exact], size: int) -> None:
-            nonlocal waiting
-            exact.append(own)
-            waiting += size
-            if waiting > _VERBATIM_BYTES:
-                place()
-                waiting = 0
-
-        started = self._decoder.start(self._parted(blocks, begun), layers, k_out, v_out)
-        place()  # beside what the device does
-        for p in faulty(started):
-            self._place(p.slots, *self._cpu.decode(p.block, layers), columns)
+        started = self._decoder.start(loaded.blocks, begin, layers, k_out, v_out)
+        columns = self._columns(layers, k_out, v_out)
+        for found in exact:  # beside what the device does
+            for own, values in self._uploaded(found, loaded):
+                self._place_exact(own, values, layers, columns)
+        for block, own in faulty(started):
+            self._place(own, *self._cpu.decode(block, layers), columns)
         self._check_exact()
 
-    def _parted(
-        self,
-        blocks: Iterable[tuple[Block, NDArray[np.int64]]],
-        begun: Callable[[Future[_Exact], int], None],
-    ) -> Iterator[Placed]:
-        """Yield the blocks that have coded tokens, with the slots of these.
+    @property
+    def _tiles(self) -> bool:
+        """Whether the device decodes tiles of verbatim values: they are of the output's type."""
+        return self._header.dtype is self._header.out_dtype
 
-        Verbatim tokens are decoded on threads: ``begun`` is called with each block's future and the
-        bytes of its values.
-        """
-        for block, slots in blocks:
-            own = slots.astype(np.int64)
-            if block.verbatim_tokens:
-                chosen = np.array(block.verbatim_tokens)
-                size = self._header.verbatim_size(self._index, len(chosen))
-                begun(threads().submit(self._exact, block, own[chosen]), size)
-                own[chosen] = -1
-            if block.coded_tokens:
-                yield Placed(block, own)
+    def _exact(self, table: BlockTable, slots: NDArray[np.int64]) -> Iterator[Sequence[_Exact]]:
+        """The verbatim tokens, of some blocks at a time; threads begin with those that the device
+        does not decode at once. The blocks are known to be whole."""
+        rows, verbatim = table.rows, table.verbatim()
+        edges = np.concatenate([[0], np.cumsum(rows["tokens"])]).tolist()
+        header, waiting = self._header, 0
 
-    def _exact(self, block: Block, slots: NDArray[np.int64]) -> _Exact:
-        """Slots, and byte planes of a block's verbatim tokens in the output's dtype, or itself."""
-        header = self._header
-        if header.dtype is not header.out_dtype:
-            return slots, b"".join(verbatim_planes(*verbatim_output(block, header)))
-        if block.verbatim_coder is Coder.PLANES:
-            return slots, block
-        return slots, verbatim_bytes(block, header)
+        def planes(row: int) -> bytes:
+            if not self._tiles:
+                block = table.block(row, verified=True)
+                return b"".join(verbatim_planes(*verbatim_output(block, header)))
+            data = table.bytes_of(row, "exact", "exact_length")
+            size = header.verbatim_size(self._index, int(rows["verbatim"][row]))
+            return decompress(Coder(rows["verbatim_coder"][row]), data, size)
 
-    def _uploaded(self, found: Sequence[_Exact]) -> list[tuple[NDArray[np.int64], Any]]:
+        groups: list[list[tuple[int, NDArray[np.int64], Future[bytes] | None]]] = []
+        for row in np.flatnonzero(rows["verbatim"]).tolist():
+            own = slice(edges[row], edges[row + 1])
+            if not groups or waiting > _VERBATIM_BYTES:
+                groups.append([])
+                waiting = 0
+            tiles = self._tiles and rows["verbatim_coder"][row] == Coder.PLANES
+            found = None if tiles else threads().submit(planes, row)
+            groups[-1].append((row, slots[own][verbatim[own]], found))
+            waiting += header.verbatim_size(self._index, int(rows["verbatim"][row]))
+
+        def result(row: int, own: NDArray[np.int64], found: Future[bytes] | None) -> _Exact:
+            payload = table.bytes_of(row, "exact", "exact_length")
+            start = int(rows["start"][row])
+            return _Exact(row, start, own, None if found is None else found.result(), payload)
+
+        return ([result(*one) for one in group] for group in groups)
+
+    def _uploaded(
+        self, found: Sequence[_Exact], loaded: Loaded
+    ) -> list[tuple[NDArray[np.int64], Any]]:
         """Slots, and values on the device; see :meth:`_check_exact`."""
-        pieces = [x.verbatim if isinstance(x, Block) else x for _, x in found]
-        data, begins = self._decoder.staging.upload(pieces)
         size = self._header.out_dtype.itemsize
-        values: list[Any] = [None] * len(found)
-        blocks = {i: x for i, (_, x) in enumerate(found) if isinstance(x, Block)}
-        if blocks:
-            sizes = [
-                self._header.verbatim_size(self._index, len(x.verbatim_tokens)) // size
-                for x in blocks.values()
-            ]
-            own = [pieces[i] for i in blocks]
-            decoded, faults = verbatim.decode(own, sizes, data, begins[list(blocks)])
-            for i, x in zip(blocks, decoded, strict=True):
-                values[i] = x
-            self._unchecked.append((list(blocks.values()), faults))
-        for i, (piece, at) in enumerate(zip(pieces, begins.tolist(), strict=True)):
-            if values[i] is None:
-                planes = data[at : at + len(piece)].reshape(size, -1)
-                values[i] = cupy.ascontiguousarray(planes.T)
-        return [(slots, x) for (slots, _), x in zip(found, values, strict=True)]
+        there = [x for x in found if x.planes is None and loaded.exact[x.row] >= 0]
+        rest = [x for x in found if x.planes is None and loaded.exact[x.row] < 0]
+        plain = [x for x in found if x.planes is not None]
+        out = []
+        data, begins = self._decoder.staging.upload([x.planes for x in plain])
+        for x, at in zip(plain, begins.tolist(), strict=True):
+            assert x.planes is not None
+            planes = data[at : at + len(x.planes)].reshape(size, -1)
+            out.append((x.slots, cupy.ascontiguousarray(planes.T)))
+        if rest:
+            data, begins = self._decoder.staging.upload([x.payload for x in rest])
+            out += self._tiled(rest, data, begins)
+        if there:
+            own = np.array([loaded.exact[x.row] for x in there])
+            out += self._tiled(there, loaded.data, own)
+        return out
+
+    def _tiled(
+        self, found: Sequence[_Exact], data: Any, begins: NDArray[np.int64]
+    ) -> list[tuple[NDArray[np.int64], Any]]:
+        """As :meth:`_uploaded`, of payloads that the device decodes and that begin there."""
+        itemsize = self._header.out_dtype.itemsize
+        sizes = [self._header.verbatim_size(self._index, len(x.slots)) // itemsize for x in found]
+        values, faults = verbatim.decode([x.payload for x in found], sizes, data, begins)
+        self._unchecked.append(([x.start for x in found], faults))
+        return [(x.slots, own) for x, own in zip(found, values, strict=True)]
 
     def _check_exact(self) -> None:
         """Wait for verbatim values that the device decodes; ``FormatError`` if one is damaged."""
         unchecked, self._unchecked = self._unchecked, []
-        for blocks, faults in unchecked:
+        for starts, faults in unchecked:
             for i in np.flatnonzero(cupy.asnumpy(faults)).tolist():
-                raise FormatError(
-                    f"block at token {blocks[i].start}: its verbatim values are damaged"
-                )
+                raise FormatError(f"block at token {starts[i]}: its verbatim values are damaged")
 
     def _place_exact(
         self, slots: NDArray[np.int64], values: Any, layers: Sequence[int], columns: Any
@@ -550,23 +576,25 @@ class CudaSectionCoder(SectionCoder):
 
     def decode_layers(self, block: Block) -> Callable[[int], tuple[Any, Any]]:
         """See :meth:`kvtc_stream.backends.base.SectionCoder.decode_layers`."""
-        return self.layers_of([(block, np.arange(block.tokens))], block.tokens)
+        return self.layers_of(BlockTable.of([block]), np.arange(block.tokens), block.tokens)
 
     def layers_of(
-        self, blocks: Sequence[tuple[Block, NDArray[np.int64]]], tokens: int
+        self, table: BlockTable, slots: NDArray[np.int64], tokens: int
     ) -> Callable[[int], tuple[Any, Any]]:
         """See :meth:`kvtc_stream.backends.base.SectionCoder.layers_of`."""
         s, dtype = self._section, self._header.out_dtype
-        begun: list[Future[_Exact]] = []
         self._unchecked.clear()
-        coded = list(self._parted(blocks, lambda own, _: begun.append(own)))
-        slow: list[Placed] = []
-        found = [(some, self._decoder.symbols(some)) for some in self._decoder.batches(coded)]
-        for some, batch in found:
-            faults = np.flatnonzero(cupy.asnumpy(batch.faults)).tolist()
-            slow += [some[i] for i in faults]
-        on_host = [(p, self._cpu.decode_layers(p.block)) for p in slow]
-        exact = [own for x in begun for own in self._uploaded([x.result()])]
+        loaded = self._decoder.load(table, slots, tiles=self._tiles)
+        found = [
+            (some, self._decoder.symbols(some))
+            for some in loaded.blocks.batches(self._decoder.batch_tokens)
+        ]
+        loaded.whole()
+        verbatim = self._exact(table, slots)
+        none = cupy.zeros(1, np.int32)
+        slow = list(faulty(Started(some, batch.faults, none) for some, batch in found))
+        on_host = [(own, self._cpu.decode_layers(block)) for block, own in slow]
+        exact = [own for some in verbatim for own in self._uploaded(some, loaded)]
         self._check_exact()
 
         def layer(index: int) -> tuple[Any, Any]:
@@ -582,12 +610,13 @@ class CudaSectionCoder(SectionCoder):
             decoded = list(on_host)
             for some, batch in found:
                 if int(batch.overflow[0]):
-                    decoded += [(p, self._cpu.decode_layers(p.block)) for p in some]
+                    beyond = faulty([Started(some, batch.faults, batch.overflow)])
+                    decoded += [(own, self._cpu.decode_layers(block)) for block, own in beyond]
             columns = self._columns([index], k_out, v_out)
-            for p, of_layer in decoded:
-                self._place(p.slots, *of_layer(index), columns)
-            for slots, values in exact:
-                self._place_exact(slots, values, [index], columns)
+            for own, of_layer in decoded:
+                self._place(own, *of_layer(index), columns)
+            for own, values in exact:
+                self._place_exact(own, values, [index], columns)
             return k.view(numpy_dtype(dtype)), v.view(numpy_dtype(dtype))
 
         return layer

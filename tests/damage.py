@@ -70,13 +70,20 @@ def restore(
     *,
     pipe: bool = False,
     recover: bool = False,
+    whole: bool = False,
     backend: BackendName = "cpu",
 ) -> list[Cache]:
-    """What a reader gives, per section; raises what it raises."""
+    """What a reader gives, per section, block by block or the ``whole`` at once; raises what it
+    raises."""
     file = Pipe(data) if pipe else io.BytesIO(data)
     with kvtc.open(file, calibration=calibration, recover=recover, backend=backend) as reader:
-        blocks = list(reader)
         sections = range(len(reader.header.geometry.sections))
+        if whole:
+            return [
+                Cache(*map(tokens_first, reader.read(section=i)), reader.positions(i).tobytes())
+                for i in sections
+            ]
+        blocks = list(reader)
     parts = [[b for b in blocks if b.section == i] for i in sections]
     return [
         Cache(

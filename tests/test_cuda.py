@@ -13,7 +13,7 @@ import pytest
 from real_sample import load_real_sample
 
 import kvtc_stream as kvtc
-from kvtc_stream.formats import Block, DType, Limits, StreamParser
+from kvtc_stream.formats import Block, BlockTable, DType, Limits, StreamParser
 from kvtc_stream.io.dlpack import numpy_dtype
 
 cupy = pytest.importorskip("cupy")
@@ -114,7 +114,7 @@ def test_streams_of_the_cpu_are_read(calibration: kvtc.Calibration, dtype: DType
 def test_symbols_are_the_same(calibration: kvtc.Calibration) -> None:
     from kvtc_stream.backends.cpu import CpuBackend
     from kvtc_stream.coding.payload import UniformPayload
-    from kvtc_stream.gpu.coder.decoding import Placed, UniformDecoder
+    from kvtc_stream.gpu.coder.decoding import UniformDecoder
     from kvtc_stream.gpu.coder.plan import DevicePlan
 
     k, v = kvtc.testing.drawn_cache(calibration.geometry, 300, seed=3)
@@ -123,7 +123,10 @@ def test_symbols_are_the_same(calibration: kvtc.Calibration) -> None:
     blocks = [b for b in items if b.coded_tokens]
     plan = DevicePlan(calibration, 0, header.plan.sections[0])
     decoder = UniformDecoder(header.geometry.sections[0], plan)
-    batch = decoder.symbols([Placed(b, np.arange(b.tokens)) for b in blocks])
+    table = BlockTable.of(blocks)
+    loaded = decoder.load(table, table.ordinals())
+    loaded.whole()
+    batch = decoder.symbols(loaded.blocks)
     assert not cupy.asnumpy(batch.faults).any()
     found = cupy.asnumpy(batch.symbols[plan.places]).view(np.float16).astype(np.float64)
     coder = CpuBackend().section_coder(header, 0, calibration)

@@ -78,7 +78,8 @@ def test_mutations(sample: tuple[bytes, list[Cache]], codec: kvtc.Codec) -> None
     for i in range(MUTATIONS):
         changed = mutate(data, rng)
         try:
-            assert restore(changed, codec.calibration, pipe=i % 2 == 0) == expected
+            way = {"pipe": i % 3 == 0, "whole": i % 3 == 1}
+            assert restore(changed, codec.calibration, **way) == expected
         except kvtc.KVTCError:
             found += 1
         try:
@@ -110,9 +111,9 @@ def test_nonsense_behind_right_checksums(
             changed[s + 16 : s + 24] != data[s + 16 : s + 24] for s in starts
         ):
             continue
-        for pipe in (False, True):
+        for way in ({}, {"pipe": True}, {"whole": True}):
             try:
-                restore(reseal(changed), codec.calibration, pipe=pipe)
+                restore(reseal(changed), codec.calibration, **way)
             except kvtc.KVTCError:
                 refused += 1
     assert refused > MUTATIONS * 0.3

@@ -209,7 +209,7 @@ def test_only_memory_that_may_change_is_copied(
             (memoryview(np.memmap(path, np.uint8, "r")), False),
         ):
             with kvtc.open(source, calibration=codec.calibration) as reader:
-                block = reader.stored_blocks(0)[1]
+                block = reader.stored(0).block(1)
                 own, whole = (np.frombuffer(x, np.uint8) for x in (block.coded, source))
                 assert np.shares_memory(own, whole) is shared
                 del own, whole, block, source

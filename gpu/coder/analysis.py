@@ -14,7 +14,7 @@ from kvtc_stream.formats import Coder, DType, LayerErrors, Section
 from kvtc_stream.gpu.coder.decoding import device_scales, piece_tokens
 from kvtc_stream.gpu.coder.plan import Basis
 from kvtc_stream.gpu.coder.products import R_16F, analyse, analyse_leading, synthesise
-from kvtc_stream.gpu.coder.rope import DeviceRopes, DeviceRotations
+from kvtc_stream.gpu.coder.rope import DeviceRotations, ropes_of
 from kvtc_stream.gpu.kernels import layout
 from kvtc_stream.gpu.runtime.tensors import Column, Tensors, entries
 from kvtc_stream.io.dlpack import numpy_dtype
@@ -123,7 +123,7 @@ class Analyser:
         self._section, self._plan, self._out_dtype = section, plan, out_dtype
         self._measure, self._bound, self._layer_bound = measure, bound, layer_bound
         self._scales = device_scales(section, scales)
-        self._ropes = DeviceRopes(section)
+        self._ropes = ropes_of(section)
         self._values: dict[DType, Any] = {}
 
     def _source(

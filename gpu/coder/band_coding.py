@@ -7,6 +7,7 @@ threads of the host, many blocks at a time.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -16,10 +17,10 @@ from numpy.typing import NDArray
 
 from kvtc_stream.coding.bands import segment_sizes
 from kvtc_stream.errors import FormatError
-from kvtc_stream.formats import Block, Coder, Section
+from kvtc_stream.formats import BlockTable, Coder, Section
 from kvtc_stream.formats.coders import compress_beside, decompress
 from kvtc_stream.gpu.coder.analysis import Analyser, Encoded, Payload, errors_by_layer, stride_of
-from kvtc_stream.gpu.coder.decoding import Batch, BatchDecoder, Placed, kept_columns
+from kvtc_stream.gpu.coder.decoding import Batch, BatchDecoder, Coded, Loaded
 from kvtc_stream.gpu.coder.plan import BandPlan
 from kvtc_stream.gpu.kernels import bands
 from kvtc_stream.gpu.runtime.tensors import Tensors
@@ -40,30 +41,42 @@ class BandDecoder(BatchDecoder):
         super().__init__(section, plan, scales)
         self._plan = plan
 
-    def symbols(self, blocks: Sequence[Placed]) -> Batch:
-        """See :meth:`kvtc_stream.gpu.coder.decoding.BatchDecoder.symbols`."""
-        plan = self._plan
-        for p in blocks:
-            b, needed = p.block, bands.payload_size(p.block.coded_tokens, plan.bands)
-            if b.coder is Coder.RANS or b.coded_size != needed:
+    def load(self, table: BlockTable, slots: NDArray[np.int64], *, tiles: bool = False) -> Loaded:
+        """See :meth:`kvtc_stream.gpu.coder.decoding.BatchDecoder.load`. The payloads stay on the
+        host, which decompresses them."""
+        table.verify()
+        found = Coded.of(table, slots)
+        rows = found.table.rows
+        for row, count in enumerate(found.coded_tokens.tolist()):
+            coder, size = Coder(rows["coder"][row]), int(rows["coded_size"][row])
+            needed = bands.payload_size(count, self._plan.bands)
+            if coder is Coder.RANS or size != needed:
                 raise FormatError(
-                    f"block at token {b.start}: {b.coder.name} payload of {b.coded_size} bytes, "
-                    f"the plan needs {needed} of a byte coder for {b.coded_tokens} tokens"
+                    f"block at token {rows['start'][row]}: {coder.name} payload of {size} bytes, "
+                    f"the plan needs {needed} of a byte coder for {count} tokens"
                 )
-        payloads = b"".join(threads().map(_decompressed, [p.block for p in blocks]))
-        tokens = sum(p.block.tokens for p in blocks)
-        found = _unpacked(
-            plan,
-            [p.block.coded_tokens for p in blocks],
-            cupy.asarray(kept_columns(blocks)),
-            cupy.asarray(np.frombuffer(payloads, np.uint8)),
-            tokens,
+        return Loaded(found, lambda: None, None, np.full(len(table), -1))
+
+    def symbols(self, blocks: Coded) -> Batch:
+        """See :meth:`kvtc_stream.gpu.coder.decoding.BatchDecoder.symbols`."""
+        payloads = b"".join(threads().map(partial(_decompressed, blocks.table), range(len(blocks))))
+        columns, positions, slots = self.staging.arrays(
+            np.flatnonzero(blocks.kept).astype(np.int32), blocks.positions, blocks.slots
         )
-        return self._batch(blocks, *found)
+        found = _unpacked(
+            self._plan,
+            blocks.coded_tokens.tolist(),
+            columns,
+            cupy.asarray(np.frombuffer(payloads, np.uint8)),
+            len(blocks.positions),
+        )
+        return self._batch(blocks, *found, positions, slots)
 
 
-def _decompressed(block: Block) -> bytes:
-    return decompress(block.coder, block.coded, block.coded_size)
+def _decompressed(table: BlockTable, row: int) -> bytes:
+    own = table.rows[row]
+    data = table.bytes_of(row, "coded", "coded_length")
+    return decompress(Coder(own["coder"]), data, int(own["coded_size"]))
 
 
 def _starts(plan: BandPlan, counts: Sequence[int]) -> list[int]:

@@ -9,20 +9,21 @@ at faults: a block with a fault is decoded on the CPU, which raises the error or
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import cupy
 import numpy as np
 from numpy.typing import NDArray
 
-from kvtc_stream.coding.payload import UniformPayload, tiles
-from kvtc_stream.formats import Block, DType, Section
+from kvtc_stream.coding.payload import UniformPayloads, tiles
+from kvtc_stream.formats import Block, BlockTable, Coder, DType, Section
+from kvtc_stream.gpu.coder.checksums import checksums
 from kvtc_stream.gpu.coder.plan import Basis, DevicePlan
 from kvtc_stream.gpu.coder.products import synthesise
-from kvtc_stream.gpu.coder.rope import DeviceRopes, DeviceRotations
-from kvtc_stream.gpu.kernels import layout, rans
+from kvtc_stream.gpu.coder.rope import DeviceRotations, ropes_of
+from kvtc_stream.gpu.kernels import checksum, layout, rans
 from kvtc_stream.gpu.runtime.staging import Staging
 from kvtc_stream.gpu.runtime.tensors import Column, Tensors, entries
 
@@ -32,16 +33,84 @@ SYMBOL_BYTES = 1 << 30
 BATCH_TOKENS, PIECE_BYTES = 16_384, 32 << 20
 #: Thread blocks of the coder that a multiprocessor runs at a time, limited by their tables.
 _BLOCKS_OF_THREADS = 2
+#: What payloads that tiles are decoded from begin at multiples of, in bytes.
+_ALIGNMENT = 16
 #: cudaDevAttrMultiProcessorCount
 _MULTIPROCESSORS = 16
 
 
 @dataclass(frozen=True)
-class Placed:
-    """A block, and the slots its tokens are written to: int64 [tokens], -1 for none."""
+class Coded:
+    """Blocks with coded tokens, whose payloads are on the device, or on their way.
 
-    block: Block
+    Attributes
+    ----------
+    table
+        The blocks.
+    edges
+        int64 [blocks + 1]: first tokens of blocks, among the tokens of all.
+    positions, slots
+        int64 [tokens]; slots are where values are written to, -1 for none.
+    kept
+        bool [tokens]: which are coded.
+    data, begins
+        uint8 on the device, and int64 [blocks]: where each block's symbols begin in it.
+    payloads
+        The fields of the payloads, if they have any.
+    """
+
+    table: BlockTable
+    edges: NDArray[np.int64]
+    positions: NDArray[np.int64]
     slots: NDArray[np.int64]
+    kept: NDArray[np.bool_]
+    data: Any = None
+    begins: NDArray[np.int64] | None = None
+    payloads: UniformPayloads | None = None
+
+    @classmethod
+    def of(cls, table: BlockTable, slots: NDArray[np.int64]) -> Coded:
+        """The blocks of a table that have coded tokens; ``slots`` of all tokens of all blocks."""
+        rows = table.rows
+        coded = rows["verbatim"] < rows["tokens"]
+        own = table.of_tokens(coded)
+        kept = ~table.verbatim()[own]
+        chosen = table.taken(np.flatnonzero(coded))
+        edges = np.concatenate([[0], np.cumsum(chosen.rows["tokens"])])
+        return cls(chosen, edges, table.positions()[own], np.where(kept, slots[own], -1), kept)
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    @property
+    def coded_tokens(self) -> NDArray[np.int64]:
+        """int64 [blocks]."""
+        found: NDArray[np.int64] = self.table.rows["tokens"] - self.table.rows["verbatim"]
+        return found
+
+    def __getitem__(self, some: slice) -> Coded:
+        """Some blocks that follow one another."""
+        edges = self.edges[some.start : some.stop + 1]
+        own = slice(int(edges[0]), int(edges[-1]))
+        return Coded(
+            self.table.taken(np.arange(some.start, some.stop)),
+            edges - edges[0],
+            self.positions[own],
+            self.slots[own],
+            self.kept[own],
+            self.data,
+            None if self.begins is None else self.begins[some],
+            None if self.payloads is None else self.payloads[some],
+        )
+
+    def batches(self, tokens: int) -> Iterator[Coded]:
+        """Blocks of about so many tokens together."""
+        first = 0
+        while first < len(self):
+            most = int(np.searchsorted(self.edges, self.edges[first] + tokens, side="right")) - 1
+            last = max(most, first + 1)
+            yield self[first:last]
+            first = last
 
 
 @dataclass(frozen=True)
@@ -70,11 +139,31 @@ class Batch:
     overflow: Any
 
 
+class Loaded(NamedTuple):
+    """Blocks whose payloads are on their way to the device.
+
+    Attributes
+    ----------
+    blocks
+        Those with coded tokens.
+    whole
+        Waits until all blocks are known to be whole; raises ``ChecksumError`` if one is not.
+    data, exact
+        uint8 on the device; and int64 [blocks of the table], where verbatim values begin in it, at
+        a multiple of 16; -1 of those that are not there.
+    """
+
+    blocks: Coded
+    whole: Callable[[], None]
+    data: Any
+    exact: NDArray[np.int64]
+
+
 class Started(NamedTuple):
     """A batch that the device is at work on: its blocks, and ``faults`` and ``overflow`` as of
     :class:`Batch`."""
 
-    blocks: Sequence[Placed]
+    blocks: Coded
     faults: Any
     overflow: Any
 
@@ -119,17 +208,6 @@ def piece_tokens(width: int, count: int, tokens: int) -> int:
     matrix for each piece cheap.
     """
     return min(max(PIECE_BYTES // (2 * width), count // 4, 64) // 64 * 64, tokens)
-
-
-def kept_columns(blocks: Sequence[Placed]) -> NDArray[np.int32]:
-    """Indices of the blocks' coded tokens among all tokens, int32."""
-    kept = np.ones(sum(p.block.tokens for p in blocks), np.bool_)
-    first = 0
-    for p in blocks:
-        if p.block.verbatim_tokens:
-            kept[first + np.array(p.block.verbatim_tokens)] = False
-        first += p.block.tokens
-    return np.flatnonzero(kept).astype(np.int32)
 
 
 class TileTasks:
@@ -194,7 +272,7 @@ class TileTasks:
 
     def decoding(
         self,
-        payloads: Sequence[UniformPayload],
+        payloads: UniformPayloads,
         tokens: NDArray[np.int64],
         firsts: NDArray[np.int64],
         begins: NDArray[np.int64],
@@ -205,28 +283,25 @@ class TileTasks:
         first one among all.
         """
         out = []
-        sizes = np.array([p.tile_components for p in payloads])
-        together = self.together(sum(len(p.lengths) for p in payloads))
-        for size in np.unique(sizes).tolist():
+        plan, sizes = self._plan, payloads.sizes
+        kinds = np.unique(sizes).tolist()
+        counts = [int((sizes == s).sum()) * len(self.template(s)[0]) for s in kinds]
+        together = self.together(sum(counts))
+        for size in kinds:
             own = np.flatnonzero(sizes == size)
-            chosen = [payloads[b] for b in own.tolist()]
             template, leading = self.template(size)
             task = np.tile(template, (len(own), 1, 1))
-            lengths = np.stack([p.lengths for p in chosen]).astype(np.int64)
-            of_tiles = np.array([p.tiles for p in chosen])
-            of_classes = np.array([p.classes for p in chosen])
-            levels = np.array([p.level for p in chosen])
-            plan = self._plan
+            lengths = payloads.lengths[own, : len(template)]
             task[:, :, rans.TOKENS] = tokens[own, None]
             task[:, :, rans.TOKEN] = firsts[own, None]
             task[:, :, rans.BLOCK] = own[:, None]
-            ends = (begins[own] + of_tiles)[:, None] + np.cumsum(lengths, axis=1)
+            ends = (begins[own] + payloads.tiles[own])[:, None] + np.cumsum(lengths, axis=1)
             task[:, :, rans.WORDS] = (ends - lengths) // 2
             task[:, :, rans.LENGTH] = lengths // 2
             halves = (tokens[own, None] + 1) // 2 * template[:, rans.PART]
-            classes = (begins[own] + of_classes)[:, None] + halves
+            classes = (begins[own] + payloads.classes[own])[:, None] + halves
             task[:, :, rans.CLASSES] = np.where(leading, classes, -1 - classes)
-            level = levels.clip(plan.lowest, plan.highest) - plan.lowest
+            level = payloads.levels[own].clip(plan.lowest, plan.highest) - plan.lowest
             task[:, :, rans.LEVEL] = level[:, None]
             out.append(self.arranged(task, size, len(own), together))
         return np.concatenate(out), together
@@ -249,40 +324,38 @@ class BatchDecoder(ABC):
         held = basis.components + (basis.rows if basis.seconds else 0)
         most = max(SYMBOL_BYTES // (2 * max(held, 1)), 1024)
         self.batch_tokens = min(type(self).batch_tokens, most)
-        self._ropes = DeviceRopes(section)
+        self._ropes = ropes_of(section)
         self.staging = Staging()
 
     @abstractmethod
-    def symbols(self, blocks: Sequence[Placed]) -> Batch:
-        """Payloads of a batch of blocks, all of which have coded tokens, to symbols.
+    def load(self, table: BlockTable, slots: NDArray[np.int64], *, tiles: bool = False) -> Loaded:
+        """Begin to copy payloads of blocks to the device: of those with coded tokens, and of those
+        whose verbatim values are ``tiles`` that it decodes.
 
-        Raises ``FormatError`` for payloads that no writer makes.
+        Payloads of symbols that no writer makes raise ``FormatError``.
         """
 
-    def batches(self, blocks: Iterable[Placed]) -> Iterator[Sequence[Placed]]:
-        """Blocks of about :attr:`batch_tokens` tokens together."""
-        batch: list[Placed] = []
-        tokens = 0
-        for placed in blocks:
-            if batch and tokens + placed.block.tokens > self.batch_tokens:
-                yield batch
-                batch, tokens = [], 0
-            batch.append(placed)
-            tokens += placed.block.tokens
-        if batch:
-            yield batch
+    @abstractmethod
+    def symbols(self, blocks: Coded) -> Batch:
+        """Payloads of a batch of blocks to symbols."""
 
     def _batch(
-        self, blocks: Sequence[Placed], symbols: Any, scales: Any, stride: int, faults: Any
+        self,
+        blocks: Coded,
+        symbols: Any,
+        scales: Any,
+        stride: int,
+        faults: Any,
+        positions: Any,
+        slots: Any,
     ) -> Batch:
-        positions = np.concatenate([_positions(p.block) for p in blocks])
         return Batch(
             self._basis.stacked(symbols),
             scales,
-            len(positions),
+            len(blocks.positions),
             stride,
-            cupy.asarray(np.concatenate([p.slots for p in blocks])),
-            self._ropes.at(cupy.asarray(positions), sign=1),
+            slots,
+            self._ropes.at(positions, sign=1),
             faults,
             cupy.zeros(1, np.int32),
         )
@@ -330,21 +403,25 @@ class BatchDecoder(ABC):
 
     def start(
         self,
-        blocks: Iterable[Placed],
+        blocks: Coded,
+        whole: Callable[[], None],
         layers: Sequence[int],
         k_out: Tensors,
         v_out: Tensors,
     ) -> list[Started]:
-        """Submit the decoding of blocks into tensors, batch after batch as they come.
-
-        All must have coded tokens. Does not wait for the device: :func:`faulty` does.
-        """
+        """Decode blocks into tensors, without waiting for the device, but for what ``whole`` waits
+        for before the first value is written. See :func:`faulty`."""
         started = []
-        destination = self.destination(layers, k_out, v_out)
-        for some in self.batches(blocks):
+        destination = None
+        for some in blocks.batches(self.batch_tokens):
             batch = self.symbols(some)
+            if destination is None:
+                destination = self.destination(layers, k_out, v_out)
+                whole()
             self.values(batch, destination)
             started.append(Started(some, batch.faults, batch.overflow))
+        if destination is None:
+            whole()
         return started
 
     def values(self, batch: Batch, destination: Destination) -> None:
@@ -407,40 +484,75 @@ class UniformDecoder(BatchDecoder):
         self._plan = plan
         self._tasks = TileTasks(plan)
 
-    def symbols(self, blocks: Sequence[Placed]) -> Batch:
-        """Payloads of a batch of blocks, all of which have coded tokens, to symbols.
+    def load(self, table: BlockTable, slots: NDArray[np.int64], *, tiles: bool = False) -> Loaded:
+        """See :meth:`BatchDecoder.load`. The device computes the checksums of blocks that it has
+        whole, threads of the host those of others."""
+        rows = table.rows
+        coded, there = rows["verbatim"] < rows["tokens"], on_device(table, tiles)
+        begins = np.where(there, rows["payload"], rows["coded"])
+        ends = np.where(there, rows["payload"] + rows["size"], begins + rows["coded_length"])
+        sent = np.flatnonzero(coded | there)
+        data, places = self.staging.upload(
+            [
+                table.pieces[piece][begin:end]
+                for piece, begin, end in zip(
+                    rows["piece"][sent].tolist(),
+                    begins[sent].tolist(),
+                    ends[sent].tolist(),
+                    strict=True,
+                )
+            ]
+        )
+        #: From a piece of a block to the device.
+        shift = np.zeros(len(table), np.int64)
+        shift[sent] = places - begins[sent]
+        own = np.flatnonzero(there)
+        sums = checksums(
+            self.staging,
+            data,
+            (rows["payload"] + shift)[own],
+            rows["size"][own],
+            rows["seed"][own],
+        )
+        others = table.taken(np.flatnonzero(~there)).verifying()
 
-        Raises ``FormatError`` for payloads that no writer makes.
-        """
-        payloads = [UniformPayload.parse(p.block, self._plan.coded) for p in blocks]
-        data, begins = self.staging.upload([p.block.coded for p in blocks])
-        return self.symbols_on_device(blocks, payloads, data, begins)
+        def whole() -> None:
+            table.taken(own).compare(sums())
+            others()
 
-    def symbols_on_device(
-        self,
-        blocks: Sequence[Placed],
-        payloads: Sequence[UniformPayload],
-        data: Any,
-        begins: NDArray[np.int64],
-    ) -> Batch:
-        """Like :meth:`symbols`, for payloads that are on the device already."""
-        plan = self._plan
-        coded = np.array([p.block.coded_tokens for p in blocks])
-        firsts = np.concatenate([[0], np.cumsum(coded)[:-1]])
-        stride = -(-sum(p.block.tokens for p in blocks) // 64) * 64
-        steps = np.array([p.step for p in payloads])[:, None] * np.exp2(np.arange(16) / 4)
+        blocks = Coded.of(table, slots)
+        found = replace(
+            blocks,
+            data=data,
+            begins=(rows["coded"] + shift)[coded],
+            payloads=UniformPayloads.parse(blocks.table, self._plan.coded),
+        )
+        exact = np.where(there & ~coded, rows["exact"] + shift, -1)
+        return Loaded(found, whole, data, exact)
+
+    def symbols(self, blocks: Coded) -> Batch:
+        """See :meth:`BatchDecoder.symbols`."""
+        plan, payloads, data = self._plan, blocks.payloads, blocks.data
+        assert payloads is not None
+        assert blocks.begins is not None
+        coded = blocks.coded_tokens
+        stride = -(-int(blocks.edges[-1]) // 64) * 64
+        powers = payloads.steps.astype(np.float64)[:, None] * np.exp2(np.arange(16) / 4)
         with np.errstate(over="ignore"):
-            block_steps = cupy.asarray(steps.astype(np.float32))
-        host_tasks, together = self._tasks.decoding(payloads, coded, firsts, begins)
-        tasks = cupy.asarray(host_tasks)
-        kept = kept_columns(blocks)
+            steps = powers.astype(np.float32)
+        firsts = np.cumsum(coded) - coded
+        host_tasks, together = self._tasks.decoding(payloads, coded, firsts, blocks.begins)
+        kept = np.flatnonzero(blocks.kept).astype(np.int32)
+        tasks, block_steps, columns, positions, slots = self.staging.arrays(
+            host_tasks, steps, kept, blocks.positions, blocks.slots
+        )
         # No tile writes these columns, but products read them, so they must be finite.
         new = cupy.empty if len(kept) == stride else cupy.zeros
         symbols = new((plan.components, stride), np.uint16)
         scales = cupy.zeros((len(plan.parts), stride), np.float32)
         faults = cupy.zeros(len(blocks), np.int32)
         rans.decode(
-            len(tasks) // together,
+            len(host_tasks) // together,
             together * 32,
             (
                 tasks,
@@ -453,7 +565,7 @@ class UniformDecoder(BatchDecoder):
                 len(plan.parts),
                 plan.ids,
                 plan.components,
-                cupy.asarray(kept),
+                columns,
                 block_steps,
                 scales,
                 plan.down,
@@ -463,7 +575,17 @@ class UniformDecoder(BatchDecoder):
             ),
             shared=plan.decode_shared,
         )
-        return self._batch(blocks, symbols, scales, stride, faults)
+        return self._batch(blocks, symbols, scales, stride, faults, positions, slots)
+
+
+def on_device(table: BlockTable, tiles: bool) -> NDArray[np.bool_]:
+    """Which blocks' checksums the device computes: of those that it gets whole."""
+    rows = table.rows
+    symbols = (rows["verbatim"] == 0) & ((rows["coded"] - rows["payload"]) % 2 == 0)
+    values = (rows["verbatim"] == rows["tokens"]) & (rows["verbatim_coder"] == Coder.PLANES)
+    values &= (rows["exact"] - rows["payload"]) % _ALIGNMENT == 0
+    found: NDArray[np.bool_] = (symbols | values & tiles) & (rows["size"] >= checksum.LEAST)
+    return found & table.unverified
 
 
 def device_scales(section: Section, scales: NDArray[np.float32] | None) -> Any:
@@ -472,18 +594,12 @@ def device_scales(section: Section, scales: NDArray[np.float32] | None) -> Any:
     return cupy.asarray(np.ones(shape, np.float32) if scales is None else scales)
 
 
-def _positions(block: Block) -> NDArray[np.int64]:
-    found = block.positions
-    if isinstance(found, range):
-        return np.arange(found.start, found.stop, dtype=np.int64)
-    return np.frombuffer(found, np.int64)
-
-
-def faulty(started: Iterable[Started]) -> Iterator[Placed]:
-    """Wait for the device; yield the blocks that it could not decode."""
+def faulty(started: Iterable[Started]) -> Iterator[tuple[Block, NDArray[np.int64]]]:
+    """Wait for the device; return the blocks that it could not decode, with their slots."""
     for blocks, faults, overflow in started:
         found = cupy.asnumpy(faults)
         if int(overflow[0]):
             found[:] = rans.LARGE
         for i in np.flatnonzero(found).tolist():
-            yield blocks[i]
+            own = slice(int(blocks.edges[i]), int(blocks.edges[i + 1]))
+            yield blocks.table.block(i, verified=True), blocks.slots[own]

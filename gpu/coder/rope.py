@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,37 @@ class DeviceRotations:
     cosines: Any
     sines: Any
     tokens: int
+
+
+#: Of the sections that were met last, by :func:`ropes_of`.
+_KEPT = 16
+_made: dict[Any, DeviceRopes] = {}
+_lock = threading.Lock()
+
+
+def ropes_of(section: Section) -> DeviceRopes:
+    """The rotations of a section on the current device; those met last are kept."""
+    # Tables are long to hash; those of many layers are one object.
+    distinct = {id(r): r for r in section.rope if r is not None}
+    order = {key: i for i, key in enumerate(distinct)}
+    layers = tuple(order.get(id(r), -1) for r in section.rope)
+    key = (
+        cupy.cuda.runtime.getDevice(),
+        section.k_dim,
+        len(section.layers),
+        layers,
+        tuple(distinct.values()),
+    )
+    with _lock:
+        found = _made.pop(key, None)
+        if found is None:
+            found = DeviceRopes(section)
+            # Others use it in streams of their own.
+            cupy.cuda.get_current_stream().synchronize()
+        _made[key] = found
+        for old in list(_made)[:-_KEPT]:
+            del _made[old]
+    return found
 
 
 class DeviceRopes:

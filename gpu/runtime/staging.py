@@ -7,7 +7,7 @@ several threads.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import cupy
@@ -51,7 +51,7 @@ class Staging:
         total = int(ends[-1]) if len(ends) else 0
         data = cupy.empty(total, np.uint8)
         places = begins.tolist()
-        if all(map(_is_pinned, sources)):
+        if _are_pinned(pieces, sources):
             for source, begin in zip(sources, places, strict=True):
                 _copy(data.data.ptr + begin, source, source.size, "HostToDevice")
         else:
@@ -60,6 +60,29 @@ class Staging:
             _copy(data.data.ptr, buffer, total, "HostToDevice")
             self._used(buffer)
         return data, begins
+
+    def arrays(self, *arrays: NDArray[Any]) -> list[Any]:
+        """Upload small arrays in one copy, which is asynchronous."""
+        sources = [np.ascontiguousarray(x) for x in arrays]
+        data, begins = self.upload([x.view(np.uint8).reshape(-1) for x in sources])
+        return [
+            data[at : at + x.nbytes].view(x.dtype).reshape(x.shape)
+            for x, at in zip(sources, begins.tolist(), strict=True)
+        ]
+
+    def begin_fetch(self, data: Any) -> Callable[[], NDArray[Any]]:
+        """Begin to copy a small contiguous array from the device; return what waits for it."""
+        memory = cupy.cuda.alloc_pinned_memory(data.nbytes)
+        host = np.frombuffer(memory, data.dtype, data.size).reshape(data.shape)
+        _copy(host, data.data.ptr, data.nbytes, "DeviceToHost")
+        event = cupy.cuda.Event(disable_timing=True)
+        event.record()
+
+        def wait() -> NDArray[Any]:
+            event.synchronize()
+            return host
+
+        return wait
 
     def fetch(self, data: Any) -> NDArray[np.uint8]:
         """Copy a contiguous uint8 array from the device to pageable memory, and wait."""
@@ -93,9 +116,15 @@ class Staging:
         self._buffers[-1] = buffer, event
 
 
-def _is_pinned(source: NDArray[np.uint8]) -> bool:
-    found = cupy.cuda.runtime.pointerGetAttributes(source.ctypes.data).type
-    return not source.size or bool(found == _PINNED)
+def _are_pinned(pieces: Sequence[Any], sources: Sequence[NDArray[np.uint8]]) -> bool:
+    """Whether all pieces are in pinned memory; those of one owner are asked for once."""
+    owners = {
+        id(piece.obj) if isinstance(piece, memoryview) else id(piece): source
+        for piece, source in zip(pieces, sources, strict=True)
+        if source.size
+    }
+    attributes = cupy.cuda.runtime.pointerGetAttributes
+    return all(attributes(x.ctypes.data).type == _PINNED for x in owners.values())
 
 
 def _copy(to: Any, source: Any, size: int, kind: str) -> None:

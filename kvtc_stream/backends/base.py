@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeAlias, TypeVar
 
 import numpy as np
@@ -14,6 +14,7 @@ from kvtc_stream.calibration.parts import CalibratedBases
 from kvtc_stream.formats import (
     Block,
     BlockErrors,
+    BlockTable,
     Coder,
     DType,
     Feature,
@@ -94,14 +95,16 @@ class SectionCoder(ABC):
     @abstractmethod
     def decode_into(
         self,
-        blocks: Iterable[tuple[Block, NDArray[np.int64]]],
+        table: BlockTable,
+        slots: NDArray[np.int64],
         layers: Sequence[int],
         k: Any,
         v: Any,
     ) -> None:
         """Decode blocks into k, v [layers, kv_heads, tokens, head_dim], the backend's arrays.
 
-        With each block comes where its tokens go, int64 [tokens]; -1 is nowhere.
+        ``slots`` say where each token of the blocks goes; -1 is nowhere. Payloads that are not
+        verified yet are, before the first value is written: ``ChecksumError`` if one is damaged.
         """
 
     @abstractmethod
@@ -113,7 +116,7 @@ class SectionCoder(ABC):
 
     @abstractmethod
     def layers_of(
-        self, blocks: Sequence[tuple[Block, NDArray[np.int64]]], tokens: int
+        self, table: BlockTable, slots: NDArray[np.int64], tokens: int
     ) -> Callable[[int], tuple[Any, Any]]:
         """As :meth:`decode_layers` of many blocks: K and V [1, kv_heads, tokens, head_dim].
 
@@ -138,6 +141,10 @@ class Backend(Protocol):
 
     def empty(self, shape: tuple[int, ...], dtype: DType) -> Any:
         """An uninitialised array."""
+        ...
+
+    def room(self, size: int) -> memoryview:
+        """Host memory for bytes that will be decoded."""
         ...
 
     def verbatim(self, header: StreamHeader, pieces: Sequence[tuple[Any, Any]]) -> list[Coded]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
 from typing import Any
 
@@ -23,8 +23,9 @@ from kvtc_stream.coding.values import (
     to_float32,
     verbatim_output,
 )
-from kvtc_stream.formats import Block, DType, PartPlan, Role, StreamHeader
+from kvtc_stream.formats import Block, BlockTable, DType, PartPlan, Role, StreamHeader
 from kvtc_stream.io.dlpack import BackendName, as_kv_array, layer_list, numpy_dtype, to_numpy
+from kvtc_stream.io.memory import empty
 
 Float = NDArray[np.float32]
 #: float64 [2, tokens]: of K and of V.
@@ -70,6 +71,10 @@ class CpuBackend:
     def verbatim(self, header: StreamHeader, pieces: Sequence[tuple[Any, Any]]) -> list[Coded]:
         """See :meth:`kvtc_stream.backends.base.Backend.verbatim`."""
         return [partial(code_verbatim, header, k, v) for k, v in pieces]
+
+    def room(self, size: int) -> memoryview:
+        """See :meth:`kvtc_stream.backends.base.Backend.room`."""
+        return empty(size)
 
     def pool(self, tensors: Sequence[Any]) -> list[PagedLayer]:
         """See :meth:`kvtc_stream.backends.base.Backend.pool`."""
@@ -312,17 +317,18 @@ class CpuSectionCoder(SectionCoder):
 
     def decode_into(
         self,
-        blocks: Iterable[tuple[Block, NDArray[np.int64]]],
+        table: BlockTable,
+        slots: NDArray[np.int64],
         layers: Sequence[int],
         k: NDArray[Any],
         v: NDArray[Any],
     ) -> None:
         """See :meth:`kvtc_stream.backends.base.SectionCoder.decode_into`."""
-        for block, slots in blocks:
-            wanted = np.flatnonzero(slots >= 0)
+        for block, own in _each(table, slots):
+            wanted = np.flatnonzero(own >= 0)
             for found, out in zip(self.decode(block, layers), (k, v), strict=True):
                 for of_layer, array in zip(found, out, strict=True):
-                    array[:, slots[wanted]] = of_layer[:, wanted]
+                    array[:, own[wanted]] = of_layer[:, wanted]
 
     def decode_layers(self, block: Block) -> Callable[[int], tuple[Any, Any]]:
         """See :meth:`kvtc_stream.backends.base.SectionCoder.decode_layers`."""
@@ -338,17 +344,17 @@ class CpuSectionCoder(SectionCoder):
         return layer
 
     def layers_of(
-        self, blocks: Sequence[tuple[Block, NDArray[np.int64]]], tokens: int
+        self, table: BlockTable, slots: NDArray[np.int64], tokens: int
     ) -> Callable[[int], tuple[Any, Any]]:
         """See :meth:`kvtc_stream.backends.base.SectionCoder.layers_of`."""
-        decoded = [(self.decode_layers(block), slots) for block, slots in blocks]
+        decoded = [(self.decode_layers(block), own) for block, own in _each(table, slots)]
 
         def layer(index: int) -> tuple[Any, Any]:
             k, v = self._empty(tokens, 1)
-            for of_block, slots in decoded:
-                wanted = np.flatnonzero(slots >= 0)
+            for of_block, own in decoded:
+                wanted = np.flatnonzero(own >= 0)
                 for found, out in zip(of_block(index), (k, v), strict=True):
-                    out[:, :, slots[wanted]] = found[:, :, wanted]
+                    out[:, :, own[wanted]] = found[:, :, wanted]
             return as_kv_array(k), as_kv_array(v)
 
         return layer
@@ -420,6 +426,14 @@ class CpuSectionCoder(SectionCoder):
 
     def _out_scale(self, scale: Float | None) -> Float | None:
         return scale if self._header.out_dtype.is_fp8 else None
+
+
+def _each(table: BlockTable, slots: NDArray[np.int64]) -> Iterator[tuple[Block, NDArray[np.int64]]]:
+    """The blocks of a table, all of them verified, and where the tokens of each go."""
+    table.verify()
+    ends = np.cumsum(table.rows["tokens"]).tolist()
+    for row, own in enumerate(np.split(slots, ends[:-1])):
+        yield table.block(row, verified=True), own
 
 
 def _of_layers(scale: Float | None, layers: Sequence[int]) -> Float | None:

@@ -12,13 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvtc_stream.errors import FormatError
-from kvtc_stream.formats import Block, Coder
+from kvtc_stream.formats import Block, BlockTable, Coder
 
 #: Components of a tile. Larger tiles compress better: the states of lanes are 0.1 to 0.4 % of a
 #: tile of this size. Smaller tiles keep more of a GPU busy: it decodes all tiles at the same time.
 TILE_COMPONENTS = 1024
 #: Step size, level, a reserved byte, components of a tile.
 _HEAD = struct.Struct("<fbBH")
+_HEAD_FIELDS = np.dtype([("step", "<f4"), ("level", "i1"), ("reserved", "u1"), ("size", "<u2")])
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,80 @@ class UniformPayload:
                 f"{where}: the bits after a part's last class are not 0: the writer is at fault"
             )
         return cls(step, level, per_tile, lengths, head, size - tail)
+
+
+@dataclass(frozen=True)
+class UniformPayloads:
+    """The fields of many payloads, as columns; see :class:`UniformPayload`.
+
+    Attributes
+    ----------
+    steps
+        float32 [blocks].
+    levels, sizes
+        int64 [blocks]: levels, and maximum number of components in a tile.
+    lengths
+        int64 [blocks, tiles]; 0 after a block's last tile.
+    tiles, classes
+        int64 [blocks], from where the payload begins.
+    """
+
+    steps: NDArray[np.float32]
+    levels: NDArray[np.int64]
+    sizes: NDArray[np.int64]
+    lengths: NDArray[np.int64]
+    tiles: NDArray[np.int64]
+    classes: NDArray[np.int64]
+
+    @classmethod
+    def parse(cls, table: BlockTable, coded: Sequence[int]) -> UniformPayloads:
+        """Parse the payloads of blocks with coded tokens; as :meth:`UniformPayload.parse`."""
+        rows = table.rows
+        begins, lengths = rows["coded"], rows["coded_length"]
+        tokens = rows["tokens"] - rows["verbatim"]
+        head = table.gathered(begins, _HEAD.size).view(_HEAD_FIELDS)[:, 0]
+        sizes = head["size"].astype(np.int64)
+        usual = (rows["coder"] == Coder.RANS) & (rows["coded_size"] == tokens * sum(coded))
+        usual &= (lengths >= _HEAD.size) & (sizes > 0) & (head["reserved"] == 0)
+        usual &= np.isfinite(head["step"]) & (head["step"] > 0)
+        of_sizes = {
+            size: sum(-(-c // size) for c in coded) for size in np.unique(sizes[usual]).tolist()
+        }
+        counts = np.array([of_sizes.get(size, 0) for size in sizes.tolist()], np.int64)
+        each = (tokens + 1) // 2
+        firsts, tails = _HEAD.size + 4 * counts, len(coded) * each
+        usual &= lengths >= firsts + tails
+        found = np.zeros((len(rows), max(of_sizes.values(), default=0)), np.int64)
+        for size, count in of_sizes.items():
+            own = np.flatnonzero(usual & (sizes == size))
+            some = table.taken(own)
+            stored = some.gathered(some.rows["coded"] + _HEAD.size, 4 * count)
+            found[own, :count] = stored.view("<u4")
+        usual &= (found % 2 == 0).all(axis=1) & (firsts + found.sum(axis=1) + tails == lengths)
+        odd = np.flatnonzero(usual & (tokens % 2 == 1))
+        if len(odd):
+            some = table.taken(odd)
+            for part in range(len(coded)):
+                last = lengths[odd] - tails[odd] + (part + 1) * each[odd] - 1
+                byte = some.gathered(some.rows["coded"] + last, 1)[:, 0]
+                usual[odd] &= byte >> 4 == 0
+        for row in np.flatnonzero(~usual).tolist():
+            UniformPayload.parse(table.block(row), coded)
+            raise AssertionError("what a payload is not has an error")
+        return cls(
+            head["step"], head["level"].astype(np.int64), sizes, found, firsts, lengths - tails
+        )
+
+    def __getitem__(self, some: slice) -> UniformPayloads:
+        """Those of some blocks."""
+        return UniformPayloads(
+            self.steps[some],
+            self.levels[some],
+            self.sizes[some],
+            self.lengths[some],
+            self.tiles[some],
+            self.classes[some],
+        )
 
 
 @dataclass(frozen=True)

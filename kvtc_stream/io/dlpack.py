@@ -369,7 +369,8 @@ def layer_list(
     x
         One tensor [layers, kv_heads, tokens, head_dim] or [layers, 1, kv_heads, tokens, head_dim];
         or a list or tuple of a tensor per layer, each [kv_heads, tokens, head_dim] or
-        [1, kv_heads, tokens, head_dim]. Tensors as for :func:`to_numpy`. ``tokens`` may be 0.
+        [1, kv_heads, tokens, head_dim], or of fewer tensors, of several layers each. Tensors as for
+        :func:`to_numpy`. ``tokens`` may be 0.
     name
         Name of ``x`` in error messages.
     layers, kv_heads, head_dim
@@ -395,14 +396,16 @@ def layer_list(
         The dtype is wrong or differs between layers, or :func:`to_numpy` raises it.
     """
     if isinstance(x, list | tuple):
-        if len(x) != layers:
+        found = [convert(t, f"{name}[{i}]") for i, t in enumerate(x)]
+        if len(x) != layers and sum(a.shape[0] if a.ndim == 4 else 1 for a in found) == layers:
+            found = [own for a in found for own in (a if a.ndim == 4 else [a])]
+        if len(found) != layers:
             raise ValueError(
                 f"{name} is a list of {len(x)} tensors; expected one for each of {layers} layers"
             )
         expected = {"kv_heads": kv_heads, "tokens": None, "head_dim": head_dim}
         arrays = [
-            _drop_batch(convert(t, f"{name}[{i}]"), f"{name}[{i}]", expected, axis=0)
-            for i, t in enumerate(x)
+            _drop_batch(array, f"{name}[{i}]", expected, axis=0) for i, array in enumerate(found)
         ]
     else:
         whole = convert(x, name)

@@ -11,8 +11,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, BinaryIO, cast
 
+import numpy as np
+
 from kvtc_stream.errors import TruncatedError, UnsupportedError
 from kvtc_stream.io.memory import copied
+from kvtc_stream.io.threads import copy
 
 #: What a stream can be read from.
 Source = str | os.PathLike[str] | BinaryIO | bytes | bytearray | memoryview | mmap.mmap
@@ -118,12 +121,20 @@ class _Buffer(_Ranged):
         self._view, self._constant = view, constant
         if constant:
             self.read_ahead = _READ_AHEAD
+        self.fills = not constant  # a buffer that is given, with readinto
 
     def _range(self, start: int, stop: int) -> bytes:
         part = self._view[start:stop]
         if len(part) < _LARGE:
             return bytes(part)
         return cast(bytes, part if self._constant else copied(part))
+
+    def readinto(self, buffer: Any) -> int:
+        """Copy what is next, on threads; how many bytes."""
+        part = self._view[self._position : self._position + len(buffer)]
+        copy([np.frombuffer(part, np.uint8)], [np.frombuffer(buffer, np.uint8)[: len(part)]])
+        self._position += len(part)
+        return len(part)
 
 
 class _Ranges(_Ranged):

@@ -14,12 +14,11 @@ from numpy.typing import NDArray
 
 from kvtc_stream.backends.base import Backend
 from kvtc_stream.calibration.model import Calibration
-from kvtc_stream.formats import Block, IndexEntry, Role, StreamFile, StreamHeader
+from kvtc_stream.formats import Block, BlockTable, IndexEntry, Role, StreamFile, StreamHeader
 from kvtc_stream.io.sources import Source, open_source
 from kvtc_stream.stream.decoder import BlockDecoder
 from kvtc_stream.stream.edit import differences
 from kvtc_stream.stream.pending import Chunk, SectionState
-from kvtc_stream.stream.reader import block_slots
 
 #: Blocks that are decoded, and compared, together.
 _BLOCKS_AT_A_TIME = 64
@@ -175,9 +174,10 @@ class _SectionBase:
             return False
         layers = range(len(self._decoder.header.geometry.sections[self._section].layers))
         self._k, self._v = self._decoder.empty(self._section, len(layers), count)
-        first = found[0].start
-        slotted = [(block, block_slots(block, first, first + count)) for block in found]
-        self._decoder.coder(self._section).decode_into(slotted, layers, self._k, self._v)
+        table = BlockTable.of(found)
+        ordinals = table.ordinals()
+        slots = np.where(ordinals < 0, -1, ordinals - found[0].start)
+        self._decoder.coder(self._section).decode_into(table, slots, layers, self._k, self._v)
         self._positions = np.concatenate([_positions(block) for block in found])
         self._group.extend(found)
         self._first = self._equal = 0

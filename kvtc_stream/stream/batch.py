@@ -16,7 +16,7 @@ from kvtc_stream.backends.base import Backend
 from kvtc_stream.backends.select import get_backend
 from kvtc_stream.calibration.model import Calibration
 from kvtc_stream.errors import KVTCError
-from kvtc_stream.formats import Block, Limits
+from kvtc_stream.formats import BlockTable, Limits
 from kvtc_stream.io.dlpack import BackendName, check_memory, dtype_of
 from kvtc_stream.io.memory import joined
 from kvtc_stream.io.paged import PagedCache, indexable
@@ -96,10 +96,10 @@ class _Member:
     def about(self) -> AbstractContextManager[None]:
         return _about("streams", self.index, self.count)
 
-    def blocks(self, section: int) -> list[Block]:
-        """All of a section, verified."""
+    def stored(self, section: int) -> BlockTable:
+        """The blocks of a section; their errors are about this stream."""
         with self.about():
-            return self.reader.stored_blocks(section)
+            return self.reader.stored(section).within(self.about)
 
 
 def _encode_pages(cache: PagedCache, codec: Codec, **options: Any) -> bytes:
@@ -216,16 +216,13 @@ def _decode_into(
     idle: deque[Any] = deque()
 
     def one(group: Sequence[tuple[_Member, NDArray[np.int64]]]) -> None:
-        blocks = (
-            _placed(block, slots[block.start : block.start + len(block.kept)])
-            for member, slots in group
-            for block in member.blocks(section)
-        )
+        tables = [member.stored(section) for member, _ in group]
+        slots = [_slots(table, own) for table, (_, own) in zip(tables, group, strict=True)]
         try:
             coder = idle.pop()
         except IndexError:
             coder = group[0][0].reader.block_decoder.coder(section)
-        coder.decode_into(blocks, layers, k, v)
+        coder.decode_into(BlockTable.concat(tables), np.concatenate(slots), layers, k, v)
         idle.append(coder)
 
     tokens = np.cumsum([len(slots) for _, slots in streams])
@@ -263,11 +260,9 @@ def _into_pages(
     _decode_into(streams, section, backend, *map(backend.pool, (pages[0].k, pages[0].v)))
 
 
-def _placed(block: Block, slots: NDArray[np.int64]) -> tuple[Block, NDArray[np.int64]]:
-    """Where all tokens of a block go; those that were cut from the stream, nowhere."""
-    own = np.full(block.tokens, -1, np.int64)
-    own[block.kept.start : block.kept.stop] = slots
-    return block, own
+def _slots(table: BlockTable, of_section: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Where the tokens of blocks go, given that for each token of the section; -1: nowhere."""
+    return np.append(of_section, -1)[table.ordinals()]
 
 
 def decode_layers(
@@ -286,8 +281,8 @@ def decode_layers(
     """
     reader = open(data, calibration=calibration, backend=backend, limits=limits)
     blocks = reader.block_decoder
-    items = [_placed(b, b.start + np.arange(len(b.kept))) for b in reader.stored_blocks(section)]
-    layer = blocks.coder(section).layers_of(items, reader.tokens(section))
+    table = reader.stored(section)
+    layer = blocks.coder(section).layers_of(table, table.ordinals(), reader.tokens(section))
     for index in range(len(reader.header.geometry.sections[section].layers)):
         k, v = layer(index)
         yield blocks.output(k)[0], blocks.output(v)[0]

@@ -123,6 +123,10 @@ class BlockDecoder:
             )
         return self._coders[section]
 
+    def room(self, size: int) -> memoryview:
+        """Host memory that the backend reads quickly."""
+        return self._backend.room(size)
+
     def empty(self, section: int, layers: int, tokens: int) -> tuple[Any, Any]:
         """The backend's arrays for K and V of so many layers and tokens."""
         s, dtype = self._header.geometry.sections[section], self._header.out_dtype

@@ -7,7 +7,6 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from itertools import chain, islice
 from typing import Any, BinaryIO, Self
 
 import numpy as np
@@ -23,6 +22,7 @@ from kvtc_stream.errors import (
 )
 from kvtc_stream.formats import (
     Block,
+    BlockTable,
     IndexEntry,
     Limits,
     Role,
@@ -98,32 +98,36 @@ class Reader:
 
     def tokens(self, section: int = 0) -> int:
         """Tokens of a section. Seekable files only."""
-        return sum(entry.tokens for entry in self._entries(section))
+        stream, numbers = self._numbers(section)
+        return int(stream.entries["tokens"][numbers].sum())
 
     def positions(self, section: int = 0) -> NDArray[np.int64]:
         """Positions of a section's tokens, int64 [tokens]. Seekable files only."""
-        entries = self._entries(section)
-        if all(e.last_position - e.first_position + 1 == e.tokens for e in entries):
-            spans = [np.arange(e.first_position, e.last_position + 1) for e in entries]
-        else:
-            spans = [
-                np.array(b.positions[b.kept.start : b.kept.stop], np.int64)
-                for b in self.stored_blocks(section)
-            ]
-        return np.concatenate([np.empty(0, np.int64), *spans])
+        stream, numbers = self._numbers(section)
+        entries = stream.entries[numbers]
+        counts, firsts = entries["tokens"].astype(np.int64), entries["first_position"]
+        if (entries["last_position"] - firsts + 1 == counts).all():
+            return np.repeat(firsts - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())
+        table = self.stored(section)
+        found: NDArray[np.int64] = table.positions()[table.ordinals() >= 0]
+        return found
 
     @property
     def block_decoder(self) -> BlockDecoder:
         """What decodes the stream's blocks."""
         return self._blocks
 
-    def stored_blocks(self, section: int) -> list[Block]:
-        """The blocks of a section as they are stored, verified. Seekable files only."""
-        entries = self._entries(section)
-        assert self._stream is not None
+    def stored(self, section: int, tokens: slice | None = None) -> BlockTable:
+        """The blocks of a section, or those that hold some tokens, as they are stored.
+
+        Their payloads are not compared with their checksums yet. Seekable files only.
+        """
+        stream, numbers = self._numbers(section)
+        first, last = _span(tokens, self.tokens(section), "tokens")
         with self._lock:
             self._check_open()
-            return list(self._stream.read_blocks(entries))
+            chosen = _holding(stream.entries[numbers], first, last)
+            return stream.read_table(numbers[chosen], self._blocks.room)
 
     def __iter__(self) -> Iterator[KVBlock]:
         """Blocks in token order, verbatim tokens included."""
@@ -166,24 +170,18 @@ class Reader:
                     "fewer at a time"
                 ) from None
         chosen = range(*_span(layers, len(geometry.layers), "layers"))
-        entries = [
-            e for e in self._entries(section) if e.start < last and first < e.start + e.tokens
-        ]
-        assert self._stream is not None
-        blocks = self._stream.read_blocks(entries)
-        if out is not None:
+        stream, numbers = self._numbers(section)
+        numbers = numbers[_holding(stream.entries[numbers], first, last)]
+        # What is given is written to once all blocks are known to be whole.
+        some = len(numbers) if out is not None else _BLOCKS_AT_A_TIME
+        for at in range(0, len(numbers), max(some, 1)):
             with self._lock:
                 self._check_open()
-                blocks = iter(list(blocks))
-        while True:
-            with self._lock:
-                self._check_open()
-                block = next(blocks, None)
-                if block is None:
-                    return (self._blocks.output(k), self._blocks.output(v)) if out is None else out
-                some = chain([block], islice(blocks, _BLOCKS_AT_A_TIME - 1))
-                slotted = ((b, block_slots(b, first, last)) for b in some)
-                self._blocks.coder(section).decode_into(slotted, chosen, k, v)
+                table = stream.read_table(numbers[at : at + some], self._blocks.room)
+                slots = table.ordinals() - first
+                slots[(slots < 0) | (slots >= last - first)] = -1
+                self._blocks.coder(section).decode_into(table, slots, chosen, k, v)
+        return (self._blocks.output(k), self._blocks.output(v)) if out is None else out
 
     def blocks(
         self,
@@ -245,11 +243,12 @@ class Reader:
                 decoded = self._blocks.decode(block, chosen)
             yield decoded
 
-    def _entries(self, section: int) -> list[IndexEntry]:
+    def _numbers(self, section: int) -> tuple[StreamFile, NDArray[np.int64]]:
+        """The stream, and the numbers of the section's records."""
         if self._stream is None:
             raise UnsupportedError("a pipe has no random access: iterate, or read from a file")
-        section = self._checked(section)
-        return [e for e in self._stream.index if e.section == section]
+        section, live = self._checked(section), self._stream.live
+        return self._stream, live[self._stream.entries["section"][live] == section]
 
     def _check_open(self) -> None:
         if self._closed:
@@ -331,13 +330,11 @@ def _span(chosen: slice | None, count: int | None, name: str) -> tuple[int, int]
     return start, max(start, stop)
 
 
-def block_slots(block: Block, first: int, last: int) -> NDArray[np.int64]:
-    """Where a block's tokens lie among those from ``first`` to ``last``; -1 for others."""
-    slots = np.arange(block.tokens) + (block.start - block.kept.start - first)
-    slots[: block.kept.start] = -1
-    slots[block.kept.stop :] = -1
-    slots[(slots < 0) | (slots >= last - first)] = -1
-    return slots
+def _holding(entries: NDArray[Any], first: int, last: int) -> NDArray[np.bool_]:
+    """Which blocks hold tokens of a span, by the index."""
+    starts = entries["start"].astype(np.int64)
+    found: NDArray[np.bool_] = (starts < last) & (first < starts + entries["tokens"])
+    return found
 
 
 def _some_tokens(block: KVBlock, first: int, last: int) -> KVBlock:

@@ -55,6 +55,10 @@ _CHECKED, _CANDIDATES = 8, 1 << 17
 #: the token is another.
 _ROUNDING, _ANOTHER = 0.03, 0.7
 
+#: Layers whose tensors share memory: fewer to allocate and hand over, and little that is held
+#: until the last of them has grown.
+_TOGETHER = 4
+
 #: Tokens per piece handed to the encoder: bounds the copies from the model's device.
 _CHUNK = 1024
 
@@ -296,15 +300,20 @@ def _read_layers(
     """The latest tokens of a section: K and V, each a tensor [1, heads, tokens, dim] a layer."""
     section = reader.header.geometry.sections[i]
     dtype = getattr(torch, reader.header.out_dtype.label)
+    layers = len(section.layers)
     out = [
         [
-            torch.empty((section.kv_heads, tokens, dim), dtype=dtype, device=memory)
-            for _ in section.layers
+            torch.empty(
+                (min(_TOGETHER, layers - first), section.kv_heads, tokens, dim),
+                dtype=dtype,
+                device=memory,
+            )
+            for first in range(0, layers, _TOGETHER)
         ]
         for dim in (section.k_dim, section.v_dim)
     ]
     reader.read(tokens=slice(reader.tokens(i) - tokens, None), section=i, out=(out[0], out[1]))
-    return [[x[None] for x in part] for part in out]
+    return [[x for some in part for x in some[:, None]] for part in out]
 
 
 def _fill(layer: Any, keys: Tensor, values: Tensor, seen: int) -> None:

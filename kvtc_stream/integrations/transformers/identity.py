@@ -5,8 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import warnings
+import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -217,8 +220,63 @@ def _canonical(value: Any) -> Any:
     return value if value is None or isinstance(value, bool | int | str) else str(value)
 
 
+@dataclass(frozen=True)
+class _Known:
+    """Fingerprints of a decoder, and what they were found with: nothing of it has changed if that
+    has not; ``some`` of the weights and their samples are looked at nevertheless."""
+
+    found_with: Any
+    some: dict[str, Tensor]
+    samples: dict[str, bytes]
+    fingerprints: tuple[bytes, bytes]
+
+
+_known: weakref.WeakKeyDictionary[PreTrainedModel, _Known] = weakref.WeakKeyDictionary()
+
+
 def _fingerprints(decoder: PreTrainedModel) -> tuple[bytes, bytes]:
-    """The fingerprint, and the first one, which old calibrations have."""
+    """The fingerprint, and the first one, which old calibrations have.
+
+    They are kept for as long as the model lives and neither its configuration, nor its adapters,
+    nor its weights change. PyTorch counts changes in place, but for those of ``weight.data``: so a
+    weight of each kind is sampled each time.
+    """
+    found_with = _state(decoder)
+    known = _known.get(decoder)
+    if known is None or known.found_with != found_with or _samples(known.some) != known.samples:
+        some = _one_of_each(decoder)
+        fingerprints = _compute_fingerprints(decoder)
+        known = _Known(found_with, some, _samples(some), fingerprints)
+        _known[decoder] = known
+    return known.fingerprints
+
+
+def _state(decoder: PreTrainedModel) -> Any:
+    """What changes when a model's configuration, adapters or weights do, found quickly."""
+    tensors: list[Any] = []
+    adapters: list[Any] = []
+    for module in decoder.modules():
+        for x in (*module._parameters.values(), *module._buffers.values()):
+            if x is not None:
+                # Those of inference mode do not count their changes; nobody may make any there.
+                version = None if x.is_inference() else x._version
+                tensors.append((id(x), None if x.is_meta else x.data_ptr(), version, x.shape))
+        if hasattr(module, "disable_adapters") and isinstance(getattr(module, "scaling", 0), dict):
+            adapters.append(
+                (module.disable_adapters, list(module.active_adapters), dict(module.scaling))
+            )
+    return config_text(decoder.config), tensors, adapters
+
+
+def _one_of_each(decoder: PreTrainedModel) -> dict[str, Tensor]:
+    """A weight of each kind, from layers in the middle of those that have one."""
+    kinds: dict[str, list[tuple[str, Tensor]]] = {}
+    for name, x in decoder.named_parameters():
+        kinds.setdefault(re.sub(r"\d+", "#", name), []).append((name, x))
+    return dict(own[len(own) // 2] for own in kinds.values())
+
+
+def _compute_fingerprints(decoder: PreTrainedModel) -> tuple[bytes, bytes]:
     parameters = dict(decoder.named_parameters())
     samples = _samples({**parameters, **_stored_buffers(decoder)})
     adapters = _adapters(decoder)

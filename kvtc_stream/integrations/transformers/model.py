@@ -52,7 +52,10 @@ def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
 def layer_devices(model: PreTrainedModel) -> dict[int, torch.device]:
     """Where the layers of a model that is spread over several devices are; empty if it is not."""
     decoder = decoder_of(model)
-    if len({p.device for p in decoder.parameters()}) < 2:
+    devices = {
+        p.device for part in decoder.modules() for p in part._parameters.values() if p is not None
+    }
+    if len(devices) < 2:
         return {}
     lists = [x for x in decoder.children() if isinstance(x, torch.nn.ModuleList)]
     layers = max(lists, key=len, default=torch.nn.ModuleList())

@@ -1,0 +1,550 @@
+"""Many blocks at a time, as columns instead of an object each.
+
+What is checked is what :class:`~kvtc_stream.formats.index.IndexEntry`, ``RecordHeader`` and
+``Block`` check one by one. These functions say only whether all is as usual; who meets something
+else asks the parser of single blocks, which reads it or raises the error.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from kvtc_stream.formats.block import Block, Role
+from kvtc_stream.formats.block_errors import Measure
+from kvtc_stream.formats.coders import Coder
+from kvtc_stream.formats.features import Feature
+from kvtc_stream.formats.geometry import DType
+from kvtc_stream.formats.header import StreamHeader
+from kvtc_stream.formats.limits import Limits
+from kvtc_stream.formats.record import (
+    RECORD_HEADER_SIZE,
+    RECORD_MAGIC,
+    RECORD_OVERHEAD,
+    RecordType,
+)
+from kvtc_stream.io.threads import begin
+
+
+def _layout(itemsize: int, /, **fields: tuple[int, Any]) -> np.dtype[Any]:
+    """A structured dtype of ``itemsize`` bytes, from offset and type of each field."""
+    return np.dtype(
+        {
+            "names": list(fields),
+            "offsets": [offset for offset, _ in fields.values()],
+            "formats": [form for _, form in fields.values()],
+            "itemsize": itemsize,
+        }
+    )
+
+
+#: An entry of the index. Errors are compared as bits.
+ENTRY = _layout(
+    88,
+    offset=(0, "<u8"),
+    length=(8, "<u8"),
+    type=(16, "u1"),
+    role=(17, "u1"),
+    measure=(18, "u1"),
+    reserved=(19, "u1"),
+    section=(20, "<u2"),
+    reserved_too=(22, "<u2"),
+    tokens=(24, "<u4"),
+    verbatim_tokens=(28, "<u4"),
+    start=(32, "<u8"),
+    first_position=(40, "<i8"),
+    last_position=(48, "<i8"),
+    coded_bytes=(56, "<u8"),
+    verbatim_bytes=(64, "<u8"),
+    errors=(72, ("<u4", (4,))),
+)
+#: What a block's record begins with: the record's header, and the fields of the block.
+_HEAD = _layout(
+    RECORD_HEADER_SIZE + 80,
+    magic=(0, "S4"),
+    type=(4, "u1"),
+    flags=(5, "u1"),
+    section=(6, "<u2"),
+    sequence=(8, "<u4"),
+    reserved=(12, "<u4"),
+    size=(16, "<u8"),
+    seed=(24, "<u8"),
+    tokens=(32, "<u4"),
+    verbatim=(36, "<u4"),
+    start=(40, "<u8"),
+    first=(48, "<i8"),
+    role=(56, "u1"),
+    listed=(57, "u1"),
+    measure=(58, "u1"),
+    coder=(59, "u1"),
+    verbatim_coder=(60, "u1"),
+    contents=(61, "u1"),
+    reserved_too=(62, "<u2"),
+    coded_size=(64, "<u8"),
+    coded_length=(72, "<u8"),
+    verbatim_length=(80, "<u8"),
+    errors=(88, ("<u4", (4,))),
+    cut=(104, "<u8"),
+)
+#: A row of :class:`BlockTable`.
+ROW = np.dtype(
+    [
+        (name, np.int64)
+        for name in (
+            "piece",  # which of the buffers holds the block
+            "start",  # ordinal of the first token that was not cut
+            "tokens",
+            "first",  # position of the first token
+            "front",  # tokens that are cut at the front
+            "end",  # and at the end
+            "verbatim",  # how many tokens are verbatim
+            "coder",
+            "coded",  # where the symbols begin
+            "coded_length",
+            "coded_size",
+            "verbatim_coder",
+            "exact",  # where the verbatim values begin
+            "exact_length",
+            "payload",  # where what the checksum covers begins
+            "size",  # and its bytes
+        )
+    ]
+    + [("seed", np.uint64), ("checksum", np.uint64)]
+)
+#: Bits of binary32 from which on a number is not finite, or negative.
+_INFINITE = 0x7F800000
+#: No size in memory comes near it.
+_HUGE = np.uint64(1 << 62)
+_SINKS, _TAIL = int(Role.SINKS), int(Role.TAIL)
+_STAGES = np.array([1, 0, 2])  # DATA, SINKS, TAIL
+
+
+def usual_entries(
+    packed: bytes | memoryview, header: StreamHeader, start: int, limits: Limits
+) -> NDArray[Any] | None:
+    """The entries of an index, :data:`ENTRY`, of a stream that was written in one go and whose
+    first record is at ``start``; ``None`` if they are anything else."""
+    if len(packed) % ENTRY.itemsize:
+        return None
+    e = np.frombuffer(packed, ENTRY)
+    block = e["type"] == RecordType.BLOCK
+    other = e[~block]
+    if len(other):
+        zeros = other.copy()
+        for name in ("offset", "length", "type"):
+            zeros[name] = 0
+        if (
+            any(zeros.tobytes())
+            or np.isin(other["type"], (0, RecordType.INDEX, RecordType.SUPERSEDE)).any()
+        ):
+            return None
+    if not _sound(e, block, limits) or not _follow(e, start):
+        return None
+    for section in np.unique(e["section"][block]).tolist():
+        if section >= len(header.geometry.sections):
+            return None
+        if not _in_order(e[block & (e["section"] == section)], header.block_tokens):
+            return None
+    return e
+
+
+def _sound(e: NDArray[Any], block: NDArray[np.bool_], limits: Limits) -> bool:
+    """Whether each entry by itself can be."""
+    least, most = RECORD_OVERHEAD, limits.max_record_bytes + RECORD_OVERHEAD
+    own = e[block]
+    return bool(
+        ((e["length"] >= least) & (e["length"] <= most)).all()
+        and not e["reserved"].any()
+        and not e["reserved_too"].any()
+        and (own["role"] <= max(Role)).all()
+        and _errors_can_be(own).all()
+        and (own["tokens"] <= limits.max_block_tokens).all()
+        and (own["tokens"] > 0).all()
+        and (own["verbatim_tokens"] <= own["tokens"]).all()
+        and (own["start"] < _HUGE).all()
+    )
+
+
+def _errors_can_be(x: NDArray[Any]) -> NDArray[np.bool_]:
+    known = (x["measure"] <= max(Measure)) & ((x["measure"] != 0) | ~x["errors"].any(axis=1))
+    can_be: NDArray[np.bool_] = known & (x["errors"] < _INFINITE).all(axis=1)
+    return can_be
+
+
+def _follow(e: NDArray[Any], start: int) -> bool:
+    """Whether records lie one after the other."""
+    if not len(e):
+        return True
+    ends = start + np.cumsum(e["length"])
+    return bool(e["offset"][0] == start and (e["offset"][1:] == ends[:-1]).all())
+
+
+def _in_order(e: NDArray[Any], block_tokens: int) -> bool:
+    """Whether blocks of one section hold its tokens in order."""
+    ends = np.cumsum(e["tokens"], dtype=np.uint64)
+    span = e["last_position"] - e["first_position"]  # overflow shows as negative
+    stages = _STAGES[e["role"]]
+    return bool(
+        e["start"][0] == 0
+        and (e["start"][1:] == ends[:-1]).all()
+        and (e["first_position"] >= 0).all()
+        and (e["first_position"][1:] > e["last_position"][:-1]).all()
+        and (span >= e["tokens"].astype(np.int64) - 1).all()
+        and (e["tokens"][e["role"] == Role.DATA] <= block_tokens).all()
+        and (stages[1:] >= stages[:-1]).all()
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class BlockTable:
+    """Blocks of one section.
+
+    Attributes
+    ----------
+    pieces
+        The buffers that hold the blocks. Offsets of rows count in their piece.
+    rows
+        [blocks] of :data:`ROW`.
+    special
+        Blocks about which columns do not tell all, by row: with listed positions or some verbatim
+        tokens.
+    unverified
+        Whether payloads were not compared with their checksums yet: see :meth:`verify`.
+    """
+
+    pieces: tuple[memoryview, ...]
+    rows: NDArray[Any]
+    special: Mapping[int, Block]
+    unverified: bool
+    _parse: Callable[[int, int | None], Block]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @classmethod
+    def of(cls, blocks: Sequence[Block]) -> BlockTable:
+        """A table of blocks that were parsed, and verified, already."""
+        rows = np.zeros(len(blocks), ROW)
+        pieces: list[memoryview] = []
+        special = {}
+        for i, block in enumerate(blocks):
+            fill(rows[i], block)
+            rows[i]["piece"] = len(pieces)
+            if len(block.verbatim) and len(block.coded):
+                pieces.append(memoryview(b"".join((block.coded, block.verbatim))))
+                rows[i]["exact"] = len(block.coded)
+            else:
+                pieces.append(memoryview(block.coded if len(block.coded) else block.verbatim))
+            if is_special(block):
+                special[i] = block
+        return cls(tuple(pieces), rows, special, False, lambda i, _: blocks[i])
+
+    @classmethod
+    def concat(cls, tables: Sequence[BlockTable]) -> BlockTable:
+        """The blocks of several tables, which are all verified or all not."""
+        if len(tables) == 1:
+            return tables[0]
+        rows = np.concatenate([np.zeros(0, ROW), *(t.rows for t in tables)])
+        firsts = [0]
+        pieces: list[memoryview] = []
+        special: dict[int, Block] = {}
+        for table in tables:
+            rows["piece"][firsts[-1] : firsts[-1] + len(table)] += len(pieces)
+            pieces += table.pieces
+            special |= {firsts[-1] + i: block for i, block in table.special.items()}
+            firsts.append(firsts[-1] + len(table))
+
+        def parse(row: int, found: int | None) -> Block:
+            owner = bisect_right(firsts, row) - 1
+            return tables[owner]._parse(row - firsts[owner], found)
+
+        unverified = any(t.unverified for t in tables)
+        return cls(tuple(pieces), rows, special, unverified, parse)
+
+    def within(self, context: Callable[[], AbstractContextManager[None]]) -> BlockTable:
+        """The same blocks, whose errors are raised in a context."""
+
+        def parse(row: int, found: int | None) -> Block:
+            with context():
+                return self._parse(row, found)
+
+        return replace(self, _parse=parse)
+
+    def block(self, row: int, *, verified: bool = False) -> Block:
+        """One block; its payload is compared with its checksum unless it was ``verified``."""
+        if row in self.special:
+            return self.special[row]
+        return self._parse(row, int(self.rows["checksum"][row]) if verified else None)
+
+    def bytes_of(self, row: int, begin: str, length: str) -> memoryview:
+        """Some bytes of a block, by the names of the columns that say where they are."""
+        own = self.rows[row]
+        at = int(own[begin])
+        return self.pieces[int(own["piece"])][at : at + int(own[length])]
+
+    def gathered(self, offsets: NDArray[np.int64], size: int) -> NDArray[np.uint8]:
+        """uint8 [blocks, size]: bytes of each block's piece from ``offsets`` on; where that ends
+        before, its last byte again."""
+        out = np.empty((len(self), size), np.uint8)
+        columns = np.arange(size)
+        for piece in np.unique(self.rows["piece"]).tolist():
+            own = np.flatnonzero(self.rows["piece"] == piece)
+            data = np.frombuffer(self.pieces[piece], np.uint8)
+            out[own] = data[np.minimum(offsets[own, None] + columns, len(data) - 1)]
+        return out
+
+    def taken(self, which: NDArray[np.int64]) -> BlockTable:
+        """Some of the blocks, by row."""
+        places = {int(row): i for i, row in enumerate(which)}
+        special = {places[i]: block for i, block in self.special.items() if i in places}
+        chosen = which.tolist()
+        return BlockTable(
+            self.pieces,
+            self.rows[which],
+            special,
+            self.unverified,
+            lambda row, found: self._parse(chosen[row], found),
+        )
+
+    def verify(self) -> None:
+        """Compare payloads with their checksums; ``ChecksumError`` if one differs."""
+        self.verifying()()
+
+    def verifying(self) -> Callable[[], None]:
+        """Begin :meth:`verify` on threads; what is returned waits for them."""
+        if not self.unverified:
+            return lambda: None
+        rows = self.rows
+        seeds = rows["seed"].tolist()
+        payloads = [(self.bytes_of(i, "payload", "size"), seed) for i, seed in enumerate(seeds)]
+        found = begin(xxhash.xxh3_64_intdigest, payloads, int(rows["size"].sum()))
+        return lambda: self.compare(np.array(found(), np.uint64))
+
+    def compare(self, found: NDArray[np.uint64]) -> None:
+        """Raise ``ChecksumError`` unless these are the checksums of the payloads."""
+        for row in np.flatnonzero(found != self.rows["checksum"]).tolist():
+            self._parse(row, int(found[row]))
+
+    def of_tokens(self, values: NDArray[Any]) -> NDArray[Any]:
+        """Repeat a value of each block for its tokens."""
+        return np.repeat(values, self.rows["tokens"])
+
+    def places(self) -> NDArray[np.int64]:
+        """int64 [tokens]: the index of each token in its block."""
+        tokens: NDArray[np.int64] = self.rows["tokens"]
+        found: NDArray[np.int64] = np.arange(int(tokens.sum()))
+        found -= self.of_tokens(np.cumsum(tokens) - tokens)
+        return found
+
+    def positions(self) -> NDArray[np.int64]:
+        """int64 [tokens]: the position of each token, those that are cut included."""
+        out = self.of_tokens(self.rows["first"]) + self.places()
+        for row, own in self._special_tokens():
+            out[own] = np.array(self.special[row].positions, np.int64)
+        return out
+
+    def verbatim(self) -> NDArray[np.bool_]:
+        """bool [tokens]: whether each token is verbatim."""
+        out = self.of_tokens(self.rows["verbatim"] == self.rows["tokens"])
+        for row, own in self._special_tokens():
+            out[own.start + np.array(self.special[row].verbatim_tokens, np.int64)] = True
+        return out
+
+    def ordinals(self) -> NDArray[np.int64]:
+        """int64 [tokens]: the ordinal of each token in the section, -1 of those that are cut."""
+        rows, places = self.rows, self.places()
+        out = self.of_tokens(rows["start"] - rows["front"]) + places
+        if rows["front"].any() or rows["end"].any():
+            kept = places >= self.of_tokens(rows["front"])
+            out[~kept | (places >= self.of_tokens(rows["tokens"] - rows["end"]))] = -1
+        return out
+
+    def _special_tokens(self) -> list[tuple[int, slice]]:
+        ends = np.cumsum(self.rows["tokens"]).tolist()
+        return [(i, slice(ends[i] - b.tokens, ends[i])) for i, b in self.special.items()]
+
+
+def is_special(block: Block) -> bool:
+    """Whether columns do not tell all about a block."""
+    return bool(block.axes) or (
+        not isinstance(block.positions, range) or 0 < len(block.verbatim_tokens) < block.tokens
+    )
+
+
+def fill(row: Any, block: Block) -> None:
+    """Columns of a row that a block tells."""
+    row["start"], row["tokens"], row["first"] = block.start, block.tokens, block.positions[0]
+    row["front"], row["end"] = block.cut
+    row["verbatim"] = len(block.verbatim_tokens)
+    row["coder"], row["verbatim_coder"] = block.coder, block.verbatim_coder
+    row["coded_size"] = block.coded_size
+    row["coded_length"], row["exact_length"] = len(block.coded), len(block.verbatim)
+
+
+def read_table(
+    data: memoryview,
+    begins: NDArray[np.int64],
+    entries: NDArray[Any],
+    sequences: NDArray[np.int64],
+    parse: Callable[[int, int | None], Block],
+    *,
+    header: StreamHeader,
+    seed: int,
+    limits: Limits,
+) -> BlockTable:
+    """The blocks of a section whose records begin at ``begins``, unverified.
+
+    Parameters
+    ----------
+    data
+        Bytes that hold the records.
+    entries, sequences
+        What the index says of them, :data:`ENTRY`, and their numbers in the stream.
+    parse
+        Parses the record of a row, given its payload's checksum if it is known; raises the error
+        of a record that is not as it should be.
+    """
+    lengths = entries["length"].astype(np.int64)
+    width = _HEAD.itemsize
+    bytes_ = np.frombuffer(data, np.uint8)
+    whole = lengths >= width + RECORD_OVERHEAD - RECORD_HEADER_SIZE
+    at = np.minimum(begins[:, None] + np.arange(width), len(bytes_) - 1)
+    heads = bytes_[at].view(_HEAD)[:, 0]
+    fields = heads.tobytes()
+    seeds = [
+        xxhash.xxh3_64_intdigest(fields[i : i + RECORD_HEADER_SIZE - 8], seed)
+        for i in range(0, len(fields), width)
+    ]
+    usual = whole & (heads["seed"] == np.array(seeds, np.uint64))
+    usual &= _usual_records(heads, entries, sequences, limits)
+    usual &= _usual_blocks(heads, entries, header, limits)
+    usual &= _usual_layers(bytes_, begins, heads, usual, header)
+    ends = begins + lengths - (RECORD_OVERHEAD - RECORD_HEADER_SIZE)
+
+    rows = np.zeros(len(entries), ROW)
+    for name, source in (
+        ("start", "start"),
+        ("tokens", "tokens"),
+        ("first", "first"),
+        ("verbatim", "verbatim"),
+        ("coder", "coder"),
+        ("coded_size", "coded_size"),
+        ("coded_length", "coded_length"),
+        ("verbatim_coder", "verbatim_coder"),
+        ("exact_length", "verbatim_length"),
+    ):
+        rows[name] = heads[source]
+    rows["seed"] = heads["seed"]
+    rows["payload"], rows["size"] = begins + RECORD_HEADER_SIZE, lengths - RECORD_OVERHEAD
+    special = {}
+    for i in np.flatnonzero(~usual).tolist():
+        block = parse(i, None)
+        fill(rows[i], block)
+        if is_special(block):
+            special[i] = block
+    rows["exact"] = ends - rows["exact_length"]
+    rows["coded"] = rows["exact"] - rows["coded_length"]
+    rows["checksum"] = bytes_[ends[:, None] + np.arange(8)].view("<u8")[:, 0]
+    return BlockTable((data,), rows, special, True, parse)
+
+
+def _usual_records(
+    heads: NDArray[Any], entries: NDArray[Any], sequences: NDArray[np.int64], limits: Limits
+) -> NDArray[np.bool_]:
+    """Which records' headers are those of the blocks that the index lists."""
+    found: NDArray[np.bool_] = (
+        (heads["magic"] == RECORD_MAGIC)
+        & (heads["type"] == RecordType.BLOCK)
+        & (heads["flags"] == 0)
+        & (heads["reserved"] == 0)
+        & (heads["section"] == entries["section"])
+        & (heads["sequence"] == sequences)
+        & (sequences < limits.max_records)
+        & (heads["size"] == entries["length"] - np.uint64(RECORD_OVERHEAD))
+    )
+    return found
+
+
+def _usual_blocks(
+    heads: NDArray[Any], entries: NDArray[Any], header: StreamHeader, limits: Limits
+) -> NDArray[np.bool_]:
+    """Which blocks have no positions and no bitmap of their own, and can be."""
+    h, e = heads, entries
+    allowed = 1 if Feature.LAYER_ERRORS in header.features else 0
+    tokens, verbatim = h["tokens"].astype(np.int64), h["verbatim"].astype(np.int64)
+    exact = verbatim == tokens
+    layers = np.array([len(s.layers) for s in header.geometry.sections])[e["section"]]
+    per_token = np.array([header.verbatim_size(i, 1) for i in range(len(header.geometry.sections))])
+    values = verbatim * per_token[e["section"]]
+    sizes = [h[name] for name in ("coded_size", "coded_length", "verbatim_length")]
+    usual: NDArray[np.bool_] = (h["start"] < _HUGE) & np.logical_and.reduce(
+        [x < _HUGE for x in sizes]
+    )
+    coded_size, coded, exact_bytes = (x.astype(np.int64) for x in sizes)
+    last = h["first"] + (tokens - 1)  # overflow shows as negative
+    usual &= (tokens > 0) & (tokens <= limits.max_block_tokens)
+    usual &= (coded_size <= limits.max_block_bytes) & (values <= limits.max_block_bytes)
+    usual &= exact | (verbatim == 0)
+    usual &= (h["role"] <= max(Role)) & ((h["role"] == Role.DATA) | exact)
+    usual &= (h["role"] != Role.DATA) | (tokens <= header.block_tokens)
+    usual &= (h["listed"] == 0) & (h["reserved_too"] == 0) & (h["cut"] == 0)
+    usual &= (h["contents"] <= allowed) & ((h["contents"] == 0) | ~exact)
+    usual &= (h["first"] >= 0) & (last >= 0) & _errors_can_be(h)
+    usual &= ~exact | (coded_size == 0)
+    symbols = (h["coder"] == Coder.RANS) & (coded_size > 0)
+    usual &= symbols | _bytes_can_be(h["coder"], coded, coded_size)
+    tiles = Feature.PLANES in header.features and header.dtype is DType.BFLOAT16
+    usual &= _bytes_can_be(h["verbatim_coder"], exact_bytes, values) | (
+        (h["verbatim_coder"] == Coder.PLANES) & (exact_bytes < values) & tiles
+    )
+    fields = _HEAD.itemsize - RECORD_HEADER_SIZE
+    size = fields + 4 * layers * h["contents"] + coded + exact_bytes
+    usual &= size == h["size"].astype(np.int64)
+    for mine, listed in (
+        (h["role"], "role"),
+        (h["measure"], "measure"),
+        (h["tokens"], "tokens"),
+        (h["verbatim"], "verbatim_tokens"),
+        (h["start"], "start"),
+        (h["first"], "first_position"),
+        (last, "last_position"),
+        (h["coded_length"], "coded_bytes"),
+        (h["verbatim_length"], "verbatim_bytes"),
+    ):
+        usual &= mine == e[listed]
+    usual &= (h["errors"] == e["errors"]).all(axis=1)
+    return usual
+
+
+def _bytes_can_be(
+    coder: NDArray[np.uint8], coded: NDArray[np.int64], size: NDArray[np.int64]
+) -> NDArray[np.bool_]:
+    """See :func:`kvtc_stream.formats.coders.check_coded`."""
+    shorter = np.isin(coder, (Coder.DEFLATE, Coder.ZSTD, Coder.LZ4)) & (coded < size)
+    found: NDArray[np.bool_] = shorter | (coder == Coder.STORED) & (coded == size)
+    return found
+
+
+def _usual_layers(
+    data: NDArray[np.uint8],
+    begins: NDArray[np.int64],
+    heads: NDArray[Any],
+    usual: NDArray[np.bool_],
+    header: StreamHeader,
+) -> NDArray[np.bool_]:
+    """Which blocks have no errors by layer, or such that can be; of those that are usual so far."""
+    found = usual.copy()
+    own = np.flatnonzero(usual & (heads["contents"] == 1))
+    if len(own):
+        layers = len(header.geometry.sections[int(heads["section"][own[0]])].layers)
+        at = begins[own, None] + (_HEAD.itemsize + np.arange(4 * layers))
+        codes = data[at].reshape(-1, 2, 2, layers)  # of K and of V, mean and worst
+        found[own] = (codes[:, :, 0] <= codes[:, :, 1]).all(axis=(1, 2))
+    return found

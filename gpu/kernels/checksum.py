@@ -1,0 +1,179 @@
+"""Checksums of payloads: XXH3-64 with a seed, of more than 240 bytes, in two kernels.
+
+The method is that of the reference implementation (XXH3, long inputs). Within 1,024 bytes eight
+accumulators only add, in any order, so that all of these are summed at once; what mixes the
+accumulators between them is a chain, but a short one. The host finishes with a few products.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import cuda
+from numpy.typing import NDArray
+
+from kvtc_stream.gpu.kernels.intrinsics import WARP, i32, i64, i64p, shuffle, shuffle_down
+from kvtc_stream.gpu.runtime.compile import kernel
+
+#: Shorter payloads have another method.
+LEAST = 241
+#: Bytes that are added before the accumulators are mixed; threads of a block of :func:`add`.
+BLOCK, THREADS = 1024, 256
+#: Fields of a task: the index of the first 8 bytes, bytes, the first row of sums, and the seed.
+WORD, SIZE, FIRST, SEED = range(4)
+FIELDS = 4
+
+#: XXH3's secret, int64 [24].
+SECRET = np.array(
+    [
+        0xBE4BA423396CFEB8, 0x1CAD21F72C81017C, 0xDB979083E96DD4DE, 0x1F67B3B7A4A44072,
+        0x78E5C0CC4EE679CB, 0x2172FFCC7DD05A82, 0x8E2443F7744608B8, 0x4C263A81E69035E0,
+        0xCB00C391BB52283C, 0xA32E531B8B65D088, 0x4EF90DA297486471, 0xD8ACDEA946EF1938,
+        0x3F349CE33F76FAA8, 0x1D4F0BC7C7BBDCF9, 0x3159B4CD4BE0518A, 0x647378D9C97E9FC8,
+        0xC3EBD33483ACC5EA, 0xEB6313FAFFA081C5, 0x49DAF0B751DD0D17, 0x9E68D429265516D3,
+        0xFCA1477D58BE162B, 0xCE31D07AD1B8F88F, 0x280416958F3ACB45, 0x7E404BBBCAFBD7AF,
+    ],
+    np.uint64,
+).view(np.int64)  # fmt: skip
+_PRIMES = (0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D)
+_LONG = (0x9E3779B185EBCA87, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0x85EBCA77C2B2AE63,
+         0x27D4EB2F165667C5)  # fmt: skip
+#: What the accumulators begin with, int64 [8].
+INITIAL = np.array([_PRIMES[2], *_LONG[:4], _PRIMES[1], _LONG[4], _PRIMES[0]], np.uint64).view(
+    np.int64
+)
+
+_I64 = np.int64
+_LOW = np.int64(0xFFFFFFFF)
+_PRIME = np.int64(_PRIMES[0])
+
+
+@kernel(i64p, i64p, i64p, i64p)
+def add(tasks, data, secret, sums):  # type: ignore[no-untyped-def]
+    """Kernel: what is added to the accumulators for each 1,024 bytes of each payload, and, last,
+    for the rest of it.
+
+    Parameters
+    ----------
+    tasks
+        int64 [payloads, FIELDS]; the grid is (blocks of 8 times 1,024 bytes, payloads).
+    data
+        What holds the payloads, each at a multiple of 8 bytes, with at least 8 bytes after it.
+    secret
+        :data:`SECRET`.
+    sums
+        int64 [rows, 8], which are written.
+    """
+    task = _I64(cuda.blockIdx.y) * FIELDS
+    thread = i32(cuda.threadIdx.x)
+    lane = i32(thread & i32(WARP - 1))
+    size, seed = tasks[task + SIZE], tasks[task + SEED]
+    whole = (size - _I64(1)) >> _I64(10)
+    at = _I64(cuda.blockIdx.x) * _I64(THREADS // WARP) + _I64(thread >> i32(5))
+    if at > whole:
+        return
+    column, group = i32(lane & i32(7)), i32(lane >> i32(3))
+    stripes = i32(16)
+    if at == whole:
+        stripes = i32((size - _I64(1) - (whole << _I64(10))) >> _I64(6))
+    if column & i32(1):
+        seed = -seed
+    word = tasks[task + WORD]
+    products, values = _I64(0), _I64(0)
+    source = word + (at << _I64(7)) + _I64(column)
+    for stripe in range(group, stripes, i32(4)):
+        value = data[source + (_I64(stripe) << _I64(3))]
+        # Seeds are added to even words of the secret, and taken from odd ones.
+        own = seed
+        if stripe & i32(1):
+            own = -seed
+        key = value ^ (secret[i32(stripe) + column] + own)
+        products += (key & _LOW) * ((key >> _I64(32)) & _LOW)
+        values += value
+    if at == whole and group == i32(0):
+        # The last 64 bytes, wherever they begin; the secret's bytes from 121 on.
+        begin = size - _I64(64) + (_I64(column) << _I64(3))
+        shift = (begin & _I64(7)) << _I64(3)
+        value = data[word + (begin >> _I64(3))]
+        if shift:
+            value = (value >> shift) & ((_I64(1) << (_I64(64) - shift)) - _I64(1))
+            value |= data[word + (begin >> _I64(3)) + _I64(1)] << (_I64(64) - shift)
+        low = secret[i32(15) + column] - seed
+        high = secret[i32(16) + column] + seed
+        key = value ^ (((low >> _I64(8)) & _I64((1 << 56) - 1)) | (high << _I64(56)))
+        products += (key & _LOW) * ((key >> _I64(32)) & _LOW)
+        values += value
+    products += shuffle_down(products, 16)
+    products += shuffle_down(products, 8)
+    values += shuffle_down(values, 16)
+    values += shuffle_down(values, 8)
+    # A value is added to the neighbour's accumulator.
+    values = shuffle(values, i32(lane ^ i32(1)))
+    if lane < i32(8):
+        sums[((tasks[task + FIRST] + at) << _I64(3)) + _I64(lane)] = products + values
+
+
+@kernel(i64p, i64, i64p, i64p, i64p, i64p)
+def mix(tasks, payloads, secret, initial, sums, out):  # type: ignore[no-untyped-def]
+    """Kernel: the accumulators after all sums of each payload; a thread for each of eight.
+
+    Parameters
+    ----------
+    tasks, secret, sums
+        As for :func:`add`.
+    payloads
+        Number of tasks.
+    initial
+        :data:`INITIAL`.
+    out
+        int64 [payloads, 8], which are written.
+    """
+    thread = _I64(cuda.blockIdx.x) * _I64(cuda.blockDim.x) + _I64(cuda.threadIdx.x)
+    payload, lane = thread >> _I64(3), thread & _I64(7)
+    if payload >= payloads:
+        return
+    task = payload * FIELDS
+    seed = tasks[task + SEED]
+    if lane & _I64(1):
+        seed = -seed
+    key = secret[_I64(16) + lane] + seed
+    whole = (tasks[task + SIZE] - _I64(1)) >> _I64(10)
+    first = (tasks[task + FIRST] << _I64(3)) + lane
+    last = first + (whole << _I64(3))
+    state = initial[lane]
+    # Loaded four steps ahead: nothing else hides the latency of memory.
+    x_1, x_2 = sums[first], sums[min(first + _I64(8), last)]
+    x_3, x_4 = sums[min(first + _I64(16), last)], sums[min(first + _I64(24), last)]
+    for i in range(whole):
+        x, x_1, x_2, x_3 = x_1, x_2, x_3, x_4
+        x_4 = sums[min(first + (_I64(i) << _I64(3)) + _I64(32), last)]
+        state += x
+        state ^= (state >> _I64(47)) & _I64((1 << 17) - 1)
+        state = (state ^ key) * _PRIME
+    out[thread] = state + x_1
+
+
+def finish(
+    accumulators: NDArray[np.int64], sizes: NDArray[np.int64], seeds: NDArray[np.uint64]
+) -> NDArray[np.uint64]:
+    """Checksums of payloads from what :func:`mix` left of them."""
+    signs = np.where(np.arange(24) % 2, -1, 1).astype(np.uint64)  # wraps
+    secret = SECRET.view(np.uint64) + signs * seeds[:, None]
+    # The secret's bytes from 11 on.
+    words = secret[:, 1:9] >> np.uint64(24) | secret[:, 2:10] << np.uint64(40)
+    mixed = accumulators.view(np.uint64) ^ words
+    found: NDArray[np.uint64] = sizes.astype(np.uint64) * np.uint64(_LONG[0])
+    found += _folded(mixed[:, ::2], mixed[:, 1::2]).sum(axis=1, dtype=np.uint64)
+    found ^= found >> np.uint64(37)
+    found *= np.uint64(0x165667919E3779F9)
+    found ^= found >> np.uint64(32)
+    return found
+
+
+def _folded(a: NDArray[np.uint64], b: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The two halves of products of 128 bits, one xor the other."""
+    half, low = np.uint64(32), np.uint64(0xFFFFFFFF)
+    a_0, a_1, b_0, b_1 = a & low, a >> half, b & low, b >> half
+    across = a_1 * b_0
+    middle = (a_0 * b_0 >> half) + (across & low) + a_0 * b_1
+    high: NDArray[np.uint64] = a_1 * b_1 + (across >> half) + (middle >> half)
+    return high ^ a * b
