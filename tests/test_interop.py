@@ -591,3 +591,15 @@ def test_lazily_negated_tensors_of_a_device_are_refused() -> None:
 
     with pytest.raises(BufferError, match="lazily negated"):
         as_bits(Negated(), "k", 1)
+
+
+def test_lists_of_several_layers() -> None:
+    """Tensors of a list may hold several layers each; a batch is none."""
+    x = np.arange(5 * 2 * 3 * 4, dtype=np.float16).reshape(5, 2, 3, 4)
+    arrays, dtype = layer_list([x[:2], x[2], x[3:]], "k", 5, 2, 4)
+    assert dtype is DType.FLOAT16
+    assert all(np.shares_memory(a, b) for a, b in zip(arrays, x, strict=True))
+    with pytest.raises(ValueError, match="list of 2 tensors"):
+        layer_list([x[:2], x[2:]], "k", 4, 2, 4)
+    with pytest.raises(ValueError, match="batch of 2"):
+        layer_list([x[:2], x[2:4]], "k", 2, 2, 4)

@@ -617,6 +617,27 @@ def test_fingerprint_survives_saving_and_dtype(tmp_path: Any, built: Callable[[s
     assert model_identity(body, name="x", revision="y") == kvtc.ModelIdentity("x", "y", expected)
 
 
+def test_fingerprint_is_kept_while_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    from kvtc_stream.integrations.transformers import identity
+
+    model = llama()
+    found = {model_identity(model).fingerprint}
+    with monkeypatch.context() as patch:
+        patch.setattr(identity, "_compute_fingerprints", lambda _: pytest.fail("found again"))
+        found.add(model_identity(model).fingerprint)
+    assert len(found) == 1
+    projection = model.model.layers[1].self_attn.q_proj
+    for change in (
+        lambda: projection.weight.data.mul_(1.5),  # which PyTorch does not count
+        lambda: setattr(projection, "weight", torch.nn.Parameter(projection.weight * 2)),
+        lambda: projection.weight.requires_grad_(False).mul_(2),
+        lambda: setattr(model.config, "rms_norm_eps", 1e-3),
+    ):
+        change()
+        found.add(model_identity(model).fingerprint)
+    assert len(found) == 5
+
+
 def test_fingerprint_changes_with_weights_and_configuration() -> None:
     model = llama()
     state = model.state_dict()

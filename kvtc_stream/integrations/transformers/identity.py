@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import warnings
 import weakref
 from collections.abc import Sequence
@@ -222,12 +221,10 @@ def _canonical(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class _Known:
-    """Fingerprints of a decoder, and what they were found with: nothing of it has changed if that
-    has not; ``some`` of the weights and their samples are looked at nevertheless."""
+    """Fingerprints of a decoder, and the :func:`_state` and :func:`_glimpse` of it then."""
 
-    found_with: Any
-    some: dict[str, Tensor]
-    samples: dict[str, bytes]
+    state: Any
+    glimpse: dict[torch.device, Tensor]
     fingerprints: tuple[bytes, bytes]
 
 
@@ -238,42 +235,55 @@ def _fingerprints(decoder: PreTrainedModel) -> tuple[bytes, bytes]:
     """The fingerprint, and the first one, which old calibrations have.
 
     They are kept for as long as the model lives and neither its configuration, nor its adapters,
-    nor its weights change. PyTorch counts changes in place, but for those of ``weight.data``: so a
-    weight of each kind is sampled each time.
+    nor its weights change.
     """
-    found_with = _state(decoder)
-    known = _known.get(decoder)
-    if known is None or known.found_with != found_with or _samples(known.some) != known.samples:
-        some = _one_of_each(decoder)
-        fingerprints = _compute_fingerprints(decoder)
-        known = _Known(found_with, some, _samples(some), fingerprints)
-        _known[decoder] = known
+    state, glimpse, known = _state(decoder), _glimpse(decoder), _known.get(decoder)
+    if (
+        known is None
+        or known.state != state
+        or known.glimpse.keys() != glimpse.keys()
+        or not all(torch.equal(x, glimpse[device]) for device, x in known.glimpse.items())
+    ):
+        known = _known[decoder] = _Known(state, glimpse, _compute_fingerprints(decoder))
     return known.fingerprints
 
 
 def _state(decoder: PreTrainedModel) -> Any:
     """What changes when a model's configuration, adapters or weights do, found quickly."""
-    tensors: list[Any] = []
     adapters: list[Any] = []
     for module in decoder.modules():
-        for x in (*module._parameters.values(), *module._buffers.values()):
-            if x is not None:
-                # Those of inference mode do not count their changes; nobody may make any there.
-                version = None if x.is_inference() else x._version
-                tensors.append((id(x), None if x.is_meta else x.data_ptr(), version, x.shape))
-        if hasattr(module, "disable_adapters") and isinstance(getattr(module, "scaling", 0), dict):
-            adapters.append(
-                (module.disable_adapters, list(module.active_adapters), dict(module.scaling))
-            )
-    return config_text(decoder.config), tensors, adapters
+        layer: Any = module
+        scaling = getattr(layer, "scaling", None)
+        if isinstance(scaling, dict) and hasattr(layer, "disable_adapters"):
+            adapters.append((layer.disable_adapters, list(layer.active_adapters), dict(scaling)))
+    # Tensors of inference mode do not count their changes.
+    tensors = [
+        (id(x), x.data_ptr(), None if x.is_inference() else x._version, x.shape)
+        for x in _tensors(decoder)
+    ]
+    return config_text(decoder.config), adapters, tensors
 
 
-def _one_of_each(decoder: PreTrainedModel) -> dict[str, Tensor]:
-    """A weight of each kind, from layers in the middle of those that have one."""
-    kinds: dict[str, list[tuple[str, Tensor]]] = {}
-    for name, x in decoder.named_parameters():
-        kinds.setdefault(re.sub(r"\d+", "#", name), []).append((name, x))
-    return dict(own[len(own) // 2] for own in kinds.values())
+def _glimpse(decoder: PreTrainedModel) -> dict[torch.device, Tensor]:
+    """Some hundred bytes of each weight, uint8 a device: PyTorch does not count changes of
+    ``weight.data``."""
+    found: dict[torch.device, list[Tensor]] = {}
+    for x in _tensors(decoder):
+        if x.numel():
+            # An odd step, so that no byte of a number is left out.
+            values = x.detach().reshape(-1).view(torch.uint8)[:: x.nbytes // 128 | 1]
+            found.setdefault(x.device, []).append(values)
+    return {device: torch.cat(own) for device, own in found.items()}
+
+
+def _tensors(decoder: PreTrainedModel) -> list[Tensor]:
+    """Parameters and buffers that are loaded; those that are shared, as often as they are."""
+    return [
+        x
+        for module in decoder.modules()
+        for x in (*module._parameters.values(), *module._buffers.values())
+        if x is not None and not x.is_meta
+    ]
 
 
 def _compute_fingerprints(decoder: PreTrainedModel) -> tuple[bytes, bytes]:
