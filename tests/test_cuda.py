@@ -13,7 +13,19 @@ import pytest
 from real_sample import load_real_sample
 
 import kvtc_stream as kvtc
-from kvtc_stream.formats import Block, BlockTable, DType, Limits, StreamParser
+from kvtc_stream.coding import verbatim
+from kvtc_stream.errors import FormatError
+from kvtc_stream.formats import (
+    Block,
+    BlockTable,
+    Coder,
+    DType,
+    Limits,
+    Role,
+    StreamFile,
+    StreamParser,
+    StreamWriter,
+)
 from kvtc_stream.io.dlpack import numpy_dtype
 
 cupy = pytest.importorskip("cupy")
@@ -630,3 +642,38 @@ def test_pinned_memory_is_not_used_again_too_early() -> None:
     for pair, exact in zip(found, caches, strict=True):
         for a, b in zip(pair, exact, strict=True):
             np.testing.assert_array_equal(cupy.asnumpy(a), b)
+
+
+def test_verbatim_values_are_coded_on_the_device() -> None:
+    """More than one piece, of more than one tile, and both ways; a lie is an error."""
+    calibration = CALIBRATIONS["halves"]
+    k, v = kvtc.testing.drawn_cache(GEOMETRIES["halves"], 3000, seed=3, dtype=DType.BFLOAT16)
+    k[0, 0, 5, 0], v[1, 1, 2900] = np.nan, 0
+    codec = kvtc.Codec(calibration, ratio=8, window=2500, block_tokens=1024)
+    expected = kvtc.encode(k, v, codec)
+    data = kvtc.encode(*map(cupy.asarray, (k, v)), codec=codec)
+    tails = []
+    for stream in (expected, data):
+        file = StreamFile(io.BytesIO(stream))
+        own = [file.read_block(e) for e in file.index if e.role is Role.TAIL]
+        assert [b.verbatim_coder for b in own[:-1]] == [Coder.PLANES] * (len(own) - 1)
+        tails.append([bytes(b.verbatim) for b in own])
+    assert tails[0] == tails[1]
+    for stream, backend in itertools.product((expected, data), ("cpu", "cuda")):
+        found = kvtc.decode(stream, calibration, backend=backend)
+        for x, y in zip((k, v), found, strict=True):
+            exact = cupy.asnumpy(y) if backend == "cuda" else np.asarray(y)
+            span = slice(3000 - 2500, None)
+            np.testing.assert_array_equal(
+                exact[:, :, span].view(np.uint16), x[:, :, span].view(np.uint16)
+            )
+    blocks = [file.read_block(e) for e in file.index]
+    changed = bytearray(blocks[-2].verbatim)
+    tiles = -(-1024 * 2 * 3 * 2 * 16 // verbatim.TILE)
+    changed[tiles * verbatim.HEAD : tiles * verbatim.HEAD + 8] = b"\xff" * 8
+    blocks[-2] = replace(blocks[-2], verbatim=bytes(changed))
+    writer = StreamWriter(file.header)
+    bad = writer.start() + b"".join(map(writer.block, blocks)) + writer.finish()
+    for backend in ("cpu", "cuda"):
+        with pytest.raises(FormatError, match="verbatim values"):
+            kvtc.decode(bad, calibration, backend=backend)

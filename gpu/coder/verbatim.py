@@ -45,7 +45,7 @@ def tasks_of(
     return tasks
 
 
-def _starts(sizes: Sequence[int]) -> NDArray[np.int64]:
+def starts(sizes: Sequence[int]) -> NDArray[np.int64]:
     """Where pieces of so many bytes begin, one after the other, and where the last ends."""
     room = -(-np.array(sizes, np.int64) // _ALIGNMENT) * _ALIGNMENT
     return np.concatenate([[0], np.cumsum(room)])
@@ -55,7 +55,7 @@ def encode(pieces: Sequence[tuple[Any, Any]]) -> list[NDArray[np.uint8]]:
     """Payloads of bits of K and V on the device, uint8 on the host; see
     :func:`kvtc_stream.coding.verbatim.encode`."""
     sizes = [k.size + v.size for k, v in pieces]
-    firsts = _starts([2 * n for n in sizes]) // 2
+    firsts = starts([2 * n for n in sizes]) // 2
     values = cupy.empty(int(firsts[-1]), np.uint16)
     for (k, v), first in zip(pieces, firsts.tolist(), strict=False):
         values[first : first + k.size].reshape(k.shape)[...] = k
@@ -66,7 +66,7 @@ def encode(pieces: Sequence[tuple[Any, Any]]) -> list[NDArray[np.uint8]]:
     ends = np.cumsum([-(-n // TILE) for n in sizes])
     own = np.split(cupy.asnumpy(heads), ends[:-1])
     found = [places(x, n) for x, n in zip(own, sizes, strict=True)]
-    begins = _starts([x.length for x in found])
+    begins = starts([x.length for x in found])
     data = cupy.empty(int(begins[-1]), np.uint8)
     tasks = tasks_of(sizes, firsts, found, begins)
     verbatim.encode(len(tasks), verbatim.THREADS, (cupy.asarray(tasks), values, heads, data, data))
@@ -89,7 +89,7 @@ def decode(
     FormatError
         The heads of tiles show that already.
     """
-    firsts = _starts([2 * n for n in sizes]) // 2
+    firsts = starts([2 * n for n in sizes]) // 2
     found = [split(payload, n)[2] for payload, n in zip(payloads, sizes, strict=True)]
     tasks = tasks_of(sizes, firsts, found, begins)
     values = cupy.empty(int(firsts[-1]), np.uint16)

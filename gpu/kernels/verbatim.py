@@ -49,6 +49,8 @@ FIELDS = 7
 _WARPS = THREADS // WARP
 #: Words of a level's digits, at most.
 _WORDS = 2 * THREADS
+#: Of three levels, a word for each 32 values; and of two levels.
+_LEVEL_WORDS, _EXPONENTS = 3 * THREADS, 2 * TILE
 _U8, _U16, _U32, _I32, _I64 = np.uint8, np.uint16, np.uint32, np.int32, np.int64
 
 
@@ -87,36 +89,41 @@ def _below(count):  # type: ignore[no-untyped-def]
 
 
 @_device
-def _bits(words, first, at, count):  # type: ignore[no-untyped-def]
-    """``count`` bits, from bit ``at`` on, of every second word from ``first`` on."""
-    if count == 0:
-        return _U32(0)
-    word = first + _I64(2 * (at >> 5))
-    shift = _U32(at & 31)
-    found = _U32(words[word] >> shift)
-    if shift + _U32(count) > _U32(32):
-        found = _U32(found | words[word + 2] << _U32(_U32(32) - shift))
-    return _U32(found & _below(count))
-
-
-@_device
-def _more(words, first, size):  # type: ignore[no-untyped-def]
-    """Whether bits are set beyond the last value of a level."""
-    if size & 31 == 0:
-        return False
-    last = first + _I64(2 * (size >> 5))
-    return (_U32(words[last] | words[last + 1]) >> _U32(size & 31)) != _U32(0)
-
-
-@_device
 def _digit(low, high, i):  # type: ignore[no-untyped-def]
-    return _U32((low >> i & _U32(1)) | (high >> i & _U32(1)) << _U32(1))
+    return _U32(_U32(_U32(low >> i) & _U32(1)) | _U32(_U32(_U32(high >> i) & _U32(1)) << _U32(1)))
 
 
 @_device
 def _value(byte, exponent):  # type: ignore[no-untyped-def]
     """Bits of a value from sign and mantissa, and exponent."""
     return _U32((byte & _U32(0x7F)) | (byte & _U32(0x80)) << _U32(8) | exponent << _U32(7))
+
+
+@_device
+def _pair(two, first, second):  # type: ignore[no-untyped-def]
+    """Bits of two values from two bytes side by side, and two exponents."""
+    spread = (two & _U32(0x7F)) | (two & _U32(0x7F80)) << _U32(8) | (two & _U32(0x8000)) << _U32(16)
+    return _U32(spread | first << _U32(7) | second << _U32(23))
+
+
+@_device
+def _exponent(low, high, i, zero, one, two, exponents, further):  # type: ignore[no-untyped-def]
+    """Exponent of value ``i`` by its digit, and the place of the next that goes on."""
+    bit = _U32(_U32(1) << _U32(i))
+    is_low, is_high = _U32(low & bit) != _U32(0), _U32(high & bit) != _U32(0)
+    own = _U32(exponents[further])
+    exponent = one if is_low else zero
+    if is_high:
+        exponent = own if is_low else two
+    after = _U32(further + _U32(1)) if is_low and is_high else further
+    return exponent, after
+
+
+@_device
+def _table(data, head, level):  # type: ignore[no-untyped-def]
+    """A level's three exponents, one a byte."""
+    at = head + TABLE + 3 * level
+    return _U32(_U32(data[at]) | _U32(data[at + 1]) << _U32(8) | _U32(data[at + 2]) << _U32(16))
 
 
 @_device
@@ -147,9 +154,10 @@ def decode(tasks, data, words, out, faults):  # type: ignore[no-untyped-def]
     faults
         int32 [blocks], 0 before: 1 is written where no encoder wrote the tile.
     """
-    lows = cuda.shared.array((3, THREADS), u32)
-    highs = cuda.shared.array((3, THREADS), u32)
-    firsts = cuda.shared.array(THREADS, i32)
+    lows = cuda.shared.array(_LEVEL_WORDS, u32)
+    highs = cuda.shared.array(_LEVEL_WORDS, u32)
+    firsts = cuda.shared.array(_LEVEL_WORDS, i32)
+    exponents = cuda.shared.array(_EXPONENTS, u8)  # of level 2, and then of level 3
     sums = cuda.shared.array(_WARPS, i32)
     thread = _I32(cuda.threadIdx.x)
     task = _I64(cuda.blockIdx.x) * FIELDS
@@ -158,85 +166,96 @@ def decode(tasks, data, words, out, faults):  # type: ignore[no-untyped-def]
     block = tasks[task + BLOCK]
     first = tasks[task + DIGITS]
     other = tasks[task + OTHERS]
-    size = count
-    begin = _I32(thread * WARP)
-    own = _I32(min(max(_I32(count - begin), _I32(0)), _I32(WARP)))
-    at = begin
     fault = False
-    # Each level's values of this thread's 32, after as many of the level as ``at`` says.
+    # Digits of 32 values of each level, and how many of them go on.
+    size = count
+    packed, last = _I32(0), _I32(0)
     for level in range(3):
-        low, high = _bits(words, first, at, own), _bits(words, first + 1, at, own)
-        lows[level, thread], highs[level, thread] = low, high
-        fault |= _more(words, first, size)
+        left = _I32(size - _I32(WARP) * thread)
+        low, high = _U32(0), _U32(0)
+        if left > 0:
+            low, high = words[first + 2 * thread], words[first + 2 * thread + 1]
+            if left < WARP:
+                fault |= _U32(low | high) >> _U32(left) != _U32(0)
+        at = level * THREADS + thread
+        lows[at], highs[at] = low, high
+        go_on = _I32(popc(_U32(low & high)))
+        if level < 2:
+            packed = _I32(packed | go_on << _I32(16 * level))
+        else:
+            last = go_on
         first += 2 * ((size + 31) >> 5)
-        own = _I32(popc(_U32(low & high)))
-        at, total = _before(own, sums)
         size = _I32(data[head + 2 * level]) | _I32(data[head + 2 * level + 1]) << _I32(8)
-        if total != size:  # the same for all threads
-            if thread == 0:
-                faults[block] = 1
-            return
-    firsts[thread] = at
-    tables_0 = _U32(0)
-    tables_1 = _U32(0)
-    tables_2 = _U32(0)
-    for i in range(3):
-        shift = _U32(8 * i)
-        tables_0 = _U32(tables_0 | _U32(data[head + TABLE + i]) << shift)
-        tables_1 = _U32(tables_1 | _U32(data[head + TABLE + 3 + i]) << shift)
-        tables_2 = _U32(tables_2 | _U32(data[head + TABLE + 6 + i]) << shift)
+    # At most 8192 go on from a level: two sums fit in 32 bits.
+    before, totals = _before(packed, sums)
+    firsts[thread] = before & _I32(0xFFFF)
+    firsts[THREADS + thread] = before >> _I32(16)
+    before, total = _before(last, sums)
+    firsts[2 * THREADS + thread] = before
+    second = _I32(data[head]) | _I32(data[head + 1]) << _I32(8)
+    third = _I32(data[head + 2]) | _I32(data[head + 3]) << _I32(8)
+    # The same for all threads.
+    if (totals & _I32(0xFFFF)) != second or totals >> _I32(16) != third or total != size:
+        if thread == 0:
+            faults[block] = 1
+        return
     cuda.syncthreads()
 
+    table = _table(data, head, 2)
+    for i in range(thread, third, THREADS):
+        at, bit = 2 * THREADS + (i >> 5), _U32(i & 31)
+        low, high = lows[at], highs[at]
+        digit = _digit(low, high, bit)
+        exponent = _U32(table >> _U32(8 * digit) & _U32(0xFF))
+        if digit == _U32(3):
+            exponent = _U32(data[other + firsts[at] + popc(_U32(low & high & _below(bit)))])
+            for j in range(ENTRIES):
+                fault |= _U32(data[head + TABLE + j]) == exponent
+        exponents[TILE + i] = _U8(exponent)
+    cuda.syncthreads()
+    table = _table(data, head, 1)
+    for i in range(thread, second, THREADS):
+        at, bit = THREADS + (i >> 5), _U32(i & 31)
+        low, high = lows[at], highs[at]
+        digit = _digit(low, high, bit)
+        exponent = _U32(table >> _U32(8 * digit) & _U32(0xFF))
+        if digit == _U32(3):
+            further = _U32(_U32(firsts[at]) + popc(_U32(low & high & _below(bit))))
+            exponent = _U32(exponents[_U32(_U32(TILE) + further)])
+        exponents[i] = _U8(exponent)
+    cuda.syncthreads()
+
+    zero, one = _U32(data[head + TABLE]), _U32(data[head + TABLE + 1])
+    two = _U32(data[head + TABLE + 2])
     rest = tasks[task + REST]
     values = tasks[task + VALUES]
     for at in range(_I32(8) * thread, count, 8 * THREADS):
         group, bit = at >> 5, _U32(at & 31)
-        low_0, high_0 = lows[0, group], highs[0, group]
-        low_1, high_1 = lows[1, group], highs[1, group]
-        low_2, high_2 = lows[2, group], highs[2, group]
-        second = _I32(popc(_U32(low_0 & high_0 & _below(bit))))
-        third = _I32(popc(_U32(low_1 & high_1 & _below(second))))
-        spare = _I32(popc(_U32(low_2 & high_2 & _below(third)))) + firsts[group]
-        whole = at + 8 <= count
-        bytes_0, bytes_1 = _U32(0), _U32(0)
-        if whole:
+        low, high = lows[group], highs[group]
+        further = _U32(_U32(firsts[group]) + popc(_U32(low & high & _below(bit))))
+        low, high = _U32(low >> bit), _U32(high >> bit)
+        if at + 8 <= count:
             word = (rest + at) >> 2
-            bytes_0, bytes_1 = words[word], words[word + 1]
-        pair_0, pair_1, pair_2, pair_3 = _U32(0), _U32(0), _U32(0), _U32(0)
-        for i in range(8):
-            if whole or at + i < count:
-                digit = _digit(low_0, high_0, _U32(bit + _U32(i)))
-                exponent = _U32(tables_0 >> _U32(8 * digit) & _U32(0xFF))
-                if digit == _U32(3):
-                    digit = _digit(low_1, high_1, _U32(second))
-                    exponent = _U32(tables_1 >> _U32(8 * digit) & _U32(0xFF))
-                    second += 1
-                    if digit == _U32(3):
-                        digit = _digit(low_2, high_2, _U32(third))
-                        exponent = _U32(tables_2 >> _U32(8 * digit) & _U32(0xFF))
-                        third += 1
-                        if digit == _U32(3):
-                            exponent = _U32(data[other + spare])
-                            spare += 1
-                            for j in range(ENTRIES):
-                                fault |= _U32(data[head + TABLE + j]) == exponent
-                if whole:
-                    byte = bytes_0 if i < 4 else bytes_1
-                    byte = _U32(byte >> _U32(8 * (i & 3)) & _U32(0xFF))
-                    value = _U32(_value(byte, exponent) << _U32(16 * (i & 1)))
-                    if i < 2:
-                        pair_0 = _U32(pair_0 | value)
-                    elif i < 4:
-                        pair_1 = _U32(pair_1 | value)
-                    elif i < 6:
-                        pair_2 = _U32(pair_2 | value)
-                    else:
-                        pair_3 = _U32(pair_3 | value)
-                else:
-                    byte = _U32(data[rest + at + i])
-                    u16_at(out)[values + at + i] = _U16(_value(byte, exponent))
-        if whole:
+            two_0, two_2 = words[word], words[word + 1]
+            two_1, two_3 = _U32(two_0 >> _U32(16)), _U32(two_2 >> _U32(16))
+            e_0, further = _exponent(low, high, 0, zero, one, two, exponents, further)
+            e_1, further = _exponent(low, high, 1, zero, one, two, exponents, further)
+            pair_0 = _pair(two_0, e_0, e_1)
+            e_0, further = _exponent(low, high, 2, zero, one, two, exponents, further)
+            e_1, further = _exponent(low, high, 3, zero, one, two, exponents, further)
+            pair_1 = _pair(two_1, e_0, e_1)
+            e_0, further = _exponent(low, high, 4, zero, one, two, exponents, further)
+            e_1, further = _exponent(low, high, 5, zero, one, two, exponents, further)
+            pair_2 = _pair(two_2, e_0, e_1)
+            e_0, further = _exponent(low, high, 6, zero, one, two, exponents, further)
+            e_1, further = _exponent(low, high, 7, zero, one, two, exponents, further)
+            pair_3 = _pair(two_3, e_0, e_1)
             store_u32x4(out + 2 * (values + at), pair_0, pair_1, pair_2, pair_3)
+        else:
+            for i in range(count - at):
+                exponent, further = _exponent(low, high, i, zero, one, two, exponents, further)
+                byte = _U32(data[rest + at + i])
+                u16_at(out)[values + at + i] = _U16(_value(byte, exponent))
     if fault:
         faults[block] = 1
 
@@ -256,21 +275,32 @@ def survey(tasks, values, heads):  # type: ignore[no-untyped-def]
     """
     counts = cuda.shared.array(256, i32)
     keys = cuda.shared.array(256, i32)
+    used = cuda.shared.array(1, i32)
     thread = _I32(cuda.threadIdx.x)
     task = _I64(cuda.blockIdx.x) * FIELDS
     first, count = tasks[task + VALUES], _I32(tasks[task + COUNT])
     counts[thread] = 0
+    if thread == 0:
+        used[0] = 0
     cuda.syncthreads()
     for i in range(thread, count, THREADS):
         cuda.atomic.add(counts, _I32(values[first + i]) >> _I32(7) & _I32(0xFF), _I32(1))
     cuda.syncthreads()
     # More often is first, of equally frequent ones the lower exponent.
     own = _I32(counts[thread] << 8 | (255 - thread))
-    keys[thread] = own
+    if counts[thread] > 0:
+        keys[cuda.atomic.add(used, 0, _I32(1))] = own
     cuda.syncthreads()
-    rank = _I32(0)
-    for i in range(256):
-        rank += _I32(keys[i] > own)
+    rank = _I32(ENTRIES)
+    if counts[thread] > 0:
+        rank = _I32(0)
+        for i in range(used[0]):
+            rank += _I32(keys[i] > own)
+    elif used[0] < ENTRIES:  # the lowest of those that do not occur fill the table
+        rank = _I32(used[0])
+        for i in range(thread):
+            rank += _I32(counts[i] == 0)
+    cuda.syncthreads()
     head = _I64(cuda.blockIdx.x) * HEAD
     if rank < ENTRIES:
         heads[head + TABLE + rank] = _U8(thread)
