@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from real_sample import RealSample
 from strategies import FEWER
 
 import kvtc_stream as kvtc
@@ -26,6 +27,7 @@ from kvtc_stream.integrations.hosts.layouts import (
     Layout,
     kv_views,
 )
+from kvtc_stream.integrations.hosts.positions import PositionFinder
 from kvtc_stream.integrations.hosts.store import (
     FileStore,
     MemoryStore,
@@ -291,3 +293,42 @@ def test_whoever_differs_shares_nothing() -> None:
     key = Namespace(FACTS).chain(None, 4).extend(tokens)[2]
     assert key.identity == f"{key.name}@8".encode()
     assert key.name.startswith(Namespace(FACTS).prefix + "/")
+
+
+# Positions.
+
+
+def test_positions_are_found(real_sample: RealSample) -> None:
+    """Of pages of a real model, at many positions; with a calibration on a part of them."""
+    calibrator = kvtc.Calibrator(real_sample.geometry, bases=["joint"], sinks=0)
+    calibrator.update(real_sample.k, real_sample.v)
+    calibration = calibrator.finish()
+    rope = real_sample.geometry.sections[0].rope[0]
+    assert rope is not None
+    k = real_sample.k.astype(np.float32)
+    half = rope.rotary_dim // 2
+    for size in (16, 32):
+        finder = PositionFinder(calibration, size, 4096)
+        for start in range(0, k.shape[2] - size + 1, size):
+            for shift in (0, 16 * size, 100 * size):
+                turn = np.exp(1j * shift * np.array(rope.inv_freq))
+                page = k[:, :, start : start + size]
+                pairs = (page[..., :half] + 1j * page[..., half:]) * turn
+                found = finder.find(np.concatenate([pairs.real, pairs.imag], -1).astype("f4"))
+                assert found.position == start + shift
+                assert found.sure
+        for strange in (k[:, :, 5 : 5 + size], np.zeros_like(k[:, :, :size]), k[:, :, :size] * 9):
+            assert not finder.find(strange).sure
+        noise = np.random.default_rng(0).standard_normal(k[:, :, :size].shape)
+        assert not finder.find(noise.astype("f4")).sure
+        k_bad = k[:, :, :size].copy()
+        k_bad[0, 0, 0, 0] = np.nan
+        assert not finder.find(k_bad).sure
+
+
+def test_without_rope_no_position_is_found() -> None:
+    geometry = kvtc.Geometry.uniform(layers=2, kv_heads=2, head_dim=8)
+    calibrator = kvtc.Calibrator(geometry)
+    calibrator.update(*kvtc.testing.drawn_cache(geometry, 512))
+    with pytest.raises(kvtc.UnsupportedError, match="positions are found by RoPE"):
+        PositionFinder(calibrator.finish(), 16, 4096)

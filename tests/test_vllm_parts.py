@@ -282,8 +282,8 @@ def test_who_only_loads_stores_nothing() -> None:
 # Pages in blocks.
 
 
-def engine_blocks(layers: int = 2, blocks: int = 16) -> tuple[Blocks, Tensor]:
-    pool = torch.zeros(layers, blocks, 2, BLOCK, 16, dtype=torch.bfloat16)
+def engine_blocks(device: str = "cpu") -> tuple[Blocks, Tensor]:
+    pool = torch.zeros(2, 16, 2, BLOCK, 16, dtype=torch.bfloat16, device=device)
     sizes = {"H": 2, "N": BLOCK, "D": 8}
     return Blocks([VLLM_LAYOUTS[0].views(layer, sizes) for layer in pool]), pool
 
@@ -296,7 +296,7 @@ def drawn(tokens: int = PAGE, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 @pytest.fixture(scope="module")
 def codec() -> kvtc.PageCodec:
-    own = kvtc.Codec(kvtc.testing.tiny_calibration(), ratio=2, block_tokens=PAGE)
+    own = kvtc.Codec(kvtc.testing.tiny_calibration(), ratio=2, block_tokens=PAGE, backend="cpu")
     return kvtc.PageCodec(own, dtype="bfloat16", key=b"secret")
 
 
@@ -321,9 +321,11 @@ class Engine:
         raise AssertionError("nothing happens")
 
 
-def engine(codec: kvtc.PageCodec, store: Store | None = None, timeout: float = 20.0) -> Engine:
+def engine(
+    codec: kvtc.PageCodec, store: Store | None = None, timeout: float = 20.0, device: str = "cpu"
+) -> Engine:
     store = MemoryStore() if store is None else store
-    blocks, pool = engine_blocks()
+    blocks, pool = engine_blocks(device)
     counter = Counter()
     transfer = PageTransfer(
         blocks,
@@ -354,9 +356,27 @@ def test_blocks_read_what_was_written() -> None:
     assert pool[:, [i for i in range(16) if i not in (3, 5)]].eq(0).all()
 
 
-def test_pages_go_and_come(codec: kvtc.PageCodec) -> None:
-    own = engine(codec)
-    k, v = drawn(2 * PAGE)
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=[
+                pytest.mark.gpu,
+                pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
+            ],
+        ),
+    ],
+)
+def test_pages_go_and_come(codec: kvtc.PageCodec, device: str) -> None:
+    if device == "cuda":
+        own_codec = kvtc.Codec(
+            kvtc.testing.tiny_calibration(), ratio=2, block_tokens=PAGE, backend="cuda"
+        )
+        codec = kvtc.PageCodec(own_codec, dtype="bfloat16", key=b"secret")
+    own = engine(codec, device=device)
+    k, v = (x.to(device) for x in drawn(2 * PAGE))
     own.blocks.write([1, 2, 3, 4], k, v)
     own.transfer.store(jobs("a", [1, 2], [3, 4]))
     own.transfer.hold({"a"})

@@ -20,7 +20,7 @@ from kvtc_stream.io.dlpack import to_numpy
 
 #: How many times farther than the best candidate the second must be to be sure of the first.
 #: ``benchmarks/positions.py`` has what that costs and how often it is wrong.
-MARGIN = 1.5
+MARGIN = 2.0
 #: How far from the calibration's mean the best may be, of the mean's own length.
 DISTANCE = 0.7
 #: The slowest pairs turn by less than this from one candidate to the next and tell nothing.
@@ -101,7 +101,7 @@ class PositionFinder:
     def find(self, k: Any) -> FoundPosition:
         """Where a page with keys [layers, kv_heads, tokens, head_dim], in host memory, begins.
 
-        One candidate is left of a document's end too: ``tokens`` may be fewer than a page has.
+        The last page of a prompt may have fewer tokens than others.
         """
         keys = to_numpy(k, "k").astype(np.float32)
         pairs = _pairs(keys, self._rope)[..., self._turning]

@@ -196,7 +196,8 @@ class KvtcConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         for own in dict.fromkeys(expected):
             check_rope(rope, own)
         key = settings.key(calibration.digest)
-        codecs = [PageCodec(self._codec, dtype=self._dtype, key=key) for _ in range(2)]
+        codec = replace(self._codec, backend="cuda" if blocks.device.type == "cuda" else "cpu")
+        codecs = [PageCodec(codec, dtype=self._dtype, key=key) for _ in range(2)]
         self._warm_up(codecs, blocks)
         return StoreSink(self._store, codecs[0], self._counter), codecs[1]
 
