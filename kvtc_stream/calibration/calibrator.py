@@ -71,8 +71,9 @@ class Calibrator:
 
         Components beyond these are rarely worth their bits.
     basis_dtype
-        What the bases are stored in. ``"float8_e4m3"`` halves the file, for a few thousandths of
-        the bits more at equal error, and calibration and the first use take a little longer.
+        What the bases are stored in. ``"float8_e4m3"`` makes the file little more than half as
+        large. At equal error streams take about 1 % more bits at a ratio of 16, 0.3 % at 32 and
+        0.1 % at 64. The first use of an encoder takes a little longer.
     sinks
         Tokens at positions below this are not learnt from (KVTC, arXiv 2511.01815, section 3).
     sample_rows

@@ -135,30 +135,25 @@ class Transforms:
     @cached_property
     def synthesis(self) -> Components:
         """Coefficients times this are a token vector less the mean."""
-        return self._weighted(self._rounded(self._part.components).first(self.count), inverse=True)
+        return self._weighted(self._stored().first(self.count), inverse=True)
 
     @cached_property
     def analysis(self) -> Components:
         """A token vector less the mean, times this transposed, is coefficients."""
-        part = self._part
-        if part.eight_bits:
+        if self._part.eight_bits:
             # All components have a part in each one's dual.
-            found = self._rounded(part.components).mapped(dual, self._xp)
-        elif not part.weighted:
+            dual_ones = self._stored().mapped(dual, self._xp)
+            return self._weighted(dual_ones.first(self.count), inverse=False)
+        if not self._part.weighted:
             return self.synthesis
-        else:
-            found = self._rounded(part.components)
-        return self._weighted(found.first(self.count), inverse=False)
+        return self._weighted(self._stored(), inverse=False)
 
-    def _rounded(self, components: Components) -> Components:
-        """``components`` as they are stored, in float32."""
-
-        def values(x: Any) -> Any:
-            if isinstance(x, Float8Matrix):
-                return x.values(self._put)
-            return self._put(x).astype(np.float32)
-
-        return components.mapped(values, self._xp)
+    def _stored(self) -> Components:
+        """The components, in float32: all of them in 8 bits, else those that are wanted."""
+        if self._part.eight_bits:
+            return self._part.components.mapped(lambda x: x.values(self._put), self._xp)
+        some = self._part.components.first(self.count)
+        return some.mapped(lambda x: self._put(x).astype(np.float32), self._xp)
 
     def _weighted(self, components: Components, *, inverse: bool) -> Components:
         if self._part.k_weights is None or self._part.v_weights is None:
