@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import enum
-from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
 
 from kvtc_stream.formats.geometry import binary32
 
@@ -54,6 +56,7 @@ LEVELS = (
     *(2.0 ** ((code >> 4) - 12) * (1 + (code & 15) / 16) for code in range(1, 255)),
     float("inf"),
 )
+_LEVELS = np.array(LEVELS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,16 +116,15 @@ class LayerErrors:
         ValueError
             A value is negative or NaN, or the four differ in length.
         """
-        k, worst_k, v, worst_v = (
-            bytes(map(_code, map(float, errors))) for errors in (k_mean, k_worst, v_mean, v_worst)
-        )
+        k, worst_k, v, worst_v = map(_codes, (k_mean, k_worst, v_mean, v_worst))
         if not len(k) == len(worst_k) == len(v) == len(worst_v):
             raise ValueError(
                 f"errors must have one length, found {len(k)}, {len(worst_k)}, {len(v)} and "
                 f"{len(worst_v)} layers"
             )
         # A mean of equal values may be rounded above them.
-        return cls(k + bytes(map(max, k, worst_k)) + v + bytes(map(max, v, worst_v)))
+        rows = k, np.maximum(k, worst_k), v, np.maximum(v, worst_v)
+        return cls(b"".join(row.tobytes() for row in rows))
 
     @property
     def layers(self) -> int:
@@ -160,10 +162,11 @@ class LayerErrors:
         return tuple(self.codes[i * n : (i + 1) * n] for i in range(4))
 
 
-def _code(error: float) -> int:
-    if not error >= 0:
-        raise ValueError(f"an error must not be negative, found {error}")
-    return bisect_left(LEVELS, error)
+def _codes(errors: Iterable[float]) -> NDArray[np.uint8]:
+    found = np.array([*errors], np.float64)
+    if not (found >= 0).all():
+        raise ValueError(f"an error must not be negative, found {found[~(found >= 0)][0]}")
+    return np.searchsorted(_LEVELS, found).astype(np.uint8)
 
 
 def _errors(codes: bytes) -> tuple[float, ...]:

@@ -238,9 +238,10 @@ def binary32(value: float) -> float:
 
 def write_geometry(geometry: Geometry, writer: ByteWriter) -> None:
     """Append the rotary tables, each once in order of first use, and the sections."""
-    tables = list(dict.fromkeys(r for s in geometry.sections for r in s.rope if r is not None))
-    numbers: dict[Rope | None, int] = {rope: i for i, rope in enumerate(tables)}
-    numbers[None] = _NO_ROPE
+    # Tables are long to hash, and those of many layers are one object.
+    objects = {id(r): r for s in geometry.sections for r in s.rope if r is not None}
+    tables = list(dict.fromkeys(objects.values()))
+    numbers = {key: tables.index(rope) for key, rope in objects.items()} | {id(None): _NO_ROPE}
     writer.pack("H", len(tables))
     for rope in tables:
         flags = _INTERLEAVED * rope.interleaved | _HAS_AXES * bool(rope.axes)
@@ -251,7 +252,7 @@ def write_geometry(geometry: Geometry, writer: ByteWriter) -> None:
     for s in geometry.sections:
         writer.pack("HIII", len(s.layers), s.kv_heads, s.k_dim, s.v_dim)
         writer.array("I", s.layers)
-        writer.array("H", (numbers[r] for r in s.rope or (None,) * len(s.layers)))
+        writer.array("H", (numbers[id(r)] for r in s.rope or (None,) * len(s.layers)))
 
 
 def read_geometry(reader: ByteReader, limits: Limits) -> Geometry:

@@ -12,7 +12,8 @@ from __future__ import annotations
 import enum
 import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 
 from kvtc_stream.errors import FormatError, VersionError
 from kvtc_stream.formats.geometry import Geometry, Section, binary32
@@ -168,6 +169,8 @@ class Plan:
 
     preset: str
     sections: tuple[SectionPlan, ...]
+    #: What :meth:`to_bytes` gives, once it is known.
+    _bytes: bytes = field(default=b"", repr=False, compare=False)
 
     def check(self, geometry: Geometry) -> None:
         """Raise ``ValueError`` unless the plan fits the geometry, section by section."""
@@ -186,6 +189,8 @@ class Plan:
 
     def to_bytes(self) -> bytes:
         """Encode the plan; the bytes are the same in a stream and in a file."""
+        if self._bytes:
+            return self._bytes
         writer = ByteWriter()
         writer.raw(_MAGIC)
         writer.pack("H", _VERSION)
@@ -203,7 +208,8 @@ class Plan:
                     writer.pack("IB", band.size, band.quantiser)
                     if band.quantiser is Quantiser.UNIFORM:
                         writer.pack("B", band.step)
-        return writer.getvalue()
+        object.__setattr__(self, "_bytes", writer.getvalue())
+        return self._bytes
 
     @classmethod
     def from_bytes(cls, data: bytes, limits: Limits | None = None, *, offset: int = 0) -> Plan:
@@ -221,23 +227,32 @@ class Plan:
         FormatError
             The bytes are not a plan.
         """
-        limits = limits or Limits()
-        reader = ByteReader(data, "plan", offset)
-        place, found = reader.place("magic"), reader.raw(len(_MAGIC), "magic")
-        if found != _MAGIC:
-            raise FormatError(f"{place} is {found!r}, expected {_MAGIC!r}: this is no plan")
-        place, version = reader.place("version"), reader.integer("H", "version")
-        if version != _VERSION:
-            raise VersionError(
-                f"{place} is {version}, this reader knows {_VERSION}; read with a newer kvtc-stream"
-            )
-        preset = reader.text("preset")
-        count = reader.integer("H", "section count")
-        limits.check("max_sections", count, reader.place("section count"))
-        budget = _Budget(limits)
-        sections = tuple(_read_section(reader, budget) for _ in range(count))
-        reader.expect_end()
-        return cls(preset, sections)
+        read = _read_plan if len(data) <= _SMALL else _read_plan.__wrapped__
+        return read(bytes(data), limits or Limits(), offset)
+
+
+#: Larger plans, in bytes, are not kept.
+_SMALL = 1 << 16
+
+
+@lru_cache(maxsize=32)  # streams of one codec have one plan
+def _read_plan(data: bytes, limits: Limits, offset: int) -> Plan:
+    reader = ByteReader(data, "plan", offset)
+    place, found = reader.place("magic"), reader.raw(len(_MAGIC), "magic")
+    if found != _MAGIC:
+        raise FormatError(f"{place} is {found!r}, expected {_MAGIC!r}: this is no plan")
+    place, version = reader.place("version"), reader.integer("H", "version")
+    if version != _VERSION:
+        raise VersionError(
+            f"{place} is {version}, this reader knows {_VERSION}; read with a newer kvtc-stream"
+        )
+    preset = reader.text("preset")
+    count = reader.integer("H", "section count")
+    limits.check("max_sections", count, reader.place("section count"))
+    budget = _Budget(limits)
+    sections = tuple(_read_section(reader, budget) for _ in range(count))
+    reader.expect_end()
+    return Plan(preset, sections)
 
 
 class _Budget:

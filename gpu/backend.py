@@ -55,7 +55,7 @@ from kvtc_stream.gpu.coder.encoding import BatchEncoder, Prepared
 from kvtc_stream.gpu.coder.plan import BandPlan, DevicePlan
 from kvtc_stream.gpu.coder.rope import ropes_of
 from kvtc_stream.gpu.kernels import layout
-from kvtc_stream.gpu.runtime.staging import Staging
+from kvtc_stream.gpu.runtime.staging import Staging, pinned
 from kvtc_stream.gpu.runtime.streams import side_by_side
 from kvtc_stream.gpu.runtime.tensors import BITS, Tensors, entries, to_device
 from kvtc_stream.io.dlpack import BackendName, layer_list, numpy_dtype, on_cuda
@@ -156,9 +156,7 @@ class CudaBackend:
 
     def room(self, size: int) -> memoryview:
         """See :meth:`kvtc_stream.backends.base.Backend.room`: pinned memory."""
-        # Powers of two, so that the pool finds one that was used before.
-        memory = cupy.cuda.alloc_pinned_memory(1 << max(size - 1, 1).bit_length())
-        return np.frombuffer(memory, np.uint8, size).data
+        return pinned(size)
 
     batch_tokens = BATCH_TOKENS
 

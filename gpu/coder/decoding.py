@@ -35,6 +35,8 @@ BATCH_TOKENS, PIECE_BYTES = 16_384, 32 << 20
 _BLOCKS_OF_THREADS = 2
 #: What payloads that tiles are decoded from begin at multiples of, in bytes.
 _ALIGNMENT = 16
+#: Arrangements of tiles that are kept.
+_ORDERS = 64
 #: cudaDevAttrMultiProcessorCount
 _MULTIPROCESSORS = 16
 
@@ -210,11 +212,20 @@ def piece_tokens(width: int, count: int, tokens: int) -> int:
     return min(max(PIECE_BYTES // (2 * width), count // 4, 64) // 64 * 64, tokens)
 
 
+def tile_tasks(plan: DevicePlan) -> TileTasks:
+    """A plan's, which is kept with it."""
+    if plan.tile_tasks is None:
+        plan.tile_tasks = TileTasks(plan)
+    found: TileTasks = plan.tile_tasks
+    return found
+
+
 class TileTasks:
     """Makes the tasks of tiles, see :mod:`kvtc_stream.gpu.kernels.rans`; caches what repeats."""
 
     def __init__(self, plan: DevicePlan) -> None:
-        self._plan = plan
+        self._parts, self._coded = plan.parts, plan.coded
+        self._lowest, self._highest = plan.lowest, plan.highest
         self._of_sizes: dict[int, tuple[NDArray[np.int64], NDArray[np.bool_]]] = {}
         self._orders: dict[tuple[int, int, int], NDArray[np.int64]] = {}
         runtime = cupy.cuda.runtime
@@ -231,8 +242,8 @@ class TileTasks:
         is its part's first one."""
         if size not in self._of_sizes:
             found = [
-                (part, self._plan.parts[part].start + t.start, t.stop - t.start, t.start == 0)
-                for part, coded in enumerate(self._plan.coded)
+                (part, self._parts[part].start + t.start, t.stop - t.start, t.start == 0)
+                for part, coded in enumerate(self._coded)
                 for t in tiles(coded, size)
             ]
             columns = np.array(found, np.int64).reshape(-1, 4)
@@ -247,16 +258,20 @@ class TileTasks:
         Returns int64: the index, block after block, of the tile at each place. Each part is filled
         up to a multiple of ``together`` with ``-1 - part``.
         """
-        if (size, blocks, together) not in self._orders:
+        found = self._orders.get((size, blocks, together))
+        if found is None:
             parts = np.tile(self.template(size)[0][:, rans.PART], blocks)
             places = []
-            for part in range(len(self._plan.parts)):
+            for part in range(len(self._parts)):
                 own = np.flatnonzero(parts == part)
                 filled = np.full(-(-len(own) // together) * together, -1 - part, np.int64)
                 filled[: len(own)] = own
                 places.append(filled)
-            self._orders[size, blocks, together] = np.concatenate(places)
-        return self._orders[size, blocks, together]
+            found = np.concatenate(places)
+            if len(self._orders) >= _ORDERS:
+                self._orders.clear()
+            self._orders[size, blocks, together] = found
+        return found
 
     def arranged(
         self, tasks: NDArray[np.int64], size: int, blocks: int, together: int
@@ -283,7 +298,7 @@ class TileTasks:
         first one among all.
         """
         out = []
-        plan, sizes = self._plan, payloads.sizes
+        sizes = payloads.sizes
         kinds = np.unique(sizes).tolist()
         counts = [int((sizes == s).sum()) * len(self.template(s)[0]) for s in kinds]
         together = self.together(sum(counts))
@@ -301,7 +316,7 @@ class TileTasks:
             halves = (tokens[own, None] + 1) // 2 * template[:, rans.PART]
             classes = (begins[own] + payloads.classes[own])[:, None] + halves
             task[:, :, rans.CLASSES] = np.where(leading, classes, -1 - classes)
-            level = payloads.levels[own].clip(plan.lowest, plan.highest) - plan.lowest
+            level = payloads.levels[own].clip(self._lowest, self._highest) - self._lowest
             task[:, :, rans.LEVEL] = level[:, None]
             out.append(self.arranged(task, size, len(own), together))
         return np.concatenate(out), together
@@ -482,7 +497,7 @@ class UniformDecoder(BatchDecoder):
     ) -> None:
         super().__init__(section, plan, scales)
         self._plan = plan
-        self._tasks = TileTasks(plan)
+        self._tasks = tile_tasks(plan)
 
     def load(self, table: BlockTable, slots: NDArray[np.int64], *, tiles: bool = False) -> Loaded:
         """See :meth:`BatchDecoder.load`. The device computes the checksums of blocks that it has

@@ -29,7 +29,7 @@ from kvtc_stream.gpu.coder.analysis import (
     errors_by_layer,
     stride_of,
 )
-from kvtc_stream.gpu.coder.decoding import TileTasks
+from kvtc_stream.gpu.coder.decoding import tile_tasks
 from kvtc_stream.gpu.coder.plan import DevicePlan
 from kvtc_stream.gpu.kernels import rans, uniform
 from kvtc_stream.gpu.kernels.intrinsics import WARP
@@ -151,7 +151,7 @@ class BatchEncoder(Analyser):
     def __init__(self, section: Section, plan: DevicePlan, *args: Any, **options: Any) -> None:
         plan.check_encodable()
         super().__init__(section, plan, *args, **options)
-        self._tasks = TileTasks(plan)
+        self._tasks = tile_tasks(plan)
         self._staging = Staging()
         self._tiles = len(self._tasks.template(TILE_COMPONENTS)[0])
 

@@ -326,6 +326,9 @@ class DevicePlan(Basis):
         The predictor of importance, see :func:`kvtc_stream.gpu.kernels.uniform.classify`.
     """
 
+    #: See :func:`kvtc_stream.gpu.coder.decoding.tile_tasks`.
+    tile_tasks: Any = None
+
     def __init__(self, calibration: CalibratedBases, section: int, plan: SectionPlan) -> None:
         parts = calibration.sections[section].parts(plan)
         bands = []

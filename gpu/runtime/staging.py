@@ -52,8 +52,12 @@ class Staging:
         data = cupy.empty(total, np.uint8)
         places = begins.tolist()
         if _are_pinned(pieces, sources):
+            runtime, to = cupy.cuda.runtime, data.data.ptr
+            copy_async, kind = runtime.memcpyAsync, runtime.memcpyHostToDevice
+            stream = cupy.cuda.get_current_stream().ptr
             for source, begin in zip(sources, places, strict=True):
-                _copy(data.data.ptr + begin, source, source.size, "HostToDevice")
+                if source.size:
+                    copy_async(to + begin, source.ctypes.data, source.size, kind, stream)
         else:
             buffer = self._next(total)
             copy(sources, [buffer[b : b + s.size] for s, b in zip(sources, places, strict=True)])
@@ -85,15 +89,13 @@ class Staging:
         return wait
 
     def fetch(self, data: Any) -> NDArray[np.uint8]:
-        """Copy a contiguous uint8 array from the device to pageable memory, and wait."""
+        """Copy a contiguous uint8 array from the device to the host, and wait."""
         if data.size < SHARE:
             found: NDArray[np.uint8] = cupy.asnumpy(data)
             return found
-        buffer = self._next(data.size)
-        _copy(buffer, data.data.ptr, data.size, "DeviceToHost")
+        out = np.frombuffer(pinned(data.size), np.uint8)
+        _copy(out, data.data.ptr, data.size, "DeviceToHost")
         cupy.cuda.get_current_stream().synchronize()
-        out = np.empty(data.size, np.uint8)
-        copy([buffer[: data.size]], [out])
         return out
 
     def _next(self, size: int) -> NDArray[np.uint8]:
@@ -102,10 +104,8 @@ class Staging:
         if event is not None:
             event.synchronize()
         if len(buffer) < size:
-            # Powers of two, so that the pool finds one that was used before.
             size = 1 << (size - 1).bit_length()
-            memory = cupy.cuda.alloc_pinned_memory(size)
-            buffer = np.frombuffer(memory, np.uint8, size)
+            buffer = np.frombuffer(pinned(size), np.uint8)
         self._buffers.append((buffer, None))
         return buffer
 
@@ -114,6 +114,13 @@ class Staging:
         event = cupy.cuda.Event(disable_timing=True)
         event.record()
         self._buffers[-1] = buffer, event
+
+
+def pinned(size: int) -> memoryview:
+    """Pinned memory, which its pool takes back when nobody refers to it any more."""
+    # Powers of two, so that the pool finds one that was used before.
+    memory = cupy.cuda.alloc_pinned_memory(1 << max(size - 1, 1).bit_length())
+    return np.frombuffer(memory, np.uint8, size).data
 
 
 def _are_pinned(pieces: Sequence[Any], sources: Sequence[NDArray[np.uint8]]) -> bool:

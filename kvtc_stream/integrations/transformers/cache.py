@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, BinaryIO, Literal, TypeAlias, overload
 
 import numpy as np
@@ -46,6 +45,8 @@ from kvtc_stream.integrations.transformers.model import (
     layer_devices,
 )
 from kvtc_stream.io.dlpack import BackendName
+from kvtc_stream.io.memory import joined
+from kvtc_stream.stream.options import EncoderOptions
 
 Source: TypeAlias = "str | os.PathLike[str] | BinaryIO | bytes | bytearray | memoryview"
 
@@ -139,15 +140,8 @@ def encode_cache(
         if ids is not None:
             _check_prompt(model, layers, sequence, kept, ids, where)
     on_device = codec.backend == "cuda" or (codec.backend == "auto" and cuda_runs())
-    buffer = io.BytesIO()
-    with kvtc.open(
-        buffer if file is None else file,
-        "wb",
-        codec=codec,
-        metadata=metadata,
-        token_digest=b"" if ids is None else token_digest(ids),
-        base=base,
-    ) as writer:
+
+    def chunks() -> Iterator[dict[str, Any]]:
         for i, section in enumerate(calibration.geometry.sections):
             chosen = [layers[number] for number in section.layers]
             held = chosen[0].keys.shape[2]
@@ -165,13 +159,26 @@ def encode_cache(
             for start in range(0, len(slots), step):
                 some = slots[start : start + step]
                 first = len(where) - len(slots) + start
-                writer.write(
-                    [_some_tokens(layer.keys[sequence], some, there) for layer in chosen],
-                    [_some_tokens(layer.values[sequence], some, there) for layer in chosen],
-                    positions=where[first : first + len(some)],
-                    section=i,
-                )
-    return buffer.getvalue() if file is None else None
+                yield {
+                    "k": [_some_tokens(layer.keys[sequence], some, there) for layer in chosen],
+                    "v": [_some_tokens(layer.values[sequence], some, there) for layer in chosen],
+                    "positions": where[first : first + len(some)],
+                    "section": i,
+                }
+
+    options: EncoderOptions = {
+        "metadata": metadata,
+        "token_digest": b"" if ids is None else token_digest(ids),
+        "base": base,
+    }
+    if file is None:
+        encoder = kvtc.Encoder(codec, **options)
+        pieces = [piece for chunk in chunks() for piece in encoder.encode_pieces(**chunk)]
+        return joined([*pieces, *encoder.finish_pieces()])
+    with kvtc.open(file, "wb", codec=codec, **options) as writer:
+        for chunk in chunks():
+            writer.write(**chunk)
+    return None
 
 
 @overload
