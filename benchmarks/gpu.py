@@ -66,8 +66,6 @@ GEOMETRIES = {
 }
 BATCHES = {"8 × 8K": (8, 8192), "1 × 8K": (1, 8192), "1 × 128K": (1, 131_072)}
 BLOCK, RATIO = 128, 16
-#: Caches at a time, of the public functions.
-MANY = 4
 #: Share of a row's width that the rank is, as on SmolLM2-135M; and a cap, about the paper's.
 RANK_SHARE, MOST_RANK = 0.25, 10_240
 #: Variance of SmolLM2-135M's joint components, relative to the first, at shares of the rank.
@@ -639,54 +637,6 @@ def by_clock(task: Callable[[], Any], repeats: int = 5) -> tuple[Any, float]:
     return result, sorted(times)[repeats // 2]
 
 
-def public_speed(model: Model) -> dict[str, Any]:
-    """GB/s of :func:`kvtc_stream.encode` and :func:`kvtc_stream.decode`, of 8,192 tokens: tensors
-    on the device, bytes in ordinary host memory; with sinks and window as they are by default, and
-    without. Of ``encode_many`` and ``decode_many`` too, of ``MANY`` such caches, whose streams are
-    then in pinned memory. Beside it, what copying the raw cache from ordinary memory reaches."""
-    caches = [
-        tuple(x.view(ml_dtypes.bfloat16) for x in model.cache(8192, seed)) for seed in range(MANY)
-    ]
-    k, v = caches[0]
-    size = k.nbytes + v.nbytes
-    out = cp.empty_like(k), cp.empty_like(v)
-    raw = [cp.asnumpy(x.view(np.uint16)) for x in (k, v)]
-
-    def copy() -> None:
-        for source, target in zip(raw, out, strict=True):
-            target.view(np.uint16).set(source)
-
-    _, copying_s = by_clock(copy, 3)
-    result: dict[str, Any] = {"raw_copy_gbps": size / copying_s / 1e9, "many": MANY}
-    for name, options in (("default", {}), ("without_window", {"window": 0, "sinks": 0})):
-        codec = kvtc.Codec(model.calibration, ratio=RATIO, backend="cuda", **options)
-        unmeasured = replace(codec, measure=False)
-        data, measured_s = by_clock(partial(kvtc.encode, k, v, codec))
-        _, encoding_s = by_clock(partial(kvtc.encode, k, v, unmeasured))
-        task = partial(kvtc.decode, data, model.calibration, out=out, backend="cuda")
-        _, decoding_s = by_clock(task)
-        streams, many_encoding_s = by_clock(partial(kvtc.encode_many, caches, unmeasured), 3)
-        held = [pinned(data) for data in streams]
-        task = partial(kvtc.decode_many, held, model.calibration, backend="cuda")
-        _, many_decoding_s = by_clock(task, 3)
-        result[name] = {
-            "ratio": size / len(data),
-            "encode_measured_gbps": size / measured_s / 1e9,
-            "encode_gbps": size / encoding_s / 1e9,
-            "decode_gbps": size / decoding_s / 1e9,
-            "encode_many_gbps": MANY * size / many_encoding_s / 1e9,
-            "decode_many_gbps": MANY * size / many_decoding_s / 1e9,
-        }
-    return result
-
-
-def pinned(data: bytes) -> memoryview:
-    """A read-only copy in pinned memory."""
-    copy = np.frombuffer(cp.cuda.alloc_pinned_memory(len(data)), np.uint8, len(data))
-    copy[:] = np.frombuffer(data, np.uint8)
-    return copy.data.toreadonly()
-
-
 def paper_speed() -> dict[str, Any]:
     """The preset ``paper`` by the public functions, whose coder of bytes is on the host: of
     SmolLM2-135M's geometry, on caches that the calibration is of."""
@@ -847,9 +797,6 @@ def main() -> None:
     """Measure, show and write."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("-o", "--output", type=Path, default=Path("benchmarks/results/h100.json"))
-    parser.add_argument(
-        "--public", action="store_true", help="only the public functions, into a result that exists"
-    )
     parser.add_argument("--quick", action="store_true", help="the first geometry and batch only")
     parser.add_argument(
         "--frontier",
@@ -863,16 +810,6 @@ def main() -> None:
     begin = time.perf_counter()
     limits = ceilings()
     console.print(limits)
-    if args.public:
-        result = json.loads(args.output.read_text())
-        result["public"] = {}
-        for name, shape in GEOMETRIES.items():
-            result["public"][name] = public_speed(Model(*shape))
-            cp.get_default_memory_pool().free_all_blocks()
-        result["paper"] = paper_speed()
-        console.print(result["public"], result["paper"])
-        write_result(args.output, result, console)
-        return
     if args.frontier:
         frontier(args, limits, console)
         return

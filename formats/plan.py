@@ -170,7 +170,7 @@ class Plan:
     preset: str
     sections: tuple[SectionPlan, ...]
     #: What :meth:`to_bytes` gives, once it is known.
-    _bytes: bytes = field(default=b"", repr=False, compare=False)
+    _bytes: bytes = field(default=b"", init=False, repr=False, compare=False)
 
     def check(self, geometry: Geometry) -> None:
         """Raise ``ValueError`` unless the plan fits the geometry, section by section."""

@@ -1,0 +1,186 @@
+"""What users get of the CUDA backend, beside its kernels in the same run.
+
+    python benchmarks/public.py [-o benchmarks/results/h200.json] [--no-adapter]
+
+Mistral-NeMo-12B's shape, 8,192 tokens, caches drawn as those of ``gpu.py``, bfloat16. Speeds are
+GB of K and V a second, medians, until the device is done; tensors are on the device, bytes in
+pinned memory where they are read, and new ``bytes`` where they are written. ``cpu_s_per_gb`` is
+the host's time on all its threads.
+
+The adapter's model has drawn weights. Its calibration is drawn too, and so is the cache that is
+stored, so ``encode_cache`` gets no ``token_ids``: those of another cache would be refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import cupy as cp
+import ml_dtypes
+import numpy as np
+from _common import write_result
+from rich.console import Console
+
+import kvtc_stream as kvtc
+from gpu import GEOMETRIES, RATIO, Model, Restored, Streams, device_result, seconds
+
+TOKENS, MANY = 8192, 8
+NAME = "Mistral-NeMo-12B"
+
+
+def timed(task: Callable[[], Any], repeats: int = 5) -> tuple[Any, float, float]:
+    """Result, median time until the device is done, and median time of all threads of the host."""
+    result, times = task(), []
+    task()
+    for _ in range(repeats):
+        cp.cuda.Device().synchronize()
+        begin, used = time.perf_counter(), time.process_time()
+        task()
+        cp.cuda.Device().synchronize()
+        times.append((time.perf_counter() - begin, time.process_time() - used))
+    elapsed, cpu = (sorted(x)[repeats // 2] for x in zip(*times, strict=True))
+    return result, elapsed, cpu
+
+
+def pinned(data: bytes) -> memoryview:
+    """A read-only copy in pinned memory."""
+    copy = np.frombuffer(cp.cuda.alloc_pinned_memory(len(data)), np.uint8, len(data))
+    copy[:] = np.frombuffer(data, np.uint8)
+    return copy.data.toreadonly()
+
+
+def kernels(model: Model, streams: int) -> dict[str, float]:
+    """Speeds from device to device, as ``gpu.py`` measures them."""
+    source = Streams(model, streams, TOKENS, RATIO, frontier=False)
+    encoder = source.encoder(measure=False)
+    encoding, _ = seconds(partial(source.encode, encoder))
+    size = source.size
+    del source.tensors[1:], source.caches[1:]
+    decoding, _ = seconds(Restored(source).decode)
+    return {"decode_gbps": size / decoding / 1e9, "encode_gbps": size / encoding / 1e9}
+
+
+def public(model: Model) -> dict[str, Any]:
+    """The one-shot functions, with sinks and window as they are by default, and without."""
+    caches = [
+        tuple(x.view(ml_dtypes.bfloat16) for x in model.cache(TOKENS, seed)) for seed in range(MANY)
+    ]
+    k, v = caches[0]
+    size = k.nbytes + v.nbytes
+    out = cp.empty_like(k), cp.empty_like(v)
+    result: dict[str, Any] = {"many": MANY, "tokens": TOKENS}
+    for name, options in (("default", {}), ("without_window", {"window": 0, "sinks": 0})):
+        codec = kvtc.Codec(model.calibration, ratio=RATIO, backend="cuda", **options)
+        plain = replace(codec, measure=False)
+        found: dict[str, float] = {}
+
+        def note(
+            what: str, count: int, task: Callable[[], Any], found: dict[str, float] = found
+        ) -> Any:
+            done, elapsed, cpu = timed(task)
+            found[f"{what}_gbps"] = count * size / elapsed / 1e9
+            found[f"{what}_cpu_s_per_gb"] = cpu / (count * size / 1e9)
+            return done
+
+        data = note("encode_measured", 1, partial(kvtc.encode, k, v, codec))
+        found["ratio"] = size / len(data)
+        note("encode", 1, partial(kvtc.encode, k, v, plain))
+        decode = partial(kvtc.decode, calibration=model.calibration, out=out, backend="cuda")
+        note("decode", 1, partial(decode, pinned(data)))
+        note("decode_pageable", 1, partial(decode, data))
+        streams = note("encode_many", MANY, partial(kvtc.encode_many, caches, plain))
+        held = [pinned(x) for x in streams]
+        decode_all = partial(kvtc.decode_many, held, model.calibration, backend="cuda")
+        note("decode_many", MANY, decode_all)
+        result[name] = found
+    names = ("decode_gbps", "encode_gbps", "decode_many_gbps", "encode_many_gbps")
+    return result | {key: result["default"][key] for key in names}
+
+
+def adapter(model: Model) -> dict[str, float]:
+    """The transformers adapter, of a model of that shape."""
+    import torch
+    from transformers import DynamicCache, MistralConfig, MistralForCausalLM
+
+    from kvtc_stream.integrations import transformers as host
+
+    layers, heads, dim = model.shape
+    config = MistralConfig(
+        vocab_size=131_072,
+        hidden_size=5120,
+        intermediate_size=14_336,
+        num_hidden_layers=layers,
+        num_attention_heads=32,
+        num_key_value_heads=heads,
+        head_dim=dim,
+        sliding_window=None,
+        max_position_embeddings=131_072,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+    )
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda"):
+        network = MistralForCausalLM(config).eval()
+    torch.set_default_dtype(torch.float32)
+    ids = torch.randint(0, config.vocab_size, (1, TOKENS), device="cuda")
+
+    @torch.inference_mode()
+    def prefill() -> None:
+        network(ids, past_key_values=DynamicCache(config=config), logits_to_keep=1)
+        torch.cuda.synchronize()
+
+    calibration = replace(
+        model.calibration,
+        geometry=host.geometry_of(network),
+        model=host.model_identity(network),
+        _memo={},
+    )
+    cache = DynamicCache(config=config)
+    for number, pair in enumerate(zip(*model.cache(TOKENS, 0), strict=True)):
+        cache.update(*(torch.from_dlpack(x[None]).view(torch.bfloat16) for x in pair), number)
+    codec = kvtc.Codec(calibration, ratio=RATIO)
+    _, prefill_s, _ = timed(prefill, 3)
+    encode = partial(host.encode_cache, cache, model=network)
+    data, measured_s, _ = timed(partial(encode, codec=codec))
+    _, encode_s, _ = timed(partial(encode, codec=replace(codec, measure=False)))
+    decode = partial(host.decode_cache, data, calibration, model=network)
+    _, decode_s, _ = timed(decode)
+    return {
+        "prefill_s": prefill_s,
+        "decode_cache_s": decode_s,
+        "encode_cache_s": measured_s,
+        "encode_cache_unmeasured_s": encode_s,
+        "prefill_over_decode_cache": prefill_s / decode_s,
+        "ratio": float(cache.layers[0].keys.nbytes * 2 * layers / len(data)),
+    }
+
+
+def main() -> None:
+    """Measure, show and write."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("-o", "--output", type=Path, default=Path("benchmarks/results/h200.json"))
+    parser.add_argument("--no-adapter", action="store_true", help="without transformers")
+    args = parser.parse_args()
+    console = Console(highlight=False)
+    model = Model(*GEOMETRIES[NAME])
+    result = device_result() | {"geometry": NAME}
+    result["public"] = public(model)
+    console.print(result["public"])
+    cp.get_default_memory_pool().free_all_blocks()
+    result["kernels"] = {f"{n} × 8K": kernels(model, n) for n in (1, MANY)}
+    console.print(result["kernels"])
+    cp.get_default_memory_pool().free_all_blocks()
+    if not args.no_adapter:
+        result["adapter"] = adapter(model)
+        console.print(result["adapter"])
+    write_result(args.output, result, console)
+
+
+if __name__ == "__main__":
+    main()
