@@ -248,9 +248,12 @@ class BlockTable:
 
     @classmethod
     def concat(cls, tables: Sequence[BlockTable]) -> BlockTable:
-        """The blocks of several tables, which are all verified or all not."""
+        """The blocks of several tables. Where some are verified, the others are now."""
         if len(tables) == 1:
             return tables[0]
+        unverified = all(t.unverified for t in tables)
+        for table in tables if not unverified else ():
+            table.verify()
         rows = np.concatenate([np.zeros(0, ROW), *(t.rows for t in tables)])
         firsts = [0]
         pieces: list[memoryview] = []
@@ -265,7 +268,6 @@ class BlockTable:
             owner = bisect_right(firsts, row) - 1
             return tables[owner]._parse(row - firsts[owner], found)
 
-        unverified = any(t.unverified for t in tables)
         return cls(tuple(pieces), rows, special, unverified, parse)
 
     def within(self, context: Callable[[], AbstractContextManager[None]]) -> BlockTable:
@@ -331,6 +333,7 @@ class BlockTable:
         """Raise ``ChecksumError`` unless these are the checksums of the payloads."""
         for row in np.flatnonzero(found != self.rows["checksum"]).tolist():
             self._parse(row, int(found[row]))
+            raise AssertionError(f"row {row} has another checksum, and no error")
 
     def of_tokens(self, values: NDArray[Any]) -> NDArray[Any]:
         """Repeat a value of each block for its tokens."""

@@ -146,6 +146,31 @@ def test_usual_streams_need_no_parser(
     assert not table.special
 
 
+def test_tables_of_which_some_are_verified(stream: bytes) -> None:
+    file = StreamFile(io.BytesIO(stream))
+    fresh = file.read_table(file.live)
+    blocks = [fresh.block(i) for i in range(len(fresh))]
+    assert BlockTable.concat([fresh, fresh]).unverified
+    both = BlockTable.concat([BlockTable.of(blocks), fresh])
+    assert not both.unverified
+    check_columns(both, blocks + blocks)
+    assert [both.block(i) for i in range(len(both))] == blocks + blocks
+
+    damaged = bytearray(stream)
+    at = int(fresh.rows["coded"][2] + file.entries["offset"][file.live[0]])
+    damaged[at + 3] ^= 1
+    file = StreamFile(io.BytesIO(damaged))
+    broken = file.read_table(file.live)
+    for use in (
+        broken.verify,
+        lambda: BlockTable.concat([BlockTable.of(blocks), broken]),
+        lambda: broken.block(2),
+    ):
+        with pytest.raises(kvtc.ChecksumError, match="record 2 "):
+            use()
+    assert broken.block(1) == blocks[1]
+
+
 def test_nothing_but_whole_entries() -> None:
     data, header, _ = small_stream()
     file = StreamFile(io.BytesIO(data))

@@ -151,10 +151,11 @@ class Reader:
         take part. Slices have step 1 and follow Python's rules.
 
         ``out`` are tensors that take K and V instead, and are returned as they are: of that shape,
-        or a list of one a layer, in the stream's ``out_dtype``; of any framework, writable, in the
-        backend's memory. A damaged stream leaves them alone: the checksums of all blocks are
-        verified before the first value is written. After an error of another kind (a writer's
-        fault that its checksums cover, a device that fails) their content is undefined.
+        or lists of one a layer, or of several layers each, in the stream's ``out_dtype``; of any
+        framework, writable, in the backend's memory. A damaged stream leaves them alone: the
+        checksums of all blocks are verified before the first value is written. After an error of
+        another kind (a writer's fault that its checksums cover, a device that fails) their content
+        is undefined.
         """
         first, last = _span(tokens, self.tokens(section), "tokens")
         geometry = self._header.geometry.sections[section]
