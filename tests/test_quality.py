@@ -505,7 +505,7 @@ def test_command_prints_tables_of_other_judged_texts(
     second = capsys.readouterr()
 
     assert (status, first.err, again, second.err) == (0, "", 0, "")
-    assert "other.txt: 400 tokens of context, 4 sinks and a window of 128" in first.out
+    assert "other.txt: 400 tokens of context, 4 sinks and a window of 1" in first.out
     assert "some.txt" not in first.out
     assert "found" not in first.out
     # The calibration is the same, so all figures are.
@@ -519,7 +519,7 @@ def test_command_prints_tables_of_other_judged_texts(
         (["--judge-text", "a"], "needs --text to calibrate on"),
         (["--text", "a", "--presets", "no-such"], "--presets must be among paper"),
         (["--text", "a", "--ratios", "8,0"], "--ratios must be positive"),
-        (["--text", "a", "--context", "259"], "--context must be at least 260, sinks, window"),
+        (["--text", "a", "--context", "132"], "--context must be at least 133, sinks, window"),
         (["--text", "a", "--following", "0"], "--following must be at least 1"),
         (["--text", "a", "--calibration", "c", "--tokens", "9"], "leave out --tokens"),
         (["--judge-text", "a", "--calibration", "c", "--importance", "none"], "--importance, "),

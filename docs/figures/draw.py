@@ -121,7 +121,7 @@ def pipeline() -> None:
         ("block", 92, RED),
         ("…", 60, RED),
         ("block", 92, RED),
-        ("latest 128 tokens", 160, BLUE),
+        ("latest tokens", 160, BLUE),
         ("index, trailer", 139, SAND),
     )
     x = 15.0

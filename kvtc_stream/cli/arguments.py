@@ -484,9 +484,9 @@ def _window(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--window",
         type=int,
-        default=128,
+        default=1,
         metavar="N",
-        help="the last N tokens go verbatim (default: 128)",
+        help="at least the last N tokens go verbatim (default: 1)",
     )
 
 

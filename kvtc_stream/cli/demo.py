@@ -47,9 +47,8 @@ def _tables(r: dict[str, Any]) -> Iterable[Table]:
             ("file", f"{r['stream_bytes'] / 1e6:.2f} MB, every byte counted"),
             (
                 "ratio",
-                f"{r['ratio']:.2f}× with {r['codec']['sinks']} sinks and a window of "
-                f"{r['codec']['window']} tokens kept exactly; {r['coded_ratio']:.2f}× for the "
-                f"{r['coded_tokens']:,} coded tokens",
+                f"{r['ratio']:.2f}× with {r['tokens'] - r['coded_tokens']} tokens kept exactly; "
+                f"{r['coded_ratio']:.2f}× for the {r['coded_tokens']:,} coded tokens",
             ),
             (
                 "relative error",

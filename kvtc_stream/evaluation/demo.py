@@ -56,8 +56,8 @@ _IMPORTANCE_DOCUMENTS = 4
 #: Groups of layers with a basis each, and the share of their coefficients that a second level
 #: transforms once more: nearly as small as one basis over all layers, in a fraction of the time.
 _LAYER_GROUPS, _SECOND_LEVEL = 6, 3 / 8
-#: Tokens of the cache by default: sinks, 13 whole blocks and the window.
-_CONTEXT = 4 + 13 * 128 + 128
+#: Tokens of the cache by default: sinks, 14 whole blocks and the window.
+_CONTEXT = 4 + 14 * 128 + 1
 #: Tokens after the context that judge the caches.
 _FOLLOWING = 384
 #: Tokens of an answer at most.

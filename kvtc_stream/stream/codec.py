@@ -82,7 +82,10 @@ class Codec:
     sinks
         Tokens at positions below this travel verbatim (attention sinks).
     window
-        The latest tokens of a finished stream that travel verbatim.
+        At least so many of the latest tokens of a finished stream travel verbatim. Those that do
+        not fill a block join them, so that a stream can be continued as if it had not ended: with
+        the default of 1 they are 1 to ``block_tokens``. With 0 the last block may be short, and
+        what is appended begins another.
     block_tokens
         Tokens per block: the unit of random access and of memory.
     coder
@@ -117,7 +120,7 @@ class Codec:
     error_bound: float | None = None
     layer_error_bound: float | None = None
     sinks: int = 4
-    window: int = 128
+    window: int = 1
     block_tokens: int = 128
     coder: str | None = None
     out_dtype: str | None = None
