@@ -3,6 +3,7 @@
     python tests/golden/make.py tests/golden/1.0
     python tests/golden/make.py tests/golden/1.0-two-levels --two-levels
     python tests/golden/make.py tests/golden/1.1 --later
+    python tests/golden/make.py tests/golden/1.1-eight-bits --two-levels --eight-bits
     python tests/golden/make.py tests/golden/1.1-planes --planes
     python tests/golden/make.py tests/golden/1.1-sealed --sealed
 
@@ -52,7 +53,7 @@ warnings.simplefilter("ignore")
 KEY = b"golden key"
 
 
-def main(folder: Path, two_levels: bool) -> None:
+def main(folder: Path, two_levels: bool, eight_bits: bool) -> None:
     """Write every file; fails if one is there. Of two levels, one stream."""
     folder.mkdir(parents=True)
     cases: list[dict[str, Any]] = []
@@ -62,7 +63,9 @@ def main(folder: Path, two_levels: bool) -> None:
             kvtc.Section((1,), 1, 4, 4, (kvtc.Rope.from_theta(500, 2, interleaved=True),)),
         )
     )
-    options = {"layer_groups": 2, "second_level": 9} if two_levels else {}
+    options: dict[str, Any] = {"layer_groups": 2, "second_level": 9} if two_levels else {}
+    if eight_bits:
+        options["basis_dtype"] = "float8_e4m3"
     model = kvtc.ModelIdentity("golden", "1")
     calibrator = kvtc.Calibrator(geometry, model=model, **options)
     for section in range(2):
@@ -85,6 +88,7 @@ def main(folder: Path, two_levels: bool) -> None:
                     block_symbols(file.header, file.read_block(e), calibration)
                 ).hexdigest(),
             }
+            | described(file.read_block(e))
             for e in file.index
         ]
         values = b""
@@ -419,4 +423,4 @@ if __name__ == "__main__":
     elif "--planes" in sys.argv[2:]:
         planes(Path(sys.argv[1]))
     else:
-        main(Path(sys.argv[1]), "--two-levels" in sys.argv[2:])
+        main(Path(sys.argv[1]), "--two-levels" in sys.argv[2:], "--eight-bits" in sys.argv[2:])
