@@ -71,13 +71,15 @@ class Places(NamedTuple):
 def encode(values: npt.NDArray[np.uint16]) -> npt.NDArray[np.uint8]:
     """The payload of the bits of bfloat16 values [n]: uint8, which may be more than they were."""
     n = len(values)
-    tiles = -(-n // TILE)
-    heads = np.zeros((tiles, HEAD), np.uint8)
-    words = np.empty(tiles * 2 * LEVELS * (TILE // 32), np.uint32)
-    rest, others = np.empty(n, np.uint8), np.empty(n, np.uint8)
-    used, spare = _encode(values, heads, words, rest, others)
-    pieces = heads.reshape(-1), words[:used].astype("<u4").view(np.uint8), rest, others[:spare]
-    return np.concatenate(pieces)
+    heads = np.zeros((-(-n // TILE), HEAD), np.uint8)
+    _survey(values, heads)
+    place = places(heads, n)
+    out = np.empty(place.length, np.uint8)
+    out[: heads.size] = heads.reshape(-1)
+    words = out[heads.size : place.rest].view("<u4").astype(np.uint32, copy=False)
+    rest, others = out[place.rest : place.rest + n], out[place.rest + n :]
+    _encode(values, heads, words, rest, others)
+    return out
 
 
 def places(heads: npt.NDArray[np.uint8], n: int) -> Places:
@@ -159,73 +161,78 @@ def decode(data: bytes | memoryview | npt.NDArray[np.uint8], n: int) -> npt.NDAr
 
 
 @_jit
-def _encode(values, heads, words, rest, others):  # type: ignore[no-untyped-def]
-    """Fill the parts of a payload; return how many words and other exponents there are."""
-    n = values.size
-    at, spare = _U64(0), _U64(0)
-    ranks = np.empty(256, np.uint8)
+def _survey(values, heads):  # type: ignore[no-untyped-def]
+    """Fill heads, which are 0."""
     counts = np.empty((4, 256), np.uint32)
-    # Ranks that go on, of two levels: everything is written, and only counted if it does.
-    second, third = np.empty(TILE + 1, np.uint8), np.empty(TILE + 1, np.uint8)
-    exponents = np.empty(TILE + 1, np.uint8)
+    ranked = np.empty(256, np.bool_)
     for tile in range(len(heads)):
-        own = values[tile * TILE : min(tile * TILE + TILE, n)]
-        size = own.size
-        bytes_of = rest[tile * TILE : tile * TILE + size]
+        own = values[tile * TILE : min(tile * TILE + TILE, values.size)]
         counts[:] = 0
-        for i in range(size // 4):
+        for i in range(own.size // 4):
             for j in range(4):
                 counts[j, (own[4 * i + j] >> 7) & 0xFF] += 1
-        for i in range(size // 4 * 4, size):
+        for i in range(own.size // 4 * 4, own.size):
             counts[0, (own[i] >> 7) & 0xFF] += 1
         for i in range(256):
             counts[0, i] += counts[1, i] + counts[2, i] + counts[3, i]
-        ranks[:] = ENTRIES
+        ranked[:] = False
+        left = np.int64(own.size)
         for rank in range(ENTRIES):
             best, most = 0, np.int64(-1)
             for i in range(256):
-                if ranks[i] == ENTRIES and np.int64(counts[0, i]) > most:
+                if not ranked[i] and np.int64(counts[0, i]) > most:
                     best, most = i, np.int64(counts[0, i])
-            ranks[best] = rank
+            ranked[best] = True
             heads[tile, TABLE + rank] = best
-        for i in range(size):
-            bytes_of[i] = (own[i] & 0x7F) | ((own[i] >> 8) & 0x80)
-        of_second, of_third, of_others = _U64(0), _U64(0), _U64(0)
-        for begin in range(0, size, 32):
-            low, high = _U32(0), _U32(0)
-            for i in range(min(32, size - begin)):
-                exponent = (own[begin + i] >> 7) & 0xFF
-                rank = ranks[exponent]
-                digit = min(_U32(rank), _U32(3))
-                low |= (digit & _U32(1)) << _U32(i)
-                high |= (digit >> _U32(1)) << _U32(i)
-                second[of_second] = rank - 3
-                of_second += _U64(rank >= 3)
-                others[spare + of_others] = exponent
-                of_others += _U64(rank >= ENTRIES)
-            words[at], words[at + _U64(1)] = low, high
-            at += _U64(2)
-        at = _digits(second, of_second, third, words, at)
-        for i in range(of_second):
-            third[of_third] = second[i] - 3
-            of_third += _U64(second[i] >= 3)
-        at = _digits(third, of_third, exponents, words, at)
-        spare += of_others
-        for i, count in enumerate((of_second, of_third, of_others)):
-            heads[tile, 2 * i] = count & _U64(0xFF)
-            heads[tile, 2 * i + 1] = count >> _U64(8)
-    return at, spare
+            left -= most
+            if rank % 3 == 2:
+                heads[tile, rank // 3 * 2] = left & 0xFF
+                heads[tile, rank // 3 * 2 + 1] = left >> 8
 
 
 @_jit
-def _digits(ranks, count, _unused, words, at):  # type: ignore[no-untyped-def]
+def _encode(values, heads, words, rest, others):  # type: ignore[no-untyped-def]
+    """Fill the other parts of a payload."""
+    at, spare = _U64(0), _U64(0)
+    ranks = np.empty(256, np.uint8)
+    # Ranks, and those that go on: everything is written, and only counted if it does.
+    first, second = np.empty(TILE, np.uint8), np.empty(TILE + 1, np.uint8)
+    third = np.empty(TILE + 1, np.uint8)
+    for tile in range(len(heads)):
+        own = values[tile * TILE : min(tile * TILE + TILE, values.size)]
+        size = own.size
+        bytes_of = rest[tile * TILE : tile * TILE + size]
+        ranks[:] = ENTRIES
+        for rank in range(ENTRIES):
+            ranks[heads[tile, TABLE + rank]] = rank
+        for i in range(size):
+            bytes_of[i] = (own[i] & 0x7F) | ((own[i] >> 8) & 0x80)
+            first[i] = ranks[(own[i] >> 7) & 0xFF]
+        at = _digits(first, size, words, at)
+        of_second, of_third = _U64(0), _U64(0)
+        for i in range(size):
+            second[of_second] = first[i] - 3
+            of_second += _U64(first[i] >= 3)
+        at = _digits(second, of_second, words, at)
+        for i in range(of_second):
+            third[of_third] = second[i] - 3
+            of_third += _U64(second[i] >= 3)
+        at = _digits(third, of_third, words, at)
+        for i in range(size):
+            if first[i] == ENTRIES:  # rare
+                others[spare] = (own[i] >> 7) & 0xFF
+                spare += _U64(1)
+
+
+@_jit
+def _digits(ranks, count, words, at):  # type: ignore[no-untyped-def]
     """Write the digits of a level; return where the next begins."""
-    for begin in range(0, count, 32):
+    for begin in range(0, np.int64(count), 32):
         low, high = _U32(0), _U32(0)
-        for i in range(min(32, count - begin)):
-            digit = min(_U32(ranks[begin + i]), _U32(3))
-            low |= (digit & _U32(1)) << _U32(i)
-            high |= (digit >> _U32(1)) << _U32(i)
+        some = ranks[begin : min(begin + 32, np.int64(count))]
+        for i in range(some.size):
+            low |= _U32((some[i] == 1) | (some[i] >= 3)) << _U32(i)
+            high |= _U32(some[i] >= 2) << _U32(i)
         words[at], words[at + _U64(1)] = low, high
         at += _U64(2)
     return at
