@@ -412,7 +412,8 @@ class StreamFile:
         with located("index"):
             check_trailer(trailer, order, total)
             order.accept(where)
-        return np.concatenate([usual, _packed([where])]), total - trailer.index_offset
+        found = np.frombuffer(usual.tobytes() + where.pack(), ENTRY)
+        return found, total - trailer.index_offset
 
     def _scan(self, start: int) -> list[IndexEntry]:
         """Find the complete records before the first fault; returns their entries.

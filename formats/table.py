@@ -254,7 +254,7 @@ class BlockTable:
         unverified = all(t.unverified for t in tables)
         for table in tables if not unverified else ():
             table.verify()
-        rows = np.concatenate([np.zeros(0, ROW), *(t.rows for t in tables)])
+        rows = np.frombuffer(bytearray(b"".join(t.rows.tobytes() for t in tables)), ROW)
         firsts = [0]
         pieces: list[memoryview] = []
         special: dict[int, Block] = {}

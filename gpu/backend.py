@@ -371,8 +371,10 @@ class CudaSectionCoder(SectionCoder):
         ``k`` and ``v`` [layers, kv_heads, tokens, head_dim] are the tokens at the indices
         ``left_out``, which are stored verbatim; ``errors`` is float32 [2, tokens] of K and V.
         """
-        verbatim_coder, data = code_verbatim(self._header, k, v)
-        kept = np.delete(np.arange(len(positions)), left_out)
+        verbatim_coder, data, kept = Coder.STORED, b"", np.arange(len(positions))
+        if len(left_out):
+            verbatim_coder, data = code_verbatim(self._header, k, v)
+            kept = np.delete(kept, left_out)
         return Block(
             section=self._index,
             role=Role.DATA,
