@@ -293,3 +293,16 @@ def test_buffers_that_do_not_fit(calibration: kvtc.Calibration, streams: list[by
     ):
         with pytest.raises(error, match=message):
             kvtc.decode(streams[0], calibration, out=out)
+
+
+def test_streams_without_tokens(calibration: kvtc.Calibration, codec: kvtc.Codec) -> None:
+    data = kvtc.Encoder(codec).finish()
+    layers, heads, dim = (
+        len(calibration.geometry.sections[0].layers),
+        calibration.geometry.sections[0].kv_heads,
+        calibration.geometry.sections[0].k_dim,
+    )
+    pairs = [kvtc.decode(data, calibration), *kvtc.decode_many([data] * 2, calibration)]
+    assert all(x.shape == (layers, heads, 0, dim) for pair in pairs for x in pair)
+    found = list(kvtc.decode_layers(data, calibration))
+    assert [x.shape for pair in found for x in pair] == [(heads, 0, dim)] * 2 * layers

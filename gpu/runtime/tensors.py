@@ -73,7 +73,7 @@ class Tensors:
         else:
             heads, slots, dim = first.shape
             head_stride, token_stride, channel = strides
-        if dim > 1 and channel != 1:
+        if first.size and dim > 1 and channel != 1:
             raise ValueError(f"channels are {channel} elements apart: they must lie side by side")
         addresses = tuple(a.data.ptr for a in arrays)
         owners = tuple(arrays)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -431,9 +432,9 @@ class CpuSectionCoder(SectionCoder):
 def _each(table: BlockTable, slots: NDArray[np.int64]) -> Iterator[tuple[Block, NDArray[np.int64]]]:
     """The blocks of a table, all of them verified, and where the tokens of each go."""
     table.verify()
-    ends = np.cumsum(table.rows["tokens"]).tolist()
-    for row, own in enumerate(np.split(slots, ends[:-1])):
-        yield table.block(row, verified=True), own
+    edges = [0, *np.cumsum(table.rows["tokens"]).tolist()]
+    for row, (first, last) in enumerate(pairwise(edges)):
+        yield table.block(row, verified=True), slots[first:last]
 
 
 def _of_layers(scale: Float | None, layers: Sequence[int]) -> Float | None:
