@@ -99,17 +99,18 @@ FAMILIES = rans.Families(CALIBRATION.sections[0].bases["joint"][0].uniform.famil
 
 
 def stream(data: bytes) -> None:
-    """A reader of a file, of a pipe, in recovery; then again behind right checksums."""
-    for pipe, recover in ((False, False), (True, False), (False, True)):
+    """A reader of a file, block by block and whole, of a pipe, in recovery; then again behind
+    right checksums."""
+    for way in ({}, {"whole": True}, {"pipe": True}, {"recover": True}):
         with contextlib.suppress(kvtc.KVTCError):
-            restore(data, CALIBRATION, pipe=pipe, recover=recover)
+            restore(data, CALIBRATION, **way)
     try:
         right = reseal(data)
     except Exception:  # nothing that has checksums
         return
-    for pipe in (False, True):
+    for way in ({}, {"whole": True}, {"pipe": True}):
         with contextlib.suppress(kvtc.KVTCError):
-            restore(right, CALIBRATION, pipe=pipe)
+            restore(right, CALIBRATION, **way)
     file = io.BytesIO(right)
     try:
         with kvtc.open(file, "ab", codec=CODEC, recover=True) as writer:
@@ -145,6 +146,12 @@ def container(data: bytes) -> None:
                 live = [block for block in live if block.role is not Role.TAIL]
         parser.close()
         assert live == blocks
+        for section in range(len(file.header.geometry.sections)):
+            numbers = file.live[file.entries["section"][file.live] == section]
+            table = file.read_table(numbers)
+            table.verify()
+            own = [block for block in blocks if block.section == section]
+            assert [table.block(i, verified=True) for i in range(len(table))] == own
         second = second_reader.read_stream(one).blocks
         for block, other in zip(blocks, second, strict=True):
             assert list(block.positions) == other.positions.tolist()
