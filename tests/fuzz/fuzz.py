@@ -36,7 +36,7 @@ from damage import restore  # noqa: E402
 from formats_samples import later_stream, reseal, small_stream, write  # noqa: E402
 
 import kvtc_stream as kvtc  # noqa: E402
-from kvtc_stream.coding import rans  # noqa: E402
+from kvtc_stream.coding import rans, verbatim  # noqa: E402
 from kvtc_stream.formats import (  # noqa: E402
     Block,
     Coder,
@@ -182,10 +182,12 @@ def coders(data: bytes) -> None:
     """The first bytes choose; the rest is what the coder gets."""
     if len(data) < 4:
         return
-    kind, tokens, components, rest = data[0] % 5, data[1] % 40, data[2] % 5, data[3:]
+    kind, tokens, components, rest = data[0] % 6, data[1] % 40, data[2] % 5, data[3:]
     try:
         if kind < 4:
             decompress(Coder(kind), rest, data[1] * 8 + data[2])
+        elif kind == 5:
+            verbatim.decode(rest, data[1] * 64 + data[2])
         else:
             ids = np.full((16, components), data[0] % len(FAMILIES.frequencies), np.uint8)
             rans.decode(rest, np.zeros(tokens, np.uint8), ids, FAMILIES)
@@ -249,6 +251,8 @@ def write_seeds() -> None:
     ids = np.zeros((16, 2), np.uint8)
     tile = rans.encode(symbols, np.zeros(20, np.uint8), ids, FAMILIES)
     found["coders"].append(bytes([4, 20, 2]) + tile)
+    values = np.arange(200, dtype=np.uint16) * 331
+    found["coders"].append(bytes([5, 3, 8]) + verbatim.encode(values).tobytes())
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "cal.safetensors"
         CALIBRATION.save(path)
