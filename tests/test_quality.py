@@ -18,7 +18,7 @@ transformers = pytest.importorskip("transformers")
 from transformers.cache_utils import DynamicCache  # noqa: E402
 
 import kvtc_stream as kvtc  # noqa: E402
-from kvtc_stream.cli import bench, main  # noqa: E402
+from kvtc_stream.cli import bench_quality, main  # noqa: E402
 from kvtc_stream.evaluation import quality  # noqa: E402
 from kvtc_stream.integrations.transformers import (  # noqa: E402
     calibrate,
@@ -381,13 +381,13 @@ def test_presets_are_compared_at_the_divergence_of_the_first() -> None:
         _point("other", 16, 30, 0.04),
     ]
 
-    inside, above = bench.at_equal_kl(points, "ratio")
+    inside, above = bench_quality.at_equal_kl(points, "ratio")
 
     assert (inside["preset"], inside["kl_divergence"]) == ("other", 0.04)
     assert (inside["baseline_ratio"], inside["ratio"]) == (10, pytest.approx(30))
     assert inside["gain"] == pytest.approx(3)
     assert (above["ratio"], above["gain"]) == ("above range", None)
-    assert bench.at_equal_kl(points[:2], "ratio") == []
+    assert bench_quality.at_equal_kl(points[:2], "ratio") == []
 
 
 # The command.

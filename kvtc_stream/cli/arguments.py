@@ -60,13 +60,14 @@ def make_parser() -> argparse.ArgumentParser:
     edits = (_cat, _slice, _split, _join, _truncate, _compact, _repair)
     others = (_calibrate, _encode, _decode, _info, _verify, *edits, _bench, _demo, _completion)
     for add in others:
-        command = add(commands)
-        command.add_argument(
-            "--json", action="store_true", help="print one JSON object, and nothing else"
-        )
-        command.add_argument("--debug", action="store_true", help="show tracebacks of errors")
-        module = "edit" if add in edits else add.__name__[1:]
-        command.set_defaults(parser=command, module=module)
+        made = add(commands)
+        for command in made if isinstance(made, tuple) else (made,):
+            command.add_argument(
+                "--json", action="store_true", help="print one JSON object, and nothing else"
+            )
+            command.add_argument("--debug", action="store_true", help="show tracebacks of errors")
+            module = "edit" if add in edits else "_".join(command.prog.split()[1:])
+            command.set_defaults(parser=command, module=module)
     return parser
 
 
@@ -344,11 +345,23 @@ def _new_stream(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     return parser
 
 
-def _bench(commands: Any) -> argparse.ArgumentParser:
+def _bench(commands: Any) -> tuple[argparse.ArgumentParser, ...]:
     benchmarks = _add(commands, "bench", "measure on a model and texts of yours").add_subparsers(
         dest="benchmark", metavar="BENCHMARK", required=True
     )
-    return _quality(benchmarks)
+    return _quality(benchmarks), _tasks(benchmarks)
+
+
+_BENCH_NOTES = (
+    "Without --judge-text the first 70 % of every text calibrate, and from 80 % on it is",
+    "judged; with it, all of --text calibrates and only the others are judged.",
+    "A file of an earlier --save-calibration takes the place of the texts to calibrate on.",
+    "Ratios are relative to a bfloat16 cache and count every byte: of the stream as a whole,",
+    "and of coded tokens, without sinks, window, header and index. KL is the divergence of the",
+    "next-token distribution with the restored cache from that with the exact one. Runs on the",
+    "CPU, or on a GPU if there is one.",
+    "Needs pip install 'kvtc-stream[demo]', or [transformers] with --model, [plot] for --plot.",
+)
 
 
 def _quality(benchmarks: Any) -> argparse.ArgumentParser:
@@ -356,50 +369,10 @@ def _quality(benchmarks: Any) -> argparse.ArgumentParser:
         benchmarks,
         "quality",
         "tell what compressed caches take, and what a model predicts and finds with them",
-        "Without --judge-text the first 70 % of every text calibrate, and from 80 % on it is",
-        "judged; with it, all of --text calibrates and each judged text is read from its start.",
-        "A file of an earlier --save-calibration takes the place of the texts to calibrate on.",
-        "Ratios are relative to a bfloat16 cache and count every byte: of the stream as a whole,",
-        "and of coded tokens, without sinks, window, header and index. KL is the divergence of the",
-        "next-token distribution with the restored cache from that with the exact one. Runs on the",
-        "CPU, or on a GPU if there is one.",
-        "Needs pip install 'kvtc-stream[demo]', or [transformers] with --model, [plot] for --plot.",
+        *_BENCH_NOTES,
     )
     _judged(parser)
-    _learnt(parser)
-    parser.add_argument("--output", metavar="JSON", help="file for all figures")
-    parser.add_argument("--plot", metavar="PNG", help="draw divergence over ratio")
-    return parser
-
-
-def _judged(parser: argparse.ArgumentParser) -> None:
-    """What is measured on what."""
-    parser.add_argument(
-        "--model",
-        metavar="MODEL",
-        help="folder, name or .gguf file of a transformers model (default: that of kvtc demo)",
-    )
-    parser.add_argument(
-        "--dtype", default="float32", help="element type to run the model in (default: float32)"
-    )
-    parser.add_argument(
-        "--text", nargs="+", default=[], metavar="FILE", help="UTF-8 texts, or folders"
-    )
-    parser.add_argument("--judge-text", nargs="+", default=[], metavar="FILE", help="other texts")
-    parser.add_argument(
-        "--presets",
-        type=_list(str),
-        metavar="A,B",
-        help="the first is what others are compared with (default: all, paper first)",
-    )
-    parser.add_argument(
-        "--ratios",
-        type=_list(float),
-        default=[8.0, 16.0, 32.0, 64.0],
-        metavar="R,S",
-        help="targets (default: 8,16,32,64)",
-    )
-    _window(parser)
+    _ratios(parser, "8,16,32,64", "the first is what others are compared with", "paper first")
     parser.add_argument(
         "--context",
         type=int,
@@ -423,6 +396,79 @@ def _judged(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seed", type=int, default=0, metavar="N", help="of the facts (default: 0)"
     )
+    _learnt(parser)
+    parser.add_argument("--output", metavar="JSON", help="file for all figures")
+    parser.add_argument("--plot", metavar="PNG", help="draw divergence over ratio")
+    return parser
+
+
+def _tasks(benchmarks: Any) -> argparse.ArgumentParser:
+    parser = _add(
+        benchmarks,
+        "tasks",
+        "tell how many questions a model answers from restored caches, and from exact ones",
+        "The contexts are written around the judged texts, with questions that they answer.",
+        *_BENCH_NOTES,
+    )
+    _judged(parser)
+    parser.add_argument(
+        "--tasks", type=_list(str), metavar="A,B", help="names of tasks (default: all)"
+    )
+    _ratios(parser, "16", "what codes the caches", "default first")
+    parser.add_argument(
+        "--context",
+        type=_list(int),
+        default=[1024],
+        metavar="N,M",
+        help="tokens of each cache, or several lengths (default: 1024)",
+    )
+    parser.add_argument(
+        "--questions",
+        type=int,
+        default=200,
+        metavar="N",
+        help="ask at least this many of each task, several of each context (default: 200)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of the problems (default: 0)"
+    )
+    _learnt(parser)
+    parser.add_argument("--output", metavar="JSON", help="file for all figures")
+    parser.add_argument("--plot", metavar="PNG", help="draw how far each score goes up or down")
+    return parser
+
+
+def _judged(parser: argparse.ArgumentParser) -> None:
+    """What is measured on what."""
+    parser.add_argument(
+        "--model",
+        metavar="MODEL",
+        help="folder, name or .gguf file of a transformers model (default: that of kvtc demo)",
+    )
+    parser.add_argument(
+        "--dtype", default="float32", help="element type to run the model in (default: float32)"
+    )
+    parser.add_argument(
+        "--text", nargs="+", default=[], metavar="FILE", help="UTF-8 texts, or folders"
+    )
+    parser.add_argument("--judge-text", nargs="+", default=[], metavar="FILE", help="other texts")
+
+
+def _ratios(parser: argparse.ArgumentParser, ratios: str, presets: str, order: str) -> None:
+    parser.add_argument(
+        "--presets",
+        type=_list(str),
+        metavar="A,B",
+        help=f"{presets} (default: all, {order})",
+    )
+    parser.add_argument(
+        "--ratios",
+        type=_list(float),
+        default=_list(float)(ratios),
+        metavar="R,S",
+        help=f"targets (default: {ratios})",
+    )
+    _window(parser)
 
 
 def _learnt(parser: argparse.ArgumentParser) -> None:

@@ -89,7 +89,7 @@ def prefill(model: PreTrainedModel, ids: Ids, dtype: torch.dtype | None = None) 
 
 def cast_cache(cache: DynamicCache, dtype: torch.dtype) -> DynamicCache:
     """A copy of a cache in another dtype."""
-    cast = _branch(cache)
+    cast = branch(cache)
     layer: Any
     for layer in cast.layers:
         if layer.is_initialized:
@@ -108,7 +108,7 @@ def next_token_log_probabilities(model: PreTrainedModel, cache: DynamicCache, id
     from kvtc_stream.integrations.transformers.model import growing
 
     with torch.inference_mode():
-        output = model(input_ids=_row(model, ids), **growing(model, _branch(cache)))
+        output = model(input_ids=_row(model, ids), **growing(model, branch(cache)))
         log_probabilities: Tensor = output.logits[0].float().log_softmax(-1)
     return log_probabilities
 
@@ -125,7 +125,7 @@ def continue_greedily(
 
     from kvtc_stream.integrations.transformers.model import growing
 
-    grown, given, found = _branch(cache), _row(model, ids), []
+    grown, given, found = branch(cache), _row(model, ids), []
     with torch.inference_mode():
         for _ in range(count):
             logits = model(input_ids=given, **growing(model, grown)).logits
@@ -142,7 +142,7 @@ def _row(model: PreTrainedModel, ids: Ids) -> Tensor:
     return torch.from_numpy(ids)[None].to(model.device)
 
 
-def _branch(cache: DynamicCache) -> DynamicCache:
+def branch(cache: DynamicCache) -> DynamicCache:
     """A cache that can grow without changing the given one.
 
     Tensors are shared: layers replace them, and never write into them.
@@ -172,7 +172,14 @@ def round_trip(
     file = io.BytesIO()
     encode_cache(cache, codec, file, model=model, token_ids=ids)
     file.seek(0)
-    restored = decode_cache(file, codec.calibration, model=model, token_ids=ids, dtype=model.dtype)
+    restored = decode_cache(
+        file,
+        codec.calibration,
+        model=model,
+        token_ids=ids,
+        dtype=model.dtype,
+        backend=codec.backend,
+    )
     return restored, StreamFile(file)
 
 
@@ -369,7 +376,7 @@ def plant_facts(
     rng = np.random.default_rng(seed)
     planted, facts, free = ids.copy(), [], 0
     for depth in depths:
-        question = f"\n\nThe secret number of {_name(rng)} is"
+        question = f"\n\nThe secret number of {made_up_name(rng)} is"
         # Each piece is tokenised alone, so that its tokens are the same in text and question.
         told = [
             np.array(tokenizer(piece, add_special_tokens=False)["input_ids"], np.int64)
@@ -387,7 +394,8 @@ def plant_facts(
     return planted, facts
 
 
-def _name(rng: np.random.Generator) -> str:
+def made_up_name(rng: np.random.Generator) -> str:
+    """A name of four syllables that no text has."""
     consonants, vowels = "bdfgklmnprstvz", "aeiou"
     return "".join(rng.choice([*letters]) for letters in (consonants, vowels) * 4).capitalize()
 
