@@ -469,8 +469,8 @@ def answer(model: PreTrainedModel, cache: DynamicCache, questions: Sequence[Ques
         rows.setdefault(asked.tobytes(), []).append((number, question, option))
     asked_rows = [np.frombuffer(row, np.int64) for row in rows]
     longest = max(map(len, asked_rows))
-    layers: list[Any] = [layer for layer in cache.layers if layer.is_initialized]
-    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
+    layers: list[Any] = cache.layers
+    held = sum(x.keys.nbytes + x.values.nbytes for x in layers if x.is_initialized)
     each = 2 * held + longest * model.config.get_text_config().vocab_size * 8
     together = max(_TOGETHER // each, 1)
     scores, right_answers = {}, {}
