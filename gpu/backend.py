@@ -330,7 +330,8 @@ class CudaSectionCoder(SectionCoder):
             def error(x: float, which: NDArray[np.int64] = which) -> tuple[Any, Any]:
                 return errors.at((0, which), x), errors.at((1, which), x)
 
-            offsets[i] = control.choose(len(which), size, error, restored=restored[i])
+            count = int(np.count_nonzero(known[own]))
+            offsets[i] = control.choose(len(which), size, error, restored=restored[i], known=count)
             control.expect(float(offsets[i]), len(which), size, error)
         return batch, offsets
 

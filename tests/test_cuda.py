@@ -235,6 +235,107 @@ def test_a_base_is_taken_over(preset: str) -> None:
     assert {start: after[start] for start in before} == before
 
 
+def again(
+    cache: tuple[Any, Any], codec: kvtc.Codec, encodes: Any, decodes: Any
+) -> tuple[tuple[Any, Any], int]:
+    """A cache restored from its stream, on the host; and the stream's length."""
+    data = kvtc.encode(*cache, replace(codec, backend=encodes))
+    k, v = kvtc.decode(data, codec.calibration, backend=decodes)
+    if decodes == "cuda":
+        bits = {2: np.uint16, 4: np.uint32}[k.itemsize]
+        k, v = (cupy.asnumpy(x.view(bits)).view(x.dtype) for x in (k, v))
+    return (k, v), len(data)
+
+
+def losses(original: tuple[Any, Any], cache: tuple[Any, Any]) -> np.ndarray[Any, Any]:
+    """Squared distances of K and V by token, of the tokens that there are."""
+    return np.array(
+        [
+            np.square(host(a)[:, :, : b.shape[2]] - host(b)).astype(np.float64).sum(axis=(0, 1, 3))
+            for a, b in zip(original, cache, strict=True)
+        ]
+    )
+
+
+#: Who encodes, and who decodes what it wrote, in turn.
+TURNS = [("cuda", "cuda"), ("cpu", "cuda"), ("cuda", "cpu"), ("cuda", "cuda"), ("cpu", "cpu")]
+
+
+@pytest.mark.parametrize("window", [0, 24])
+@pytest.mark.parametrize("ratio", [4, 16, 64])
+@pytest.mark.parametrize("preset", ["default", "paper"])
+def test_generations(dtype: DType, preset: str, ratio: int, window: int) -> None:
+    """Whoever encodes and decodes, and in whatever blocks, nothing more is lost."""
+    for name in ("halves", "levels"):
+        calibration = CALIBRATIONS[name]
+        original = kvtc.testing.drawn_cache(calibration.geometry, 300, seed=21, dtype=dtype)
+        cache, first = original, np.zeros((2, 300))
+        for turn, (encodes, decodes) in enumerate(2 * TURNS):
+            size = (64, 50, 128)[turn % 3]
+            codec = kvtc.Codec(calibration, preset, ratio=ratio, window=window, block_tokens=size)
+            cache, _ = again(cache, codec, encodes, decodes)
+            now = losses(original, cache)
+            first[first == 0] = now[first == 0]
+        assert (np.sqrt(now.sum(axis=1)) <= 1.02 * np.sqrt(first.sum(axis=1))).all()
+
+
+@pytest.mark.parametrize("preset", ["default", "paper"])
+def test_conversations_grow_on_both(preset: str) -> None:
+    """And turns are taken back."""
+    calibration = CALIBRATIONS["groups"]
+    original = kvtc.testing.drawn_cache(calibration.geometry, 1200, seed=22, dtype=DType.BFLOAT16)
+    codec = kvtc.Codec(calibration, preset, ratio=12, window=24, block_tokens=64)
+    cache: Any = tuple(x[:, :, :0] for x in original)
+    first = np.zeros((2, 1200))
+    for turn, new in enumerate([300, 10, 200, 64, 500, 1, 100]):
+        done = max(cache[0].shape[2] - 7 * turn, 0)
+        joined: Any = tuple(
+            np.concatenate([x[:, :, :done], o[:, :, done : done + new]], axis=2)
+            for x, o in zip(cache, original, strict=True)
+        )
+        first[:, done:] = 0
+        cache, _ = again(joined, codec, *TURNS[turn % len(TURNS)])
+        now = losses(original, cache)
+        own = first[:, : now.shape[1]]
+        own[own == 0] = now[own == 0]
+    assert (np.sqrt(now.sum(axis=1)) <= 1.02 * np.sqrt(own.sum(axis=1))).all()
+
+
+@pytest.mark.parametrize(("preset", "most"), [("default", None), ("default", 600), ("paper", None)])
+def test_generations_of_pages(preset: str, most: int | None) -> None:
+    calibration = CALIBRATIONS["halves"]
+    original = kvtc.testing.drawn_cache(calibration.geometry, 16, seed=23, dtype=DType.BFLOAT16)
+    codec = kvtc.Codec(calibration, preset, ratio=12, block_tokens=16)
+    coders = {
+        b: kvtc.PageCodec(replace(codec, backend=b), dtype="bfloat16", max_bytes=most)
+        for b in ("cpu", "cuda")
+    }
+    cache: Any = original
+    errors = []
+    for encodes, decodes in 2 * TURNS:
+        page = coders[encodes].encode(*cache, positions=32)
+        k, v = coders[decodes].decode(page)
+        if decodes == "cuda":
+            k, v = (cupy.asnumpy(x.view(np.uint16)).view(x.dtype) for x in (k, v))
+        cache = k, v
+        errors.append(np.sqrt(losses(original, cache).sum(axis=1)))
+    assert (errors[-1] <= 1.02 * errors[0]).all()
+
+
+def test_fewer_bytes_are_to_be_had_of_a_restored_cache() -> None:
+    """And a finer target leaves it as it is; as on the CPU."""
+    calibration = CALIBRATIONS["groups"]
+    cache = kvtc.testing.drawn_cache(calibration.geometry, 1500, seed=24, dtype=DType.BFLOAT16)
+    codecs = {r: kvtc.Codec(calibration, ratio=r, window=0) for r in (8, 16, 32)}
+    size = {r: len(kvtc.encode(*cache, replace(c, backend="cuda"))) for r, c in codecs.items()}
+    restored, _ = again(cache, codecs[16], "cuda", "cuda")
+    _, coarser = again(restored, codecs[32], "cuda", "cuda")
+    assert coarser == pytest.approx(size[32], rel=0.03)
+    finer, found = again(restored, codecs[8], "cuda", "cuda")
+    assert found < 1.02 * size[16]
+    assert losses(cache, finer).sum() <= 1.04 * losses(cache, restored).sum()
+
+
 @pytest.mark.parametrize("target", [{"ratio": 10}, {"mean_error": 0.1}])
 def test_targets_are_met(target: dict[str, float]) -> None:
     calibration = CALIBRATIONS["groups"]

@@ -181,6 +181,22 @@ def test_the_symbols_are_the_same(importance: bool, dtype: str) -> None:
     assert len(set(streams[2:])) == 1
 
 
+@pytest.mark.parametrize("ratio", [2.1, 2.3, 2.5])
+def test_steps_not_much_larger_than_what_the_cast_does(ratio: float) -> None:
+    """All tokens keep their grid, so that none takes another."""
+    geometry = kvtc.Geometry.uniform(
+        layers=6, kv_heads=2, head_dim=32, rope=kvtc.Rope.from_theta(1e4, 32)
+    )
+    calibrator = kvtc.Calibrator(geometry)
+    calibrator.update(*kvtc.testing.drawn_cache(geometry, 2000, seed=9))
+    codec = kvtc.Codec(calibrator.finish(), ratio=ratio, window=0, measure=False)
+    original = drawn(codec.calibration, "bfloat16", 200, 5)
+    cache = restored = again(original, codec)
+    for _ in range(9):
+        cache = again(cache, codec)
+    check(lost(original, restored), lost(original, cache))
+
+
 def test_parts_of_streams_joined() -> None:
     c = calibration(2, 2, 16, True)
     codec = kvtc.Codec(c, ratio=16, window=0, block_tokens=32)

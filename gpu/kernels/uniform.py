@@ -40,6 +40,10 @@ from kvtc_stream.gpu.runtime.dialect import cuda
 THREADS = 256
 #: Of blocks whose warps share out what is looked at of a warp of tokens.
 CLASSIFY_THREADS = 512
+#: Components that :func:`recognise` looks at before a first guess.
+GLANCE = 16
+#: Added and taken away again, it leaves the nearest integer of binary32 up to 2²².
+_ROUNDS = 1.5 * 2**23
 #: What a thread of :func:`classify` finds: a peak, features of leading ones, up to 7 energies.
 _FOUND = 9 * CLASSIFY_THREADS
 #: Offsets at which sizes of a block are measured.
@@ -158,7 +162,8 @@ def classify(  # type: ignore[no-untyped-def]
 def recognise(coefficients, stride, tokens, parts, unit, wishes, peaks, grids):  # type: ignore[no-untyped-def]
     """The grid that each token lies on already in each part, if any.
 
-    As :func:`kvtc_stream.coding.lattice.recognise`. Blocks of threads [tokens / WARP, parts] of
+    As :func:`kvtc_stream.coding.lattice.recognise`; but where none of WARP neighbours is seen to
+    lie on one at a glance, there is no second look. Blocks of threads [tokens / WARP, parts] of
     CLASSIFY_THREADS: a warp's lanes are tokens, and the exponents are shared out to the warps.
 
     Parameters
@@ -174,7 +179,6 @@ def recognise(coefficients, stride, tokens, parts, unit, wishes, peaks, grids): 
     exponents = cuda.shared.array(CLASSIFY_THREADS, i32)
     thread = _I32(cuda.threadIdx.x)
     lane, warp = thread % _I32(WARP), thread // _I32(WARP)
-    warps = _I32(CLASSIFY_THREADS // WARP)
     token = _I32(cuda.blockIdx.x) * _I32(WARP) + lane
     part = _I32(cuda.blockIdx.y)
     count = min(parts[part * 6 + 1], _I32(lattice.LEADING))
@@ -186,40 +190,70 @@ def recognise(coefficients, stride, tokens, parts, unit, wishes, peaks, grids): 
     empty = peak <= _F32(lattice.EMPTY) * _F32(math.pow(2.0, _F64(wish) * 0.25))
     if empty:
         grid = _I32(math.floor(wish + _F32(0.5)))
-    elif peak < _F32(1e30):
-        # From the coarsest grid on where the largest coefficient is not 0.
-        top = _I32(math.floor(4.0 * math.log2(2.0 * _F64(peak))))
-        for below in range(warp, _I32(lattice.RANGE), warps):
-            e = top - _I32(below)
-            factor = _F32(_quarters(-e) / unit)
-            distance, usual = _F32(0), _F32(0)
-            source = column
-            begin = _I32(0)
-            while begin < count:
-                end = min(begin + _I32(lattice.AT_ONCE), count)
-                for _ in range(begin, end):
-                    z = coefficients[source] * factor
-                    r = z - _F32(round_to_int(z))
-                    distance += r * r
-                    usual += min(z * z, _F32(1 / 12))
-                    source += stride
-                begin = end
-                if usual > _F32(1 / 12) and distance > _F32(0.5) * usual:
-                    break
-            if distance < best * usual and _accepted(distance, usual, _F32(e) - wish):
-                best = distance / usual
-                grid = e
+    sound = peak < _F32(1e30) and not empty
+    # From the coarsest grid on where the largest coefficient is not 0.
+    first, factor = _I32(0), _F32(0)
+    if sound:
+        first = _I32(math.floor(4.0 * math.log2(2.0 * _F64(peak)))) - warp
+        factor = _F32(_quarters(-first) / unit)
+        best, grid = _searched(
+            coefficients, column, stride, count, factor, first, wish, _I32(GLANCE), _F32(0.5)
+        )
+    seen = _I32(1) if sound and best < _F32(math.inf) else _I32(0)
+    if cuda.syncthreads_or(seen) != 0 and sound:
+        best, grid = _searched(
+            coefficients,
+            column,
+            stride,
+            count,
+            factor,
+            first,
+            wish,
+            _I32(lattice.AT_ONCE),
+            _F32(lattice.GIVE_UP),
+        )
     ratios[thread] = best
     exponents[thread] = grid
     cuda.syncthreads()
     if warp > 0 or token >= tokens:
         return
-    for w in range(_I32(1), warps):
+    for w in range(_I32(1), _I32(CLASSIFY_THREADS // WARP)):
         other = w * _I32(WARP) + lane
         ratio, e = ratios[other], exponents[other]
         if ratio < best or (ratio == best and e > grid):
             best, grid = ratio, e
     grids[row] = grid
+
+
+@cuda.jit(device=True)
+def _searched(coefficients, column, stride, count, factor, e, wish, at_once, give_up):  # type: ignore[no-untyped-def]
+    """The least ratio of an accepted grid, and its exponent, among every 16th from ``e`` on down;
+    ``factor`` is one over the step of the first."""
+    best, grid = _F32(math.inf), _I32(lattice.NO_GRID)
+    sweeps = max(count // at_once, _I32(1))
+    hop = sweeps * stride
+    for _ in range(_I32(lattice.RANGE // (CLASSIFY_THREADS // WARP))):
+        distance, usual = _F32(0), _F32(0)
+        begin = _I32(0)
+        while begin < sweeps:
+            source, i = column + begin * stride, begin
+            while i < count:
+                z = coefficients[source] * factor
+                # To the nearest integer: quicker than conversions, and exact so far.
+                r = z - ((z + _F32(_ROUNDS)) - _F32(_ROUNDS))
+                distance += r * r
+                usual += min(z * z, _F32(1 / 12))
+                source += hop
+                i = _I32(i + sweeps)
+            begin = _I32(begin + _I32(1))
+            if usual > _F32(1 / 12) and distance > give_up * usual:
+                break
+        if distance < best * usual and _accepted(distance, usual, _F32(e) - wish):
+            best = distance / usual
+            grid = e
+        e = _I32(e - _I32(CLASSIFY_THREADS // WARP))
+        factor *= _F32(2.0 ** (CLASSIFY_THREADS // WARP / 4))
+    return best, grid
 
 
 @cuda.jit(device=True)
@@ -229,9 +263,11 @@ def _accepted(distance, usual, coarser):  # type: ignore[no-untyped-def]
     if not distance <= _F32(lattice.MOST_RATIO) * usual:
         return False
     likelier = _F32(math.log(usual / distance))
-    if _F32(6) * usual * likelier < _F32(lattice.LEAST_EVIDENCE):
+    evidence = _F32(6) * usual * likelier
+    if evidence < _F32(lattice.LEAST_EVIDENCE) + _F32(lattice.PER_RATIO) * distance / usual:
         return False
-    return likelier - _F32(lattice.LOG_LOSS) >= coarser * _F32(lattice.LOG_HALF_OCTAVE)
+    finer = likelier - _F32(lattice.LOG_LOSS) < coarser * _F32(lattice.LOG_HALF_OCTAVE)
+    return not finer or evidence >= _F32(lattice.CERTAIN)
 
 
 @cuda.jit(device=True)

@@ -9,8 +9,9 @@ So each token is looked at first. Were it on the grid of an exponent ``e``, the 
 its coefficients from multiples of the step would be those of the cast; else they would be as of any
 number, a twelfth of a squared step on average, or the coefficient itself where that is less than
 half a step. The grid with the least ratio of the two sums of squares, if that says the former, is
-the token's own: of those that contain one another it is the coarsest. It is kept, unless the token
-is to have such a fine step that what the cast did would be seen.
+the token's own: of those that contain one another it is the coarsest. Where that is not certain,
+as of tokens of which little was coded, it is kept only if a finer step that the token is to have
+would not tell the difference.
 
 The kernel releases the GIL and keeps no state.
 """
@@ -31,17 +32,18 @@ from kvtc_stream.coding.rans import CLASSES
 NO_GRID = -(1 << 15)
 #: Of blocks: what payloads have room for.
 HIGHEST_LEVEL = 127
-#: Leading components that are looked at, how many of them before giving up, and exponents below
-#: that of the largest coefficient.
-LEADING, AT_ONCE, RANGE = 1024, 16, 64
+#: Leading components that are looked at, about how many of them at a time; the part of the squared
+#: distances of any number at which to give up; and exponents below that of the largest coefficient.
+LEADING, AT_ONCE, GIVE_UP, RANGE = 1024, 64, 0.9, 64
 #: The largest coefficient of a token of which nothing was coded, in steps that are wanted.
 EMPTY = 1 / 32
 #: Most of the squared distances of any number that those of a grid's may be; and the least
-#: logarithm of how much likelier the grid makes them, in nats.
-MOST_RATIO, LEAST_EVIDENCE = 0.25, 4.0
+#: logarithm of how much likelier the grid makes them, in nats: so much, and more by that part of
+#: them, since one in some grids is as near by chance.
+MOST_RATIO, LEAST_EVIDENCE, PER_RATIO = 0.8, 4.0, 32.0
 #: Logarithms of what the cast may have lost at most, as a part of what a finer step would lose, and
-#: of how much more squared distances are a quarter octave up.
-LOG_LOSS, LOG_HALF_OCTAVE = math.log(4), math.log(2) / 2
+#: of how much more squared distances are a quarter octave up; where it is not so likely as this.
+LOG_LOSS, LOG_HALF_OCTAVE, CERTAIN = math.log(4), math.log(2) / 2, 32.0
 
 _F32 = np.float32
 _jit = numba.njit(cache=True, nogil=True, error_model="numpy")
@@ -133,6 +135,8 @@ def recognise(
 @_jit
 def _recognise(x, scale, wishes, grids):  # type: ignore[no-untyped-def]
     y = np.empty(scale.size, np.float32)
+    # Each over all of them: the cast may have moved the strongest much more than others.
+    sweeps = max(y.size // AT_ONCE, 1)
     for t in range(len(x)):
         grids[t] = NO_GRID
         peak = _F32(0)
@@ -151,13 +155,13 @@ def _recognise(x, scale, wishes, grids):  # type: ignore[no-untyped-def]
         for e in range(top, top - RANGE, -1):
             factor = _F32(2.0 ** (-e / 4))
             distance, usual = _F32(0), _F32(0)
-            for begin in range(0, y.size, AT_ONCE):
-                for i in range(begin, min(begin + AT_ONCE, y.size)):
+            for begin in range(sweeps):
+                for i in range(begin, y.size, sweeps):
                     z = y[i] * factor
                     r = z - np.rint(z)
                     distance += r * r
                     usual += min(z * z, _F32(1 / 12))
-                if usual > _F32(1 / 12) and distance > _F32(0.5) * usual:
+                if usual > _F32(1 / 12) and distance > _F32(GIVE_UP) * usual:
                     break
             if distance < best * usual and accepted(distance, usual, _F32(e) - wishes[t]):
                 best = distance / usual
@@ -172,6 +176,8 @@ def accepted(distance, usual, coarser):  # type: ignore[no-untyped-def]
     if not distance <= _F32(MOST_RATIO) * usual:
         return False
     likelier = np.log(usual / distance)
-    if _F32(6) * usual * likelier < _F32(LEAST_EVIDENCE):
+    evidence = _F32(6) * usual * likelier
+    if evidence < _F32(LEAST_EVIDENCE) + _F32(PER_RATIO) * distance / usual:
         return False
-    return likelier - _F32(LOG_LOSS) >= coarser * _F32(LOG_HALF_OCTAVE)
+    finer = likelier - _F32(LOG_LOSS) < coarser * _F32(LOG_HALF_OCTAVE)
+    return not finer or evidence >= _F32(CERTAIN)
