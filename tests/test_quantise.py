@@ -149,12 +149,11 @@ def test_fresh_coefficients_are_coded_as_published() -> None:
     np.testing.assert_array_equal(_round_trip(x, wide), _oracle(x, wide))
 
 
-@pytest.mark.parametrize("kind", [Quantiser.INT2, Quantiser.INT4])
 @pytest.mark.parametrize("size", [16, 64, 256])
-def test_restored_coefficients_keep_their_grid(kind: Quantiser, size: int) -> None:
+def test_restored_coefficients_keep_their_grid(size: int) -> None:
     """But for what a cast did, again and again: scales and shifts do not follow it."""
     rng = np.random.default_rng(size)
-    bands = (Band(size, kind),)
+    bands = (Band(size, Quantiser.INT4),)
     first = cpu.quantise(rng.laplace(size=(500, size)).astype(np.float32), bands)
     restored = np.empty((500, size), np.float32)
     cpu.dequantise(first, bands, restored)

@@ -200,24 +200,27 @@ def measure(strips, coefficients, stride, tokens, parameters, unfit):  # type: i
 def _fitted(coefficients, source, stride, size, shift, scale, bits):  # type: ignore[no-untyped-def]
     """See :func:`kvtc_stream.coding.bands.refit`: of a token's coefficients in a band."""
     levels = _F32(3.0) if bits == _INT2 else _F32(15.0)
-    c, cc, r, rc, rr = _I64(0), _I64(0), _I64(0), _I64(0), _I64(0)
+    n, c, cc, r, rc, rr = _I64(0), _I64(0), _I64(0), _I64(0), _I64(0), _I64(0)
     for _ in range(_I32(0), size):
-        y = (coefficients[source] - shift) / scale
+        x = coefficients[source]
+        y = (x - shift) / scale
         code = min(max(round_to_int(y), _I32(0)), _I32(levels))
         away = min(max(y - _F32(code), _F32(-0.5)), _F32(0.5))
         parts = round_to_int(away * _F32(PARTS))
-        c += code
-        cc += code * code
-        r += parts
-        rc += parts * code
-        rr += parts * parts
+        if _F32(2.0) * abs(x) >= scale:
+            n += _I64(1)
+            c += code
+            cc += code * code
+            r += parts
+            rc += parts * code
+            rr += parts * parts
         source += stride
-    spread = size * cc - c * c
+    spread = n * cc - c * c
     if spread > 0:
-        move, stretch = r * cc - c * rc, size * rc - c * r
+        move, stretch = r * cc - c * rc, n * rc - c * r
         explained = (move * _F64(r) + stretch * _F64(rc)) / _F64(spread)
-        distance = max((_F64(rr) - explained) / _F64(PARTS**2), 1e-9 * _F64(size))
-        usual = _F64(size - _I32(2)) / 12.0
+        distance = max(_F64(rr) - explained, _F64(n) / 12.0) / _F64(PARTS**2)
+        usual = _F64(n - _I32(2)) / 12.0
         evidence = 6.0 * usual * math.log(max(usual, 1e-9) / distance)
         if distance <= MOST_RATIO * usual and evidence >= LEAST_EVIDENCE:
             whole = _F64(spread) * _F64(PARTS)

@@ -20,7 +20,8 @@ values.
 A cache that was restored lies on such grids already, but for the cast to its dtype, which moves
 ``lo`` and ``hi`` each time it is stored. So where the distances of a band's coefficients from the
 grid are not those of any numbers, scale and shift are those that fit all codes best (least
-squares): then nothing more is lost than what binary16 and the mean of many casts leave.
+squares): then nothing more is lost than what binary16 and the mean of many casts leave. Those close
+to 0 do not count: of fresh coefficients too many are.
 
 FP8 has a shift because the published format has one. It is always 0, which compresses away.
 Centring the range would move the code's small steps away from where most coefficients are: up to
@@ -66,7 +67,7 @@ _FP8 = Quantiser.FP8.bits
 PARTS = 256
 #: Most of the squared distances of any numbers that those of a grid's may be; and the least
 #: logarithm of how much likelier the grid makes them, in nats.
-MOST_RATIO, LEAST_EVIDENCE = 1 / 8, 8.0
+MOST_RATIO, LEAST_EVIDENCE = 1 / 8, 16.0
 
 _F32 = np.float32
 _I32 = np.int32
@@ -377,14 +378,16 @@ def refit(
 ) -> tuple[_Scalar, _Scalar]:
     """How far a grid is to be moved, and by how much to be stretched, in steps; both binary64.
 
-    0 where the coefficients do not lie on it. ``size`` is their number; the others are sums, int64,
-    of codes, their squares, distances in ``PARTS``, distances times codes, and their squares.
+    0 where the coefficients do not lie on it. Of those of half a step at least, ``size`` is
+    the number; the others are sums, int64, of codes, their squares, distances in ``PARTS``,
+    distances times codes, and their squares.
     """
     spread = size * cc - c * c
     if spread > 0:
         move, stretch = r * cc - c * rc, size * rc - c * r
         explained = (move * np.float64(r) + stretch * np.float64(rc)) / spread
-        distance = max((rr - explained) / PARTS**2, 1e-9 * size)
+        # At least what counting in parts leaves.
+        distance = max(rr - explained, size / 12) / PARTS**2
         usual = (size - 2) / 12
         evidence = 6 * usual * np.log(max(usual, 1e-9) / distance)
         if distance <= MOST_RATIO * usual and evidence >= LEAST_EVIDENCE:
@@ -461,19 +464,23 @@ def _quantise_tokens(coefficients, table, codes, scale, shift, representable):  
 @_jit
 def _affine_codes(x, shift, scale, levels, codes):  # type: ignore[no-untyped-def]
     """Fill in a band's codes; return what :func:`refit` says of them."""
-    c, cc, r, rc, rr = _I32(0), _I32(0), _I32(0), _I32(0), _I32(0)
+    n, c, cc, r, rc, rr = _I32(0), _I32(0), _I32(0), _I32(0), _I32(0), _I32(0)
     for j in range(x.size):
         y = (x[j] - shift) / scale
         code = min(max(np.rint(y), _F32(0.0)), levels)
         away = min(max(y - code, _F32(-0.5)), _F32(0.5))
         of_code, parts = _I32(code), _I32(np.rint(away * _F32(PARTS)))
         codes[j] = of_code
+        # Many fresh ones may be close to 0, and so to one another, which is no grid.
+        counts = _I32(_F32(2.0) * abs(x[j]) >= scale)
+        of_code, parts = _I32(of_code * counts), _I32(parts * counts)
+        n = _I32(n + counts)
         c = _I32(c + of_code)
         cc = _I32(cc + _I32(of_code * of_code))
         r = _I32(r + parts)
         rc = _I32(rc + _I32(parts * of_code))
         rr = _I32(rr + _I32(parts * parts))
-    return refit(_I64(x.size), _I64(c), _I64(cc), _I64(r), _I64(rc), _I64(rr))
+    return refit(_I64(n), _I64(c), _I64(cc), _I64(r), _I64(rc), _I64(rr))
 
 
 @_jit
