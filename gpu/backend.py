@@ -330,8 +330,7 @@ class CudaSectionCoder(SectionCoder):
             def error(x: float, which: NDArray[np.int64] = which) -> tuple[Any, Any]:
                 return errors.at((0, which), x), errors.at((1, which), x)
 
-            count = int(np.count_nonzero(known[own]))
-            offsets[i] = control.choose(len(which), size, error, restored=restored[i], known=count)
+            offsets[i] = control.choose(len(which), size, error, restored=restored[i])
             control.expect(float(offsets[i]), len(which), size, error)
         return batch, offsets
 

@@ -108,7 +108,8 @@ def test_nothing_more_is_lost(
 @given(
     models,
     dtypes,
-    codings,
+    # Of few tokens, what a block takes besides them is more than larger ratios allow them.
+    codings.map(lambda x: {**x, "ratio": min(x["ratio"], 16)}),
     st.lists(st.tuples(st.integers(1, 60), st.integers(0, 30), sizes), min_size=3, max_size=6),
 )
 def test_conversations_grow(

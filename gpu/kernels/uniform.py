@@ -264,7 +264,8 @@ def _accepted(distance, usual, coarser):  # type: ignore[no-untyped-def]
         return False
     likelier = _F32(math.log(usual / distance))
     evidence = _F32(6) * usual * likelier
-    if evidence < _F32(lattice.LEAST_EVIDENCE) + _F32(lattice.PER_RATIO) * distance / usual:
+    part = distance / usual
+    if evidence < _F32(lattice.LEAST_EVIDENCE) + _F32(lattice.PER_SQUARE) * part * part:
         return False
     finer = likelier - _F32(lattice.LOG_LOSS) < coarser * _F32(lattice.LOG_HALF_OCTAVE)
     return not finer or evidence >= _F32(lattice.CERTAIN)

@@ -235,7 +235,7 @@ class CpuSectionCoder(SectionCoder):
             return errors(coding.quantise(exact, grids, offset))[:, counted]
 
         asked = tokens, size_of_counted, errors_of_counted
-        offset = control.choose(*asked, restored=restored, known=int(np.count_nonzero(known)))
+        offset = control.choose(*asked, restored=restored)
 
         def count(block: Block) -> None:
             if restored is not None:

@@ -38,9 +38,9 @@ LEADING, AT_ONCE, GIVE_UP, RANGE = 1024, 64, 0.9, 64
 #: The largest coefficient of a token of which nothing was coded, in steps that are wanted.
 EMPTY = 1 / 32
 #: Most of the squared distances of any number that those of a grid's may be; and the least
-#: logarithm of how much likelier the grid makes them, in nats: so much, and more by that part of
-#: them, since one in some grids is as near by chance.
-MOST_RATIO, LEAST_EVIDENCE, PER_RATIO = 0.8, 4.0, 32.0
+#: logarithm of how much likelier the grid makes them, in nats: so much, and more by the square of
+#: that part, since one in some grids is as near by chance.
+MOST_RATIO, LEAST_EVIDENCE, PER_SQUARE = 0.8, 4.0, 40.0
 #: Logarithms of what the cast may have lost at most, as a part of what a finer step would lose, and
 #: of how much more squared distances are a quarter octave up; where it is not so likely as this.
 LOG_LOSS, LOG_HALF_OCTAVE, CERTAIN = math.log(4), math.log(2) / 2, 32.0
@@ -177,7 +177,8 @@ def accepted(distance, usual, coarser):  # type: ignore[no-untyped-def]
         return False
     likelier = np.log(usual / distance)
     evidence = _F32(6) * usual * likelier
-    if evidence < _F32(LEAST_EVIDENCE) + _F32(PER_RATIO) * distance / usual:
+    part = distance / usual
+    if evidence < _F32(LEAST_EVIDENCE) + _F32(PER_SQUARE) * part * part:
         return False
     finer = likelier - _F32(LOG_LOSS) < coarser * _F32(LOG_HALF_OCTAVE)
     return not finer or evidence >= _F32(CERTAIN)

@@ -34,8 +34,6 @@ _SURELY, _FEW = 0.15, 32
 #: An estimate of up to so many times a page's budget may still fit, as sizes are estimates. Tables
 #: for a page of restored tokens are searched so many quarter octaves around those tokens' step.
 _PERHAPS, _NEAR = 1.1, 3
-#: How close an offset is to that of restored tokens to be taken for the same, in quarter octaves.
-_ALIKE = 4.0
 #: Errors of tokens count up to here; such tokens end up verbatim.
 _MOST_ERROR = 2.0
 
@@ -117,7 +115,6 @@ class SectionControl:
         errors_at: Callable[[float], _Errors],
         *,
         restored: float | None = None,
-        known: int = 0,
     ) -> float:
         """Choose a block's offset to the plan's step, in quarter octaves.
 
@@ -130,19 +127,12 @@ class SectionControl:
         restored
             Mean offset of the block's tokens that keep their grids, if there are any. If all do, it
             is the result; beside them, a few other tokens take the mean offset so far.
-        known
-            How many tokens keep their grids. Others, if they are fewer, take the same offset where
-            theirs would be about that: some may be restored too, and too close to the cast's noise
-            to be known.
         """
         if restored is not None and not tokens:
             return restored
         if not tokens or (restored is not None and self._control.tokens + tokens < _FEW):
-            offset = self._control.mean
-        else:
-            offset = self._control.choose(tokens, self._amounts(bytes_at, errors_at))
-        alike = restored is not None and tokens < known and abs(offset - restored) <= _ALIKE
-        return restored if restored is not None and alike else offset
+            return self._control.mean
+        return self._control.choose(tokens, self._amounts(bytes_at, errors_at))
 
     def expect(
         self,
@@ -231,10 +221,9 @@ class IndependentControl(_Memoryless):
         errors_at: Callable[[float], _Errors],
         *,
         restored: float | None = None,
-        known: int = 0,
     ) -> float:
         """See :meth:`SectionControl.choose`."""
-        return self._new().choose(tokens, bytes_at, errors_at, restored=restored, known=known)
+        return self._new().choose(tokens, bytes_at, errors_at, restored=restored)
 
 
 class FittingControl(_Memoryless):
@@ -264,7 +253,6 @@ class FittingControl(_Memoryless):
         errors_at: Callable[[float], _Errors],
         *,
         restored: float | None = None,
-        known: int = 0,
     ) -> float:
         """See :meth:`SectionControl.choose`; the coarsest step if none fits."""
         low, high = self._least, _COARSER
