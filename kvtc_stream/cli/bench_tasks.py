@@ -127,7 +127,7 @@ def _tables(result: dict[str, Any]) -> Iterable[Table]:
         f"{judged['window']} kept",
     )
     yield terminal.table(
-        "Right answers from the exact cache and from restored ones, with intervals of 95 %",
+        "Right answers from exact and restored caches, percent, with intervals of 95 %",
         [
             *("task", "context", "asked", "exact", "preset", "target", "stream", "KL"),
             *("restored", "difference", "verdict"),
@@ -135,12 +135,12 @@ def _tables(result: dict[str, Any]) -> Iterable[Table]:
         [
             [
                 *(row["task"], f"{row['context']:,}", str(row["questions"])),
-                f"{_percent(row['exact'])} %",
+                _percent(row["exact"]),
                 point["preset"],
                 f"{point['target_ratio']:g}",
                 f"{point['ratio']:.2f}×",
                 f"{point['kl_divergence']:.3g}",
-                f"{100 * point['score']['value']:.1f} %",
+                f"{100 * point['score']['value']:.1f}",
                 _difference(point["difference"]),
                 point["verdict"],
             ]
@@ -223,6 +223,6 @@ def draw(result: dict[str, Any], path: str) -> None:
         xlabel="points, with intervals of 95 %; beside each task, the score of the exact cache",
     )
     axis.grid(alpha=0.3, axis="x")
-    axis.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.12 - 0.6 / len(rows)))
+    figure.legend(frameon=False, loc="outside lower center", ncols=4)
     figure.savefig(path, dpi=130)
     plt.close(figure)
