@@ -331,7 +331,7 @@ def engine(
         blocks,
         StoreSink(store, codec, counter),
         store,
-        codec,
+        [codec],
         counter,
         timeout=timeout,
         queue_pages=8,
@@ -450,6 +450,43 @@ def test_a_bad_page_and_those_after_it_are_computed(codec: kvtc.PageCodec, fault
     assert counts.loaded_pages == 1
     assert counts.missing_pages + counts.damaged_pages == 1
     own.transfer.close()
+
+
+def test_pages_of_a_request_are_decoded_beside_one_another(codec: kvtc.PageCodec) -> None:
+    own = engine(codec)
+    k, v = drawn(6 * PAGE)
+    for i in range(6):
+        part = slice(i * PAGE, (i + 1) * PAGE)
+        page = codec.encode(
+            k[:, :, part], v[:, :, part], positions=part.start, identity=KEYS[i].identity
+        )
+        own.store.put(KEYS[i].name, page)
+    own.transfer.load(jobs("a", *([2 * i, 2 * i + 1] for i in range(6))))
+    assert own.wait() == (set(), {"a"}, set())
+    alone = own.blocks.read(range(12))
+    own.pool.zero_()
+    more = [kvtc.PageCodec(codec._codec, dtype="bfloat16", key=b"secret") for _ in range(3)]
+    parallel = PageTransfer(
+        own.blocks,
+        StoreSink(own.store, codec, own.counter),
+        own.store,
+        more,
+        own.counter,
+        timeout=20.0,
+        queue_pages=8,
+    )
+    own.transfer.close()
+    own.transfer = parallel
+    for missing in (None, 3):
+        if missing is not None:
+            own.store.delete(KEYS[missing].name)
+        parallel.load(jobs("a", *([2 * i, 2 * i + 1] for i in range(6))))
+        failed = set() if missing is None else set(range(2 * missing, 12))
+        assert own.wait() == (set(), {"a"}, failed)
+        good = 12 if missing is None else 2 * missing
+        for x, y in zip(own.blocks.read(range(12)), alone, strict=True):
+            assert torch.equal(x[:, :, : good * BLOCK], y[:, :, : good * BLOCK])
+    parallel.close()
 
 
 def test_a_load_that_does_not_come_is_given_up(codec: kvtc.PageCodec) -> None:

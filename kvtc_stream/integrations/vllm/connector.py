@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -44,8 +45,10 @@ _log = logging.getLogger(__name__)
 
 #: Tokens of a page, if nothing else is said and a block is not larger.
 _PAGE_TOKENS = 128
+#: Pages that are decoded at a time on a CPU, if it has so many cores.
+_DECODERS = 4
 #: Seconds that an engine which has nothing to compute waits for pages, at a time.
-_REST = 0.001
+_REST = 0.002
 
 
 @dataclass
@@ -167,20 +170,20 @@ class KvtcConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         assert layout is not None
         blocks = Blocks(found)
         rope = served_rope(section.k_dim)
-        sink, codec = self._sink(blocks, rope)
+        sink, codecs = self._sink(blocks, rope)
         self._transfer = PageTransfer(
             blocks,
             sink,
             self._store,
-            codec,
+            codecs,
             self._counter,
             timeout=self._settings.timeout,
             queue_pages=self._settings.queue_pages,
         )
         _log.info("pages of %d tokens, layout %s", self._page_tokens, layout.name)
 
-    def _sink(self, blocks: Blocks, rope: Any) -> tuple[PageSink, PageCodec | None]:
-        """What becomes of computed pages; and the codec of those that are loaded."""
+    def _sink(self, blocks: Blocks, rope: Any) -> tuple[PageSink, list[PageCodec]]:
+        """What becomes of computed pages; and the codecs of those that are loaded."""
         settings, section = self._settings, self._section
         if self._codec is None:
             assert settings.calibrate is not None
@@ -189,17 +192,19 @@ class KvtcConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             model = self._vllm_config.model_config.model.rstrip("/").rpartition("/")[2]
             identity = ModelIdentity(model, "", namespace.digest)
             calibrator = calibrator_of(geometry, identity, settings.calibrate_options)
-            return LearnSink(calibrator, settings.calibrate, settings.calibrate_tokens), None
+            return LearnSink(calibrator, settings.calibrate, settings.calibrate_tokens), []
         assert self._store is not None
         calibration = self._codec.calibration
         expected = calibration.geometry.sections[0].rope or (None,)
         for own in dict.fromkeys(expected):
             check_rope(rope, own)
         key = settings.key(calibration.digest)
-        codec = replace(self._codec, backend="cuda" if blocks.device.type == "cuda" else "cpu")
-        codecs = [PageCodec(codec, dtype=self._dtype, key=key) for _ in range(2)]
+        on_device = blocks.device.type == "cuda"
+        codec = replace(self._codec, backend="cuda" if on_device else "cpu")
+        count = 1 if on_device else max(1, min(_DECODERS, os.cpu_count() or 1))
+        codecs = [PageCodec(codec, dtype=self._dtype, key=key) for _ in range(1 + count)]
         self._warm_up(codecs, blocks)
-        return StoreSink(self._store, codecs[0], self._counter), codecs[1]
+        return StoreSink(self._store, codecs[0], self._counter), codecs[1:]
 
     def _warm_up(self, codecs: list[PageCodec], blocks: Blocks) -> None:
         """Compile kernels and make plans before the first request."""
@@ -213,7 +218,8 @@ class KvtcConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             for shape in (section.k_shape(self._page_tokens), section.v_shape(self._page_tokens))
         )
         page = codecs[0].encode(k, v, positions=0, identity=b"")
-        codecs[1].decode(page, identity=b"")
+        for codec in codecs[1:]:
+            codec.decode(page, identity=b"")
         if free:
             taken = free - _free_memory(blocks.device)
             _log.info("the codec takes %.0f MB of device memory", taken / 1e6)

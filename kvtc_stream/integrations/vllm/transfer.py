@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import threading
 import time
@@ -15,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from queue import SimpleQueue
 from typing import Any, Protocol
 
 import torch
@@ -223,6 +225,7 @@ class _Load:
     deadline: float
     lock: threading.Lock = field(default_factory=threading.Lock)
     done: bool = False
+    useful: float = math.inf  #: pages at later positions are of no use: one before them is missing
     failed: set[int] = field(default_factory=set)
     event: Any = None
 
@@ -236,8 +239,10 @@ class PageTransfer:
         The engine's.
     sink
         What becomes of computed pages.
-    store, codec
-        Where pages are loaded from; ``None`` to load none. The codec is another one than the
+    store
+        Where pages are loaded from; ``None`` to load none.
+    codecs
+        Of the pages that are loaded: as many are decoded at a time. They are others than the
         sink's, so that no load waits for a page that is being stored.
     counter
         What counts.
@@ -252,17 +257,22 @@ class PageTransfer:
         blocks: Blocks,
         sink: PageSink,
         store: Store | None,
-        codec: PageCodec | None,
+        codecs: Sequence[PageCodec],
         counter: Counter,
         *,
         timeout: float,
         queue_pages: int,
     ) -> None:
-        self._blocks, self._sink, self._store, self._codec = blocks, sink, store, codec
+        self._blocks, self._sink, self._store = blocks, sink, store
+        self._codecs: SimpleQueue[PageCodec] = SimpleQueue()
+        for codec in codecs:
+            self._codecs.put(codec)
         self._counter, self._timeout, self._most = counter, timeout, queue_pages
         self._cpus = _allowed_cpus(blocks.device)
         self._loader = ThreadPoolExecutor(2, "kvtc-load", initializer=self._spread)
         self._fetcher = ThreadPoolExecutor(_FETCHES, "kvtc-fetch", initializer=self._spread)
+        count = max(1, len(codecs))
+        self._decoder = ThreadPoolExecutor(count, "kvtc-decode", initializer=self._spread)
         self._loads: dict[str, _Load] = {}
         self._errors: set[int] = set()
         self._changed = threading.Condition()
@@ -327,19 +337,20 @@ class PageTransfer:
             pending = list(self._loads.items())
         loaded = set()
         for request, load in pending:
-            with load.lock:
-                if not load.done and now > load.deadline:
-                    # Whoever works on it sees this before it writes again.
-                    load.done = True
-                    load.failed |= {block for job in load.jobs for block in job.blocks}
-                    self._counter.add(failed_pages=len(load.jobs))
-                    _log.warning(
-                        "loading %d pages took more than %g s: their tokens are computed",
-                        len(load.jobs),
-                        self._timeout,
-                    )
-                if not load.done:
+            if not load.done:
+                if now <= load.deadline:
                     continue
+                with load.lock:
+                    if not load.done:
+                        # Whoever works on it sees this before it writes again.
+                        load.done = True
+                        load.failed |= {block for job in load.jobs for block in job.blocks}
+                        self._counter.add(failed_pages=len(load.jobs))
+                        _log.warning(
+                            "loading %d pages took more than %g s: their tokens are computed",
+                            len(load.jobs),
+                            self._timeout,
+                        )
             loaded.add(request)
             self._errors |= load.failed
             with self._changed:
@@ -366,7 +377,7 @@ class PageTransfer:
         self._saver.join(seconds)
         with self._changed:
             self._queue.clear()
-        for threads in (self._loader, self._fetcher):
+        for threads in (self._loader, self._fetcher, self._decoder):
             threads.shutdown(wait=False, cancel_futures=True)
 
     # In threads.
@@ -393,23 +404,25 @@ class PageTransfer:
     def _load(self, load: _Load) -> None:
         started, done = time.perf_counter(), 0
         try:
-            with _stream(self._blocks.device, load.event):
-                pages: list[Future[bytes | None]] = [
-                    self._fetcher.submit(self._fetch, job) for job in load.jobs
-                ]
-                for job, page in zip(load.jobs, pages, strict=True):
-                    if load.done or not self._load_page(load, job, page.result()):
-                        break
-                    done += 1
+            fetched = [self._fetcher.submit(self._fetch, job) for job in load.jobs]
+            loaded = [
+                self._decoder.submit(self._load_page, load, job, page)
+                for job, page in zip(load.jobs, fetched, strict=True)
+            ]
+            for page in loaded:
+                if not page.result():
+                    break
+                done += 1
         except Exception:
             _log.exception("loading a page failed: its tokens are computed")
             self._counter.add(failed_pages=1)
         finally:
             with load.lock:
                 if not load.done:
-                    load.done = True
-                    # What comes after a page that is missing is of no use.
+                    # What comes after a page that is missing is of no use. Who sees that it is
+                    # done does not lock: what failed is there before.
                     load.failed |= {b for job in load.jobs[done:] for b in job.blocks}
+                    load.done = True
             self._counter.add(load_seconds=time.perf_counter() - started)
             with self._changed:
                 self._changed.notify_all()
@@ -418,25 +431,41 @@ class PageTransfer:
         assert self._store is not None
         return self._store.get(job.key.name)
 
-    def _load_page(self, load: _Load, job: PageJob, page: bytes | None) -> bool:
+    def _load_page(self, load: _Load, job: PageJob, fetched: Future[bytes | None]) -> bool:
         """Whether the page is in its blocks now."""
-        assert self._codec is not None
         assert self._store is not None
+        if load.done or job.key.position > load.useful:
+            return False
+        page = fetched.result()
         if page is None:
             self._counter.add(missing_pages=1)
+            self._end(load, job)
             return False
+        codec = self._codecs.get()
         try:
-            k, v = self._codec.decode(page, identity=job.key.identity)
+            with _stream(self._blocks.device, load.event):
+                return self._decode(load, job, page, codec)
         except KVTCError as error:
+            self._end(load, job)
             self._counter.add(damaged_pages=1)
             _log.warning("page %s is of no use and is deleted: %s", job.key.name, error)
             self._store.delete(job.key.name)
             return False
+        finally:
+            self._codecs.put(codec)
+
+    @staticmethod
+    def _end(load: _Load, job: PageJob) -> None:
+        with load.lock:
+            load.useful = min(load.useful, job.key.position)
+
+    def _decode(self, load: _Load, job: PageJob, page: bytes, codec: PageCodec) -> bool:
+        k, v = codec.decode(page, identity=job.key.identity)
         size = self._blocks.tokens
         own = slice(job.first * size, (job.first + len(job.blocks)) * size)
         tensors = [from_dlpack(x)[:, :, own] for x in (k, v)]
         with load.lock:
-            if load.done:
+            if load.done or job.key.position > load.useful:
                 return False
             self._blocks.write(job.blocks, *tensors)
         self._counter.add(
