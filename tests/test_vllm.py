@@ -70,6 +70,8 @@ def prompt(seed: int, tokens: int) -> list[int]:
 
 LONG, TWIN, SHORT = prompt(1, 1000), prompt(1, 500) + prompt(2, 300), prompt(3, 40)
 FAULTY, BLANK, SALTED = prompt(4, 600), prompt(5, 1000), prompt(6, 300)
+#: Two that do not fit the loading engine's blocks together, when they have grown.
+PAIR, GROWTH, BLOCKS = [prompt(8, 700), prompt(9, 700)], 300, 56
 #: Pages of which requests are restored whose following tokens are scored.
 KEPT = 8
 
@@ -117,6 +119,7 @@ class Served:
             "calibration": str(calibration),
             "store": str(self.store),
             "ratio": 4,
+            "error_bound": None,
             "page_tokens": PAGE,
         }
         requests = [{"ids": [x], "score": VOCABULARY} for x in (LONG, TWIN, SHORT, FAULTY, BLANK)]
@@ -148,8 +151,13 @@ class Served:
         requests = [{"ids": [x], "score": VOCABULARY} for x in (LONG, BLANK, SHORT)]
         requests += [{"ids": [x], "next": VOCABULARY} for x in (FAULTY, TWIN, SALTED)]
         requests += [{"ids": [SALTED], "salt": "another"}, {"ids": [SALTED], "salt": "tenant"}]
-        # All pages again, and those of SALTED for two more tenants.
-        self.restored = serve(folder, "load", requests=requests, pages=sum(counts) + 8, **common)
+        requests.append({"ids": PAIR, "tokens": GROWTH})
+        # All pages again, those of SALTED for two more tenants, and those of the pair.
+        pages = sum(counts) + 8 + 2 * ((700 + GROWTH - 1) // PAGE)
+        engine = ENGINE | {"num_gpu_blocks_override": BLOCKS}
+        self.restored = serve(
+            folder, "load", requests=requests, pages=pages, **common | {"engine": engine}
+        )
         self.log = (folder / "load.log").read_text()
 
     def identity(self, path: Path, number: int) -> bytes:
@@ -252,7 +260,25 @@ def test_a_bad_page_is_computed_and_stored_again(served: Served, number: int, pl
 
 
 def test_tenants_do_not_share(served: Served) -> None:
-    assert [x["cached"] for x in served.restored[5:]] == [0, 0, 4 * PAGE]
+    assert [x["cached"] for x in served.restored[5:8]] == [0, 0, 4 * PAGE]
+
+
+def test_preempted_requests_go_on(served: Served) -> None:
+    """One of two has to wait while its blocks are the other's; pages of both are stored, whole."""
+    assert BLOCKS * BLOCK < 2 * (700 + GROWTH)
+    assert [len(x["ids"]) for x in served.restored[8:]] == [GROWTH] * 2
+    for path in served.store.rglob("*"):
+        if path.is_file():
+            assert [opens(served, path, i) for i in range(16)].count(True) == 1
+
+
+def opens(served: Served, path: Path, number: int) -> bool:
+    """Whether a file is the page of this number."""
+    try:
+        served.codec.block(path.read_bytes(), slice(0, 1), identity=served.identity(path, number))
+    except kvtc.AuthenticationError:
+        return False
+    return True
 
 
 def test_the_log_tells_of_pages(served: Served) -> None:

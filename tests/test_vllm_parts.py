@@ -612,7 +612,9 @@ def test_a_calibration_from_pages(tmp_path: Path) -> None:
 def test_settings() -> None:
     given = {"calibration": "c", "store": "s", "ratio": 8, "budget_gb": 2}
     found = Settings.read(given)
-    assert found.codec_options() == {"preset": "default", "ratio": 8}
+    assert found.codec_options() == {"preset": "default", "ratio": 8, "error_bound": 0.5}
+    unbounded = Settings.read(given | {"error_bound": None})
+    assert unbounded.codec_options() == {"preset": "default", "ratio": 8}
     assert found.budget == 2_000_000_000
     assert found.key(b"digest") == b"digest"
     assert Settings.read({"calibrate": "c"}).calibrate_tokens == 160_000

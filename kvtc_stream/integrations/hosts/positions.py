@@ -19,7 +19,8 @@ from kvtc_stream.formats import Rope
 from kvtc_stream.io.dlpack import to_numpy
 
 #: How many times farther than the best candidate the second must be to be sure of the first.
-#: ``benchmarks/positions.py`` has what that costs and how often it is wrong.
+#: ``benchmarks/results/positions.json``: all of 5,208 pages of SmolLM2 were found, one of
+#: them with less; 5,103 whose position was no candidate had 1.26 at the most.
 MARGIN = 2.0
 #: How far from the calibration's mean the best may be, of the mean's own length.
 DISTANCE = 0.7

@@ -23,8 +23,12 @@ class Settings:
         Where pages are kept: a URL for :func:`kvtc_stream.integrations.hosts.open_store`.
     budget_gb
         The most that the store holds, in 10⁹ bytes; no limit if ``None``.
-    preset, ratio, bits_per_token, mean_error, error_bound
+    preset, ratio, bits_per_token, mean_error
         As for :class:`kvtc_stream.Codec`.
+    error_bound
+        As for :class:`kvtc_stream.Codec`, 0.5 unless given. Pages have no sinks: the first token of
+        a prompt, to which all others attend, is unlike those that the calibration saw, and is
+        kept bit for bit because it would lose more.
     page_tokens
         Tokens of a page: a multiple of vLLM's block size; 128 or, if they are larger, a block.
     key_file
@@ -50,7 +54,7 @@ class Settings:
     ratio: float | None = None
     bits_per_token: float | None = None
     mean_error: float | None = None
-    error_bound: float | None = None
+    error_bound: float | None = 0.5
     page_tokens: int | None = None
     key_file: str | None = None
     timeout: float = 10.0
