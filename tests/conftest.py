@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, settings
 from real_sample import RealSample, load_real_sample
 
 import kvtc_stream as kvtc
+from kvtc_stream.cli import terminal
 
 # The first example of a test compiles kernels: no example has a deadline.
 settings.register_profile("dev", max_examples=25, deadline=None)
@@ -29,6 +30,12 @@ settings.register_profile(
 )
 settings.register_profile("expensive", settings.get_profile("ci"), max_examples=2000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_lines_of_progress() -> None:
+    """On a slow machine commands say where they are; tests compare what they say."""
+    terminal._SECONDS_PER_LINE = 3600.0
 
 
 @pytest.fixture(scope="session")
