@@ -260,11 +260,15 @@ def _searched(coefficients, column, stride, count, factor, e, wish, at_once, giv
 def _accepted(distance, usual, coarser):  # type: ignore[no-untyped-def]
     """See :func:`kvtc_stream.coding.lattice.accepted`."""
     distance = max(distance, _F32(1e-12) * usual)
-    if not distance <= _F32(lattice.MOST_RATIO) * usual:
+    if coarser < _F32(-lattice.FINEST) or not distance <= _F32(lattice.MOST_RATIO) * usual:
         return False
+    part = distance / usual
     likelier = _F32(math.log(usual / distance))
     evidence = _F32(6) * usual * likelier
-    part = distance / usual
+    if coarser < _F32(0):
+        away = _F32(1) - part
+        chance = max(likelier - _F32(lattice.UNIFORM), _F32(1.25) * away * away)
+        return _F32(6) * usual * chance >= _F32(lattice.BY_CHANCE)
     if evidence < _F32(lattice.LEAST_EVIDENCE) + _F32(lattice.PER_SQUARE) * part * part:
         return False
     finer = likelier - _F32(lattice.LOG_LOSS) < coarser * _F32(lattice.LOG_HALF_OCTAVE)
