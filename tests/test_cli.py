@@ -508,7 +508,9 @@ def test_encode_fp8_with_scales(tmp_path, kvtc_command, files):
     scale = np.array([[0.5, 1], [2, 3], [1, 1]], np.float32)
     cache, out, back = (tmp_path / name for name in ("in.safetensors", "x.kvtc", "back.npz"))
     plain.write(cache, [PlainSection(k, v, None, scale, None)])
-    run = kvtc_command("encode", cache, "-c", files.calibration, "-o", out, "--ratio", 4)
+    run = kvtc_command(
+        "encode", cache, "-c", files.calibration, "-o", out, "--ratio", 4, "--window", 128
+    )
     assert run.status == 0, run.err
     run = kvtc_command("verify", out, "-c", files.calibration, "--against", cache)
     assert run.status == 0, run.err

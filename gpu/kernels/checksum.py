@@ -8,11 +8,11 @@ accumulators between them is a chain, but a short one. The host finishes with a 
 from __future__ import annotations
 
 import numpy as np
-from numba import cuda
 from numpy.typing import NDArray
 
 from kvtc_stream.gpu.kernels.intrinsics import WARP, i32, i64, i64p, shuffle, shuffle_down
 from kvtc_stream.gpu.runtime.compile import kernel
+from kvtc_stream.gpu.runtime.dialect import cuda
 
 #: Shorter payloads have another method.
 LEAST = 241
