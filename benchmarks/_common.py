@@ -9,9 +9,7 @@ import platform
 import shlex
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 
-from kvtc_stream.cli import terminal
 from kvtc_stream.evaluation import quality
 from kvtc_stream.io import plain
 from kvtc_stream.io.dlpack import to_numpy
-from kvtc_stream.progress import Progress
 
 _PACKAGES = (
     "kvtc-stream",
@@ -64,15 +60,6 @@ def write_result(path: Path, result: dict[str, Any], console: Console) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     console.print(f"written to {path}")
-
-
-@contextmanager
-def show(description: str) -> Iterator[Progress]:
-    """A bar for a step under way, and a line when it is done, on standard error."""
-    start = time.perf_counter()
-    with terminal.progress() as bars:
-        yield terminal.bar(bars, description)
-    terminal.note(f"{description}: {time.perf_counter() - start:.0f} s")
 
 
 def load_cache(path: str | Path) -> tuple[NDArray[Any], NDArray[Any]]:

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _common import capture_caches, environment, load_cache, show, write_result
+from _common import capture_caches, environment, load_cache, write_result
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
@@ -38,6 +38,7 @@ from kvtc_stream.calibration.components import Components, columns_of_layers
 from kvtc_stream.calibration.families import STEPS_PER_OCTAVE, fit_families
 from kvtc_stream.calibration.principal import Moments, leading_eigenvectors, one_level, two_levels
 from kvtc_stream.calibration.weights import apply_blocks
+from kvtc_stream.cli import terminal
 from kvtc_stream.cli.bench import CALIBRATED_UNTIL, JUDGED_FROM
 from kvtc_stream.coding.rans import MIDDLE, Families
 from kvtc_stream.coding.rope import Rotations, gather
@@ -215,7 +216,7 @@ def main() -> None:
     args = _parse()
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     result: dict[str, Any] = environment()
-    steps = demo.Steps(show)
+    steps = demo.Steps(terminal.step)
     with tempfile.TemporaryDirectory() as name:
         if args.model:
             args.calibration, args.cache, args.judge = _capture(args, Path(name), steps)

@@ -29,12 +29,13 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
-from _common import capture_caches, environment, load_cache, show, write_result
+from _common import capture_caches, environment, load_cache, write_result
 from rich.console import Console
 from rich.table import Table
 
 import kvtc_stream as kvtc
 from kvtc_stream.calibration import calibrator
+from kvtc_stream.cli import terminal
 from kvtc_stream.evaluation import demo, quality
 from kvtc_stream.integrations.transformers import load_model
 
@@ -55,7 +56,7 @@ def main() -> None:
     os.sched_setaffinity(0, cores)  # processes that start from here on inherit it
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     result: dict[str, Any] = environment()
-    steps = demo.Steps(show)
+    steps = demo.Steps(terminal.step)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if args.model:

@@ -2,37 +2,25 @@
 
 from __future__ import annotations
 
-import time
 from argparse import Namespace
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
 from rich.table import Table
 
 from kvtc_stream.cli import terminal
 from kvtc_stream.evaluation import demo
-from kvtc_stream.progress import Progress
 
 
 def run(args: Namespace) -> int:
     """Run the demonstration; see ``kvtc demo --help``."""
     chosen = {name: getattr(args, name) for name in ("ratio", "tokens", "context", "model")}
-    result = demo.run(_show, **{k: v for k, v in chosen.items() if v is not None})
+    result = demo.run(terminal.step, **{k: v for k, v in chosen.items() if v is not None})
     if args.json:
         terminal.print_json(result)
     else:
         terminal.show(_tables(result))
     return 0
-
-
-@contextmanager
-def _show(description: str) -> Iterator[Progress]:
-    """A bar for the step under way, and a line when it is done, on standard error."""
-    start = time.perf_counter()
-    with terminal.progress() as bars:
-        yield terminal.bar(bars, description)
-    terminal.note(f"{description}: {time.perf_counter() - start:.1f} s")
 
 
 def _tables(r: dict[str, Any]) -> Iterable[Table]:

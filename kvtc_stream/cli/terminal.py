@@ -6,6 +6,7 @@ import contextlib
 import json
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -74,6 +75,15 @@ def bar(bars: Progress, description: str) -> Callable[[int, int], None]:
         bars.update(task, completed=done, total=total)
 
     return update
+
+
+@contextlib.contextmanager
+def step(description: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar for a step under way, and a line when it is done, on standard error."""
+    start = time.perf_counter()
+    with progress() as bars:
+        yield bar(bars, description)
+    note(f"{description}: {time.perf_counter() - start:.1f} s")
 
 
 def print_json(value: Mapping[str, Any]) -> None:

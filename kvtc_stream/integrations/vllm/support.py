@@ -14,8 +14,8 @@ from kvtc_stream.calibration.model import Calibration
 from kvtc_stream.errors import CalibrationMismatchError, UnsupportedError
 from kvtc_stream.formats import Section
 
-#: Versions of vLLM that this connector was tried with, both included.
-FIRST_VERSION, LAST_VERSION = (0, 25, 1), (0, 32)
+#: The first version of vLLM whose connectors are made as this one is.
+FIRST_VERSION = 0, 25, 1
 #: Element types of a KV cache that are those of the model, as ``--kv-cache-dtype`` names them.
 _PLAIN_DTYPES = frozenset({"auto", "bfloat16", "float16", "half", "float32", "float"})
 #: Samples of a file of weights that enter the model's identity, and bytes of each.
