@@ -26,8 +26,9 @@ import numpy as np
 import numpy.typing as npt
 
 _WARP = 32
-#: Seconds to wait for the other lanes of a warp: a lane that has returned never arrives.
-_PATIENCE = 60.0
+#: How often, and how many seconds each time, to wait for the other lanes of a warp: one that has
+#: returned never arrives. Many short waits, because a machine that stands still ends but one.
+_PATIENCE, _PAUSE = 600, 0.1
 #: Size in bytes given to memory at an address, whose end only the kernel knows.
 _UNKNOWN = 1 << 40
 
@@ -59,9 +60,31 @@ class _Warp:
     """Values that lanes exchange, in turns of two so that none is overwritten before it is read."""
 
     def __init__(self, lanes: int) -> None:
-        self.barrier = threading.Barrier(lanes, timeout=_PATIENCE)
+        self.lanes = lanes
+        self.changed = threading.Condition()
         self.values: tuple[list[Any], list[Any]] = ([0] * lanes, [0] * lanes)
-        self.turns = [0] * lanes
+        self.turn = 0
+        self.arrived = 0
+
+    def exchange(self, lane: int, value: Any) -> list[Any]:
+        """The values of all lanes, once all have brought theirs."""
+        with self.changed:
+            turn = self.turn
+            values = self.values[turn & 1]
+            values[lane] = value
+            self.arrived += 1
+            if self.arrived == self.lanes:
+                self.turn, self.arrived = turn + 1, 0
+                self.changed.notify_all()
+            waited = 0
+            while self.turn == turn:
+                if waited == _PATIENCE:
+                    raise RuntimeError(
+                        f"lane {lane} waited for {self.lanes - self.arrived} of {self.lanes} lanes"
+                        " that do not come; all lanes of a warp must come to every exchange"
+                    )
+                waited += not self.changed.wait(_PAUSE)
+        return values
 
 
 _lock = threading.Lock()
@@ -77,11 +100,7 @@ def _exchange(value: Any) -> tuple[int, list[Any]]:
         if number not in warps:
             warps[number] = _Warp(min(_WARP, manager.block_state.size - number * _WARP))
     warp: _Warp = warps[number]
-    values = warp.values[warp.turns[lane]]
-    warp.turns[lane] ^= 1
-    values[lane] = value
-    warp.barrier.wait()
-    return lane, values
+    return lane, warp.exchange(lane, value)
 
 
 def ballot(predicate: Any) -> np.uint32:
