@@ -100,6 +100,18 @@ def answer(own: PageScheduler, request: Request, computed: int = 0) -> tuple[int
     raise AssertionError("no answer")
 
 
+def test_pages_that_a_host_names() -> None:
+    """By its own digests, apart from those of other configurations and of chains."""
+    page = NAMESPACE.page(b"block hash", 8)
+    assert page == NAMESPACE.page(b"block hash", 8)
+    assert page.position == 8
+    assert page.name.startswith(NAMESPACE.prefix + "/")
+    others = [NAMESPACE.page(b"another", 8), Namespace({"test": 2}).page(b"block hash", 8)]
+    names = {page.name, *(x.name for x in others), *keys_of(list(range(PAGE)))}
+    assert len(names) == 4
+    MemoryStore().put(page.name, b"page")  # it is a name that stores take
+
+
 # The scheduler.
 
 

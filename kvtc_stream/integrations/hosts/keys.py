@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 _DOMAIN = b"kvtc page chain 1\0"
+_DIGEST_DOMAIN = b"kvtc page digest 1\0"
 
 
 @dataclass(frozen=True)
@@ -59,10 +60,19 @@ class Namespace:
         #: Names begin with it, so that pages of one namespace can be listed, or deleted.
         self.prefix = self.digest[:8].hex()
 
+    def page(self, digest: bytes, position: int) -> PageKey:
+        """The page at ``position`` of a host that names it by a digest of its own: of its tokens,
+        of all before them, and of whatever else pages of this configuration depend on."""
+        own = hashlib.sha256(_DIGEST_DOMAIN + self.digest + digest)
+        return PageKey(self._name(own.hexdigest()), position)
+
     def chain(self, root: Any, page_tokens: int) -> Chain:
         """The pages of one request; ``root`` is what else they depend on, as JSON: its adapter and
         its tenant."""
         return Chain(self, root, page_tokens)
+
+    def _name(self, digest: str) -> str:
+        return f"{self.prefix}/{digest[:2]}/{digest}"
 
 
 class Chain:
@@ -71,7 +81,7 @@ class Chain:
     def __init__(self, namespace: Namespace, root: Any, page_tokens: int) -> None:
         text = json.dumps(root, sort_keys=True, separators=(",", ":"))
         self._last = hashlib.sha256(_DOMAIN + namespace.digest + text.encode()).digest()
-        self._prefix, self._page_tokens = namespace.prefix, page_tokens
+        self._namespace, self._page_tokens = namespace, page_tokens
         self.keys: list[PageKey] = []
 
     def extend(
@@ -93,6 +103,5 @@ class Chain:
             digest.update(array("q", tokens[start:end]).tobytes())
             digest.update(json.dumps(own, separators=(",", ":")).encode())
             self._last = digest.digest()
-            name = self._last.hex()
-            self.keys.append(PageKey(f"{self._prefix}/{name[:2]}/{name}", start))
+            self.keys.append(PageKey(self._namespace._name(self._last.hex()), start))
         return self.keys

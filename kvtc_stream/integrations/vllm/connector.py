@@ -136,20 +136,14 @@ class KvtcConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     def _namespace(self) -> Namespace:
         """What pages depend on beside tokens, adapter and tenant."""
-        facts: dict[str, Any] = {
-            "format": "1.1",
-            "host": "vllm",
-            "model": self._facts,
-            "layout": {"tensor_parallel": 1, "pipeline_parallel": 1},
-            "dtype": self._dtype,
-            "page_tokens": self._page_tokens,
-        }
-        if self._codec is not None:
-            calibration = self._codec.calibration
-            facts["calibration"] = calibration.digest.hex()
-            facts["fingerprint"] = calibration.model.fingerprint.hex()
-            facts["codec"] = self._settings.codec_options()
-        return Namespace(facts)
+        return support.namespace_of(
+            "vllm",
+            self._facts,
+            self._dtype,
+            self._page_tokens,
+            self._codec,
+            self._settings.codec_options(),
+        )
 
     # The worker.
 

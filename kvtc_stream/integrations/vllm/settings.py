@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 #: Settings that go to the codec as they are.
 CODEC_SETTINGS = ("preset", "ratio", "bits_per_token", "mean_error", "error_bound")
@@ -47,6 +47,12 @@ class Settings:
         Keywords of :class:`kvtc_stream.Calibrator`, such as ``{"second_level": 64}``.
     """
 
+    #: Whose settings they are, and where they are given.
+    reader: ClassVar[str] = "KvtcConnector"
+    place: ClassVar[str] = "kv_connector_extra_config"
+    #: Settings that have no meaning there.
+    without: ClassVar[frozenset[str]] = frozenset()
+
     calibration: str | None = None
     store: str | None = None
     budget_gb: float | None = None
@@ -72,13 +78,11 @@ class Settings:
         ValueError
             A setting is unknown, missing or of the wrong kind.
         """
-        kinds = {field.name: str(field.type) for field in fields(cls)}
+        known = [field for field in fields(cls) if field.name not in cls.without]
+        kinds = {field.name: str(field.type) for field in known}
         for name, value in config.items():
             if name not in kinds:
-                raise ValueError(
-                    f"kv_connector_extra_config has {name!r}; KvtcConnector knows "
-                    f"{', '.join(kinds)}"
-                )
+                raise ValueError(f"{cls.place} has {name!r}; {cls.reader} knows {', '.join(kinds)}")
             kind = kinds[name]
             number = isinstance(value, int | float) and not isinstance(value, bool)
             fits = (
@@ -89,16 +93,14 @@ class Settings:
                 or ("Mapping" in kind and isinstance(value, Mapping))
             )
             if not fits:
-                raise ValueError(f"kv_connector_extra_config: {name} is {value!r}, expected {kind}")
+                raise ValueError(f"{cls.place}: {name} is {value!r}, expected {kind}")
         found = cls(**config)
         if found.calibrate is not None:
             return found
         for name in ("calibration", "store"):
             if getattr(found, name) is None:
-                raise ValueError(
-                    f"kv_connector_extra_config lacks {name!r}; give it calibration and store, or "
-                    f"calibrate to make a calibration"
-                )
+                way = "" if "calibrate" in cls.without else ", or calibrate to make a calibration"
+                raise ValueError(f"{cls.place} lacks {name!r}; give it calibration and store{way}")
         return found
 
     @property

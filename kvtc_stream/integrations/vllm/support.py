@@ -13,6 +13,8 @@ from typing import Any
 from kvtc_stream.calibration.model import Calibration
 from kvtc_stream.errors import CalibrationMismatchError, UnsupportedError
 from kvtc_stream.formats import Section
+from kvtc_stream.integrations.hosts.keys import Namespace
+from kvtc_stream.stream.codec import Codec
 
 #: The first version of vLLM whose connectors are made as this one is.
 FIRST_VERSION = 0, 25, 1
@@ -29,12 +31,14 @@ def version_of(text: str) -> tuple[int, ...]:
     return tuple(map(int, found[0].split("."))) if found else ()
 
 
-def check_version(text: str) -> None:
-    """Raise ``UnsupportedError`` for a vLLM whose connectors are made otherwise."""
-    if version_of(text) < FIRST_VERSION:
+def check_version(
+    text: str, first: tuple[int, ...] = FIRST_VERSION, who: str = "KvtcConnector"
+) -> None:
+    """Raise ``UnsupportedError`` for a vLLM older than the first that makes ``who`` as it is."""
+    if version_of(text) < first:
         raise UnsupportedError(
-            f"vLLM {text} is older than {'.'.join(map(str, FIRST_VERSION))}, the first that "
-            f"KvtcConnector serves: upgrade vLLM"
+            f"vLLM {text} is older than {'.'.join(map(str, first))}, the first that "
+            f"{who} serves: upgrade vLLM"
         )
 
 
@@ -79,9 +83,13 @@ def refusals(vllm_config: Any, kv_cache_config: Any) -> list[str]:
 
 def check_supported(vllm_config: Any, kv_cache_config: Any) -> None:
     """Raise ``UnsupportedError`` that names all that is not served."""
-    found = refusals(vllm_config, kv_cache_config)
-    if found:
-        raise UnsupportedError(f"KvtcConnector does not serve this: {'; '.join(found)}")
+    refuse(refusals(vllm_config, kv_cache_config), "KvtcConnector")
+
+
+def refuse(reasons: list[str], who: str) -> None:
+    """Raise ``UnsupportedError`` if there are reasons."""
+    if reasons:
+        raise UnsupportedError(f"{who} does not serve this: {'; '.join(reasons)}")
 
 
 def layer_number(name: str) -> int:
@@ -161,6 +169,44 @@ def model_facts(vllm_config: Any) -> dict[str, Any]:
         return facts | {"weights": _sampled(files)}
     commit = getattr(model.hf_config, "_commit_hash", None)
     return facts | {"weights": [model.model, model.revision, commit]}
+
+
+def namespace_of(
+    host: str,
+    model: dict[str, Any],
+    dtype: str,
+    page_tokens: int,
+    codec: Codec | None,
+    options: dict[str, Any],
+) -> Namespace:
+    """What pages depend on beside tokens, adapter and tenant.
+
+    Parameters
+    ----------
+    host
+        Who names the pages.
+    model
+        See :func:`model_facts`.
+    dtype
+        Element type of the cache.
+    page_tokens
+        Tokens of a page.
+    codec, options
+        What codes the pages, and its settings; ``None`` if nothing does.
+    """
+    facts: dict[str, Any] = {
+        "format": "1.1",
+        "host": host,
+        "model": model,
+        "layout": {"tensor_parallel": 1, "pipeline_parallel": 1},
+        "dtype": dtype,
+        "page_tokens": page_tokens,
+    }
+    if codec is not None:
+        facts["calibration"] = codec.calibration.digest.hex()
+        facts["fingerprint"] = codec.calibration.model.fingerprint.hex()
+        facts["codec"] = options
+    return Namespace(facts)
 
 
 def adapter_facts(lora_request: Any) -> list[Any] | None:
