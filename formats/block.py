@@ -254,12 +254,7 @@ class Block:
         coder = known(Coder, coder, f"{where}, coder")
         verbatim_coder = known(Coder, verbatim_coder, f"{where}, verbatim coder")
         features = header.features if features is None else features
-        if verbatim_coder is Coder.PLANES and Feature.PLANES not in features:
-            raise FormatError(
-                f"{where}: verbatim values are coded as PLANES, which the required features have "
-                "not: the writer is at fault"
-            )
-        _check_contents(contents, reserved, features, where)
+        _check_contents(contents, reserved, verbatim_coder, features, where)
         if section >= len(header.geometry.sections):
             raise FormatError(
                 f"{where}: section {section} is not one of {len(header.geometry.sections)}"
@@ -298,8 +293,15 @@ class Block:
         return block
 
 
-def _check_contents(contents: int, reserved: bytes, features: Feature, where: str) -> None:
+def _check_contents(
+    contents: int, reserved: bytes, verbatim_coder: Coder, features: Feature, where: str
+) -> None:
     """Raise unless a block has only what the stream's required features allow."""
+    if verbatim_coder is Coder.PLANES and Feature.PLANES not in features:
+        raise FormatError(
+            f"{where}: verbatim values are coded as PLANES, which the required features have "
+            "not: the writer is at fault"
+        )
     allowed = _HAS_LAYER_ERRORS if Feature.LAYER_ERRORS in features else 0
     allowed |= _HAS_AXES if Feature.AXES in features else 0
     if contents & ~allowed or reserved != _RESERVED:

@@ -118,25 +118,10 @@ def unpack_page(
             "plan, geometry, element types or block size differ; use the codec that made it"
         )
     limits.check("max_record_bytes", size, "page, payload length at byte 56")
-    end = _HEADER_SIZE + size
-    sealed = Feature.SEALED_PAGES in features
-    whole = end + _CHECKSUM.size + (SEAL_SIZE if sealed else 0)
-    if len(view) < whole:
-        raise TruncatedError(f"page: {len(view)} bytes, expected {whole}: fetch it again")
-    if key is not None and not sealed:
-        raise AuthenticationError("page: it is not sealed, and a key was given: do not use it")
-    payload = bytes(view[_HEADER_SIZE:end])
-    (found,) = _CHECKSUM.unpack_from(view, end)
-    verify(found, payload, own, "page, payload")
-    if key is not None:
-        own_seal = _seal(view[: whole - SEAL_SIZE], key, identity)
-        if not hmac.compare_digest(own_seal, view[whole - SEAL_SIZE : whole]):
-            raise AuthenticationError(
-                "page: it was sealed with another key or as another page: do not use it"
-            )
+    payload = _open_payload(view, size, Feature.SEALED_PAGES in features, own, key, identity)
     reader = ByteReader(payload, "page", _HEADER_SIZE)
     block = Block.unpack(reader, section, header, limits, features)
-    needed = _features(block, header, sealed=sealed)
+    needed = _features(block, header, sealed=Feature.SEALED_PAGES in features)
     if features != needed:
         raise FormatError(
             f"page: required features are {features:#x}, its block needs {needed:#x}: the writer "
@@ -148,6 +133,28 @@ def unpack_page(
             f"{block.cut} tokens, expected DATA, 0, (0, 0): the writer is at fault"
         )
     return block
+
+
+def _open_payload(
+    view: memoryview, size: int, sealed: bool, seed: int, key: bytes | None, identity: bytes
+) -> bytes:
+    """The payload of a page, once its checksum and, with ``key``, its seal are right."""
+    end = _HEADER_SIZE + size
+    whole = end + _CHECKSUM.size + (SEAL_SIZE if sealed else 0)
+    if len(view) < whole:
+        raise TruncatedError(f"page: {len(view)} bytes, expected {whole}: fetch it again")
+    if key is not None and not sealed:
+        raise AuthenticationError("page: it is not sealed, and a key was given: do not use it")
+    payload = bytes(view[_HEADER_SIZE:end])
+    (found,) = _CHECKSUM.unpack_from(view, end)
+    verify(found, payload, seed, "page, payload")
+    if key is not None:
+        own_seal = _seal(view[: whole - SEAL_SIZE], key, identity)
+        if not hmac.compare_digest(own_seal, view[whole - SEAL_SIZE : whole]):
+            raise AuthenticationError(
+                "page: it was sealed with another key or as another page: do not use it"
+            )
+    return payload
 
 
 def _features(block: Block, header: StreamHeader, *, sealed: bool) -> Feature:

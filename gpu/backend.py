@@ -46,12 +46,12 @@ from kvtc_stream.gpu.coder.band_coding import BandDecoder, BandEncoder
 from kvtc_stream.gpu.coder.decoding import (
     BATCH_TOKENS,
     BatchDecoder,
-    Loaded,
-    Started,
+    BlockLoad,
+    RunningBatch,
     UniformDecoder,
     faulty,
 )
-from kvtc_stream.gpu.coder.encoding import BatchEncoder, Prepared
+from kvtc_stream.gpu.coder.encoding import BatchEncoder, EncoderBatch
 from kvtc_stream.gpu.coder.plan import BandPlan, DevicePlan
 from kvtc_stream.gpu.coder.rope import ropes_of
 from kvtc_stream.gpu.kernels import layout
@@ -282,8 +282,8 @@ class CudaSectionCoder(SectionCoder):
         return BandEncoder(*arguments, coder=self._header.coder, **options)
 
     def _choose(
-        self, control: SectionControl, encoder: BatchEncoder, batch: Prepared
-    ) -> tuple[Prepared, NDArray[np.float64]]:
+        self, control: SectionControl, encoder: BatchEncoder, batch: EncoderBatch
+    ) -> tuple[EncoderBatch, NDArray[np.float64]]:
         """Choose the steps of a batch's blocks.
 
         Returns the batch, without the grids of restored tokens that are not kept, and the blocks'
@@ -473,7 +473,7 @@ class CudaSectionCoder(SectionCoder):
         return ([result(*one) for one in group] for group in groups)
 
     def _uploaded(
-        self, found: Sequence[_Exact], loaded: Loaded
+        self, found: Sequence[_Exact], loaded: BlockLoad
     ) -> list[tuple[NDArray[np.int64], Any]]:
         """Slots, and values on the device; see :meth:`_check_exact`."""
         size = self._header.out_dtype.itemsize
@@ -592,7 +592,7 @@ class CudaSectionCoder(SectionCoder):
         loaded.whole()
         verbatim = self._exact(table, slots)
         none = cupy.zeros(1, np.int32)
-        slow = list(faulty(Started(some, batch.faults, none) for some, batch in found))
+        slow = list(faulty(RunningBatch(some, batch.faults, none) for some, batch in found))
         on_host = [(own, self._cpu.decode_layers(block)) for block, own in slow]
         exact = [own for some in verbatim for own in self._uploaded(some, loaded)]
         self._check_exact()
@@ -610,7 +610,7 @@ class CudaSectionCoder(SectionCoder):
             decoded = list(on_host)
             for some, batch in found:
                 if int(batch.overflow[0]):
-                    beyond = faulty([Started(some, batch.faults, batch.overflow)])
+                    beyond = faulty([RunningBatch(some, batch.faults, batch.overflow)])
                     decoded += [(own, self._cpu.decode_layers(block)) for block, own in beyond]
             columns = self._columns([index], k_out, v_out)
             for own, of_layer in decoded:

@@ -41,7 +41,7 @@ class Payload(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Encoded:
+class BatchPayloads:
     """What became of a batch of blocks; on the host.
 
     Attributes

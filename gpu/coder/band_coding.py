@@ -19,8 +19,14 @@ from kvtc_stream.coding.bands import segment_sizes
 from kvtc_stream.errors import FormatError
 from kvtc_stream.formats import BlockTable, Coder, Section
 from kvtc_stream.formats.coders import compress_beside, decompress
-from kvtc_stream.gpu.coder.analysis import Analyser, Encoded, Payload, errors_by_layer, stride_of
-from kvtc_stream.gpu.coder.decoding import Batch, BatchDecoder, Coded, Loaded
+from kvtc_stream.gpu.coder.analysis import (
+    Analyser,
+    BatchPayloads,
+    Payload,
+    errors_by_layer,
+    stride_of,
+)
+from kvtc_stream.gpu.coder.decoding import Batch, BatchDecoder, BlockLoad, CodedBlocks
 from kvtc_stream.gpu.coder.plan import BandPlan
 from kvtc_stream.gpu.kernels import bands
 from kvtc_stream.gpu.runtime.tensors import Tensors
@@ -41,11 +47,13 @@ class BandDecoder(BatchDecoder):
         super().__init__(section, plan, scales)
         self._plan = plan
 
-    def load(self, table: BlockTable, slots: NDArray[np.int64], *, tiles: bool = False) -> Loaded:
+    def load(
+        self, table: BlockTable, slots: NDArray[np.int64], *, tiles: bool = False
+    ) -> BlockLoad:
         """See :meth:`kvtc_stream.gpu.coder.decoding.BatchDecoder.load`. The payloads stay on the
         host, which decompresses them."""
         table.verify()
-        found = Coded.of(table, slots)
+        found = CodedBlocks.of(table, slots)
         rows = found.table.rows
         for row, count in enumerate(found.coded_tokens.tolist()):
             coder, size = Coder(rows["coder"][row]), int(rows["coded_size"][row])
@@ -55,9 +63,9 @@ class BandDecoder(BatchDecoder):
                     f"block at token {rows['start'][row]}: {coder.name} payload of {size} bytes, "
                     f"the plan needs {needed} of a byte coder for {count} tokens"
                 )
-        return Loaded(found, lambda: None, None, np.full(len(table), -1))
+        return BlockLoad(found, lambda: None, None, np.full(len(table), -1))
 
-    def symbols(self, blocks: Coded) -> Batch:
+    def symbols(self, blocks: CodedBlocks) -> Batch:
         """See :meth:`kvtc_stream.gpu.coder.decoding.BatchDecoder.symbols`."""
         payloads = b"".join(threads().map(partial(_decompressed, blocks.table), range(len(blocks))))
         columns, positions, slots = self.staging.arrays(
@@ -143,7 +151,7 @@ class BandEncoder(Analyser):
         slots: NDArray[np.int64],
         positions: NDArray[np.int64],
         starts: NDArray[np.int64],
-    ) -> Encoded:
+    ) -> BatchPayloads:
         """Encode a batch of blocks, and wait for the result.
 
         Parameters are those of :meth:`kvtc_stream.gpu.coder.encoding.BatchEncoder.prepare`.
@@ -185,7 +193,7 @@ class BandEncoder(Analyser):
         payloads = threads().map(
             self._compressed, counts, np.split(packed, places[1:-1]) if counts else []
         )
-        return Encoded(list(payloads), verbatim, errors, by_layer)
+        return BatchPayloads(list(payloads), verbatim, errors, by_layer)
 
     def _pack(
         self, counts: Sequence[int], columns: Any, coefficients: Any, parameters: Any, stride: int

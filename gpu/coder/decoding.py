@@ -42,7 +42,7 @@ _MULTIPROCESSORS = 16
 
 
 @dataclass(frozen=True)
-class Coded:
+class CodedBlocks:
     """Blocks with coded tokens, whose payloads are on the device, or on their way.
 
     Attributes
@@ -71,7 +71,7 @@ class Coded:
     payloads: UniformPayloads | None = None
 
     @classmethod
-    def of(cls, table: BlockTable, slots: NDArray[np.int64]) -> Coded:
+    def of(cls, table: BlockTable, slots: NDArray[np.int64]) -> CodedBlocks:
         """The blocks of a table that have coded tokens; ``slots`` of all tokens of all blocks."""
         rows = table.rows
         coded = rows["verbatim"] < rows["tokens"]
@@ -90,11 +90,11 @@ class Coded:
         found: NDArray[np.int64] = self.table.rows["tokens"] - self.table.rows["verbatim"]
         return found
 
-    def __getitem__(self, some: slice) -> Coded:
+    def __getitem__(self, some: slice) -> CodedBlocks:
         """Some blocks that follow one another."""
         edges = self.edges[some.start : some.stop + 1]
         own = slice(int(edges[0]), int(edges[-1]))
-        return Coded(
+        return CodedBlocks(
             self.table.taken(np.arange(some.start, some.stop)),
             edges - edges[0],
             self.positions[own],
@@ -105,7 +105,7 @@ class Coded:
             None if self.payloads is None else self.payloads[some],
         )
 
-    def batches(self, tokens: int) -> Iterator[Coded]:
+    def batches(self, tokens: int) -> Iterator[CodedBlocks]:
         """Blocks of about so many tokens together."""
         first = 0
         while first < len(self):
@@ -141,7 +141,7 @@ class Batch:
     overflow: Any
 
 
-class Loaded(NamedTuple):
+class BlockLoad(NamedTuple):
     """Blocks whose payloads are on their way to the device.
 
     Attributes
@@ -155,17 +155,17 @@ class Loaded(NamedTuple):
         a multiple of 16; -1 of those that are not there.
     """
 
-    blocks: Coded
+    blocks: CodedBlocks
     whole: Callable[[], None]
     data: Any
     exact: NDArray[np.int64]
 
 
-class Started(NamedTuple):
+class RunningBatch(NamedTuple):
     """A batch that the device is at work on: its blocks, and ``faults`` and ``overflow`` as of
     :class:`Batch`."""
 
-    blocks: Coded
+    blocks: CodedBlocks
     faults: Any
     overflow: Any
 
@@ -343,7 +343,9 @@ class BatchDecoder(ABC):
         self.staging = Staging()
 
     @abstractmethod
-    def load(self, table: BlockTable, slots: NDArray[np.int64], *, tiles: bool = False) -> Loaded:
+    def load(
+        self, table: BlockTable, slots: NDArray[np.int64], *, tiles: bool = False
+    ) -> BlockLoad:
         """Begin to copy payloads of blocks to the device: of those with coded tokens, and of those
         whose verbatim values are ``tiles`` that it decodes.
 
@@ -351,12 +353,12 @@ class BatchDecoder(ABC):
         """
 
     @abstractmethod
-    def symbols(self, blocks: Coded) -> Batch:
+    def symbols(self, blocks: CodedBlocks) -> Batch:
         """Payloads of a batch of blocks to symbols."""
 
     def _batch(
         self,
-        blocks: Coded,
+        blocks: CodedBlocks,
         symbols: Any,
         scales: Any,
         stride: int,
@@ -418,12 +420,12 @@ class BatchDecoder(ABC):
 
     def start(
         self,
-        blocks: Coded,
+        blocks: CodedBlocks,
         whole: Callable[[], None],
         layers: Sequence[int],
         k_out: Tensors,
         v_out: Tensors,
-    ) -> list[Started]:
+    ) -> list[RunningBatch]:
         """Decode blocks into tensors, without waiting for the device, but for what ``whole`` waits
         for before the first value is written. See :func:`faulty`."""
         started = []
@@ -434,7 +436,7 @@ class BatchDecoder(ABC):
                 destination = self.destination(layers, k_out, v_out)
                 whole()
             self.values(batch, destination)
-            started.append(Started(some, batch.faults, batch.overflow))
+            started.append(RunningBatch(some, batch.faults, batch.overflow))
         if destination is None:
             whole()
         return started
@@ -499,7 +501,9 @@ class UniformDecoder(BatchDecoder):
         self._plan = plan
         self._tasks = tile_tasks(plan)
 
-    def load(self, table: BlockTable, slots: NDArray[np.int64], *, tiles: bool = False) -> Loaded:
+    def load(
+        self, table: BlockTable, slots: NDArray[np.int64], *, tiles: bool = False
+    ) -> BlockLoad:
         """See :meth:`BatchDecoder.load`. The device computes the checksums of blocks that it has
         whole, threads of the host those of others."""
         rows = table.rows
@@ -535,7 +539,7 @@ class UniformDecoder(BatchDecoder):
             table.taken(own).compare(sums())
             others()
 
-        blocks = Coded.of(table, slots)
+        blocks = CodedBlocks.of(table, slots)
         found = replace(
             blocks,
             data=data,
@@ -543,9 +547,9 @@ class UniformDecoder(BatchDecoder):
             payloads=UniformPayloads.parse(blocks.table, self._plan.coded),
         )
         exact = np.where(there & ~coded, rows["exact"] + shift, -1)
-        return Loaded(found, whole, data, exact)
+        return BlockLoad(found, whole, data, exact)
 
-    def symbols(self, blocks: Coded) -> Batch:
+    def symbols(self, blocks: CodedBlocks) -> Batch:
         """See :meth:`BatchDecoder.symbols`."""
         plan, payloads, data = self._plan, blocks.payloads, blocks.data
         assert payloads is not None
@@ -609,7 +613,7 @@ def device_scales(section: Section, scales: NDArray[np.float32] | None) -> Any:
     return cupy.asarray(np.ones(shape, np.float32) if scales is None else scales)
 
 
-def faulty(started: Iterable[Started]) -> Iterator[tuple[Block, NDArray[np.int64]]]:
+def faulty(started: Iterable[RunningBatch]) -> Iterator[tuple[Block, NDArray[np.int64]]]:
     """Wait for the device; return the blocks that it could not decode, with their slots."""
     for blocks, faults, overflow in started:
         found = cupy.asnumpy(faults)

@@ -23,7 +23,7 @@ from kvtc_stream.coding.rans import CLASSES
 from kvtc_stream.formats import Coder, Section
 from kvtc_stream.gpu.coder.analysis import (
     Analyser,
-    Encoded,
+    BatchPayloads,
     Payload,
     Source,
     errors_by_layer,
@@ -71,7 +71,7 @@ class OnDevice:
 
 
 @dataclass(frozen=True)
-class Prepared:
+class EncoderBatch:
     """A batch of blocks after analysis, on the device, ready to be encoded at any step.
 
     Attributes
@@ -112,7 +112,7 @@ class _Steps:
     heads: Any
 
 
-class Measured:
+class OffsetCurve:
     """Sizes or errors of many blocks as functions of the offset to the plan's step.
 
     Offsets are divided into spans of ``_SPAN``. The first time that an offset in a span is asked
@@ -162,7 +162,7 @@ class BatchEncoder(Analyser):
         slots: NDArray[np.int64],
         positions: NDArray[np.int64],
         starts: NDArray[np.int64],
-    ) -> Prepared:
+    ) -> EncoderBatch:
         """Coefficients and grids of a batch.
 
         Parameters
@@ -205,9 +205,9 @@ class BatchEncoder(Analyser):
             (c, stride, tokens, plan.fields, plan.unit, wishes, peaks, grids),
         )
         starts_d = cupy.asarray(starts.astype(np.int32))
-        return Prepared(source, c, stride, wishes, peaks, grids, starts, starts_d)
+        return EncoderBatch(source, c, stride, wishes, peaks, grids, starts, starts_d)
 
-    def grids(self, batch: Prepared) -> tuple[list[TokenGrids], NDArray[np.bool_]]:
+    def grids(self, batch: EncoderBatch) -> tuple[list[TokenGrids], NDArray[np.bool_]]:
         """What decides the steps of tokens, a part; and which tokens, bool, the plan's steps can
         code. Waits for the device."""
         tokens = int(batch.starts[-1])
@@ -217,13 +217,13 @@ class BatchEncoder(Analyser):
         steps = self._plan.unit * np.exp2(np.stack([own.exponents(0.0) for own in found]) / 4)
         return found, (peaks < uniform.CODED * steps).all(axis=0)
 
-    def forgotten(self, batch: Prepared, which: NDArray[np.bool_]) -> Prepared:
+    def forgotten(self, batch: EncoderBatch, which: NDArray[np.bool_]) -> EncoderBatch:
         """As if some tokens, bool [tokens], had no grids."""
         grids = batch.grids.copy()
         grids[:, : len(which)][:, cupy.asarray(which)] = NO_GRID
         return replace(batch, grids=grids)
 
-    def _steps(self, batch: Prepared, offsets: NDArray[np.float64]) -> _Steps:
+    def _steps(self, batch: EncoderBatch, offsets: NDArray[np.float64]) -> _Steps:
         """At offsets [blocks, any number]."""
         plan, parts = self._plan, len(self._plan.parts)
         blocks, number = offsets.shape
@@ -254,7 +254,7 @@ class BatchEncoder(Analyser):
         )
         return _Steps(classes, block_steps, factors, levels, indices, heads)
 
-    def sizes(self, batch: Prepared, which: NDArray[np.bool_] | None = None) -> Measured:
+    def sizes(self, batch: EncoderBatch, which: NDArray[np.bool_] | None = None) -> OffsetCurve:
         """Bytes of the blocks' payloads [blocks] over offsets; waits for the device.
 
         ``which``, bool [tokens]: only the share of these tokens, about; by default all.
@@ -274,10 +274,10 @@ class BatchEncoder(Analyser):
             found: NDArray[np.float64] = self._bits(batch, peaks, offsets) / 8 + overhead[:, None]
             return found
 
-        return Measured(measure)
+        return OffsetCurve(measure)
 
     def _bits(
-        self, batch: Prepared, peaks: Any, offsets: NDArray[np.float64]
+        self, batch: EncoderBatch, peaks: Any, offsets: NDArray[np.float64]
     ) -> NDArray[np.float64]:
         """Bits of the blocks' symbols and escapes, float64 [blocks, offsets]."""
         plan = self._plan
@@ -308,7 +308,7 @@ class BatchEncoder(Analyser):
         found: NDArray[np.float64] = cupy.asnumpy(bits).sum(axis=1, dtype=np.float64)
         return found
 
-    def errors(self, batch: Prepared) -> Measured:
+    def errors(self, batch: EncoderBatch) -> OffsetCurve:
         """Errors of K and V [2, tokens] over offsets; waits for the device."""
         blocks, tokens = len(batch.starts) - 1, int(batch.starts[-1])
 
@@ -317,9 +317,9 @@ class BatchEncoder(Analyser):
             found = [cupy.asnumpy(self._errors(batch, x)[:, 0])[:, :tokens] for x in steps]
             return np.stack(found, axis=-1)
 
-        return Measured(measure)
+        return OffsetCurve(measure)
 
-    def encode(self, batch: Prepared, offsets: NDArray[np.float64]) -> Encoded:
+    def encode(self, batch: EncoderBatch, offsets: NDArray[np.float64]) -> BatchPayloads:
         """Encode a batch at an offset to the plan's step for each block, and wait for it."""
         found = self.encode_on_device(batch, offsets)
         places, full = cupy.asnumpy(found.places), cupy.asnumpy(found.faults) != 0
@@ -340,12 +340,12 @@ class BatchEncoder(Analyser):
             for (begin, size), bad, tokens in zip(places.tolist(), full, kept, strict=True)
         ]
         if found.errors is None:
-            return Encoded(payloads, verbatim)
+            return BatchPayloads(payloads, verbatim)
         errors = cupy.asnumpy(found.errors[:, 0])[:, : int(batch.starts[-1])]
         by_layer = errors_by_layer(found.errors[:, 1:], verbatim, batch.starts)
-        return Encoded(payloads, verbatim, errors, by_layer)
+        return BatchPayloads(payloads, verbatim, errors, by_layer)
 
-    def encode_on_device(self, batch: Prepared, offsets: NDArray[np.float64]) -> OnDevice:
+    def encode_on_device(self, batch: EncoderBatch, offsets: NDArray[np.float64]) -> OnDevice:
         """As :meth:`encode` without waiting. The batch's coefficients are gone."""
         plan, c, stride, starts = self._plan, batch.coefficients, batch.stride, batch.starts
         blocks, tokens, parts = len(starts) - 1, int(starts[-1]), len(plan.parts)
@@ -411,7 +411,7 @@ class BatchEncoder(Analyser):
         )
         return OnDevice(out, places, verbatim, faults, errors)
 
-    def _keep(self, batch: Prepared, steps: _Steps, errors: Any) -> tuple[Any, Any, Any]:
+    def _keep(self, batch: EncoderBatch, steps: _Steps, errors: Any) -> tuple[Any, Any, Any]:
         """Which tokens are coded: int32 [tokens] columns, int32 [blocks] how many, and uint8
         [tokens] those that are not; see :func:`kvtc_stream.gpu.kernels.uniform.keep`."""
         stride, starts = batch.stride, batch.starts
@@ -438,7 +438,7 @@ class BatchEncoder(Analyser):
         )
         return columns, kept, verbatim
 
-    def _errors(self, batch: Prepared, steps: _Steps) -> Any:
+    def _errors(self, batch: EncoderBatch, steps: _Steps) -> Any:
         """See :meth:`_compare`."""
         plan, stride, starts = self._plan, batch.stride, batch.starts
         tokens = batch.source.tokens

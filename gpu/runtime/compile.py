@@ -46,7 +46,7 @@ class Kernel:
         self._format = struct.Struct(
             "=" + "".join("Q" if isinstance(t, types.CPointer) else _FORMATS[t] for t in signature)
         )
-        self._loaded: dict[int, _Loaded] = {}
+        self._loaded: dict[int, _Module] = {}
         self._lock = threading.Lock()
         self._own = threading.local()
 
@@ -73,7 +73,7 @@ class Kernel:
         loaded = self._loaded.get(device)
         if loaded is None:
             with self._lock:
-                loaded = self._loaded.setdefault(device, _Loaded(self))
+                loaded = self._loaded.setdefault(device, _Module(self))
         if shared > loaded.granted:
             with self._lock:
                 if shared > loaded.granted:
@@ -92,7 +92,7 @@ class Kernel:
         loaded.launch(x, y, z, block, shared, stream, ctypes.addressof(pointers))
 
 
-class _Loaded:
+class _Module:
     """A kernel loaded on a device."""
 
     def __init__(self, kernel: Kernel) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -256,6 +256,56 @@ def _parse_rope(entry: dict[str, Any]) -> Rope:
     return Rope(tuple(entry["inv_freq"]), entry["interleaved"], entry["scale"], axes)
 
 
+class _PartArrays:
+    """The arrays of a part, by names that follow its prefix, each checked as it is taken."""
+
+    def __init__(self, arrays: dict[str, NDArray[Any]], prefix: str, component_type: Any) -> None:
+        if component_type not in (None, _FLOAT8):
+            raise FormatError(
+                f"{prefix}: components of type {component_type!r}, expected {_FLOAT8!r}, or "
+                f"no type for binary16"
+            )
+        self.arrays, self.prefix, self._float8 = arrays, prefix, component_type is not None
+
+    def take(
+        self,
+        name: str,
+        dtype: type[np.generic],
+        *shape: int | None,
+        minimum: float = -np.inf,
+        finite: bool = True,
+    ) -> NDArray[Any]:
+        """An array of this type and shape, in which ``None`` stands for any length."""
+        name = self.prefix + name
+        array = self.arrays.pop(name)
+        expected = [n if m is None else m for n, m in zip(array.shape, shape, strict=False)]
+        if array.dtype != dtype or list(array.shape) != expected or array.ndim != len(shape):
+            raise FormatError(
+                f"{name}: found {array.dtype} {array.shape}, expected {np.dtype(dtype)} {shape}"
+            )
+        # Minimum and maximum are NaN if any value is.
+        if not array.min() >= minimum or (
+            finite and not np.isfinite([array.min(), array.max()]).all()
+        ):
+            raise FormatError(f"{name} has values that no calibration makes")
+        array.setflags(write=False)
+        return array
+
+    def matrix(self, name: str, rows: int | None, columns: int) -> Any:
+        """A matrix of components, as binary16 or :class:`Float8Matrix`."""
+        if not self._float8:
+            return self.take(name, np.float16, rows, columns)
+        codes = self.take(name, E4M3.type, rows, columns)
+        residuals = self.take(f"{name}.residuals", E4M3.type, None, columns)
+        if len(residuals) > len(codes):
+            raise FormatError(
+                f"{self.prefix}{name}: {len(residuals)} residuals of {len(codes)} rows"
+            )
+        of_rows = self.take(f"{name}.rows", np.float32, len(codes))
+        of_columns = self.take(f"{name}.columns", np.float32, columns)
+        return Float8Matrix(codes, residuals, of_rows, of_columns)
+
+
 def _parse_part(
     section: Section, entry: dict[str, Any], arrays: dict[str, NDArray[Any]], prefix: str
 ) -> Part:
@@ -266,71 +316,18 @@ def _parse_part(
             raise FormatError(f"{prefix}: layers {layers} of a section of {count}")
     width = section.kv_heads * (len(k_layers) * section.k_dim + len(v_layers) * section.v_dim)
     rank = arrays[prefix + "spectrum"].shape[0]
-
-    def take(
-        name: str,
-        dtype: type[np.generic],
-        *shape: int | None,
-        minimum: float = -np.inf,
-        finite: bool = True,
-    ) -> NDArray[Any]:
-        array = arrays.pop(prefix + name)
-        # None stands for any length.
-        expected = [n if m is None else m for n, m in zip(array.shape, shape, strict=False)]
-        if array.dtype != dtype or list(array.shape) != expected or array.ndim != len(shape):
-            raise FormatError(
-                f"{prefix}{name}: found {array.dtype} {array.shape}, expected "
-                f"{np.dtype(dtype)} {shape}"
-            )
-        # Minimum and maximum are NaN if any value is.
-        if not array.min() >= minimum or (
-            finite and not np.isfinite([array.min(), array.max()]).all()
-        ):
-            raise FormatError(f"{prefix}{name} has values that no calibration makes")
-        array.setflags(write=False)
-        return array
-
-    if entry.get("component_type", _FLOAT8) != _FLOAT8:
-        raise FormatError(
-            f"{prefix}: components of type {entry['component_type']!r}, expected {_FLOAT8!r}, or "
-            f"no type for binary16"
-        )
-
-    def matrix(name: str, rows: int | None, columns: int) -> Any:
-        if "component_type" not in entry:
-            return take(name, np.float16, rows, columns)
-        codes = take(name, E4M3.type, rows, columns)
-        residuals = take(f"{name}.residuals", E4M3.type, None, columns)
-        if len(residuals) > len(codes):
-            raise FormatError(f"{prefix}{name}: {len(residuals)} residuals of {len(codes)} rows")
-        of_rows = take(f"{name}.rows", np.float32, len(codes))
-        return Float8Matrix(codes, residuals, of_rows, take(f"{name}.columns", np.float32, columns))
-
+    own = _PartArrays(arrays, prefix, entry.get("component_type"))
     if "levels" not in entry:
-        components = Components.dense(matrix("components", rank, width))
+        components = Components.dense(own.matrix("components", rank, width))
     elif k_layers == v_layers:
-        levels = entry["levels"]
-        components = _parse_components(section, levels, len(k_layers), rank, matrix, take)
+        components = _parse_components(section, entry["levels"], len(k_layers), rank, own)
     else:
         raise FormatError(f"{prefix}: two levels of K of {k_layers} and V of {v_layers}")
     errors = uniform = None
     if entry["errors"] is not None:
-        errors = ErrorTables(
-            errors=take(
-                "errors",
-                np.float32,
-                rank,
-                len(BAND_SIZES),
-                len(BAND_TYPES),
-                minimum=0,
-                finite=False,
-            ),
-            energy=take("drop_errors", np.float64, rank, minimum=0),
-            dropped=_energy(entry["errors"]["dropped"]),
-            rows=_count(entry["errors"]["rows"]),
-        )
+        errors = _parse_errors(entry["errors"], rank, own)
     if entry["uniform"] is not None:
-        uniform = _parse_uniform(entry["uniform"], arrays, prefix + "uniform.", rank, take)
+        uniform = _parse_uniform(entry["uniform"], rank, own)
     if type(entry["weighted"]) is not bool:
         raise FormatError(f"weighted must be true or false, found {entry['weighted']!r}")
     weights = {}
@@ -339,18 +336,28 @@ def _parse_part(
             ("k_weights", k_layers, section.k_dim),
             ("v_weights", v_layers, section.v_dim),
         ):
-            weights[name] = take(name, np.float32, len(layers), section.kv_heads, dim, dim)
+            weights[name] = own.take(name, np.float32, len(layers), section.kv_heads, dim, dim)
             _check_invertible(prefix + name, weights[name])
     return Part(
         k_layers,
         v_layers,
-        take("mean", np.float32, width),
+        own.take("mean", np.float32, width),
         components,
-        take("spectrum", np.float32, rank, minimum=0),
+        own.take("spectrum", np.float32, rank, minimum=0),
         _energy(entry["energy"]),
         errors,
         uniform,
         **weights,
+    )
+
+
+def _parse_errors(entry: dict[str, Any], rank: int, own: _PartArrays) -> ErrorTables:
+    shape = (rank, len(BAND_SIZES), len(BAND_TYPES))
+    return ErrorTables(
+        errors=own.take("errors", np.float32, *shape, minimum=0, finite=False),
+        energy=own.take("drop_errors", np.float64, rank, minimum=0),
+        dropped=_energy(entry["dropped"]),
+        rows=_count(entry["rows"]),
     )
 
 
@@ -394,8 +401,7 @@ def _parse_components(
     entry: Any,
     layers: int,
     rank: int,
-    matrix: Callable[[str, int | None, int], Any],
-    take: Callable[..., NDArray[Any]],
+    own: _PartArrays,
 ) -> Components:
     k_size, v_size = section.kv_heads * section.k_dim, section.kv_heads * section.v_dim
     runs, leading = _layers(entry["layers"]), _layers(entry["leading"])
@@ -403,11 +409,11 @@ def _parse_components(
         raise FormatError(f"groups of {runs} layers with {leading} leading, of {layers} layers")
     groups = columns_of_layers(runs, k_size, v_size)
     local = tuple(
-        matrix(f"local.{i}", None, sum(s.stop - s.start for s in spans))
+        own.matrix(f"local.{i}", None, sum(s.stop - s.start for s in spans))
         for i, spans in enumerate(groups)
     )
-    second = matrix("second", None, sum(leading))
-    order = take("order", np.int32, rank)
+    second = own.matrix("second", None, sum(leading))
+    order = own.take("order", np.int32, rank)
     if any(n > len(m) for n, m in zip(leading, local, strict=True)):
         raise FormatError(f"{leading} leading of {list(map(len, local))} components")
     components = Components(groups, local, leading, second, order)
@@ -433,13 +439,8 @@ def _uniform_arrays(uniform: UniformTables) -> dict[str, NDArray[Any]]:
     return arrays
 
 
-def _parse_uniform(
-    entry: dict[str, Any],
-    arrays: dict[str, NDArray[Any]],
-    prefix: str,
-    rank: int,
-    take: Callable[..., NDArray[Any]],
-) -> UniformTables:
+def _parse_uniform(entry: dict[str, Any], rank: int, own: _PartArrays) -> UniformTables:
+    arrays, prefix = own.arrays, own.prefix + "uniform."
     count = arrays[prefix + "frequencies"].shape[0]
     steps = arrays[prefix + "ids"].shape[0]
     if not 2 <= steps <= 256 or not _energy(entry["unit"]) > 0:
@@ -448,7 +449,7 @@ def _parse_uniform(
         raise FormatError(f"importance must be true or false, found {entry['importance']!r}")
 
     def costs(name: str, dtype: type[np.generic], *shape: int) -> NDArray[Any]:
-        return take("uniform." + name, dtype, *shape, minimum=0)
+        return own.take("uniform." + name, dtype, *shape, minimum=0)
 
     families = FamilyTables(
         frequencies=costs("frequencies", np.uint16, count, 256),

@@ -127,11 +127,10 @@ def encode_cache(
         The cache is empty, or ``token_ids``, ``attention_mask`` or ``positions`` are not as many
         as it holds.
     """
-    calibration = codec.calibration
     if model is not None:
-        check_fingerprint(model, calibration)
-        check_geometry(geometry_of(model), calibration.geometry)
-    layers, seen, sequence = _check_cache(cache, calibration.geometry, sequence)
+        check_fingerprint(model, codec.calibration)
+        check_geometry(geometry_of(model), codec.calibration.geometry)
+    layers, seen, sequence = _check_cache(cache, codec.calibration.geometry, sequence)
     kept = _kept(attention_mask, seen, sequence)
     where = _given_positions(positions, int(kept.sum()))
     ids = None if token_ids is None else _kept_ids(token_ids, kept)
@@ -139,33 +138,7 @@ def encode_cache(
         check_no_images(model, ids)
         if ids is not None:
             _check_prompt(model, layers, sequence, kept, ids, where)
-    on_device = codec.backend == "cuda" or (codec.backend == "auto" and cuda_runs())
-
-    def chunks() -> Iterator[dict[str, Any]]:
-        for i, section in enumerate(calibration.geometry.sections):
-            chosen = [layers[number] for number in section.layers]
-            held = chosen[0].keys.shape[2]
-            slots = np.flatnonzero(kept[seen - held :])
-            if len(slots) != min(held, len(where)):
-                raise UnsupportedError(
-                    f"{held - len(slots)} of the {held} tokens that layer {section.layers[0]} "
-                    f"holds are padding, and earlier tokens are not in its window any more: "
-                    f"prompts of sliding-window models must be padded on the left only"
-                )
-            devices = {layer.keys.device for layer in chosen}
-            there = len(devices) == 1 and devices.pop().type in ("cpu", "cuda" if on_device else "")
-            # Tensors that can be read where they are need no pieces.
-            step = len(slots) if there else _CHUNK
-            for start in range(0, len(slots), step):
-                some = slots[start : start + step]
-                first = len(where) - len(slots) + start
-                yield {
-                    "k": [_some_tokens(layer.keys[sequence], some, there) for layer in chosen],
-                    "v": [_some_tokens(layer.values[sequence], some, there) for layer in chosen],
-                    "positions": where[first : first + len(some)],
-                    "section": i,
-                }
-
+    chunks = _chunks(codec, layers, sequence, kept, where)
     options: EncoderOptions = {
         "metadata": metadata,
         "token_digest": b"" if ids is None else token_digest(ids),
@@ -173,12 +146,49 @@ def encode_cache(
     }
     if file is None:
         encoder = kvtc.Encoder(codec, **options)
-        pieces = [piece for chunk in chunks() for piece in encoder.encode_pieces(**chunk)]
+        pieces = [piece for chunk in chunks for piece in encoder.encode_pieces(**chunk)]
         return joined([*pieces, *encoder.finish_pieces()])
     with kvtc.open(file, "wb", codec=codec, **options) as writer:
-        for chunk in chunks():
+        for chunk in chunks:
             writer.write(**chunk)
     return None
+
+
+def _chunks(
+    codec: kvtc.Codec,
+    layers: Mapping[int, Any],
+    sequence: int,
+    kept: NDArray[np.bool_],
+    where: NDArray[np.int64],
+) -> Iterator[dict[str, Any]]:
+    """What :meth:`kvtc_stream.Encoder.encode` takes, one call after the other.
+
+    ``kept`` says which of the seen tokens to write, ``where`` the positions of those.
+    """
+    on_device = codec.backend == "cuda" or (codec.backend == "auto" and cuda_runs())
+    for i, section in enumerate(codec.calibration.geometry.sections):
+        chosen = [layers[number] for number in section.layers]
+        held = chosen[0].keys.shape[2]
+        slots = np.flatnonzero(kept[len(kept) - held :])
+        if len(slots) != min(held, len(where)):
+            raise UnsupportedError(
+                f"{held - len(slots)} of the {held} tokens that layer {section.layers[0]} "
+                f"holds are padding, and earlier tokens are not in its window any more: "
+                f"prompts of sliding-window models must be padded on the left only"
+            )
+        devices = {layer.keys.device for layer in chosen}
+        there = len(devices) == 1 and devices.pop().type in ("cpu", "cuda" if on_device else "")
+        # Tensors that can be read where they are need no pieces.
+        step = len(slots) if there else _CHUNK
+        for start in range(0, len(slots), step):
+            piece = slots[start : start + step]
+            first = len(where) - len(slots) + start
+            yield {
+                "k": [_some_tokens(layer.keys[sequence], piece, there) for layer in chosen],
+                "v": [_some_tokens(layer.values[sequence], piece, there) for layer in chosen],
+                "positions": where[first : first + len(piece)],
+                "section": i,
+            }
 
 
 @overload
@@ -270,22 +280,13 @@ def decode_cache(
         backend = "cuda" if device.type == "cuda" and cuda_runs() else "cpu"
     sections = calibration.geometry.sections
     with kvtc.open(_seekable(source), calibration=calibration, backend=backend) as reader:
-        held_layers = [s.layers for s in reader.header.geometry.sections]
-        if held_layers != [s.layers for s in sections]:
-            raise UnsupportedError(
-                f"the stream holds layers {sorted(n for s in held_layers for n in s)} only: join "
-                "it with the others (kvtc join), or read it with kvtc_stream.open"
-            )
+        _check_layers(reader, sections)
         held = [reader.positions(i) for i in range(len(sections))]
         cache = _empty_cache(model, sections)
         layers = attention_layers(cache, "the model")
         positions = _cache_positions(sections, held, layers)
-        if not return_positions and positions[-1] + 1 != len(positions):
-            raise UnsupportedError(
-                f"the stream holds {len(positions)} tokens, at positions up to {positions[-1]}: "
-                f"transformers would go on at {len(positions)}. Pass return_positions=True, and "
-                f"position_ids from {positions[-1] + 1} to the model's forward"
-            )
+        if not return_positions:
+            _check_gapless(positions)
         if token_ids is not None:
             _check_tokens(as_ids(token_ids), len(positions), reader.header.token_digest)
         memory = device if backend == "cuda" else torch.device("cpu")
@@ -299,6 +300,26 @@ def decode_cache(
     if model is not None:
         forget_images(model)
     return (cache, positions) if return_positions else cache
+
+
+def _check_layers(reader: kvtc.Reader, sections: Sequence[Section]) -> None:
+    """Refuse a stream of some of the layers."""
+    held = [section.layers for section in reader.header.geometry.sections]
+    if held != [section.layers for section in sections]:
+        raise UnsupportedError(
+            f"the stream holds layers {sorted(n for s in held for n in s)} only: join "
+            "it with the others (kvtc join), or read it with kvtc_stream.open"
+        )
+
+
+def _check_gapless(positions: NDArray[np.int64]) -> None:
+    """Refuse positions at which transformers would not go on by itself."""
+    if positions[-1] + 1 != len(positions):
+        raise UnsupportedError(
+            f"the stream holds {len(positions)} tokens, at positions up to {positions[-1]}: "
+            f"transformers would go on at {len(positions)}. Pass return_positions=True, and "
+            f"position_ids from {positions[-1] + 1} to the model's forward"
+        )
 
 
 def _read_layers(

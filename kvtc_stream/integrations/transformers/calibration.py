@@ -128,20 +128,21 @@ def calibrate(
     if importance == "queries" and judged:
         options["weights"] = _query_weights(model, judged, advance)
     calibrator = kvtc.Calibrator(geometry_of(model), model=identity, **options)
-
-    def readable(layers: Sequence[Tensor]) -> list[Tensor]:
-        return [x if calibrator.backend == "cuda" else x.cpu() for x in layers]
-
     for i, document in enumerate(judged if importance == "gradients" else []):
         for section, *tensors in capture_gradients(model, document, seed=seed + i):
-            k, v, grad_k, grad_v = map(readable, tensors)
+            k, v, grad_k, grad_v = (_readable(calibrator, x) for x in tensors)
             calibrator.update_gradients(k, v, grad_k, grad_v, section=section)
         advance(document)
     for document in documents:
         for section, k, v in capture(model, document):
-            calibrator.update(readable(k), readable(v), section=section)
+            calibrator.update(_readable(calibrator, k), _readable(calibrator, v), section=section)
         advance(document)
     return calibrator.finish()
+
+
+def _readable(calibrator: kvtc.Calibrator, layers: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors where the calibrator can read them."""
+    return [x if calibrator.backend == "cuda" else x.cpu() for x in layers]
 
 
 def _check_options(

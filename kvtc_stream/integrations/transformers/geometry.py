@@ -20,7 +20,7 @@ from kvtc_stream.formats import Geometry, Rope, Section
 from kvtc_stream.integrations.transformers.identity import config_text
 from kvtc_stream.integrations.transformers.model import (
     SUPPORTED_CACHES,
-    Stopped,
+    StopRun,
     attention_layers,
     decoder_of,
     filled_layers,
@@ -189,7 +189,7 @@ class _FirstKeys(DynamicCache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> Any:
-        raise Stopped(layer_idx, key_states)
+        raise StopRun(layer_idx, key_states)
 
 
 def key_errors(
@@ -221,7 +221,7 @@ def key_errors(
     try:
         run(decoder, cache, name, input_ids=ids, position_ids=torch.zeros_like(ids))
         return None
-    except Stopped as reached:
+    except StopRun as reached:
         number, first = reached.args
     if number != layer or first.shape[2] != 1:
         return None

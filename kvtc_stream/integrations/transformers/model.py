@@ -84,7 +84,7 @@ def growing(module: torch.nn.Module, cache: DynamicCache) -> dict[str, Any]:
     raise UnsupportedError(f"{type(module).__name__} takes no cache; {SUPPORTED_CACHES}")
 
 
-class Stopped(Exception):  # noqa: N818
+class StopRun(Exception):  # noqa: N818
     """A run has reached what it was for."""
 
 
@@ -94,7 +94,7 @@ def run(decoder: PreTrainedModel, cache: DynamicCache, name: str, **inputs: Any)
         moved = {k: x.to(decoder.device) if isinstance(x, Tensor) else x for k, x in inputs.items()}
         with inference(decoder):
             return decoder(**moved, **growing(decoder, cache))
-    except (KVTCError, Stopped, torch.OutOfMemoryError):
+    except (KVTCError, StopRun, torch.OutOfMemoryError):
         raise
     except Exception as error:
         raise UnsupportedError(
