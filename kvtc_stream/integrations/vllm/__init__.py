@@ -1,7 +1,7 @@
 """vLLM: pages of its KV cache, compressed, in a store that servers share.
 
-``KvtcConnector`` is named in ``--kv-transfer-config``; vLLM makes it. vLLM is imported when the
-connector is first asked for.
+``KvtcConnector`` is named in ``--kv-transfer-config``, ``KvtcTier`` in ``secondary_tiers`` of
+vLLM's own tiering offload; vLLM makes them. vLLM is imported when they are first asked for.
 """
 
 from __future__ import annotations
@@ -11,11 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kvtc_stream.integrations.vllm.connector import KvtcConnector
-    from kvtc_stream.integrations.vllm.settings import Settings
+    from kvtc_stream.integrations.vllm.settings import Settings, TierSettings
+    from kvtc_stream.integrations.vllm.tier import KvtcTier
 
-__all__ = ["KvtcConnector", "Settings"]
+__all__ = ["KvtcConnector", "KvtcTier", "Settings", "TierSettings"]
 
-_HOME = {"KvtcConnector": "connector", "Settings": "settings"}
+_HOME = {
+    "KvtcConnector": "connector",
+    "KvtcTier": "tier",
+    "Settings": "settings",
+    "TierSettings": "settings",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -79,7 +79,7 @@ class KvtcConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
-        _show_log()
+        show_log()
         support.check_version(vllm.__version__)
         support.check_supported(vllm_config, kv_cache_config)
         transfer = vllm_config.kv_transfer_config
@@ -331,7 +331,7 @@ class KvtcConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         return KvtcPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
 
-def _show_log() -> None:
+def show_log() -> None:
     """What these modules tell goes where vLLM's own log goes."""
     own, host = logging.getLogger("kvtc_stream.integrations"), logging.getLogger("vllm")
     own.setLevel(host.getEffectiveLevel())

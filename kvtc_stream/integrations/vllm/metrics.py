@@ -12,7 +12,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
 
 from kvtc_stream.integrations.vllm.transfer import Counts
 
-_HELP = {
+HELP = {
     "loaded_pages": "Pages decoded into the engine's blocks.",
     "loaded_bytes": "Bytes of the pages that were decoded.",
     "loaded_cache_bytes": "Bytes of KV cache that they became.",
@@ -73,7 +73,7 @@ class KvtcPromMetrics(KVConnectorPromMetrics):  # type: ignore[misc]
     ) -> None:
         super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
         self._counters = {}
-        for name, text in _HELP.items():
+        for name, text in HELP.items():
             counter = self._counter_cls(
                 name=f"vllm:kvtc_{name}", documentation=text, labelnames=labelnames
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 #: Settings that go to the codec as they are.
 CODEC_SETTINGS = ("preset", "ratio", "bits_per_token", "mean_error", "error_bound")
@@ -70,7 +70,7 @@ class Settings:
     calibrate_options: Mapping[str, Any] | None = None
 
     @classmethod
-    def read(cls, config: Mapping[str, Any]) -> Settings:
+    def read(cls, config: Mapping[str, Any]) -> Self:
         """Settings from JSON.
 
         Raises
@@ -130,3 +130,29 @@ class Settings:
                 f"into it, for example with openssl rand -hex 32"
             )
         return secret
+
+
+@dataclass(frozen=True)
+class TierSettings(Settings):
+    """The entry of :class:`kvtc_stream.integrations.vllm.KvtcTier` in ``secondary_tiers``.
+
+    As :class:`kvtc_stream.integrations.vllm.Settings`, without those that make a calibration and
+    without ``page_tokens``: pages are vLLM's chunks, as large as ``block_size`` of the offloading
+    connector says.
+
+    Attributes
+    ----------
+    threads
+        Pages that are coded at a time: 4, or fewer if there are fewer cores.
+    locality
+        ``"LOCAL"`` or ``"REMOTE"``, what requests that choose tiers go by.
+    """
+
+    reader: ClassVar[str] = "KvtcTier"
+    place: ClassVar[str] = "the secondary tier"
+    without: ClassVar[frozenset[str]] = frozenset(
+        {"page_tokens", "calibrate", "calibrate_tokens", "calibrate_options"}
+    )
+
+    threads: int | None = None
+    locality: str | None = None
