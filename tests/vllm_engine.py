@@ -4,7 +4,9 @@ Run as a process of its own, because an engine's memory comes back only with its
 ``model``, ``engine`` (keywords of ``LLM``), ``connector`` (``kv_connector_extra_config``, or null),
 ``connector_name`` (of vLLM's own ones),
 ``requests`` (each with ``ids``, and ``tokens`` to generate or ``score`` for log-probabilities of
-the prompt), ``pages`` and ``folder``: it ends when the folder holds so many files.
+the prompt), ``pages`` and ``folder``: it ends when the folder holds so many files. A request with
+``pages`` is followed by the next when there are so many, and tells of those that are new.
+``metrics``: what ours count goes to the log.
 """
 
 from __future__ import annotations
@@ -40,7 +42,8 @@ def main(given: dict[str, Any]) -> list[dict[str, Any]]:
         },
         **given.get("engine", {}),
     )
-    found = []
+    found: list[dict[str, Any]] = []
+    folder, known = given.get("folder"), set()
     for request in given["requests"]:
         score = request.get("score", 0)
         parameters = SamplingParams(
@@ -75,13 +78,27 @@ def main(given: dict[str, Any]) -> list[dict[str, Any]]:
                     ],
                 }
             )
-    folder, pages = given.get("folder"), given.get("pages", 0)
-    deadline = time.monotonic() + 300
-    while folder and sum(p.is_file() for p in Path(folder).rglob("*")) < pages:
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"{folder} does not get {pages} pages")
-        time.sleep(0.2)
+        if "pages" in request:
+            files = waited_for(folder, request["pages"])
+            found[-1]["files"] = sorted(files - known)
+            known = files
+    if folder:
+        waited_for(folder, given.get("pages", 0))
+    if given.get("metrics"):
+        for metric in llm.get_metrics():
+            if "kvtc" in metric.name:
+                print(metric.name, metric.value)
     return found
+
+
+def waited_for(folder: str, pages: int) -> set[str]:
+    """Files in a folder, when there are so many."""
+    deadline = time.monotonic() + 300
+    while len(files := {str(p) for p in Path(folder).rglob("*") if p.is_file()}) < pages:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{folder} has {len(files)} pages of {pages}")
+        time.sleep(0.2)
+    return files
 
 
 if __name__ == "__main__":
