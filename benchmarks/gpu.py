@@ -477,7 +477,7 @@ def measure(
         tasks = {
             "symbols": lambda: restored.symbols(restored.work[0]),
             "second level": lambda: plan.stacked(decoded.symbols[: plan.components]),
-            "synthesis and scatter": lambda: restored.decoder.values(decoded, restored.target),
+            "synthesis and scatter": lambda: restored.decoder.values(decoded, restored.destination),
         }
         result["stages_s"] = {name: seconds(task)[0] for name, task in tasks.items()}
         result["stage_tokens"] = decoded.tokens
@@ -527,7 +527,7 @@ def stages(
         "gather and analysis": lambda: encoder._coefficients(batch.source, batch.stride),
         "analysis alone": analysis,
         "symbols": lambda: restored.symbols(restored.work[0]),
-        "synthesis and scatter": lambda: restored.decoder.values(decoded, restored.target),
+        "synthesis and scatter": lambda: restored.decoder.values(decoded, restored.destination),
         "synthesis alone": synthesis,
     }
     found = {name: seconds(task)[0] for name, task in tasks.items()}
