@@ -181,9 +181,9 @@ class BatchEncoder(Analyser):
         c = self._coefficients(source, stride)
         wishes, peaks = cupy.empty((2, parts, stride), np.float32)
         grids = cupy.empty((parts, stride), np.int32)
-        grid = -(-tokens // WARP), parts
+        starts_d = cupy.asarray(starts.astype(np.int32))
         uniform.classify(
-            grid,
+            (-(-tokens // WARP), parts),
             uniform.CLASSIFY_THREADS,
             (
                 c,
@@ -199,12 +199,12 @@ class BatchEncoder(Analyser):
                 peaks,
             ),
         )
+        longest = int(np.diff(starts).max())
         uniform.recognise(
-            grid,
+            (-(-longest // WARP), parts, len(starts) - 1),
             uniform.CLASSIFY_THREADS,
-            (c, stride, tokens, plan.fields, plan.unit, wishes, peaks, grids),
+            (c, stride, starts_d, plan.fields, plan.unit, wishes, peaks, grids),
         )
-        starts_d = cupy.asarray(starts.astype(np.int32))
         return EncoderBatch(source, c, stride, wishes, peaks, grids, starts, starts_d)
 
     def grids(self, batch: EncoderBatch) -> tuple[list[TokenGrids], NDArray[np.bool_]]:

@@ -158,16 +158,20 @@ def classify(  # type: ignore[no-untyped-def]
     peaks[to] = peak
 
 
-@kernel(f32p, i64, i32, i32p, f64, f32p, f32p, i32p)
-def recognise(coefficients, stride, tokens, parts, unit, wishes, peaks, grids):  # type: ignore[no-untyped-def]
+@kernel(f32p, i64, i32p, i32p, f64, f32p, f32p, i32p)
+def recognise(coefficients, stride, starts, parts, unit, wishes, peaks, grids):  # type: ignore[no-untyped-def]
     """The grid that each token lies on already in each part, if any.
 
-    As :func:`kvtc_stream.coding.lattice.recognise`; but where none of WARP neighbours is seen to
-    lie on one at a glance, there is no second look. Blocks of threads [tokens / WARP, parts] of
-    CLASSIFY_THREADS: a warp's lanes are tokens, and the exponents are shared out to the warps.
+    As :func:`kvtc_stream.coding.lattice.recognise`; but where none of WARP neighbours in a block is
+    seen to lie on one at a glance, there is no second look. Blocks of threads [tokens of the
+    longest block / WARP, parts, blocks] of CLASSIFY_THREADS: a warp's lanes are tokens, and the
+    exponents are shared out to the warps.
 
     Parameters
     ----------
+    starts
+        int32 [blocks + 1]: first tokens of blocks. What is found in a block shall not depend on
+        those beside it.
     parts, wishes, peaks
         As for :func:`classify`.
     unit
@@ -179,10 +183,14 @@ def recognise(coefficients, stride, tokens, parts, unit, wishes, peaks, grids): 
     exponents = cuda.shared.array(CLASSIFY_THREADS, i32)
     thread = _I32(cuda.threadIdx.x)
     lane, warp = thread % _I32(WARP), thread // _I32(WARP)
-    token = _I32(cuda.blockIdx.x) * _I32(WARP) + lane
+    begin, end = starts[_I32(cuda.blockIdx.z)], starts[_I32(cuda.blockIdx.z) + _I32(1)]
+    begin = _I32(begin + _I32(cuda.blockIdx.x) * _I32(WARP))
+    if begin >= end:
+        return
+    token = begin + lane
     part = _I32(cuda.blockIdx.y)
     count = min(parts[part * 6 + 1], _I32(lattice.LEADING))
-    own = min(token, tokens - _I32(1))
+    own = min(token, end - _I32(1))
     column = _I64(parts[part * 6]) * stride + own
     row = _I64(part) * stride + own
     wish, peak = wishes[row], _F32(_F64(peaks[row]) / unit)
@@ -215,7 +223,7 @@ def recognise(coefficients, stride, tokens, parts, unit, wishes, peaks, grids): 
     ratios[thread] = best
     exponents[thread] = grid
     cuda.syncthreads()
-    if warp > 0 or token >= tokens:
+    if warp > 0 or token >= end:
         return
     for w in range(_I32(1), _I32(CLASSIFY_THREADS // WARP)):
         other = w * _I32(WARP) + lane

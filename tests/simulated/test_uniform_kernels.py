@@ -111,12 +111,12 @@ def test_grids() -> None:
     grids = np.full((2, STRIDE), 77, np.int32)
     simulate(
         uniform.recognise,
-        (2, 2),
+        (2, 2, 1),
         uniform.CLASSIFY_THREADS,
         (
             coefficients,
             STRIDE,
-            tokens,
+            np.array([0, tokens], np.int32),
             np.array([[0, count, -1, 0, 0, 0], [count, 0, -1, 0, 0, 0]], np.int32),
             unit,
             wishes,
@@ -133,6 +133,36 @@ def test_grids() -> None:
         assert (grids[part, tokens:] == 77).all()
     assert (grids[0, :30] == exponents[:30]).mean() > 0.9
     assert set(grids[0, [30, 31, 32, 35, 36, 37]]) == {lattice.NO_GRID}
+
+
+def test_grids_do_not_depend_on_other_blocks() -> None:
+    """One token has a grid that is seen at a glance, one a grid that a second look finds: in a
+    block of its own nobody looks again, whatever is beside it."""
+    rng = np.random.default_rng(6)
+    count = 4 * uniform.GLANCE
+    coefficients = np.zeros((count, STRIDE), np.float32)
+    coefficients[:, :2] = 2 * np.rint(4 * rng.standard_normal((count, 2)))
+    coefficients[::4, 1] = 8 * rng.standard_normal(uniform.GLANCE)  # those at which a glance ends
+    wishes = np.full((1, STRIDE), 6, np.float32)
+    peaks = np.abs(coefficients).max(axis=0, keepdims=True)
+    parts = np.array([[0, count, -1, 0, 0, 0]], np.int32)
+    found = []
+    for starts in ([0, 1, 2], [0, 2]):
+        grids = np.full((1, STRIDE), 77, np.int32)
+        simulate(
+            uniform.recognise,
+            (1, 1, len(starts) - 1),
+            uniform.CLASSIFY_THREADS,
+            (
+                coefficients, STRIDE, np.array(starts, np.int32), parts, 1.0, wishes, peaks, grids,
+            ),
+        )  # fmt: skip
+        assert (grids[0, 2:] == 77).all()
+        found.append(grids[0, :2].tolist())
+    scale = np.ones(count, np.float32)
+    both = lattice.recognise(coefficients[:, :2].T.copy(), scale, wishes[0, :2]).grids.tolist()
+    assert found == [[both[0], lattice.NO_GRID], both]
+    assert lattice.NO_GRID not in both
 
 
 def test_levels_classes_and_steps() -> None:
