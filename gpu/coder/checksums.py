@@ -28,7 +28,7 @@ def checksums(
         uint8 on the device, in which payloads begin at multiples of 8, with room for 8 bytes more
         after each.
     begins, sizes, seeds
-        [payloads], at least :data:`kvtc_stream.gpu.kernels.checksum.LEAST` bytes each.
+        [payloads], of :data:`kvtc_stream.gpu.kernels.checksum.LEAST` to ``MOST`` bytes each.
     """
     count = len(sizes)
     if not count:
@@ -43,7 +43,7 @@ def checksums(
     sums = cupy.empty((int(blocks.sum()), 8), np.int64)
     warps = checksum.THREADS // 32
     checksum.add(
-        (-(-int(blocks.max()) // warps), count), checksum.THREADS, (tasks_d, data, secret, sums)
+        (count, -(-int(blocks.max()) // warps)), checksum.THREADS, (tasks_d, data, secret, sums)
     )
     out = cupy.empty((count, 8), np.int64)
     checksum.mix(-(-8 * count // 64), 64, (tasks_d, count, secret, initial, sums, out))

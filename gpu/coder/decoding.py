@@ -603,8 +603,8 @@ def on_device(table: BlockTable, tiles: bool) -> NDArray[np.bool_]:
     symbols = (rows["verbatim"] == 0) & ((rows["coded"] - rows["payload"]) % 2 == 0)
     values = (rows["verbatim"] == rows["tokens"]) & (rows["verbatim_coder"] == Coder.PLANES)
     values &= (rows["exact"] - rows["payload"]) % _ALIGNMENT == 0
-    found: NDArray[np.bool_] = (symbols | values & tiles) & (rows["size"] >= checksum.LEAST)
-    return found & table.unverified
+    found: NDArray[np.bool_] = (symbols | values & tiles) & table.unverified
+    return found & (rows["size"] >= checksum.LEAST) & (rows["size"] <= checksum.MOST)
 
 
 def device_scales(section: Section, scales: NDArray[np.float32] | None) -> Any:

@@ -14,10 +14,10 @@ from kvtc_stream.gpu.kernels.intrinsics import WARP, i32, i64, i64p, shuffle, sh
 from kvtc_stream.gpu.runtime.compile import kernel
 from kvtc_stream.gpu.runtime.dialect import cuda
 
-#: Shorter payloads have another method.
-LEAST = 241
 #: Bytes that are added before the accumulators are mixed; threads of a block of :func:`add`.
 BLOCK, THREADS = 1024, 256
+#: Bytes of a payload: shorter ones have another method, longer ones a grid that no device has.
+LEAST, MOST = 241, 65_535 * (THREADS // WARP) * BLOCK
 #: Fields of a task: the index of the first 8 bytes, bytes, the first row of sums, and the seed.
 WORD, SIZE, FIRST, SEED = range(4)
 FIELDS = 4
@@ -55,7 +55,7 @@ def add(tasks, data, secret, sums):  # type: ignore[no-untyped-def]
     Parameters
     ----------
     tasks
-        int64 [payloads, FIELDS]; the grid is (blocks of 8 times 1,024 bytes, payloads).
+        int64 [payloads, FIELDS]; the grid is (payloads, blocks of 8 times 1,024 bytes).
     data
         What holds the payloads, each at a multiple of 8 bytes, with at least 8 bytes after it.
     secret
@@ -63,12 +63,12 @@ def add(tasks, data, secret, sums):  # type: ignore[no-untyped-def]
     sums
         int64 [rows, 8], which are written.
     """
-    task = _I64(cuda.blockIdx.y) * FIELDS
+    task = _I64(cuda.blockIdx.x) * FIELDS
     thread = i32(cuda.threadIdx.x)
     lane = i32(thread & i32(WARP - 1))
     size, seed = tasks[task + SIZE], tasks[task + SEED]
     whole = (size - _I64(1)) >> _I64(10)
-    at = _I64(cuda.blockIdx.x) * _I64(THREADS // WARP) + _I64(thread >> i32(5))
+    at = _I64(cuda.blockIdx.y) * _I64(THREADS // WARP) + _I64(thread >> i32(5))
     if at > whole:
         return
     column, group = i32(lane & i32(7)), i32(lane >> i32(3))

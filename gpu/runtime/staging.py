@@ -81,12 +81,7 @@ class Staging:
         _copy(host, data.data.ptr, data.nbytes, "DeviceToHost")
         event = cupy.cuda.Event(disable_timing=True)
         event.record()
-
-        def wait() -> NDArray[Any]:
-            event.synchronize()
-            return host
-
-        return wait
+        return _Fetch(host, event)
 
     def fetch(self, data: Any) -> NDArray[np.uint8]:
         """Copy a contiguous uint8 array from the device to the host, and wait."""
@@ -114,6 +109,21 @@ class Staging:
         event = cupy.cuda.Event(disable_timing=True)
         event.record()
         self._buffers[-1] = buffer, event
+
+
+class _Fetch:
+    """A copy to the host that is under way. Who drops it waits for it too: the pool gives the
+    memory to the next one, which the copy must not write into."""
+
+    def __init__(self, host: NDArray[Any], event: Any) -> None:
+        self._host, self._event = host, event
+
+    def __call__(self) -> NDArray[Any]:
+        self._event.synchronize()
+        return self._host
+
+    def __del__(self) -> None:
+        self._event.synchronize()
 
 
 def pinned(size: int) -> memoryview:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import threading
 import time
+from types import SimpleNamespace
 
 import cupy
+import numpy as np
 import pytest
 
+from kvtc_stream.gpu.runtime.staging import Staging
 from kvtc_stream.gpu.runtime.streams import AT_A_TIME, side_by_side
 
 
@@ -52,3 +55,22 @@ def test_a_failure_ends_them_all() -> None:
     assert sorted(ended) == sorted(set(begun) - {1})  # those that had begun came to their end
     assert len(begun) < 20
     assert cupy.cuda.Stream.waits == waits + len(begun)
+
+
+def test_memory_is_kept_until_a_copy_to_it_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a failed call nobody asks for the result."""
+    happened: list[str] = []
+
+    class Memory(bytearray):
+        def __del__(self) -> None:
+            happened.append("freed")
+
+    event = SimpleNamespace(
+        record=lambda: happened.append("begun"), synchronize=lambda: happened.append("done")
+    )
+    monkeypatch.setattr(cupy.cuda, "Event", lambda **_: event)
+    monkeypatch.setattr(cupy.cuda, "alloc_pinned_memory", Memory)
+    fetch = Staging().begin_fetch(cupy.asarray(np.arange(3)))
+    assert happened == ["begun"]
+    del fetch
+    assert happened == ["begun", "done", "freed"]
