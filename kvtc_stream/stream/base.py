@@ -193,7 +193,7 @@ class _SectionBase:
             for layer, own in zip(layers, decoded, strict=True):
                 equal = (_bits(layer[:, here]) == _bits(own[:, there])).all(axis=(0, 2))
                 same = equal if same is None else same & equal
-        if not isinstance(same, np.ndarray):
+        if hasattr(same, "get"):  # CuPy's
             same = same.get()
         same = same & (positions[here] == self._positions[there])
         return count if same.all() else int(np.argmin(same))

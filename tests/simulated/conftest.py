@@ -8,9 +8,9 @@ collect_ignore_glob = [] if config.ENABLE_CUDASIM else ["test_*.py"]
 
 if config.ENABLE_CUDASIM:
     import numpy_as_cupy
-    from launch import simulate
+    from launch import launch
 
     from kvtc_stream.gpu.runtime.compile import Kernel
 
     numpy_as_cupy.install()
-    Kernel.__call__ = simulate
+    Kernel.__call__ = launch

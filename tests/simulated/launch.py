@@ -12,6 +12,9 @@ from kvtc_stream.gpu.runtime.compile import Kernel
 from kvtc_stream.gpu.runtime.dialect import cuda, types
 from kvtc_stream.gpu.runtime.simulator import Memory, memory_at
 
+#: Bytes of shared memory of a block of threads, at most: Ampere has the least.
+_MOST_SHARED = 163 << 10
+
 
 def simulate(
     kernel: Kernel,
@@ -33,6 +36,22 @@ def simulate(
         # Integers wrap.
         warnings.simplefilter("ignore", RuntimeWarning)
         launch(*typed)
+
+
+def launch(
+    kernel: Kernel,
+    grid: int | tuple[int, ...],
+    block: int,
+    arguments: Sequence[Any],
+    shared: int = 0,
+) -> None:
+    """As :func:`simulate`, of what a device takes: numbers of Python, and memory that it has."""
+    x, *others = (grid,) if isinstance(grid, int) else grid
+    if x >= 1 << 31 or max(others, default=0) >= 1 << 16 or block > 1024 or shared > _MOST_SHARED:
+        raise ValueError(f"{kernel.__name__}: no device has {grid} × {block} threads, {shared} B")
+    numbers = [v if isinstance(v, int | float) else v.data.ptr for v in arguments]
+    kernel._format.pack(*numbers)
+    simulate(kernel, grid, block, arguments, shared)
 
 
 def _typed(kind: Any, value: Any) -> Any:

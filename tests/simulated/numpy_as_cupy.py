@@ -7,7 +7,7 @@ import sys
 from contextlib import nullcontext
 from importlib.machinery import ModuleSpec
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -22,6 +22,51 @@ class ndarray(np.ndarray):  # noqa: N801
     @property
     def device(self) -> Any:
         return SimpleNamespace(id=0)
+
+    def get(self) -> Any:
+        return np.array(self)
+
+    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **names: Any) -> Any:
+        """CuPy takes no arrays of the host."""
+        _check_there(ufunc.__name__, *inputs, *names.get("out", ()))
+        plain = [x.view(np.ndarray) if isinstance(x, ndarray) else x for x in inputs]
+        if "out" in names:
+            names["out"] = tuple(x.view(np.ndarray) for x in names["out"])
+        found = getattr(ufunc, method)(*plain, **names)
+        return found.view(ndarray) if isinstance(found, np.ndarray) else found
+
+    def __array_function__(self, function: Any, *_: Any) -> Any:
+        raise TypeError(f"numpy.{function.__name__} of an array on the device")
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        _check_there("an assignment", value)
+        super().__setitem__(index, value)
+
+
+class _Pinned(bytearray):
+    """Host memory that knows where it is."""
+
+    places: ClassVar[dict[int, int]] = {}
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size)
+        self._begin = ctypes.addressof(ctypes.c_char.from_buffer(self)) if size else 0
+        self.places[self._begin] = self._begin + size
+
+    def __del__(self) -> None:
+        self.places.pop(self._begin, None)
+
+    @classmethod
+    def attributes(cls, address: int) -> Any:
+        """As cudaPointerGetAttributes; cudaMemoryTypeHost is 1."""
+        found = any(begin <= address < end for begin, end in list(cls.places.items()))
+        return SimpleNamespace(type=int(found))
+
+
+def _check_there(what: str, *values: Any) -> None:
+    for value in values:
+        if isinstance(value, np.ndarray) and not isinstance(value, ndarray):
+            raise TypeError(f"{what} takes an array of the host: CuPy does not")
 
 
 class _Event:
@@ -50,6 +95,21 @@ class _Stream:
 
 def _made(make: Any) -> Any:
     return lambda *arguments, **names: make(*arguments, **names).view(ndarray)
+
+
+def _of_arrays(function: Any) -> Any:
+    """A function of arrays on the device, some of them in lists."""
+
+    def call(*arguments: Any, **names: Any) -> Any:
+        plain = []
+        for x in arguments:
+            several = list(x) if isinstance(x, list | tuple) else [x]
+            _check_there(function.__name__, *several)
+            several = [y.view(np.ndarray) if isinstance(y, ndarray) else y for y in several]
+            plain.append(several if isinstance(x, list | tuple) else several[0])
+        return function(*plain, **names).view(ndarray)
+
+    return call
 
 
 def _empty(*arguments: Any, **names: Any) -> Any:
@@ -105,14 +165,14 @@ def install() -> None:
         memcpyAsync=copy,
         memcpyHostToDevice=1,
         memcpyDeviceToHost=2,
-        pointerGetAttributes=lambda _: SimpleNamespace(type=0),
+        pointerGetAttributes=_Pinned.attributes,
     )
     device = _module("cupy.cuda.device", get_cublas_handle=lambda: 0)
     cuda = _module(
         "cupy.cuda",
         runtime=runtime,
         device=device,
-        alloc_pinned_memory=bytearray,
+        alloc_pinned_memory=_Pinned,
         Event=_Event,
         Stream=_Stream,
         Device=lambda _: nullcontext(),
@@ -123,18 +183,18 @@ def install() -> None:
         cuda=cuda,
         ndarray=ndarray,
         asarray=_made(np.array),
-        empty_like=_made(np.empty_like),
-        ascontiguousarray=_made(lambda x: np.array(x, order="C")),
+        empty_like=_of_arrays(np.empty_like),
+        ascontiguousarray=_of_arrays(lambda x: np.array(x, order="C")),
         asnumpy=lambda x: np.array(x),
-        concatenate=_made(np.concatenate),
+        concatenate=_of_arrays(np.concatenate),
         empty=_made(_empty),
         full=_made(np.full),
-        maximum=_made(np.maximum),
+        maximum=_of_arrays(np.maximum),
         ones=_made(np.ones),
-        sqrt=_made(np.sqrt),
-        stack=_made(np.stack),
-        take=_made(np.take),
-        where=_made(np.where),
+        sqrt=_of_arrays(np.sqrt),
+        stack=_of_arrays(np.stack),
+        take=_of_arrays(np.take),
+        where=_of_arrays(np.where),
         zeros=_made(np.zeros),
     )
     _module("cupy_backends")

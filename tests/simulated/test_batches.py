@@ -6,6 +6,7 @@ import io
 from dataclasses import replace
 from typing import Any
 
+import cupy
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -82,6 +83,20 @@ def test_values_are_those_of_the_cpu(
         np.testing.assert_array_equal(ours[:, :, HOSTILE], exact[:, :, HOSTILE])
         ours[:, :, HOSTILE] = exact[:, :, HOSTILE] = 0
         np.testing.assert_allclose(ours, exact, atol=2e-3 * np.abs(exact).max())
+
+
+def test_streams_in_pinned_memory(
+    calibration: kvtc.Calibration, stream: bytes, cuda: BackendName
+) -> None:
+    """They are copied from where they are; those of ordinary memory beside them are not."""
+    pinned = np.frombuffer(cupy.cuda.alloc_pinned_memory(len(stream)), np.uint8)
+    pinned[:] = np.frombuffer(stream, np.uint8)
+    held = pinned.data.toreadonly()
+    expected = kvtc.decode(stream, calibration, backend=cuda)
+    many = kvtc.decode_many([held, stream], calibration, backend=cuda)
+    for found in (kvtc.decode(held, calibration, backend=cuda), *many):
+        for a, b in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(*(np.array(x, np.float32) for x in (a, b)))
 
 
 def test_layers_one_by_one(calibration: kvtc.Calibration, stream: bytes, cuda: BackendName) -> None:
