@@ -80,6 +80,7 @@ class Tiered:
                         "store": str(self.store),
                         "ratio": 4,
                         "error_bound": None,
+                        "timeout": 120,
                     }
                 ],
             },

@@ -6,6 +6,7 @@ from __future__ import annotations
 import mmap
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -450,6 +451,47 @@ def test_to_drain_leaves_no_job(tier: Tier) -> None:
     assert len(tier.link.finished()) == 12
     tier.submit("store", 20, 0)
     assert tier.done(1)[20].whole
+
+
+def test_pages_from_before_a_reset_are_not_found(tier: Tier) -> None:
+    tier.submit("store", 1, 0)
+    assert tier.done(1)[1].whole
+    assert tier.looked_up("a", key(0))
+    tier.link.drain()
+    tier.link.rename(Namespace({"another": 1}))
+    assert not tier.looked_up("b", key(0))
+    tier.submit("load", 2, 0)  # what was known before is of no use
+    assert not tier.done(1)[2].whole
+    tier.submit("store", 3, 0)
+    assert tier.done(1)[3].whole
+    assert tier.looked_up("c", key(0))
+
+
+def test_the_process_ends_with_the_schedulers(calibration_file: Path, tmp_path: Path) -> None:
+    """However that ends."""
+    script = (
+        "import os, sys, test_vllm_tier_parts as own; from pathlib import Path\n"
+        "tier = own.Tier(*map(Path, sys.argv[1:]))\n"
+        "print(tier.link._process.pid, flush=True)\n"
+        "os._exit(9)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", script, str(calibration_file), str(tmp_path / "store")],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
+        env=dict(os.environ, PYTHONPATH=os.pathsep.join([str(Path(__file__).parent), *sys.path])),
+    )
+    assert run.returncode == 9
+    until(lambda: not is_running(int(run.stdout)))
+
+
+def is_running(process: int) -> bool:
+    """Nobody waits for it: what has ended may be there as a zombie."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 def test_what_waits_is_stored_at_the_end(tier: Tier) -> None:

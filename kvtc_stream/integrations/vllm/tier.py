@@ -31,6 +31,7 @@ from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, Tra
 from kvtc_stream.calibration.model import Calibration
 from kvtc_stream.errors import UnsupportedError
 from kvtc_stream.formats import Section
+from kvtc_stream.integrations.hosts.keys import Namespace
 from kvtc_stream.integrations.vllm import support
 from kvtc_stream.integrations.vllm.connector import show_log
 from kvtc_stream.integrations.vllm.metrics import HELP
@@ -49,6 +50,8 @@ FIRST_VERSION = 0, 32
 _THREADS = 4
 #: Pages of fewer tokens compress badly.
 _FEW_TOKENS = 64
+#: Element types of blocks.
+_DTYPES = ("bfloat16", "float16", "float32")
 _WHO = "KvtcTier"
 
 
@@ -189,8 +192,17 @@ class KvtcTier(SecondaryTierManager):  # type: ignore[misc]
         """Nothing: pages are used when they are loaded."""
 
     def drain_jobs(self) -> None:
-        """Wait until no row is read or written; what has not begun to be stored is not."""
+        """Wait until no row is read or written; what has not begun to be stored is not.
+
+        vLLM calls this when it resets its caches, as it does when weights were changed in place. It
+        does not say whether they were, so pages from before are not used any more, nor those from
+        now on by others.
+        """
         self._link.drain()
+        self._link.rename(Namespace({"reset": os.urandom(16).hex()}))
+        _log.info(
+            "tier: vLLM has reset its caches: pages from before are not used until it restarts"
+        )
 
     def shutdown(self) -> None:
         """Store what waits, and end the process."""
@@ -278,7 +290,10 @@ def rows_of(
     dense = first[0].numel() == 1 + sum(
         (size - 1) * stride for size, stride in zip(first[0].shape, first[0].stride(), strict=True)
     )
+    dtype = support.dtype_label(first.dtype)
     reasons = []
+    if dtype not in _DTYPES:
+        reasons.append(f"blocks hold {dtype}, expected one of {', '.join(_DTYPES)}")
     if not layout.axes.startswith("B") or not dense:
         reasons.append(f"blocks of layout {layout.name} are in pieces")
     if any((x.shape, x.stride()) != (first.shape, first.stride()) for x in caches):
@@ -299,7 +314,7 @@ def rows_of(
         layout,
         tuple(first[0].shape),
         tuple(first[0].stride()),
-        support.dtype_label(first.dtype),
+        dtype,
         section.kv_heads,
         section.k_dim,
         tokens,

@@ -22,6 +22,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from kvtc_stream.errors import UnsupportedError
+from kvtc_stream.integrations.hosts.keys import Namespace
 from kvtc_stream.integrations.vllm.tier_worker import WorkerConfig
 
 _log = logging.getLogger(__name__)
@@ -185,6 +186,10 @@ class TierLink:
         self._outbox.put(lambda: [("cancel",)])
         with self._changed:
             self._changed.wait_for(lambda: not self._jobs)
+
+    def rename(self, namespace: Namespace) -> None:
+        """Pages are those of another namespace from now on."""
+        self._outbox.put(lambda: [("rename", namespace)])
 
     def close(self, seconds: float = 30.0) -> None:
         """Store what waits, for so long at the most, and end the process."""

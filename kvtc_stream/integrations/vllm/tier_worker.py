@@ -239,6 +239,7 @@ class TierWorker:
             "load": self._load,
             "store": self._store_pages,
             "cancel": self._cancel,
+            "rename": self._rename,
         }
         looked = 0.0
         while True:
@@ -361,6 +362,10 @@ class TierWorker:
     def _cancel(self) -> None:
         """What has not begun is not stored."""
         self._cancelled = next(self._numbers)
+
+    def _rename(self, namespace: Namespace) -> None:
+        """Pages are others from now on; those before are not found any more."""
+        self._namespace = namespace
 
     def _encode(
         self, page: tuple[int, int], number: int, key: PageKey, row: int, codec: PageCodec
