@@ -165,11 +165,12 @@ class CpuSectionCoder(SectionCoder):
         self, k: NDArray[Any], v: NDArray[Any], positions: NDArray[np.int64], start: int
     ) -> Block:
         k32, v32 = to_float32(k, self._k_scale), to_float32(v, self._v_scale)
-        coefficients = self._analyse(k32, v32, positions)
+        put_on, take_off = Rotations.both(self._section, positions)
+        coefficients = self._analyse(k32, v32, take_off)
 
         def full(quantised: Quantised) -> _Errors:
             self._coding.dequantise(quantised, coefficients)
-            return self._reconstruction_errors(k32, v32, positions)[0]
+            return self._reconstruction_errors(k32, v32, put_on)[0]
 
         count: _Count | None = None
         if isinstance(self._coding, UniformCoding):
@@ -182,7 +183,7 @@ class CpuSectionCoder(SectionCoder):
             codable &= np.isfinite(k32).all(axis=(0, 1, 3)) & np.isfinite(v32).all(axis=(0, 1, 3))
         else:
             self._coding.dequantise(quantised, coefficients)
-            errors, by_layer = self._reconstruction_errors(k32, v32, positions)
+            errors, by_layer = self._reconstruction_errors(k32, v32, put_on)
             # Comparisons are false for tokens that are not finite or have no relative error.
             with np.errstate(invalid="ignore"):
                 codable &= (errors <= self._bound).all(axis=0)
@@ -245,10 +246,9 @@ class CpuSectionCoder(SectionCoder):
 
         return coding.quantise(exact, grids, offset), count
 
-    def _analyse(self, k: Float, v: Float, positions: NDArray[np.int64]) -> list[Float]:
+    def _analyse(self, k: Float, v: Float, take_off: Rotations) -> list[Float]:
         """Coefficients [tokens, components] a part, views of what the parts hold."""
         tokens = k.shape[2]
-        take_off = Rotations.of(self._section, positions, inverse=True)
         straight = Rotations.none(len(self._section.layers))
         for part in self._parts:
             split = len(part.k_layers) * self._section.kv_heads * self._section.k_dim
@@ -261,13 +261,13 @@ class CpuSectionCoder(SectionCoder):
         return [part.coefficients[:tokens] for part in self._parts]
 
     def _reconstruction_errors(
-        self, k: Float, v: Float, positions: NDArray[np.int64]
+        self, k: Float, v: Float, put_on: Rotations
     ) -> tuple[_Errors, NDArray[np.float64]]:
         """Errors of K and V from the parts' coefficients, decoded; and [2, layers, tokens]."""
         for part in self._parts:
             part.coefficients[k.shape[2] :] = 0
         layers = range(len(self._section.layers))
-        k_out, v_out = self._synthesise(positions, layers)
+        k_out, v_out = self._synthesise(k.shape[2], put_on, layers)
         pairs = [
             squared_errors(k, to_float32(k_out, self._out_scale(self._k_scale))),
             squared_errors(v, to_float32(v_out, self._out_scale(self._v_scale))),
@@ -376,7 +376,9 @@ class CpuSectionCoder(SectionCoder):
     ) -> tuple[Any, Any]:
         """K and V of some layers, once the block is unpacked."""
         if block.coded_tokens:
-            k, v = self._synthesise(np.array(block.positions, np.int64), layers)
+            positions = np.array(block.positions, np.int64)
+            put_on = Rotations.of(self._section, positions, inverse=False)
+            k, v = self._synthesise(block.tokens, put_on, layers)
         else:
             k, v = self._empty(block.tokens, len(layers))
         if exact is not None:
@@ -386,11 +388,9 @@ class CpuSectionCoder(SectionCoder):
         return as_kv_array(k), as_kv_array(v)
 
     def _synthesise(
-        self, positions: NDArray[np.int64], layers: Sequence[int]
+        self, tokens: int, put_on: Rotations, layers: Sequence[int]
     ) -> tuple[NDArray[Any], NDArray[Any]]:
         """K and V of ``layers`` from the parts' coefficients, in the output dtype."""
-        tokens = len(positions)
-        put_on = Rotations.of(self._section, positions, inverse=False)
         straight = Rotations.none(len(self._section.layers))
         s = self._section
         k = np.empty((len(layers), s.kv_heads, tokens, s.k_dim), np.float32)

@@ -53,6 +53,8 @@ LOG_LOSS, LOG_HALF_OCTAVE, CERTAIN = math.log(4), math.log(2) / 2, 32.0
 
 _F32 = np.float32
 _jit = numba.njit(cache=True, nogil=True, error_model="numpy")
+#: Sums in any order: in vector code.
+_sum = numba.njit(cache=True, nogil=True, error_model="numpy", fastmath={"reassoc"})
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,8 @@ def settle(
     lowest = min((int(e.min()) for e in exponents if len(e)), default=level)
     highest = max((int(e.max()) for e in exponents if len(e)), default=level)
     level = min(max(level, highest - (CLASSES - 1)), lowest, HIGHEST_LEVEL)
+    if highest - level < CLASSES:  # as of most blocks, and quicker
+        return level, [(e - level).astype(np.uint8) for e in exponents]
     classes = [(e - level).astype(np.int64) for e in exponents]
     over = [((c - (CLASSES - 1) + 3) // 4).clip(0) for c in classes]
     return level, [(c - 4 * o).astype(np.uint8) for c, o in zip(classes, over, strict=True)]
@@ -140,38 +144,61 @@ def recognise(
 
 @_jit
 def _recognise(x, scale, wishes, grids):  # type: ignore[no-untyped-def]
-    y = np.empty(scale.size, np.float32)
     # Each over all of them: the cast may have moved the strongest much more than others.
-    sweeps = max(y.size // AT_ONCE, 1)
+    sweeps = max(scale.size // AT_ONCE, 1)
+    y = np.zeros((sweeps, -(-scale.size // sweeps)), np.float32)
     for t in range(len(x)):
         grids[t] = NO_GRID
-        peak = _F32(0)
-        for i in range(scale.size):
-            y[i] = x[t, i] * scale[i]
-            # NaN would get lost in max().
-            peak = max(peak, abs(y[i])) if abs(y[i]) < _F32(1e30) else _F32(np.inf)
+        peak = _largest(x[t], scale)
         if not peak < _F32(1e30):
             continue
         if peak <= _F32(EMPTY * 2.0 ** (wishes[t] / 4)):
             grids[t] = np.int64(np.floor(wishes[t] + _F32(0.5)))
             continue
         best = _F32(np.inf)
+        gathered = 0
         # From the coarsest grid on where the largest coefficient is not 0.
         top = np.int64(np.floor(4 * np.log2(2 * np.float64(peak))))
         for e in range(top, top - RANGE, -1):
             factor = _F32(2.0 ** (-e / 4))
             distance, usual = _F32(0), _F32(0)
             for begin in range(sweeps):
-                for i in range(begin, y.size, sweeps):
-                    z = y[i] * factor
-                    r = z - np.rint(z)
-                    distance += r * r
-                    usual += min(z * z, _F32(1 / 12))
+                if begin == gathered:
+                    for k, i in enumerate(range(begin, scale.size, sweeps)):
+                        y[begin, k] = x[t, i] * scale[i]
+                    gathered += 1
+                further, more = _distances(y[begin], factor)
+                distance += further
+                usual += more
                 if usual > _F32(1 / 12) and distance > _F32(GIVE_UP) * usual:
                     break
             if distance < best * usual and accepted(distance, usual, _F32(e) - wishes[t]):
                 best = distance / usual
                 grids[t] = e
+
+
+@_sum
+def _largest(row, scale):  # type: ignore[no-untyped-def]
+    """The largest magnitude, in steps of exponent 0; NaN where one is no number."""
+    peak = np.int32(0)
+    for i in range(scale.size):
+        # Bits of magnitudes sort like the numbers; those of NaN are the largest.
+        bits = _F32(row[i] * scale[i]).view(np.int32)
+        peak = max(peak, np.int32(bits & np.int32(0x7FFFFFFF)))
+    return np.int32(peak).view(np.float32)
+
+
+@_sum
+def _distances(y, factor):  # type: ignore[no-untyped-def]
+    """Squared distances of coefficients from multiples of one over ``factor``, in its squares;
+    and those of any numbers."""
+    distance, usual = _F32(0), _F32(0)
+    for i in range(y.size):
+        z = y[i] * factor
+        r = z - np.rint(z)
+        distance += r * r
+        usual += min(z * z, _F32(1 / 12))
+    return distance, usual
 
 
 @_jit

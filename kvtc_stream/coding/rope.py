@@ -46,26 +46,38 @@ class Rotations:
     @classmethod
     def of(cls, section: Section, positions: NDArray[np.int64], *, inverse: bool) -> Rotations:
         """Rotations that apply RoPE, or with ``inverse`` remove it."""
+        return cls._each(section, positions, [inverse])[0]
+
+    @classmethod
+    def both(cls, section: Section, positions: NDArray[np.int64]) -> list[Rotations]:
+        """Rotations that apply RoPE, and those that remove it: sooner than one after the other."""
+        return cls._each(section, positions, [False, True])
+
+    @classmethod
+    def _each(
+        cls, section: Section, positions: NDArray[np.int64], inverses: Sequence[bool]
+    ) -> list[Rotations]:
         check_axes(section)
         ropes: list[Rope] = list(dict.fromkeys(r for r in section.rope if r is not None))
         per_layer: Sequence[Rope | None] = section.rope or (None,) * len(section.layers)
+        table = np.array([-1 if r is None else ropes.index(r) for r in per_layer], np.int64)
         pairs = np.array([len(r.inv_freq) for r in ropes], np.int64)
+        interleaved = np.array([r.interleaved for r in ropes], np.bool_)
         shape = (len(ropes), len(positions), int(pairs.max(initial=0)))
-        cos, sin = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+        found = [
+            cls(np.zeros(shape, np.float32), np.zeros(shape, np.float32), table, pairs, interleaved)
+            for _ in inverses
+        ]
         for i, rope in enumerate(ropes):
             angles = np.multiply.outer(
                 positions.astype(np.float64), np.array(rope.inv_freq, np.float64)
             )
-            scale = 1 / rope.scale if inverse else rope.scale
-            cos[i, :, : pairs[i]] = np.cos(angles) * scale
-            sin[i, :, : pairs[i]] = np.sin(angles) * (-scale if inverse else scale)
-        return cls(
-            cos,
-            sin,
-            np.array([-1 if r is None else ropes.index(r) for r in per_layer], np.int64),
-            pairs,
-            np.array([r.interleaved for r in ropes], np.bool_),
-        )
+            cosines, sines = np.cos(angles), np.sin(angles)
+            for rotations, inverse in zip(found, inverses, strict=True):
+                scale = 1 / rope.scale if inverse else rope.scale
+                rotations.cos[i, :, : pairs[i]] = cosines * scale
+                rotations.sin[i, :, : pairs[i]] = sines * (-scale if inverse else scale)
+        return found
 
     @classmethod
     def none(cls, layers: int) -> Rotations:
