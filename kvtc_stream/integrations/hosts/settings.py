@@ -37,8 +37,7 @@ class PageSettings:
     #: Whose settings they are, and where they are given.
     reader: ClassVar[str]
     place: ClassVar[str]
-    #: Settings that have no meaning there, and that cannot be left out.
-    without: ClassVar[frozenset[str]] = frozenset()
+    #: Settings that cannot be left out.
     needed: ClassVar[tuple[str, ...]] = ("calibration", "store")
 
     calibration: str | None = None
@@ -60,8 +59,7 @@ class PageSettings:
         ValueError
             A setting is unknown, missing or of the wrong kind.
         """
-        known = [field for field in fields(cls) if field.name not in cls.without]
-        kinds = {field.name: str(field.type) for field in known}
+        kinds = {field.name: str(field.type) for field in fields(cls)}
         for name, value in config.items():
             if name not in kinds:
                 raise ValueError(f"{cls.place} has {name!r}; {cls.reader} knows {', '.join(kinds)}")

@@ -49,19 +49,20 @@ class Settings(PageSettings):
 
     def instead(self) -> str:
         """See :meth:`kvtc_stream.integrations.hosts.settings.PageSettings.instead`."""
-        return "" if "calibrate" in self.without else ", or calibrate to make a calibration"
+        return ", or calibrate to make a calibration"
 
 
 @dataclass(frozen=True)
-class TierSettings(Settings):
+class TierSettings(PageSettings):
     """The entry of :class:`kvtc_stream.integrations.vllm.KvtcTier` in ``secondary_tiers``.
 
-    As :class:`kvtc_stream.integrations.vllm.Settings`, without those that make a calibration and
-    without ``page_tokens``: pages are vLLM's chunks, as large as ``block_size`` of the offloading
-    connector says.
+    As :class:`kvtc_stream.integrations.hosts.PageSettings`, and those below. Pages are vLLM's
+    chunks, as large as ``block_size`` of the offloading connector says.
 
     Attributes
     ----------
+    timeout, queue_pages
+        As for :class:`kvtc_stream.integrations.vllm.Settings`.
     threads
         Pages that are coded at a time: 4, or fewer if there are fewer cores.
     locality
@@ -70,9 +71,8 @@ class TierSettings(Settings):
 
     reader: ClassVar[str] = "KvtcTier"
     place: ClassVar[str] = "the secondary tier"
-    without: ClassVar[frozenset[str]] = frozenset(
-        {"page_tokens", "calibrate", "calibrate_tokens", "calibrate_options"}
-    )
 
+    timeout: float = 10.0
+    queue_pages: int = 4096
     threads: int | None = None
     locality: str | None = None

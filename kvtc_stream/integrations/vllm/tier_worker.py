@@ -30,7 +30,7 @@ from kvtc_stream.formats import DType
 from kvtc_stream.integrations.hosts.keys import Namespace, PageKey
 from kvtc_stream.integrations.hosts.layouts import Layout
 from kvtc_stream.integrations.hosts.store import Store, open_store
-from kvtc_stream.integrations.vllm.settings import Settings
+from kvtc_stream.integrations.vllm.settings import TierSettings
 from kvtc_stream.io.dlpack import numpy_dtype
 from kvtc_stream.stream.codec import Codec
 from kvtc_stream.stream.pages import PageCodec
@@ -138,7 +138,7 @@ class WorkerConfig:
         Which this process may use; ``None``: those of its parent.
     """
 
-    settings: Settings
+    settings: TierSettings
     digest: bytes
     rows: Rows
     namespace: Namespace
