@@ -37,7 +37,8 @@ class PageSettings:
     #: Whose settings they are, and where they are given.
     reader: ClassVar[str]
     place: ClassVar[str]
-    #: Settings that cannot be left out.
+    #: Settings that have no meaning there, and that cannot be left out.
+    without: ClassVar[frozenset[str]] = frozenset()
     needed: ClassVar[tuple[str, ...]] = ("calibration", "store")
 
     calibration: str | None = None
@@ -59,7 +60,8 @@ class PageSettings:
         ValueError
             A setting is unknown, missing or of the wrong kind.
         """
-        kinds = {field.name: str(field.type) for field in fields(cls)}
+        known = [field for field in fields(cls) if field.name not in cls.without]
+        kinds = {field.name: str(field.type) for field in known}
         for name, value in config.items():
             if name not in kinds:
                 raise ValueError(f"{cls.place} has {name!r}; {cls.reader} knows {', '.join(kinds)}")
