@@ -622,6 +622,32 @@ def test_threads_and_streams_of_their_own() -> None:
         assert max(pool.map(work, range(12))) <= ROUNDING
 
 
+def test_a_stream_of_torch() -> None:
+    """Memory that both use is used in one order."""
+    torch = pytest.importorskip("torch")
+    from kvtc_stream.gpu.runtime.streams import of_pointer
+
+    calibration = CALIBRATIONS["halves"]
+    codec = kvtc.Codec(calibration, ratio=6, window=0, block_tokens=32, backend="cuda")
+    pages = kvtc.PageCodec(codec, dtype="bfloat16")
+    k, v = kvtc.testing.drawn_cache(calibration.geometry, 32, seed=25)
+    own = torch.cuda.Stream()
+    slow = torch.ones(4096, 4096, device="cuda")
+    torch.cuda.synchronize()
+    with torch.cuda.stream(own), of_pointer(own.cuda_stream):
+        assert cupy.cuda.get_current_stream().ptr == own.cuda_stream
+        for _ in range(5):
+            slow = slow @ slow * 1e-4  # what is given to the codec queues behind it
+        tensors = [torch.from_numpy(x).bfloat16().cuda() for x in (k, v)]
+        page = pages.encode(*tensors, positions=0)
+        found = [torch.from_dlpack(x).clone() for x in pages.decode(page)]
+        own.synchronize()
+    assert cupy.cuda.get_current_stream().ptr != own.cuda_stream
+    expected = kvtc.PageCodec(replace(codec, backend="cpu"), dtype="bfloat16").decode(page)
+    for a, b in zip(found, expected, strict=True):
+        assert distance(a.float().cpu().numpy(), b) <= allowed(DType.BFLOAT16)
+
+
 def test_caches_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
     """Their streams are those of each alone, whatever stream the caches become ready in."""
     monkeypatch.setattr("kvtc_stream.gpu.coder.decoding.BATCH_TOKENS", 600)

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from functools import cache
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import cupy
@@ -39,6 +40,14 @@ def _stream(device: int) -> Any:
     if device not in streams:
         streams[device] = cupy.cuda.Stream(non_blocking=True)
     return streams[device]
+
+
+def of_pointer(pointer: int) -> Any:
+    """A stream of the current device that another library has made; CuPy's current one within it.
+
+    Memory that both libraries use then follows one order.
+    """
+    return cupy.cuda.Stream.from_external(SimpleNamespace(__cuda_stream__=lambda: (0, pointer)))
 
 
 def side_by_side(function: Callable[[T], R], arguments: Sequence[T]) -> list[R]:

@@ -505,17 +505,36 @@ class PageTransfer:
                 self._changed.notify_all()
 
 
+#: Has each thread's stream. It stays the same: CuPy keeps memory for every stream that it meets.
+_own = threading.local()
+
+
 @contextlib.contextmanager
 def _stream(device: torch.device, event: Any) -> Any:
-    """A stream of the thread's own, behind ``event``; work on it is done when this ends."""
+    """The thread's own stream, behind ``event``; work on it is done when this ends.
+
+    The codec's work is on it too: so it does not wait for the model's, and none of its memory is
+    given to another page that is still read here.
+    """
     if device.type != "cuda":
         yield
         return
-    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    with torch.cuda.device(device), torch.cuda.stream(stream):
+    if not hasattr(_own, "stream"):
+        _own.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    stream = _own.stream
+    with torch.cuda.device(device), torch.cuda.stream(stream), _of_cupy(stream.cuda_stream):
         stream.wait_event(event)
         yield
         stream.synchronize()
+
+
+def _of_cupy(pointer: int) -> Any:
+    """A stream as CuPy's current one; nothing where pages are coded without CuPy."""
+    try:
+        from kvtc_stream.gpu.runtime.streams import of_pointer
+    except ImportError:
+        return contextlib.nullcontext()
+    return of_pointer(pointer)
 
 
 def _allowed_cpus(device: torch.device) -> set[int]:
