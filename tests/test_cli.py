@@ -408,6 +408,35 @@ def test_calibrate_by_importance(
     assert run.json["digest"] == expected.digest.hex()
 
 
+@pytest.mark.parametrize("device_map", ["cpu", "auto"])
+def test_calibrate_a_model_in_parts(tmp_path, model_folder, texts, kvtc_command, device_map):
+    """Wherever its layers are, it is the same model."""
+    pytest.importorskip("accelerate")
+    found = []
+    for options in ([], ["--device-map", device_map, "--dtype", "float32"]):
+        run = kvtc_command(
+            "calibrate", "--model", model_folder, "--text", *texts, "-o", tmp_path / "cal",
+            "--importance-documents", 1, "--document-tokens", 50, *options, "--json",
+        )  # fmt: skip
+        assert run.status == 0, run.err
+        found.append(run.json["digest"])
+    assert found[0] == found[1]
+
+
+def test_a_model_that_does_not_fit_is_refused(tmp_path, model_folder):
+    """Where devices have no room, transformers would leave weights on disk."""
+    pytest.importorskip("accelerate")
+    from kvtc_stream.integrations.transformers import load_model
+
+    with pytest.raises(kvtc.UnsupportedError, match=r"no room, such as .*smaller dtype"):
+        load_model(
+            model_folder,
+            device_map="auto",
+            max_memory={"cpu": "20KB"},
+            offload_folder=str(tmp_path / "offload"),
+        )
+
+
 def test_a_missing_gguf_file_says_so(tmp_path, kvtc_command):
     pytest.importorskip("transformers")
     (tmp_path / "t").write_text("x")

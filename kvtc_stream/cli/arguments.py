@@ -104,6 +104,17 @@ def _calibrate(commands: Any) -> argparse.ArgumentParser:
     model.add_argument(
         "--document-tokens", type=int, metavar="N", help="most at a time (default: 2048)"
     )
+    model.add_argument(
+        "--dtype",
+        metavar="TYPE",
+        help="element type to run the model in, such as bfloat16 (default: that of its file)",
+    )
+    model.add_argument(
+        "--device-map",
+        metavar="MAP",
+        help="where its layers go: auto (over all GPUs), cpu, cuda:1, ... (default: the first "
+        "GPU, or the CPU)",
+    )
     _importance(model)
     parser.add_argument(
         "--sinks", type=int, default=4, metavar="N", help="leave out positions below N (default: 4)"

@@ -55,6 +55,8 @@ def _check(args: Namespace) -> None:
         "--document-tokens": args.document_tokens is not None,
         "--importance": args.importance is not None,
         "--importance-documents": args.importance_documents is not None,
+        "--dtype": args.dtype is not None,
+        "--device-map": args.device_map is not None,
     }
     if args.model:
         unfit = [name for name, given in rope.items() if given]
@@ -134,12 +136,15 @@ def _update(calibrator: kvtc.Calibrator, section: plain.PlainSection, tokens: ra
 def _from_model(args: Namespace, options: dict[str, Any], bars: Progress) -> kvtc.Calibration:
     loading = bars.add_task(f"Loading {args.model}", total=None)
     texts = list(paths.read_texts(args.text).values())
-    model, tokenizer = load_model(args.model)
+    given = {"dtype": args.dtype, "device_map": args.device_map}
+    model, tokenizer = load_model(
+        args.model, **{name: value for name, value in given.items() if value is not None}
+    )
     import torch
 
     from kvtc_stream.integrations.transformers import calibrate
 
-    if torch.cuda.is_available():
+    if args.device_map is None and torch.cuda.is_available():
         model = model.to("cuda")  # type: ignore[arg-type]
     bars.remove_task(loading)
     reading = terminal.bar(bars, "Reading")

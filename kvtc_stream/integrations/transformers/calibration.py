@@ -142,7 +142,8 @@ def calibrate(
 
 def _readable(calibrator: kvtc.Calibrator, layers: Sequence[Tensor]) -> list[Tensor]:
     """Tensors where the calibrator can read them."""
-    return [x if calibrator.backend == "cuda" else x.cpu() for x in layers]
+    # Layers of a model may be on several devices, a calibrator is on one.
+    return [x.to(calibrator.backend) for x in layers]
 
 
 def _check_options(
@@ -197,7 +198,7 @@ def _query_weights(
         for i, moment in enumerate(query_second_moments(model, document)):
             moments[i] = moments[i] + moment / len(documents)
         for i, _, v in capture(model, document):
-            values = torch.cat(v).double().cpu().numpy()
+            values = torch.cat([x.cpu() for x in v]).double().numpy()
             centred = values - values.mean(axis=2, keepdims=True)
             covariance = centred.swapaxes(2, 3) @ centred / values.shape[2]
             spread = np.einsum("lhij,lhij->lh", norms[i], covariance)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvtc_stream.errors import KVTCError
+from kvtc_stream.errors import KVTCError, UnsupportedError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -22,12 +22,15 @@ def load_model(source: str | os.PathLike[str], **options: Any) -> tuple[PreTrain
     source
         A ``.gguf`` file, a folder, or a name that transformers knows.
     options
-        Of ``from_pretrained``: ``dtype``, ...
+        Of ``from_pretrained``: ``dtype``, ``device_map``, ...
 
     Raises
     ------
     KVTCError
         The ``transformers`` extra, or a part of it that this file needs, is not installed.
+    UnsupportedError
+        The model fits no device whole, nor all of them together: ``device_map`` left some of it on
+        disk or in host memory.
     """
     # transformers' bar for GGUF files heeds nothing else, and this only before its first import.
     os.environ.setdefault("TQDM_DISABLE", "1")
@@ -48,6 +51,12 @@ def load_model(source: str | os.PathLike[str], **options: Any) -> tuple[PreTrain
             f"loading {source} needs more packages: pip install 'kvtc-stream[transformers]' "
             f"({error})"
         ) from error
+    if left := [name for name, weight in model.named_parameters() if weight.is_meta]:
+        raise UnsupportedError(
+            f"{source} has {len(left)} weights for which the devices of device_map have no room, "
+            f"such as {left[0]}: a model whose weights come and go cannot be told from others; "
+            f"give it a smaller dtype, more devices, or device_map='cpu' and the memory it needs"
+        )
     return model.eval(), tokenizer  # type: ignore[no-untyped-call]
 
 
