@@ -3,6 +3,7 @@ one."""
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ from kvtc_stream.integrations.vllm.transfer import (
     Counter,
     PageTransfer,
     StoreSink,
+    one_blas_thread,
     proven_layout,
 )
 
@@ -499,6 +501,19 @@ def test_pages_of_a_request_are_decoded_beside_one_another(codec: kvtc.PageCodec
         for x, y in zip(own.blocks.read(range(12)), alone, strict=True):
             assert torch.equal(x[:, :, : good * BLOCK], y[:, :, : good * BLOCK])
     parallel.close()
+
+
+def test_products_do_not_compete_for_cores(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    threadpoolctl = pytest.importorskip("threadpoolctl")
+    with threadpoolctl.threadpool_limits(2, "blas"):
+        one_blas_thread()
+        found = threadpoolctl.threadpool_info()
+        assert {x["num_threads"] for x in found if x["user_api"] == "blas"} == {1}
+    monkeypatch.setitem(sys.modules, "threadpoolctl", None)
+    one_blas_thread()
+    assert "OPENBLAS_NUM_THREADS=1" in caplog.text
 
 
 def test_a_load_that_does_not_come_is_given_up(codec: kvtc.PageCodec) -> None:

@@ -36,6 +36,7 @@ from kvtc_stream.integrations.vllm.transfer import (
     PageSink,
     PageTransfer,
     StoreSink,
+    one_blas_thread,
     proven_layout,
 )
 from kvtc_stream.stream.codec import Codec
@@ -46,7 +47,7 @@ _log = logging.getLogger(__name__)
 #: Tokens of a page, if nothing else is said and a block is not larger.
 _PAGE_TOKENS = 128
 #: Pages that are decoded at a time on a CPU, if it has so many cores.
-_DECODERS = 4
+_DECODERS = 8
 #: Seconds that an engine which has nothing to compute waits for pages, at a time.
 _REST = 0.002
 
@@ -194,6 +195,8 @@ class KvtcConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             check_rope(rope, own)
         key = settings.key(calibration.digest)
         on_device = blocks.device.type == "cuda"
+        if not on_device:
+            one_blas_thread()
         codec = replace(self._codec, backend="cuda" if on_device else "cpu")
         count = 1 if on_device else max(1, min(_DECODERS, os.cpu_count() or 1))
         codecs = [PageCodec(codec, dtype=self._dtype, key=key) for _ in range(1 + count)]

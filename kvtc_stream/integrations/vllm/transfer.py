@@ -509,6 +509,21 @@ class PageTransfer:
 _own = threading.local()
 
 
+def one_blas_thread() -> None:
+    """Let matrix products run on the thread that asks for them: pages have a thread each already,
+    and threads of OpenBLAS spin while they wait for cores that the model has."""
+    try:
+        from threadpoolctl import threadpool_limits
+    except ModuleNotFoundError:
+        _log.warning(
+            "pages take several times the processor time if products of several threads compete "
+            "for cores: pip install 'kvtc-stream[vllm]' (threadpoolctl), or set "
+            "OPENBLAS_NUM_THREADS=1"
+        )
+        return
+    threadpool_limits(1, "blas")
+
+
 @contextlib.contextmanager
 def _stream(device: torch.device, event: Any) -> Any:
     """The thread's own stream, behind ``event``; work on it is done when this ends.
