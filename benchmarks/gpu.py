@@ -767,6 +767,8 @@ def runs(args: argparse.Namespace, limits: dict[str, float], console: Console) -
     table = Table("geometry", "batch", "ratio", "decode", "encode", "measured", "restore × copy")
     first = True
     for geometry, shape in GEOMETRIES.items():
+        if args.quick and not first:
+            break
         model = Model(*shape)
         for batch, (streams, tokens) in BATCHES.items():
             if args.quick and not first:

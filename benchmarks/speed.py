@@ -34,7 +34,7 @@ from rich.console import Console
 from rich.table import Table
 
 import kvtc_stream as kvtc
-from kvtc_stream.calibration import calibrator
+from kvtc_stream.calibration import moments
 from kvtc_stream.cli import terminal
 from kvtc_stream.evaluation import demo, quality
 from kvtc_stream.integrations.transformers import load_model
@@ -278,8 +278,8 @@ def _calibration(calibration_path: str, cache_paths: list[str], basis: str) -> d
             halves = [x[:, :, : k.shape[2] // 2].astype(np.float32) for x in (k, v)]
             timed("gradients", learning.update_gradients)(*halves, *halves)
     with (
-        mock.patch.object(calibrator, "error_tables", timed("tables", calibrator.error_tables)),
-        mock.patch.object(calibrator, "uniform_tables", timed("tables", calibrator.uniform_tables)),
+        mock.patch.object(moments, "error_tables", timed("tables", moments.error_tables)),
+        mock.patch.object(moments, "uniform_tables", timed("tables", moments.uniform_tables)),
     ):
         calibration = timed("bases", learning.finish)()
     seconds["bases"] -= seconds["tables"]
