@@ -28,9 +28,11 @@ _ENDING = [s for s in signal.Signals if s.name in ("SIGTERM", "SIGHUP")]
 #: Modules that are not always there, and the extra that brings them.
 _EXTRAS = {
     "accelerate": "transformers",
+    "aiohttp": "serve",
     "fsspec": "remote",
     "gguf": "transformers",
     "matplotlib": "plot",
+    "psutil": "serve",
     "rich": "cli",
     "shtab": "cli",
     "torch": "transformers",

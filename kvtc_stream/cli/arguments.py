@@ -360,7 +360,7 @@ def _bench(commands: Any) -> tuple[argparse.ArgumentParser, ...]:
     benchmarks = _add(commands, "bench", "measure on a model and texts of yours").add_subparsers(
         dest="benchmark", metavar="BENCHMARK", required=True
     )
-    return _quality(benchmarks), _tasks(benchmarks)
+    return _quality(benchmarks), _tasks(benchmarks), _serve(benchmarks)
 
 
 _BENCH_NOTES = (
@@ -447,6 +447,120 @@ def _tasks(benchmarks: Any) -> argparse.ArgumentParser:
     parser.add_argument("--output", metavar="JSON", help="file for all figures")
     parser.add_argument("--plot", metavar="PNG", help="draw how far each score goes up or down")
     return parser
+
+
+_SERVE_NOTES = (
+    "Every arm is a server of vLLM that keeps caches its own way, with as much host memory:",
+    "recompute keeps none; raw is vLLM's offloading; fp8 the same, with the engine's cache in",
+    "fp8; kvtc is KvtcConnector. With --url, servers that run already are measured instead.",
+    "Contexts are sent once, then asked about: by a Poisson process whose rate rises until half",
+    "of the requests miss the limits or are not served in time, and by users who wait for their",
+    "answers. An engine whose own cache holds the working set needs no other: --serve-args.",
+    "Needs pip install 'kvtc-stream[serve]', and vLLM, here or where --vllm is.",
+)
+
+
+def _serve(benchmarks: Any) -> argparse.ArgumentParser:
+    parser = _add(
+        benchmarks,
+        "serve",
+        "tell how soon servers answer under load, with compressed, raw and no kept caches",
+        *_SERVE_NOTES,
+    )
+    add = parser.add_argument
+    servers = parser.add_mutually_exclusive_group(required=True)
+    servers.add_argument("--model", metavar="MODEL", help="what vLLM is to serve")
+    servers.add_argument(
+        "--url", nargs="+", metavar="NAME=URL", help="servers that run: names, and URLs without /v1"
+    )
+    add(
+        "--vllm",
+        default="vllm serve",
+        metavar="COMMAND",
+        help="what starts vLLM, up to the model's name (default: vllm serve)",
+    )
+    add("--serve-args", default="", metavar="WORDS", help="more for vLLM, of every arm")
+    add(
+        "--arms",
+        type=_list(str),
+        default=["recompute", "raw", "kvtc"],
+        metavar="A,B",
+        help="of recompute, raw, fp8, kvtc (default: all but fp8)",
+    )
+    add("--calibration", metavar="CAL", help="for kvtc; tells the size of a token's cache, too")
+    add("--ratio", type=float, metavar="R", help="target of kvtc (default: KvtcConnector's)")
+    add("--token-bytes", type=int, metavar="N", help="cache of a token, where no CAL tells")
+    add(
+        "--budget-gb",
+        type=float,
+        default=1.0,
+        metavar="GB",
+        help="host memory of an arm, in 10^9 bytes (default: 1)",
+    )
+    add(
+        "--working-sets",
+        type=_list(float),
+        default=[0.5, 1.0, 2.0, 4.0],
+        metavar="X,Y",
+        help="uncompressed cache of all contexts, over the budget (default: 0.5,1,2,4)",
+    )
+    _load(parser)
+    add("--seed", type=int, default=0, metavar="N", help="of all that is drawn (default: 0)")
+    add("--log", metavar="FILE", help="what the servers print (default: nowhere)")
+    add("--output", metavar="JSON", help="file for all figures")
+    add("--plot", metavar="PNG", help="draw goodput, and times over the rate")
+    return parser
+
+
+def _load(parser: argparse.ArgumentParser) -> None:
+    """Who asks what, how often, and when an answer is good."""
+    add = parser.add_argument_group("load").add_argument
+    add("--text", nargs="+", default=[], metavar="FILE", help="prompts (default: drawn tokens)")
+    add(
+        "--vocabulary",
+        type=int,
+        default=30_000,
+        metavar="N",
+        help="drawn token ids are below (default: 30000)",
+    )
+    sizes = (
+        ("context", 1024, "tokens of a conversation's beginning"),
+        ("question", 32, "tokens that a turn adds"),
+        ("answer", 16, "tokens that are generated"),
+        ("turns", 4, "turns of the users' conversations until they start again"),
+        ("fresh-tokens", 64, "tokens of a prompt that is like no other"),
+        ("requests", 100, "of each rate, and of the users"),
+        ("users", 4, "who wait for answers; 0 for none"),
+    )
+    for name, value, text in sizes:
+        add(f"--{name}", type=int, default=value, metavar="N", help=f"{text} (default: {value})")
+    add(
+        "--fresh",
+        type=float,
+        default=0.25,
+        metavar="P",
+        help="share of such prompts, which restore nothing (default: 0.25)",
+    )
+    add(
+        "--order",
+        choices=["zipf", "round-robin"],
+        default="zipf",
+        help="which conversation comes back (default: zipf, in proportion to 1/n)",
+    )
+    add(
+        "--rates",
+        type=_list(float),
+        metavar="R,S",
+        help="requests a second, rising (default: doubled from half of what one user gets)",
+    )
+    add("--slo-ttft", type=float, default=2.0, metavar="S", help="first token within (default: 2)")
+    add(
+        "--slo-itl",
+        type=float,
+        default=0.1,
+        metavar="S",
+        help="mean of a request's gaps between tokens at most (default: 0.1)",
+    )
 
 
 def _judged(parser: argparse.ArgumentParser) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.metadata
 import json
@@ -20,7 +21,6 @@ import kvtc_stream as kvtc
 from kvtc_stream.cli import paths, terminal
 from kvtc_stream.cli.arguments import UsageError, importance_options
 from kvtc_stream.evaluation import quality
-from kvtc_stream.integrations.transformers import load_model
 from kvtc_stream.io.storage import atomic_write
 
 if TYPE_CHECKING:
@@ -92,6 +92,9 @@ def texts(args: Namespace) -> tuple[list[str], dict[str, str]]:
 
 def load(args: Namespace, bars: Progress) -> tuple[PreTrainedModel, Any, str]:
     """The model, on a GPU if there is one; its tokenizer; its name."""
+    # It wants another version of transformers than vLLM, beside which servers are measured.
+    from kvtc_stream.integrations.transformers import load_model
+
     source = args.model
     if source is None:
         from kvtc_stream.evaluation.smollm2 import model_file
@@ -157,16 +160,24 @@ def described(
 ) -> dict[str, Any]:
     """What a result begins with: what was run, on what."""
     return {
-        "command": _command(args),
+        "command": command(args),
         "device": _device(model),
-        "versions": {"python": platform.python_version()}
-        | {package: importlib.metadata.version(package) for package in _PACKAGES},
+        "versions": versions(_PACKAGES),
         "model": {"name": name, "dtype": args.dtype},
         "calibration": {"tokens": calibration.tokens, "digest": calibration.digest.hex()},
     }
 
 
-def _command(args: Namespace) -> str:
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """Versions of Python and of packages, those that are installed."""
+    found = {"python": platform.python_version()}
+    for package in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+def command(args: Namespace) -> str:
     """As it was given; files by name, wherever they are."""
     words = [
         Path(word).name if os.path.exists(word) or os.path.isabs(word) else word

@@ -1,0 +1,1 @@
+"""A server under load: who asks what and when, how it is asked, and what that says."""
