@@ -69,6 +69,9 @@ class StandIn:
             f'vllm:prefix_cache_queries_total{{engine="0"}} {self.queries}\n'
         )
 
+    async def version(self, request: web.Request) -> web.Response:
+        return web.json_response({"version": "1.2.3"})
+
     async def health(self, request: web.Request) -> web.Response:
         return web.Response()
 
@@ -79,6 +82,7 @@ class StandIn:
         made.router.add_post("/tokenize", self.tokenize)
         made.router.add_get("/v1/models", self.models)
         made.router.add_get("/metrics", self.metrics)
+        made.router.add_get("/version", self.version)
         made.router.add_get("/health", self.health)
         return made
 

@@ -318,6 +318,7 @@ def test_servers_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert plot.stat().st_size > 10_000
     assert [arm["name"] for arm in found["arms"]] == ["recompute", "raw"]
     for arm in found["arms"]:
+        assert arm["version"] == "1.2.3"
         assert [case["conversations"] for case in arm["cases"]] == [2, 4]
         for case in arm["cases"]:
             for step in [*case["open_loop"], case["closed_loop"]]:

@@ -95,7 +95,9 @@ def _measure(args: Namespace, bars: Progress) -> Iterator[dict[str, Any]]:
         client = Client(server.url, server.model)
         if source is None:
             source = _source(args, client)
-        found: dict[str, Any] = {"name": server.arm.name, "about": server.arm.about, "cases": []}
+        arm = server.arm
+        found: dict[str, Any] = {"name": arm.name, "about": arm.about, "version": server.version}
+        found["cases"] = []
         arms.append(found)
         for working_set in args.working_sets:
             conversations = conversations_of(int(working_set * budget), token_bytes, shape.context)
@@ -186,8 +188,8 @@ class _Case:
             raise OSError(f"{self._server.url}: {failed[0]}")
         self._client.closed_loop(self._trace.requests(_WARM_UP), 1)
 
-    def first_rate(self) -> Iterable[float]:
-        """Rates from half of what one user gets, doubled without end."""
+    def first_rate(self) -> list[float]:
+        """Rates from half of what one user gets, doubled."""
         outcomes = self._client.closed_loop(self._trace.requests(4), 1)
         start = summarise(outcomes, self._slo)["requests_per_s"] / 2
         return [start * 2**i for i in range(12)]

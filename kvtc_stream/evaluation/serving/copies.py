@@ -67,6 +67,4 @@ class HostCopiesSpec(CPUOffloadingSpec):  # type: ignore[misc]
                 f"a row of host memory holds one block here, found {self.blocks_per_chunk}: leave "
                 f"out block_size"
             )
-        if self._worker is None:
-            self._worker = HostCopies(kv_caches, self.num_chunks)
-        return self._worker
+        return HostCopies(kv_caches, self.num_chunks)

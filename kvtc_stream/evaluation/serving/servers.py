@@ -142,6 +142,14 @@ class Server:
         """The name of the first model that it serves."""
         return str(json.loads(self._get("/v1/models"))["data"][0]["id"])
 
+    @property
+    def version(self) -> str:
+        """As vLLM tells it; empty for servers that do not."""
+        try:
+            return str(json.loads(self._get("/version"))["version"])
+        except (OSError, ValueError, KeyError):
+            return ""
+
     def counters(self) -> dict[str, float]:
         """Counters of prompts' tokens and of pages; empty for servers that have none."""
         try:
