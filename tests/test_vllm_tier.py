@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from test_vllm import (
     BLANK,
@@ -196,3 +198,32 @@ def test_metrics_and_the_log(tiered: Tiered) -> None:
     assert tiered.count("loaded_pages") == 8 + 8 + 8 + 8 + 4
     assert tiered.count("loaded_cache_bytes") > 1.5 * tiered.count("loaded_bytes") > 0
     assert "layout vllm CPU" in tiered.log
+
+
+@pytest.mark.filterwarnings("ignore")  # of what vLLM imports
+def test_what_is_not_served_is_named() -> None:
+    """At the start; here no engine has a worker in this process."""
+    from kvtc_stream.integrations.vllm import tier
+
+    view = memoryview(np.zeros((2, 8), np.uint8))
+    with pytest.raises(ValueError, match="the secondary tier lacks 'calibration'"):
+        tier.KvtcTier(None, view, "KvtcTier")
+    with pytest.raises(kvtc.UnsupportedError, match="scheduler and worker are one process"):
+        tier.KvtcTier(None, view, "KvtcTier", calibration="c", store="s")
+
+    def found(**changes: Any) -> list[str]:
+        vllm_config = SimpleNamespace(
+            cache_config=SimpleNamespace(prefix_caching_hash_algo=changes.get("hash", "sha256")),
+            lora_config=changes.get("lora"),
+        )
+        spec = SimpleNamespace(
+            config=SimpleNamespace(canonical_layout=changes.get("canonical", False)),
+            _scheduler_mmap=SimpleNamespace(fd=changes.get("file", 3)),
+        )
+        return tier.refusals(vllm_config, spec)
+
+    assert found() == []
+    assert found(file=None) == ["vLLM's host memory is no file that another process can open"]
+    [reason] = found(hash="xxhash")
+    assert "use sha256" in reason
+    assert len(found(lora=object(), canonical=True)) == 2
