@@ -111,7 +111,8 @@ LMCACHE_LAYOUTS = (
 SGLANG_LAYOUTS = (
     Layout("SGLang layer_first", "2LNHD"),
     Layout("SGLang page_first", "2NLHD"),
-    Layout("SGLang page_head", "2HNLD"),
+    Layout("SGLang page_first_direct", "2BLNHD"),
+    Layout("SGLang page_head", "2BHNLD"),
 )
 
 

@@ -1,0 +1,209 @@
+"""Chunks of LMCache as pages of one fixed size."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from lmcache.v1.distributed.api import MemoryLayoutDesc, ObjectKey
+from lmcache.v1.distributed.l2_adapters import create_l2_adapter
+from lmcache.v1.distributed.l2_adapters.base import L2AdapterInterface
+from lmcache.v1.distributed.l2_adapters.config import get_l2_adapter_config_class
+from lmcache.v1.distributed.serde.async_processor import AsyncSerdeProcessor
+from lmcache.v1.distributed.serde.base import Deserializer, Serializer
+from lmcache.v1.distributed.serde.factory import (
+    get_registered_serde_types,
+    register_serde_factory,
+)
+from lmcache.v1.memory_management import MemoryObj
+
+from kvtc_stream.errors import UnsupportedError
+from kvtc_stream.integrations.hosts.layouts import LMCACHE_LAYOUTS, kv_views
+from kvtc_stream.integrations.hosts.pages import (
+    HostPages,
+    PageCounts,
+    check_shape,
+    loaded_calibration,
+    torch_label,
+)
+from kvtc_stream.integrations.lmcache.settings import SerdeSettings
+
+SERDE = "kvtc"
+#: What a slot has beyond the ratio: some tokens are kept bit for bit, and pages have their seal.
+_SLACK = 1.1
+
+
+class Chunks:
+    """The codecs of chunks, one for each of their sizes and element types.
+
+    Raises
+    ------
+    UnsupportedError
+        The calibration has several kinds of layers.
+    """
+
+    def __init__(self, settings: SerdeSettings) -> None:
+        self.settings = settings
+        self._calibration = loaded_calibration(settings)
+        self._section = self._calibration.geometry.sections[0]
+        self._pages: dict[tuple[int, str], HostPages] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def counts(self) -> PageCounts:
+        """What became of chunks until now."""
+        found = PageCounts()
+        for pages in self._pages.values():
+            own = vars(pages.counts)
+            found = replace(found, **{n: getattr(found, n) + x for n, x in own.items()})
+        return found
+
+    def pages(self, tokens: int, dtype: str) -> HostPages:
+        """Those of chunks of so many tokens."""
+        kind = tokens, dtype
+        with self._lock:
+            if kind not in self._pages:
+                self._pages[kind] = HostPages(
+                    self.settings,
+                    self._calibration,
+                    dtype=dtype,
+                    tokens=tokens,
+                    most=self.settings.max_tokens,
+                    facts={"host": "lmcache"},
+                )
+            return self._pages[kind]
+
+    def views(self, obj: MemoryObj) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V [layers, kv_heads, tokens, head_dim] in the memory of a chunk."""
+        tensor = obj.tensor
+        if tensor is None or len(obj.get_shapes()) != 1:
+            raise UnsupportedError(
+                f"a chunk has {len(obj.get_shapes())} tensors; the serde kvtc serves chunks of one "
+                f"kind of layers"
+            )
+        section = self._section
+        sizes = {"kv_heads": section.kv_heads, "head_dim": section.k_dim}
+        k, v = kv_views(tensor, LMCACHE_LAYOUTS, tokens=tensor.shape[-2], **sizes)
+        check_shape(section, {"layers": k.shape[0]}, "the chunk")
+        return k, v
+
+    def slot(self, layout: MemoryLayoutDesc) -> int:
+        """Bytes that every chunk of a layout takes."""
+        if self.settings.max_bytes is not None:
+            return self.settings.max_bytes
+        assert self.settings.ratio is not None
+        sizes = (
+            math.prod(shape) * dtype.itemsize
+            for shape, dtype in zip(layout.shapes, layout.dtypes, strict=True)
+        )
+        return math.ceil(sum(sizes) * _SLACK / self.settings.ratio)
+
+
+def _name(key: ObjectKey) -> str:
+    """What a chunk is sealed as: all that LMCache tells it by, and its tenant."""
+    return "@".join(
+        (
+            key.model_name,
+            f"{key.kv_rank:x}",
+            f"{key.object_group_id:x}",
+            key.chunk_hash.hex(),
+            key.cache_salt,
+        )
+    )
+
+
+class KvtcSerializer(Serializer):  # type: ignore[misc]
+    """Codes chunks.
+
+    A chunk that does not fit its slot is not stored, nor are those that LMCache stores with it:
+    one whose position cannot be found, which would have to be kept bit for bit.
+    """
+
+    def __init__(self, chunks: Chunks) -> None:
+        self._chunks = chunks
+
+    def estimate_serialized_size(self, layout_desc: MemoryLayoutDesc) -> int:
+        """Bytes that every chunk of this layout takes, all of which are stored."""
+        return self._chunks.slot(layout_desc)
+
+    def serialize(self, src: MemoryObj, dst: MemoryObj, key: ObjectKey) -> int:
+        """Write a chunk as a page into the slot, and zeros behind it.
+
+        Raises
+        ------
+        UnsupportedError
+            It does not fit, or is in a layout that is not served.
+        """
+        k, v = self._chunks.views(src)
+        page = self._chunks.pages(k.shape[2], torch_label(k.dtype)).encode(_name(key), k, v)
+        slot = _bytes(dst)
+        if len(page) > len(slot):
+            raise UnsupportedError(
+                f"chunk {key.chunk_hash.hex()} takes {len(page)} bytes and has {len(slot)}: it is "
+                f"not stored; max_bytes of serde allows more, max_tokens says how long prompts are"
+            )
+        slot[: len(page)] = torch.frombuffer(bytearray(page), dtype=torch.uint8)
+        slot[len(page) :] = 0
+        return len(slot)
+
+
+class KvtcDeserializer(Deserializer):  # type: ignore[misc]
+    """Restores chunks; what is damaged or another's is refused, and LMCache misses it."""
+
+    def __init__(self, chunks: Chunks) -> None:
+        self._chunks = chunks
+
+    def deserialize(self, src: MemoryObj, dst: MemoryObj, key: ObjectKey) -> None:
+        """Write K and V of a page into a chunk.
+
+        Raises
+        ------
+        KVTCError
+            The page is damaged or another's; the chunk is as it was.
+        """
+        k, v = self._chunks.views(dst)
+        pages = self._chunks.pages(k.shape[2], torch_label(k.dtype))
+        pages.decode(_name(key), memoryview(_bytes(src).numpy()), k, v)
+
+
+def _bytes(obj: MemoryObj) -> torch.Tensor:
+    tensor = obj.tensor
+    assert tensor is not None
+    return tensor.view(torch.uint8).flatten()
+
+
+class KvtcPlugin(L2AdapterInterface):  # type: ignore[misc]
+    """The L2 adapter that ``adapter_params`` name, one of LMCache's own.
+
+    Naming this class in ``--l2-adapter`` imports this module, which is how LMCache comes to know
+    the serde.
+    """
+
+    def __new__(  # type: ignore[misc]
+        cls, params: Mapping[str, Any], l1_memory_desc: Any = None
+    ) -> L2AdapterInterface:
+        kind = params.get("type")
+        if not isinstance(kind, str) or kind == "plugin":
+            raise ValueError(
+                f"adapter_params has type {kind!r}; name one of LMCache's own adapters, such as "
+                f'{{"type": "fs", "base_path": "/var/cache/lmcache"}}'
+            )
+        return create_l2_adapter(
+            get_l2_adapter_config_class(kind).from_dict(dict(params)), l1_memory_desc
+        )
+
+
+def _serde(options: dict[str, Any]) -> AsyncSerdeProcessor:
+    settings = SerdeSettings.read(options)
+    chunks = Chunks(settings)
+    return AsyncSerdeProcessor(
+        KvtcSerializer(chunks), KvtcDeserializer(chunks), max_workers=settings.max_workers
+    )
+
+
+if SERDE not in get_registered_serde_types():
+    register_serde_factory(SERDE, _serde)
