@@ -162,7 +162,7 @@ class HostPages:
         KVTCError
             The page is damaged, another's, or at another position than the host says.
         """
-        import torch
+        from torch.utils.dlpack import from_dlpack
 
         try:
             block = self._decoder.block(page, identity=name.encode())
@@ -176,8 +176,8 @@ class HostPages:
         except Exception:
             self._count(refused=1)
             raise
-        k.copy_(torch.from_dlpack(block.k))
-        v.copy_(torch.from_dlpack(block.v))
+        k.copy_(from_dlpack(block.k))
+        v.copy_(from_dlpack(block.v))
         self._count(decoded=1)
 
     def _position(self, k: Any) -> int | None:

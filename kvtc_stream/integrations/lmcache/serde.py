@@ -100,7 +100,7 @@ class Chunks:
             math.prod(shape) * dtype.itemsize
             for shape, dtype in zip(layout.shapes, layout.dtypes, strict=True)
         )
-        return math.ceil(sum(sizes) * _SLACK / self.settings.ratio)
+        return math.ceil(int(sum(sizes)) * _SLACK / self.settings.ratio)
 
 
 def _name(key: ObjectKey) -> str:
@@ -167,11 +167,11 @@ class KvtcDeserializer(Deserializer):  # type: ignore[misc]
         """
         k, v = self._chunks.views(dst)
         pages = self._chunks.pages(k.shape[2], torch_label(k.dtype))
-        pages.decode(_name(key), memoryview(_bytes(src).numpy()), k, v)
+        pages.decode(_name(key), _bytes(src).numpy().data, k, v)
 
 
 def _bytes(obj: MemoryObj) -> torch.Tensor:
-    tensor = obj.tensor
+    tensor: torch.Tensor | None = obj.tensor
     assert tensor is not None
     return tensor.view(torch.uint8).flatten()
 
@@ -183,9 +183,7 @@ class KvtcPlugin(L2AdapterInterface):  # type: ignore[misc]
     the serde.
     """
 
-    def __new__(  # type: ignore[misc]
-        cls, params: Mapping[str, Any], l1_memory_desc: Any = None
-    ) -> L2AdapterInterface:
+    def __new__(cls, params: Mapping[str, Any], l1_memory_desc: Any = None) -> L2AdapterInterface:
         kind = params.get("type")
         if not isinstance(kind, str) or kind == "plugin":
             raise ValueError(

@@ -220,11 +220,11 @@ class KvtcStorage(HiCacheStorage):  # type: ignore[misc]
         sizes = {**self._sizes, "2": 2, "B": 1, "L": self.mem_pool_host.layer_num}
         return flat.view([sizes[axis] for axis in self._layout.axes])
 
-    def _views(self, page: torch.Tensor) -> list[torch.Tensor]:
+    def _views(self, page: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V [layers, kv_heads, tokens, head_dim] in the memory of a page."""
         assert self._layout is not None
-        views = self._layout.views(page, self._sizes)
-        return [x[0] if "B" in self._layout.axes else x for x in views]
+        k, v = self._layout.views(page, self._sizes)
+        return (k[0], v[0]) if "B" in self._layout.axes else (k, v)
 
     def _put(self, key: str, page: torch.Tensor, position: int | None) -> bool:
         assert self._pages is not None
