@@ -13,7 +13,7 @@ class SerdeSettings(PageSettings):
     """``serde`` of an L2 adapter of LMCache, ``{"type": "kvtc", …}``.
 
     As :class:`kvtc_stream.integrations.hosts.PageSettings`, but for ``store`` and ``budget_gb``,
-    because the adapter keeps chunks; ``ratio`` is needed; and:
+    because the adapter keeps chunks; ``ratio`` is needed, and no other target; and:
 
     Attributes
     ----------
@@ -29,7 +29,9 @@ class SerdeSettings(PageSettings):
 
     reader: ClassVar[str] = "the serde kvtc"
     place: ClassVar[str] = "serde"
-    without: ClassVar[frozenset[str]] = frozenset({"store", "budget_gb"})
+    without: ClassVar[frozenset[str]] = frozenset(
+        {"store", "budget_gb", "bits_per_token", "mean_error"}
+    )
     needed: ClassVar[tuple[str, ...]] = ("calibration", "ratio")
 
     max_bytes: int | None = None
