@@ -35,7 +35,6 @@ RESULT = Path(__file__).parent / "results" / "pages.json"
 SIZES = (16, 32, 64, 128, 256)
 #: Of streams, around those that pages reach.
 RATIOS = (4.0, 6.0, 8.0, 11.0, 16.0, 22.0)
-ERROR_BOUND = 0.5
 
 
 def main() -> None:
@@ -46,6 +45,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=1024, help="tokens of a cache")
     parser.add_argument("--following", type=int, default=256, help="tokens that are predicted")
     parser.add_argument("--targets", type=float, nargs="+", default=[8.0, 16.0])
+    parser.add_argument("--error-bound", type=float, default=0.5, help="of pages")
     parser.add_argument("-o", "--output", type=Path, default=RESULT)
     arguments = parser.parse_args()
     console = Console()
@@ -58,13 +58,13 @@ def main() -> None:
         start = len(ids) // 2
         own = ids[start : start + arguments.context + arguments.following + 1]
         judge = Judge(model, own, arguments.context)
-        run = {"text": Path(path).name, **measured(judge, calibration, arguments.targets)}
+        run = {"text": Path(path).name, **measured(judge, calibration, arguments)}
         runs.append(run)
         console.print(run)
     result |= {
         "context": arguments.context,
         "following": arguments.following,
-        "error_bound": ERROR_BOUND,
+        "error_bound": arguments.error_bound,
         "calibration_tokens": calibration.tokens,
         "runs": runs,
         "summary": summary(runs, arguments.targets),
@@ -74,7 +74,9 @@ def main() -> None:
     draw(result, arguments.output.with_suffix(".png"))
 
 
-def measured(judge: Judge, calibration: kvtc.Calibration, targets: list[float]) -> dict[str, Any]:
+def measured(
+    judge: Judge, calibration: kvtc.Calibration, arguments: argparse.Namespace
+) -> dict[str, Any]:
     """Streams of several ratios, and pages of several sizes and targets."""
     raw = sum(x.nbytes for x in judge.cache)
     streams = []
@@ -82,16 +84,17 @@ def measured(judge: Judge, calibration: kvtc.Calibration, targets: list[float]) 
         codec = kvtc.Codec(calibration, ratio=ratio, window=0)
         found = judge.of(kvtc.encode(*judge.cache, codec=codec), calibration)
         streams.append({"target": ratio, "ratio": raw / found["bytes"], "kl": found["kl"]})
-    pages = [in_pages(judge, calibration, t, n) for t in targets for n in SIZES]
+    bound = arguments.error_bound
+    pages = [in_pages(judge, calibration, t, n, bound) for t in arguments.targets for n in SIZES]
     return {"streams": streams, "pages": pages}
 
 
 def in_pages(
-    judge: Judge, calibration: kvtc.Calibration, target: float, size: int
+    judge: Judge, calibration: kvtc.Calibration, target: float, size: int, error_bound: float
 ) -> dict[str, float]:
     """One cache in pages of some tokens."""
     codec = kvtc.Codec(
-        calibration, ratio=target, block_tokens=size, error_bound=ERROR_BOUND, backend="cpu"
+        calibration, ratio=target, block_tokens=size, error_bound=error_bound, backend="cpu"
     )
     coder = kvtc.PageCodec(codec, dtype="bfloat16", key=calibration.digest)
     k, v = judge.cache
