@@ -34,7 +34,12 @@ from lmcache.v1.memory_management import (
     MemoryObjMetadata,
     TensorMemoryObj,
 )
+from lmcache.v1.multiprocess.transfer_context.base import (
+    gather_paged_kv_to_cpu,
+    scatter_cpu_to_paged_kv,
+)
 
+from kvtc_stream.integrations.hosts.layouts import VLLM_LAYOUTS
 from kvtc_stream.integrations.lmcache import SerdeSettings
 from kvtc_stream.integrations.lmcache.serde import (
     Chunks,
@@ -131,9 +136,9 @@ def test_chunks_come_back(chunks: Chunks, real_sample: RealSample, fused: bool) 
         calibration = kvtc.Calibration.load(chunks.settings.calibration)
         codec = kvtc.Codec(calibration, block_tokens=SIZE, ratio=3, error_bound=0.5)
         pages = kvtc.PageCodec(codec, dtype="bfloat16")
-        k, v = chunks.views(own)
+        k, v = chunks.read(own)
         expected = pages.decode(pages.encode(k, v, positions=start))
-        for a, b in zip(chunks.views(found), expected, strict=True):
+        for a, b in zip(chunks.read(found), expected, strict=True):
             assert torch.equal(a, torch.from_dlpack(b))
     assert chunks.counts.coded == chunks.counts.decoded == 3
 
@@ -192,12 +197,12 @@ def test_unsure_positions(chunks: Chunks, real_sample: RealSample, calibration_p
 
 def test_what_is_not_served_is_refused(chunks: Chunks, calibration_path: Path) -> None:
     with pytest.raises(kvtc.UnsupportedError, match="LMCache"):
-        chunks.views(chunk((4, 3, SIZE, 128), torch.bfloat16))
+        chunks.read(chunk((4, 3, SIZE, 128), torch.bfloat16))
     layers, heads, dim = 30, 3, 64
     section = chunks._section
     layers, heads, dim = len(section.layers), section.kv_heads, section.k_dim
     with pytest.raises(kvtc.CalibrationMismatchError, match="the chunk has layers"):
-        chunks.views(chunk((2, layers + 1, SIZE, heads * dim), torch.bfloat16))
+        chunks.read(chunk((2, layers + 1, SIZE, heads * dim), torch.bfloat16))
     half = chunk((2, layers, SIZE, heads * dim), torch.float8_e4m3fn)
     with pytest.raises(kvtc.UnsupportedError, match="cache is float8_e4m3fn"):
         coded(chunks, half, key_of(0))
@@ -208,6 +213,44 @@ def test_what_is_not_served_is_refused(chunks: Chunks, calibration_path: Path) -
     for params in ({}, {"type": "plugin"}):
         with pytest.raises(ValueError, match="name one of LMCache's own adapters"):
             KvtcPlugin(params)
+
+
+def test_chunks_of_vllm_on_cpus(real_sample: RealSample, calibration_path: Path) -> None:
+    """Copied from and into blocks of its CPU backend by LMCache's own code."""
+    block, layers, (heads, dim) = 16, len(real_sample.k), real_sample.k.shape[1::2]
+
+    def caches() -> tuple[dict[str, torch.Tensor], list[Any]]:
+        own = {
+            f"layer.{i}": torch.zeros(6, heads, block, 2 * dim).bfloat16() for i in range(layers)
+        }
+        sizes = {"H": heads, "N": block, "D": dim}
+        return own, [VLLM_LAYOUTS[1].views(x, sizes) for x in own.values()]
+
+    ids = [4, 1, 3, 5]  # two chunks of two blocks
+    before, views = caches()
+    for layer, own in enumerate(views):
+        for i, place in enumerate(ids):
+            for view, x in zip(own, (real_sample.k, real_sample.v), strict=True):
+                part = x[layer, :, i * block : (i + 1) * block].astype(np.float32)
+                view[place] = torch.from_numpy(part).bfloat16()
+    copied = gather_paged_kv_to_cpu(before, ids, 2)
+    options = {"calibration": str(calibration_path), "ratio": 3}
+    chunks = Chunks(SerdeSettings.read({**options, "cpu_block_tokens": block}))
+    restored = []
+    for i, x in enumerate(copied):
+        own = chunk(x.shape, torch.bfloat16)
+        own.tensor.copy_(x)
+        with pytest.raises(kvtc.UnsupportedError, match="not stored"):
+            coded(Chunks(SerdeSettings.read(options)), own, key_of(i))
+        found = chunk(x.shape, torch.bfloat16)
+        KvtcDeserializer(chunks).deserialize(coded(chunks, own, key_of(i)), found, key_of(i))
+        restored.append(found.tensor)
+    assert chunks.counts.coded == 2
+    after, own_views = caches()
+    scatter_cpu_to_paged_kv(after, ids, restored, 2)
+    for expected, found in zip(views, own_views, strict=True):
+        for a, b in zip(expected, found, strict=True):
+            assert float((a.float() - b.float()).norm() / a.float().norm()) < 0.5
 
 
 # With LMCache's own adapter and processor.

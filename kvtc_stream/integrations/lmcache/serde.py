@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +22,7 @@ from lmcache.v1.distributed.serde.factory import (
 from lmcache.v1.memory_management import MemoryObj
 
 from kvtc_stream.errors import UnsupportedError
-from kvtc_stream.integrations.hosts.layouts import LMCACHE_LAYOUTS, kv_views
+from kvtc_stream.integrations.hosts.layouts import LMCACHE_LAYOUTS, VLLM_LAYOUTS, kv_views
 from kvtc_stream.integrations.hosts.pages import (
     HostPages,
     PageCounts,
@@ -35,6 +35,7 @@ from kvtc_stream.integrations.lmcache.settings import SerdeSettings
 SERDE = "kvtc"
 #: What a slot has beyond the ratio: some tokens are kept bit for bit, and pages have their seal.
 _SLACK = 1.1
+_CPU_LAYOUT = VLLM_LAYOUTS[1]
 
 
 class Chunks:
@@ -77,8 +78,25 @@ class Chunks:
                 )
             return self._pages[kind]
 
-    def views(self, obj: MemoryObj) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V [layers, kv_heads, tokens, head_dim] in the memory of a chunk."""
+    def read(self, obj: MemoryObj) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V [layers, kv_heads, tokens, head_dim] of a chunk; views of its memory, but of a
+        chunk of vLLM's CPU backend."""
+        k, v = self._views(obj)
+        block = self.settings.cpu_block_tokens
+        return (k, v) if block is None else CPUBlocks(obj.tensor, block, k.shape).read()
+
+    def write(self, obj: MemoryObj, key: ObjectKey, page: Any) -> None:
+        """Write a page into a chunk."""
+        k, v = self._views(obj)
+        block, pages = self.settings.cpu_block_tokens, self.pages(k.shape[2], torch_label(k.dtype))
+        if block is None:
+            pages.decode(_name(key), page, k, v)
+            return
+        parts = torch.empty_like(k, memory_format=torch.contiguous_format), torch.empty_like(v)
+        pages.decode(_name(key), page, *parts)
+        CPUBlocks(obj.tensor, block, k.shape).write(*parts)
+
+    def _views(self, obj: MemoryObj) -> tuple[torch.Tensor, torch.Tensor]:
         tensor = obj.tensor
         if tensor is None or len(obj.get_shapes()) != 1:
             raise UnsupportedError(
@@ -101,6 +119,52 @@ class Chunks:
             for shape, dtype in zip(layout.shapes, layout.dtypes, strict=True)
         )
         return math.ceil(int(sum(sizes)) * _SLACK / self.settings.ratio)
+
+
+class CPUBlocks:
+    """A chunk of vLLM's CPU backend, [layers, tokens, heads × 2 head_dim] as LMCache copies it.
+
+    The backend keeps K of a block and head transposed, and V behind it, where others keep K and V
+    of a token side by side. LMCache takes it for that and cuts it into rows.
+
+    Parameters
+    ----------
+    tensor
+        Of the chunk.
+    block
+        Tokens of vLLM's blocks.
+    shape
+        Of K: [layers, kv_heads, tokens, head_dim].
+    """
+
+    def __init__(self, tensor: torch.Tensor, block: int, shape: Sequence[int]) -> None:
+        layers, heads, tokens, dim = shape
+        if tensor.ndim != 3 or tokens % block:
+            raise UnsupportedError(
+                f"a chunk of shape {list(tensor.shape)} is none of vLLM's CPU backend with blocks "
+                f"of {block} tokens: cpu_block_tokens is for that backend alone"
+            )
+        self._shape, self._sizes = tuple(shape), {"H": heads, "N": block, "D": dim}
+        rows = tensor.view(layers, tokens // block, block, heads, 2 * dim)
+        self._blocks = rows.permute(0, 1, 3, 2, 4)  # each [N, 2 D], rows apart
+
+    def read(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Copies of K and V [layers, kv_heads, tokens, head_dim]."""
+        k, v = self._parts(self._blocks.contiguous())
+        return k.reshape(self._shape), v.reshape(self._shape)
+
+    def write(self, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Write K and V [layers, kv_heads, tokens, head_dim] into the chunk."""
+        dense = torch.empty_like(self._blocks, memory_format=torch.contiguous_format)
+        for part, x in zip(self._parts(dense), (k, v), strict=True):
+            part.copy_(x.reshape(part.shape))
+        self._blocks.copy_(dense)
+
+    def _parts(self, dense: torch.Tensor) -> list[torch.Tensor]:
+        """K and V [layers, kv_heads, blocks, tokens, head_dim] in dense blocks."""
+        layers, count, heads = dense.shape[:3]
+        own = _CPU_LAYOUT.views(dense.view(layers * count, heads, -1), self._sizes)
+        return [x.unflatten(0, (layers, count)).transpose(1, 2) for x in own]
 
 
 def _name(key: ObjectKey) -> str:
@@ -138,7 +202,7 @@ class KvtcSerializer(Serializer):  # type: ignore[misc]
         UnsupportedError
             It does not fit, or is in a layout that is not served.
         """
-        k, v = self._chunks.views(src)
+        k, v = self._chunks.read(src)
         page = self._chunks.pages(k.shape[2], torch_label(k.dtype)).encode(_name(key), k, v)
         slot = _bytes(dst)
         if len(page) > len(slot):
@@ -165,9 +229,7 @@ class KvtcDeserializer(Deserializer):  # type: ignore[misc]
         KVTCError
             The page is damaged or another's; the chunk is as it was.
         """
-        k, v = self._chunks.views(dst)
-        pages = self._chunks.pages(k.shape[2], torch_label(k.dtype))
-        pages.decode(_name(key), _bytes(src).numpy().data, k, v)
+        self._chunks.write(dst, key, _bytes(src).numpy().data)
 
 
 def _bytes(obj: MemoryObj) -> torch.Tensor:

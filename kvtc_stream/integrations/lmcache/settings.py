@@ -23,6 +23,9 @@ class SerdeSettings(PageSettings):
     max_tokens
         LMCache does not tell where in a prompt a chunk begins. It is looked for before this
         position; later chunks are not stored.
+    cpu_block_tokens
+        Tokens of vLLM's blocks, if vLLM runs on CPUs: 128 unless ``--block-size`` says otherwise.
+        That backend keeps K transposed, and chunks do not show it.
     max_workers
         Chunks that are coded at a time.
     """
@@ -36,4 +39,5 @@ class SerdeSettings(PageSettings):
 
     max_bytes: int | None = None
     max_tokens: int = 32_768
+    cpu_block_tokens: int | None = None
     max_workers: int = 1
