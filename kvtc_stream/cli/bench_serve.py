@@ -390,7 +390,7 @@ def draw(result: dict[str, Any], path: str) -> None:
                 **style,
             )
     possible = [100 * best(case)["possible_hit_rate"] for case in arms[0]["cases"]]
-    axes[0, 1].plot(sets, possible, color="0.5", linestyle=":", label="possible")
+    axes[0, 1].plot(sets, possible, color="0.5", linestyle=":", marker="x", label="possible")
     titles = (
         "goodput, requests/s",
         "tokens not computed, %",
@@ -402,6 +402,7 @@ def draw(result: dict[str, Any], path: str) -> None:
         axis.set_xscale("log", base=2)
         axis.set_xticks(sets, [f"{x:g}" for x in sets])
         axis.set_ylim(bottom=0)
+    axes[0, 1].set_ylim(0, 102)
     for axis, working_set in zip(axes[1], sets, strict=False):
         axis.axhline(result["slo"]["ttft"], color="0.5", linestyle=":")
         axis.set(title=f"TTFT p90 of returning, s, {working_set:g}×", xlabel="requests/s")
