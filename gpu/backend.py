@@ -433,6 +433,8 @@ class CudaSectionCoder(SectionCoder):
         for block, own in faulty(started):
             self._place(own, *self._cpu.decode(block, layers), columns)
         self._check_exact()
+        # Callers may go on in streams of their own.
+        cupy.cuda.get_current_stream().synchronize()
 
     @property
     def _tiles(self) -> bool:
