@@ -125,8 +125,8 @@ def measure(judge: Judge, codec: kvtc.Codec, dtype: str, args: Any) -> dict[str,
 
 
 def converse(judge: Judge, codec: kvtc.Codec, args: Any) -> dict[str, Any]:
-    """A conversation in bfloat16 that grows by a share of its text each turn."""
-    original = judge.of("bfloat16")
+    """A conversation that grows by a share of its text each turn, in the first of the types."""
+    original = judge.of(args.dtypes[0])
     edges = np.linspace(0, original[0].shape[2], args.generations + 1).astype(int)[1:]
     cache: Any = tuple(x[:, :, :0] for x in original)
     first = np.zeros((2, edges[-1]))
@@ -150,12 +150,12 @@ def converse(judge: Judge, codec: kvtc.Codec, args: Any) -> dict[str, Any]:
 
 
 def paged(judge: Judge, codec: kvtc.Codec, args: Any) -> dict[str, Any]:
-    """Pages in bfloat16."""
-    original = judge.of("bfloat16")
+    """Pages, in the first of the types."""
+    original = judge.of(args.dtypes[0])
     turns: Any = TURNS[args.backend]
     codec = replace(codec, block_tokens=PAGE)
     coders = {
-        backend: kvtc.PageCodec(replace(codec, backend=backend), dtype="bfloat16")
+        backend: kvtc.PageCodec(replace(codec, backend=backend), dtype=args.dtypes[0])
         for backend in {x for turn in turns for x in turn}
     }
     cache, rows = original, []
@@ -197,7 +197,9 @@ def draw(result: dict[str, Any], output: Path) -> None:
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    runs = [r for r in result["runs"] if r["dtype"] == "bfloat16" and not r["window"]]
+    runs = [
+        r for r in result["runs"] if r["dtype"] == result["runs"][0]["dtype"] and not r["window"]
+    ]
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
     for kind, axis in enumerate(axes):
         for run in runs:

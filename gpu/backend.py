@@ -298,11 +298,12 @@ class CudaSectionCoder(SectionCoder):
         restored: list[float | None] = [None] * len(blocks)
         if known.any():
             sizes, forgotten = encoder.sizes(batch, known), np.zeros_like(known)
+            least = encoder.overhead(batch, known)
             for i, own in enumerate(blocks):
                 if known[own].any():
                     offset = float(np.mean([x[own].offset for x in grids]))
                     count = int(np.count_nonzero(known[own]))
-                    if control.keeps(count, float(sizes.at(i, offset))):
+                    if control.keeps(count, float(sizes.at(i, offset)), float(least[i])):
                         restored[i] = offset
                     else:
                         forgotten[own] = True

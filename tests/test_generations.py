@@ -108,8 +108,7 @@ def test_nothing_more_is_lost(
 @given(
     models,
     dtypes,
-    # Of few tokens, what a block takes besides them is more than larger ratios allow them.
-    codings.map(lambda x: {**x, "ratio": min(x["ratio"], 16)}),
+    codings,
     st.lists(st.tuples(st.integers(1, 60), st.integers(0, 30), sizes), min_size=3, max_size=6),
 )
 def test_conversations_grow(
@@ -266,6 +265,39 @@ def test_grids_are_recognised() -> None:
         moved = x + noise * 2.0 ** (exponents[:, None] / 4) * rng.standard_normal(x.shape)
         found = lattice.recognise(moved.astype(np.float32), one, exponents.astype(np.float32))
         np.testing.assert_array_equal(found.grids, exponents)
+
+
+def test_a_somewhat_finer_grid_is_seen_by_few_coefficients() -> None:
+    """Of many fresh tokens few seem to have one: the finer it is, the fewer."""
+    one = np.ones(40, np.float32)
+    x = np.zeros((2, 40), np.float32)
+    x[0, :2], x[1, 3] = (1.001, -2.001), 1.0005
+    for finer in (0.2, 2.9):
+        found = lattice.recognise(x, one, np.full(2, finer, np.float32))
+        assert found.grids.tolist() == [0, 0]
+    assert not lattice.recognise(x[1:], one, np.full(1, 12, np.float32)).known.any()
+    fresh = np.random.default_rng(3).standard_normal((20_000, 40)) * 3 / np.arange(1, 41)
+    seen = lattice.recognise(fresh.astype(np.float32), one, np.full(20_000, 3, np.float32))
+    assert seen.known.mean() < 0.001
+
+
+def test_tokens_keep_grids_that_no_coarser_ones_would_serve() -> None:
+    """Few restored ones, of which a target allows less than a block takes without symbols."""
+    c = calibration(2, 1, 16, True)
+    original, size = drawn(c, "bfloat16", 84, 2), 16
+    k, v = (x[:, :, :0] for x in original)
+    first = np.zeros((2, 84))
+    for new, back in ((37, 20), (17, 17), (47, 10)):
+        done = max(k.shape[2] - back, 0)
+        k, v = (
+            np.concatenate([x[:, :, :done], o[:, :, done : done + new]], axis=2)
+            for x, o in zip((k, v), original, strict=True)
+        )
+        first[:, done:] = 0
+        codec = kvtc.Codec(c, ratio=64, window=0, block_tokens=128 if new == 17 else size)
+        k, v = again((k, v), codec)
+        now = once(first, original, (k, v))
+    check(first[:, : k.shape[2]], now)
 
 
 def test_no_grid_is_seen_where_none_is() -> None:

@@ -259,12 +259,9 @@ class BatchEncoder(Analyser):
 
         ``which``, bool [tokens]: only the share of these tokens, about; by default all.
         """
-        tokens, parts = np.diff(batch.starts), len(self._plan.parts)
-        overhead = 8 + self._tiles * (4 + 3 * np.minimum(tokens, 32)) + parts * ((tokens + 1) // 2)
+        overhead = self.overhead(batch, which)
         peaks = batch.peaks
         if which is not None and not which.all():
-            share = np.add.reduceat(which, batch.starts[:-1], dtype=np.int64) / tokens
-            overhead = overhead * share
             # To the kernel they are as tokens that will be verbatim.
             none = cupy.asarray(np.where(which, np.float32(0), np.float32(np.inf)))
             peaks = peaks.copy()
@@ -275,6 +272,18 @@ class BatchEncoder(Analyser):
             return found
 
         return OffsetCurve(measure)
+
+    def overhead(
+        self, batch: EncoderBatch, which: NDArray[np.bool_] | None = None
+    ) -> NDArray[np.float64]:
+        """Of those :meth:`sizes`, what takes no symbols, float64 [blocks]."""
+        tokens, parts = np.diff(batch.starts), len(self._plan.parts)
+        every = 8 + self._tiles * (4 + 3 * np.minimum(tokens, 32)) + parts * ((tokens + 1) // 2)
+        own = tokens
+        if which is not None:
+            own = np.add.reduceat(which, batch.starts[:-1], dtype=np.int64)
+        share: NDArray[np.float64] = every * (own / tokens)
+        return share
 
     def _bits(
         self, batch: EncoderBatch, peaks: Any, offsets: NDArray[np.float64]

@@ -273,12 +273,13 @@ def _accepted(distance, usual, coarser):  # type: ignore[no-untyped-def]
     part = distance / usual
     likelier = _F32(math.log(usual / distance))
     evidence = _F32(6) * usual * likelier
+    if evidence < _F32(lattice.LEAST_EVIDENCE) + _F32(lattice.PER_SQUARE) * part * part:
+        return False
     if coarser < _F32(0):
         away = _F32(1) - part
         chance = max(likelier - _F32(lattice.UNIFORM), _F32(1.25) * away * away)
-        return _F32(6) * usual * chance >= _F32(lattice.BY_CHANCE)
-    if evidence < _F32(lattice.LEAST_EVIDENCE) + _F32(lattice.PER_SQUARE) * part * part:
-        return False
+        least = min(_F32(lattice.BY_CHANCE), _F32(-lattice.BY_STEP) * coarser)
+        return _F32(6) * usual * chance >= least
     finer = likelier - _F32(lattice.LOG_LOSS) < coarser * _F32(lattice.LOG_HALF_OCTAVE)
     return not finer or evidence >= _F32(lattice.CERTAIN)
 

@@ -221,11 +221,12 @@ class CpuSectionCoder(SectionCoder):
             return coding.size(*some, offset, len(which))
 
         restored = float(np.mean([own.offset for own in grids])) if known.any() else None
-        if restored is not None and not control.keeps(
-            int(np.count_nonzero(known)), size(known, restored)
-        ):
-            grids = [own.forgotten() for own in grids]
-            known[:], restored = False, None
+        if restored is not None:
+            count_known = int(np.count_nonzero(known))
+            least = coding.overhead(count_known, len(known))
+            if not control.keeps(count_known, size(known, restored), least):
+                grids = [own.forgotten() for own in grids]
+                known[:], restored = False, None
         counted = control.counted(fits, known)
         tokens = int(np.count_nonzero(counted))
 

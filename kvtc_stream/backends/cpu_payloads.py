@@ -146,12 +146,15 @@ class UniformCoding:
             bands.bits(array, own, step, level)
             for bands, array, own in zip(self._bands, coefficients, classes, strict=True)
         )
-        tokens = len(classes[0])
+        return bits / 8 + self.overhead(len(classes[0]), among)
+
+    def overhead(self, tokens: int, among: int) -> float:
+        """Bytes of the payload of ``among`` tokens besides their symbols: the share of some."""
         tiles = sum(len(payload.tiles(c, payload.TILE_COMPONENTS)) for c in self._coded)
         # The lanes' final states take 4 bytes, and say 1 byte on average.
         lanes = min(rans.LANES, among)
-        overhead = 8 + tiles * (4 + 3 * lanes) + len(self._bands) * payload.nibbles(among)
-        return bits / 8 + overhead * tokens / among
+        every = 8 + tiles * (4 + 3 * lanes) + len(self._bands) * payload.nibbles(among)
+        return every * tokens / among
 
     def dequantise(self, quantised: Quantised, out: Sequence[Float]) -> None:
         """Their values, into float32 [tokens, components] a part; 0 of those without."""

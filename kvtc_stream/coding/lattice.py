@@ -43,10 +43,11 @@ EMPTY = 1 / 32
 MOST_RATIO, LEAST_EVIDENCE, PER_SQUARE = 0.8, 4.0, 40.0
 #: A grid that is finer than what is wanted costs bits, and one token that seems to have one makes
 #: its whole block's finer. So it is no finer than by so many quarter octaves, which are four bits a
-#: coefficient, and as unlikely by chance as this, in nats. Of n distances of any number the chance
-#: to be a part p of their usual size is about exp(−n/2 · max(ln 1/p − UNIFORM, 5/4 · (1 − p)²)): by
-#: the volume of a ball where p is small, by the variance where it is near 1.
-FINEST, BY_CHANCE, UNIFORM = 16, 16.0, 0.353
+#: coefficient, and as unlikely by chance as this, in nats: the second number for each of them up to
+#: the third, as what it costs grows with them. Of n distances of any number the chance to be a part
+#: p of their usual size is about exp(−n/2 · max(ln 1/p − UNIFORM, 5/4 · (1 − p)²)): by the volume
+#: of a ball where p is small, by the variance where it is near 1.
+FINEST, BY_STEP, BY_CHANCE, UNIFORM = 16, 2.0, 16.0, 0.353
 #: Logarithms of what the cast may have lost at most, as a part of what a finer step would lose, and
 #: of how much more squared distances are a quarter octave up; where it is not so likely as this.
 LOG_LOSS, LOG_HALF_OCTAVE, CERTAIN = math.log(4), math.log(2) / 2, 32.0
@@ -211,10 +212,10 @@ def accepted(distance, usual, coarser):  # type: ignore[no-untyped-def]
     part = distance / usual
     likelier = np.log(usual / distance)
     evidence = _F32(6) * usual * likelier
-    if coarser < 0:
-        chance = max(likelier - _F32(UNIFORM), _F32(1.25) * (_F32(1) - part) * (_F32(1) - part))
-        return _F32(6) * usual * chance >= _F32(BY_CHANCE)
     if evidence < _F32(LEAST_EVIDENCE) + _F32(PER_SQUARE) * part * part:
         return False
+    if coarser < 0:
+        chance = max(likelier - _F32(UNIFORM), _F32(1.25) * (_F32(1) - part) * (_F32(1) - part))
+        return _F32(6) * usual * chance >= min(_F32(BY_CHANCE), _F32(-BY_STEP) * coarser)
     finer = likelier - _F32(LOG_LOSS) < coarser * _F32(LOG_HALF_OCTAVE)
     return not finer or evidence >= _F32(CERTAIN)

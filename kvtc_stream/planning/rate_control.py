@@ -89,10 +89,15 @@ class SectionControl:
         self._control, self.of_errors = control, of_errors
         self._kept = RateControl(control.target, -1.0, 0.0)
 
-    def keeps(self, tokens: int, size: float) -> bool:
-        """Whether a block's restored tokens keep their grids, on which they take ``size`` bytes."""
+    def keeps(self, tokens: int, size: float, least: float) -> bool:
+        """Whether a block's restored tokens keep their grids, on which they take ``size`` bytes.
+
+        Whatever their grids, they take ``least``. Where that is more than the target allows, they
+        are measured by it: coarser grids would not meet the target either.
+        """
         if self.of_errors:
             return True
+        size -= max(least - self._kept.target * tokens, 0.0)
         # Blocks may begin elsewhere than those that they were in: a few tokens say little.
         excess = self._kept.excess(tokens, size)
         few = _FEW / (_FEW + self._kept.tokens + tokens)
@@ -210,9 +215,9 @@ class IndependentControl(_Memoryless):
     def _new(self) -> SectionControl:
         return self._target.control(self._header, self._section)
 
-    def keeps(self, tokens: int, size: float) -> bool:
+    def keeps(self, tokens: int, size: float, least: float) -> bool:
         """See :meth:`SectionControl.keeps`."""
-        return self._new().keeps(tokens, size)
+        return self._new().keeps(tokens, size, least)
 
     def choose(
         self,
@@ -238,7 +243,7 @@ class FittingControl(_Memoryless):
         self.fits, self.failed = True, False
         self._least = _least_offset(header, section)
 
-    def keeps(self, tokens: int, size: float) -> bool:
+    def keeps(self, tokens: int, size: float, least: float) -> bool:
         """Whether they may fit. A page that fitted fits again, though its estimate be larger."""
         return size <= self.budget * (1 if self.failed else _PERHAPS)
 
