@@ -190,6 +190,7 @@ def wait(self, *_, **__):
     time.sleep(60)
 
 Writer.write = wait
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup ignores
 for name in sys.argv.pop(1).split():
     signal.signal(getattr(signal, name), signal.SIG_IGN)
 raise SystemExit(main())

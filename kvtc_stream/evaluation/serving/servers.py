@@ -74,7 +74,7 @@ def make_arm(
             if gpu
             else {
                 "spec_name": "HostCopiesSpec",
-                "spec_module_path": "kvtc_stream.evaluation.serving.copies",
+                "spec_module_path": "kvtc_stream.integrations.vllm.cpu_copies",
             }
         )
         words = _transfer("OffloadingConnector", {"cpu_bytes_to_use": budget, **copies})
