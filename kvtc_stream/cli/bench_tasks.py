@@ -218,9 +218,10 @@ def draw(result: dict[str, Any], path: str) -> None:
     for label, row in zip(axis.get_yticklabels(), rows, strict=True):
         label.set_color("black" if row["can_do"] else "0.6")
     axis.invert_yaxis()
+    # Above the figure: the axis alone is narrower than such a title.
+    figure.suptitle(f"{result['model']['name']}: right answers, restored less exact cache")
     axis.set(
-        title=f"{result['model']['name']}: right answers, restored less exact cache",
-        xlabel="points, with intervals of 95 %; beside each task, the score of the exact cache",
+        xlabel="points, with intervals of 95 %; beside each task, the score of the exact cache"
     )
     axis.grid(alpha=0.3, axis="x")
     figure.legend(frameon=False, loc="outside lower center", ncols=4)
