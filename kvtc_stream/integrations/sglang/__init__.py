@@ -6,8 +6,9 @@ imported when the class is first asked for.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from kvtc_stream.integrations import lazy
 
 if TYPE_CHECKING:
     from kvtc_stream.integrations.sglang.settings import StorageSettings
@@ -15,11 +16,4 @@ if TYPE_CHECKING:
 
 __all__ = ["KvtcStorage", "StorageSettings"]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    home = "settings" if name == "StorageSettings" else "storage"
-    value = getattr(importlib.import_module(f"{__name__}.{home}"), name)
-    globals()[name] = value
-    return value
+__getattr__ = lazy(__name__, dict.fromkeys(__all__, "storage") | {"StorageSettings": "settings"})

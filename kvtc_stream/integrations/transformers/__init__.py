@@ -17,8 +17,9 @@ Functions may run in several threads on different models; one model serves one c
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from kvtc_stream.integrations import lazy
 
 if TYPE_CHECKING:
     from kvtc_stream.integrations.transformers.cache import decode_cache, encode_cache
@@ -49,11 +50,5 @@ __all__ = [
     "token_digest",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    """Names are loaded when first used: ``load_model`` says so if PyTorch is missing."""
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
+# ``load_model`` says so if PyTorch is missing.
+__getattr__ = lazy(__name__, _HOME)

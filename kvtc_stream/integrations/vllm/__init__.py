@@ -6,8 +6,9 @@ vLLM's own tiering offload; vLLM makes them. vLLM is imported when they are firs
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from kvtc_stream.integrations import lazy
 
 if TYPE_CHECKING:
     from kvtc_stream.integrations.vllm.connector import KvtcConnector
@@ -23,10 +24,4 @@ _HOME = {
     "TierSettings": "settings",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__ = lazy(__name__, _HOME)

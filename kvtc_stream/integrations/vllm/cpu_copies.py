@@ -6,6 +6,7 @@ All but the copies is vLLM's. vLLM imports this module by name; nothing here doe
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,20 +25,18 @@ class HostCopies(OffloadingWorker):  # type: ignore[misc]
 
     def submit_store(self, job_id: int, src_spec: Any, dst_spec: Any) -> bool:
         """Blocks to rows."""
-        begin, size = time.perf_counter(), 0
-        for blocks, rows in self._pairs:
-            found = blocks[torch.from_numpy(src_spec.block_ids)]
-            rows[torch.from_numpy(dst_spec.block_ids)] = found
-            size += found.nbytes
-        self._done.append(TransferResult(job_id, True, size, time.perf_counter() - begin))
-        return True
+        return self._copy(job_id, self._pairs, src_spec, dst_spec)
 
     def submit_load(self, job_id: int, src_spec: Any, dst_spec: Any) -> bool:
         """Rows to blocks."""
+        pairs = [(rows, blocks) for blocks, rows in self._pairs]
+        return self._copy(job_id, pairs, src_spec, dst_spec)
+
+    def _copy(self, job_id: int, pairs: Sequence[Any], src_spec: Any, dst_spec: Any) -> bool:
         begin, size = time.perf_counter(), 0
-        for blocks, rows in self._pairs:
-            found = rows[torch.from_numpy(src_spec.block_ids)]
-            blocks[torch.from_numpy(dst_spec.block_ids)] = found
+        for source, target in pairs:
+            found = source[torch.from_numpy(src_spec.block_ids)]
+            target[torch.from_numpy(dst_spec.block_ids)] = found
             size += found.nbytes
         self._done.append(TransferResult(job_id, True, size, time.perf_counter() - begin))
         return True
