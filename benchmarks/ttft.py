@@ -1,22 +1,27 @@
 """Time to the first token of a prompt: reading it, and restoring its cache.
 
     python benchmarks/ttft.py --model m.gguf --calibration m.safetensors --text t.txt --tokens 2048
-    python benchmarks/ttft.py --shape Llama-3.1-8B          # drawn weights, on a CUDA device
+    python benchmarks/ttft.py --shape Llama-3.1-8B Mistral-NeMo-12B     # drawn, on a CUDA device
 
-Both end with the likeliest next token, until the device is done. ``restore`` takes the bytes of all
-streams of a batch from where they are: pinned memory (with CUDA), ordinary memory, or files, which
-are dropped from the system's cache before each run; then one forward pass of the last token goes
-over the restored caches. ``copy`` is the same with caches that are on the device as they are, in
-two bytes a value: the least that restoring anything could take.
+A prompt is so many tokens and one more. ``prefill`` reads all of it. The others have the cache of
+the tokens, and read the last one: ``there`` has it on the model's device as it is, in two bytes a
+value, which no way to restore it can beat; the others restore it from a stream in pinned memory
+(with CUDA), ordinary memory, or a file that was dropped from the system's cache, by
+``decode_cache``, a batch by ``decode_many``. All end with the likeliest next token, when the device
+is done; ``restore`` of a place is its part until the cache is there. Streams on the device are no
+place of their own: the host parses them.
 
 With ``--shape`` weights, calibration and caches are drawn, as those of ``gpu.py``: times do not
-depend on them. With ``--model`` the caches are those of the text. What does not fit is left out,
-with the reason.
+depend on them. With ``--model`` the caches are those of the text. Times are medians of
+``--repeats`` runs after one that compiles and allocates; that one alone where it takes longer than
+two seconds. What does not fit, or takes longer than is left of ``--seconds``, is left out, with the
+reason. The result is written after each row.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import statistics
 import tempfile
@@ -26,7 +31,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from _common import environment, write_result
 from rich.console import Console
@@ -36,19 +40,51 @@ from transformers import DynamicCache
 import kvtc_stream as kvtc
 from kvtc_stream.evaluation import quality
 from kvtc_stream.integrations import transformers as host
-from kvtc_stream.io.dlpack import to_numpy
+from kvtc_stream.integrations.transformers.model import growing
 
 RESULT = Path(__file__).parent / "results" / "ttft.json"
-TOKENS = [2048, 8192, 32_768, 131_072]
+TOKENS = [2048, 8192, 32_768, 65_536, 131_072]
+PLACES = ("pinned", "memory", "disk")
+#: Seconds from which on a task is not run again.
+LONG = 2.0
 #: Beside layers, heads and dim: hidden size, of the MLP, query heads, vocabulary.
 NETWORKS = {
     "Llama-3.1-8B": (4096, 14_336, 32, 128_256),
     "Mistral-NeMo-12B": (5120, 14_336, 32, 131_072),
 }
-Pair = tuple[torch.Tensor, torch.Tensor]
+Tensors = list[torch.Tensor]
 
 
-class Drawn:
+class Source:
+    """A network, and prompts with their caches."""
+
+    network: Any
+    calibration: kvtc.Calibration
+
+    def ids(self, tokens: int, which: int) -> torch.Tensor:
+        """Token ids [tokens]."""
+        raise NotImplementedError
+
+    def cache(self, ids: torch.Tensor, which: int) -> tuple[Sequence[Any], Sequence[Any]]:
+        """K and V, for each layer [heads, tokens, dim], bfloat16, of ids [tokens]."""
+        raise NotImplementedError
+
+    @property
+    def device(self) -> torch.device:
+        """Of the network."""
+        return self.network.device  # type: ignore[no-any-return]
+
+    def free(self) -> None:
+        """Give memory that nothing uses back to the device."""
+        gc.collect()
+        if self.device.type == "cuda":
+            import cupy as cp
+
+            cp.get_default_memory_pool().free_all_blocks()
+            torch.cuda.empty_cache()
+
+
+class Drawn(Source):
     """A network of that shape on a CUDA device, and what ``gpu.py`` draws for it."""
 
     def __init__(self, name: str) -> None:
@@ -67,7 +103,7 @@ class Drawn:
             num_attention_heads=queries,
             num_key_value_heads=heads,
             head_dim=dim,
-            max_position_embeddings=max(TOKENS),
+            max_position_embeddings=max(TOKENS) + 1,
             rope_parameters={"rope_type": "default", "rope_theta": 1e6},
         )
         torch.manual_seed(0)
@@ -83,17 +119,15 @@ class Drawn:
         )
 
     def ids(self, tokens: int, which: int) -> torch.Tensor:
-        """Token ids [tokens]."""
         torch.manual_seed(which)
         return torch.randint(0, self.network.config.vocab_size, (tokens,))
 
-    def cache(self, tokens: int, which: int) -> Pair:
-        """K and V [layers, heads, tokens, dim], bfloat16."""
-        k, v = (torch.from_dlpack(x) for x in self._model.cache(tokens, which))
+    def cache(self, ids: torch.Tensor, which: int) -> tuple[Sequence[Any], Sequence[Any]]:
+        k, v = (torch.from_dlpack(x) for x in self._model.cache(len(ids), which))
         return k.view(torch.bfloat16), v.view(torch.bfloat16)
 
 
-class Real:
+class Real(Source):
     """A model that is given, on the CPU or a CUDA device, and a text."""
 
     def __init__(self, model: str, calibration: str, texts: Sequence[str]) -> None:
@@ -105,83 +139,135 @@ class Real:
         self._ids = torch.from_numpy(quality.token_ids(tokenizer, whole))
 
     def ids(self, tokens: int, which: int) -> torch.Tensor:
-        """Token ids [tokens]; texts overlap where they must."""
-        start = which * (len(self._ids) - tokens) // 8
-        if start < 0 or len(self._ids) < tokens:
-            raise ValueError(f"the text has {len(self._ids)} tokens, expected {tokens} or more")
+        if len(self._ids) < tokens:
+            raise SystemExit(f"the text has {len(self._ids)} tokens, expected {tokens} or more")
+        start = which * (len(self._ids) - tokens) // 8  # texts overlap where they must
         return self._ids[start : start + tokens]
 
-    def cache(self, tokens: int, which: int) -> Pair:
-        """K and V [layers, heads, tokens, dim], bfloat16."""
-        layers = quality.prefill(self.network, self.ids(tokens, which).numpy()).layers
-        k, v = (torch.cat([getattr(x, name) for x in layers]) for name in ("keys", "values"))
-        return k, v
+    def cache(self, ids: torch.Tensor, which: int) -> tuple[Sequence[Any], Sequence[Any]]:
+        layers = quality.prefill(self.network, ids.numpy()).layers
+        return [x.keys[0] for x in layers], [x.values[0] for x in layers]
 
 
-class Measured:
+class Row:
     """One length and batch."""
 
-    def __init__(self, source: Drawn | Real, codec: kvtc.Codec, tokens: int, batch: int) -> None:
-        self._network, self._codec = source.network, codec
-        self._device = source.network.device
-        self._cuda = self._device.type == "cuda"
-        rows = [source.ids(tokens, which) for which in range(batch)]
+    def __init__(
+        self, source: Source, codec: kvtc.Codec, tokens: int, batch: int, repeats: int
+    ) -> None:
+        self._source, self._codec, self._repeats = source, codec, repeats
+        self._network, self._device = source.network, source.device
+        rows = [source.ids(tokens + 1, which) for which in range(batch)]
         self._ids = torch.stack(rows).to(self._device)
-        self._pairs, self._streams = [], []
-        for which in range(batch):
-            k, v = source.cache(tokens, which)
-            own = (k, v) if self._cuda else tuple(map(to_numpy, (k, v)))
-            self._pairs.append((k, v))
-            self._streams.append(kvtc.encode(*own, codec))
-        self.raw_bytes = sum(x.nbytes for pair in self._pairs for x in pair)
-        self.stream_bytes = sum(map(len, self._streams))
+        [section] = codec.calibration.geometry.sections
+        #: Of a layer's K or V, and how many of both there are.
+        self._shape = (batch, section.kv_heads, tokens, section.k_dim)
+        self._layers = len(section.layers)
+        self._streams: list[bytes] = []
 
-    def seconds(self, task: Callable[[], Any], before: Callable[[], None], repeats: int) -> float:
-        """The median, after a run that compiles and allocates."""
-        found = []
-        for _ in range(repeats + 1):
+    def measured(self) -> dict[str, float]:
+        """Seconds, each way, and the ratio of all bytes; memory is given back in between."""
+        found = {"prefill_s": self._seconds(self._prefill)}
+        self._source.free()
+        found |= self._there()
+        self._source.free()
+        with tempfile.TemporaryDirectory() as folder:
+            for name, (take, before) in self._places(Path(folder)).items():
+                found |= self._from(name, take, before)
+                self._source.free()
+        return found
+
+    def _there(self) -> dict[str, float]:
+        """Of caches on the device; streams are made of them first."""
+        k, v = self._caches()
+        self._source.free()
+        raw = sum(x.nbytes for x in (*k, *v))
+        return {
+            "ratio": raw / sum(map(len, self._streams)),
+            "there_s": self._seconds(lambda: self._go_on(self._cache(k, v))),
+        }
+
+    def _from(
+        self, name: str, take: Callable[[], Sequence[Any]], before: Callable[[], None]
+    ) -> dict[str, float]:
+        """Of streams in one place."""
+        return {
+            f"{name}_restore_s": self._seconds(lambda: self._restore(take()), before),
+            f"{name}_s": self._seconds(lambda: self._go_on(self._restore(take())), before),
+        }
+
+    def _seconds(self, task: Callable[[], Any], before: Callable[[], None] = lambda: None) -> float:
+        found: list[float] = []
+        while len(found) <= self._repeats and not (found and found[0] > LONG):
             before()
             self._wait()
             begin = time.perf_counter()
             task()
             self._wait()
             found.append(time.perf_counter() - begin)
-        return statistics.median(found[1:])
+        return statistics.median(found[1:] or found)
 
     def _wait(self) -> None:
-        if self._cuda:
+        if self._device.type == "cuda":
             torch.cuda.synchronize()
 
-    @torch.inference_mode()
-    def prefill(self) -> torch.Tensor:
-        """The next tokens [batch], of prompts that are read."""
+    def _caches(self) -> tuple[Tensors, Tensors]:
+        """K and V of each layer [batch, heads, tokens, dim]; their streams are made meanwhile."""
+        k, v = self._empty()
+        for which, ids in enumerate(self._ids):
+            given = self._source.cache(ids[:-1].cpu(), which)
+            own = [[x[which] for x in tensors] for tensors in (k, v)]
+            for target, values in zip((*own[0], *own[1]), (*given[0], *given[1]), strict=True):
+                target.copy_(values)
+            del given
+            self._streams.append(kvtc.encode(own[0], own[1], self._codec))
+        return k, v
+
+    def _empty(self) -> tuple[Tensors, Tensors]:
+        k, v = (
+            [
+                torch.empty(self._shape, dtype=torch.bfloat16, device=self._device)
+                for _ in range(self._layers)
+            ]
+            for _ in "kv"
+        )
+        return k, v
+
+    def _cache(self, k: Tensors, v: Tensors) -> DynamicCache:
+        """Of these tensors, without a copy."""
         cache = DynamicCache(config=self._network.config)
-        logits = self._network(self._ids, past_key_values=cache, logits_to_keep=1).logits
-        return logits[:, -1].argmax(-1)
+        for layer, keys, values in zip(cache.layers, k, v, strict=True):
+            layer.lazy_initialization(keys, values)
+            layer.keys, layer.values = keys, values
+        return cache
 
     @torch.inference_mode()
-    def go_on(self, pairs: Sequence[Pair]) -> torch.Tensor:
-        """The next tokens [batch], of caches that are there."""
+    def _prefill(self) -> Any:
+        """The next tokens [batch] of prompts that are read."""
         cache = DynamicCache(config=self._network.config)
-        for layer in range(len(pairs[0][0])):
-            k, v = (torch.stack([pair[i][layer, :, :-1] for pair in pairs]) for i in range(2))
-            cache.update(k, v, layer)
-        # The last token is computed, and its keys and values with it.
-        logits = self._network(self._ids[:, -1:], past_key_values=cache).logits
-        return logits[:, -1].argmax(-1)
+        found = self._network(self._ids, logits_to_keep=1, **growing(self._network, cache))
+        return found.logits[:, -1].argmax(-1)
 
-    def copy(self) -> torch.Tensor:
-        """The next tokens, of caches that are on the device."""
-        return self.go_on(self._pairs)
+    @torch.inference_mode()
+    def _go_on(self, cache: DynamicCache) -> Any:
+        """The next tokens [batch] of caches that are there."""
+        found = self._network(self._ids[:, -1:], **growing(self._network, cache))
+        return found.logits[:, -1].argmax(-1)
 
-    def restore(self, streams: Sequence[Any]) -> torch.Tensor:
-        """The next tokens, of streams."""
-        backend = "cuda" if self._cuda else "cpu"
-        found = kvtc.decode_many(streams, self._codec.calibration, backend=backend)
-        return self.go_on([tuple(map(_as_torch, pair)) for pair in found])  # type: ignore[misc]
+    def _restore(self, streams: Sequence[Any]) -> DynamicCache:
+        """The cache of all streams, on the device."""
+        calibration = self._codec.calibration
+        if len(streams) == 1:
+            return host.decode_cache(streams[0], calibration, model=self._network)
+        k, v = self._empty()
+        out = [tuple([x[i] for x in tensors] for tensors in (k, v)) for i in range(len(streams))]
+        kvtc.decode_many(streams, calibration, out=out, backend=self._codec.backend)  # type: ignore[arg-type]
+        return self._cache(k, v)
 
-    def places(self, folder: Path) -> dict[str, tuple[Callable[[], Any], Callable[[], None]]]:
-        """Tasks that restore from each place, and what is done before each run."""
+    def _places(
+        self, folder: Path
+    ) -> dict[str, tuple[Callable[[], Sequence[Any]], Callable[[], None]]]:
+        """Where the streams are: what takes them from there, and what is done before a run."""
         files = [folder / f"{i}.kvtc" for i in range(len(self._streams))]
         for path, data in zip(files, self._streams, strict=True):
             path.write_bytes(data)
@@ -193,49 +279,99 @@ class Measured:
                 with open(path, "rb") as file:
                     os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
-        found: dict[str, tuple[Callable[[], Any], Callable[[], None]]] = {
-            "memory": (lambda: self.restore(self._streams), lambda: None),
-            "disk": (lambda: self.restore([path.read_bytes() for path in files]), drop),
+        found: dict[str, tuple[Callable[[], Sequence[Any]], Callable[[], None]]] = {
+            "memory": (lambda: self._streams, lambda: None),
+            "disk": (lambda: [path.read_bytes() for path in files], drop),
         }
-        if self._cuda:
+        if self._device.type == "cuda":
             from public import pinned
 
             held = [pinned(data) for data in self._streams]
-            found = {"pinned": (lambda: self.restore(held), lambda: None)} | found
+            found = {"pinned": (lambda: held, lambda: None)} | found
         return found
 
 
-def _as_torch(x: Any) -> torch.Tensor:
-    if isinstance(x, np.ndarray):
-        return torch.from_numpy(x.view(np.uint16)).view(torch.bfloat16)
-    return torch.from_dlpack(x).view(torch.bfloat16)
+def operations(source: Source, tokens: int, batch: int) -> float:
+    """Floating-point operations of a prefill: weights, and causal attention."""
+    config = source.network.config
+    weights = sum(x.numel() for x in source.network.parameters())
+    width = config.num_attention_heads * source.calibration.geometry.sections[0].k_dim
+    return batch * (2 * weights * tokens + 2 * config.num_hidden_layers * width * tokens**2)
 
 
-def measure(
-    source: Drawn | Real, codec: kvtc.Codec, tokens: int, batch: int, repeats: int
-) -> dict[str, Any]:
-    """Seconds to the first token, each way."""
-    found: dict[str, Any] = {"tokens": tokens, "batch": batch}
-    try:
-        own = Measured(source, codec, tokens, batch)
-        found["prefill_s"] = own.seconds(own.prefill, lambda: None, repeats)
-        found["copy_s"] = own.seconds(own.copy, lambda: None, repeats)
-        with tempfile.TemporaryDirectory() as folder:
-            for name, (task, before) in own.places(Path(folder)).items():
-                found[f"{name}_s"] = own.seconds(task, before, repeats)
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        return found | {"left_out": str(error).splitlines()[0]}
-    finally:
-        if source.network.device.type == "cuda":
-            torch.cuda.empty_cache()
-    return found | {"ratio": own.raw_bytes / own.stream_bytes, "raw_bytes": own.raw_bytes}
+def too_large(source: Source, tokens: int, batch: int) -> str:
+    """Why a row does not fit the device; empty if it does."""
+    if source.device.type != "cuda":
+        return ""
+    config = source.network.config
+    [section] = source.calibration.geometry.sections
+    cache = 2 * batch * tokens * len(section.layers) * (section.k_width + section.v_width)
+    # A layer's activations: gate, up and product; hidden states, half of them in binary32.
+    activations = 2 * batch * tokens * (3 * config.intermediate_size + 8 * config.hidden_size)
+    # Going on copies a cache, which stays for the next run.
+    needed, (free, _) = cache + max(cache, activations), torch.cuda.mem_get_info()
+    if 1.05 * needed < free:
+        return ""
+    return f"needs {needed / 1e9:.0f} GB beside the weights, {free / 1e9:.0f} are free"
+
+
+def rows(source: Source, args: argparse.Namespace, console: Console, note: Callable[[Any], None]):  # type: ignore[no-untyped-def]
+    """Measure each length and batch, the least work first; ``note`` takes each as it is done."""
+    codec = kvtc.Codec(source.calibration, ratio=args.ratio, backend=_backend(source))
+    end, speed = time.monotonic() + args.seconds, 0.0
+    pairs = [(tokens, batch) for tokens in args.tokens for batch in args.batch]
+    for tokens, batch in sorted(pairs, key=lambda pair: operations(source, *pair)):
+        row: dict[str, Any] = {"tokens": tokens, "batch": batch}
+        work, left = operations(source, tokens, batch), max(end - time.monotonic(), 0)
+        reason = too_large(source, tokens, batch)
+        if speed and work / speed > left:
+            reason = reason or f"prefill takes {work / speed:.0f} s, {left:.0f} are left"
+        begin = time.monotonic()
+        try:
+            if not reason:
+                row |= Row(source, codec, tokens, batch, args.repeats).measured()
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            reason = str(error).splitlines()[0]
+        finally:
+            source.free()
+        if reason:
+            row["left_out"] = reason
+        else:
+            speed = work / row["prefill_s"]
+            place = "pinned" if "pinned_s" in row else "memory"
+            row["prefill_over_restore"] = row["prefill_s"] / row[f"{place}_restore_s"]
+            row["more_than_there_s"] = row[f"{place}_s"] - row["there_s"]
+        console.print(row, f"{time.monotonic() - begin:.1f} s in all")
+        note(row)
+
+
+def _backend(source: Source) -> Any:
+    return "cuda" if source.device.type == "cuda" else "cpu"
+
+
+def shown(result: dict[str, Any]) -> Table:
+    """Times of a result."""
+    ways = ("prefill", "there", *PLACES)
+    table = Table(
+        *("model", "tokens", "batch", *ways, "prefill / restore", "more than there", "ratio"),
+        title="seconds to the first token",
+    )
+    for row in result["rows"]:
+        cells = [row["model"], f"{row['tokens']:,}", str(row["batch"])]
+        if "left_out" in row:
+            table.add_row(*cells, row["left_out"])
+            continue
+        times = [f"{row[f'{way}_s']:.3f}" if f"{way}_s" in row else "" for way in ways]
+        compared = f"{row['prefill_over_restore']:.1f}", f"{1e3 * row['more_than_there_s']:.0f} ms"
+        table.add_row(*cells, *times, *compared, f"{row['ratio']:.1f}")
+    return table
 
 
 def main() -> None:
     """Measure, show and write."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     given = parser.add_mutually_exclusive_group(required=True)
-    given.add_argument("--shape", choices=list(NETWORKS), help="drawn, needs CUDA")
+    given.add_argument("--shape", nargs="+", choices=list(NETWORKS), help="drawn, needs CUDA")
     given.add_argument("--model", help="folder or .gguf; with --calibration and --text")
     parser.add_argument("--calibration")
     parser.add_argument("--text", nargs="+", default=[])
@@ -243,29 +379,31 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--ratio", type=float, default=16.0)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="of a model's rows")
     parser.add_argument("-o", "--output", type=Path, default=RESULT)
     args = parser.parse_args()
-    console = Console(highlight=False)
-    source = Drawn(args.shape) if args.shape else Real(args.model, args.calibration, args.text)
-    backend = "cuda" if source.network.device.type == "cuda" else "cpu"
-    codec = kvtc.Codec(source.calibration, ratio=args.ratio, backend=backend)
-    result: dict[str, Any] = environment() | {
-        "model": args.shape or Path(args.model).name,
-        "on": str(source.network.device),
-        "rows": [],
-    }
-    names = ("prefill", "copy", "pinned", "memory", "disk")
-    table = Table("tokens", "batch", *names, "ratio", title="seconds to the first token")
-    for tokens in args.tokens:
-        for batch in args.batch:
-            row = measure(source, codec, tokens, batch, args.repeats)
-            console.print(row)
-            result["rows"].append(row)
-            cells = [f"{row[f'{name}_s']:.3f}" if f"{name}_s" in row else "" for name in names]
-            ratio = f"{row['ratio']:.1f}" if "ratio" in row else row["left_out"]
-            table.add_row(f"{tokens:,}", str(batch), *cells, ratio)
-    result["device"]["load_after"] = os.getloadavg()[0]
-    console.print(table)
+    console = Console(highlight=False, width=130)
+    result: dict[str, Any] = environment() | {"rows": []}
+    if torch.cuda.is_available():
+        from gpu import device_result
+
+        result |= device_result()
+    quiet = Console(quiet=True)
+    for name in args.shape or [Path(args.model).name]:
+        begin = time.monotonic()
+        source: Source = (
+            Drawn(name) if args.shape else Real(args.model, args.calibration, args.text)
+        )
+        console.print(f"{name}: drawn or loaded in {time.monotonic() - begin:.1f} s")
+
+        def note(row: dict[str, Any], name: str = name) -> None:
+            result["rows"].append({"model": name} | row)
+            result["device"]["load_after"] = os.getloadavg()[0]
+            write_result(args.output, result, quiet)
+
+        rows(source, args, console, note)
+        del source
+    console.print(shown(result))
     write_result(args.output, result, console)
 
 

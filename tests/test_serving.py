@@ -285,6 +285,17 @@ def test_arms_have_the_same_memory(tmp_path: Path) -> None:
         assert fp8.words[2:] == ("--kv-cache-dtype", "fp8")
 
 
+def test_more_settings_of_the_connector(tmp_path: Path) -> None:
+    settings = {"page_tokens": 256, "error_bound": None}
+    arm = servers.make_arm(
+        "kvtc", 10**9, gpu=True, calibration="c", ratio=8, settings=settings, folder=tmp_path
+    )
+    config = json.loads(arm.words[1])["kv_connector_extra_config"]
+    assert config.items() >= settings.items()
+    assert config["ratio"] == 8
+    assert "page_tokens 256, error_bound null" in arm.about
+
+
 def test_a_server_that_does_not_start(tmp_path: Path) -> None:
     arm = servers.Arm("recompute", "")
     with (

@@ -489,6 +489,13 @@ def _serve(benchmarks: Any) -> argparse.ArgumentParser:
     )
     add("--calibration", metavar="CAL", help="for kvtc; tells the size of a token's cache, too")
     add("--ratio", type=float, metavar="R", help="target of kvtc (default: KvtcConnector's)")
+    add(
+        "--connector-config",
+        type=_json_object,
+        default={},
+        metavar="JSON",
+        help="more settings of KvtcConnector, such as '{\"page_tokens\": 256}'",
+    )
     add("--token-bytes", type=int, metavar="N", help="cache of a token, where no CAL tells")
     add(
         "--budget-gb",

@@ -143,6 +143,7 @@ def _servers(args: Namespace, budget: int, bars: Progress) -> Iterator[servers.S
                 gpu=_has_gpu(),
                 calibration=args.calibration,
                 ratio=args.ratio,
+                settings=args.connector_config,
                 folder=stack.enter_context(servers.scratch()),
             )
             log = stack.enter_context(open(args.log or os.devnull, "ab"))

@@ -11,7 +11,7 @@ import subprocess
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -57,9 +57,12 @@ def make_arm(
     gpu: bool,
     calibration: str | None = None,
     ratio: float | None = None,
+    settings: Mapping[str, Any] | None = None,
     folder: Path,
 ) -> Arm:
     """One of :data:`ARMS`, with ``budget`` bytes of host memory; ``folder`` is for its pages.
+
+    ``settings`` are more of ``KvtcConnector``, and go before those of this function.
 
     Raises
     ------
@@ -93,10 +96,12 @@ def make_arm(
         "store": str(store),
         "budget_gb": budget / 1e9,
         **({} if ratio is None else {"ratio": ratio}),
+        **(settings or {}),
     }
     words = _transfer("KvtcConnector", config, "kvtc_stream.integrations.vllm")
-    target = "" if ratio is None else f" at {ratio:g} times"
-    return Arm(name, f"KvtcConnector{target}, pages in {_kind(folder)}", words, store)
+    about = "KvtcConnector" + ("" if ratio is None else f" at {ratio:g} times")
+    about += "".join(f", {key} {json.dumps(value)}" for key, value in (settings or {}).items())
+    return Arm(name, f"{about}, pages in {_kind(folder)}", words, store)
 
 
 def _transfer(connector: str, config: dict[str, Any], module: str = "") -> tuple[str, ...]:
