@@ -24,6 +24,7 @@ from kvtc_stream.integrations.transformers.model import (
     attention_layers,
     decoder_of,
     filled_layers,
+    modules_of,
     plain_model,
     probe_tokens,
     run,
@@ -255,8 +256,10 @@ def _pairs(x: NDArray[np.float64], rope: Rope) -> NDArray[np.complex128]:
 def _rotary_tables(decoder: PreTrainedModel, name: str) -> list[Rope]:
     """Every table of the model's rotary embeddings, half-split and interleaved."""
     ropes = []
-    for module in decoder.modules():
-        for buffer, table in module.named_buffers(recurse=False):
+    for module in modules_of(decoder):
+        for buffer, table in module._buffers.items():
+            if table is None:
+                continue
             prefix = buffer.removesuffix("inv_freq")
             if prefix == buffer or prefix.endswith("original_"):
                 continue
@@ -324,7 +327,7 @@ def check_geometry(found: Geometry, expected: Geometry) -> None:
     alike = len(found.sections) == len(expected.sections) and all(
         replace(a, rope=()) == replace(b, rope=())
         and len(a.rope) == len(b.rope)
-        and all(map(_same_rope, a.rope, b.rope))
+        and all(_same_rope(*pair) for pair in set(zip(a.rope, b.rope, strict=True)))
         for a, b in zip(found.sections, expected.sections, strict=True)
     )
     if not alike:

@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from kvtc_stream.calibration.model import Calibration
 from kvtc_stream.errors import CalibrationMismatchError, KVTCWarning, UnsupportedError
 from kvtc_stream.formats import ModelIdentity
-from kvtc_stream.integrations.transformers.model import decoder_of, plain_model
+from kvtc_stream.integrations.transformers.model import decoder_of, modules_of, plain_model
 
 TokenIds: TypeAlias = "Sequence[int] | NDArray[np.integer[Any]] | Tensor"
 
@@ -224,7 +224,7 @@ class _Known:
     """Fingerprints of a decoder, and the :func:`_state` and :func:`_glimpse` of it then."""
 
     state: Any
-    glimpse: dict[torch.device, Tensor]
+    glimpse: dict[tuple[torch.device, torch.dtype], Tensor]
     fingerprints: tuple[bytes, bytes]
 
 
@@ -237,51 +237,56 @@ def _fingerprints(decoder: PreTrainedModel) -> tuple[bytes, bytes]:
     They are kept for as long as the model lives and neither its configuration, nor its adapters,
     nor its weights change.
     """
-    state, glimpse, known = _state(decoder), _glimpse(decoder), _known.get(decoder)
+    modules = modules_of(decoder)
+    tensors = _tensors(modules)
+    state, glimpse = (config_text(decoder.config), *_state(modules, tensors)), _glimpse(tensors)
+    known = _known.get(decoder)
     if (
         known is None
         or known.state != state
         or known.glimpse.keys() != glimpse.keys()
-        or not all(torch.equal(x, glimpse[device]) for device, x in known.glimpse.items())
+        or not all(torch.equal(x, glimpse[kind]) for kind, x in known.glimpse.items())
     ):
         known = _known[decoder] = _Known(state, glimpse, _compute_fingerprints(decoder))
     return known.fingerprints
 
 
-def _state(decoder: PreTrainedModel) -> Any:
-    """What changes when a model's configuration, adapters or weights do, found quickly."""
-    adapters: list[Any] = []
-    for module in decoder.modules():
-        layer: Any = module
-        scaling = getattr(layer, "scaling", None)
-        if isinstance(scaling, dict) and hasattr(layer, "disable_adapters"):
-            adapters.append((layer.disable_adapters, list(layer.active_adapters), dict(scaling)))
-    # Tensors of inference mode do not count their changes.
-    tensors = [
-        (id(x), x.data_ptr(), None if x.is_inference() else x._version, x.shape)
-        for x in _tensors(decoder)
+def _state(modules: list[Any], tensors: list[Tensor]) -> tuple[Any, Any]:
+    """What changes when a model's adapters or weights do, found quickly."""
+    adapters = [
+        (layer.disable_adapters, list(layer.active_adapters), dict(layer.scaling))
+        for layer in modules
+        if isinstance(vars(layer).get("scaling"), dict) and hasattr(layer, "disable_adapters")
     ]
-    return config_text(decoder.config), adapters, tensors
+    # Tensors of inference mode do not count their changes.
+    versions = [
+        (id(x), x.data_ptr(), None if x.is_inference() else x._version, x.shape) for x in tensors
+    ]
+    return adapters, versions
 
 
-def _glimpse(decoder: PreTrainedModel) -> dict[torch.device, Tensor]:
-    """Some hundred bytes of each weight, uint8 a device: PyTorch does not count changes of
+def _glimpse(tensors: list[Tensor]) -> dict[tuple[torch.device, torch.dtype], Tensor]:
+    """Some hundred values of each weight, as bytes: PyTorch does not count changes of
     ``weight.data``."""
-    found: dict[torch.device, list[Tensor]] = {}
-    for x in _tensors(decoder):
-        if x.numel():
-            # An odd step, so that no byte of a number is left out.
-            values = x.detach().reshape(-1).view(torch.uint8)[:: x.nbytes // 128 | 1]
-            found.setdefault(x.device, []).append(values)
-    return {device: torch.cat(own) for device, own in found.items()}
+    found: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    with torch.no_grad():
+        for x in tensors:
+            if x.numel():
+                # As they lie in memory, whose order need not be that of the dimensions.
+                held = 1 + sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
+                step = held // 128 | 1
+                values = x.as_strided((-(-held // step),), (step,))
+                found.setdefault((x.device, x.dtype), []).append(values)
+        return {kind: torch.cat(own).view(torch.uint8) for kind, own in found.items()}
 
 
-def _tensors(decoder: PreTrainedModel) -> list[Tensor]:
+def _tensors(modules: list[Any]) -> list[Tensor]:
     """Parameters and buffers that are loaded; those that are shared, as often as they are."""
     return [
         x
-        for module in decoder.modules()
-        for x in (*module._parameters.values(), *module._buffers.values())
+        for module in modules
+        for own in (module._parameters, module._buffers)
+        for x in own.values()
         if x is not None and not x.is_meta
     ]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from kvtc_stream.errors import UnsupportedError
-from kvtc_stream.integrations.transformers.model import decoder_of, plain_model
+from kvtc_stream.integrations.transformers.model import decoder_of, modules_of, plain_model
 
 _PLACEHOLDER = re.compile(r"(image|video|audio)_token_(id|index)")
 
@@ -55,8 +54,9 @@ def forget_images(model: PreTrainedModel) -> None:
 
 
 def _rope_deltas(model: PreTrainedModel) -> list[tuple[Any, Any]]:
-    modules: Iterable[Any] = plain_model(model).modules()
-    return [(x, x.rope_deltas) for x in modules if hasattr(x, "rope_deltas")]
+    # Modules look for what they lack in three places, and then raise an error.
+    own = [(x, vars(x)) for x in modules_of(plain_model(model))]
+    return [(x, fields["rope_deltas"]) for x, fields in own if "rope_deltas" in fields]
 
 
 def _has_mrope(model: PreTrainedModel) -> bool:
