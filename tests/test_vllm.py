@@ -306,3 +306,31 @@ def test_what_is_not_served_is_named(served: Served, tmp_path: Path) -> None:
     )
     assert run.returncode != 0
     assert "kv_cache_dtype is 'fp8'" in run.stdout
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_steps_that_compute_nothing_hold_blocks_and_store() -> None:
+    """vLLM 0.25 does not wait for saves in them: its runners ask for what is finished only."""
+    from kvtc_stream.integrations.vllm.connector import KvtcConnector, KvtcMetadata
+    from kvtc_stream.integrations.vllm.scheduling import StepPlan
+
+    called = []
+
+    class Transfer:
+        def __getattr__(self, name: str) -> Any:
+            def call(*given: Any) -> Any:
+                called.append((name, *given))
+                return {"a"}, set()
+
+            return call
+
+    connector = KvtcConnector.__new__(KvtcConnector)
+    connector._transfer = Transfer()
+    stores: list[Any] = [object()]
+    metadata = KvtcMetadata(StepPlan(stores=stores, held={"a"}), idle=True)
+    connector.bind_connector_metadata(metadata)
+    connector.start_load_kv(None)
+    assert connector.get_finished({"a"}) == ({"a"}, None)
+    names = [name for name, *_ in called]
+    assert names == ["load", "store", "hold", "rest", "results"]
+    assert (called[1][1], called[2][1]) == (stores, {"a"})

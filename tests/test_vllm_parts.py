@@ -3,6 +3,7 @@ one."""
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
 import time
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 import kvtc_stream as kvtc
+from kvtc_stream.integrations.hosts import layouts
 from kvtc_stream.integrations.hosts.keys import Namespace
 from kvtc_stream.integrations.hosts.layouts import VLLM_LAYOUTS
 from kvtc_stream.integrations.hosts.store import MemoryStore, Store
@@ -30,6 +32,7 @@ from kvtc_stream.integrations.vllm.transfer import (
     StoreSink,
     one_blas_thread,
     proven_layout,
+    slotted,
 )
 
 BLOCK, PAGE = 4, 8
@@ -360,10 +363,17 @@ def jobs(request: str, *blocks: list[int]) -> list[PageJob]:
     return [PageJob(request, KEYS[i], own) for i, own in enumerate(blocks)]
 
 
+def put(pool: Tensor, blocks: list[int], k: Tensor, v: Tensor) -> None:
+    """K and V into some blocks, as the engine would."""
+    for i, block in enumerate(blocks):
+        own = slice(i * BLOCK, (i + 1) * BLOCK)
+        pool[:, block, :, :, :8], pool[:, block, :, :, 8:] = k[:, :, own], v[:, :, own]
+
+
 def test_blocks_read_what_was_written() -> None:
     blocks, pool = engine_blocks()
     k, v = drawn()
-    blocks.write([5, 3], k, v)
+    put(pool, [5, 3], k, v)
     for x, y in zip(blocks.read([5, 3]), (k, v), strict=True):
         assert torch.equal(x, y)
     assert torch.equal(pool[1, 3, :, :, 8:], v[1, :, 4:])
@@ -391,7 +401,7 @@ def test_pages_go_and_come(codec: kvtc.PageCodec, device: str) -> None:
         codec = kvtc.PageCodec(own_codec, dtype="bfloat16", key=b"secret")
     own = engine(codec, device=device)
     k, v = (x.to(device) for x in drawn(2 * PAGE))
-    own.blocks.write([1, 2, 3, 4], k, v)
+    put(own.pool, [1, 2, 3, 4], k, v)
     own.transfer.store(jobs("a", [1, 2], [3, 4]))
     own.transfer.hold({"a"})
     assert own.wait() == ({"a"}, set(), set())
@@ -501,6 +511,29 @@ def test_pages_of_a_request_are_decoded_beside_one_another(codec: kvtc.PageCodec
         for x, y in zip(own.blocks.read(range(12)), alone, strict=True):
             assert torch.equal(x[:, :, : good * BLOCK], y[:, :, : good * BLOCK])
     parallel.close()
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 1, 3), (2, 0, 1, 3)])
+@pytest.mark.parametrize("layout", VLLM_LAYOUTS, ids=lambda x: x.name)
+def test_slots_are_the_tokens_of_blocks(layout: Any, order: tuple[int, ...]) -> None:
+    """However blocks lie in memory, also those of a layer among others'."""
+    sizes = {"H": 2, "N": BLOCK, "D": 8}
+    axes = {"B": 5, "2": 2, **sizes, "*": BLOCK * 8}
+    groups = [[axes[x] for x in group] for group in layouts._groups(layout.axes)]
+    shape = [math.prod(group) for group in groups]
+    own = [i for i in order if i < len(shape)] + list(range(4, len(shape)))
+    whole = torch.arange(2 * math.prod(shape)).reshape(2, *(shape[i] for i in own))
+    cache = whole[1].permute([own.index(i) for i in range(len(shape))])
+    try:
+        pair = layout.views(cache, sizes)
+        views, step = slotted(pair)
+    except kvtc.UnsupportedError:
+        assert "CPU" in layout.name or order != (0, 1, 2, 3)
+        return
+    for view, blocks in zip(views, pair, strict=True):
+        for block in range(5):
+            places = slice(block * step, block * step + BLOCK)
+            assert torch.equal(view[:, places], blocks[block])
 
 
 def test_products_do_not_compete_for_cores(

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from kvtc_stream.backends.base import SectionCoder
 from kvtc_stream.backends.select import get_backend
 from kvtc_stream.errors import UnsupportedError
-from kvtc_stream.formats import Block, DType, Limits, Role, Rope, StreamHeader
+from kvtc_stream.formats import Block, BlockTable, DType, Limits, Role, Rope, StreamHeader
 from kvtc_stream.formats.page import PAGE_OVERHEAD, SEAL_SIZE, pack_page, unpack_page
 from kvtc_stream.io.dlpack import KVArray, as_kv_array, check_positions
 from kvtc_stream.planning.rate_control import (
@@ -220,6 +220,41 @@ class PageCodec:
             k, v = self._coder.decode(block, range(count)[layers or slice(None)])
         positions = np.array(block.positions, np.int64)
         return KVBlock(block.section, block.role, block.start, positions, k, v, block.errors)
+
+    def checked(
+        self, page: bytes | bytearray | memoryview, *, identity: bytes | None = None
+    ) -> Block:
+        """The block of a page that is whole and this one, for :meth:`decode_into`.
+
+        Raises as :meth:`decode`. Threads take no turns here.
+        """
+        return self._unpack(page, identity)
+
+    def decode_into(
+        self, blocks: Sequence[Block], slots: Sequence[NDArray[np.int64]], k: Any, v: Any
+    ) -> None:
+        """Decode many pages at once, on a CUDA device in the same launches.
+
+        Parameters
+        ----------
+        blocks
+            Of pages, as :meth:`checked` gives them.
+        slots
+            int64 [tokens] of each page: where its tokens go; -1 is nowhere.
+        k, v
+            What takes them, the backend's: see
+            :meth:`kvtc_stream.backends.base.SectionCoder.decode_into`.
+
+        Raises
+        ------
+        FormatError
+            A page's payload cannot be what an encoder wrote; what is in the slots is undefined.
+        """
+        layers = range(len(self._header.geometry.sections[self._section].layers))
+        with self._lock:
+            self._coder.decode_into(
+                BlockTable.of(blocks), np.concatenate(list(slots)), layers, k, v
+            )
 
     def layers(
         self, page: bytes | bytearray | memoryview, *, identity: bytes | None = None

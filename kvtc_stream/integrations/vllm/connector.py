@@ -48,6 +48,9 @@ _log = logging.getLogger(__name__)
 _PAGE_TOKENS = 128
 #: Pages that are decoded at a time on a CPU, if it has so many cores.
 _DECODERS = 8
+#: Loads of many pages that are decoded at a time on a CUDA device: while one waits for its bytes,
+#: another keeps the device busy. Each has scratch of its own.
+_ON_DEVICE = 2
 #: Seconds that an engine which has nothing to compute waits for pages, at a time.
 _REST = 0.002
 
@@ -198,13 +201,17 @@ class KvtcConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         if not on_device:
             one_blas_thread()
         codec = replace(self._codec, backend="cuda" if on_device else "cpu")
-        count = 1 if on_device else max(1, min(_DECODERS, os.cpu_count() or 1))
+        count = _ON_DEVICE if on_device else max(1, min(_DECODERS, os.cpu_count() or 1))
         codecs = [PageCodec(codec, dtype=self._dtype, key=key) for _ in range(1 + count)]
-        self._warm_up(codecs, blocks)
+        loose = PageCodec(replace(codec, error_bound=None, measure=False), dtype=self._dtype)
+        self._warm_up(codecs, loose, blocks)
         return StoreSink(self._store, codecs[0], self._counter), codecs[1:]
 
-    def _warm_up(self, codecs: list[PageCodec], blocks: Blocks) -> None:
-        """Compile kernels and make plans before the first request."""
+    def _warm_up(self, codecs: list[PageCodec], loose: PageCodec, blocks: Blocks) -> None:
+        """Compile kernels and make plans before the first request.
+
+        The page is noise, which ``codecs`` keep bit for bit; ``loose`` codes it all the same.
+        """
         section = self._section
         free = _free_memory(blocks.device)
         rng = np.random.default_rng(0)
@@ -214,9 +221,15 @@ class KvtcConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             .to(blocks.device)
             for shape in (section.k_shape(self._page_tokens), section.v_shape(self._page_tokens))
         )
-        page = codecs[0].encode(k, v, positions=0, identity=b"")
+        noise = codecs[0].encode(k, v, positions=0, identity=b"")
+        exact = codecs[0].checked(noise, identity=b"")
+        coded = loose.checked(loose.encode(k, v, positions=0))
+        together = blocks.together
+        nowhere = [np.full(self._page_tokens, -1)] * together
         for codec in codecs[1:]:
-            codec.decode(page, identity=b"")
+            # As many as a load has at once, so that all memory that this takes is there.
+            codec.decode_into([exact, *[coded] * (together - 1)], nowhere, *blocks.target)
+            codec.decode_into([coded] * together, nowhere, *blocks.target)
         if free:
             taken = free - _free_memory(blocks.device)
             _log.info("the codec takes %.0f MB of device memory", taken / 1e6)
@@ -235,13 +248,8 @@ class KvtcConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         """Nothing: pages are stored whole, after the step."""
 
     def wait_for_save(self) -> None:
-        """Begin to store the step's pages."""
-        assert self._transfer is not None
-        metadata = self._metadata()
-        self._transfer.store(metadata.plan.stores)
-        self._transfer.hold(metadata.plan.held)
-        if metadata.idle:
-            self._transfer.rest(_REST)
+        """Nothing: vLLM 0.25 leaves it out in steps that compute nothing, see
+        :meth:`get_finished`."""
 
     def handle_preemptions(self, kv_connector_metadata: Any) -> None:
         """Give up pages whose blocks are about to be written to."""
@@ -249,8 +257,13 @@ class KvtcConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             self._transfer.preempted(kv_connector_metadata.plan.preempted)
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
-        """Requests whose pages are stored, and whose pages are loaded."""
+        """Begin to store the step's pages; requests whose pages are stored, and are loaded."""
         assert self._transfer is not None
+        metadata = self._metadata()
+        self._transfer.store(metadata.plan.stores)
+        self._transfer.hold(metadata.plan.held)
+        if metadata.idle:
+            self._transfer.rest(_REST)
         stored, loaded = self._transfer.results()
         return stored or None, loaded or None
 

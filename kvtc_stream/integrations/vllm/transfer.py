@@ -19,11 +19,14 @@ from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.dlpack import from_dlpack
 
+from kvtc_stream.backends.select import get_backend
 from kvtc_stream.errors import KVTCError, UnsupportedError
+from kvtc_stream.formats import Block
 from kvtc_stream.integrations.hosts.layouts import VLLM_LAYOUTS, Layout
 from kvtc_stream.integrations.hosts.store import Store
 from kvtc_stream.integrations.vllm.scheduling import PageJob
@@ -31,8 +34,11 @@ from kvtc_stream.stream.pages import PageCodec
 
 _log = logging.getLogger(__name__)
 
-#: Pages that are fetched from a store beside one another.
-_FETCHES = 4
+#: Pages that are fetched from a store, and checked, beside one another.
+_FETCHES = 8
+#: Pages that are decoded at once on a CUDA device: enough to keep it busy, few enough that the
+#: first are decoded while the next are checked.
+_TOGETHER = 32
 
 
 class Blocks:
@@ -48,6 +54,27 @@ class Blocks:
         self._layers = layers
         self.device = layers[0][0].device
         self.tokens = int(layers[0][0].shape[2])
+        #: Bytes of a token in all layers.
+        self.token_bytes = sum(
+            x.shape[1] * x.shape[3] * x.element_size() for pair in layers for x in pair
+        )
+
+        self._written = _targets(layers)
+
+    @property
+    def together(self) -> int:
+        """Pages that are best decoded at once."""
+        return _TOGETHER if self.device.type == "cuda" else 1
+
+    @property
+    def target(self) -> tuple[Any, Any]:
+        """All blocks as what :meth:`kvtc_stream.PageCodec.decode_into` writes to."""
+        return self._written[0], self._written[1]
+
+    def slots(self, blocks: Sequence[int]) -> NDArray[np.int64]:
+        """Where the tokens of some blocks are in :attr:`target`."""
+        own = np.array(blocks, np.int64)[:, None] * self._written[2] + np.arange(self.tokens)
+        return own.reshape(-1)
 
     def read(self, blocks: Sequence[int]) -> tuple[Tensor, Tensor]:
         """K and V [layers, kv_heads, tokens, head_dim] of some blocks, in order; copies."""
@@ -59,13 +86,47 @@ class Blocks:
         k, v = (torch.stack(layers) for layers in zip(*pairs, strict=True))
         return k, v
 
-    def write(self, blocks: Sequence[int], k: Tensor, v: Tensor) -> None:
-        """The contrary of :meth:`read`."""
-        index = torch.tensor(blocks, device=self.device)
-        for pair, new in zip(self._layers, zip(k, v, strict=True), strict=True):
-            for x, values in zip(pair, new, strict=True):
-                own = values.unflatten(1, (len(blocks), self.tokens)).transpose(0, 1)
-                x[index] = own.to(self.device)
+
+def _targets(layers: Sequence[tuple[Tensor, Tensor]]) -> tuple[Any, Any, int]:
+    """K and V of all blocks as what backends decode into, and slots from a block to the next."""
+    kinds = list(zip(*layers, strict=True))
+    if layers[0][0].device.type != "cuda":
+        pools = [get_backend("cpu").pool([x.permute(0, 2, 1, 3) for x in kind]) for kind in kinds]
+        return pools[0], pools[1], int(layers[0][0].shape[2])
+    views, step = slotted([x for kind in kinds for x in kind])
+    found = []
+    for name, own in zip("kv", (views[: len(layers)], views[len(layers) :]), strict=True):
+        heads, _, dim = own[0].shape
+        arrays, _ = get_backend("cuda").layer_list(own, name, len(own), heads, dim)
+        found.append(arrays)
+    return found[0], found[1], step
+
+
+def slotted(tensors: Sequence[Tensor]) -> tuple[list[Tensor], int]:
+    """Views [kv_heads, slots, head_dim] of tensors [blocks, kv_heads, tokens, head_dim], and how
+    many slots a block is after the one before.
+
+    A slot is a place for a token: blocks lie a whole number of tokens apart, and what is between
+    them, such as V between K, is slots that nobody uses.
+
+    Raises
+    ------
+    UnsupportedError
+        They do not, or not all alike.
+    """
+    steps = {divmod(x.stride(0), x.stride(2)) for x in tensors}
+    step, rest = steps.pop()
+    if steps or rest:
+        raise UnsupportedError(
+            f"the engine's blocks have strides {list(tensors[0].stride())}, and are no whole "
+            f"number of tokens apart: choose another attention backend"
+        )
+    found = []
+    for x in tensors:
+        blocks, heads, tokens, dim = x.shape
+        size = (heads, (blocks - 1) * step + tokens, dim)
+        found.append(x.as_strided(size, x.stride()[1:]))
+    return found, step
 
 
 def proven_layout(
@@ -223,11 +284,31 @@ class _Load:
 
     jobs: list[PageJob]
     deadline: float
-    lock: threading.Lock = field(default_factory=threading.Lock)
+    lock: threading.Condition = field(default_factory=threading.Condition)
     done: bool = False
+    writing: int = 0  #: threads that write to blocks: until they are done the load is not
     useful: float = math.inf  #: pages at later positions are of no use: one before them is missing
     failed: set[int] = field(default_factory=set)
     event: Any = None
+
+    def begin(self, position: int) -> bool:
+        """Whether a page at ``position`` may be written now; if so, :meth:`end` must follow."""
+        with self.lock:
+            if self.done or position > self.useful:
+                return False
+            self.writing += 1
+            return True
+
+    def end(self) -> None:
+        """A thread does not write any more."""
+        with self.lock:
+            self.writing -= 1
+            self.lock.notify_all()
+
+    def stop(self, job: PageJob) -> None:
+        """What comes after this page is of no use."""
+        with self.lock:
+            self.useful = min(self.useful, job.key.position)
 
 
 class PageTransfer:
@@ -264,6 +345,7 @@ class PageTransfer:
         queue_pages: int,
     ) -> None:
         self._blocks, self._sink, self._store = blocks, sink, store
+        self._checker = codecs[0] if codecs else None
         self._codecs: SimpleQueue[PageCodec] = SimpleQueue()
         for codec in codecs:
             self._codecs.put(codec)
@@ -341,6 +423,8 @@ class PageTransfer:
                 if now <= load.deadline:
                     continue
                 with load.lock:
+                    if load.writing:
+                        continue  # a moment more
                     if not load.done:
                         # Whoever works on it sees this before it writes again.
                         load.done = True
@@ -404,15 +488,18 @@ class PageTransfer:
     def _load(self, load: _Load) -> None:
         started, done = time.perf_counter(), 0
         try:
-            fetched = [self._fetcher.submit(self._fetch, job) for job in load.jobs]
-            loaded = [
-                self._decoder.submit(self._load_page, load, job, page)
-                for job, page in zip(load.jobs, fetched, strict=True)
+            opened = [self._fetcher.submit(self._open, load, job) for job in load.jobs]
+            size = self._blocks.together
+            groups = [
+                self._decoder.submit(
+                    self._load_pages, load, load.jobs[i : i + size], opened[i : i + size]
+                )
+                for i in range(0, len(opened), size)
             ]
-            for page in loaded:
-                if not page.result():
+            for i, group in enumerate(groups):
+                done += group.result()
+                if done < min((i + 1) * size, len(opened)):
                     break
-                done += 1
         except Exception:
             _log.exception("loading a page failed: its tokens are computed")
             self._counter.add(failed_pages=1)
@@ -421,59 +508,95 @@ class PageTransfer:
                 if not load.done:
                     # What comes after a page that is missing is of no use. Who sees that it is
                     # done does not lock: what failed is there before.
+                    load.useful = -1
+                    load.lock.wait_for(lambda: not load.writing)
                     load.failed |= {b for job in load.jobs[done:] for b in job.blocks}
                     load.done = True
             self._counter.add(load_seconds=time.perf_counter() - started)
             with self._changed:
                 self._changed.notify_all()
 
-    def _fetch(self, job: PageJob) -> bytes | None:
+    def _open(self, load: _Load, job: PageJob) -> tuple[Block, int] | None:
+        """A page's block and bytes, if it is there and whole."""
         assert self._store is not None
-        return self._store.get(job.key.name)
-
-    def _load_page(self, load: _Load, job: PageJob, fetched: Future[bytes | None]) -> bool:
-        """Whether the page is in its blocks now."""
-        assert self._store is not None
+        assert self._checker is not None
         if load.done or job.key.position > load.useful:
-            return False
-        page = fetched.result()
+            return None
+        page = self._store.get(job.key.name)
         if page is None:
             self._counter.add(missing_pages=1)
-            self._end(load, job)
-            return False
+            load.stop(job)
+            return None
+        try:
+            return self._checker.checked(page, identity=job.key.identity), len(page)
+        except KVTCError as error:
+            self._spoilt(load, job, error)
+            return None
+
+    def _spoilt(self, load: _Load, job: PageJob, error: KVTCError) -> None:
+        assert self._store is not None
+        load.stop(job)
+        self._counter.add(damaged_pages=1)
+        _log.warning("page %s is of no use and is deleted: %s", job.key.name, error)
+        self._store.delete(job.key.name)
+
+    def _load_pages(
+        self, load: _Load, jobs: Sequence[PageJob], opened: Sequence[Future[Any]]
+    ) -> int:
+        """How many pages, the first ones, are in their blocks now."""
+        found: list[tuple[PageJob, Block, int]] = []
+        for job, future in zip(jobs, opened, strict=True):
+            page = future.result()
+            if page is None:
+                break
+            found.append((job, *page))
+        if not found:
+            return 0
         codec = self._codecs.get()
         try:
             with _stream(self._blocks.device, load.event):
-                return self._decode(load, job, page, codec)
-        except KVTCError as error:
-            self._end(load, job)
-            self._counter.add(damaged_pages=1)
-            _log.warning("page %s is of no use and is deleted: %s", job.key.name, error)
-            self._store.delete(job.key.name)
-            return False
+                return self._decode(load, found, codec)
         finally:
             self._codecs.put(codec)
 
-    @staticmethod
-    def _end(load: _Load, job: PageJob) -> None:
-        with load.lock:
-            load.useful = min(load.useful, job.key.position)
+    def _decode(
+        self, load: _Load, found: Sequence[tuple[PageJob, Block, int]], codec: PageCodec
+    ) -> int:
+        """As :meth:`_load_pages`, of pages that are whole."""
+        if not load.begin(found[0][0].key.position):
+            return 0
+        try:
+            jobs, pages, sizes = zip(*found, strict=True)
+            slots = [self._slots(job, page) for job, page in zip(jobs, pages, strict=True)]
+            codec.decode_into(pages, slots, *self._blocks.target)
+        except KVTCError as error:
+            if len(found) == 1:
+                self._spoilt(load, jobs[0], error)
+                return 0
+        else:
+            tokens = sum(len(job.blocks) for job in jobs) * self._blocks.tokens
+            self._counter.add(
+                loaded_pages=len(jobs),
+                loaded_bytes=sum(sizes),
+                loaded_cache_bytes=tokens * self._blocks.token_bytes,
+            )
+            return len(jobs)
+        finally:
+            load.end()
+        done = 0  # one of them is no page: those before it are good
+        for one in found:
+            if not self._decode(load, [one], codec):
+                break
+            done += 1
+        return done
 
-    def _decode(self, load: _Load, job: PageJob, page: bytes, codec: PageCodec) -> bool:
-        k, v = codec.decode(page, identity=job.key.identity)
-        size = self._blocks.tokens
-        own = slice(job.first * size, (job.first + len(job.blocks)) * size)
-        tensors = [from_dlpack(x)[:, :, own] for x in (k, v)]
-        with load.lock:
-            if load.done or job.key.position > load.useful:
-                return False
-            self._blocks.write(job.blocks, *tensors)
-        self._counter.add(
-            loaded_pages=1,
-            loaded_bytes=len(page),
-            loaded_cache_bytes=sum(x.nbytes for x in tensors),
-        )
-        return True
+    def _slots(self, job: PageJob, page: Block) -> NDArray[np.int64]:
+        """Where the tokens of a page go: not all of them, if the engine has the first already."""
+        slots = np.full(page.tokens, -1, np.int64)
+        own = self._blocks.slots(job.blocks)
+        first = job.first * self._blocks.tokens
+        slots[first : first + len(own)] = own
+        return slots
 
     def _save(self) -> None:
         self._spread()
