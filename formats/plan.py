@@ -235,10 +235,6 @@ class Plan:
 _SMALL = 1 << 16
 
 
-#: Larger plans, in bytes, are not kept.
-_SMALL = 1 << 16
-
-
 @lru_cache(maxsize=32)  # streams of one codec have one plan
 def _read_plan(data: bytes, limits: Limits, offset: int) -> Plan:
     reader = ByteReader(data, "plan", offset)

@@ -55,7 +55,7 @@ from kvtc_stream.gpu.coder.encoding import BatchEncoder, EncoderBatch
 from kvtc_stream.gpu.coder.plan import BandPlan, DevicePlan
 from kvtc_stream.gpu.coder.rope import ropes_of
 from kvtc_stream.gpu.kernels import layout
-from kvtc_stream.gpu.runtime.staging import Staging, pinned, pinned
+from kvtc_stream.gpu.runtime.staging import Staging, pinned
 from kvtc_stream.gpu.runtime.streams import side_by_side
 from kvtc_stream.gpu.runtime.tensors import BITS, Tensors, entries, to_device
 from kvtc_stream.io.dlpack import BackendName, layer_list, numpy_dtype, on_cuda

@@ -37,8 +37,6 @@ _BLOCKS_OF_THREADS = 2
 _ALIGNMENT = 16
 #: Arrangements of tiles that are kept.
 _ORDERS = 64
-#: Arrangements of tiles that are kept.
-_ORDERS = 64
 #: cudaDevAttrMultiProcessorCount
 _MULTIPROCESSORS = 16
 
@@ -212,14 +210,6 @@ def piece_tokens(width: int, count: int, tokens: int) -> int:
     matrix for each piece cheap.
     """
     return min(max(PIECE_BYTES // (2 * width), count // 4, 64) // 64 * 64, tokens)
-
-
-def tile_tasks(plan: DevicePlan) -> TileTasks:
-    """A plan's, which is kept with it."""
-    if plan.tile_tasks is None:
-        plan.tile_tasks = TileTasks(plan)
-    found: TileTasks = plan.tile_tasks
-    return found
 
 
 def tile_tasks(plan: DevicePlan) -> TileTasks:

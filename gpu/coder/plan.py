@@ -329,9 +329,6 @@ class DevicePlan(Basis):
     #: See :func:`kvtc_stream.gpu.coder.decoding.tile_tasks`.
     tile_tasks: Any = None
 
-    #: See :func:`kvtc_stream.gpu.coder.decoding.tile_tasks`.
-    tile_tasks: Any = None
-
     def __init__(self, calibration: CalibratedBases, section: int, plan: SectionPlan) -> None:
         parts = calibration.sections[section].parts(plan)
         bands = []

@@ -133,13 +133,6 @@ def pinned(size: int) -> memoryview:
     return np.frombuffer(memory, np.uint8, size).data
 
 
-def pinned(size: int) -> memoryview:
-    """Pinned memory, which its pool takes back when nobody refers to it any more."""
-    # Powers of two, so that the pool finds one that was used before.
-    memory = cupy.cuda.alloc_pinned_memory(1 << max(size - 1, 1).bit_length())
-    return np.frombuffer(memory, np.uint8, size).data
-
-
 def _are_pinned(pieces: Sequence[Any], sources: Sequence[NDArray[np.uint8]]) -> bool:
     """Whether all pieces are in pinned memory; those of one owner are asked for once."""
     owners = {
