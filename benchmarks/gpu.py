@@ -64,6 +64,12 @@ GEOMETRIES = {
     "Llama-3.1-8B": (32, 8, 128, 16),
     "SmolLM2-135M": (30, 3, 64, 1),
 }
+#: Of the first two: hidden size, that of the MLP, query heads, and vocabulary.
+NETWORKS = {
+    "Mistral-NeMo-12B": (5120, 14_336, 32, 131_072),
+    "Llama-3.1-8B": (4096, 14_336, 32, 128_256),
+}
+THETA = 1e6
 BATCHES = {"8 × 8K": (8, 8192), "1 × 8K": (1, 8192), "1 × 128K": (1, 131_072)}
 BLOCK, RATIO = 128, 16
 #: Share of a row's width that the rank is, as on SmolLM2-135M; and a cap, about the paper's.
@@ -82,6 +88,26 @@ BEHIND = 3.7
 TABLES = 512
 #: Deviation of the logarithm of a token's scale, and what it says about the token's importance.
 TOKEN_SCALE, IMPORTANCE = 0.3, 1.3
+
+
+def llama_config(name: str, **options: Any) -> Any:
+    """A transformers configuration of that shape."""
+    from transformers import LlamaConfig
+
+    layers, heads, dim, _ = GEOMETRIES[name]
+    hidden, inner, queries, vocabulary = NETWORKS[name]
+    return LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=queries,
+        num_key_value_heads=heads,
+        head_dim=dim,
+        max_position_embeddings=1 << 18,
+        rope_parameters={"rope_type": "default", "rope_theta": THETA},
+        **options,
+    )
 
 
 def seconds(task: Callable[[], Any], repeats: int = 5) -> tuple[float, float]:
@@ -130,7 +156,9 @@ class Model:
         Coded components of all groups, ``None`` for a share of the width; leading coefficients of
         all groups if there is a second level, and how many of the components are of that.
     reach
-        How far the spectrum goes, in that of SmolLM2-135M.
+        How far the spectrum goes, in that of SmolLM2-135M; with 0 all components are alike.
+    deviation
+        Of the first component's coefficients.
     """
 
     def __init__(
@@ -144,9 +172,10 @@ class Model:
         leading: int = 0,
         of_second: int = 0,
         reach: float = 1.0,
+        deviation: float = 1.0,
     ) -> None:
         self.shape = (layers, heads, dim)
-        rope = kvtc.Rope.from_theta(1e6, dim)
+        rope = kvtc.Rope.from_theta(THETA, dim)
         self.geometry = kvtc.Geometry.uniform(
             layers=layers, kv_heads=heads, head_dim=dim, rope=rope
         )
@@ -184,11 +213,11 @@ class Model:
         shares = reach * np.arange(rank) / max(rank - 1, 1)
         logarithms = np.interp(shares, list(SPECTRUM), np.log(list(SPECTRUM.values())))
         logarithms -= np.maximum(shares - 1, 0) * BEHIND
-        self.spectrum = np.exp(logarithms).astype(np.float32)
+        self.spectrum = (deviation**2 * np.exp(logarithms)).astype(np.float32)
         tables = self._tables(rank)
         parts = []
         for own, matrices in found:
-            mean = (0.1 * rng.standard_normal(2 * len(own) * size)).astype(np.float32)
+            mean = (0.1 * deviation * rng.standard_normal(2 * len(own) * size)).astype(np.float32)
             energy = float(self.spectrum.sum() + (mean**2).sum())
             parts.append(Part(own, own, mean, matrices, self.spectrum, energy, uniform=tables))
         section = SectionCalibration({"joint": tuple(parts)}, 100_000)

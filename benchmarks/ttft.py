@@ -47,11 +47,7 @@ TOKENS = [2048, 8192, 32_768, 65_536, 131_072]
 PLACES = ("pinned", "memory", "disk")
 #: Seconds from which on a task is not run again.
 LONG = 2.0
-#: Beside layers, heads and dim: hidden size, of the MLP, query heads, vocabulary.
-NETWORKS = {
-    "Llama-3.1-8B": (4096, 14_336, 32, 128_256),
-    "Mistral-NeMo-12B": (5120, 14_336, 32, 131_072),
-}
+SHAPES = ["Llama-3.1-8B", "Mistral-NeMo-12B"]
 Tensors = list[torch.Tensor]
 
 
@@ -88,24 +84,12 @@ class Drawn(Source):
     """A network of that shape on a CUDA device, and what ``gpu.py`` draws for it."""
 
     def __init__(self, name: str) -> None:
-        from transformers import LlamaConfig, LlamaForCausalLM
+        from transformers import LlamaForCausalLM
 
-        from gpu import GEOMETRIES, Model
+        from gpu import GEOMETRIES, Model, llama_config
 
         self._model = Model(*GEOMETRIES[name])
-        layers, heads, dim = self._model.shape
-        hidden, inner, queries, vocabulary = NETWORKS[name]
-        config = LlamaConfig(
-            vocab_size=vocabulary,
-            hidden_size=hidden,
-            intermediate_size=inner,
-            num_hidden_layers=layers,
-            num_attention_heads=queries,
-            num_key_value_heads=heads,
-            head_dim=dim,
-            max_position_embeddings=max(TOKENS) + 1,
-            rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-        )
+        config = llama_config(name)
         torch.manual_seed(0)
         torch.set_default_dtype(torch.bfloat16)
         with torch.device("cuda"):
@@ -371,7 +355,7 @@ def main() -> None:
     """Measure, show and write."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     given = parser.add_mutually_exclusive_group(required=True)
-    given.add_argument("--shape", nargs="+", choices=list(NETWORKS), help="drawn, needs CUDA")
+    given.add_argument("--shape", nargs="+", choices=SHAPES, help="drawn, needs CUDA")
     given.add_argument("--model", help="folder or .gguf; with --calibration and --text")
     parser.add_argument("--calibration")
     parser.add_argument("--text", nargs="+", default=[])
