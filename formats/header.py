@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NoReturn
 
 from kvtc_stream.errors import FormatError
@@ -76,7 +78,7 @@ class SectionScales:
             )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class StreamHeader:
     """What a reader must know before the first block.
 
@@ -190,6 +192,11 @@ class StreamHeader:
         writer.pack("I", len(metadata))
         writer.raw(metadata)
         return writer.getvalue()
+
+    @cached_property
+    def digest(self) -> bytes:
+        """SHA-256 of :meth:`pack`."""
+        return hashlib.sha256(self.pack()).digest()
 
     @classmethod
     def unpack(

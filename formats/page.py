@@ -32,11 +32,6 @@ SEAL_SIZE = 32
 _SEAL_DOMAIN = b"kvtc page seal 1\0"
 
 
-def page_context(header: StreamHeader) -> bytes:
-    """SHA-256 of the header that writer and reader of a page share."""
-    return hashlib.sha256(header.pack()).digest()
-
-
 def pack_page(
     block: Block, header: StreamHeader, *, key: bytes | None = None, identity: bytes = b""
 ) -> bytes:
@@ -48,12 +43,11 @@ def pack_page(
     features = _features(block, header, sealed=key is not None)
     payload = block.pack()
     size = sum(map(len, payload))
-    context = page_context(header)
     fields = _FIELDS.pack(
         PAGE_MAGIC,
         *version_for(features),
         features,
-        context,
+        header.digest,
         block.section,
         0,
         Checksum.XXH3_64,
@@ -111,13 +105,16 @@ def unpack_page(
             f"page: section {section} of {len(header.geometry.sections)}, reserved {reserved}: "
             "the writer is at fault"
         )
-    expected = page_context(header)
+    expected = header.digest
     if context != expected:
         raise CalibrationMismatchError(
             f"the page was made under header {context.hex()}, found {expected.hex()}: calibration, "
             "plan, geometry, element types or block size differ; use the codec that made it"
         )
     limits.check("max_record_bytes", size, "page, payload length at byte 56")
+    # What nobody can change after it was checked is not copied.
+    if not isinstance(data, bytes):
+        view = memoryview(bytes(view[: PAGE_OVERHEAD + size + SEAL_SIZE]))
     payload = _open_payload(view, size, Feature.SEALED_PAGES in features, own, key, identity)
     reader = ByteReader(payload, "page", _HEADER_SIZE)
     block = Block.unpack(reader, section, header, limits, features)
@@ -137,7 +134,7 @@ def unpack_page(
 
 def _open_payload(
     view: memoryview, size: int, sealed: bool, seed: int, key: bytes | None, identity: bytes
-) -> bytes:
+) -> memoryview:
     """The payload of a page, once its checksum and, with ``key``, its seal are right."""
     end = _HEADER_SIZE + size
     whole = end + _CHECKSUM.size + (SEAL_SIZE if sealed else 0)
@@ -145,7 +142,7 @@ def _open_payload(
         raise TruncatedError(f"page: {len(view)} bytes, expected {whole}: fetch it again")
     if key is not None and not sealed:
         raise AuthenticationError("page: it is not sealed, and a key was given: do not use it")
-    payload = bytes(view[_HEADER_SIZE:end])
+    payload = view[_HEADER_SIZE:end]
     (found,) = _CHECKSUM.unpack_from(view, end)
     verify(found, payload, seed, "page, payload")
     if key is not None:
@@ -163,5 +160,7 @@ def _features(block: Block, header: StreamHeader, *, sealed: bool) -> Feature:
 
 
 def _seal(page: bytes | memoryview, key: bytes, identity: bytes) -> bytes:
-    message = b"".join((_SEAL_DOMAIN, hashlib.sha256(identity).digest(), page))
-    return hmac.digest(key, message, "sha256")
+    seal = hmac.new(key, _SEAL_DOMAIN, "sha256")
+    seal.update(hashlib.sha256(identity).digest())
+    seal.update(page)  # not one message: that would be a copy of the page
+    return seal.digest()

@@ -34,8 +34,9 @@ from kvtc_stream.stream.pages import PageCodec
 
 _log = logging.getLogger(__name__)
 
-#: Pages that are fetched from a store, and checked, beside one another.
-_FETCHES = 8
+#: Pages that are fetched from a store, and checked, beside one another: at least, and at most if
+#: there are so many cores.
+_FETCHES = 4, 16
 #: Pages that are decoded at once on a CUDA device: enough to keep it busy, few enough that the
 #: first are decoded while the next are checked.
 _TOGETHER = 32
@@ -352,7 +353,8 @@ class PageTransfer:
         self._counter, self._timeout, self._most = counter, timeout, queue_pages
         self._cpus = _allowed_cpus(blocks.device)
         self._loader = ThreadPoolExecutor(2, "kvtc-load", initializer=self._spread)
-        self._fetcher = ThreadPoolExecutor(_FETCHES, "kvtc-fetch", initializer=self._spread)
+        fetches = min(max(_FETCHES[0], os.cpu_count() or 1), _FETCHES[1])
+        self._fetcher = ThreadPoolExecutor(fetches, "kvtc-fetch", initializer=self._spread)
         count = max(1, len(codecs))
         self._decoder = ThreadPoolExecutor(count, "kvtc-decode", initializer=self._spread)
         self._loads: dict[str, _Load] = {}
