@@ -91,7 +91,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--port", type=int)
     parser.add_argument("--fail", action="store_true")
+    parser.add_argument("--kv-cache-dtype", help="serves none")
     given, _ = parser.parse_known_args()
-    if given.fail:
+    if given.fail or given.kv_cache_dtype:
         raise SystemExit(3)
     web.run_app(StandIn().application(), host="127.0.0.1", port=given.port, print=None)

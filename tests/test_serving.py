@@ -342,6 +342,20 @@ def test_servers_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         assert arm["cases"][0]["held_bytes"] == (100_000 if arm["name"] == "raw" else 0)
 
 
+def test_an_arm_that_cannot_run_costs_no_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--model", "m", "--vllm", VLLM, "--working-sets", "1", *SMALL]
+    found = command(capsys, *words, "--arms", "fp8,recompute", "--plot", str(tmp_path / "x.png"))
+    fp8, recompute = found["arms"]
+    assert "the server of fp8 ended with 3" in fp8["left_out"]
+    assert recompute["cases"][0]["open_loop"]
+    assert main(["bench", "serve", *words, "--arms", "fp8,recompute"]) == 0
+    assert "the server of fp8 ended with 3" in capsys.readouterr().out.replace("\n", " ")
+    assert main(["bench", "serve", *words, "--arms", "fp8"]) == 1
+    assert "no arm could be measured: the server of fp8 ended" in capsys.readouterr().err
+
+
 def test_servers_by_url(
     server: tuple[str, StandIn], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

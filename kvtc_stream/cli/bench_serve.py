@@ -8,7 +8,7 @@ import platform
 import shlex
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import count
@@ -91,24 +91,33 @@ def _measure(args: Namespace, bars: Progress) -> Iterator[dict[str, Any]]:
     arms: list[dict[str, Any]] = []
     source: Ids | None = None
     rates: list[float] = args.rates or []
-    for server in _servers(args, budget, bars):
-        client = Client(server.url, server.model)
-        if source is None:
-            source = _source(args, client)
-        arm = server.arm
-        found: dict[str, Any] = {"name": arm.name, "about": arm.about, "version": server.version}
-        found["cases"] = []
+    for name, start in _servers(args, budget, bars):
+        found: dict[str, Any] = {"name": name, "cases": []}
         arms.append(found)
-        for working_set in args.working_sets:
-            conversations = conversations_of(int(working_set * budget), token_bytes, shape.context)
-            server.forget()
-            trace = Trace(source, shape, conversations, args.seed)
-            case = _Case(args, server, client, trace, bars)
-            case.fill()
-            rates = rates or case.first_rate()
-            figures = {"working_set": working_set, "conversations": conversations}
-            found["cases"].append(figures | case.measured(rates))
-            yield described | {"load_after": os.getloadavg()[0], "arms": arms}
+        try:
+            with start as server:
+                client = Client(server.url, server.model)
+                if source is None:
+                    source = _source(args, client)
+                found |= {"about": server.arm.about, "version": server.version}
+                for working_set in args.working_sets:
+                    size = int(working_set * budget)
+                    conversations = conversations_of(size, token_bytes, shape.context)
+                    server.forget()
+                    trace = Trace(source, shape, conversations, args.seed)
+                    case = _Case(args, server, client, trace, bars)
+                    case.fill()
+                    rates = rates or case.first_rate()
+                    figures = {"working_set": working_set, "conversations": conversations}
+                    found["cases"].append(figures | case.measured(rates))
+                    yield described | {"load_after": os.getloadavg()[0], "arms": arms}
+        except OSError as error:
+            # The others' figures may have taken hours.
+            found["left_out"] = str(error)
+            terminal.note(f"{name} is left out: {error}")
+    if not any(arm["cases"] for arm in arms):
+        raise OSError(f"no arm could be measured: {arms[0]['left_out']}")
+    yield described | {"load_after": os.getloadavg()[0], "arms": arms}
 
 
 def _shape(args: Namespace) -> Shape:
@@ -129,29 +138,33 @@ def _token_bytes(calibration: str) -> int:
     return 2 * sum(section.k_width + section.v_width for section in sections)
 
 
-def _servers(args: Namespace, budget: int, bars: Progress) -> Iterator[servers.Server]:
-    """One after the other, each ended before the next one starts."""
-    if args.url:
-        for name, _, url in (word.partition("=") for word in args.url):
-            yield servers.Server(url, servers.Arm(name, "a server that ran already"))
-        return
-    for name in args.arms:
-        with ExitStack() as stack:
-            arm = servers.make_arm(
-                name,
-                budget,
-                gpu=_has_gpu(),
-                calibration=args.calibration,
-                ratio=args.ratio,
-                settings=args.connector_config,
-                folder=stack.enter_context(servers.scratch()),
-            )
-            log = stack.enter_context(open(args.log or os.devnull, "ab"))
-            bar = bars.add_task(f"{name}: starting vLLM", total=None)
-            words = shlex.split(args.serve_args)
+def _servers(
+    args: Namespace, budget: int, bars: Progress
+) -> Iterator[tuple[str, AbstractContextManager[servers.Server]]]:
+    """Names, and what starts each and ends it."""
+    for name, _, url in (word.partition("=") for word in args.url or ()):
+        yield name, nullcontext(servers.Server(url, servers.Arm(name, "a server that ran already")))
+    for name in () if args.url else args.arms:
+        yield name, _started(args, name, budget, bars)
+
+
+@contextmanager
+def _started(args: Namespace, name: str, budget: int, bars: Progress) -> Iterator[servers.Server]:
+    with ExitStack() as stack:
+        arm = servers.make_arm(
+            name,
+            budget,
+            gpu=_has_gpu(),
+            calibration=args.calibration,
+            ratio=args.ratio,
+            settings=args.connector_config,
+            folder=stack.enter_context(servers.scratch()),
+        )
+        log = stack.enter_context(open(args.log or os.devnull, "ab"))
+        words = shlex.split(args.serve_args)
+        with _Bar(bars, f"{name}: starting vLLM"):
             server = stack.enter_context(servers.started(args.vllm, args.model, arm, words, log))
-            bars.remove_task(bar)
-            yield server
+        yield server
 
 
 def _has_gpu() -> bool:
@@ -252,6 +265,10 @@ class _Bar:
 # Results.
 
 
+def _measured_arms(result: dict[str, Any]) -> list[dict[str, Any]]:
+    return [arm for arm in result["arms"] if arm["cases"]]
+
+
 def best(case: dict[str, Any]) -> dict[str, Any]:
     """The step of the ladder with the most requests within the limits."""
     step: dict[str, Any] = max(case["open_loop"], key=lambda step: step["goodput_per_s"])
@@ -270,7 +287,7 @@ def _tables(result: dict[str, Any]) -> Iterable[Table]:
                 f"{shape['fresh_tokens']}; {shape['answer']} tokens of answer",
             ),
             ("limits", f"first token {slo['ttft']:g} s, then {1e3 * slo['itl']:g} ms a token"),
-            *((arm["name"], arm["about"]) for arm in result["arms"]),
+            *((arm["name"], arm.get("left_out") or arm["about"]) for arm in result["arms"]),
         ]
     )
     yield terminal.table(
@@ -349,7 +366,7 @@ def _costs(case: dict[str, Any]) -> list[str]:
 
 def _summary(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """Each arm's goodput over the first one's, by working set, losses too."""
-    first, *others = result["arms"]
+    first, *others = _measured_arms(result)
     for arm in others:
         parts = []
         for ours, theirs in zip(arm["cases"], first["cases"], strict=False):
@@ -369,8 +386,9 @@ def draw(result: dict[str, Any], path: str) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    arms = result["arms"]
-    sets = [case["working_set"] for case in arms[0]["cases"]]
+    arms = _measured_arms(result)
+    longest = max(arms, key=lambda arm: len(arm["cases"]))["cases"]
+    sets = [case["working_set"] for case in longest]
     figure, axes = plt.subplots(
         2, max(2, len(sets)), figsize=(3.4 * max(2, len(sets)), 6.4), layout="constrained"
     )
@@ -390,7 +408,7 @@ def draw(result: dict[str, Any], path: str) -> None:
                 [step["returning"]["ttft"]["p90"] or np.nan for step in steps],
                 **style,
             )
-    possible = [100 * best(case)["possible_hit_rate"] for case in arms[0]["cases"]]
+    possible = [100 * best(case)["possible_hit_rate"] for case in longest]
     axes[0, 1].plot(sets, possible, color="0.5", linestyle=":", marker="x", label="possible")
     titles = (
         "goodput, requests/s",
