@@ -6,11 +6,11 @@ values may still be on their way, as the stream's order tells.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
-from itertools import pairwise
+from itertools import chain, islice, pairwise
 from typing import Any, NamedTuple
 
 import cupy
@@ -56,7 +56,7 @@ from kvtc_stream.gpu.coder.plan import BandPlan, DevicePlan
 from kvtc_stream.gpu.coder.rope import ropes_of
 from kvtc_stream.gpu.kernels import layout
 from kvtc_stream.gpu.runtime.staging import Staging, pinned
-from kvtc_stream.gpu.runtime.streams import side_by_side
+from kvtc_stream.gpu.runtime.streams import interleave, side_by_side
 from kvtc_stream.gpu.runtime.tensors import BITS, Tensors, entries, to_device
 from kvtc_stream.io.dlpack import BackendName, layer_list, numpy_dtype, on_cuda
 from kvtc_stream.io.threads import threads
@@ -163,6 +163,10 @@ class CudaBackend:
     def side_by_side(self, function: Callable[[T], R], arguments: Sequence[T]) -> list[R]:
         """See :func:`kvtc_stream.gpu.runtime.streams.side_by_side`."""
         return side_by_side(function, arguments)
+
+    def interleave(self, tasks: Iterable[Iterator[None]]) -> None:
+        """See :func:`kvtc_stream.gpu.runtime.streams.interleave`."""
+        interleave(tasks)
 
     def output(self, x: Any, dtype: DType) -> Any:
         """See :meth:`kvtc_stream.backends.base.Backend.output`."""
@@ -412,25 +416,37 @@ class CudaSectionCoder(SectionCoder):
         v: Any,
     ) -> None:
         """See :meth:`kvtc_stream.backends.base.SectionCoder.decode_into`."""
+        for _ in self.decoding(table, slots, layers, k, v):
+            pass
+
+    def decoding(
+        self,
+        table: BlockTable,
+        slots: NDArray[np.int64],
+        layers: Sequence[int],
+        k: Any,
+        v: Any,
+    ) -> Iterator[None]:
+        """See :meth:`kvtc_stream.backends.base.SectionCoder.decoding`: payloads to symbols, then to
+        values, then whatever the device found wrong."""
         dtype = self._header.out_dtype
         outputs = [
             x if isinstance(x, Tensors) else Tensors.of_layers(list(x), dtype) for x in (k, v)
         ]
         k_out, v_out = (self._spread(x, layers) for x in outputs)
-        exact: Iterator[Sequence[_Exact]] = iter(())
         self._unchecked.clear()  # of a call that failed
         loaded = self._decoder.load(table, slots, tiles=self._tiles)
-
-        def begin() -> None:
-            nonlocal exact
-            loaded.whole()
-            exact = self._exact(table, slots)
-
-        started = self._decoder.start(loaded.blocks, begin, layers, k_out, v_out)
+        batches = self._decoder.batches(loaded.blocks)
+        first = list(islice(batches, 1))
+        yield
+        loaded.whole()
+        exact = self._exact(table, slots)
+        started = self._decoder.start(chain(first, batches), layers, k_out, v_out)
         columns = self._columns(layers, k_out, v_out)
         for found in exact:  # beside what the device does
             for own, values in self._uploaded(found, loaded):
                 self._place_exact(own, values, layers, columns)
+        yield
         for block, own in faulty(started):
             self._place(own, *self._cpu.decode(block, layers), columns)
         self._check_exact()

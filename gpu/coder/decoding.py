@@ -418,27 +418,26 @@ class BatchDecoder(ABC):
             (k_out, v_out),
         )
 
+    def batches(self, blocks: CodedBlocks) -> Iterator[tuple[CodedBlocks, Batch]]:
+        """Decode blocks to symbols, a batch whenever the next one is asked for."""
+        for some in blocks.batches(self.batch_tokens):
+            yield some, self.symbols(some)
+
     def start(
         self,
-        blocks: CodedBlocks,
-        whole: Callable[[], None],
+        batches: Iterable[tuple[CodedBlocks, Batch]],
         layers: Sequence[int],
         k_out: Tensors,
         v_out: Tensors,
     ) -> list[RunningBatch]:
-        """Decode blocks into tensors, without waiting for the device, but for what ``whole`` waits
-        for before the first value is written. See :func:`faulty`."""
+        """Turn batches into values in tensors, without waiting for the device. See
+        :func:`faulty`."""
         started = []
         destination = None
-        for some in blocks.batches(self.batch_tokens):
-            batch = self.symbols(some)
-            if destination is None:
-                destination = self.destination(layers, k_out, v_out)
-                whole()
+        for some, batch in batches:
+            destination = destination or self.destination(layers, k_out, v_out)
             self.values(batch, destination)
             started.append(RunningBatch(some, batch.faults, batch.overflow))
-        if destination is None:
-            whole()
         return started
 
     def values(self, batch: Batch, destination: Destination) -> None:

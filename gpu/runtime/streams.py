@@ -1,12 +1,14 @@
-"""Runs independent calls at the same time, each on its own thread and CUDA stream."""
+"""Runs independent calls and tasks at the same time, each in a CUDA stream of its own."""
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from functools import cache
+from itertools import chain
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
@@ -18,6 +20,8 @@ R = TypeVar("R")
 #: Calls at a time: while one waits for the host's work or a copy, another keeps the device busy.
 #: Each has scratch of its own.
 AT_A_TIME = 2
+#: Tasks that one thread takes in turn: one begins, one is at work, one comes to its end.
+IN_FLIGHT = 3
 
 
 @cache
@@ -34,12 +38,47 @@ if hasattr(os, "register_at_fork"):
 _own = threading.local()
 
 
-def _stream(device: int) -> Any:
+def _stream(device: int, number: int = 0) -> Any:
     """The thread's on a device; CuPy's pool keeps what a stream freed for that stream."""
     streams = _own.__dict__.setdefault("streams", {})
-    if device not in streams:
-        streams[device] = cupy.cuda.Stream(non_blocking=True)
-    return streams[device]
+    if (device, number) not in streams:
+        streams[device, number] = cupy.cuda.Stream(non_blocking=True)
+    return streams[device, number]
+
+
+def interleave(tasks: Iterable[Iterator[None]]) -> None:
+    """Take tasks to their ends from this thread, a few at a time, each in a stream of its own,
+    after what is in the current stream; waits for them, and for the device. One alone is in the
+    current stream itself.
+
+    A new task makes its first step before older ones make their next: what it begins is done while
+    the host waits for them.
+    """
+    waiting = list(tasks)
+    if len(waiting) < 2:
+        for _ in chain.from_iterable(waiting):
+            pass
+        return
+    device, ready = cupy.cuda.runtime.getDevice(), cupy.cuda.Event(disable_timing=True)
+    ready.record()
+    free = [_stream(device, i) for i in range(IN_FLIGHT)]
+    streams = list(free)
+    running: deque[tuple[Any, Iterator[None]]] = deque()
+    for stream in streams:
+        stream.wait_event(ready)
+    try:
+        while waiting or running:
+            if waiting and free:
+                running.appendleft((free.pop(0), waiting.pop(0)))
+            for stream, task in list(running):
+                with stream:
+                    ended = next(task, running) is running
+                if ended:
+                    running.remove((stream, task))
+                    free.append(stream)
+    finally:  # nobody writes once this has returned, or raised
+        for stream in streams:
+            stream.synchronize()
 
 
 def of_pointer(pointer: int) -> Any:

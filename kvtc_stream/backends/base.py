@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol, TypeAlias, TypeVar
 
 import numpy as np
@@ -107,6 +107,18 @@ class SectionCoder(ABC):
         verified yet are, before the first value is written: ``ChecksumError`` if one is damaged.
         """
 
+    def decoding(
+        self,
+        table: BlockTable,
+        slots: NDArray[np.int64],
+        layers: Sequence[int],
+        k: Any,
+        v: Any,
+    ) -> Iterator[None]:
+        """:meth:`decode_into` in steps, for :meth:`Backend.interleave`; done at the last one."""
+        self.decode_into(table, slots, layers, k, v)
+        yield
+
     @abstractmethod
     def decode_layers(self, block: Block) -> Callable[[int], tuple[Any, Any]]:
         """Decode the symbols once; the result gives K and V [1, …] of a layer when it is called.
@@ -165,6 +177,11 @@ class Backend(Protocol):
 
     def side_by_side(self, function: Callable[[T], R], arguments: Sequence[T]) -> list[R]:
         """``function`` of each argument, as many at a time as serves the device."""
+        ...
+
+    def interleave(self, tasks: Iterable[Iterator[None]]) -> None:
+        """Take tasks to their ends, several at a time where that serves the device: each step
+        begins what the next one waits for. All are over when it returns, or raises."""
         ...
 
     def output(self, x: Any, dtype: DType) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property, partial
 from itertools import pairwise
 from typing import Any
@@ -91,6 +91,12 @@ class CpuBackend:
     def side_by_side(self, function: Callable[[T], R], arguments: Sequence[T]) -> list[R]:
         """See :meth:`kvtc_stream.backends.base.Backend.side_by_side`."""
         return list(map(function, arguments))
+
+    def interleave(self, tasks: Iterable[Iterator[None]]) -> None:
+        """See :meth:`kvtc_stream.backends.base.Backend.interleave`."""
+        for task in tasks:
+            for _ in task:
+                pass
 
     def output(self, x: NDArray[Any], dtype: DType) -> Any:
         """See :meth:`kvtc_stream.backends.base.Backend.output`."""

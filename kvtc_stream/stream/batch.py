@@ -124,7 +124,7 @@ def decode_many(
     """Whole streams to whole caches.
 
     On a CUDA device streams of one kind (plan, geometry, types) share launches, and where they are
-    many two batches are decoded at a time, each with scratch of its own. A note on an error, and
+    many three batches are decoded at a time, each with scratch of its own. A note on an error, and
     ``index`` of a :class:`kvtc_stream.KVTCError`, say which stream it is about.
 
     Parameters
@@ -156,7 +156,7 @@ def decode_many(
             reader = open(data, calibration=calibration, backend=coding.name, limits=limits)
         members.append(_Member(reader, i, len(streams)))
     kinds: dict[Any, list[int]] = {}
-    apart: list[tuple[_Member, tuple[Any, Any]]] = []
+    tasks: list[Iterator[None]] = []
     for i, member in enumerate(members):
         h = member.reader.header
         key = (h.plan, h.geometry, h.dtype, h.out_dtype, h.scales, h.block_tokens)
@@ -166,23 +166,19 @@ def decode_many(
         elif cache is None:
             kinds.setdefault(key, []).append(i)
         else:
-            apart.append((member, cache))
-
-    def read(one: tuple[_Member, tuple[Any, Any]]) -> None:
-        member, cache = one
-        with member.about():
-            member.reader.read(section=section, out=cache)
-
-    coding.side_by_side(read, [(member, _held(cache, coding)) for member, cache in apart])
+            tasks.append(_decoding_apart(member, section, cache))
     results: list[tuple[Any, Any]] = [(None, None)] * len(streams)
     for chosen in kinds.values():
         group = [members[i] for i in chosen]
         if out is None:
-            for i, pair in zip(chosen, _together(group, section, coding), strict=True):
+            pairs, own = _together(group, section, coding)
+            for i, pair in zip(chosen, pairs, strict=True):
                 results[i] = pair
         else:
             pages = [cache for i in chosen if isinstance(cache := out[i], PagedCache)]
-            _into_pages(group, pages, section, coding)
+            own = _into_pages(group, pages, section, coding)
+        tasks += own
+    coding.interleave(tasks)
     return results if out is None else list(out)
 
 
@@ -190,50 +186,82 @@ def _tensors(cache: PagedCache | tuple[Any, Any]) -> tuple[Any, Any]:
     return (cache.k, cache.v) if isinstance(cache, PagedCache) else cache
 
 
-def _together(members: list[_Member], section: int, backend: Backend) -> Iterator[tuple[Any, Any]]:
+def _together(
+    members: list[_Member], section: int, backend: Backend
+) -> tuple[list[tuple[Any, Any]], list[Iterator[None]]]:
+    """New K and V of each stream, and the tasks that fill them."""
     counts = [member.reader.tokens(section) for member in members]
     ends = np.cumsum([0, *counts]).tolist()
     first_reader = members[0].reader
     blocks = first_reader.block_decoder
     layers = len(first_reader.header.geometry.sections[section].layers)
     k, v = blocks.empty(section, layers, ends[-1])
-    slots = [np.arange(first, last) for first, last in pairwise(ends)]
-    _decode_into(list(zip(members, slots, strict=True)), section, backend, k, v)
-    for first, last in pairwise(ends):
-        yield tuple(blocks.output(x[:, :, first:last]) for x in (k, v))
+    spans = list(pairwise(ends))
+    slots = [np.arange(first, last) for first, last in spans]
+    pairs = [
+        (blocks.output(k[:, :, first:last]), blocks.output(v[:, :, first:last]))
+        for first, last in spans
+    ]
+    return pairs, _decoding(list(zip(members, slots, strict=True)), section, backend, k, v)
 
 
-def _decode_into(
+def _decoding(
     streams: Sequence[tuple[_Member, NDArray[np.int64]]],
     section: int,
     backend: Backend,
     k: Any,
     v: Any,
-) -> None:
-    """Streams of one kind, and the slots of their tokens, into arrays of the backend."""
+) -> list[Iterator[None]]:
+    """Tasks that decode streams of one kind, with the slots of their tokens, into arrays of the
+    backend."""
     layers = range(len(streams[0][0].reader.header.geometry.sections[section].layers))
     # Coders keep buffers: as few as work at a time.
     idle: deque[Any] = deque()
 
-    def one(group: Sequence[tuple[_Member, NDArray[np.int64]]]) -> None:
+    def one(group: Sequence[tuple[_Member, NDArray[np.int64]]]) -> Iterator[None]:
         tables = [member.stored(section) for member, _ in group]
         slots = [_slots(table, own) for table, (_, own) in zip(tables, group, strict=True)]
         try:
             coder = idle.pop()
         except IndexError:
             coder = group[0][0].reader.block_decoder.coder(section)
-        coder.decode_into(BlockTable.concat(tables), np.concatenate(slots), layers, k, v)
+        yield from coder.decoding(BlockTable.concat(tables), np.concatenate(slots), layers, k, v)
         idle.append(coder)
 
     tokens = np.cumsum([len(slots) for _, slots in streams])
     edges = np.searchsorted(tokens, np.arange(0, tokens[-1], backend.batch_tokens), side="right")
     groups = [streams[i:j] for i, j in pairwise([*np.unique(edges).tolist(), len(streams)])]
-    backend.side_by_side(one, groups)
+    return list(map(one, groups))
+
+
+def _decoding_apart(member: _Member, section: int, out: tuple[Any, Any]) -> Iterator[None]:
+    """A task that decodes one stream into the caller's tensors, which are looked at now: only in
+    the caller's stream do frameworks know what their tensors wait for."""
+    reader, blocks = member.reader, member.reader.block_decoder
+    with member.about():
+        tokens = reader.tokens(section)
+        layers = len(reader.header.geometry.sections[section].layers)
+        k, v = blocks.buffers(section, layers, tokens, out)
+
+    def steps() -> Iterator[None]:
+        table, coder = reader.stored(section), blocks.coder(section)
+        slots = _slots(table, np.arange(tokens))
+        yield from coder.decoding(table, slots, range(layers), k, v)
+
+    def named() -> Iterator[None]:
+        task, ended = steps(), object()
+        while True:
+            with member.about():
+                if next(task, ended) is ended:
+                    return
+            yield
+
+    return named()
 
 
 def _into_pages(
     members: list[_Member], pages: list[PagedCache], section: int, backend: Backend
-) -> None:
+) -> list[Iterator[None]]:
     header = members[0].reader.header
     layers, expected = len(header.geometry.sections[section].layers), header.out_dtype
     slots = []
@@ -257,7 +285,7 @@ def _into_pages(
                     f"of that, or choose another out_dtype when encoding"
                 )
     streams = list(zip(members, slots, strict=True))
-    _decode_into(streams, section, backend, *map(backend.pool, (pages[0].k, pages[0].v)))
+    return _decoding(streams, section, backend, *map(backend.pool, (pages[0].k, pages[0].v)))
 
 
 def _slots(table: BlockTable, of_section: NDArray[np.int64]) -> NDArray[np.int64]:

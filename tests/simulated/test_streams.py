@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import cupy
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from kvtc_stream.gpu.runtime.staging import Staging
-from kvtc_stream.gpu.runtime.streams import AT_A_TIME, side_by_side
+from kvtc_stream.gpu.runtime.streams import AT_A_TIME, IN_FLIGHT, interleave, side_by_side
 
 
 def test_results_are_in_order_and_waited_for() -> None:
@@ -55,6 +56,39 @@ def test_a_failure_ends_them_all() -> None:
     assert sorted(ended) == sorted(set(begun) - {1})  # those that had begun came to their end
     assert len(begun) < 20
     assert cupy.cuda.Stream.waits == waits + len(begun)
+
+
+def test_tasks_are_taken_in_turn() -> None:
+    """A new one begins before older ones go on, and few are under way."""
+    waits, happened = cupy.cuda.Stream.waits, list[tuple[int, int]]()
+
+    def task(number: int) -> Iterator[None]:
+        for step in range(3):
+            happened.append((number, step))
+            yield
+
+    interleave(map(task, range(8)))
+    assert sorted(happened) == [(n, s) for n in range(8) for s in range(3)]
+    assert happened[:6] == [(0, 0), (1, 0), (0, 1), (2, 0), (1, 1), (0, 2)]
+    for number in range(IN_FLIGHT, 8):  # those before it have come to their ends
+        earlier = happened[: happened.index((number, 0))]
+        assert len({n for n, _ in earlier} - {n for n, s in earlier if s == 2}) < IN_FLIGHT
+    assert cupy.cuda.Stream.waits == waits + IN_FLIGHT
+
+
+def test_a_failed_task_ends_them_all() -> None:
+    waits, begun = cupy.cuda.Stream.waits, list[int]()
+
+    def task(number: int) -> Iterator[None]:
+        begun.append(number)
+        yield
+        if number == 1:
+            raise ValueError("of the second")
+
+    with pytest.raises(ValueError, match="of the second"):
+        interleave(map(task, range(20)))
+    assert begun == [0, 1, 2]
+    assert cupy.cuda.Stream.waits == waits + IN_FLIGHT
 
 
 def test_memory_is_kept_until_a_copy_to_it_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
