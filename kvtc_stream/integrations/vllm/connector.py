@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -210,13 +211,17 @@ class KvtcConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     def _warm_up(self, codecs: list[PageCodec], loose: PageCodec, blocks: Blocks) -> None:
         """Compile kernels and make plans before the first request.
 
-        The page is noise, which ``codecs`` keep bit for bit; ``loose`` codes it all the same.
+        The page is noise, as large as the cache, which ``codecs`` keep bit for bit; ``loose`` codes
+        it all the same.
         """
-        section = self._section
+        assert self._codec is not None
+        section, calibration = self._section, self._codec.calibration
         free = _free_memory(blocks.device)
+        parts = calibration.sections[0].parts(self._codec.plan.sections[0])
+        size = np.float32(math.sqrt(sum(x.energy for x in parts) / sum(x.width for x in parts)))
         rng = np.random.default_rng(0)
         k, v = (
-            torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))
+            torch.from_numpy(size * rng.standard_normal(shape, dtype=np.float32))
             .to(getattr(torch, self._dtype))
             .to(blocks.device)
             for shape in (section.k_shape(self._page_tokens), section.v_shape(self._page_tokens))
