@@ -369,13 +369,12 @@ class Engine:
         import torch
 
         from kvtc_stream.integrations.vllm import connector, scheduling, transfer
-        from kvtc_stream.stream.pages import PageCodec
 
         watched = [
             (scheduling.PageScheduler, "_look_up", "find"),
             (transfer.PageTransfer, "_load", "load"),
             (transfer.PageTransfer, "_open", "fetch and check"),
-            (PageCodec, "decode_into", "decode"),
+            (transfer.PageTransfer, "_load_groups", "decode"),
         ]
         if torch.cuda.is_available():
             from kvtc_stream.gpu.runtime.staging import Staging
@@ -482,26 +481,27 @@ class Engine:
         """Where the time of one restored prompt goes: kernels, and Python of one decode."""
         import torch
 
-        from kvtc_stream.stream.pages import PageCodec
+        from kvtc_stream.integrations.vllm.transfer import PageTransfer
 
         parts = []
         cuda = torch.cuda.is_available()
-        own, profile, busy = PageCodec.decode_into, cProfile.Profile(), threading.Lock()
+        own, profile = PageTransfer._load_groups, cProfile.Profile()
+        busy = threading.Lock()
 
-        def decode_into(*arguments: Any) -> None:
-            if not busy.acquire(blocking=False):
-                own(*arguments)
-                return
-            with profile:
+        def load_groups(*arguments: Any) -> None:
+            if busy.acquire(blocking=False):
+                with profile:
+                    own(*arguments)
+            else:
                 own(*arguments)
 
-        PageCodec.decode_into = decode_into  # type: ignore[method-assign]
+        PageTransfer._load_groups = load_groups  # type: ignore[method-assign]
         self._drain(forget=True)
         self._request()
-        PageCodec.decode_into = own  # type: ignore[method-assign]
+        PageTransfer._load_groups = own  # type: ignore[method-assign]
         text = io.StringIO()
         pstats.Stats(profile, stream=text).sort_stats("cumulative").print_stats(45)
-        parts.append("one call of decode_into:\n" + text.getvalue())
+        parts.append("decoding, one thread:\n" + text.getvalue())
         self._drain(forget=True)
         kinds = [torch.profiler.ProfilerActivity.CPU]
         if cuda:
@@ -578,21 +578,20 @@ class Check:
 
     def watch(self, transfer: Any) -> None:
         """Keep the first pages that are stored, and compare them with what is restored."""
-        take, load = transfer.StoreSink.take, transfer.PageTransfer._load_pages
+        take, load = transfer.StoreSink.take, transfer.PageTransfer._load_groups
 
         def taken(sink: Any, job: Any, k: Any, v: Any, valid: Any) -> None:
             if job.key.position % (8 * PAGE) == 0:
                 self._kept[job.key.position] = k.float().cpu(), v.float().cpu()
             take(sink, job, k, v, valid)
 
-        def loaded(own: Any, request: Any, jobs: Any, opened: Any) -> int:
-            found: int = load(own, request, jobs, opened)
-            if self.on:
-                for job in jobs[:found]:
+        def loaded(own: Any, request: Any, groups: Any) -> None:
+            load(own, request, groups)
+            for group in groups if self.on else ():
+                for job in group.jobs[: group.done]:
                     self._compare(job.key.position, own._blocks.read(job.blocks))
-            return found
 
-        transfer.StoreSink.take, transfer.PageTransfer._load_pages = taken, loaded
+        transfer.StoreSink.take, transfer.PageTransfer._load_groups = taken, loaded
 
     def _compare(self, position: int, pair: tuple[Any, Any]) -> None:
         if position in self._kept:

@@ -513,6 +513,40 @@ def test_pages_of_a_request_are_decoded_beside_one_another(codec: kvtc.PageCodec
     parallel.close()
 
 
+@pytest.mark.parametrize("fault", [kvtc.FormatError, RuntimeError])
+def test_of_pages_decoded_together_those_before_a_bad_one_are_good(
+    codec: kvtc.PageCodec, monkeypatch: pytest.MonkeyPatch, fault: type[Exception]
+) -> None:
+    """It is whole, and yet nothing that a coder writes; or something unforeseen happens."""
+    monkeypatch.setattr(Blocks, "together", 3)
+    own = engine(codec)
+    k, v = drawn(6 * PAGE)
+    for i in range(6):
+        part = slice(i * PAGE, (i + 1) * PAGE)
+        page = codec.encode(
+            k[:, :, part], v[:, :, part], positions=part.start, identity=KEYS[i].identity
+        )
+        own.store.put(KEYS[i].name, page)
+    decoding = kvtc.PageCodec.decoding
+
+    def failing(self: kvtc.PageCodec, blocks: Any, *given: Any) -> Any:
+        for block in blocks:
+            if block.positions[0] == 4 * PAGE:
+                raise fault("page 4")
+        yield from decoding(self, blocks, *given)
+
+    monkeypatch.setattr(kvtc.PageCodec, "decoding", failing)
+    own.transfer.load(jobs("a", *([2 * i, 2 * i + 1] for i in range(6))))
+    good = 4 if fault is kvtc.FormatError else 3
+    assert own.wait() == (set(), {"a"}, set(range(2 * good, 12)))
+    counts = own.counter.take()
+    assert counts.loaded_pages == good
+    assert (counts.damaged_pages, counts.failed_pages) == ((1, 0) if good == 4 else (0, 1))
+    assert own.store.exists(KEYS[4].name) == (good == 3)
+    assert own.pool[:, : 2 * good].ne(0).any()
+    own.transfer.close()
+
+
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 1, 3), (2, 0, 1, 3)])
 @pytest.mark.parametrize("layout", VLLM_LAYOUTS, ids=lambda x: x.name)
 def test_slots_are_the_tokens_of_blocks(layout: Any, order: tuple[int, ...]) -> None:

@@ -250,11 +250,20 @@ class PageCodec:
         FormatError
             A page's payload cannot be what an encoder wrote; what is in the slots is undefined.
         """
-        layers = range(len(self._header.geometry.sections[self._section].layers))
         with self._lock:
-            self._coder.decode_into(
-                BlockTable.of(blocks), np.concatenate(list(slots)), layers, k, v
-            )
+            for _ in self.decoding(blocks, slots, k, v):
+                pass
+
+    def decoding(
+        self, blocks: Sequence[Block], slots: Sequence[NDArray[np.int64]], k: Any, v: Any
+    ) -> Iterator[None]:
+        """:meth:`decode_into` in steps, for :meth:`kvtc_stream.backends.base.Backend.interleave`.
+
+        Until it is done nobody else may decode: threads take no turns here.
+        """
+        layers = range(len(self._header.geometry.sections[self._section].layers))
+        table = BlockTable.of(blocks)
+        yield from self._coder.decoding(table, np.concatenate(list(slots)), layers, k, v)
 
     def layers(
         self, page: bytes | bytearray | memoryview, *, identity: bytes | None = None

@@ -32,6 +32,7 @@ from kvtc_stream.integrations.vllm.rotary import check_rope, served_rope
 from kvtc_stream.integrations.vllm.scheduling import PageScheduler, StepPlan
 from kvtc_stream.integrations.vllm.settings import Settings
 from kvtc_stream.integrations.vllm.transfer import (
+    IN_TURN,
     Blocks,
     Counter,
     PageSink,
@@ -49,9 +50,6 @@ _log = logging.getLogger(__name__)
 _PAGE_TOKENS = 128
 #: Pages that are decoded at a time on a CPU, if it has so many cores.
 _DECODERS = 8
-#: Loads of many pages that are decoded at a time on a CUDA device: while one waits for its bytes,
-#: another keeps the device busy. Each has scratch of its own.
-_ON_DEVICE = 2
 #: Seconds that an engine which has nothing to compute waits for pages, at a time.
 _REST = 0.002
 
@@ -202,7 +200,7 @@ class KvtcConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         if not on_device:
             one_blas_thread()
         codec = replace(self._codec, backend="cuda" if on_device else "cpu")
-        count = _ON_DEVICE if on_device else max(1, min(_DECODERS, os.cpu_count() or 1))
+        count = IN_TURN if on_device else max(1, min(_DECODERS, os.cpu_count() or 1))
         codecs = [PageCodec(codec, dtype=self._dtype, key=key) for _ in range(1 + count)]
         loose = PageCodec(replace(codec, error_bound=None, measure=False), dtype=self._dtype)
         self._warm_up(codecs, loose, blocks)

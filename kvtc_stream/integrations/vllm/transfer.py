@@ -13,7 +13,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from queue import SimpleQueue
@@ -40,6 +40,9 @@ _FETCHES = 4, 16
 #: Pages that are decoded at once on a CUDA device: enough to keep it busy, few enough that the
 #: first are decoded while the next are checked.
 _TOGETHER = 32
+#: Codecs that a thread needs which takes groups of pages in turn there, each with scratch of its
+#: own: as many as :meth:`kvtc_stream.backends.base.Backend.interleave` begins.
+IN_TURN = 3
 
 
 class Blocks:
@@ -312,6 +315,18 @@ class _Load:
             self.useful = min(self.useful, job.key.position)
 
 
+@dataclass
+class _Group:
+    """Pages of a load that are decoded at once; ``done`` of them, the first ones, are in their
+    blocks."""
+
+    jobs: Sequence[PageJob]
+    opened: Sequence[Future[tuple[Block, int] | None]] = ()
+    found: list[tuple[Block, int]] = field(default_factory=list)
+    done: int = 0
+    thread: Future[None] | None = None
+
+
 class PageTransfer:
     """Moves pages in threads.
 
@@ -324,8 +339,9 @@ class PageTransfer:
     store
         Where pages are loaded from; ``None`` to load none.
     codecs
-        Of the pages that are loaded: as many are decoded at a time. They are others than the
-        sink's, so that no load waits for a page that is being stored.
+        Of the pages that are loaded: as many are decoded at a time on a CPU, and :data:`IN_TURN`
+        are needed on a CUDA device. They are others than the sink's, so that no load waits for a
+        page that is being stored.
     counter
         What counts.
     timeout
@@ -355,7 +371,8 @@ class PageTransfer:
         self._loader = ThreadPoolExecutor(2, "kvtc-load", initializer=self._spread)
         fetches = min(max(_FETCHES[0], os.cpu_count() or 1), _FETCHES[1])
         self._fetcher = ThreadPoolExecutor(fetches, "kvtc-fetch", initializer=self._spread)
-        count = max(1, len(codecs))
+        self._backend = get_backend("cuda" if blocks.device.type == "cuda" else "cpu")
+        count = 1 if blocks.device.type == "cuda" else max(1, len(codecs))
         self._decoder = ThreadPoolExecutor(count, "kvtc-decode", initializer=self._spread)
         self._loads: dict[str, _Load] = {}
         self._errors: set[int] = set()
@@ -493,14 +510,21 @@ class PageTransfer:
             opened = [self._fetcher.submit(self._open, load, job) for job in load.jobs]
             size = self._blocks.together
             groups = [
-                self._decoder.submit(
-                    self._load_pages, load, load.jobs[i : i + size], opened[i : i + size]
-                )
+                _Group(load.jobs[i : i + size], opened[i : i + size])
                 for i in range(0, len(opened), size)
             ]
-            for i, group in enumerate(groups):
-                done += group.result()
-                if done < min((i + 1) * size, len(opened)):
+            # One thread takes those of a device in turn: several would wait for one another's
+            # interpreter.
+            on_device = self._blocks.device.type == "cuda"
+            for some in [groups] if on_device else [[group] for group in groups]:
+                threads = self._decoder.submit(self._load_groups, load, some)
+                for group in some:
+                    group.thread = threads
+            for group in groups:
+                assert group.thread is not None
+                group.thread.result()
+                done += group.done
+                if group.done < len(group.jobs):
                     break
         except Exception:
             _log.exception("loading a page failed: its tokens are computed")
@@ -542,55 +566,64 @@ class PageTransfer:
         _log.warning("page %s is of no use and is deleted: %s", job.key.name, error)
         self._store.delete(job.key.name)
 
-    def _load_pages(
-        self, load: _Load, jobs: Sequence[PageJob], opened: Sequence[Future[Any]]
-    ) -> int:
-        """How many pages, the first ones, are in their blocks now."""
-        found: list[tuple[PageJob, Block, int]] = []
-        for job, future in zip(jobs, opened, strict=True):
+    def _load_groups(self, load: _Load, groups: Sequence[_Group]) -> None:
+        """Decode groups of pages into their blocks."""
+        self._run(load, [self._loading(load, group) for group in groups])
+        for group in groups:
+            # If one of its pages is none: those before it are good.
+            for i in range(group.done, len(group.found)):
+                one = _Group(group.jobs[i : i + 1], found=group.found[i : i + 1])
+                self._run(load, [self._decoding(load, one)])
+                if not one.done:
+                    break
+                group.done += 1
+
+    def _run(self, load: _Load, tasks: Sequence[Generator[None]]) -> None:
+        """Take tasks to their ends, on the thread's stream."""
+        try:
+            with _stream(self._blocks.device, load.event):
+                self._backend.interleave(tasks)
+        finally:
+            for task in tasks:  # what one of them raises ends all
+                task.close()
+
+    def _loading(self, load: _Load, group: _Group) -> Generator[None]:
+        """A task: pages of a group, when they are there and whole."""
+        for future in group.opened:
             page = future.result()
             if page is None:
                 break
-            found.append((job, *page))
-        if not found:
-            return 0
+            group.found.append(page)
+        if group.found:
+            yield from self._decoding(load, group)
+
+    def _decoding(self, load: _Load, group: _Group) -> Generator[None]:
+        """A task: pages that are whole into their blocks; a page that cannot be decoded leaves the
+        others of its group for another try."""
+        jobs = group.jobs[: len(group.found)]
+        if not load.begin(jobs[0].key.position):
+            group.found = []
+            return
         codec = self._codecs.get()
         try:
-            with _stream(self._blocks.device, load.event):
-                return self._decode(load, found, codec)
+            pages = [page for page, _ in group.found]
+            slots = [self._slots(job, page) for job, page in zip(jobs, pages, strict=True)]
+            yield from codec.decoding(pages, slots, *self._blocks.target)
+        except KVTCError as error:
+            if len(jobs) == 1:
+                self._spoilt(load, jobs[0], error)
+                group.found = []
+            return
         finally:
             self._codecs.put(codec)
-
-    def _decode(
-        self, load: _Load, found: Sequence[tuple[PageJob, Block, int]], codec: PageCodec
-    ) -> int:
-        """As :meth:`_load_pages`, of pages that are whole."""
-        if not load.begin(found[0][0].key.position):
-            return 0
-        try:
-            jobs, pages, sizes = zip(*found, strict=True)
-            slots = [self._slots(job, page) for job, page in zip(jobs, pages, strict=True)]
-            codec.decode_into(pages, slots, *self._blocks.target)
-        except KVTCError as error:
-            if len(found) == 1:
-                self._spoilt(load, jobs[0], error)
-                return 0
-        else:
-            tokens = sum(len(job.blocks) for job in jobs) * self._blocks.tokens
-            self._counter.add(
-                loaded_pages=len(jobs),
-                loaded_bytes=sum(sizes),
-                loaded_cache_bytes=tokens * self._blocks.token_bytes,
-            )
-            return len(jobs)
-        finally:
             load.end()
-        done = 0  # one of them is no page: those before it are good
-        for one in found:
-            if not self._decode(load, [one], codec):
-                break
-            done += 1
-        return done
+        group.done = len(jobs)
+        tokens = sum(len(job.blocks) for job in jobs) * self._blocks.tokens
+        self._counter.add(
+            loaded_pages=len(jobs),
+            loaded_bytes=sum(size for _, size in group.found),
+            loaded_cache_bytes=tokens * self._blocks.token_bytes,
+        )
 
     def _slots(self, job: PageJob, page: Block) -> NDArray[np.int64]:
         """Where the tokens of a page go: not all of them, if the engine has the first already."""
