@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import enum
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -94,7 +96,7 @@ class LayerErrors:
             raise ValueError(f"errors by layer need four bytes a layer, found {len(self.codes)}")
         k_mean, k_worst, v_mean, v_worst = self._rows
         for name, mean, worst in (("K", k_mean, k_worst), ("V", v_mean, v_worst)):
-            if bytes(map(max, mean, worst)) != worst:
+            if any(map(operator.gt, mean, worst)):
                 layer = next(i for i, (a, b) in enumerate(zip(mean, worst, strict=True)) if a > b)
                 raise ValueError(
                     f"the mean error of {name} of layer {layer} exceeds the worst token's, codes "
@@ -116,7 +118,9 @@ class LayerErrors:
         ValueError
             A value is negative or NaN, or the four differ in length.
         """
-        k, worst_k, v, worst_v = map(_codes, (k_mean, k_worst, v_mean, v_worst))
+        k, worst_k, v, worst_v = (
+            _codes(np.array([*errors], np.float64)) for errors in (k_mean, k_worst, v_mean, v_worst)
+        )
         if not len(k) == len(worst_k) == len(v) == len(worst_v):
             raise ValueError(
                 f"errors must have one length, found {len(k)}, {len(worst_k)}, {len(v)} and "
@@ -125,6 +129,16 @@ class LayerErrors:
         # A mean of equal values may be rounded above them.
         rows = k, np.maximum(k, worst_k), v, np.maximum(v, worst_v)
         return cls(b"".join(row.tobytes() for row in rows))
+
+    @classmethod
+    def of_blocks(
+        cls, means: NDArray[np.floating[Any]], worst: NDArray[np.floating[Any]]
+    ) -> list[LayerErrors]:
+        """As :meth:`of` of many blocks: both [2, layers, blocks], of K and V."""
+        codes = _codes(np.stack([means, worst], axis=1))
+        codes[:, 1] = np.maximum(codes[:, 0], codes[:, 1])
+        rows = np.moveaxis(codes, 3, 0).reshape(codes.shape[3], -1)
+        return [cls(row.tobytes()) for row in rows]
 
     @property
     def layers(self) -> int:
@@ -162,11 +176,10 @@ class LayerErrors:
         return tuple(self.codes[i * n : (i + 1) * n] for i in range(4))
 
 
-def _codes(errors: Iterable[float]) -> NDArray[np.uint8]:
-    found = np.array([*errors], np.float64)
-    if not (found >= 0).all():
-        raise ValueError(f"an error must not be negative, found {found[~(found >= 0)][0]}")
-    return np.searchsorted(_LEVELS, found).astype(np.uint8)
+def _codes(errors: NDArray[np.floating[Any]]) -> NDArray[np.uint8]:
+    if not (errors >= 0).all():
+        raise ValueError(f"an error must not be negative, found {errors[~(errors >= 0)][0]}")
+    return np.searchsorted(_LEVELS, errors).astype(np.uint8)
 
 
 def _errors(codes: bytes) -> tuple[float, ...]:

@@ -6,6 +6,7 @@ values may still be on their way, as the stream's order tells.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
@@ -17,7 +18,7 @@ import cupy
 import numpy as np
 from numpy.typing import NDArray
 
-from kvtc_stream.backends.base import Coded, R, SectionCoder, T, block_errors
+from kvtc_stream.backends.base import Coded, SectionCoder, errors_of_blocks
 from kvtc_stream.backends.cpu import CpuBackend, CpuSectionCoder
 from kvtc_stream.calibration.parts import CalibratedBases
 from kvtc_stream.coding.values import (
@@ -31,6 +32,7 @@ from kvtc_stream.coding.values import (
 from kvtc_stream.errors import FormatError
 from kvtc_stream.formats import (
     Block,
+    BlockErrors,
     BlockTable,
     Coder,
     DType,
@@ -39,6 +41,7 @@ from kvtc_stream.formats import (
     SectionPlan,
     StreamHeader,
 )
+from kvtc_stream.formats.block_errors import NO_ERRORS
 from kvtc_stream.formats.coders import decompress
 from kvtc_stream.gpu.coder import verbatim
 from kvtc_stream.gpu.coder.analysis import Payload
@@ -51,14 +54,15 @@ from kvtc_stream.gpu.coder.decoding import (
     UniformDecoder,
     faulty,
 )
-from kvtc_stream.gpu.coder.encoding import BatchEncoder, EncoderBatch
+from kvtc_stream.gpu.coder.encoding import BatchEncoder, EncoderBatch, OffsetCurve
 from kvtc_stream.gpu.coder.plan import BandPlan, DevicePlan
 from kvtc_stream.gpu.coder.rope import ropes_of
 from kvtc_stream.gpu.kernels import layout
 from kvtc_stream.gpu.runtime.staging import Staging, pinned
-from kvtc_stream.gpu.runtime.streams import interleave, side_by_side
+from kvtc_stream.gpu.runtime.streams import interleave
 from kvtc_stream.gpu.runtime.tensors import BITS, Tensors, entries, to_device
 from kvtc_stream.io.dlpack import BackendName, layer_list, numpy_dtype, on_cuda
+from kvtc_stream.io.steps import Steps, begun, run
 from kvtc_stream.io.threads import threads
 from kvtc_stream.planning.rate_control import SectionControl
 
@@ -160,10 +164,6 @@ class CudaBackend:
 
     batch_tokens = BATCH_TOKENS
 
-    def side_by_side(self, function: Callable[[T], R], arguments: Sequence[T]) -> list[R]:
-        """See :func:`kvtc_stream.gpu.runtime.streams.side_by_side`."""
-        return side_by_side(function, arguments)
-
     def interleave(self, tasks: Iterable[Iterator[None]]) -> None:
         """See :func:`kvtc_stream.gpu.runtime.streams.interleave`."""
         interleave(tasks)
@@ -171,6 +171,14 @@ class CudaBackend:
     def output(self, x: Any, dtype: DType) -> Any:
         """See :meth:`kvtc_stream.backends.base.Backend.output`."""
         return x.view(numpy_dtype(dtype))
+
+
+def _errors_at(
+    errors: OffsetCurve, counted: NDArray[np.bool_], own: slice, offset: float
+) -> tuple[Any, Any]:
+    """Errors of K and V of the counted tokens of a block at an offset."""
+    which = own.start + np.flatnonzero(counted[own])
+    return errors.at((0, which), offset), errors.at((1, which), offset)
 
 
 def _given(coder: Coder, payload: memoryview) -> tuple[Coder, memoryview]:
@@ -227,51 +235,138 @@ class CudaSectionCoder(SectionCoder):
 
     def encode(self, k: Any, v: Any, positions: NDArray[np.int64], start: int) -> list[Block]:
         """See :meth:`kvtc_stream.backends.base.SectionCoder.encode`."""
-        tensors = [Tensors.of_layers(list(x), self._header.dtype) for x in (k, v)]
-        size, tokens = self._header.block_tokens, len(positions)
+        tensors = self._tensors(k, v)
+        return run(self.encode_from(tensors, slice(0, len(positions)), positions, start))
+
+    def source(self, k: list[Any], v: list[Any]) -> list[Tensors] | None:
+        """See :meth:`kvtc_stream.backends.base.SectionCoder.source`."""
+        try:
+            return self._tensors(k, v)
+        except ValueError:  # of some kind that kernels do not read
+            return None
+
+    def _tensors(self, k: Any, v: Any) -> list[Tensors]:
+        return [Tensors.of_layers(list(x), self._header.dtype) for x in (k, v)]
+
+    def encode_from(
+        self, source: list[Tensors], span: slice, positions: NDArray[np.int64], start: int
+    ) -> Steps[list[Block]]:
+        """See :meth:`kvtc_stream.backends.base.SectionCoder.encode_from`."""
+        size = self._header.block_tokens
         encoder = self._encoder = self._encoder or self._new_encoder()
         together = max(1, encoder.batch_tokens // size) * size
         blocks: list[Block] = []
-        for first in range(0, tokens, together):
-            last = min(first + together, tokens)
+        before: Steps[list[Block]] | None = None
+        for first in range(span.start, span.stop, together):
+            last = min(first + together, span.stop)
             edges = np.append(np.arange(first, last, size), last)
-            blocks += self._batch(encoder, tensors, positions, start, edges)
+            where = positions[first - span.start : last - span.start]
+            # The device goes on with a batch while the host ends the one before.
+            now = begun(self._batch(encoder, source, edges, where, start + first - span.start))
+            if before is not None:
+                blocks += yield from before
+            before = now
+        if before is not None:
+            blocks += yield from before
         return blocks
+
+    def verbatim_from(self, source: list[Tensors], spans: Sequence[slice]) -> Steps[list[Coded]]:
+        """See :meth:`kvtc_stream.backends.base.SectionCoder.verbatim_from`."""
+        s, dtype = self._section, self._header.dtype
+        counts = [span.stop - span.start for span in spans]
+        sizes = [self._header.verbatim_size(self._index, n) for n in counts]
+        firsts = verbatim.starts(sizes)
+        values = cupy.empty(int(firsts[-1]), np.uint8)
+        staging = Staging()
+        self._collect(staging, source, spans, firsts, values)
+        if all(codes_planes(self._header, size) for size in sizes):
+            bits = [size // 2 for size in sizes]
+            coded = yield from verbatim.encode_values(staging, values.view(np.uint16), bits)
+            if all(len(x) < size for x, size in zip(coded, sizes, strict=True)):
+                return [partial(_given, Coder.PLANES, x.data) for x in coded]
+        memory, ready = staging.begin_large(values)
+        yield
+        ready()
+        host = np.frombuffer(memory, np.uint8)
+        found: list[Coded] = []
+        for n, first, size in zip(counts, firsts.tolist(), sizes, strict=False):
+            own = host[first : first + size].view(numpy_dtype(dtype))
+            k, v = np.split(own, [math.prod(s.k_shape(n))])
+            k, v = k.reshape(s.k_shape(n)), v.reshape(s.v_shape(n))
+            found.append(partial(code_verbatim, self._header, k, v))
+        return found
+
+    def _collect(
+        self,
+        staging: Staging,
+        source: list[Tensors],
+        spans: Sequence[slice],
+        firsts: NDArray[np.int64],
+        values: Any,
+    ) -> None:
+        """Copy K and then V [layers, heads, tokens, dim] of each span, from the byte that is its
+        first in ``values`` on."""
+        s, itemsize = self._section, self._header.dtype.itemsize
+        layers = np.arange(len(s.layers))
+        columns = [(kind, layer, 0) for kind in (0, 1) for layer in layers.tolist()]
+        slots = np.concatenate([np.arange(span.start, span.stop) for span in spans])
+        dense = []
+        for span, first in zip(spans, firsts.tolist(), strict=False):
+            size = itemsize * s.kv_heads * (span.stop - span.start)
+            dense += [layers * size * s.k_dim, (layers * s.v_dim + len(layers) * s.k_dim) * size]
+            dense[-1] += values.data.ptr + first
+            dense[-2] += values.data.ptr + first
+        columns_d, slots_d, dense_d = staging.arrays(
+            entries(source[0], source[1], columns, self._ropes), slots, np.concatenate(dense)
+        )
+        move, at = layout.move(itemsize, back=True), 0
+        for i, span in enumerate(spans):
+            count = span.stop - span.start
+            addresses = dense_d.data.ptr + 8 * i * len(columns)
+            arguments = columns_d, slots_d.data.ptr + 8 * at, count, addresses
+            move((count, len(columns)), 128, arguments)
+            at += count
 
     def _batch(
         self,
         encoder: BatchEncoder | BandEncoder,
         tensors: list[Tensors],
+        edges: NDArray[np.int64],
         positions: NDArray[np.int64],
         start: int,
-        edges: NDArray[np.int64],
-    ) -> list[Block]:
-        first, last = int(edges[0]), int(edges[-1])
-        own_positions, starts = positions[first:last], edges - first
-        inputs = tensors[0], tensors[1], np.arange(first, last), own_positions, starts
-        offsets = np.zeros(len(edges) - 1)
+    ) -> Steps[list[Block]]:
+        """Blocks of the tokens between ``edges``, whose ``positions`` these are, and the first of
+        which is ``start``."""
+        first, starts = int(edges[0]), edges - edges[0]
+        inputs = tensors[0], tensors[1], first + np.arange(len(positions)), positions, starts
         if isinstance(encoder, BandEncoder):
             found = encoder.encode(*inputs)
         else:
-            batch = encoder.prepare(*inputs)
-            if self._control is not None:
-                batch, offsets = self._choose(self._control, encoder, batch)
-            found = encoder.encode(batch, offsets)
+            batch, offsets = encoder.prepare(*inputs), np.zeros(len(starts) - 1)
+            control = self._control
+            near = () if control is None else control.likely
+            sizes = encoder.sizes(batch, near=near)
+            yield
+            if control is not None:
+                batch, offsets = self._choose(control, encoder, batch, sizes)
+            found = yield from encoder.encode(batch, offsets)
+        of_blocks: list[BlockErrors] = (
+            [NO_ERRORS] * (len(starts) - 1)
+            if found.errors is None
+            else errors_of_blocks(found.errors, found.verbatim, starts)
+        )
         blocks = []
-        for i, (begin, end) in enumerate(zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True)):
-            own = slice(begin - first, end - first)
+        for i, (begin, end) in enumerate(pairwise(starts.tolist())):
             where = positions[begin:end], start + begin
-            payload, left_out = found.payloads[i], np.flatnonzero(found.verbatim[own])
-            which = np.arange(begin, end) if payload is None else begin + left_out
-            k_host, v_host = self._picked(tensors, which)
+            payload, left_out = found.payloads[i], np.flatnonzero(found.verbatim[begin:end])
             if payload is None:
+                k_host, v_host = self._picked(tensors, first + np.arange(begin, end))
                 blocks += self._cpu.encode(k_host, v_host, *where)
-            else:
-                errors = None if found.errors is None else found.errors[:, own]
-                by_layer = found.layer_errors[i] if self._by_layer and found.layer_errors else None
-                blocks.append(
-                    self._block(k_host, v_host, *where, payload, left_out, errors, by_layer)
-                )
+                continue
+            picked = self._picked(tensors, first + begin + left_out) if len(left_out) else None
+            by_layer = found.layer_errors[i] if self._by_layer and found.layer_errors else None
+            blocks.append(self._block(picked, *where, payload, left_out, of_blocks[i], by_layer))
+        found.ready()
         return blocks
 
     def _new_encoder(self) -> BatchEncoder | BandEncoder:
@@ -286,9 +381,13 @@ class CudaSectionCoder(SectionCoder):
         return BandEncoder(*arguments, coder=self._header.coder, **options)
 
     def _choose(
-        self, control: SectionControl, encoder: BatchEncoder, batch: EncoderBatch
+        self,
+        control: SectionControl,
+        encoder: BatchEncoder,
+        batch: EncoderBatch,
+        sizes: OffsetCurve,
     ) -> tuple[EncoderBatch, NDArray[np.float64]]:
-        """Choose the steps of a batch's blocks.
+        """Choose the steps of a batch's blocks; ``sizes`` are those of all of its tokens.
 
         Returns the batch, without the grids of restored tokens that are not kept, and the blocks'
         offsets to the plan's step, float64 [blocks].
@@ -296,57 +395,59 @@ class CudaSectionCoder(SectionCoder):
         The rate control counts the estimated sizes or errors, not the real ones, so that a block's
         bytes do not depend on which blocks were in a batch with it.
         """
-        blocks = [slice(a, b) for a, b in pairwise(batch.starts.tolist())]
-        grids, fits = encoder.grids(batch)
-        known = fits & np.logical_and.reduce([own.known for own in grids])
-        restored: list[float | None] = [None] * len(blocks)
+        fits, known = encoder.judged(batch)
+        restored: list[float | None] = [None] * len(batch.blocks)
         if known.any():
-            sizes, forgotten = encoder.sizes(batch, known), np.zeros_like(known)
-            least = encoder.overhead(batch, known)
-            for i, own in enumerate(blocks):
-                if known[own].any():
-                    offset = float(np.mean([x[own].offset for x in grids]))
-                    count = int(np.count_nonzero(known[own]))
-                    if control.keeps(count, float(sizes.at(i, offset)), float(least[i])):
-                        restored[i] = offset
-                    else:
-                        forgotten[own] = True
+            restored, forgotten = self._kept_grids(control, encoder, batch, known)
             if forgotten.any():
                 batch, known = encoder.forgotten(batch, forgotten), known & ~forgotten
+                sizes = encoder.sizes(batch)
         errors = encoder.errors(batch)
-        counted, measured = np.zeros((2, len(known)), np.bool_)
-        for own in blocks:
-            counted[own] = control.counted(fits[own], known[own])
-            if control.of_errors:
-                # Tokens that will be verbatim have none.
-                found = errors.at((slice(None), own), 0.0)
-                counted[own] &= (found <= self._bound).all(axis=0)
-            measured[own] = counted[own] if counted[own].any() else known[own]
-        sizes = encoder.sizes(batch, measured)
-        offsets = np.zeros(len(blocks))
-        for i, own in enumerate(blocks):
-            which = own.start + np.flatnonzero(counted[own])
-            if not len(which) and restored[i] is None:
+        counted, measured = fits & ~known, fits
+        if known.any():
+            measured = np.zeros_like(fits)
+            for own in batch.blocks:
+                counted[own] = control.counted(fits[own], known[own])
+                measured[own] = counted[own] if counted[own].any() else known[own]
+        if control.of_errors:
+            # Tokens that will be verbatim have none.
+            found = errors.at((slice(None), slice(None)), 0.0)
+            counted &= (found <= self._bound).all(axis=0)
+        elif not measured.all():
+            sizes = encoder.sizes(batch, measured)
+        counts = np.add.reduceat(counted, batch.starts[:-1], dtype=np.int64).tolist()
+        offsets = np.zeros(len(counts))
+        for i, (own, count) in enumerate(zip(batch.blocks, counts, strict=True)):
+            if not count and restored[i] is None:
                 continue
-
-            def size(x: float, i: int = i) -> float:
-                return float(sizes.at(i, x))
-
-            def error(x: float, which: NDArray[np.int64] = which) -> tuple[Any, Any]:
-                return errors.at((0, which), x), errors.at((1, which), x)
-
-            offsets[i] = control.choose(len(which), size, error, restored=restored[i])
-            control.expect(float(offsets[i]), len(which), size, error)
+            size = partial(sizes.of, i)
+            error: Callable[[float], Any] = partial(_errors_at, errors, counted, own)
+            offsets[i] = offset = control.choose(count, size, error, restored=restored[i])
+            control.expect(offset, count, size, error)
         return batch, offsets
 
-    def reads(self, k: list[Any], v: list[Any]) -> bool:
-        """See :meth:`kvtc_stream.backends.base.SectionCoder.reads`."""
-        try:
-            for x in (k, v):
-                Tensors.of_layers(x, self._header.dtype)
-        except ValueError:  # of some kind that kernels do not read
-            return False
-        return True
+    def _kept_grids(
+        self,
+        control: SectionControl,
+        encoder: BatchEncoder,
+        batch: EncoderBatch,
+        known: NDArray[np.bool_],
+    ) -> tuple[list[float | None], NDArray[np.bool_]]:
+        """The offset at which each block has restored tokens that keep their grids, and which
+        tokens do not keep them, bool [tokens]."""
+        grids, sizes = encoder.grids(batch), encoder.sizes(batch, known)
+        least, forgotten = encoder.overhead(batch, known), np.zeros_like(known)
+        restored: list[float | None] = []
+        for i, own in enumerate(batch.blocks):
+            restored.append(None)
+            if known[own].any():
+                offset = float(np.mean([x[own].offset for x in grids]))
+                count = int(np.count_nonzero(known[own]))
+                if control.keeps(count, sizes.of(i, offset), float(least[i])):
+                    restored[i] = offset
+                else:
+                    forgotten[own] = True
+        return restored, forgotten
 
     def _picked(self, tensors: Sequence[Tensors], slots: NDArray[np.int64]) -> list[NDArray[Any]]:
         """K and V [layers, heads, tokens, dim] of some tokens, on the host."""
@@ -362,24 +463,22 @@ class CudaSectionCoder(SectionCoder):
 
     def _block(
         self,
-        k: NDArray[Any],
-        v: NDArray[Any],
+        picked: Sequence[NDArray[Any]] | None,
         positions: NDArray[np.int64],
         start: int,
         payload: Payload,
         left_out: NDArray[np.int64],
-        errors: NDArray[np.float32] | None,
+        errors: BlockErrors,
         by_layer: LayerErrors | None,
     ) -> Block:
         """Make the record of a payload.
 
-        ``k`` and ``v`` [layers, kv_heads, tokens, head_dim] are the tokens at the indices
-        ``left_out``, which are stored verbatim; ``errors`` is float32 [2, tokens] of K and V.
+        ``picked`` are K and V [layers, kv_heads, tokens, head_dim] of the tokens at the indices
+        ``left_out``, which are stored verbatim, if there are any.
         """
-        verbatim_coder, data, kept = Coder.STORED, b"", np.arange(len(positions))
-        if len(left_out):
-            verbatim_coder, data = code_verbatim(self._header, k, v)
-            kept = np.delete(kept, left_out)
+        verbatim_coder, data = Coder.STORED, b""
+        if picked is not None:
+            verbatim_coder, data = code_verbatim(self._header, *picked)
         return Block(
             section=self._index,
             role=Role.DATA,
@@ -392,8 +491,8 @@ class CudaSectionCoder(SectionCoder):
             coded_size=payload.coded_size,
             verbatim_coder=verbatim_coder,
             verbatim=data,
-            errors=block_errors(errors, kept),
-            layer_errors=by_layer if len(kept) else None,
+            errors=errors,
+            layer_errors=by_layer,
         )
 
     # Decoding.

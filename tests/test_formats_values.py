@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from formats_samples import geometries, headers, later_header, section_plans, small_header
 from hypothesis import given
@@ -319,6 +320,19 @@ def test_errors_by_layer():
             LayerErrors(codes)
     with pytest.raises(ValueError, match="mean error of V of layer 1 exceeds"):
         LayerErrors(bytes([0, 0, 0, 0, 0, 2, 9, 1]))
+
+
+def test_errors_by_layer_of_many_blocks():
+    rng = np.random.default_rng(0)
+    means = np.exp(rng.normal(-3, 2, (2, 5, 7)))
+    worst = (means * rng.uniform(0.99, 3, means.shape)).astype(np.float32)
+    means[0, 0, 0] = worst[0, 0, 0] = 0
+    found = LayerErrors.of_blocks(means, worst)
+    for i, own in enumerate(found):
+        rows = means[0, :, i], worst[0, :, i], means[1, :, i], worst[1, :, i]
+        assert own == LayerErrors.of(*rows)
+    with pytest.raises(ValueError, match="must not be negative, found nan"):
+        LayerErrors.of_blocks(means * np.nan, worst)
 
 
 def test_floats_are_rounded_as_they_are_stored():

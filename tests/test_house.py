@@ -17,7 +17,7 @@ import kvtc_stream
 #: modules of its own floor, and of floors below.
 FLOORS = (
     ("errors", "progress"),
-    ("io.environment", "io.threads", "io.memory", "io.storage"),
+    ("io.environment", "io.threads", "io.memory", "io.steps", "io.storage"),
     ("formats",),
     ("io.dlpack",),
     ("coding",),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -50,6 +51,8 @@ class BatchPayloads:
         One a block; ``None`` where the device could not.
     verbatim
         bool [tokens].
+    ready
+        Waits until the payloads' bytes are there.
     errors
         float32 [2, tokens] of K and V, or ``None`` if they were not measured.
     layer_errors
@@ -58,6 +61,7 @@ class BatchPayloads:
 
     payloads: list[Payload | None]
     verbatim: NDArray[np.bool_]
+    ready: Callable[[], Any] = lambda: None
     errors: NDArray[np.float32] | None = None
     layer_errors: list[LayerErrors | None] | None = None
 
@@ -186,9 +190,11 @@ class Analyser:
         first = 0
         for i, leaf in enumerate(plan.leaves):
             most = max(1, ROW_BYTES // (2 * leaf.width * _MULTIPLE)) * _MULTIPLE
-            rows = cupy.zeros((min(stride, most), leaf.width), np.uint16)
+            rows = cupy.empty((min(stride, most), leaf.width), np.uint16)
             for at in range(0, tokens, len(rows)):
                 count = min(len(rows), tokens - at)
+                if count % _MULTIPLE:
+                    rows[count : stride_of(count)] = 0
                 gather(
                     (-(-count // layout.TOKENS), source.parts[i][1]),
                     layout.THREADS,
@@ -299,27 +305,39 @@ class Analyser:
         return cupy.maximum(whole, errors[:, 1:].max(axis=1) * scale)
 
 
-def errors_by_layer(
-    errors: Any, verbatim: NDArray[np.bool_], starts: NDArray[np.int64]
-) -> list[LayerErrors | None]:
-    """Mean and worst error of each layer over the coded tokens of each block.
+@dataclass(frozen=True)
+class BlockSums:
+    """Errors of layers over the coded tokens of blocks.
 
-    ``errors`` is float32 [2, layers, ≥ tokens] on the device; ``None`` is of a block without coded
-    tokens.
+    Attributes
+    ----------
+    amounts
+        float32 [2, 2, layers, blocks] on the device: sums, and the worst, in K and V.
     """
-    blocks, tokens, size = len(starts) - 1, int(starts[-1]), int(np.diff(starts).max(initial=1))
-    kept = np.zeros(blocks * size, np.bool_)
-    kept[:tokens] = ~verbatim[:tokens]
-    padded = cupy.zeros((*errors.shape[:2], blocks * size), np.float32)
-    padded[:, :, :tokens] = errors[:, :, :tokens]
-    padded = cupy.where(cupy.asarray(kept), padded, np.float32(0))
-    padded = padded.reshape(*errors.shape[:2], blocks, size)
-    counts = kept.reshape(blocks, size).sum(axis=1)
-    sums, worst = cupy.asnumpy(cupy.stack([padded.sum(axis=3), padded.max(axis=3)]))
-    means = sums / np.maximum(counts, 1)
-    return [
-        LayerErrors.of(means[0, :, i], worst[0, :, i], means[1, :, i], worst[1, :, i])
-        if counts[i]
-        else None
-        for i in range(blocks)
-    ]
+
+    amounts: Any
+
+    @classmethod
+    def of(cls, errors: Any, verbatim: Any, starts: NDArray[np.int64]) -> BlockSums:
+        """Of float32 [2, layers, ≥ tokens], but for tokens that are ``verbatim``, not 0 in uint8
+        [tokens]; both on the device."""
+        blocks, tokens, size = len(starts) - 1, int(starts[-1]), int(np.diff(starts).max(initial=1))
+        kept, own = verbatim == 0, errors[:, :, :tokens]
+        if tokens < blocks * size:
+            padded = cupy.zeros((*errors.shape[:2], blocks * size), np.float32)
+            padded[:, :, :tokens] = own
+            of_all = cupy.zeros(blocks * size, np.bool_)
+            of_all[:tokens] = kept
+            kept, own = of_all, padded
+        own = cupy.where(kept, own, np.float32(0)).reshape(*errors.shape[:2], blocks, size)
+        return cls(cupy.stack([own.sum(axis=3), own.max(axis=3)]))
+
+
+def layer_errors_of(
+    amounts: NDArray[np.float32], counts: NDArray[np.integer[Any]]
+) -> list[LayerErrors | None]:
+    """Mean and worst error of each layer over the coded tokens of each block, from
+    :attr:`BlockSums.amounts` and how many these are; ``None`` of a block without any."""
+    sums, worst = amounts
+    found = LayerErrors.of_blocks(sums / np.maximum(counts, 1), worst)
+    return [own if count else None for own, count in zip(found, counts.tolist(), strict=True)]

@@ -22,8 +22,9 @@ from kvtc_stream.formats.coders import compress_beside, decompress
 from kvtc_stream.gpu.coder.analysis import (
     Analyser,
     BatchPayloads,
+    BlockSums,
     Payload,
-    errors_by_layer,
+    layer_errors_of,
     stride_of,
 )
 from kvtc_stream.gpu.coder.decoding import Batch, BatchDecoder, BlockLoad, CodedBlocks
@@ -182,7 +183,10 @@ class BandEncoder(Analyser):
             limiting = cupy.asnumpy(self._limiting(measured))[:, :tokens]
             with np.errstate(invalid="ignore"):
                 verbatim |= ~(limiting <= self._bound).all(axis=0)
-            by_layer = errors_by_layer(measured[:, 1:], verbatim, starts)
+            left_out = cupy.asarray(verbatim.astype(np.uint8))
+            sums = BlockSums.of(measured[:, 1:], left_out, starts)
+            coded = np.add.reduceat(~verbatim, starts[:-1], dtype=np.int64)
+            by_layer = layer_errors_of(cupy.asnumpy(sums.amounts), coded)
         kept = [np.flatnonzero(~own) for own in np.split(verbatim, starts[1:-1])]
         counts = list(map(len, kept))
         columns = np.flatnonzero(~verbatim).astype(np.int32)
@@ -193,7 +197,7 @@ class BandEncoder(Analyser):
         payloads = threads().map(
             self._compressed, counts, np.split(packed, places[1:-1]) if counts else []
         )
-        return BatchPayloads(list(payloads), verbatim, errors, by_layer)
+        return BatchPayloads(list(payloads), verbatim, errors=errors, layer_errors=by_layer)
 
     def _pack(
         self, counts: Sequence[int], columns: Any, coefficients: Any, parameters: Any, stride: int

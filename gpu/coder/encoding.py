@@ -3,14 +3,16 @@
 A batch of blocks is gathered, projected and classified; which tokens are restored ones is found;
 sizes, or errors, are measured at some steps, from which the rate control chooses; tokens that
 cannot be coded are left out; the rest becomes tiles and then payloads. The host waits three times:
-for grids and for sizes, to choose steps, and to fetch.
+for grids and sizes, to choose steps; for sizes of payloads, and for these. Sizes are measured in
+advance where the steps are expected.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import cupy
@@ -24,9 +26,10 @@ from kvtc_stream.formats import Coder, Section
 from kvtc_stream.gpu.coder.analysis import (
     Analyser,
     BatchPayloads,
+    BlockSums,
     Payload,
     Source,
-    errors_by_layer,
+    layer_errors_of,
     stride_of,
 )
 from kvtc_stream.gpu.coder.decoding import tile_tasks
@@ -35,6 +38,7 @@ from kvtc_stream.gpu.kernels import rans, uniform
 from kvtc_stream.gpu.kernels.intrinsics import WARP
 from kvtc_stream.gpu.runtime.staging import Staging
 from kvtc_stream.gpu.runtime.tensors import Tensors
+from kvtc_stream.io.steps import Steps
 
 #: Tokens of a batch.
 BATCH_TOKENS = 8192
@@ -43,6 +47,10 @@ BATCH_TOKENS = 8192
 _SLACK = 1024
 #: Quarter octaves over which sizes and errors are measured at once.
 _SPAN = 2.0
+#: Bits of what :func:`kvtc_stream.gpu.kernels.uniform.judge` says of a token.
+_FITS, _KNOWN = 1, 2
+#: Layouts of tiles that a plan keeps.
+_ROOMS = 8
 
 
 @dataclass(frozen=True)
@@ -53,21 +61,68 @@ class OnDevice:
     ----------
     payloads
         uint8: all payloads, one after the other.
-    places
-        int64 [blocks, 2]: where each payload begins, and its bytes.
-    verbatim
-        uint8 [tokens]: 1 for tokens that are not coded.
-    faults
-        int32 [blocks]: not 0 where the payload did not fit into its room.
+    blocks
+        How many.
+    outcome
+        uint8, what the host must know, as :meth:`parts` takes it apart.
     errors
         float32 [2, 1 + layers, stride] as of :meth:`Analyser._compare`, or ``None``.
+    sums
+        Those errors over the coded tokens of blocks, or ``None``.
     """
 
     payloads: Any
-    places: Any
-    verbatim: Any
-    faults: Any
+    blocks: int
+    outcome: Any
     errors: Any
+    sums: BlockSums | None
+
+    @staticmethod
+    def parts(outcome: Any, blocks: int) -> tuple[Any, Any, Any, Any]:
+        """Places, faults, kept and verbatim: views of what has :meth:`room` for so many.
+
+        int64 [blocks, 2] where each payload begins, and its bytes; int32 [blocks], not 0 where the
+        payload did not fit into its room; int32 [blocks], coded tokens; and uint8 [tokens], 1 for
+        the others.
+        """
+        places = outcome[: 16 * blocks].view(np.int64).reshape(blocks, 2)
+        faults, kept = outcome[16 * blocks : 24 * blocks].view(np.int32).reshape(2, blocks)
+        return places, faults, kept, outcome[24 * blocks :]
+
+    @property
+    def places(self) -> Any:
+        """int64 [blocks, 2] on the device, see :meth:`parts`."""
+        return self.parts(self.outcome, self.blocks)[0]
+
+    @staticmethod
+    def room(blocks: int, tokens: int) -> int:
+        """Bytes of :attr:`outcome`."""
+        return 24 * blocks + tokens
+
+
+@dataclass(frozen=True)
+class _Room:
+    """Where the tiles of some blocks are encoded to, and by whom; does not change.
+
+    Attributes
+    ----------
+    tasks, of_blocks
+        On the device: int64 [tasks, rans.FIELDS], and int32 [blocks · tiles], each tile's task.
+    count, words, together
+        Number of tasks, 16-bit words of room in all, and how many tiles share a block of threads.
+    starts
+        int32 [blocks + 1] on the device.
+    of_tokens
+        int32 [tokens] on the device: the block of each token.
+    """
+
+    tasks: Any
+    of_blocks: Any
+    count: int
+    words: int
+    together: int
+    starts: Any
+    of_tokens: Any
 
 
 @dataclass(frozen=True)
@@ -86,8 +141,12 @@ class EncoderBatch:
     grids
         int32 [parts, stride]: the grid that a restored token lies on, see
         :func:`kvtc_stream.gpu.kernels.uniform.recognise`.
-    starts, starts_d
-        [blocks + 1], first tokens of blocks and the end: int64 on the host, int32 on the device.
+    starts
+        int64 [blocks + 1], first tokens of blocks and the end.
+    room
+        The layout of their tiles.
+    flags
+        Waits for uint8 [tokens], see :func:`kvtc_stream.gpu.kernels.uniform.judge`.
     """
 
     source: Source
@@ -97,7 +156,18 @@ class EncoderBatch:
     peaks: Any
     grids: Any
     starts: NDArray[np.int64]
-    starts_d: Any
+    room: _Room
+    flags: Callable[[], NDArray[np.uint8]]
+
+    @property
+    def starts_d(self) -> Any:
+        """:attr:`starts` on the device, int32."""
+        return self.room.starts
+
+    @property
+    def blocks(self) -> list[slice]:
+        """The tokens of each block."""
+        return [slice(a, b) for a, b in pairwise(self.starts.tolist())]
 
 
 @dataclass(frozen=True)
@@ -122,24 +192,52 @@ class OffsetCurve:
     Parameters
     ----------
     measure
-        Amounts [..., offsets] at some offsets.
+        Begins to measure amounts [..., offsets] at some offsets; what it returns waits for them.
+    near
+        Offsets that will probably be asked for: measuring begins at once.
     """
 
-    def __init__(self, measure: Callable[[NDArray[np.float64]], NDArray[np.floating[Any]]]) -> None:
+    def __init__(
+        self,
+        measure: Callable[[NDArray[np.float64]], Callable[[], NDArray[np.floating[Any]]]],
+        near: Sequence[float] = (),
+    ) -> None:
         self._measure = measure
+        self._begun = {span: self._begin(span) for span in sorted(map(_span, near))}
         self._spans: dict[int, NDArray[np.float64]] = {}
+        self._rows: dict[int, list[list[float]]] = {}
+
+    def _begin(self, span: int) -> Callable[[], NDArray[np.floating[Any]]]:
+        return self._measure(_SPAN * (span + np.array([0, 0.5, 1])))
+
+    def _logarithms(self, span: int) -> NDArray[np.float64]:
+        if span not in self._spans:
+            begun = self._begun.pop(span, None) or self._begin(span)
+            self._spans[span] = np.log(np.maximum(begun(), 1e-30, dtype=np.float64))
+        return self._spans[span]
 
     def at(self, index: Any, offset: float) -> Any:
         """Elements at an offset."""
-        span = math.floor(offset / _SPAN)
-        if span not in self._spans:
-            found = self._measure(_SPAN * (span + np.array([0, 0.5, 1])))
-            self._spans[span] = np.log(np.maximum(found, 1e-30, dtype=np.float64))
-        own = self._spans[span][index]
+        span = _span(offset)
+        own = self._logarithms(span)[index]
         low, middle, high = own[..., 0], own[..., 1], own[..., 2]
         x = 2 * (offset / _SPAN - span) - 1
         with np.errstate(over="ignore", invalid="ignore"):
             return np.exp(middle + x * (high - low) / 2 + x * x * ((low + high) / 2 - middle))
+
+    def of(self, row: int, offset: float) -> float:
+        """As :meth:`at` of one of [blocks], and quick: in numbers of Python."""
+        span = _span(offset)
+        if span not in self._rows:
+            self._rows[span] = self._logarithms(span).tolist()
+        low, middle, high = self._rows[span][row]
+        x = 2 * (offset / _SPAN - span) - 1
+        found = np.exp(middle + x * (high - low) / 2 + x * x * ((low + high) / 2 - middle))
+        return float(found)
+
+
+def _span(offset: float) -> int:
+    return math.floor(offset / _SPAN)
 
 
 class BatchEncoder(Analyser):
@@ -163,7 +261,7 @@ class BatchEncoder(Analyser):
         positions: NDArray[np.int64],
         starts: NDArray[np.int64],
     ) -> EncoderBatch:
-        """Coefficients and grids of a batch.
+        """Coefficients and grids of a batch. Does not wait for the device.
 
         Parameters
         ----------
@@ -177,11 +275,11 @@ class BatchEncoder(Analyser):
         plan = self._plan
         tokens, parts = len(positions), len(plan.parts)
         stride = stride_of(tokens)
+        room = self._room(starts)
         source = self._source(k, v, slots, positions)
         c = self._coefficients(source, stride)
         wishes, peaks = cupy.empty((2, parts, stride), np.float32)
         grids = cupy.empty((parts, stride), np.int32)
-        starts_d = cupy.asarray(starts.astype(np.int32))
         uniform.classify(
             (-(-tokens // WARP), parts),
             uniform.CLASSIFY_THREADS,
@@ -203,19 +301,28 @@ class BatchEncoder(Analyser):
         uniform.recognise(
             (-(-longest // WARP), parts, len(starts) - 1),
             uniform.CLASSIFY_THREADS,
-            (c, stride, starts_d, plan.fields, plan.unit, wishes, peaks, grids),
+            (c, stride, room.starts, plan.fields, plan.unit, wishes, peaks, grids),
         )
-        return EncoderBatch(source, c, stride, wishes, peaks, grids, starts, starts_d)
+        flags = cupy.empty(tokens, np.uint8)
+        uniform.judge(
+            -(-tokens // uniform.THREADS),
+            uniform.THREADS,
+            (tokens, parts, stride, plan.unit, wishes, peaks, grids, flags),
+        )
+        fetch = self._staging.begin_fetch(flags)
+        return EncoderBatch(source, c, stride, wishes, peaks, grids, starts, room, fetch)
 
-    def grids(self, batch: EncoderBatch) -> tuple[list[TokenGrids], NDArray[np.bool_]]:
-        """What decides the steps of tokens, a part; and which tokens, bool, the plan's steps can
-        code. Waits for the device."""
+    def judged(self, batch: EncoderBatch) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+        """Which tokens the plan's steps can code, and which of these lie on a grid in every part:
+        bool [tokens]. Waits for the device."""
+        flags = batch.flags()
+        return flags & _FITS != 0, flags & _KNOWN != 0
+
+    def grids(self, batch: EncoderBatch) -> list[TokenGrids]:
+        """What decides the steps of tokens, a part. Waits for the device."""
         tokens = int(batch.starts[-1])
         grids = cupy.asnumpy(batch.grids)[:, :tokens].astype(np.int16)
-        wishes, peaks = (cupy.asnumpy(x)[:, :tokens] for x in (batch.wishes, batch.peaks))
-        found = list(map(TokenGrids, wishes, grids))
-        steps = self._plan.unit * np.exp2(np.stack([own.exponents(0.0) for own in found]) / 4)
-        return found, (peaks < uniform.CODED * steps).all(axis=0)
+        return list(map(TokenGrids, cupy.asnumpy(batch.wishes)[:, :tokens], grids))
 
     def forgotten(self, batch: EncoderBatch, which: NDArray[np.bool_]) -> EncoderBatch:
         """As if some tokens, bool [tokens], had no grids."""
@@ -254,10 +361,16 @@ class BatchEncoder(Analyser):
         )
         return _Steps(classes, block_steps, factors, levels, indices, heads)
 
-    def sizes(self, batch: EncoderBatch, which: NDArray[np.bool_] | None = None) -> OffsetCurve:
-        """Bytes of the blocks' payloads [blocks] over offsets; waits for the device.
+    def sizes(
+        self,
+        batch: EncoderBatch,
+        which: NDArray[np.bool_] | None = None,
+        near: Sequence[float] = (),
+    ) -> OffsetCurve:
+        """Bytes of the blocks' payloads [blocks] over offsets.
 
-        ``which``, bool [tokens]: only the share of these tokens, about; by default all.
+        ``which``, bool [tokens]: only the share of these tokens, about; by default all. ``near``
+        is that of :class:`OffsetCurve`.
         """
         overhead = self.overhead(batch, which)
         peaks = batch.peaks
@@ -267,11 +380,11 @@ class BatchEncoder(Analyser):
             peaks = peaks.copy()
             peaks[:, : len(which)] = cupy.maximum(peaks[:, : len(which)], none)
 
-        def measure(offsets: NDArray[np.float64]) -> NDArray[np.float64]:
-            found: NDArray[np.float64] = self._bits(batch, peaks, offsets) / 8 + overhead[:, None]
-            return found
+        def measure(offsets: NDArray[np.float64]) -> Callable[[], NDArray[np.float64]]:
+            bits = self._staging.begin_fetch(self._bits(batch, peaks, offsets))
+            return lambda: bits().sum(axis=1, dtype=np.float64) / 8 + overhead[:, None]
 
-        return OffsetCurve(measure)
+        return OffsetCurve(measure, near)
 
     def overhead(
         self, batch: EncoderBatch, which: NDArray[np.bool_] | None = None
@@ -285,10 +398,9 @@ class BatchEncoder(Analyser):
         share: NDArray[np.float64] = every * (own / tokens)
         return share
 
-    def _bits(
-        self, batch: EncoderBatch, peaks: Any, offsets: NDArray[np.float64]
-    ) -> NDArray[np.float64]:
-        """Bits of the blocks' symbols and escapes, float64 [blocks, offsets]."""
+    def _bits(self, batch: EncoderBatch, peaks: Any, offsets: NDArray[np.float64]) -> Any:
+        """Bits of the blocks' symbols and escapes, float32 [blocks, shares, offsets] on the
+        device."""
         plan = self._plan
         blocks, parts = len(batch.starts) - 1, len(plan.parts)
         steps = self._steps(batch, np.tile(offsets, (blocks, 1)))
@@ -314,45 +426,52 @@ class BatchEncoder(Analyser):
             ),
             shared=max(plan.encode_shared, 1024),
         )
-        found: NDArray[np.float64] = cupy.asnumpy(bits).sum(axis=1, dtype=np.float64)
-        return found
+        return bits
 
     def errors(self, batch: EncoderBatch) -> OffsetCurve:
         """Errors of K and V [2, tokens] over offsets; waits for the device."""
         blocks, tokens = len(batch.starts) - 1, int(batch.starts[-1])
 
-        def measure(offsets: NDArray[np.float64]) -> NDArray[np.float32]:
+        def measure(offsets: NDArray[np.float64]) -> Callable[[], NDArray[np.float32]]:
             steps = (self._steps(batch, np.full((blocks, 1), offset)) for offset in offsets)
             found = [cupy.asnumpy(self._errors(batch, x)[:, 0])[:, :tokens] for x in steps]
-            return np.stack(found, axis=-1)
+            return lambda: np.stack(found, axis=-1)
 
         return OffsetCurve(measure)
 
-    def encode(self, batch: EncoderBatch, offsets: NDArray[np.float64]) -> BatchPayloads:
-        """Encode a batch at an offset to the plan's step for each block, and wait for it."""
+    def encode(self, batch: EncoderBatch, offsets: NDArray[np.float64]) -> Steps[BatchPayloads]:
+        """Encode a batch at an offset to the plan's step for each block.
+
+        The payloads' bytes are still on their way.
+        """
+        blocks, tokens = len(offsets), int(batch.starts[-1])
         found = self.encode_on_device(batch, offsets)
-        places, full = cupy.asnumpy(found.places), cupy.asnumpy(found.faults) != 0
+        outcome = self._staging.begin_fetch(found.outcome)
+        errors = sums = None
+        if found.sums is not None:
+            errors = self._staging.begin_fetch(cupy.ascontiguousarray(found.errors[:, 0, :tokens]))
+            sums = self._staging.begin_fetch(found.sums.amounts)
+        yield
+        places, faults, kept, left_out = found.parts(outcome(), blocks)
         used = int(places.sum(axis=1).max(initial=0))
-        data = self._staging.fetch(found.payloads[:used]).data.toreadonly()
-        verbatim = cupy.asnumpy(found.verbatim).astype(np.bool_)
-        kept = [
-            int(np.count_nonzero(~own)) for own in np.split(verbatim, batch.starts[1:-1].tolist())
-        ]
+        host, ready = self._staging.begin_large(found.payloads[:used])
+        data = host.toreadonly()
         payloads = [
             None
             if bad
             else Payload(
-                Coder.RANS if tokens else Coder.STORED,
+                Coder.RANS if count else Coder.STORED,
                 data[begin : begin + size],
-                tokens * self._plan.components,
+                count * self._plan.components,
             )
-            for (begin, size), bad, tokens in zip(places.tolist(), full, kept, strict=True)
+            for (begin, size), bad, count in zip(
+                places.tolist(), faults.tolist(), kept.tolist(), strict=True
+            )
         ]
-        if found.errors is None:
-            return BatchPayloads(payloads, verbatim)
-        errors = cupy.asnumpy(found.errors[:, 0])[:, : int(batch.starts[-1])]
-        by_layer = errors_by_layer(found.errors[:, 1:], verbatim, batch.starts)
-        return BatchPayloads(payloads, verbatim, errors, by_layer)
+        verbatim = left_out.astype(np.bool_)
+        if errors is None or sums is None:
+            return BatchPayloads(payloads, verbatim, ready)
+        return BatchPayloads(payloads, verbatim, ready, errors(), layer_errors_of(sums(), kept))
 
     def encode_on_device(self, batch: EncoderBatch, offsets: NDArray[np.float64]) -> OnDevice:
         """As :meth:`encode` without waiting. The batch's coefficients are gone."""
@@ -360,17 +479,18 @@ class BatchEncoder(Analyser):
         blocks, tokens, parts = len(starts) - 1, int(starts[-1]), len(plan.parts)
         steps = self._steps(batch, offsets[:, None])
         errors = self._errors(batch, steps) if self._measure else None
-        columns, kept, verbatim = self._keep(batch, steps, errors)
-        tasks, of_blocks, words, together = self._room(starts)
-        tasks_d, of_blocks_d = cupy.asarray(tasks), cupy.asarray(of_blocks)
-        room = cupy.empty(max(words, 1), np.uint16)
-        lengths = cupy.zeros(max(len(tasks), 1), np.int32)
-        faults = cupy.zeros(blocks, np.int32)
+        outcome = cupy.empty(OnDevice.room(blocks, tokens), np.uint8)
+        places, faults, kept, verbatim = OnDevice.parts(outcome, blocks)
+        faults[...] = 0
+        columns = self._keep(batch, steps, errors, kept, verbatim)
+        of_room = batch.room
+        room = cupy.empty(max(of_room.words, 1), np.uint16)
+        lengths = cupy.zeros(max(of_room.count, 1), np.int32)
         rans.encode(
-            len(tasks) // together,
-            together * 32,
+            of_room.count // of_room.together,
+            of_room.together * 32,
             (
-                tasks_d,
+                of_room.tasks,
                 plan.codes,
                 plan.families,
                 plan.ids,
@@ -388,10 +508,11 @@ class BatchEncoder(Analyser):
             ),
             shared=plan.encode_shared,
         )
-        places = cupy.empty((blocks, 2), np.int64)
-        uniform.lay_out(1, 1, (blocks, self._tiles, parts, kept, lengths, of_blocks_d, places, 0))
+        uniform.lay_out(
+            1, 1, (blocks, self._tiles, parts, kept, lengths, of_room.of_blocks, places, 0)
+        )
         # The coefficients are done with, and as a rule larger than what they became.
-        bound = 2 * words + blocks * (24 + 4 * self._tiles) + parts * tokens
+        bound = 2 * of_room.words + blocks * (24 + 4 * self._tiles) + parts * tokens
         data = c.view(np.uint8).ravel()
         out = data if data.size >= bound else cupy.empty(bound, np.uint8)
         uniform.assemble(
@@ -404,8 +525,8 @@ class BatchEncoder(Analyser):
                 lengths,
                 steps.heads,
                 places,
-                tasks_d,
-                of_blocks_d,
+                of_room.tasks,
+                of_room.of_blocks,
                 columns,
                 stride,
                 steps.classes,
@@ -418,18 +539,18 @@ class BatchEncoder(Analyser):
                 out,
             ),
         )
-        return OnDevice(out, places, verbatim, faults, errors)
+        sums = None if errors is None else BlockSums.of(errors[:, 1:], verbatim, starts)
+        return OnDevice(out, blocks, outcome, errors, sums)
 
-    def _keep(self, batch: EncoderBatch, steps: _Steps, errors: Any) -> tuple[Any, Any, Any]:
-        """Which tokens are coded: int32 [tokens] columns, int32 [blocks] how many, and uint8
+    def _keep(
+        self, batch: EncoderBatch, steps: _Steps, errors: Any, kept: Any, verbatim: Any
+    ) -> Any:
+        """Which tokens are coded: int32 [tokens] columns; fills int32 [blocks] how many, and uint8
         [tokens] those that are not; see :func:`kvtc_stream.gpu.kernels.uniform.keep`."""
-        stride, starts = batch.stride, batch.starts
-        blocks, tokens, parts = len(starts) - 1, int(starts[-1]), len(self._plan.parts)
-        columns = cupy.empty(tokens, np.int32)
-        kept = cupy.empty(blocks, np.int32)
-        verbatim = cupy.empty(tokens, np.uint8)
+        stride, parts = batch.stride, len(self._plan.parts)
+        columns = cupy.empty(len(verbatim), np.int32)
         uniform.keep(
-            blocks,
+            len(kept),
             32,
             (
                 batch.starts_d,
@@ -445,17 +566,15 @@ class BatchEncoder(Analyser):
                 verbatim,
             ),
         )
-        return columns, kept, verbatim
+        return columns
 
     def _errors(self, batch: EncoderBatch, steps: _Steps) -> Any:
         """See :meth:`_compare`."""
-        plan, stride, starts = self._plan, batch.stride, batch.starts
-        tokens = batch.source.tokens
-        symbols = (cupy.empty if tokens == stride else cupy.zeros)(
-            (plan.components, stride), np.uint16
-        )
+        plan, stride, tokens = self._plan, batch.stride, batch.source.tokens
+        symbols = cupy.empty((plan.components, stride), np.uint16)
+        if tokens < stride:
+            symbols[:, tokens:] = 0
         scales = cupy.zeros((len(plan.parts), stride), np.float32)
-        of_tokens = np.repeat(np.arange(len(starts) - 1), np.diff(starts)).astype(np.int32)
         uniform.quantise(
             (
                 -(-tokens // uniform.THREADS),
@@ -468,7 +587,7 @@ class BatchEncoder(Analyser):
                 stride,
                 tokens,
                 plan.fields,
-                cupy.asarray(of_tokens),
+                batch.room.of_tokens,
                 steps.classes,
                 steps.factors,
                 steps.block_steps,
@@ -479,17 +598,20 @@ class BatchEncoder(Analyser):
         )
         return self._compare(batch.source, symbols, scales, stride)
 
-    def _room(
-        self, starts: NDArray[np.int64]
-    ) -> tuple[NDArray[np.int64], NDArray[np.int32], int, int]:
-        """Lay out the tiles of blocks: where each is encoded to, and by whom.
+    def _room(self, starts: NDArray[np.int64]) -> _Room:
+        """Lay out the tiles of blocks; a plan keeps the last layouts."""
+        kept, key = self._plan.rooms, starts.tobytes()
+        found: _Room | None = kept.get(key)
+        if found is None:
+            found = self._new_room(starts)
+            # Others use it in streams of their own.
+            cupy.cuda.get_current_stream().synchronize()
+            if len(kept) >= _ROOMS:
+                kept.clear()
+            kept[key] = found
+        return found
 
-        Returns
-        -------
-        tuple
-            Tasks int64 [tasks, rans.FIELDS]; int32 [blocks · tiles], each tile's task; 16-bit words
-            of room in all; and how many tiles share a block of threads.
-        """
+    def _new_room(self, starts: NDArray[np.int64]) -> _Room:
         blocks, tokens = len(starts) - 1, np.diff(starts)
         template, leading = self._tasks.template(TILE_COMPONENTS)
         counts = template[:, rans.COUNT]
@@ -505,9 +627,14 @@ class BatchEncoder(Analyser):
         of_blocks = np.empty(blocks * self._tiles, np.int32)
         real = np.flatnonzero(order >= 0)
         of_blocks[order[real]] = real
-        return (
-            self._tasks.arranged(task, TILE_COMPONENTS, blocks, together),
-            of_blocks,
+        tasks = self._tasks.arranged(task, TILE_COMPONENTS, blocks, together)
+        of_tokens = np.repeat(np.arange(blocks), tokens)
+        return _Room(
+            cupy.asarray(tasks),
+            cupy.asarray(of_blocks),
+            len(tasks),
             int(words.sum()) if words.size else 0,
             together,
+            cupy.asarray(starts.astype(np.int32)),
+            cupy.asarray(of_tokens.astype(np.int32)),
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
@@ -328,6 +329,11 @@ class DevicePlan(Basis):
 
     #: See :func:`kvtc_stream.gpu.coder.decoding.tile_tasks`.
     tile_tasks: Any = None
+
+    @cached_property
+    def rooms(self) -> dict[bytes, Any]:
+        """See :meth:`kvtc_stream.gpu.coder.encoding.BatchEncoder._room`."""
+        return {}
 
     def __init__(self, calibration: CalibratedBases, section: int, plan: SectionPlan) -> None:
         parts = calibration.sections[section].parts(plan)

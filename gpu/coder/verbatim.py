@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from kvtc_stream.coding.verbatim import HEAD, TILE, Places, places, split
 from kvtc_stream.gpu.kernels import verbatim
 from kvtc_stream.gpu.runtime.staging import Staging
+from kvtc_stream.io.steps import Steps, run
 
 #: Values of a piece, and bytes of a payload, begin at multiples of so many bytes.
 _ALIGNMENT = 16
@@ -60,17 +61,31 @@ def encode(pieces: Sequence[tuple[Any, Any]]) -> list[NDArray[np.uint8]]:
     for (k, v), first in zip(pieces, firsts.tolist(), strict=False):
         values[first : first + k.size].reshape(k.shape)[...] = k
         values[first + k.size : first + k.size + v.size].reshape(v.shape)[...] = v
+    return run(encode_values(Staging(), values, sizes))
+
+
+def encode_values(
+    staging: Staging, values: Any, sizes: Sequence[int]
+) -> Steps[list[NDArray[np.uint8]]]:
+    """As :func:`encode` of bits that lie side by side, uint16 on the device: so many of each piece,
+    which begin where :func:`starts` says of their bytes."""
+    firsts = starts([2 * n for n in sizes]) // 2
     tasks = tasks_of(sizes, firsts)
     heads = cupy.empty((len(tasks), HEAD), np.uint8)
     verbatim.survey(len(tasks), verbatim.THREADS, (cupy.asarray(tasks), values, heads))
+    on_host = staging.begin_fetch(heads)
+    yield
     ends = np.cumsum([-(-n // TILE) for n in sizes])
-    own = np.split(cupy.asnumpy(heads), ends[:-1])
+    own = np.split(on_host(), ends[:-1])
     found = [places(x, n) for x, n in zip(own, sizes, strict=True)]
     begins = starts([x.length for x in found])
     data = cupy.empty(int(begins[-1]), np.uint8)
     tasks = tasks_of(sizes, firsts, found, begins)
     verbatim.encode(len(tasks), verbatim.THREADS, (cupy.asarray(tasks), values, heads, data, data))
-    host = Staging().fetch(data)
+    memory, ready = staging.begin_large(data)
+    yield
+    ready()
+    host = np.frombuffer(memory, np.uint8)
     return [host[b : b + x.length] for b, x in zip(begins.tolist(), found, strict=False)]
 
 

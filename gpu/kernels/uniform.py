@@ -233,6 +233,28 @@ def recognise(coefficients, stride, starts, parts, unit, wishes, peaks, grids): 
     grids[row] = grid
 
 
+@kernel(i32, i32, i64, f64, f32p, f32p, i32p, u8p)
+def judge(tokens, parts, stride, unit, wishes, peaks, grids, flags):  # type: ignore[no-untyped-def]
+    """What the rate control asks first of each token; a thread a token.
+
+    ``unit``, ``wishes``, ``peaks`` and ``grids`` are those of :func:`recognise`. ``flags`` uint8
+    [tokens]: 1 if the plan's steps can code it, and 2 more if it lies on a grid in every part too.
+    """
+    token = _I32(cuda.blockIdx.x) * _I32(cuda.blockDim.x) + _I32(cuda.threadIdx.x)
+    if token >= tokens:
+        return
+    fits, known = True, True
+    for part in range(parts):
+        row = _I64(part) * stride + _I64(token)
+        step = unit * _quarters(_exponent(wishes, grids, row, _F32(0.5)))
+        fits &= _F64(peaks[row]) < _F64(CODED) * step
+        known &= grids[row] != _I32(lattice.NO_GRID)
+    flag = _I32(0)
+    if fits:
+        flag = _I32(3) if known else _I32(1)
+    flags[token] = np.uint8(flag)
+
+
 @cuda.jit(device=True)
 def _searched(coefficients, column, stride, count, factor, e, wish, at_once, give_up):  # type: ignore[no-untyped-def]
     """The least ratio of an accepted grid, and its exponent, among every 16th from ``e`` on down;

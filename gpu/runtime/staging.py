@@ -83,15 +83,24 @@ class Staging:
         event.record()
         return _Fetch(host, event)
 
+    def begin_large(self, data: Any) -> tuple[memoryview, Callable[[], Any]]:
+        """Begin to copy a contiguous uint8 array from the device; return pinned memory, and what
+        waits until the bytes are there."""
+        memory = pinned(data.size)
+        out = np.frombuffer(memory, np.uint8)
+        _copy(out, data.data.ptr, data.size, "DeviceToHost")
+        event = cupy.cuda.Event(disable_timing=True)
+        event.record()
+        return memory, _Fetch(out, event)
+
     def fetch(self, data: Any) -> NDArray[np.uint8]:
         """Copy a contiguous uint8 array from the device to the host, and wait."""
         if data.size < SHARE:
             found: NDArray[np.uint8] = cupy.asnumpy(data)
             return found
-        out = np.frombuffer(pinned(data.size), np.uint8)
-        _copy(out, data.data.ptr, data.size, "DeviceToHost")
-        cupy.cuda.get_current_stream().synchronize()
-        return out
+        memory, ready = self.begin_large(data)
+        ready()
+        return np.frombuffer(memory, np.uint8)
 
     def _next(self, size: int) -> NDArray[np.uint8]:
         """Wait for the next buffer to be free, and return it with room for ``size`` bytes."""

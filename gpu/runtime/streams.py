@@ -1,39 +1,18 @@
-"""Runs independent calls and tasks at the same time, each in a CUDA stream of its own."""
+"""Runs independent tasks at the same time, each in a CUDA stream of its own."""
 
 from __future__ import annotations
 
-import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from functools import cache
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from types import SimpleNamespace
-from typing import Any, TypeVar
+from typing import Any
 
 import cupy
 
-T = TypeVar("T")
-R = TypeVar("R")
-
-#: Calls at a time: while one waits for the host's work or a copy, another keeps the device busy.
-#: Each has scratch of its own.
-AT_A_TIME = 2
 #: Tasks that one thread takes in turn: one begins, one is at work, one comes to its end.
 IN_FLIGHT = 3
-
-
-@cache
-def _threads() -> ThreadPoolExecutor:
-    """Kept, for each has a stream, and handles of libraries, of its own; and not those of bytes,
-    which the calls wait for."""
-    return ThreadPoolExecutor(AT_A_TIME, thread_name_prefix="kvtc-cuda")
-
-
-# A forked process has none of these threads.
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_threads.cache_clear)
 
 _own = threading.local()
 
@@ -87,33 +66,3 @@ def of_pointer(pointer: int) -> Any:
     Memory that both libraries use then follows one order.
     """
     return cupy.cuda.Stream.from_external(SimpleNamespace(__cuda_stream__=lambda: (0, pointer)))
-
-
-def side_by_side(function: Callable[[T], R], arguments: Sequence[T]) -> list[R]:
-    """``function`` of each argument, all on the current device, after what is in the current
-    stream; waits for them, and for the device. One alone is in the current stream itself.
-    """
-    if len(arguments) < 2:
-        return list(map(function, arguments))
-    device, ready = cupy.cuda.runtime.getDevice(), cupy.cuda.Event(disable_timing=True)
-    ready.record()
-
-    def call(argument: T) -> R:
-        with cupy.cuda.Device(device):
-            stream = _stream(device)
-            stream.wait_event(ready)
-            try:
-                with stream:
-                    return function(argument)
-            finally:
-                stream.synchronize()
-
-    found: list[Future[R]] = []
-    try:
-        found += [_threads().submit(call, argument) for argument in arguments]
-        wait(found, return_when=FIRST_EXCEPTION)
-    finally:  # nobody writes once this has returned, or raised
-        for future in found:
-            future.cancel()  # those that did not begin, after a failure
-        wait(found)
-    return [future.result() for future in found]

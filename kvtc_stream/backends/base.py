@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Protocol, TypeAlias, TypeVar
+from itertools import pairwise
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +24,7 @@ from kvtc_stream.formats import (
     StreamHeader,
 )
 from kvtc_stream.io.dlpack import BackendName
+from kvtc_stream.io.steps import Steps
 from kvtc_stream.planning.rate_control import Controls
 
 #: A token whose relative error is beyond this is stored verbatim whatever was asked for: what
@@ -30,8 +32,6 @@ from kvtc_stream.planning.rate_control import Controls
 HOPELESS = 2.0
 
 
-T = TypeVar("T")
-R = TypeVar("R")
 #: Coder and payload, when it is called; by any thread.
 Coded: TypeAlias = Callable[[], tuple[Coder, bytes | memoryview]]
 
@@ -80,13 +80,23 @@ class SectionCoder(ABC):
         """Data blocks from k, v [layers, kv_heads, tokens, head_dim] in the stream's dtype.
 
         All but the last have the header's ``block_tokens``; ``start`` is the ordinal of the first
-        token in the section. The arrays are the backend's, or those of the layers in a list, where
-        :meth:`reads` says so.
+        token in the section. The arrays are the backend's.
         """
 
-    @abstractmethod
-    def reads(self, k: list[Any], v: list[Any]) -> bool:
-        """Whether :meth:`encode` takes these arrays of layers, [kv_heads, tokens, head_dim]."""
+    def source(self, k: list[Any], v: list[Any]) -> Any | None:
+        """What :meth:`encode_from` and :meth:`verbatim_from` read: the backend's arrays of layers,
+        [kv_heads, tokens, head_dim], where they are. ``None`` if they must be copied first."""
+        return None
+
+    def encode_from(
+        self, source: Any, span: slice, positions: NDArray[np.int64], start: int
+    ) -> Steps[list[Block]]:
+        """As :meth:`encode`, of the tokens ``span`` of a source, whose positions are given."""
+        raise NotImplementedError
+
+    def verbatim_from(self, source: Any, spans: Sequence[slice]) -> Steps[list[Coded]]:
+        """As :meth:`Backend.verbatim`, of spans of the tokens of a source."""
+        raise NotImplementedError
 
     @abstractmethod
     def decode(self, block: Block, layers: Sequence[int]) -> tuple[Any, Any]:
@@ -175,10 +185,6 @@ class Backend(Protocol):
     #: Tokens that are worth decoding beside others.
     batch_tokens: int
 
-    def side_by_side(self, function: Callable[[T], R], arguments: Sequence[T]) -> list[R]:
-        """``function`` of each argument, as many at a time as serves the device."""
-        ...
-
     def interleave(self, tasks: Iterable[Iterator[None]]) -> None:
         """Take tasks to their ends, several at a time where that serves the device: each step
         begins what the next one waits for. All are over when it returns, or raises."""
@@ -215,3 +221,23 @@ def block_errors(errors: NDArray[np.floating[Any]] | None, kept: NDArray[np.int6
                 float(np.nextafter(rounded, np.float32(np.inf)) if rounded < value else rounded)
             )
     return BlockErrors(Measure.RECONSTRUCTION, *found)
+
+
+def errors_of_blocks(
+    errors: NDArray[np.float32], verbatim: NDArray[np.bool_], starts: NDArray[np.int64]
+) -> list[BlockErrors]:
+    """:func:`block_errors` of many blocks: of [2, tokens] errors and bool [tokens], which are cut
+    at ``starts``, int64 [blocks + 1]."""
+    sizes, left = np.diff(starts), np.add.reduceat(verbatim, starts[:-1], dtype=np.int64)
+    alike = np.flatnonzero((sizes == sizes[0]) & (left == 0))
+    found: dict[int, BlockErrors] = {}
+    if len(alike):  # the usual ones at once
+        places = starts[alike, None] + np.arange(sizes[0])
+        own = np.take(errors, places, axis=1)
+        four = np.stack([own.mean(axis=2), own.max(axis=2)], axis=1).reshape(4, -1)
+        for i, values in zip(alike.tolist(), four.T.tolist(), strict=True):
+            found[i] = BlockErrors(Measure.RECONSTRUCTION, *values)
+    return [
+        found.get(i) or block_errors(errors[:, begin:end], np.flatnonzero(~verbatim[begin:end]))
+        for i, (begin, end) in enumerate(pairwise(starts.tolist()))
+    ]

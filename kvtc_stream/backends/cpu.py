@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvtc_stream.backends.base import Coded, R, SectionCoder, T, block_errors, layer_errors
+from kvtc_stream.backends.base import Coded, SectionCoder, block_errors, layer_errors
 from kvtc_stream.backends.cpu_payloads import BandCoding, Quantised, UniformCoding
 from kvtc_stream.calibration.components import Components
 from kvtc_stream.calibration.parts import CalibratedBases, Part, Transforms
@@ -88,10 +88,6 @@ class CpuBackend:
     #: All at once: a core's time is all there is to share.
     batch_tokens = 1 << 62
 
-    def side_by_side(self, function: Callable[[T], R], arguments: Sequence[T]) -> list[R]:
-        """See :meth:`kvtc_stream.backends.base.Backend.side_by_side`."""
-        return list(map(function, arguments))
-
     def interleave(self, tasks: Iterable[Iterator[None]]) -> None:
         """See :meth:`kvtc_stream.backends.base.Backend.interleave`."""
         for task in tasks:
@@ -162,10 +158,6 @@ class CpuSectionCoder(SectionCoder):
             )
             for i in range(0, len(positions), size)
         ]
-
-    def reads(self, k: list[Any], v: list[Any]) -> bool:
-        """Not at all: see :meth:`kvtc_stream.backends.base.SectionCoder.reads`."""
-        return False
 
     def _encode(
         self, k: NDArray[Any], v: NDArray[Any], positions: NDArray[np.int64], start: int

@@ -89,6 +89,12 @@ class SectionControl:
         self._control, self.of_errors = control, of_errors
         self._kept = RateControl(control.target, -1.0, 0.0)
 
+    @property
+    def likely(self) -> tuple[float, ...]:
+        """Offsets at about which sizes will be asked for next; they need not be known yet."""
+        best = self._control.best()
+        return () if self.of_errors else (best - 1.0, best + 1.0)
+
     def keeps(self, tokens: int, size: float, least: float) -> bool:
         """Whether a block's restored tokens keep their grids, on which they take ``size`` bytes.
 
@@ -215,6 +221,11 @@ class IndependentControl(_Memoryless):
     def _new(self) -> SectionControl:
         return self._target.control(self._header, self._section)
 
+    @property
+    def likely(self) -> tuple[float, ...]:
+        """See :attr:`SectionControl.likely`."""
+        return self._new().likely
+
     def keeps(self, tokens: int, size: float, least: float) -> bool:
         """See :meth:`SectionControl.keeps`."""
         return self._new().keeps(tokens, size, least)
@@ -242,6 +253,11 @@ class FittingControl(_Memoryless):
         self.budget = 0.0
         self.fits, self.failed = True, False
         self._least = _least_offset(header, section)
+
+    @property
+    def likely(self) -> tuple[float, ...]:
+        """Any may be."""
+        return ()
 
     def keeps(self, tokens: int, size: float, least: float) -> bool:
         """Whether they may fit. A page that fitted fits again, though its estimate be larger."""
@@ -321,7 +337,7 @@ class RateControl:
         def excess(x: float) -> float:
             return self.excess(tokens, amounts(x))
 
-        x = self._best()
+        x = self.best()
         found = excess(x)
         if abs(found) <= _CORRIDOR:
             return x
@@ -353,7 +369,7 @@ class RateControl:
             self._slope += 0.25 * (slope / share - self._slope)
         return x
 
-    def _best(self) -> float:
+    def best(self) -> float:
         """The offset that would have met the target on all blocks so far."""
         if not self.tokens:
             return 0.0

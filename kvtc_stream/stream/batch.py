@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, TypeVar, Unpack
+from typing import Any, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,15 +20,14 @@ from kvtc_stream.formats import BlockTable, Limits
 from kvtc_stream.io.dlpack import BackendName, check_memory, dtype_of
 from kvtc_stream.io.memory import joined
 from kvtc_stream.io.paged import PagedCache, indexable
+from kvtc_stream.io.steps import Steps
 from kvtc_stream.stream.codec import Codec
 from kvtc_stream.stream.encoder import Encoder
-from kvtc_stream.stream.opening import encode, open
+from kvtc_stream.stream.opening import encoding, open
 from kvtc_stream.stream.options import EncoderOptions
 from kvtc_stream.stream.reader import Reader
 
 Stream = bytes | bytearray | memoryview
-T = TypeVar("T")
-R = TypeVar("R")
 
 #: Tokens of a paged cache that are copied and encoded at a time.
 _TOKENS_AT_A_TIME = 8192
@@ -40,7 +39,7 @@ def encode_many(
     """Whole caches to whole streams, in order.
 
     The stream of a cache does not depend on the others. On a CUDA device the blocks of a cache
-    share launches, and two caches are encoded at a time, each with scratch of its own. Of pages,
+    share launches, and a few caches take turns, each with scratch of its own. Of pages,
     8,192 tokens at a time are copied. A note on an error, and ``index`` of a
     :class:`kvtc_stream.KVTCError`, say which cache it is about.
 
@@ -54,17 +53,19 @@ def encode_many(
         Keywords of :class:`kvtc_stream.Encoder`, for all of them.
     """
 
-    def one(numbered: tuple[int, tuple[Any, Any] | PagedCache]) -> bytes:
-        i, cache = numbered
+    results = [b""] * len(caches)
+
+    def one(i: int, cache: tuple[Any, Any] | PagedCache) -> Steps[None]:
         with _about("caches", i, len(caches)):
             if isinstance(cache, PagedCache):
-                return _encode_pages(cache, codec, **options)
-            return encode(*cache, codec, **options)
+                results[i] = yield from _encoding_pages(cache, codec, **options)
+            else:
+                results[i] = yield from encoding(*cache, codec, **options)
 
-    if not caches:
-        return []
-    backend = get_backend(codec.backend, *_tensors(caches[0]))
-    return backend.side_by_side(one, [(i, _held(c, backend)) for i, c in enumerate(caches)])
+    if caches:
+        backend = get_backend(codec.backend, *_tensors(caches[0]))
+        backend.interleave([one(i, _held(c, backend)) for i, c in enumerate(caches)])
+    return results
 
 
 @contextmanager
@@ -102,13 +103,15 @@ class _Member:
             return self.reader.stored(section).within(self.about)
 
 
-def _encode_pages(cache: PagedCache, codec: Codec, **options: Any) -> bytes:
+def _encoding_pages(cache: PagedCache, codec: Codec, **options: Any) -> Steps[bytes]:
     """Encode a cache in pages to a stream, copying some thousand tokens at a time."""
     encoder = Encoder(codec, **options)
     pieces: list[bytes | memoryview] = []
     for first in range(0, max(cache.tokens, 1), _TOKENS_AT_A_TIME):
         k, v = cache.contiguous(slice(first, first + _TOKENS_AT_A_TIME))
-        pieces += encoder.encode_pieces(k, v)
+        pieces += yield from encoder.encode_steps(
+            k, v, last=first + _TOKENS_AT_A_TIME >= cache.tokens
+        )
     return joined([*pieces, *encoder.finish_pieces()])
 
 

@@ -36,6 +36,7 @@ from kvtc_stream.formats.wire import located
 from kvtc_stream.io.dlpack import check_positions
 from kvtc_stream.io.memory import joined
 from kvtc_stream.io.sources import Source
+from kvtc_stream.io.steps import Steps, run
 from kvtc_stream.planning.rate_control import SectionControl, Target
 from kvtc_stream.stream.base import Base
 from kvtc_stream.stream.codec import Codec
@@ -193,21 +194,33 @@ class Encoder:
         return joined(self.finish_pieces())
 
     def encode_pieces(
-        self, k: Any, v: Any, *, positions: Any = None, section: int = 0
+        self, k: Any, v: Any, *, positions: Any = None, section: int = 0, last: bool = False
     ) -> list[bytes | memoryview]:
-        """As :meth:`encode`, the bytes in pieces, for those who join or write them anyway."""
+        """As :meth:`encode`, the bytes in pieces, for those who join or write them anyway.
+
+        After the ``last`` tokens of a section nothing comes but :meth:`finish`.
+        """
+        return run(self.encode_steps(k, v, positions=positions, section=section, last=last))
+
+    def encode_steps(
+        self, k: Any, v: Any, *, positions: Any = None, section: int = 0, last: bool = False
+    ) -> Steps[list[bytes | memoryview]]:
+        """As :meth:`encode_pieces`, for those who do something else while a device works."""
         with self._exclusive("encode"):
             dtype, chunk = self._check(k, v, positions, section)
             start = self._start(dtype)
             with self._failing():
-                return [*start, *self._records(self._blocks(section, chunk))]
+                if self._base is not None:
+                    return [*start, *self._records(self._blocks(section, chunk))]
+                blocks = yield from self._sections[section].take_steps(*chunk, last=last)
+                return [*start, *self._records(iter(blocks))]
 
     def _blocks(self, index: int, chunk: Chunk) -> Iterator[Block]:
-        """The blocks that are complete with a section's next tokens."""
+        """The blocks that are complete with a section's next tokens, some of them the base's."""
         state = self._sections[index]
-        if self._base is not None:
-            chunk = yield from self._base.take(index, chunk, state)
-            self._go_on(index)
+        assert self._base is not None
+        chunk = yield from self._base.take(index, chunk, state)
+        self._go_on(index)
         yield from state.take(*chunk)
 
     def _last_blocks(self, index: int) -> Iterator[Block]:

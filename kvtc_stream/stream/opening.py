@@ -15,6 +15,7 @@ from kvtc_stream.formats import (
 from kvtc_stream.io.dlpack import BackendName
 from kvtc_stream.io.memory import joined
 from kvtc_stream.io.sources import Source
+from kvtc_stream.io.steps import Steps, run
 from kvtc_stream.io.storage import File
 from kvtc_stream.stream.codec import Codec
 from kvtc_stream.stream.encoder import Encoder
@@ -124,8 +125,21 @@ def encode(
     Equivalent to one :meth:`Encoder.encode` and :meth:`Encoder.finish` of
     ``Encoder(codec, **options)``.
     """
+    return run(encoding(k, v, codec, positions=positions, **options))
+
+
+def encoding(
+    k: Any,
+    v: Any,
+    codec: Codec,
+    *,
+    positions: Any = None,
+    **options: Unpack[EncoderOptions],
+) -> Steps[bytes]:
+    """:func:`encode`, for those who do something else while a device works."""
     encoder = Encoder(codec, **options)
-    return joined([*encoder.encode_pieces(k, v, positions=positions), *encoder.finish_pieces()])
+    pieces = yield from encoder.encode_steps(k, v, positions=positions, last=True)
+    return joined([*pieces, *encoder.finish_pieces()])
 
 
 def decode(

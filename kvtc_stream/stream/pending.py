@@ -21,6 +21,7 @@ from kvtc_stream.formats import (
     Role,
     StreamHeader,
 )
+from kvtc_stream.io.steps import Steps, run, together
 from kvtc_stream.io.threads import in_turn
 from kvtc_stream.planning.rate_control import Controls
 from kvtc_stream.stream.codec import Codec
@@ -68,28 +69,86 @@ class SectionState:
             target=controls,
         )
         self._section = section
-        self._allocate(min(4, header.window // header.block_tokens + 2) * header.block_tokens)
+        self._token_bytes = header.verbatim_size(index, 1)
+        # Room for pending tokens comes with the first of them.
+        self._room = min(4, header.window // header.block_tokens + 2) * header.block_tokens
+        self._positions = np.empty(0, np.int64)
         self._begin = self._end = 0
         self._coded = 0
 
     def take(
         self, k_layers: list[Any], v_layers: list[Any], positions: NDArray[np.int64]
-    ) -> Iterator[Block]:
-        """Take some tokens; yield the blocks that no later token can change."""
+    ) -> list[Block]:
+        """Take some tokens; the blocks that no later token can change."""
+        return run(self.take_steps(k_layers, v_layers, positions))
+
+    def take_steps(
+        self,
+        k_layers: list[Any],
+        v_layers: list[Any],
+        positions: NDArray[np.int64],
+        *,
+        last: bool = False,
+    ) -> Steps[list[Block]]:
+        """As :meth:`take`. The ``last`` tokens of the section may become blocks too."""
         taken, total = 0, len(positions)
-        straight = total >= self._header.block_tokens and self._coder.reads(k_layers, v_layers)
+        worth = last or total >= self._header.block_tokens
+        source = self._coder.source(k_layers, v_layers) if total and worth else None
+        blocks: list[Block] = []
+        if source is not None and last and self._end == self._begin:
+            return (yield from self._whole(source, positions))
         while taken < total:
-            if straight and (count := self._at_once(positions[taken:])):
+            if source is not None and (count := self._at_once(positions[taken:])):
                 span = slice(taken, taken + count)
-                k, v = ([x[:, span] for x in layers] for layers in (k_layers, v_layers))
                 start, self._coded = self._coded, self._coded + count
                 self.last_position = int(positions[span.stop - 1])
                 taken += count
-                yield from self._coder.encode(k, v, positions[span], start)
+                blocks += yield from self._coder.encode_from(source, span, positions[span], start)
                 continue
-            most = self._until_then(positions[taken:]) if straight else total
+            most = self._until_then(positions[taken:]) if source is not None else total
             taken += self._append(k_layers, v_layers, positions, taken, most)
-            yield from self.ready_blocks(total - taken)
+            blocks += self.ready_blocks(total - taken)
+        return blocks
+
+    def _whole(self, source: Any, positions: NDArray[np.int64]) -> Steps[list[Block]]:
+        """All that is left of a section, and nothing is pending: none of it is copied first."""
+        header, total = self._header, len(positions)
+        sinks = int(np.searchsorted(positions, header.sinks)) if self._only_sinks else 0
+        rest, size = total - sinks, header.block_tokens
+        coded = max(rest - header.window, 0) // size * size if header.window else rest
+        data = slice(sinks, sinks + coded)
+        spans = [
+            (Role.SINKS, span)
+            for first in range(0, sinks, size)
+            for span in self._pieces(slice(first, min(first + size, sinks)))
+        ]
+        spans += [(Role.TAIL, span) for span in self._pieces(slice(data.stop, total))]
+        start, self._coded = self._coded, self._coded + total
+        self.last_position = int(positions[-1])
+        tasks: list[Steps[Any]] = []
+        if spans:
+            tasks.append(self._coder.verbatim_from(source, [span for _, span in spans]))
+        if coded:
+            where = positions[data]
+            tasks.append(self._coder.encode_from(source, data, where, start + data.start))
+        results = yield from together(tasks)
+        found = results.pop() if coded else []
+        exact = [
+            (self._index, role, own, positions[span], start + span.start)
+            for (role, span), own in zip(spans, results[0] if spans else [], strict=True)
+        ]
+        before = sum(role is Role.SINKS for role, _ in spans)
+        blocks = list((in_turn if len(exact) > 1 else starmap)(verbatim_block, exact))
+        return [*blocks[:before], *found, *blocks[before:]]
+
+    def _pieces(self, span: slice) -> list[slice]:
+        """Verbatim blocks of moderate size, which are compressed, and restored, on several
+        threads."""
+        most = max(1, min(self._header.block_tokens, _VERBATIM_BYTES // self._token_bytes))
+        return [
+            slice(first, min(first + most, span.stop))
+            for first in range(span.start, span.stop, most)
+        ]
 
     def hold(self, k_layers: list[Any], v_layers: list[Any], positions: NDArray[np.int64]) -> None:
         """Take some tokens that become no block yet."""
@@ -147,6 +206,9 @@ class SectionState:
         Large windows may never fill, so buffers grow with what is pending; twice that at most.
         """
         pending, count = slice(self._begin, self._end), self._end - self._begin
+        if not len(self._positions):
+            self._allocate(self._room)
+            return
         k, v, positions = self._k, self._v, self._positions
         if count + self._header.block_tokens > len(positions):
             self._allocate(2 * len(positions))
@@ -200,19 +262,17 @@ class SectionState:
         return self._coder.encode(*self._pop(tokens))
 
     def _verbatim(self, role: Role, tokens: int) -> Iterator[Block]:
-        """Blocks of moderate size, which are compressed, and restored, on several threads."""
-        per_token = self._header.verbatim_size(self._index, 1)
-        most = max(1, min(self._header.block_tokens, _VERBATIM_BYTES // per_token))
+        """Blocks of verbatim tokens; see :meth:`_pieces`."""
+        counts = iter([span.stop - span.start for span in self._pieces(slice(0, tokens))])
 
         def pieces() -> Iterator[tuple[Coded, NDArray[np.int64], int]]:
-            counts = iter([min(most, tokens - first) for first in range(0, tokens, most)])
             while some := [self._pop(count) for count in islice(counts, _PIECES)]:
                 coded = self._backend.verbatim(self._header, [(k, v) for k, v, _, _ in some])
                 for own, (_, _, positions, start) in zip(coded, some, strict=True):
                     yield own, positions, start
 
         block = partial(verbatim_block, self._index, role)
-        return (in_turn if tokens > most else starmap)(block, pieces())
+        return (in_turn if len(self._pieces(slice(0, tokens))) > 1 else starmap)(block, pieces())
 
 
 def verbatim_block(

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import cupy
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -184,6 +185,23 @@ def test_restored_tokens_are_coded_as_they_were(
         assert (again != found).mean() < 0.002
         lost = np.linalg.norm(found[:, :, TOKENS:] - exact[:, :, :9])
         assert lost < 0.3 * np.linalg.norm(exact[:, :, :9])
+
+
+@pytest.mark.parametrize("window", [0, 5])
+def test_a_whole_cache_is_read_where_it_is(
+    calibration: kvtc.Calibration, cache: tuple[Array, Array], cuda: BackendName, window: int
+) -> None:
+    """The bytes are those of an encoder to which it comes in chunks; of many caches too."""
+    codec = kvtc.Codec(
+        calibration, ratio=RATIO, sinks=3, window=window, block_tokens=8, backend=cuda
+    )
+    k, v = (x[:, :, :30].astype(ml_dtypes.bfloat16) for x in cache)
+    encoder = kvtc.Encoder(codec)
+    expected = encoder.encode(k[:, :, :13], v[:, :, :13]) + encoder.encode(
+        k[:, :, 13:], v[:, :, 13:]
+    )
+    expected += encoder.finish()
+    assert kvtc.encode_many([(k, v), (k, v)], codec) == [expected, expected]
 
 
 def test_the_published_method(

@@ -1,9 +1,7 @@
-"""Calls side by side: results in order, and nobody goes on once there is an outcome."""
+"""Tasks in turn, and nobody goes on once there is an outcome."""
 
 from __future__ import annotations
 
-import threading
-import time
 from collections.abc import Iterator
 from types import SimpleNamespace
 
@@ -12,50 +10,7 @@ import numpy as np
 import pytest
 
 from kvtc_stream.gpu.runtime.staging import Staging
-from kvtc_stream.gpu.runtime.streams import AT_A_TIME, IN_FLIGHT, interleave, side_by_side
-
-
-def test_results_are_in_order_and_waited_for() -> None:
-    waits = cupy.cuda.Stream.waits
-    lock, at_a_time, most = threading.Lock(), 0, 0
-
-    def call(x: int) -> int:
-        nonlocal at_a_time, most
-        with lock:
-            at_a_time += 1
-            most = max(most, at_a_time)
-        time.sleep(0.01 * (x % 3))
-        with lock:
-            at_a_time -= 1
-        return x * x
-
-    assert side_by_side(call, range(8)) == [x * x for x in range(8)]
-    assert 1 < most <= AT_A_TIME
-    assert cupy.cuda.Stream.waits == waits + 8
-
-
-def test_one_alone_is_in_the_current_stream() -> None:
-    caller = threading.get_ident()
-    assert side_by_side(lambda _: threading.get_ident(), [0]) == [caller]
-    assert side_by_side(lambda x: x, []) == []
-
-
-def test_a_failure_ends_them_all() -> None:
-    waits = cupy.cuda.Stream.waits
-    begun, ended = [], []
-
-    def call(x: int) -> None:
-        begun.append(x)
-        if x == 1:
-            raise ValueError("of the second")
-        time.sleep(0.2)
-        ended.append(x)
-
-    with pytest.raises(ValueError, match="of the second"):
-        side_by_side(call, range(20))
-    assert sorted(ended) == sorted(set(begun) - {1})  # those that had begun came to their end
-    assert len(begun) < 20
-    assert cupy.cuda.Stream.waits == waits + len(begun)
+from kvtc_stream.gpu.runtime.streams import IN_FLIGHT, interleave
 
 
 def test_tasks_are_taken_in_turn() -> None:

@@ -251,3 +251,26 @@ def test_sizes(coded: tuple[int, ...]) -> None:
                 total += float(bits[2 * part + ids[chosen, klass], places].sum(dtype=np.float64))
             expected = total * count / max(len(chosen), 1)
             assert found[0, part, :, i].sum() == pytest.approx(expected, rel=1e-5)
+
+
+def test_tokens_are_judged() -> None:
+    """As the CPU does: which the plan's steps can code, and which lie on a grid in every part."""
+    rng = np.random.default_rng(4)
+    parts, tokens, unit = 2, 300, 0.01
+    wishes = rng.uniform(-3, 20, (parts, STRIDE * 5)).astype(np.float32)
+    peaks = (2.0 ** rng.uniform(10, 25, wishes.shape)).astype(np.float32)
+    peaks[0, 3] = np.inf
+    grids = rng.integers(-5, 30, wishes.shape).astype(np.int32)
+    grids[rng.random(wishes.shape) < 0.5] = lattice.NO_GRID
+    flags = np.full(tokens, 9, np.uint8)
+    arguments = tokens, parts, wishes.shape[1], unit, wishes, peaks, grids, flags
+    simulate(uniform.judge, -(-tokens // uniform.THREADS), uniform.THREADS, arguments)
+    found = [
+        lattice.TokenGrids(w[:tokens], g[:tokens].astype(np.int16))
+        for w, g in zip(wishes, grids, strict=True)
+    ]
+    steps = unit * np.exp2(np.stack([own.exponents(0.0) for own in found]) / 4)
+    fits = (peaks[:, :tokens] < uniform.CODED * steps).all(axis=0)
+    known = fits & found[0].known & found[1].known
+    assert 0 < known.sum() < fits.sum() < tokens
+    np.testing.assert_array_equal(flags, fits + 2 * known)
