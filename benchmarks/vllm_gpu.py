@@ -383,15 +383,15 @@ class Engine:
         for owner, name, label in watched:
             setattr(owner, name, self._spans.timed(getattr(owner, name), label))
         self._check.watch(transfer)
-        own = connector.KvtcConnector._sink
+        own = connector.KvtcConnector.register_kv_caches
 
-        def sink(this: Any, *arguments: Any) -> Any:
-            free = connector._free_memory(arguments[0].device)
-            found = own(this, *arguments)
-            self._memory["device_bytes"] = free - connector._free_memory(arguments[0].device)
-            return found
+        def register(this: Any, caches: dict[str, torch.Tensor]) -> None:
+            device = next(iter(caches.values())).device
+            free = connector._free_memory(device)
+            own(this, caches)
+            self._memory["device_bytes"] = free - connector._free_memory(device)
 
-        connector.KvtcConnector._sink = sink  # type: ignore[method-assign]
+        connector.KvtcConnector.register_kv_caches = register  # type: ignore[method-assign]
 
     def measured(self) -> dict[str, Any]:
         """What goes into the result."""

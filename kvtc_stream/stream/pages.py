@@ -113,6 +113,11 @@ class PageCodec:
         self._backend = get_backend(codec.backend)
         self._lock = threading.RLock()
 
+    @property
+    def codec(self) -> Codec:
+        """How pages are coded."""
+        return self._codec
+
     @cached_property
     def _header(self) -> StreamHeader:
         return page_header(self._codec, *self._options)

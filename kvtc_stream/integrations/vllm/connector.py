@@ -21,7 +21,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 
 from kvtc_stream.calibration.model import Calibration
 from kvtc_stream.errors import UnsupportedError
-from kvtc_stream.formats import Geometry, ModelIdentity
+from kvtc_stream.formats import Block, Geometry, ModelIdentity
 from kvtc_stream.integrations.hosts.keys import Namespace
 from kvtc_stream.integrations.hosts.layouts import Layout
 from kvtc_stream.integrations.hosts.store import MemoryStore, Store, open_store
@@ -177,6 +177,8 @@ class KvtcConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             timeout=self._settings.timeout,
             queue_pages=self._settings.queue_pages,
         )
+        if isinstance(sink, StoreSink):
+            self._warm_up(self._transfer, sink.codec, blocks.device)
         _log.info("pages of %d tokens, layout %s", self._page_tokens, layout.name)
 
     def _sink(self, blocks: Blocks, rope: Any) -> tuple[PageSink, list[PageCodec]]:
@@ -202,39 +204,39 @@ class KvtcConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         codec = replace(self._codec, backend="cuda" if on_device else "cpu")
         count = IN_TURN if on_device else max(1, min(_DECODERS, os.cpu_count() or 1))
         codecs = [PageCodec(codec, dtype=self._dtype, key=key) for _ in range(1 + count)]
-        loose = PageCodec(replace(codec, error_bound=None, measure=False), dtype=self._dtype)
-        self._warm_up(codecs, loose, blocks)
         return StoreSink(self._store, codecs[0], self._counter), codecs[1:]
 
-    def _warm_up(self, codecs: list[PageCodec], loose: PageCodec, blocks: Blocks) -> None:
-        """Compile kernels and make plans before the first request.
+    def _warm_up(self, transfer: PageTransfer, codec: PageCodec, device: torch.device) -> None:
+        """Compile kernels, make plans and take memory before the first request.
 
-        The page is noise, as large as the cache, which ``codecs`` keep bit for bit; ``loose`` codes
-        it all the same.
+        The page is noise, as large as the cache, which the ``codec`` of stores keeps bit for bit;
+        one that does not measure errors codes it all the same.
         """
         assert self._codec is not None
         section, calibration = self._section, self._codec.calibration
-        free = _free_memory(blocks.device)
+        free = _free_memory(device)
         parts = calibration.sections[0].parts(self._codec.plan.sections[0])
         size = np.float32(math.sqrt(sum(x.energy for x in parts) / sum(x.width for x in parts)))
         rng = np.random.default_rng(0)
         k, v = (
             torch.from_numpy(size * rng.standard_normal(shape, dtype=np.float32))
             .to(getattr(torch, self._dtype))
-            .to(blocks.device)
+            .to(device)
             for shape in (section.k_shape(self._page_tokens), section.v_shape(self._page_tokens))
         )
-        noise = codecs[0].encode(k, v, positions=0, identity=b"")
-        exact = codecs[0].checked(noise, identity=b"")
-        coded = loose.checked(loose.encode(k, v, positions=0))
-        together = blocks.together
-        nowhere = [np.full(self._page_tokens, -1)] * together
-        for codec in codecs[1:]:
-            # As many as a load has at once, so that all memory that this takes is there.
-            codec.decode_into([exact, *[coded] * (together - 1)], nowhere, *blocks.target)
-            codec.decode_into([coded] * together, nowhere, *blocks.target)
+        plain = replace(codec.codec, error_bound=None, measure=False)
+        loose, identity = PageCodec(plain, dtype=self._dtype), b"warm-up"
+
+        def code() -> list[Block]:
+            noise = codec.encode(k, v, positions=0, identity=identity)
+            return [
+                codec.checked(noise, identity=identity),
+                loose.checked(loose.encode(k, v, positions=0)),
+            ]
+
+        transfer.warm_up(code)
         if free:
-            taken = free - _free_memory(blocks.device)
+            taken = free - _free_memory(k.device)
             _log.info("the codec takes %.0f MB of device memory", taken / 1e6)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:

@@ -258,7 +258,7 @@ class StoreSink:
     """Codes pages and stores them."""
 
     def __init__(self, store: Store, codec: PageCodec, counter: Counter) -> None:
-        self._store, self._codec, self._counter = store, codec, counter
+        self._store, self.codec, self._counter = store, codec, counter
 
     def wanted(self, job: PageJob) -> bool:
         """Whether the store lacks the page."""
@@ -270,7 +270,7 @@ class StoreSink:
     def take(self, job: PageJob, k: Tensor, v: Tensor, valid: Callable[[], bool]) -> None:
         """See :meth:`PageSink.take`."""
         started = time.perf_counter()
-        page = self._codec.encode(k, v, positions=job.key.position, identity=job.key.identity)
+        page = self.codec.encode(k, v, positions=job.key.position, identity=job.key.identity)
         if not valid() or not self._store.put(job.key.name, page):
             self._counter.add(dropped_pages=1)
             return
@@ -372,8 +372,14 @@ class PageTransfer:
         fetches = min(max(_FETCHES[0], os.cpu_count() or 1), _FETCHES[1])
         self._fetcher = ThreadPoolExecutor(fetches, "kvtc-fetch", initializer=self._spread)
         self._backend = get_backend("cuda" if blocks.device.type == "cuda" else "cpu")
-        count = 1 if blocks.device.type == "cuda" else max(1, len(codecs))
-        self._decoder = ThreadPoolExecutor(count, "kvtc-decode", initializer=self._spread)
+        self._count = len(codecs)
+        threads = 1 if blocks.device.type == "cuda" else max(1, len(codecs))
+        self._decoder = ThreadPoolExecutor(threads, "kvtc-decode", initializer=self._spread)
+        #: Of loads, and of stores. They stay the same: CuPy keeps memory for every stream that it
+        #: meets.
+        self._streams: list[Any] = [None, None]
+        if blocks.device.type == "cuda":
+            self._streams = [torch.cuda.Stream(blocks.device) for _ in range(2)]  # type: ignore[no-untyped-call]
         self._loads: dict[str, _Load] = {}
         self._errors: set[int] = set()
         self._changed = threading.Condition()
@@ -386,6 +392,31 @@ class PageTransfer:
         self._saver.start()
 
     # Called by the engine.
+
+    def warm_up(self, code: Callable[[], Sequence[Block]]) -> None:
+        """Before the first request: ``code`` pages as those are that are stored, and decode them
+        to nowhere as those are that are loaded, as many at once; so that kernels are compiled, and
+        the threads' and streams' memory is there."""
+        with _on(self._streams[1], self._event()):
+            pages = code()
+        together = self._blocks.together
+        nowhere = [np.full(pages[0].tokens, -1)] * together
+        last = [pages[-1]] * together
+        own = [[*pages, *last][:together], last]
+
+        def decode(event: Any) -> None:
+            codecs = [self._codecs.get() for _ in range(self._count)]
+            try:
+                with _on(self._streams[0], event):
+                    for some in own:
+                        target = self._blocks.target
+                        tasks = [codec.decoding(some, nowhere, *target) for codec in codecs]
+                        self._backend.interleave(tasks)
+            finally:
+                for codec in codecs:
+                    self._codecs.put(codec)
+
+        self._decoder.submit(decode, self._event()).result()
 
     def load(self, jobs: Sequence[PageJob]) -> None:
         """Begin to load pages, those of a request together and in order."""
@@ -581,7 +612,7 @@ class PageTransfer:
     def _run(self, load: _Load, tasks: Sequence[Generator[None]]) -> None:
         """Take tasks to their ends, on the thread's stream."""
         try:
-            with _stream(self._blocks.device, load.event):
+            with _on(self._streams[0], load.event):
                 self._backend.interleave(tasks)
         finally:
             for task in tasks:  # what one of them raises ends all
@@ -648,7 +679,7 @@ class PageTransfer:
                 self._current = job
             try:
                 if self._valid[id(job)] and self._sink.wanted(job):
-                    with _stream(self._blocks.device, event):
+                    with _on(self._streams[1], event):
                         k, v = self._blocks.read(job.blocks)
                         self._sink.take(job, k, v, self._still(job))
             except Exception:
@@ -661,10 +692,6 @@ class PageTransfer:
                 if not self._storing[job.request]:
                     del self._storing[job.request]
                 self._changed.notify_all()
-
-
-#: Has each thread's stream. It stays the same: CuPy keeps memory for every stream that it meets.
-_own = threading.local()
 
 
 def one_blas_thread() -> None:
@@ -683,19 +710,16 @@ def one_blas_thread() -> None:
 
 
 @contextlib.contextmanager
-def _stream(device: torch.device, event: Any) -> Any:
-    """The thread's own stream, behind ``event``; work on it is done when this ends.
+def _on(stream: Any, event: Any) -> Any:
+    """Work on a stream, if there is one, behind ``event``; it is done when this ends.
 
     The codec's work is on it too: so it does not wait for the model's, and none of its memory is
     given to another page that is still read here.
     """
-    if device.type != "cuda":
+    if stream is None:
         yield
         return
-    if not hasattr(_own, "stream"):
-        _own.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    stream = _own.stream
-    with torch.cuda.device(device), torch.cuda.stream(stream), _of_cupy(stream.cuda_stream):
+    with torch.cuda.device(stream.device), torch.cuda.stream(stream), _of_cupy(stream.cuda_stream):
         stream.wait_event(event)
         yield
         stream.synchronize()
