@@ -766,12 +766,13 @@ def test_calibrate_cuts_texts_into_documents(
         progress=lambda done, total: steps.append((done, total)),
         sinks=2,
     )
-    # Each is read for importance too.
-    assert [len(document) for document in seen] == [120, 82, 98]
+    # One of each text in turn. Each is read for importance too.
+    assert [len(document) for document in seen] == [120, 120, 60]
     assert all(document[0] == 1 for document in seen)
     assert seen[0][1:3] == [2 + ord("a") % 90, 2 + ord("b") % 90]
-    assert 1 not in seen[1][1:]
-    assert steps == [(n, 600) for n in (120, 202, 300, 420, 502, 600)]
+    assert seen[1][1:] == [2 + ord("c") % 90] * 119
+    assert seen[2][1:] == [2 + ord(c) % 90 for c in ("ab" * 100)[119:178]]
+    assert steps == [(n, 600) for n in (120, 240, 300, 420, 540, 600)]
     assert calibration.geometry == geometry_of(model)
     assert calibration.model == model_identity(model)
     assert calibration.tokens == 300 - 3 * 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any, Literal
 
 import numpy as np
@@ -81,7 +82,8 @@ def calibrate(
         A causal decoder that :func:`geometry_of` supports.
     texts
         Strings, or token ids [tokens]. Each is cut into documents, which start at position 0
-        (and with the text's first token, if that is the tokenizer's BOS).
+        (and with the text's first token, if that is the tokenizer's BOS). They are read in turn,
+        one of each text.
     tokenizer
         The model's tokenizer; needed for strings.
     tokens
@@ -218,17 +220,31 @@ def _query_weights(
 def _documents(
     texts: Iterable[str | TokenIds], tokenizer: Callable[..., Any] | None, longest: int
 ) -> Iterator[NDArray[np.int64]]:
+    """One of each text in turn, so that the first texts leave room for the others."""
     if isinstance(texts, str):
         raise TypeError("texts must be an iterable of texts, found one string: pass [text]")
-    for text in texts:
-        if not isinstance(text, str):
-            ids = as_ids(text)
-        elif tokenizer is None:
-            raise TypeError("texts holds strings: pass the model's tokenizer, or token ids")
-        else:
-            ids = as_ids(tokenizer(text)["input_ids"])
-        bos = getattr(tokenizer, "bos_token_id", None)
-        first = ids[: int(len(ids) > 0 and ids[0] == bos)]
-        body, room = ids[len(first) :], longest - len(first)
-        for start in range(0, len(body), room):
-            yield np.concatenate([first, body[start : start + room]])
+    waiting: Iterable[Iterator[NDArray[np.int64]]]
+    waiting = (_documents_of(text, tokenizer, longest) for text in texts)
+    while waiting:
+        started = []
+        for documents in waiting:
+            for document in islice(documents, 1):
+                yield document
+                started.append(documents)
+        waiting = started
+
+
+def _documents_of(
+    text: str | TokenIds, tokenizer: Callable[..., Any] | None, longest: int
+) -> Iterator[NDArray[np.int64]]:
+    if not isinstance(text, str):
+        ids = as_ids(text)
+    elif tokenizer is None:
+        raise TypeError("texts holds strings: pass the model's tokenizer, or token ids")
+    else:
+        ids = as_ids(tokenizer(text)["input_ids"])
+    bos = getattr(tokenizer, "bos_token_id", None)
+    first = ids[: int(len(ids) > 0 and ids[0] == bos)]
+    body, room = ids[len(first) :], longest - len(first)
+    for start in range(0, len(body), room):
+        yield np.concatenate([first, body[start : start + room]])
