@@ -68,6 +68,8 @@ from kvtc_stream.planning.rate_control import SectionControl
 
 #: About the most bytes of verbatim tokens that wait to be uploaded.
 _VERBATIM_BYTES = 64 << 20
+#: More tokens are decoded in halves.
+HALVED_TOKENS = 4096
 
 
 class _Exact(NamedTuple):
@@ -79,6 +81,21 @@ class _Exact(NamedTuple):
     slots: NDArray[np.int64]
     planes: bytes | None
     payload: memoryview
+
+
+class _Unchecked(NamedTuple):
+    """Verbatim values that the device decodes: first ordinals of blocks, and whether each had a
+    fault, int32 on the device."""
+
+    starts: list[int]
+    faults: Any
+
+
+def _check_exact(unchecked: Sequence[_Unchecked]) -> None:
+    """Wait for the device; ``FormatError`` if a block's values are damaged."""
+    for starts, faults in unchecked:
+        for i in np.flatnonzero(cupy.asnumpy(faults)).tolist():
+            raise FormatError(f"block at token {starts[i]}: its verbatim values are damaged")
 
 
 class CudaBackend:
@@ -214,7 +231,6 @@ class CudaSectionCoder(SectionCoder):
             self._section, self._plan, self._scales
         )
         self._encoder: BatchEncoder | BandEncoder | None = None
-        self._unchecked: list[tuple[list[int], Any]] = []
         self._host: CpuSectionCoder | None = None
 
     @property
@@ -514,9 +530,25 @@ class CudaSectionCoder(SectionCoder):
         k: Any,
         v: Any,
     ) -> None:
-        """See :meth:`kvtc_stream.backends.base.SectionCoder.decode_into`."""
-        for _ in self.decoding(table, slots, layers, k, v):
-            pass
+        """See :meth:`kvtc_stream.backends.base.SectionCoder.decode_into`. In two halves, if that is
+        worth it: while one is copied to the device, the other's symbols are decoded."""
+        edges = np.cumsum([0, *table.rows["tokens"].tolist()])
+        middle = int(np.searchsorted(edges, edges[-1] / 2)) if edges[-1] > HALVED_TOKENS else 0
+        halves = (
+            [(0, middle), (middle, len(table))] if 0 < middle < len(table) else [(0, len(table))]
+        )
+        wholes: list[Callable[[], None]] = []
+        interleave(
+            self._decoding(
+                table.taken(np.arange(first, last)),
+                slots[edges[first] : edges[last]],
+                layers,
+                k,
+                v,
+                wholes,
+            )
+            for first, last in halves
+        )
 
     def decoding(
         self,
@@ -526,29 +558,47 @@ class CudaSectionCoder(SectionCoder):
         k: Any,
         v: Any,
     ) -> Iterator[None]:
-        """See :meth:`kvtc_stream.backends.base.SectionCoder.decoding`: payloads to symbols, then to
-        values, then whatever the device found wrong."""
+        """See :meth:`kvtc_stream.backends.base.SectionCoder.decoding`."""
+        return self._decoding(table, slots, layers, k, v, [])
+
+    def _decoding(
+        self,
+        table: BlockTable,
+        slots: NDArray[np.int64],
+        layers: Sequence[int],
+        k: Any,
+        v: Any,
+        wholes: list[Callable[[], None]],
+    ) -> Iterator[None]:
+        """Payloads to symbols, then to values, then whatever the device found wrong.
+
+        ``wholes`` is what tells that blocks are whole, of all tasks that write to the same tensors:
+        all of them have made their first step before one makes its second.
+        """
         dtype = self._header.out_dtype
         outputs = [
             x if isinstance(x, Tensors) else Tensors.of_layers(list(x), dtype) for x in (k, v)
         ]
         k_out, v_out = (self._spread(x, layers) for x in outputs)
-        self._unchecked.clear()  # of a call that failed
         loaded = self._decoder.load(table, slots, tiles=self._tiles)
         batches = self._decoder.batches(loaded.blocks)
         first = list(islice(batches, 1))
+        wholes.append(loaded.whole)
         yield
-        loaded.whole()
+        for whole in wholes:
+            whole()
+        wholes.clear()
         exact = self._exact(table, slots)
         started = self._decoder.start(chain(first, batches), layers, k_out, v_out)
         columns = self._columns(layers, k_out, v_out)
+        unchecked: list[_Unchecked] = []
         for found in exact:  # beside what the device does
-            for own, values in self._uploaded(found, loaded):
+            for own, values in self._uploaded(found, loaded, unchecked):
                 self._place_exact(own, values, layers, columns)
         yield
         for block, own in faulty(started):
             self._place(own, *self._cpu.decode(block, layers), columns)
-        self._check_exact()
+        _check_exact(unchecked)
         # Callers may go on in streams of their own.
         cupy.cuda.get_current_stream().synchronize()
 
@@ -591,9 +641,9 @@ class CudaSectionCoder(SectionCoder):
         return ([result(*one) for one in group] for group in groups)
 
     def _uploaded(
-        self, found: Sequence[_Exact], loaded: BlockLoad
+        self, found: Sequence[_Exact], loaded: BlockLoad, unchecked: list[_Unchecked]
     ) -> list[tuple[NDArray[np.int64], Any]]:
-        """Slots, and values on the device; see :meth:`_check_exact`."""
+        """Slots, and values on the device; see :func:`_check_exact`."""
         size = self._header.out_dtype.itemsize
         there = [x for x in found if x.planes is None and loaded.exact[x.row] >= 0]
         rest = [x for x in found if x.planes is None and loaded.exact[x.row] < 0]
@@ -606,28 +656,25 @@ class CudaSectionCoder(SectionCoder):
             out.append((x.slots, cupy.ascontiguousarray(planes.T)))
         if rest:
             data, begins = self._decoder.staging.upload([x.payload for x in rest])
-            out += self._tiled(rest, data, begins)
+            out += self._tiled(rest, data, begins, unchecked)
         if there:
             own = np.array([loaded.exact[x.row] for x in there])
-            out += self._tiled(there, loaded.data, own)
+            out += self._tiled(there, loaded.data, own, unchecked)
         return out
 
     def _tiled(
-        self, found: Sequence[_Exact], data: Any, begins: NDArray[np.int64]
+        self,
+        found: Sequence[_Exact],
+        data: Any,
+        begins: NDArray[np.int64],
+        unchecked: list[_Unchecked],
     ) -> list[tuple[NDArray[np.int64], Any]]:
         """As :meth:`_uploaded`, of payloads that the device decodes and that begin there."""
         itemsize = self._header.out_dtype.itemsize
         sizes = [self._header.verbatim_size(self._index, len(x.slots)) // itemsize for x in found]
         values, faults = verbatim.decode([x.payload for x in found], sizes, data, begins)
-        self._unchecked.append(([x.start for x in found], faults))
+        unchecked.append(_Unchecked([x.start for x in found], faults))
         return [(x.slots, own) for x, own in zip(found, values, strict=True)]
-
-    def _check_exact(self) -> None:
-        """Wait for verbatim values that the device decodes; ``FormatError`` if one is damaged."""
-        unchecked, self._unchecked = self._unchecked, []
-        for starts, faults in unchecked:
-            for i in np.flatnonzero(cupy.asnumpy(faults)).tolist():
-                raise FormatError(f"block at token {starts[i]}: its verbatim values are damaged")
 
     def _place_exact(
         self, slots: NDArray[np.int64], values: Any, layers: Sequence[int], columns: Any
@@ -701,7 +748,6 @@ class CudaSectionCoder(SectionCoder):
     ) -> Callable[[int], tuple[Any, Any]]:
         """See :meth:`kvtc_stream.backends.base.SectionCoder.layers_of`."""
         s, dtype = self._section, self._header.out_dtype
-        self._unchecked.clear()
         loaded = self._decoder.load(table, slots, tiles=self._tiles)
         found = [
             (some, self._decoder.symbols(some))
@@ -712,8 +758,9 @@ class CudaSectionCoder(SectionCoder):
         none = cupy.zeros(1, np.int32)
         slow = list(faulty(RunningBatch(some, batch.faults, none) for some, batch in found))
         on_host = [(own, self._cpu.decode_layers(block)) for block, own in slow]
-        exact = [own for some in verbatim for own in self._uploaded(some, loaded)]
-        self._check_exact()
+        unchecked: list[_Unchecked] = []
+        exact = [own for some in verbatim for own in self._uploaded(some, loaded, unchecked)]
+        _check_exact(unchecked)
 
         def layer(index: int) -> tuple[Any, Any]:
             shape = (1, s.kv_heads, tokens)
