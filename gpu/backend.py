@@ -68,8 +68,6 @@ from kvtc_stream.planning.rate_control import SectionControl
 
 #: About the most bytes of verbatim tokens that wait to be uploaded.
 _VERBATIM_BYTES = 64 << 20
-#: More tokens are decoded in halves.
-HALVED_TOKENS = 4096
 
 
 class _Exact(NamedTuple):
@@ -474,7 +472,7 @@ class CudaSectionCoder(SectionCoder):
         held = [cupy.empty(shape, BITS[dtype.itemsize]) for shape in shapes]
         layers = range(len(s.layers))
         dense = [x[i].data.ptr for x in held for i in layers]
-        self._move(slots, dense, self._columns(layers, *tensors), dtype, back=True)
+        self._move([(slots, dense)], self._columns(layers, *tensors), dtype, back=True)
         return [cupy.asnumpy(x).view(numpy_dtype(dtype)) for x in held]
 
     def _block(
@@ -530,25 +528,9 @@ class CudaSectionCoder(SectionCoder):
         k: Any,
         v: Any,
     ) -> None:
-        """See :meth:`kvtc_stream.backends.base.SectionCoder.decode_into`. In two halves, if that is
-        worth it: while one is copied to the device, the other's symbols are decoded."""
-        edges = np.cumsum([0, *table.rows["tokens"].tolist()])
-        middle = int(np.searchsorted(edges, edges[-1] / 2)) if edges[-1] > HALVED_TOKENS else 0
-        halves = (
-            [(0, middle), (middle, len(table))] if 0 < middle < len(table) else [(0, len(table))]
-        )
-        wholes: list[Callable[[], None]] = []
-        interleave(
-            self._decoding(
-                table.taken(np.arange(first, last)),
-                slots[edges[first] : edges[last]],
-                layers,
-                k,
-                v,
-                wholes,
-            )
-            for first, last in halves
-        )
+        """See :meth:`kvtc_stream.backends.base.SectionCoder.decode_into`."""
+        for _ in self.decoding(table, slots, layers, k, v):
+            pass
 
     def decoding(
         self,
@@ -558,23 +540,8 @@ class CudaSectionCoder(SectionCoder):
         k: Any,
         v: Any,
     ) -> Iterator[None]:
-        """See :meth:`kvtc_stream.backends.base.SectionCoder.decoding`."""
-        return self._decoding(table, slots, layers, k, v, [])
-
-    def _decoding(
-        self,
-        table: BlockTable,
-        slots: NDArray[np.int64],
-        layers: Sequence[int],
-        k: Any,
-        v: Any,
-        wholes: list[Callable[[], None]],
-    ) -> Iterator[None]:
-        """Payloads to symbols, then to values, then whatever the device found wrong.
-
-        ``wholes`` is what tells that blocks are whole, of all tasks that write to the same tensors:
-        all of them have made their first step before one makes its second.
-        """
+        """See :meth:`kvtc_stream.backends.base.SectionCoder.decoding`: payloads to symbols, then to
+        values, then whatever the device found wrong."""
         dtype = self._header.out_dtype
         outputs = [
             x if isinstance(x, Tensors) else Tensors.of_layers(list(x), dtype) for x in (k, v)
@@ -583,18 +550,14 @@ class CudaSectionCoder(SectionCoder):
         loaded = self._decoder.load(table, slots, tiles=self._tiles)
         batches = self._decoder.batches(loaded.blocks)
         first = list(islice(batches, 1))
-        wholes.append(loaded.whole)
         yield
-        for whole in wholes:
-            whole()
-        wholes.clear()
+        loaded.whole()
         exact = self._exact(table, slots)
         started = self._decoder.start(chain(first, batches), layers, k_out, v_out)
         columns = self._columns(layers, k_out, v_out)
         unchecked: list[_Unchecked] = []
         for found in exact:  # beside what the device does
-            for own, values in self._uploaded(found, loaded, unchecked):
-                self._place_exact(own, values, layers, columns)
+            self._place_exact(self._uploaded(found, loaded, unchecked), layers, columns)
         yield
         for block, own in faulty(started):
             self._place(own, *self._cpu.decode(block, layers), columns)
@@ -677,16 +640,22 @@ class CudaSectionCoder(SectionCoder):
         return [(x.slots, own) for x, own in zip(found, values, strict=True)]
 
     def _place_exact(
-        self, slots: NDArray[np.int64], values: Any, layers: Sequence[int], columns: Any
+        self,
+        found: Sequence[tuple[NDArray[np.int64], Any]],
+        layers: Sequence[int],
+        columns: Any,
     ) -> None:
-        """Write ``layers`` of ``values`` to slots: on the device, all of K [layers, heads, tokens,
-        dim] and then of V."""
-        s, size = self._section, self._header.out_dtype.itemsize * len(slots)
-        k_size, v_size = size * s.kv_heads * s.k_dim, size * s.kv_heads * s.v_dim
-        v_first = values.data.ptr + len(s.layers) * k_size
-        dense = [values.data.ptr + i * k_size for i in layers]
-        dense += [v_first + i * v_size for i in layers]
-        self._move(slots, dense, columns, self._header.out_dtype, back=False)
+        """Write ``layers`` of values to slots: on the device, all of K [layers, heads, tokens, dim]
+        and then of V."""
+        s = self._section
+        moves = []
+        for slots, values in found:
+            size = self._header.out_dtype.itemsize * len(slots)
+            k_size, v_size = size * s.kv_heads * s.k_dim, size * s.kv_heads * s.v_dim
+            v_first = values.data.ptr + len(s.layers) * k_size
+            dense = [values.data.ptr + i * k_size for i in layers]
+            moves.append((slots, dense + [v_first + i * v_size for i in layers]))
+        self._move(moves, columns, self._header.out_dtype, back=False)
 
     def _spread(self, out: Tensors, layers: Sequence[int]) -> Tensors:
         """The same tensors with an address for every layer of the section, 0 if not wanted."""
@@ -710,7 +679,7 @@ class CudaSectionCoder(SectionCoder):
             for x, begin in zip(values, begins.tolist(), strict=True)
             for i in range(len(x))
         ]
-        self._move(slots, dense, columns, self._header.out_dtype, back=False)
+        self._move([(slots, dense)], columns, self._header.out_dtype, back=False)
 
     def _columns(self, layers: Sequence[int], k: Tensors, v: Tensors) -> Any:
         """Entries of layers, K's and then V's, int64 [2 · layers, layout.FIELDS] on the device."""
@@ -719,25 +688,20 @@ class CudaSectionCoder(SectionCoder):
 
     def _move(
         self,
-        slots: NDArray[np.int64],
-        dense: Sequence[int],
+        moves: Sequence[tuple[NDArray[np.int64], Sequence[int]]],
         columns: Any,
         dtype: DType,
         *,
         back: bool,
     ) -> None:
-        """Copy values at the addresses ``dense``, one an entry of ``columns``, to slots; or from
-        them with ``back``."""
-        layout.move(dtype.itemsize, back=back)(
-            (len(slots), len(columns)),
-            128,
-            (
-                columns,
-                cupy.asarray(slots),
-                len(slots),
-                cupy.asarray(np.array(dense, np.int64)),
-            ),
-        )
+        """Copy values at addresses, one an entry of ``columns``, to slots; or from them with
+        ``back``."""
+        arrays = [np.asarray(x, np.int64) for move in moves for x in move]
+        held = self._decoder.staging.arrays(*arrays)
+        for slots, dense in zip(held[::2], held[1::2], strict=True):
+            layout.move(dtype.itemsize, back=back)(
+                (len(slots), len(columns)), 128, (columns, slots, len(slots), dense)
+            )
 
     def decode_layers(self, block: Block) -> Callable[[int], tuple[Any, Any]]:
         """See :meth:`kvtc_stream.backends.base.SectionCoder.decode_layers`."""
@@ -780,8 +744,7 @@ class CudaSectionCoder(SectionCoder):
             columns = self._columns([index], k_out, v_out)
             for own, of_layer in decoded:
                 self._place(own, *of_layer(index), columns)
-            for own, values in exact:
-                self._place_exact(own, values, [index], columns)
+            self._place_exact(exact, [index], columns)
             return k.view(numpy_dtype(dtype)), v.view(numpy_dtype(dtype))
 
         return layer

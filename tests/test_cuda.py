@@ -753,35 +753,6 @@ def test_into_buffers(preset: str) -> None:
         kvtc.decode_many([data], calibration, out=[pages], backend="cuda")
 
 
-@pytest.mark.parametrize("preset", ["default", "paper"])
-def test_halves(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A long stream is decoded in two, to the same values; damage in either leaves the tensors
-    alone. Tensors become ready in some stream, and are read in it."""
-    calibration = CALIBRATIONS["levels"]
-    k, v = kvtc.testing.drawn_cache(calibration.geometry, 6000, seed=19, dtype=DType.BFLOAT16)
-    data = kvtc.encode(k, v, kvtc.Codec(calibration, preset, ratio=6, window=20))
-    monkeypatch.setattr("kvtc_stream.gpu.backend.HALVED_TOKENS", 10_000)
-    expected = [cupy.asnumpy(x) for x in kvtc.decode(data, calibration, backend="cuda")]
-    monkeypatch.undo()
-    slow = cupy.ones((4096, 4096), np.float32)
-    with cupy.cuda.Stream(non_blocking=True):
-        for _ in range(5):
-            slow = slow @ slow * np.float32(1e-4)
-        out = tuple(cupy.full(x.shape, -1, x.dtype) for x in expected)
-        kvtc.decode(data, calibration, out=out, backend="cuda")
-        for a, b in zip(out, expected, strict=True):
-            np.testing.assert_array_equal(cupy.asnumpy(a), b)
-        entries = StreamFile(io.BytesIO(data)).index
-        for place in (entries[2], entries[-2]):
-            damaged = bytearray(data)
-            damaged[place.offset + place.length // 2] ^= 1
-            for x in out:
-                x[...] = -1
-            with pytest.raises(kvtc.ChecksumError):
-                kvtc.decode(bytes(damaged), calibration, out=out, backend="cuda")
-            assert all(bool((x == -1).all()) for x in out)
-
-
 def test_pinned_memory_is_not_used_again_too_early() -> None:
     calibration = CALIBRATIONS["halves"]
     caches = [kvtc.testing.drawn_cache(calibration.geometry, 100, seed=s) for s in range(8)]

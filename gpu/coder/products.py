@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,13 @@ import numpy as np
 R_16F, R_32F, _COMPUTE_32F = 2, 0, 68
 _NONE, _TRANSPOSED = 0, 1
 _DEFAULT = -1
-_ZERO = np.zeros((), np.float32)
+
+
+@lru_cache(256)
+def _number(value: float) -> tuple[int, Any]:
+    """The address of a binary32, and what owns it."""
+    owner = np.array(value, np.float32)
+    return owner.ctypes.data, owner
 
 
 def gemm(
@@ -22,11 +29,11 @@ def gemm(
 
     if not (m and n and k):
         return
-    alpha = np.array(scale, np.float32)
+    (alpha, _), (zero, _) = _number(scale), _number(0.0)
     cublas.gemmEx(
         device.get_cublas_handle(), a_op, b_op, m, n, k,
-        alpha.ctypes.data, a, R_16F, a_stride, b, R_16F, b_stride,
-        _ZERO.ctypes.data, c, c_type, c_stride, _COMPUTE_32F, _DEFAULT,
+        alpha, a, R_16F, a_stride, b, R_16F, b_stride,
+        zero, c, c_type, c_stride, _COMPUTE_32F, _DEFAULT,
     )  # fmt: skip
 
 

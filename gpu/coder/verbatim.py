@@ -9,7 +9,7 @@ import cupy
 import numpy as np
 from numpy.typing import NDArray
 
-from kvtc_stream.coding.verbatim import HEAD, TILE, Places, places, split
+from kvtc_stream.coding.verbatim import HEAD, TILE, Places, places, split_many
 from kvtc_stream.gpu.kernels import verbatim
 from kvtc_stream.gpu.runtime.staging import Staging
 from kvtc_stream.io.steps import Steps, run
@@ -105,7 +105,11 @@ def decode(
         The heads of tiles show that already.
     """
     firsts = starts([2 * n for n in sizes]) // 2
-    found = [split(payload, n)[2] for payload, n in zip(payloads, sizes, strict=True)]
+    found: list[Any] = [None] * len(payloads)
+    for n in set(sizes):
+        alike = [i for i, own in enumerate(sizes) if own == n]
+        for i, (_, _, own) in zip(alike, split_many([payloads[i] for i in alike], n), strict=True):
+            found[i] = own
     tasks = tasks_of(sizes, firsts, found, begins)
     values = cupy.empty(int(firsts[-1]), np.uint16)
     faults = cupy.zeros(len(payloads), np.int32)

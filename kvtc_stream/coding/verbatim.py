@@ -24,6 +24,7 @@ With a table given a tile has one encoding. The kernels release the GIL and keep
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numba
@@ -90,26 +91,35 @@ def places(heads: npt.NDArray[np.uint8], n: int) -> Places:
     FormatError
         No encoder writes such heads.
     """
-    counts = heads[:, :TABLE].copy().view("<u2").astype(np.int64)
-    sizes = np.full(len(heads), TILE, np.int64)
-    sizes[-1:] = n - TILE * (len(heads) - 1)
-    levels = np.concatenate([sizes[:, None], counts], axis=1)
-    table = np.sort(heads[:, TABLE : TABLE + ENTRIES], axis=1)
+    [found] = places_of_many(heads[None], n)
+    return found
+
+
+def places_of_many(heads: npt.NDArray[np.uint8], n: int) -> list[Places]:
+    """:func:`places` of several payloads [payloads, tiles, HEAD] of ``n`` values each."""
+    many, tiles, _ = heads.shape
+    counts = heads[:, :, :TABLE].copy().view("<u2").astype(np.int64)
+    sizes = np.full((many, tiles, 1), TILE, np.int64)
+    sizes[:, -1:] = n - TILE * (tiles - 1)
+    levels = np.concatenate([sizes, counts], axis=2)
+    table = np.sort(heads[:, :, TABLE : TABLE + ENTRIES], axis=2)
     if (
-        (np.diff(levels, axis=1) > 0).any()
-        or (table[:, 1:] == table[:, :-1]).any()
-        or heads[:, TABLE + ENTRIES :].any()
+        (np.diff(levels, axis=2) > 0).any()
+        or (table[:, :, 1:] == table[:, :, :-1]).any()
+        or heads[:, :, TABLE + ENTRIES :].any()
     ):
         raise FormatError(
             "verbatim values: the head of a tile is damaged: more values go on than there are, "
             "its table has an exponent twice, or its reserved byte is not 0"
         )
-    words = 2 * ((levels[:, :LEVELS] + 31) // 32).sum(axis=1)
-    ends, spare = np.cumsum(words), np.cumsum(levels[:, LEVELS])
-    first = len(heads) * HEAD // 4
-    rest = 4 * (first + int(ends[-1:].sum()))
-    others = rest + n + spare - levels[:, LEVELS]
-    return Places(first + ends - words, others, rest, rest + n + int(spare[-1:].sum()))
+    words = 2 * ((levels[:, :, :LEVELS] + 31) // 32).sum(axis=2)
+    spare = levels[:, :, LEVELS]
+    ends, spares = np.cumsum(words, axis=1), np.cumsum(spare, axis=1)
+    rest = 4 * (tiles * HEAD // 4 + words.sum(axis=1))
+    digits = tiles * HEAD // 4 + ends - words
+    others = (rest + n)[:, None] + spares - spare
+    lengths = rest + n + spare.sum(axis=1)
+    return list(map(Places, digits, others, rest.tolist(), lengths.tolist()))
 
 
 def split(
@@ -122,19 +132,29 @@ def split(
     FormatError
         The payload is shorter or longer than its heads say, or they are damaged.
     """
-    packed = np.frombuffer(data, np.uint8)
+    [found] = split_many([data], n)
+    return found
+
+
+def split_many(
+    payloads: Sequence[bytes | memoryview | npt.NDArray[np.uint8]], n: int
+) -> list[tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8], Places]]:
+    """:func:`split` of several payloads of ``n`` values each."""
+    packed = [np.frombuffer(data, np.uint8) for data in payloads]
     size = -(-n // TILE) * HEAD
-    if packed.size < size:
-        raise FormatError(
-            f"verbatim values: {packed.size} bytes, expected {size} for the heads of tiles alone"
-        )
-    heads = packed[:size].reshape(-1, HEAD)
-    found = places(heads, n)
-    if packed.size != found.length:
-        raise FormatError(
-            f"verbatim values: {packed.size} bytes, expected {found.length} by the heads of tiles"
-        )
-    return packed, heads, found
+    for own in packed:
+        if own.size < size:
+            raise FormatError(
+                f"verbatim values: {own.size} bytes, expected {size} for the heads of tiles alone"
+            )
+    heads = np.array([own[:size] for own in packed]).reshape(len(packed), -1, HEAD)
+    found = places_of_many(heads, n)
+    for own, place in zip(packed, found, strict=True):
+        if own.size != place.length:
+            raise FormatError(
+                f"verbatim values: {own.size} bytes, expected {place.length} by the heads of tiles"
+            )
+    return list(zip(packed, heads, found, strict=True))
 
 
 def decode(data: bytes | memoryview | npt.NDArray[np.uint8], n: int) -> npt.NDArray[np.uint16]:

@@ -100,28 +100,6 @@ def test_streams_in_pinned_memory(
             np.testing.assert_array_equal(*(np.array(x, np.float32) for x in (a, b)))
 
 
-def test_halves(
-    calibration: kvtc.Calibration,
-    stream: bytes,
-    cuda: BackendName,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Two of them are decoded to what one is; damage in either leaves the tensors alone."""
-    expected = kvtc.decode(stream, calibration, backend=cuda)
-    monkeypatch.setattr("kvtc_stream.gpu.backend.HALVED_TOKENS", BLOCK)
-    for a, b in zip(kvtc.decode(stream, calibration, backend=cuda), expected, strict=True):
-        np.testing.assert_array_equal(*(np.array(x, np.float32) for x in (a, b)))
-    places = [x.offset + x.length // 2 for x in StreamFile(io.BytesIO(stream)).index]
-    assert len(places) == 2
-    for place in places:
-        damaged = bytearray(stream)
-        damaged[place] ^= 1
-        out = tuple(np.full_like(np.array(x), -1) for x in expected)
-        with pytest.raises(kvtc.ChecksumError):
-            kvtc.decode(bytes(damaged), calibration, out=out, backend=cuda)
-        assert all((x == -1).all() for x in out)
-
-
 def test_layers_one_by_one(calibration: kvtc.Calibration, stream: bytes, cuda: BackendName) -> None:
     expected = kvtc.decode(stream, calibration)
     for layer, pair in enumerate(kvtc.decode_layers(stream, calibration, backend=cuda)):
