@@ -15,9 +15,10 @@ from kvtc_stream.formats.limits import Limits
 RECORD_MAGIC = b"KVTR"
 _FIELDS = struct.Struct("<4sBBHIIQ")
 _CHECKSUM = struct.Struct("<Q")
-RECORD_HEADER_SIZE = _FIELDS.size + _CHECKSUM.size
+CHECKSUM_SIZE = _CHECKSUM.size
+RECORD_HEADER_SIZE = _FIELDS.size + CHECKSUM_SIZE
 #: Bytes of a record beside its payload.
-RECORD_OVERHEAD = RECORD_HEADER_SIZE + _CHECKSUM.size
+RECORD_OVERHEAD = RECORD_HEADER_SIZE + CHECKSUM_SIZE
 
 _SKIPPABLE = 1
 

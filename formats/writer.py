@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from kvtc_stream.errors import StateError
 from kvtc_stream.formats.auth import digest, pack_auth
@@ -11,7 +11,13 @@ from kvtc_stream.formats.features import names
 from kvtc_stream.formats.header import StreamHeader
 from kvtc_stream.formats.index import IndexEntry, Order, Trailer, pack_index
 from kvtc_stream.formats.preamble import pack_opening
-from kvtc_stream.formats.record import RECORD_OVERHEAD, RecordType, record_end, record_head
+from kvtc_stream.formats.record import (
+    CHECKSUM_SIZE,
+    RECORD_OVERHEAD,
+    RecordType,
+    record_end,
+    record_head,
+)
 from kvtc_stream.formats.wire import ByteWriter
 from kvtc_stream.io.threads import spread
 
@@ -75,6 +81,18 @@ class StreamWriter:
 
         If one is refused the stream cannot go on, unless it is the first.
         """
+        records, finish = self.begin_blocks(blocks)
+        finish()
+        return records
+
+    def begin_blocks(
+        self, blocks: Sequence[Block]
+    ) -> tuple[list[list[bytes | memoryview]], Callable[[], None]]:
+        """As :meth:`blocks` of blocks whose payloads may not have come yet.
+
+        What is returned beside the records is to be called when they have, and completes the
+        records: with their checksums, and what authenticates them.
+        """
         heads, seeds, payloads = [], [], []
         for block in blocks:
             block.check(self._header)
@@ -87,12 +105,18 @@ class StreamWriter:
             head, seed = self._begin(RecordType.BLOCK, sum(map(len, payloads[-1])), block)
             heads.append(head)
             seeds.append(seed)
-        size = sum(len(b.coded) + len(b.verbatim) for b in blocks)
-        ends = spread(record_end, list(zip(payloads, seeds, strict=True)), size)
+        ends = [memoryview(bytearray(CHECKSUM_SIZE)) for _ in blocks]
         records = [[h, *p, e] for h, p, e in zip(heads, payloads, ends, strict=True)]
-        if self._key:
-            self._digests += b"".join(digest(*record) for record in records)
-        return records
+
+        def finish() -> None:
+            size = sum(len(b.coded) + len(b.verbatim) for b in blocks)
+            found = spread(record_end, list(zip(payloads, seeds, strict=True)), size)
+            for end, own in zip(ends, found, strict=True):
+                end[:] = own
+            if self._key:
+                self._digests += b"".join(digest(*record) for record in records)
+
+        return records, finish
 
     def user(self, data: bytes) -> bytes:
         """Pack a USER record, which readers of blocks skip."""

@@ -5,8 +5,6 @@ Nothing here is imported before a CUDA backend is asked for.
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 from kvtc_stream.errors import BackendUnavailableError
 from kvtc_stream.io import environment
 
@@ -20,7 +18,7 @@ def require_cuda() -> None:
     from kvtc_stream.gpu.runtime.dialect import compiler
 
     missing = [] if compiler() else [environment.cuda_compiler() or "numba-cuda"]
-    if find_spec("cupy") is None:
+    if not environment.installed("cupy"):
         missing.append("cupy-cuda13x")
     if missing:
         raise BackendUnavailableError(

@@ -229,6 +229,7 @@ class CudaSectionCoder(SectionCoder):
             self._section, self._plan, self._scales
         )
         self._encoder: BatchEncoder | BandEncoder | None = None
+        self._arriving: list[Callable[[], Any]] = []
         self._host: CpuSectionCoder | None = None
 
     @property
@@ -250,7 +251,14 @@ class CudaSectionCoder(SectionCoder):
     def encode(self, k: Any, v: Any, positions: NDArray[np.int64], start: int) -> list[Block]:
         """See :meth:`kvtc_stream.backends.base.SectionCoder.encode`."""
         tensors = self._tensors(k, v)
-        return run(self.encode_from(tensors, slice(0, len(positions)), positions, start))
+        blocks = run(self.encode_from(tensors, slice(0, len(positions)), positions, start))
+        self.arrived()
+        return blocks
+
+    def arrived(self) -> None:
+        """See :meth:`kvtc_stream.backends.base.SectionCoder.arrived`."""
+        while self._arriving:
+            self._arriving.pop()()
 
     def source(self, k: list[Any], v: list[Any]) -> list[Tensors] | None:
         """See :meth:`kvtc_stream.backends.base.SectionCoder.source`."""
@@ -380,7 +388,7 @@ class CudaSectionCoder(SectionCoder):
             picked = self._picked(tensors, first + begin + left_out) if len(left_out) else None
             by_layer = found.layer_errors[i] if self._by_layer and found.layer_errors else None
             blocks.append(self._block(picked, *where, payload, left_out, of_blocks[i], by_layer))
-        found.ready()
+        self._arriving.append(found.ready)
         return blocks
 
     def _new_encoder(self) -> BatchEncoder | BandEncoder:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvtc_stream.io.memory import LARGE, copied, joined
+from kvtc_stream.io.memory import LARGE, Room, copied, joined
 from kvtc_stream.io.threads import SHARE, copy, in_turn, spread, threads
 
 #: Around what decides how something is done.
@@ -32,6 +33,21 @@ def test_joined_and_copied(sizes: list[int]) -> None:
         view = copied(memoryview(piece))
         assert view == piece
         assert view.readonly
+
+
+@pytest.mark.parametrize("likely", [0, LARGE - 1, LARGE, 3 * LARGE, 9 * LARGE])
+@pytest.mark.parametrize("size", [LARGE, 2 * LARGE + 1, 3 * LARGE, 4 * LARGE])
+def test_joined_in_room_that_was_made_before(size: int, likely: int) -> None:
+    """Where they do not fit, elsewhere; room that nobody takes is given back."""
+    Room(3 * LARGE, likely)
+    pieces = [drawn(size - 9, 1), b"9 bytes, "]
+    plain, found = b"".join(pieces), joined(pieces, Room(3 * LARGE, likely))
+    assert type(found) is bytes
+    assert found == plain
+    assert sys.getsizeof(found) == sys.getsizeof(plain)
+    assert sys.getrefcount(found) == sys.getrefcount(plain)
+    assert hash(found) == hash(plain)
+    assert found + b"more" == plain + b"more"
 
 
 @given(st.lists(SIZES, max_size=5))

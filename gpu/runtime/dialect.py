@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 from numba import config
@@ -29,7 +28,7 @@ def compiler() -> str | None:
     """The package that compiles kernels here: the one asked for, or the first that is installed."""
     asked = environment.cuda_compiler()
     names = _PACKAGES if asked is None else [asked]
-    return next((name for name in names if find_spec(_PACKAGES[name])), None)
+    return next((name for name in names if environment.installed(_PACKAGES[name])), None)
 
 
 MLIR = not SIMULATED and compiler() == "numba-cuda-mlir"

@@ -91,8 +91,15 @@ class SectionCoder(ABC):
     def encode_from(
         self, source: Any, span: slice, positions: NDArray[np.int64], start: int
     ) -> Steps[list[Block]]:
-        """As :meth:`encode`, of the tokens ``span`` of a source, whose positions are given."""
+        """As :meth:`encode`, of the tokens ``span`` of a source, whose positions are given.
+
+        The payloads' bytes may be on their way: see :meth:`arrived`.
+        """
         raise NotImplementedError
+
+    @abstractmethod
+    def arrived(self) -> None:
+        """Wait until the bytes of the blocks of :meth:`encode_from` are there."""
 
     def verbatim_from(self, source: Any, spans: Sequence[slice]) -> Steps[list[Coded]]:
         """As :meth:`Backend.verbatim`, of spans of the tokens of a source."""

@@ -159,6 +159,9 @@ class CpuSectionCoder(SectionCoder):
             for i in range(0, len(positions), size)
         ]
 
+    def arrived(self) -> None:
+        """They are: see :meth:`kvtc_stream.backends.base.SectionCoder.arrived`."""
+
     def _encode(
         self, k: NDArray[Any], v: NDArray[Any], positions: NDArray[np.int64], start: int
     ) -> Block:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 _BACKENDS = ("auto", "cpu", "cuda")
@@ -67,3 +69,9 @@ def cache_folder() -> Path:
     else:
         base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(base).expanduser() / "kvtc-stream"
+
+
+@cache
+def installed(package: str) -> bool:
+    """Whether a package can be imported; it is looked for once."""
+    return find_spec(package) is not None

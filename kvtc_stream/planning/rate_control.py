@@ -298,6 +298,10 @@ def _least_offset(header: StreamHeader, section: int) -> float:
     return -_FINER - min((b.step for b in bands), default=0)
 
 
+def _largest(amounts: _Amounts) -> float:
+    return amounts if isinstance(amounts, float) else float(np.max(amounts))
+
+
 class RateControl:
     """Chooses the offset to the plan's step for the blocks of a section, one after the other.
 
@@ -328,7 +332,7 @@ class RateControl:
 
     def excess(self, tokens: int, amounts: _Amounts) -> float:
         """Logarithm of how far the sum would be above the target with such a block."""
-        total = float(np.max(self._amounts + amounts))
+        total = _largest(self._amounts + amounts)
         return math.log(max(total, 1e-300) / (self.target * (self.tokens + tokens)))
 
     def choose(self, tokens: int, amounts: Callable[[float], _Amounts]) -> float:
@@ -373,7 +377,7 @@ class RateControl:
         """The offset that would have met the target on all blocks so far."""
         if not self.tokens:
             return 0.0
-        total = float(np.max(self._amounts))
+        total = _largest(self._amounts)
         excess = math.log(max(total, 1e-300) / (self.target * self.tokens))
         return min(max(self.mean - excess / self._slope, self._least), _COARSER)
 

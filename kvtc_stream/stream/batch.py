@@ -18,7 +18,6 @@ from kvtc_stream.calibration.model import Calibration
 from kvtc_stream.errors import KVTCError
 from kvtc_stream.formats import BlockTable, Limits
 from kvtc_stream.io.dlpack import BackendName, check_memory, dtype_of
-from kvtc_stream.io.memory import joined
 from kvtc_stream.io.paged import PagedCache, indexable
 from kvtc_stream.io.steps import Steps
 from kvtc_stream.stream.codec import Codec
@@ -105,14 +104,14 @@ class _Member:
 
 def _encoding_pages(cache: PagedCache, codec: Codec, **options: Any) -> Steps[bytes]:
     """Encode a cache in pages to a stream, copying some thousand tokens at a time."""
-    encoder = Encoder(codec, **options)
-    pieces: list[bytes | memoryview] = []
-    for first in range(0, max(cache.tokens, 1), _TOKENS_AT_A_TIME):
-        k, v = cache.contiguous(slice(first, first + _TOKENS_AT_A_TIME))
-        pieces += yield from encoder.encode_steps(
-            k, v, last=first + _TOKENS_AT_A_TIME >= cache.tokens
-        )
-    return joined([*pieces, *encoder.finish_pieces()])
+
+    def chunks() -> Iterator[dict[str, Any]]:
+        for first in range(0, max(cache.tokens, 1), _TOKENS_AT_A_TIME):
+            end = first + _TOKENS_AT_A_TIME
+            k, v = cache.contiguous(slice(first, end))
+            yield {"k": k, "v": v, "last": end >= cache.tokens}
+
+    return (yield from Encoder(codec, **options).whole(chunks()))
 
 
 def decode_many(

@@ -7,10 +7,13 @@ import json
 import logging
 import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from kvtc_stream.backends.select import get_backend
 from kvtc_stream.coding.values import (
@@ -34,7 +37,7 @@ from kvtc_stream.formats import (
 )
 from kvtc_stream.formats.wire import located
 from kvtc_stream.io.dlpack import check_positions
-from kvtc_stream.io.memory import joined
+from kvtc_stream.io.memory import LARGE, Room, joined
 from kvtc_stream.io.sources import Source
 from kvtc_stream.io.steps import Steps, run
 from kvtc_stream.planning.rate_control import SectionControl, Target
@@ -50,6 +53,9 @@ _log = logging.getLogger(__name__)
 _POOR_RATIO = 2.0
 #: Records that mark an end of a stream.
 _ENDS = (RecordType.ENCODER, RecordType.AUTH, RecordType.INDEX, RecordType.SUPERSEDE)
+#: Part of verbatim values that their codes take, about; and by how much coded tokens may take more
+#: than they should for memory that was set aside to hold them.
+_EXACT, _MORE = 2 / 3, 1.1
 #: Blocks whose records are made together.
 _BLOCKS_AT_A_TIME = 64
 
@@ -131,6 +137,7 @@ class Encoder:
         self._sections: list[SectionState] = []
         self._statistics = StreamStatistics()
         self._opening = b""
+        self._room: Room | None = None
         self._base: Base | None = None
         if base is not None:
             if continues is not None:
@@ -212,8 +219,32 @@ class Encoder:
             with self._failing():
                 if self._base is not None:
                     return [*start, *self._records(self._blocks(section, chunk))]
-                blocks = yield from self._sections[section].take_steps(*chunk, last=last)
-                return [*start, *self._records(iter(blocks))]
+                state = self._sections[section]
+                if last:
+                    self._expect(section, chunk[2])
+                blocks = yield from state.take_steps(*chunk, last=last)
+                return [*start, *self._records(iter(blocks), state.arrived)]
+
+    def whole(self, chunks: Iterable[Mapping[str, Any]]) -> Steps[bytes]:
+        """All bytes of the stream of chunks: keywords of :meth:`encode_steps` for each."""
+        pieces: list[bytes | memoryview] = []
+        for chunk in chunks:
+            pieces += yield from self.encode_steps(**chunk)
+        pieces += self.finish_pieces()
+        return joined(pieces, self._room)
+
+    def _expect(self, index: int, positions: NDArray[np.int64]) -> None:
+        """Make room for the bytes of a stream that is coded at once, where its size is known."""
+        target, state = self._codec.adapts, self._sections[index]
+        if target is None or target.name != "ratio" or len(self._sections) > 1:
+            return
+        _, coded = state.split(positions)
+        size = _token_values(self._geometry, index) * state.dtype.itemsize
+        exact, rest = (len(positions) - coded) * size, coded * size / target.value
+        # Exact values take two thirds as a rule; the rate control keeps to the rest.
+        likely = int(_EXACT * exact + rest)
+        if likely >= LARGE:
+            self._room = Room(int(exact + _MORE * rest) + LARGE, likely)
 
     def _blocks(self, index: int, chunk: Chunk) -> Iterator[Block]:
         """The blocks that are complete with a section's next tokens, some of them the base's."""
@@ -387,18 +418,34 @@ class Encoder:
             stream.end + len(self._opening) - self._statistics.stream_bytes_of_blocks
         )
 
-    def _records(self, blocks: Iterator[Block]) -> list[bytes | memoryview]:
-        """Pieces of the records of blocks."""
+    def _records(
+        self, blocks: Iterator[Block], arrived: Callable[[], None] | None = None
+    ) -> list[bytes | memoryview]:
+        """Pieces of the records of blocks, whose payloads are there once they have ``arrived``."""
         assert self._writer is not None
         pieces: list[bytes | memoryview] = []
+        unfinished = []
         while some := list(islice(blocks, _BLOCKS_AT_A_TIME)):
-            for block, record in zip(some, self._writer.blocks(some), strict=True):
+            records, finish = self._writer.begin_blocks(some)
+            if arrived is None:
+                finish()
+            else:
+                unfinished.append(finish)
+            for block, record in zip(some, records, strict=True):
                 pieces += record
-                section = self._geometry.sections[block.section]
-                values = (section.k_width + section.v_width) * block.tokens
+                values = _token_values(self._geometry, block.section) * block.tokens
                 cache_bytes = values * self._sections[block.section].dtype.itemsize
                 self._statistics.add_block(block, sum(map(len, record)), cache_bytes)
+        if arrived is not None:
+            arrived()
+        for finish in unfinished:
+            finish()
         return pieces
+
+
+def _token_values(geometry: Geometry, index: int) -> int:
+    section = geometry.sections[index]
+    return section.k_width + section.v_width
 
 
 def page_header(

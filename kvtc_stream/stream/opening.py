@@ -13,7 +13,6 @@ from kvtc_stream.formats import (
     Limits,
 )
 from kvtc_stream.io.dlpack import BackendName
-from kvtc_stream.io.memory import joined
 from kvtc_stream.io.sources import Source
 from kvtc_stream.io.steps import Steps, run
 from kvtc_stream.io.storage import File
@@ -137,9 +136,8 @@ def encoding(
     **options: Unpack[EncoderOptions],
 ) -> Steps[bytes]:
     """:func:`encode`, for those who do something else while a device works."""
-    encoder = Encoder(codec, **options)
-    pieces = yield from encoder.encode_steps(k, v, positions=positions, last=True)
-    return joined([*pieces, *encoder.finish_pieces()])
+    chunk = {"k": k, "v": v, "positions": positions, "last": True}
+    return (yield from Encoder(codec, **options).whole([chunk]))
 
 
 def decode(

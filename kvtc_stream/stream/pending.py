@@ -80,7 +80,13 @@ class SectionState:
         self, k_layers: list[Any], v_layers: list[Any], positions: NDArray[np.int64]
     ) -> list[Block]:
         """Take some tokens; the blocks that no later token can change."""
-        return run(self.take_steps(k_layers, v_layers, positions))
+        blocks = run(self.take_steps(k_layers, v_layers, positions))
+        self.arrived()
+        return blocks
+
+    def arrived(self) -> None:
+        """Wait until the bytes of the blocks of :meth:`take_steps` are there."""
+        self._coder.arrived()
 
     def take_steps(
         self,
@@ -90,7 +96,10 @@ class SectionState:
         *,
         last: bool = False,
     ) -> Steps[list[Block]]:
-        """As :meth:`take`. The ``last`` tokens of the section may become blocks too."""
+        """As :meth:`take`. The ``last`` tokens of the section may become blocks too.
+
+        Payloads' bytes may be on their way, see :meth:`arrived`.
+        """
         taken, total = 0, len(positions)
         worth = last or total >= self._header.block_tokens
         source = self._coder.source(k_layers, v_layers) if total and worth else None
@@ -110,12 +119,17 @@ class SectionState:
             blocks += self.ready_blocks(total - taken)
         return blocks
 
+    def split(self, positions: NDArray[np.int64]) -> tuple[int, int]:
+        """How many tokens are sinks, and how many coded after them, if none follow these."""
+        window, size = self._header.window, self._header.block_tokens
+        sinks = int(np.searchsorted(positions, self._header.sinks)) if self._only_sinks else 0
+        rest = len(positions) - sinks
+        return sinks, max(rest - window, 0) // size * size if window else rest
+
     def _whole(self, source: Any, positions: NDArray[np.int64]) -> Steps[list[Block]]:
         """All that is left of a section, and nothing is pending: none of it is copied first."""
-        header, total = self._header, len(positions)
-        sinks = int(np.searchsorted(positions, header.sinks)) if self._only_sinks else 0
-        rest, size = total - sinks, header.block_tokens
-        coded = max(rest - header.window, 0) // size * size if header.window else rest
+        total, size = len(positions), self._header.block_tokens
+        sinks, coded = self.split(positions)
         data = slice(sinks, sinks + coded)
         spans = [
             (Role.SINKS, span)

@@ -45,7 +45,7 @@ from kvtc_stream.integrations.transformers.model import (
     layer_devices,
 )
 from kvtc_stream.io.dlpack import BackendName
-from kvtc_stream.io.memory import joined
+from kvtc_stream.io.steps import run
 from kvtc_stream.stream.options import EncoderOptions
 
 Source: TypeAlias = "str | os.PathLike[str] | BinaryIO | bytes | bytearray | memoryview"
@@ -145,11 +145,10 @@ def encode_cache(
         "base": base,
     }
     if file is None:
-        encoder = kvtc.Encoder(codec, **options)
-        pieces = [piece for chunk in chunks for piece in encoder.encode_pieces(**chunk)]
-        return joined([*pieces, *encoder.finish_pieces()])
+        return run(kvtc.Encoder(codec, **options).whole(chunks))
     with kvtc.open(file, "wb", codec=codec, **options) as writer:
         for chunk in chunks:
+            del chunk["last"]
             writer.write(**chunk)
     return None
 
@@ -161,7 +160,7 @@ def _chunks(
     kept: NDArray[np.bool_],
     where: NDArray[np.int64],
 ) -> Iterator[dict[str, Any]]:
-    """What :meth:`kvtc_stream.Encoder.encode` takes, one call after the other.
+    """What :meth:`kvtc_stream.Encoder.encode_steps` takes, one call after the other.
 
     ``kept`` says which of the seen tokens to write, ``where`` the positions of those.
     """
@@ -188,6 +187,7 @@ def _chunks(
                 "v": [_some_tokens(layer.values[sequence], piece, there) for layer in chosen],
                 "positions": where[first : first + len(piece)],
                 "section": i,
+                "last": start + step >= len(slots),
             }
 
 
