@@ -46,6 +46,10 @@ def main() -> None:
     parser.add_argument("--following", type=int, default=256, help="tokens that are predicted")
     parser.add_argument("--targets", type=float, nargs="+", default=[8.0, 16.0])
     parser.add_argument("--error-bound", type=float, default=0.5, help="of pages")
+    parser.add_argument(
+        "--first-only", action="store_true", help="bound the first page's errors, no other's"
+    )
+    parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES), help="tokens")
     parser.add_argument("-o", "--output", type=Path, default=RESULT)
     arguments = parser.parse_args()
     console = Console()
@@ -67,7 +71,8 @@ def main() -> None:
         "error_bound": arguments.error_bound,
         "calibration_tokens": calibration.tokens,
         "runs": runs,
-        "summary": summary(runs, arguments.targets),
+        "first_only": arguments.first_only,
+        "summary": summary(runs, arguments),
     }
     console.print(result["summary"])
     write_result(arguments.output, result, console)
@@ -84,29 +89,42 @@ def measured(
         codec = kvtc.Codec(calibration, ratio=ratio, window=0)
         found = judge.of(kvtc.encode(*judge.cache, codec=codec), calibration)
         streams.append({"target": ratio, "ratio": raw / found["bytes"], "kl": found["kl"]})
-    bound = arguments.error_bound
-    pages = [in_pages(judge, calibration, t, n, bound) for t in arguments.targets for n in SIZES]
+    bounds = [arguments.error_bound, None if arguments.first_only else arguments.error_bound]
+    pages = [
+        in_pages(judge, calibration, target, size, bounds)
+        for target in arguments.targets
+        for size in arguments.sizes
+    ]
     return {"streams": streams, "pages": pages}
 
 
 def in_pages(
-    judge: Judge, calibration: kvtc.Calibration, target: float, size: int, error_bound: float
+    judge: Judge,
+    calibration: kvtc.Calibration,
+    target: float,
+    size: int,
+    bounds: list[float | None],
 ) -> dict[str, float]:
-    """One cache in pages of some tokens."""
-    codec = kvtc.Codec(
-        calibration, ratio=target, block_tokens=size, error_bound=error_bound, backend="cpu"
-    )
-    coder = kvtc.PageCodec(codec, dtype="bfloat16", key=calibration.digest)
+    """One cache in pages of some tokens; error bounds of the first one, and of the others."""
+    coders = []
+    for bound in bounds:
+        codec = kvtc.Codec(
+            calibration, ratio=target, block_tokens=size, error_bound=bound, backend="cpu"
+        )
+        coders.append(kvtc.PageCodec(codec, dtype="bfloat16", key=calibration.digest))
     k, v = judge.cache
-    first = coder.encode(k[:, :, :size], v[:, :, :size], positions=0, identity=b"")
-    coder.decode(first, identity=b"")  # compiles
+    for coder in coders:
+        first = coder.encode(k[:, :, :size], v[:, :, :size], positions=0, identity=b"")
+        coder.decode(first, identity=b"")  # compiles
     started = time.process_time()
     pages = [
-        coder.encode(k[:, :, i : i + size], v[:, :, i : i + size], positions=i, identity=b"")
+        coders[i > 0].encode(
+            k[:, :, i : i + size], v[:, :, i : i + size], positions=i, identity=b""
+        )
         for i in range(0, judge.context, size)
     ]
     coded = time.process_time()
-    decoded = [coder.decode(page, identity=b"") for page in pages]
+    decoded = [coders[0].decode(page, identity=b"") for page in pages]
     ended = time.process_time()
     restored = tuple(np.concatenate([pair[i] for pair in decoded], axis=2) for i in range(2))
     judged = quality.judge(
@@ -131,11 +149,11 @@ def stream_kl(streams: list[dict[str, float]], ratio: float) -> float:
     return float(np.exp(np.interp(np.log(ratio), x, y)))
 
 
-def summary(runs: list[dict[str, Any]], targets: list[float]) -> list[dict[str, float]]:
+def summary(runs: list[dict[str, Any]], arguments: argparse.Namespace) -> list[dict[str, float]]:
     """Geometric means over texts."""
     found = []
-    for target in targets:
-        for size in SIZES:
+    for target in arguments.targets:
+        for size in arguments.sizes:
             own = [
                 (run["streams"], page)
                 for run in runs
@@ -171,6 +189,8 @@ def draw(result: dict[str, Any], output: Path) -> None:
     axes.plot(*zip(*streams, strict=True), "o-", color="0.35", markersize=4, label="one stream")
     colours = plt.get_cmap("viridis")(np.linspace(0, 0.9, len(SIZES)))
     for size, colour in zip(SIZES, colours, strict=True):
+        if not any(x["tokens"] == size for x in result["summary"]):
+            continue
         own = [(x["ratio"], x["kl"]) for x in result["summary"] if x["tokens"] == size]
         label = f"pages of {size} tokens"
         axes.plot(*zip(*own, strict=True), "s--", color=colour, linewidth=1, label=label)

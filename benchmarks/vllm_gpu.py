@@ -580,10 +580,13 @@ class Check:
         """Keep the first pages that are stored, and compare them with what is restored."""
         take, load = transfer.StoreSink.take, transfer.PageTransfer._load_groups
 
-        def taken(sink: Any, job: Any, k: Any, v: Any, valid: Any) -> None:
-            if job.key.position % (8 * PAGE) == 0:
-                self._kept[job.key.position] = k.float().cpu(), v.float().cpu()
-            take(sink, job, k, v, valid)
+        def taken(sink: Any, jobs: Any, k: Any, v: Any, valid: Any) -> None:
+            for i, job in enumerate(jobs):
+                if job.key.position % (8 * PAGE) == 0:
+                    own = slice(i * PAGE, (i + 1) * PAGE)
+                    pair = [x[:, :, own].float().cpu() for x in (k, v)]
+                    self._kept[job.key.position] = pair[0], pair[1]
+            take(sink, jobs, k, v, valid)
 
         def loaded(own: Any, request: Any, groups: Any) -> None:
             load(own, request, groups)

@@ -1,4 +1,4 @@
-"""What a load of the vLLM connector takes: fetching, decoding and writing pages, without vLLM.
+"""What a load of the vLLM connector takes: fetching, checking and decoding pages, without vLLM.
 
     python benchmarks/vllm_load.py --model m.gguf --calibration m.safetensors --text t.txt
 
@@ -109,11 +109,13 @@ def loads(arguments: argparse.Namespace) -> dict[str, Any]:
     spent: dict[str, float] = {}
     for _ in range(min(2, os.cpu_count() or 1)):
         codecs.append(codec_of(arguments))
-        codecs[-1].decode = timed(codecs[-1].decode, "decode", spent)  # type: ignore[method-assign]
-    blocks.write = timed(blocks.write, "write", spent)  # type: ignore[method-assign]
+    codecs[0].checked = timed(codecs[0].checked, "check", spent)  # type: ignore[method-assign]
     store.get = timed(store.get, "fetch", spent)  # type: ignore[method-assign]
     sink = StoreSink(store, codecs[0], counter)
     transfer = PageTransfer(blocks, sink, store, codecs, counter, timeout=600, queue_pages=8)
+    transfer._load_groups = timed(  # type: ignore[method-assign]
+        transfer._load_groups, "decode and write", spent
+    )
     jobs = [PageJob("request", key, [i]) for i, key in enumerate(keys_of(arguments.pages))]
     found = []
     for _ in range(4):

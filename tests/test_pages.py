@@ -275,3 +275,19 @@ def test_a_page_of_another_codec(codec: kvtc.Codec, page: bytes) -> None:
     ):
         with pytest.raises(kvtc.CalibrationMismatchError, match="use the codec that made it"):
             other.block(page)
+
+
+def test_many_pages_are_those_of_one_call_each() -> None:
+    calibration = kvtc.testing.tiny_calibration()
+    k, v = kvtc.testing.drawn_cache(calibration.geometry, 32)
+    codec = kvtc.Codec(calibration, ratio=4, block_tokens=8, backend="cpu")
+    for options in ({}, {"max_bytes": 900}):
+        pages = kvtc.PageCodec(codec, dtype="float32", key=b"secret", **options)
+        positions, names = [16, 0, 96, 8], [b"a", b"b", b"c", b"d"]
+        parts = [slice(i, i + 8) for i in range(0, 32, 8)]
+        assert pages.encode_many(k, v, positions=positions, identities=names) == [
+            pages.encode(k[:, :, own], v[:, :, own], positions=first, identity=name)
+            for own, first, name in zip(parts, positions, names, strict=True)
+        ]
+        with pytest.raises(ValueError, match="3 pages of 8 tokens have 24, found 32"):
+            pages.encode_many(k, v, positions=positions[:3])

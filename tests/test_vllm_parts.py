@@ -547,6 +547,39 @@ def test_of_pages_decoded_together_those_before_a_bad_one_are_good(
     own.transfer.close()
 
 
+def test_pages_are_stored_together(codec: kvtc.PageCodec, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each once, as it would be alone, and none that the engine has taken away meanwhile."""
+    monkeypatch.setattr(Blocks, "stored_together", 8)
+    own = engine(codec)
+    k, v = drawn(3 * PAGE)
+    put(own.pool, list(range(6)), k, v)
+    encode, calls = kvtc.PageCodec.encode_many, []
+
+    def watched(self: kvtc.PageCodec, *given: Any, **named: Any) -> list[bytes]:
+        calls.append(named["positions"])
+        own.transfer.preempted({"c"})
+        return encode(self, *given, **named)
+
+    monkeypatch.setattr(kvtc.PageCodec, "encode_many", watched)
+    twice = [PageJob("b", KEYS[0], [0, 1]), PageJob("c", KEYS[2], [4, 5])]
+    own.transfer.store([*jobs("a", [0, 1], [2, 3]), *twice])
+    own.transfer.hold({"a", "b", "c"})
+    done: set[str] = set()
+    while done != {"a", "b", "c"}:
+        done |= own.wait()[0]
+    assert calls == [[0, PAGE, 2 * PAGE]]
+    for i in range(2):
+        part = slice(i * PAGE, (i + 1) * PAGE)
+        assert own.store.get(KEYS[i].name) == codec.encode(
+            k[:, :, part], v[:, :, part], positions=part.start, identity=KEYS[i].identity
+        )
+    assert not own.store.exists(KEYS[2].name)
+    counts = own.counter.take()
+    assert (counts.stored_pages, counts.dropped_pages) == (2, 1)
+    assert counts.stored_cache_bytes == (k.nbytes + v.nbytes) * 2 // 3
+    own.transfer.close()
+
+
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 1, 3), (2, 0, 1, 3)])
 @pytest.mark.parametrize("layout", VLLM_LAYOUTS, ids=lambda x: x.name)
 def test_slots_are_the_tokens_of_blocks(layout: Any, order: tuple[int, ...]) -> None:
@@ -692,7 +725,7 @@ def test_a_calibration_from_pages(tmp_path: Path) -> None:
         job = PageJob("a", key, [])
         k, v = drawn(seed=i)
         assert sink.wanted(job)
-        sink.take(job, k, v, lambda: True)
+        sink.take([job], k, v, lambda job: True)
         assert not sink.wanted(job)
         expected.update(k, v, positions=list(range(i * PAGE, (i + 1) * PAGE)))
     found = kvtc.Calibration.load(tmp_path / "c")

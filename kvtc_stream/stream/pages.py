@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, TypedDict
 
@@ -16,6 +17,7 @@ from kvtc_stream.errors import UnsupportedError
 from kvtc_stream.formats import Block, BlockTable, DType, Limits, Role, Rope, StreamHeader
 from kvtc_stream.formats.page import PAGE_OVERHEAD, SEAL_SIZE, pack_page, unpack_page
 from kvtc_stream.io.dlpack import KVArray, as_kv_array, check_positions
+from kvtc_stream.io.steps import run
 from kvtc_stream.planning.rate_control import (
     Controls,
     FittingControl,
@@ -169,24 +171,59 @@ class PageCodec:
         UnsupportedError
             The tokens do not fit ``max_bytes``.
         """
-        seal = self._seal(identity)
-        chunk = self._chunk(k, v, positions)
-        most = self.max_encoded_size(len(chunk[2]))
+        return self._page(self._chunk(self._layers(k, v), positions), self._seal(identity))
+
+    def encode_many(
+        self,
+        k: Any,
+        v: Any,
+        *,
+        positions: Sequence[int],
+        identities: Sequence[bytes] | None = None,
+    ) -> list[bytes]:
+        """Pages of ``block_tokens`` tokens each, on a CUDA device in the same launches.
+
+        As :meth:`encode` of each, but for what a device rounds otherwise.
+
+        Parameters
+        ----------
+        k, v
+            The tokens of all pages, one page after the other.
+        positions
+            Of the first token of each page; its others follow.
+        identities
+            With ``key``: what each page is sealed as.
+        """
+        size = self._header.block_tokens
+        names = [None] * len(positions) if identities is None else list(identities)
+        seals = [self._seal(name) for name in names]
+        k_layers, v_layers = values = self._layers(k, v)
+        counts = {int(x.shape[1]) for x in (*k_layers, *v_layers)}
+        if counts != {size * len(positions)} or len(seals) != len(positions):
+            raise ValueError(
+                f"{len(positions)} pages of {size} tokens have {size * len(positions)}, found "
+                f"{', '.join(map(str, sorted(counts)))}, and {len(seals)} identities"
+            )
+        source = None if self._max_bytes is not None else self._coder.source(*values)
+        if source is None:
+            parts = [slice(i * size, (i + 1) * size) for i in range(len(positions))]
+            chunks = [
+                self._chunk(([x[:, own] for x in k_layers], [x[:, own] for x in v_layers]), first)
+                for own, first in zip(parts, positions, strict=True)
+            ]
+            return list(map(self._page, chunks, seals))
+        own_positions = np.add.outer(np.array(positions, np.int64), np.arange(size)).reshape(-1)
         with self._lock:
-            page = self._code(chunk, most, seal)
-        if page is None:
-            page = self._raw(chunk, seal)
-        if len(page) <= most:
-            return page
-        raise UnsupportedError(
-            f"{len(chunk[2])} tokens do not fit the {most} bytes that are allowed: store them with "
-            f"encode_raw (at most {self.raw_size(len(chunk[2]))} bytes), or allow more"
-        )
+            whole = slice(0, len(own_positions))
+            blocks = run(self._coder.encode_from(source, whole, own_positions, 0))
+        return [
+            pack_page(replace(block, start=0), self._header, **seal)
+            for block, seal in zip(blocks, seals, strict=True)
+        ]
 
     def encode_raw(self, k: Any, v: Any, *, positions: Any, identity: bytes | None = None) -> bytes:
         """A page whose tokens are all verbatim: bit-exact, at most :meth:`raw_size` bytes."""
-        seal = self._seal(identity)
-        return self._raw(self._chunk(k, v, positions), seal)
+        return self._raw(self._chunk(self._layers(k, v), positions), self._seal(identity))
 
     def decode(
         self,
@@ -304,7 +341,8 @@ class PageCodec:
             )
         return block
 
-    def _chunk(self, k: Any, v: Any, positions: Any) -> tuple[Any, Any, NDArray[np.int64]]:
+    def _layers(self, k: Any, v: Any) -> tuple[list[Any], list[Any]]:
+        """The backend's arrays [kv_heads, tokens, head_dim] of each layer."""
         section = self._header.geometry.sections[self._section]
         layers, dtype = len(section.layers), self._header.dtype
         found = []
@@ -312,7 +350,15 @@ class PageCodec:
             values, own = self._backend.layer_list(x, name, layers, section.kv_heads, dim)
             if own is not dtype:
                 raise TypeError(f"{name} is {own.label}, expected {dtype.label}: cast it")
-            whole = self._backend.empty((layers, *values[0].shape), own)
+            found.append(values)
+        return found[0], found[1]
+
+    def _chunk(
+        self, layers: tuple[list[Any], list[Any]], positions: Any
+    ) -> tuple[Any, Any, NDArray[np.int64]]:
+        found = []
+        for values in layers:
+            whole = self._backend.empty((len(values), *values[0].shape), self._header.dtype)
             for layer, value in zip(whole, values, strict=True):
                 layer[:] = value
             found.append(whole)
@@ -326,6 +372,19 @@ class PageCodec:
         if isinstance(positions, int):
             positions = np.arange(positions, positions + tokens)
         return found[0], found[1], check_positions(positions, tokens, -1)
+
+    def _page(self, chunk: tuple[Any, Any, NDArray[np.int64]], seal: _Seal) -> bytes:
+        most = self.max_encoded_size(len(chunk[2]))
+        with self._lock:
+            page = self._code(chunk, most, seal)
+        if page is None:
+            page = self._raw(chunk, seal)
+        if len(page) <= most:
+            return page
+        raise UnsupportedError(
+            f"{len(chunk[2])} tokens do not fit the {most} bytes that are allowed: store them with "
+            f"encode_raw (at most {self.raw_size(len(chunk[2]))} bytes), or allow more"
+        )
 
     def _code(
         self, chunk: tuple[Any, Any, NDArray[np.int64]], most: int, seal: _Seal

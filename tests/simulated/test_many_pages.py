@@ -53,3 +53,18 @@ def test_pages_go_into_the_gaps_between_others() -> None:
                 own[:, block, half, i % BLOCK] = values[:, i]
     assert np.isnan(own).sum() == 1
     np.testing.assert_allclose(found, own, atol=2e-3 * np.nanmax(np.abs(own)))
+
+
+def test_many_pages_at_once_are_those_of_one_call_each() -> None:
+    calibration = kvtc.testing.tiny_calibration()
+    k, v = kvtc.testing.drawn_cache(calibration.geometry, 2 * PAGE, dtype=kvtc.DType.FLOAT16)
+    k[0, 0, 5, 0] = np.nan
+    codec = kvtc.Codec(calibration, ratio=4, block_tokens=PAGE, backend="cuda")
+    pages = kvtc.PageCodec(codec, dtype="float16", key=b"secret")
+    positions, names = [96, 0], [b"a", b"b"]
+    found = pages.encode_many(k, v, positions=positions, identities=names)
+    for i, (page, first, name) in enumerate(zip(found, positions, names, strict=True)):
+        own = slice(i * PAGE, (i + 1) * PAGE)
+        alone = pages.encode(k[:, :, own], v[:, :, own], positions=first, identity=name)
+        assert page == alone
+        assert pages.checked(page, identity=name).verbatim_tokens == ((5,) if i == 0 else ())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -38,16 +38,23 @@ class LearnSink:
         """Whether the page is new, and more are needed."""
         return self._read < self._tokens and job.key.name not in self._seen
 
-    def take(self, job: PageJob, k: Tensor, v: Tensor, valid: Callable[[], bool]) -> None:
+    def take(
+        self, jobs: Sequence[PageJob], k: Tensor, v: Tensor, valid: Callable[[PageJob], bool]
+    ) -> None:
         """See :meth:`kvtc_stream.integrations.vllm.transfer.PageSink.take`."""
-        tokens = int(k.shape[2])
+        tokens = int(k.shape[2]) // len(jobs)
         k, v = k.cpu(), v.cpu()
-        if not valid():
-            return
-        first = job.key.position
-        self._calibrator.update(k, v, positions=list(range(first, first + tokens)))
-        self._seen.add(job.key.name)
-        self._read += tokens
+        for i, job in enumerate(jobs):
+            own, first = slice(i * tokens, (i + 1) * tokens), job.key.position
+            if valid(job) and self._read < self._tokens:
+                positions = list(range(first, first + tokens))
+                self._calibrator.update(k[:, :, own], v[:, :, own], positions=positions)
+                self._seen.add(job.key.name)
+                self._read += tokens
+                self._finish()
+
+    def _finish(self) -> None:
+        """Write the calibration, if there were enough tokens."""
         if self._read >= self._tokens:
             _log.info("making a calibration of %d tokens; this takes minutes", self._read)
             self._calibrator.finish().save(self._path)

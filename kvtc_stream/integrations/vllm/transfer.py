@@ -40,6 +40,9 @@ _FETCHES = 4, 16
 #: Pages that are decoded at once on a CUDA device: enough to keep it busy, few enough that the
 #: first are decoded while the next are checked.
 _TOGETHER = 32
+#: Pages that are coded at once there: enough to keep it busy, few enough for their copy and what
+#: coding them takes to be small beside the engine's memory.
+_STORED_TOGETHER = 8
 #: Codecs that a thread needs which takes groups of pages in turn there, each with scratch of its
 #: own: as many as :meth:`kvtc_stream.backends.base.Backend.interleave` begins.
 IN_TURN = 3
@@ -69,6 +72,11 @@ class Blocks:
     def together(self) -> int:
         """Pages that are best decoded at once."""
         return _TOGETHER if self.device.type == "cuda" else 1
+
+    @property
+    def stored_together(self) -> int:
+        """Pages that are best coded at once."""
+        return _STORED_TOGETHER if self.device.type == "cuda" else 1
 
     @property
     def target(self) -> tuple[Any, Any]:
@@ -210,9 +218,11 @@ class PageSink(Protocol):
         """Whether :meth:`take` is to be called."""
         ...
 
-    def take(self, job: PageJob, k: Tensor, v: Tensor, valid: Callable[[], bool]) -> None:
-        """A page, K and V [layers, kv_heads, tokens, head_dim]; ``valid`` tells whether the engine
-        has kept it until now."""
+    def take(
+        self, jobs: Sequence[PageJob], k: Tensor, v: Tensor, valid: Callable[[PageJob], bool]
+    ) -> None:
+        """Pages one after the other, K and V [layers, kv_heads, tokens, head_dim]; ``valid`` tells
+        whether the engine has kept a page until now."""
         ...
 
 
@@ -267,18 +277,28 @@ class StoreSink:
         self._counter.add(known_pages=1)
         return False
 
-    def take(self, job: PageJob, k: Tensor, v: Tensor, valid: Callable[[], bool]) -> None:
+    def take(
+        self, jobs: Sequence[PageJob], k: Tensor, v: Tensor, valid: Callable[[PageJob], bool]
+    ) -> None:
         """See :meth:`PageSink.take`."""
         started = time.perf_counter()
-        page = self.codec.encode(k, v, positions=job.key.position, identity=job.key.identity)
-        if not valid() or not self._store.put(job.key.name, page):
-            self._counter.add(dropped_pages=1)
-            return
+        pages = self.codec.encode_many(
+            k,
+            v,
+            positions=[job.key.position for job in jobs],
+            identities=[job.key.identity for job in jobs],
+        )
+        stored = [
+            len(page)
+            for job, page in zip(jobs, pages, strict=True)
+            if valid(job) and self._store.put(job.key.name, page)
+        ]
         self._counter.add(
-            stored_pages=1,
-            stored_bytes=len(page),
-            stored_cache_bytes=k.nbytes + v.nbytes,
+            stored_pages=len(stored),
+            stored_bytes=sum(stored),
+            stored_cache_bytes=(k.nbytes + v.nbytes) // len(jobs) * len(stored),
             store_seconds=time.perf_counter() - started,
+            dropped_pages=len(jobs) - len(stored),
         )
 
 
@@ -452,9 +472,9 @@ class PageTransfer:
             for job, _ in self._queue:
                 if job.request in requests:
                     self._valid[id(job)] = False
-            current = self._current
-            if current is not None and current.request in requests:
-                self._valid[id(current)] = False
+            for job in self._current:
+                if job.request in requests:
+                    self._valid[id(job)] = False
 
     def hold(self, requests: set[str]) -> None:
         """Finished requests whose blocks stay until :meth:`results` names them."""
@@ -516,7 +536,7 @@ class PageTransfer:
 
     # In threads.
 
-    _current: PageJob | None = None
+    _current: Sequence[PageJob] = ()
 
     def _spread(self) -> None:
         """Let a thread run on all cores: it inherits the one that the engine pins itself to."""
@@ -524,8 +544,8 @@ class PageTransfer:
             with contextlib.suppress(OSError):
                 os.sched_setaffinity(0, self._cpus)
 
-    def _still(self, job: PageJob) -> Callable[[], bool]:
-        return lambda: self._valid[id(job)]
+    def _still(self, job: PageJob) -> bool:
+        return self._valid[id(job)]
 
     def _event(self) -> Any:
         """What the device is to reach before blocks are touched; ``None`` on a CPU."""
@@ -675,23 +695,32 @@ class PageTransfer:
                     self._changed.wait(1.0)
                 if not self._queue:
                     return
-                job, event = self._queue.popleft()
-                self._current = job
+                count = min(self._blocks.stored_together, len(self._queue))
+                taken = [self._queue.popleft() for _ in range(count)]
+                self._current = jobs = [job for job, _ in taken]
             try:
-                if self._valid[id(job)] and self._sink.wanted(job):
-                    with _on(self._streams[1], event):
-                        k, v = self._blocks.read(job.blocks)
-                        self._sink.take(job, k, v, self._still(job))
+                self._store_pages(jobs, taken[-1][1])
             except Exception:
-                _log.exception("storing a page failed: it is left out")
-                self._counter.add(dropped_pages=1)
+                _log.exception("storing pages failed: they are left out")
+                self._counter.add(dropped_pages=len(jobs))
             with self._changed:
-                self._current = None
-                del self._valid[id(job)]
-                self._storing[job.request] -= 1
-                if not self._storing[job.request]:
-                    del self._storing[job.request]
+                self._current = ()
+                for job in jobs:
+                    del self._valid[id(job)]
+                    self._storing[job.request] -= 1
+                    if not self._storing[job.request]:
+                        del self._storing[job.request]
                 self._changed.notify_all()
+
+    def _store_pages(self, jobs: Sequence[PageJob], event: Any) -> None:
+        """Hand pages that are wanted to the sink, each once."""
+        wanted = {job.key.name: job for job in jobs if self._still(job) and self._sink.wanted(job)}
+        if not wanted:
+            return
+        own = list(wanted.values())
+        with _on(self._streams[1], event):
+            k, v = self._blocks.read([block for job in own for block in job.blocks])
+            self._sink.take(own, k, v, self._still)
 
 
 def one_blas_thread() -> None:
