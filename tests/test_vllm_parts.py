@@ -3,6 +3,7 @@ one."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import sys
 import threading
@@ -578,6 +579,46 @@ def test_pages_are_stored_together(codec: kvtc.PageCodec, monkeypatch: pytest.Mo
     assert (counts.stored_pages, counts.dropped_pages) == (2, 1)
     assert counts.stored_cache_bytes == (k.nbytes + v.nbytes) * 2 // 3
     own.transfer.close()
+
+
+def test_only_the_first_page_is_bounded(
+    codec: kvtc.PageCodec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Blocks, "stored_together", 8)
+    own = engine(codec)
+    strict = kvtc.PageCodec(
+        dataclasses.replace(codec.codec, error_bound=1e-6), dtype="bfloat16", key=b"secret"
+    )
+    own.transfer._sink = StoreSink(own.store, strict, own.counter, codec)
+    k, v = drawn(3 * PAGE)
+    put(own.pool, list(range(6)), k, v)
+    own.transfer.store(jobs("a", [0, 1], [2, 3], [4, 5]))
+    own.transfer.hold({"a"})
+    assert own.wait() == ({"a"}, set(), set())
+    pages = [own.store.get(key.name) for key in KEYS[:3]]
+    blocks = [
+        codec.checked(page or b"", identity=key.identity)
+        for page, key in zip(pages, KEYS, strict=False)
+    ]
+    assert [len(block.verbatim_tokens) for block in blocks] == [PAGE, 0, 0]
+    assert [block.positions[0] for block in blocks] == [0, PAGE, 2 * PAGE]
+    found = codec.decode(pages[2] or b"", identity=KEYS[2].identity)
+    exact = codec.encode(
+        k[:, :, 2 * PAGE :], v[:, :, 2 * PAGE :], positions=2 * PAGE, identity=KEYS[2].identity
+    )
+    assert pages[2] == exact
+    assert found[0].shape[2] == PAGE
+    own.transfer.close()
+
+
+def test_whose_tokens_are_bounded_is_part_of_what_pages_are() -> None:
+    given = {"calibration": "c", "store": "s"}
+    every = Settings.read(given)
+    first = Settings.read({**given, "bounded": "first"})
+    assert every.page_options() == every.codec_options()
+    assert first.page_options() != every.page_options()
+    with pytest.raises(ValueError, match="'all' or 'first', found 'none'"):
+        Settings.read({**given, "bounded": "none"})
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 1, 3), (2, 0, 1, 3)])

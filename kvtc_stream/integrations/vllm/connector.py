@@ -145,7 +145,7 @@ class KvtcConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             self._dtype,
             self._page_tokens,
             self._codec,
-            self._settings.codec_options(),
+            self._settings.page_options(),
         )
 
     # The worker.
@@ -204,7 +204,10 @@ class KvtcConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         codec = replace(self._codec, backend="cuda" if on_device else "cpu")
         count = IN_TURN if on_device else max(1, min(_DECODERS, os.cpu_count() or 1))
         codecs = [PageCodec(codec, dtype=self._dtype, key=key) for _ in range(1 + count)]
-        return StoreSink(self._store, codecs[0], self._counter), codecs[1:]
+        others = None
+        if settings.bounded == "first":
+            others = PageCodec(replace(codec, error_bound=None), dtype=self._dtype, key=key)
+        return StoreSink(self._store, codecs[0], self._counter, others), codecs[1:]
 
     def _warm_up(self, transfer: PageTransfer, codec: PageCodec, device: torch.device) -> None:
         """Compile kernels, make plans and take memory before the first request.

@@ -265,10 +265,29 @@ class Counter:
 
 
 class StoreSink:
-    """Codes pages and stores them."""
+    """Codes pages and stores them.
 
-    def __init__(self, store: Store, codec: PageCodec, counter: Counter) -> None:
+    Parameters
+    ----------
+    store
+        Where.
+    codec
+        What codes them.
+    counter
+        What counts.
+    others
+        What codes pages that are not a prompt's first; by default ``codec`` too.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        codec: PageCodec,
+        counter: Counter,
+        others: PageCodec | None = None,
+    ) -> None:
         self._store, self.codec, self._counter = store, codec, counter
+        self._others = others or codec
 
     def wanted(self, job: PageJob) -> bool:
         """Whether the store lacks the page."""
@@ -282,16 +301,24 @@ class StoreSink:
     ) -> None:
         """See :meth:`PageSink.take`."""
         started = time.perf_counter()
-        pages = self.codec.encode_many(
-            k,
-            v,
-            positions=[job.key.position for job in jobs],
-            identities=[job.key.identity for job in jobs],
-        )
+        pages: dict[str, bytes] = {}
+        tokens = k.shape[2] // len(jobs)
+        for codec, own in self._by_codec(jobs):
+            parts = [
+                torch.cat([x[:, :, i * tokens : (i + 1) * tokens] for i in own], 2) if own else x
+                for x in (k, v)
+            ]
+            some = jobs if not own else [jobs[i] for i in own]
+            coded = codec.encode_many(
+                *parts,
+                positions=[job.key.position for job in some],
+                identities=[job.key.identity for job in some],
+            )
+            pages |= {job.key.name: page for job, page in zip(some, coded, strict=True)}
         stored = [
-            len(page)
-            for job, page in zip(jobs, pages, strict=True)
-            if valid(job) and self._store.put(job.key.name, page)
+            len(pages[job.key.name])
+            for job in jobs
+            if valid(job) and self._store.put(job.key.name, pages[job.key.name])
         ]
         self._counter.add(
             stored_pages=len(stored),
@@ -300,6 +327,14 @@ class StoreSink:
             store_seconds=time.perf_counter() - started,
             dropped_pages=len(jobs) - len(stored),
         )
+
+    def _by_codec(self, jobs: Sequence[PageJob]) -> list[tuple[PageCodec, list[int]]]:
+        """Codecs, and the indices of the pages that each is for; none where it is for all."""
+        first = [i for i, job in enumerate(jobs) if job.key.position == 0]
+        rest = [i for i, job in enumerate(jobs) if job.key.position != 0]
+        if self._others is self.codec or not first or not rest:
+            return [(self.codec if first else self._others, [])]
+        return [(self.codec, first), (self._others, rest)]
 
 
 @dataclass
