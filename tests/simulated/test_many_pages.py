@@ -55,13 +55,20 @@ def test_pages_go_into_the_gaps_between_others() -> None:
     np.testing.assert_allclose(found, own, atol=2e-3 * np.nanmax(np.abs(own)))
 
 
-def test_many_pages_at_once_are_those_of_one_call_each() -> None:
+def test_many_pages_are_coded_at_once() -> None:
+    """At positions of their own, each sealed as itself, and as near as a page by itself."""
     calibration = kvtc.testing.tiny_calibration()
     k, v = kvtc.testing.drawn_cache(calibration.geometry, 8, dtype=kvtc.DType.FLOAT16)
     codec = kvtc.Codec(calibration, ratio=4, block_tokens=4, measure=False, backend="cuda")
     pages = kvtc.PageCodec(codec, dtype="float16", key=b"secret")
     found = pages.encode_many(k, v, positions=[96, 0], identities=[b"a", b"b"])
-    assert len(found) == 2
-    alone = pages.encode(k[:, :, 4:], v[:, :, 4:], positions=0, identity=b"b")
-    assert found[1] == alone
-    assert pages.checked(found[0], identity=b"a").positions == range(96, 100)
+    on_host = kvtc.Codec(calibration, ratio=4, block_tokens=4, measure=False, backend="cpu")
+    host = kvtc.PageCodec(on_host, dtype="float16", key=b"secret")
+    for i, (page, first, name) in enumerate(zip(found, (96, 0), (b"a", b"b"), strict=True)):
+        own = slice(4 * i, 4 * i + 4)
+        alone = host.encode(k[:, :, own], v[:, :, own], positions=first, identity=name)
+        ours, theirs = (host.block(x, identity=name) for x in (page, alone))
+        assert ours.positions.tolist() == list(range(first, first + 4))
+        for a, b in zip((ours.k, ours.v), (theirs.k, theirs.v), strict=True):
+            expected = np.array(b, np.float32)
+            np.testing.assert_allclose(np.array(a), expected, atol=0.05 * np.abs(expected).max())
