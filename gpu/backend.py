@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
-from itertools import chain, islice, pairwise
+from itertools import chain, islice, pairwise, product
 from typing import Any, NamedTuple
 
 import cupy
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from kvtc_stream.backends.base import Coded, SectionCoder, errors_of_blocks
 from kvtc_stream.backends.cpu import CpuBackend, CpuSectionCoder
 from kvtc_stream.calibration.parts import CalibratedBases
+from kvtc_stream.coding.lattice import NO_GRID
 from kvtc_stream.coding.values import (
     code_verbatim,
     codes_planes,
@@ -411,8 +412,8 @@ class CudaSectionCoder(SectionCoder):
     ) -> tuple[EncoderBatch, NDArray[np.float64]]:
         """Choose the steps of a batch's blocks; ``sizes`` are those of all of its tokens.
 
-        Returns the batch, without the grids of restored tokens that are not kept, and the blocks'
-        offsets to the plan's step, float64 [blocks].
+        Returns the batch, with the grids that restored tokens keep, and the blocks' offsets to the
+        plan's step, float64 [blocks].
 
         The rate control counts the estimated sizes or errors, not the real ones, so that a block's
         bytes do not depend on which blocks were in a batch with it.
@@ -420,10 +421,8 @@ class CudaSectionCoder(SectionCoder):
         fits, known = encoder.judged(batch)
         restored: list[float | None] = [None] * len(batch.blocks)
         if known.any():
-            restored, forgotten = self._kept_grids(control, encoder, batch, known)
-            if forgotten.any():
-                batch, known = encoder.forgotten(batch, forgotten), known & ~forgotten
-                sizes = encoder.sizes(batch)
+            batch, restored = self._kept_grids(control, encoder, batch, fits, known)
+            sizes = encoder.sizes(batch)
         errors = encoder.errors(batch)
         counted, measured = fits & ~known, fits
         if known.any():
@@ -453,23 +452,32 @@ class CudaSectionCoder(SectionCoder):
         control: SectionControl,
         encoder: BatchEncoder,
         batch: EncoderBatch,
+        fits: NDArray[np.bool_],
         known: NDArray[np.bool_],
-    ) -> tuple[list[float | None], NDArray[np.bool_]]:
-        """The offset at which each block has restored tokens that keep their grids, and which
-        tokens do not keep them, bool [tokens]."""
-        grids, sizes = encoder.grids(batch), encoder.sizes(batch, known)
-        least, forgotten = encoder.overhead(batch, known), np.zeros_like(known)
-        restored: list[float | None] = []
+    ) -> tuple[EncoderBatch, list[float | None]]:
+        """The batch with the grids that restored tokens keep, and the offset at which each block
+        has such tokens. Sets ``known``, which of those that fit have such grids, bool [tokens]."""
+        grids, changed = encoder.grids(batch), False
+        for own, part in product(batch.blocks, grids):
+            completed = part[own].completed().grids
+            changed |= bool((completed != part.grids[own]).any())
+            part.grids[own] = completed
+        if changed:
+            known[:] = fits & np.logical_and.reduce([own.known for own in grids])
+            batch, changed = encoder.with_grids(batch, grids), False
+        sizes, least = encoder.sizes(batch, known), encoder.overhead(batch, known)
+        restored: list[float | None] = [None] * len(batch.blocks)
         for i, own in enumerate(batch.blocks):
-            restored.append(None)
             if known[own].any():
                 offset = float(np.mean([x[own].offset for x in grids]))
                 count = int(np.count_nonzero(known[own]))
                 if control.keeps(count, sizes.of(i, offset), float(least[i])):
                     restored[i] = offset
                 else:
-                    forgotten[own] = True
-        return restored, forgotten
+                    known[own], changed = False, True
+                    for part in grids:
+                        part.grids[own] = NO_GRID
+        return encoder.with_grids(batch, grids) if changed else batch, restored
 
     def _picked(self, tensors: Sequence[Tensors], slots: NDArray[np.int64]) -> list[NDArray[Any]]:
         """K and V [layers, heads, tokens, dim] of some tokens, on the host."""

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import kvtc_stream as kvtc
-from kvtc_stream.calibration.components import Components, columns_of_layers
+from kvtc_stream.calibration.components import Components, columns_of_layers, refinement
 from kvtc_stream.calibration.weights import apply_blocks
 from kvtc_stream.formats import StreamParser
 
@@ -185,3 +185,21 @@ def test_options_that_do_not_go_together(options: dict[str, Any], message: str) 
     geometry = kvtc.Geometry.uniform(layers=6, kv_heads=2, head_dim=8)
     with pytest.raises(ValueError, match=message):
         kvtc.Calibrator(geometry, **options)
+
+
+@given(drawn(), st.integers(0, 5))
+def test_strong_coefficients_are_found_again(
+    found: tuple[Components, list[NDArray[np.float32]]], strong: int
+) -> None:
+    """Of a rounded basis, to second order of what rounding did."""
+    components, weights = found
+    strong = min(strong, components.rank)
+    stored = components.mapped(lambda x: x.astype(np.float16).astype(np.float32))
+    analysis, synthesis = (stored.weighted(weights, inverse=x) for x in (False, True))
+    unit = np.zeros((strong, components.rank), np.float32)
+    np.fill_diagonal(unit, 1)
+    [rows] = synthesis.expand(unit, [slice(0, components.width)])
+    once = analysis.project(rows)
+    refined = once + once[:, :strong] @ refinement(analysis, synthesis, strong)
+    off = np.linalg.norm(once - unit)
+    assert np.linalg.norm(refined - unit) <= max(2 * off**2, 1e-4 * off + 2e-5)

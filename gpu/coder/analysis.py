@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from kvtc_stream.formats import Coder, DType, LayerErrors, Section
 from kvtc_stream.gpu.coder.decoding import device_scales, piece_tokens
 from kvtc_stream.gpu.coder.plan import Basis
-from kvtc_stream.gpu.coder.products import R_16F, analyse, analyse_leading, synthesise
+from kvtc_stream.gpu.coder.products import R_16F, analyse, analyse_leading, refine, synthesise
 from kvtc_stream.gpu.coder.rope import DeviceRotations, ropes_of
 from kvtc_stream.gpu.kernels import layout
 from kvtc_stream.gpu.runtime.tensors import Column, Tensors, entries
@@ -220,7 +220,10 @@ class Analyser:
             to = out.data.ptr + 4 * second.inner * stride
             analyse_leading(own, second.analysis, second.analysis_scale, to)
             first += count
-        return plan.ordered(out)
+        out = plan.ordered(out)
+        for begin, missing in plan.refinements:
+            refine(out, begin, missing)
+        return out
 
     def _compare(self, source: Source, symbols: Any, scales: Any, stride: int) -> Any:
         """Relative errors of what would be decoded, after the cast to ``out_dtype``.

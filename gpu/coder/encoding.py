@@ -324,11 +324,12 @@ class BatchEncoder(Analyser):
         grids = cupy.asnumpy(batch.grids)[:, :tokens].astype(np.int16)
         return list(map(TokenGrids, cupy.asnumpy(batch.wishes)[:, :tokens], grids))
 
-    def forgotten(self, batch: EncoderBatch, which: NDArray[np.bool_]) -> EncoderBatch:
-        """As if some tokens, bool [tokens], had no grids."""
-        grids = batch.grids.copy()
-        grids[:, : len(which)][:, cupy.asarray(which)] = NO_GRID
-        return replace(batch, grids=grids)
+    def with_grids(self, batch: EncoderBatch, grids: list[TokenGrids]) -> EncoderBatch:
+        """With other grids of tokens, a part."""
+        found = np.full(batch.grids.shape, NO_GRID, np.int32)
+        for row, own in zip(found, grids, strict=True):
+            row[: len(own.grids)] = own.grids
+        return replace(batch, grids=cupy.asarray(found))
 
     def _steps(self, batch: EncoderBatch, offsets: NDArray[np.float64]) -> _Steps:
         """At offsets [blocks, any number]."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 from typing import Any
@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvtc_stream.calibration import importance
-from kvtc_stream.calibration.components import Components
+from kvtc_stream.calibration.components import Components, refinement
 from kvtc_stream.calibration.parts import CalibratedBases, Part
 from kvtc_stream.coding.rans import CLASSES, Families
 from kvtc_stream.coding.uniform import UniformBands
@@ -129,6 +129,8 @@ class Basis:
         # :meth:`ordered`.
         self._rows: list[NDArray[np.int64]] = []
         self._inner: list[NDArray[np.int64]] = []
+        # Of each part: its components without matrices.
+        self._structures: list[Components] = []
 
     def add(
         self,
@@ -146,6 +148,7 @@ class Basis:
         """
         # Tensor cores read 16 bytes at a time.
         analysis, synthesis = analysis.aligned(8), synthesis.aligned(8)
+        self._structures.append(replace(analysis, local=(), second=None))
         index = len(self._rows)
         first, inner = self.rows, self.parts[index].start
         begins = [inner + x for x in analysis.inner]
@@ -206,6 +209,12 @@ class Basis:
             self.rows += len(analysis.second)
         self._rows.append(np.concatenate(places)[order])
         self._inner.append(inner + order.astype(np.int64))
+
+    @property
+    def refinements(self) -> Sequence[tuple[int, Any]]:
+        """Of parts that need one, the first component, and float32 [strong, components of the part]
+        on the device: see :func:`kvtc_stream.calibration.components.refinement`."""
+        return ()
 
     def finish(self) -> None:
         """Make what depends on all parts; call it after the last :meth:`add`."""
@@ -349,6 +358,7 @@ class DevicePlan(Basis):
         self.leading = all((b.components == np.arange(len(b.components))).all() for b in bands)
         shape = calibration.geometry.sections[section]
         downs: list[Any] = []
+        self._strong: list[int] = []
         for i, (part, dealt, own) in enumerate(zip(parts, plan.parts, bands, strict=True)):
             analysis, synthesis = (
                 x.taken(own.components)
@@ -362,6 +372,7 @@ class DevicePlan(Basis):
             # Coefficients on the device are without the factors of base steps.
             factors = np.exp2(own.base / np.float32(4))
             downs.append(_down(np.sqrt(variance) / (factors * self.unit)))
+            self._strong.append(part.strong(own))
             sizes = Sizes(
                 [max(d, 1e-30) / self.unit for d in rows],
                 max(leading, default=0) / self.unit,
@@ -379,6 +390,49 @@ class DevicePlan(Basis):
         self.down = cupy.asarray(np.concatenate(downs).astype(np.float32))
         self._coder_tables(bands)
         self._importance(parts, bands, firsts)
+
+    @cached_property
+    def refinements(self) -> Sequence[tuple[int, Any]]:
+        """See :class:`Basis`; of the matrices as they are on the device. For encoders only."""
+        found = []
+        for i, (own, strong) in enumerate(zip(self.parts, self._strong, strict=True)):
+            if strong:
+                down = cupy.asnumpy(self.down[own.start : own.stop])
+                analysis, synthesis = self._on_device(i)
+                missing = refinement(analysis, synthesis.scaled(down), strong)
+                found.append((own.start, cupy.asarray(missing)))
+        return found
+
+    def _on_device(self, part: int) -> tuple[Components, Components]:
+        """Analysis and synthesis of a part as the device has them, float32 in host memory."""
+
+        def values(matrix: Any, scale: float) -> NDArray[np.float32]:
+            found: NDArray[np.float32] = cupy.asnumpy(matrix).astype(np.float32)
+            return found * np.float32(scale)
+
+        leaves = [leaf for leaf in self.leaves if leaf.part == part]
+        seconds = [x for x in self.seconds if x.leaves[0].part == part]
+        analysis, synthesis = (
+            replace(
+                self._structures[part],
+                local=tuple(local),
+                second=next(iter(second), None),
+            )
+            for local, second in (
+                (
+                    [values(x.analysis, x.analysis_scale) for x in leaves],
+                    [
+                        values(x.analysis, x.analysis_scale * leaves[0].leading_scale)
+                        for x in seconds
+                    ],
+                ),
+                (
+                    [values(x.synthesis, x.synthesis_scale) for x in leaves],
+                    [values(x.synthesis, 1) for x in seconds],
+                ),
+            )
+        )
+        return analysis, synthesis
 
     def _coder_tables(self, bands: list[UniformBands]) -> None:
         base = np.concatenate([b.base for b in bands]).astype(np.int64)

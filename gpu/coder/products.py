@@ -22,18 +22,22 @@ def _number(value: float) -> tuple[int, Any]:
 def gemm(
     a_op: int, b_op: int, m: int, n: int, k: int, scale: float,
     a: int, a_stride: int, b: int, b_stride: int, c: int, c_type: int, c_stride: int,
+    *, kind: int = R_16F, beta: float = 0.0,
 ) -> None:  # fmt: skip
-    """``c = scale · a · b`` as in BLAS: [m, n], [m, k] and [k, n], column-major."""
+    """``c = scale · a · b + beta · c`` as in BLAS: [m, n], [m, k] and [k, n], column-major.
+
+    ``kind`` is the type of ``a`` and ``b``.
+    """
     from cupy.cuda import device
     from cupy_backends.cuda.libs import cublas
 
     if not (m and n and k):
         return
-    (alpha, _), (zero, _) = _number(scale), _number(0.0)
+    (alpha, _), (added, _) = _number(scale), _number(beta)
     cublas.gemmEx(
         device.get_cublas_handle(), a_op, b_op, m, n, k,
-        alpha, a, R_16F, a_stride, b, R_16F, b_stride,
-        zero, c, c_type, c_stride, _COMPUTE_32F, _DEFAULT,
+        alpha, a, kind, a_stride, b, kind, b_stride,
+        added, c, c_type, c_stride, _COMPUTE_32F, _DEFAULT,
     )  # fmt: skip
 
 
@@ -47,6 +51,21 @@ def analyse(
     gemm(
         _TRANSPOSED, _NONE, tokens, count, width, scale,
         rows.data.ptr, width, analysis.data.ptr, width, out, kind, stride,
+    )  # fmt: skip
+
+
+def refine(coefficients: Any, first: int, missing: Any) -> None:
+    """Add a part's leading coefficients times ``missing``, float32 [strong, components].
+
+    ``coefficients`` is float32 [≥ components, tokens], the part's from ``first`` on. In binary32:
+    what is added is what rounding to binary16 took.
+    """
+    (strong, count), tokens = missing.shape, coefficients.shape[1]
+    own = coefficients[first : first + strong].copy()
+    gemm(
+        _NONE, _TRANSPOSED, tokens, count, strong, 1.0,
+        own.data.ptr, tokens, missing.data.ptr, count,
+        coefficients.data.ptr + 4 * first * tokens, R_32F, tokens, kind=R_32F, beta=1.0,
     )  # fmt: skip
 
 

@@ -290,7 +290,7 @@ def _searched(coefficients, column, stride, count, factor, e, wish, at_once, giv
 def _accepted(distance, usual, coarser):  # type: ignore[no-untyped-def]
     """See :func:`kvtc_stream.coding.lattice.accepted`."""
     distance = max(distance, _F32(1e-12) * usual)
-    if coarser < _F32(-lattice.FINEST) or not distance <= _F32(lattice.MOST_RATIO) * usual:
+    if not distance <= _F32(lattice.MOST_RATIO) * usual:
         return False
     part = distance / usual
     likelier = _F32(math.log(usual / distance))
@@ -301,6 +301,8 @@ def _accepted(distance, usual, coarser):  # type: ignore[no-untyped-def]
         away = _F32(1) - part
         chance = max(likelier - _F32(lattice.UNIFORM), _F32(1.25) * away * away)
         least = min(_F32(lattice.BY_CHANCE), _F32(-lattice.BY_STEP) * coarser)
+        if coarser < _F32(-lattice.FINEST):
+            least = _F32(2 * lattice.BY_CHANCE)
         return _F32(6) * usual * chance >= least
     finer = likelier - _F32(lattice.LOG_LOSS) < coarser * _F32(lattice.LOG_HALF_OCTAVE)
     return not finer or evidence >= _F32(lattice.CERTAIN)

@@ -107,12 +107,14 @@ class _Part:
         part: Part,
         plan: PartPlan,
         transforms: Transforms,
+        refinement: Callable[[int], Float],
         block_tokens: int,
     ) -> None:
         self.k_layers = np.array(part.k_layers, np.int64)
         self.v_layers = np.array(part.v_layers, np.int64)
         self.mean = part.mean
         self._transforms, self._count = transforms, plan.components
+        self._refinement = refinement
         self.synthesis = transforms.synthesis.first(self._count)
         # One fixed shape for every product: however the input is cut, the sums are the same.
         self.rows = np.zeros((block_tokens, part.width), np.float32)
@@ -122,6 +124,12 @@ class _Part:
     def analysis(self) -> Components:
         """Only encoders need it, and with components in 8 bits it takes a while."""
         return self._transforms.analysis.first(self._count)
+
+    def analyse(self, strong: int) -> None:
+        """Rows to coefficients, refined by the ``strong`` ones."""
+        self.analysis.project(self.rows, self.coefficients)
+        if strong:
+            self.coefficients += self.coefficients[:, :strong] @ self._refinement(strong)
 
 
 class CpuSectionCoder(SectionCoder):
@@ -139,6 +147,7 @@ class CpuSectionCoder(SectionCoder):
                 part,
                 part_plan,
                 calibration.transforms(section, plan.basis, i, part_plan.components),
+                partial(calibration.refinement, section, plan.basis, i, part_plan.components),
                 header.block_tokens,
             )
             for i, (part, part_plan) in enumerate(zip(basis, plan.parts, strict=True))
@@ -208,7 +217,7 @@ class CpuSectionCoder(SectionCoder):
         coding, control = self._coding, self._control
         assert isinstance(coding, UniformCoding)
         exact = [array.copy() for array in coefficients]  # measuring errors overwrites them
-        grids = coding.grids(exact, positions)
+        grids = [own.completed() for own in coding.grids(exact, positions)]
         if control is None:
             return coding.quantise(exact, grids), None
         # Those that will be verbatim take nothing, however fine the step.
@@ -252,14 +261,14 @@ class CpuSectionCoder(SectionCoder):
         """Coefficients [tokens, components] a part, views of what the parts hold."""
         tokens = k.shape[2]
         straight = Rotations.none(len(self._section.layers))
-        for part in self._parts:
+        for part, strong in zip(self._parts, self._coding.strong, strict=True):
             split = len(part.k_layers) * self._section.kv_heads * self._section.k_dim
             gather(k, part.k_layers, take_off, part.rows[:, :split])
             gather(v, part.v_layers, straight, part.rows[:, split:])
             with np.errstate(over="ignore", invalid="ignore"):
                 part.rows[:tokens] -= part.mean
                 part.rows[tokens:] = 0
-                part.analysis.project(part.rows, part.coefficients)
+                part.analyse(strong)
         return [part.coefficients[:tokens] for part in self._parts]
 
     def _reconstruction_errors(

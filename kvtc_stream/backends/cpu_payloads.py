@@ -40,6 +40,8 @@ class BandCoding:
     def __init__(self, plans: Sequence[PartPlan], coder: Coder) -> None:
         self._bands = [plan.bands for plan in plans]
         self._coder = coder
+        #: No coefficient needs to be refined: scales are a token's own.
+        self.strong = [0] * len(plans)
 
     def quantise(self, coefficients: Sequence[Float]) -> Quantised:
         """Symbols of float32 [tokens, components] a part."""
@@ -81,6 +83,8 @@ class UniformCoding:
     def __init__(self, parts: Sequence[Part], plans: Sequence[PartPlan]) -> None:
         self._bands: list[UniformBands] = []
         self._importances = []
+        #: Of each part: see :meth:`kvtc_stream.calibration.parts.Part.strong`.
+        self.strong: list[int] = []
         for part, plan in zip(parts, plans, strict=True):
             if part.uniform is None:
                 raise FormatError(
@@ -91,6 +95,7 @@ class UniformCoding:
             coder = rans.Families(families.frequencies)
             self._bands.append(UniformBands(plan.bands, coder, families.ids))
             self._importances.append(part.uniform.importance)
+            self.strong.append(part.strong(self._bands[-1]))
             self._unit = part.uniform.unit
 
     def grids(

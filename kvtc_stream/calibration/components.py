@@ -215,6 +215,24 @@ class Components:
             yield spans, m, slice(first, first + n), slice(begin, end)
 
 
+def refinement(analysis: Components, synthesis: Components, strong: int) -> NDArray[np.float32]:
+    """What ``analysis`` does not find again of the first ``strong`` components.
+
+    Returns
+    -------
+    array
+        float32 [strong, rank]: unit vectors, less the coefficients of what ``synthesis`` expands
+        them to. Coefficients plus the first ``strong`` of them times this are those that
+        ``synthesis`` expands to the same rows, to second order of what the two are off: a step of
+        iterative refinement (J. H. Wilkinson, "Rounding Errors in Algebraic Processes", 1963).
+
+    Both have matrices of NumPy.
+    """
+    found = analysis.project(synthesis.first(strong).matrix())
+    missing: NDArray[np.float32] = np.eye(strong, analysis.rank, dtype=np.float32) - found
+    return missing
+
+
 def columns_of_layers(
     layers: Sequence[int], k_size: int, v_size: int
 ) -> tuple[tuple[slice, ...], ...]:

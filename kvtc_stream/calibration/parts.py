@@ -12,15 +12,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvtc_stream.calibration.band_tables import ErrorTables
-from kvtc_stream.calibration.components import Components
+from kvtc_stream.calibration.components import Components, refinement
 from kvtc_stream.calibration.families import FamilyTables
 from kvtc_stream.calibration.float8 import Float8Matrix, dual
 from kvtc_stream.calibration.importance import TokenImportance
+from kvtc_stream.coding.uniform import UniformBands
 from kvtc_stream.errors import FormatError, UnsupportedError
 from kvtc_stream.formats import Geometry, ModelIdentity, SectionPlan
 
 #: How many derived values of each kind are kept.
 _KEPT = 8
+#: A component is strong if so small a part of its deviation, which is about what the rounding of
+#: the basis may put into another one, is more than so much of the finest step; and the most of
+#: them, as each costs time.
+_ROUNDING, _OF_A_STEP, _MOST_STRONG = 2.0**-11, 0.5, 512
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,6 +110,17 @@ class Part:
     def eight_bits(self) -> bool:
         """Whether the components are in 8 bits."""
         return isinstance(self.components.local[0], Float8Matrix)
+
+    def strong(self, bands: UniformBands) -> int:
+        """How many leading components of ``bands`` are so much larger than their steps that
+        coefficients need a :func:`refinement`: else what comes from a stream would move each time
+        that it is stored again."""
+        if self.uniform is None or not len(bands.base):
+            return 0
+        finest = self.uniform.unit * 2.0 ** (int(bands.base.min()) / 4)
+        deviations = np.sqrt(self.spectrum[bands.components])
+        count = np.count_nonzero(_ROUNDING * deviations > _OF_A_STEP * finest)
+        return min(int(count), _MOST_STRONG)
 
     def transforms(
         self,
@@ -226,3 +242,13 @@ class CalibratedBases:
                 stored = self.sections[section].basis(basis)[part]
                 self._memo[key] = stored.transforms(count=count)
             return self._memo[key]  # type: ignore[no-any-return]
+
+    def refinement(
+        self, section: int, basis: str, part: int, count: int, strong: int
+    ) -> NDArray[np.float32]:
+        """Cached :func:`refinement` of the first ``count`` components, in host memory."""
+        both = self.transforms(section, basis, part, count)
+        key = (f"refinement of {basis} {section}.{part}", count, strong)
+        return self.memo(  # type: ignore[no-any-return]
+            key, lambda: refinement(both.analysis.first(count), both.synthesis, strong)
+        )

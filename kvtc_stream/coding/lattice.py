@@ -34,7 +34,7 @@ NO_GRID = -(1 << 15)
 HIGHEST_LEVEL = 127
 #: Leading components that are looked at, about how many of them at a time; the part of the squared
 #: distances of any number at which to give up; and exponents below that of the largest coefficient.
-LEADING, AT_ONCE, GIVE_UP, RANGE = 1024, 64, 0.9, 64
+LEADING, AT_ONCE, GIVE_UP, RANGE = 1024, 64, 0.9, 80
 #: The largest coefficient of a token of which nothing was coded, in steps that are wanted.
 EMPTY = 1 / 32
 #: Most of the squared distances of any number that those of a grid's may be; and the least
@@ -42,15 +42,19 @@ EMPTY = 1 / 32
 #: that part, since one in some grids is as near by chance.
 MOST_RATIO, LEAST_EVIDENCE, PER_SQUARE = 0.8, 4.0, 40.0
 #: A grid that is finer than what is wanted costs bits, and one token that seems to have one makes
-#: its whole block's finer. So it is no finer than by so many quarter octaves, which are four bits a
-#: coefficient, and as unlikely by chance as this, in nats: the second number for each of them up to
-#: the third, as what it costs grows with them. Of n distances of any number the chance to be a part
-#: p of their usual size is about exp(−n/2 · max(ln 1/p − UNIFORM, 5/4 · (1 − p)²)): by the volume
-#: of a ball where p is small, by the variance where it is near 1.
+#: its whole block's finer. So it must be as unlikely by chance as this, in nats: the second number
+#: for each quarter octave, as what it costs grows with them, up to the third; twice that beyond so
+#: many of them as the first says, which are four bits a coefficient. Of n distances of any number
+#: the chance to be a part p of their usual size is about
+#: exp(−n/2 · max(ln 1/p − UNIFORM, 5/4 · (1 − p)²)): by the volume of a ball where p is small, by
+#: the variance where it is near 1.
 FINEST, BY_STEP, BY_CHANCE, UNIFORM = 16, 2.0, 16.0, 0.353
 #: Logarithms of what the cast may have lost at most, as a part of what a finer step would lose, and
 #: of how much more squared distances are a quarter octave up; where it is not so likely as this.
 LOG_LOSS, LOG_HALF_OCTAVE, CERTAIN = math.log(4), math.log(2) / 2, 32.0
+#: Known tokens, and their part of those with coarse steps, from which on a block is taken for one
+#: that was restored.
+FEWEST, ALMOST_ALL = 16, 0.9
 
 _F32 = np.float32
 _jit = numba.njit(cache=True, nogil=True, error_model="numpy")
@@ -93,6 +97,22 @@ class TokenGrids:
         """That at which tokens that have a grid would have it, on average."""
         known = self.known
         return float((self.grids[known] - self.wishes[known]).mean()) if known.any() else 0.0
+
+    def completed(self) -> TokenGrids:
+        """With grids of tokens that were restored too, but whose steps are too fine to be seen.
+
+        If almost all tokens that would have coarser steps at :attr:`offset` than most known ones
+        are known, the others that would have finer ones are of the same stream.
+        """
+        known = self.known
+        if np.count_nonzero(known) < FEWEST:
+            return self
+        wanted = np.floor(self.wishes + np.float32(self.offset + 0.5)).astype(np.int16)
+        middle = np.median(self.grids[known])
+        coarse = wanted >= middle
+        if np.count_nonzero(known & coarse) < ALMOST_ALL * np.count_nonzero(coarse):
+            return self
+        return TokenGrids(self.wishes, np.where(known | coarse, self.grids, wanted))
 
     def forgotten(self) -> TokenGrids:
         """As if none had a grid."""
@@ -207,7 +227,7 @@ def accepted(distance, usual, coarser):  # type: ignore[no-untyped-def]
     """Whether squared distances from a grid are not those of any number; ``coarser``: quarter
     octaves by which it is so than what is wanted."""
     distance = max(distance, _F32(1e-12) * usual)
-    if coarser < _F32(-FINEST) or not distance <= _F32(MOST_RATIO) * usual:
+    if not distance <= _F32(MOST_RATIO) * usual:
         return False
     part = distance / usual
     likelier = np.log(usual / distance)
@@ -216,6 +236,9 @@ def accepted(distance, usual, coarser):  # type: ignore[no-untyped-def]
         return False
     if coarser < 0:
         chance = max(likelier - _F32(UNIFORM), _F32(1.25) * (_F32(1) - part) * (_F32(1) - part))
-        return _F32(6) * usual * chance >= min(_F32(BY_CHANCE), _F32(-BY_STEP) * coarser)
+        least = min(_F32(BY_CHANCE), _F32(-BY_STEP) * coarser)
+        if coarser < _F32(-FINEST):
+            least = _F32(2 * BY_CHANCE)
+        return _F32(6) * usual * chance >= least
     finer = likelier - _F32(LOG_LOSS) < coarser * _F32(LOG_HALF_OCTAVE)
     return not finer or evidence >= _F32(CERTAIN)

@@ -33,7 +33,7 @@ _RECORD_BYTES = 120
 _SURELY, _FEW = 0.15, 32
 #: An estimate of up to so many times a page's budget may still fit, as sizes are estimates. Tables
 #: for a page of restored tokens are searched so many quarter octaves around those tokens' step.
-_PERHAPS, _NEAR = 1.1, 3
+_PERHAPS, _NEAR = 1.1, 8
 #: Errors of tokens count up to here; such tokens end up verbatim.
 _MOST_ERROR = 2.0
 
@@ -243,16 +243,33 @@ class IndependentControl(_Memoryless):
 
 
 class FittingControl(_Memoryless):
-    """The finest step at which a block's payload fits ``budget``, in bytes.
+    """The finest step at which a block's payload fits a budget.
 
-    ``fits`` tells whether there was one for the last block; ``failed`` is to be told if it took
-    more than the budget nevertheless.
+    Sizes are estimates: a block that takes more is to be coded again, see :meth:`exceeded`. Of one
+    that is all restored tokens, which fitted once, the tables are sought with which it did.
+
+    Attributes
+    ----------
+    fits
+        Whether there was a step for the last block.
     """
 
     def __init__(self, header: StreamHeader, section: int) -> None:
-        self.budget = 0.0
-        self.fits, self.failed = True, False
         self._least = _least_offset(header, section)
+        self.start(0.0)
+
+    def start(self, budget: float) -> None:
+        """Begin with another block, that is to have at most ``budget`` bytes."""
+        self.fits, self._failed, self._budget, self._whole = True, False, budget, budget
+        self._untried: list[float] = []
+        self._keeping = self._renounced = False
+
+    def exceeded(self, excess: int) -> None:
+        """The block took so many bytes more than its budget."""
+        self._untried = self._untried[1:]
+        if not self._untried:
+            self._budget -= excess + 4
+            self._failed = True
 
     @property
     def likely(self) -> tuple[float, ...]:
@@ -261,7 +278,15 @@ class FittingControl(_Memoryless):
 
     def keeps(self, tokens: int, size: float, least: float) -> bool:
         """Whether they may fit. A page that fitted fits again, though its estimate be larger."""
-        return size <= self.budget * (1 if self.failed else _PERHAPS)
+        most = self._budget * (1 if self._failed else _PERHAPS)
+        self._keeping = not self._renounced and size <= most
+        return self._keeping
+
+    def goes_on(self) -> bool:
+        """Whether the block may fit once restored tokens, if they have kept theirs, have no grids,
+        where no step did."""
+        self._renounced, self._budget = self._keeping, self._whole
+        return self._keeping
 
     def counted(self, fits: NDArray[np.bool_], known: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """All tokens that fit, since they share the page's budget; none if all are restored."""
@@ -279,14 +304,19 @@ class FittingControl(_Memoryless):
         low, high = self._least, _COARSER
         if not tokens:
             self.fits = True
-            offsets = np.arange(-_NEAR, _NEAR + 1) + (restored or 0.0)
-            return float(min(offsets, key=bytes_at)) if restored is not None else 0.0
-        self.fits = bytes_at(high) <= self.budget * (1 if restored is None else _PERHAPS)
-        if bytes_at(low) <= self.budget:
+            if restored is None:
+                return 0.0
+            if not self._untried:
+                # Offsets of the same tables have the same size.
+                offsets = (np.arange(-_NEAR, _NEAR + 1) + restored).tolist()
+                self._untried = [x for _, x in sorted({bytes_at(x): x for x in offsets}.items())]
+            return self._untried[0]
+        self.fits = bytes_at(high) <= self._budget * (1 if restored is None else _PERHAPS)
+        if bytes_at(low) <= self._budget:
             return low
         while high - low > _RESOLUTION:
             middle = (low + high) / 2
-            if bytes_at(middle) <= self.budget:
+            if bytes_at(middle) <= self._budget:
                 high = middle
             else:
                 low = middle

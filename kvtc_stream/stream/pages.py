@@ -29,8 +29,9 @@ from kvtc_stream.stream.decoder import KVBlock
 from kvtc_stream.stream.encoder import check_scaled, page_header
 from kvtc_stream.stream.pending import verbatim_block
 
-#: How often a page is coded again because the estimate of its size was too low.
-_ATTEMPTS = 8
+#: How often a page is coded because the estimate of its size was too low: with other tables, if it
+#: is of restored tokens, and then with coarser steps.
+_ATTEMPTS = 25
 #: Maximum bytes of a block's record without positions, payload and verbatim values.
 _BLOCK_BYTES = 80
 
@@ -392,17 +393,18 @@ class PageCodec:
         """The page, if it has at most ``most`` bytes."""
         coder, fitting = self._coder, self._fitting
         if fitting is not None:
-            fitting.budget, fitting.failed = float(most - self._overhead), False
+            fitting.start(float(most - self._overhead))
         for _ in range(_ATTEMPTS if fitting is not None else 1):
             [block] = coder.encode(*chunk, 0)
             page = pack_page(block, self._header, **seal)
             if fitting is not None and not fitting.fits:
+                if fitting.goes_on():
+                    continue
                 break
             if len(page) <= most:
                 return page
             if fitting is not None:  # the estimate was too low, or some tokens are verbatim
-                fitting.budget -= len(page) - most + 4
-                fitting.failed = True
+                fitting.exceeded(len(page) - most)
         return None
 
     def _raw(self, chunk: tuple[Any, Any, NDArray[np.int64]], seal: _Seal) -> bytes:

@@ -137,10 +137,11 @@ def _gemm_ex(
     right = _matrix(b, *((n, k) if b_op else (k, n)), b_stride, b_kind)
     left, right = (x.T if op else x for x, op in ((left, a_op), (right, b_op)))
     scale = np.float32(ctypes.c_float.from_address(alpha).value)
-    assert ctypes.c_float.from_address(beta).value == 0
-    product = left.astype(np.float32) @ right.astype(np.float32)
-    with np.errstate(over="ignore"):
-        _matrix(c, m, n, c_stride, c_kind)[:] = scale * product
+    keep = np.float32(ctypes.c_float.from_address(beta).value)
+    out = _matrix(c, m, n, c_stride, c_kind)
+    with np.errstate(over="ignore", invalid="ignore"):
+        product = scale * (left.astype(np.float32) @ right.astype(np.float32))
+        out[:] = product + keep * out if keep else product
 
 
 def _module(name: str, **contents: Any) -> ModuleType:

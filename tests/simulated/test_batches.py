@@ -13,7 +13,10 @@ import numpy.typing as npt
 import pytest
 
 import kvtc_stream as kvtc
+from kvtc_stream.calibration.parts import Part
 from kvtc_stream.formats import Geometry, Limits, Rope, StreamFile, StreamParser
+from kvtc_stream.gpu.coder.plan import DevicePlan
+from kvtc_stream.gpu.coder.products import refine
 from kvtc_stream.io.dlpack import BackendName
 
 Array = npt.NDArray[Any]
@@ -202,6 +205,36 @@ def test_a_whole_cache_is_read_where_it_is(
     )
     expected += encoder.finish()
     assert kvtc.encode_many([(k, v), (k, v)], codec) == [expected, expected]
+
+
+@in_two_levels_too
+def test_coefficients_are_refined(
+    calibration: kvtc.Calibration,
+    cache: tuple[Array, Array],
+    cuda: BackendName,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """So that those of what the device's matrices expand are what these were expanded from."""
+    strong = 5
+    monkeypatch.setattr(Part, "strong", lambda *_: strong)
+    codec = kvtc.Codec(calibration, ratio=RATIO, sinks=0, window=0, block_tokens=BLOCK)
+    plan = DevicePlan(calibration, 0, codec.plan.sections[0])
+    [(first, missing)] = plan.refinements
+    analysis, synthesis = plan._on_device(0)
+    rows = synthesis.scaled(cupy.asnumpy(plan.down)).first(strong).matrix()
+    found = analysis.project(rows).T
+    unit = np.eye(*found.shape)
+    off = np.abs(found - unit).max()
+    assert 1e-5 < off < 2e-2
+    refined = cupy.asarray(np.ascontiguousarray(found))
+    refine(refined, first, missing)
+    assert np.abs(cupy.asnumpy(refined) - unit).max() < 0.05 * off
+    # The same where it is used.
+    expected = kvtc.decode(kvtc.encode(*cache, codec=codec), calibration)
+    found = kvtc.decode(kvtc.encode(*cache, codec=replace(codec, backend=cuda)), calibration)
+    for a, b, exact in zip(found, expected, cache, strict=True):
+        ours, theirs, whole = (np.nan_to_num(np.array(x, np.float32)) for x in (a, b, exact))
+        assert np.linalg.norm(ours - whole) < 1.05 * np.linalg.norm(theirs - whole)
 
 
 def test_the_published_method(
