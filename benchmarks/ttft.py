@@ -155,6 +155,7 @@ class Row:
         self._source.free()
         found |= self._there()
         self._source.free()
+        self._restore(self._streams)  # compiles kernels, and makes the tables of a plan
         with tempfile.TemporaryDirectory() as folder:
             for name, (take, before) in self._places(Path(folder)).items():
                 found |= self._from(name, take, before)
@@ -289,7 +290,7 @@ def too_large(source: Source, tokens: int, batch: int) -> str:
         return ""
     config = source.network.config
     [section] = source.calibration.geometry.sections
-    cache = 2 * batch * tokens * len(section.layers) * (section.k_width + section.v_width)
+    cache = 2 * batch * tokens * (section.k_width + section.v_width)  # of all layers
     # A layer's activations: gate, up and product; hidden states, half of them in binary32.
     activations = 2 * batch * tokens * (3 * config.intermediate_size + 8 * config.hidden_size)
     # Going on copies a cache, which stays for the next run.

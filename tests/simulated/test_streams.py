@@ -46,6 +46,17 @@ def test_a_failed_task_ends_them_all() -> None:
     assert cupy.cuda.Stream.waits == waits + IN_FLIGHT
 
 
+def test_large_uploads_go_in_shares(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvtc_stream.gpu.runtime.staging._SHARE", 100)
+    rng = np.random.default_rng(0)
+    for count in (1, 2, 7, 40):
+        pieces = [rng.bytes(int(n)) for n in rng.integers(0, 90, count)]
+        data, begins = Staging().upload(pieces)
+        for piece, begin in zip(pieces, begins.tolist(), strict=True):
+            assert np.array(data)[begin : begin + len(piece)].tobytes() == piece
+            assert begin % 16 == 0
+
+
 def test_memory_is_kept_until_a_copy_to_it_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a failed call nobody asks for the result."""
     happened: list[str] = []
