@@ -8,7 +8,6 @@ several threads.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from typing import Any
 
 import cupy
@@ -19,8 +18,6 @@ from kvtc_stream.io.threads import SHARE, copy
 
 #: Pieces begin at multiples of this on the device.
 _ALIGNMENT = 16
-#: What is copied at a time: so many bytes at least, and a share of all.
-_SHARE, _SHARES = 16 << 20, 4
 #: cudaMemoryTypeHost
 _PINNED = 1
 
@@ -63,16 +60,8 @@ class Staging:
                     copy_async(to + begin, source.ctypes.data, source.size, kind, stream)
         else:
             buffer = self._next(total)
-            rooms = [buffer[b : b + s.size] for s, b in zip(sources, places, strict=True)]
-            # While the device takes some, threads copy the next.
-            share = max(_SHARE, total // _SHARES)
-            edges = np.unique(np.searchsorted(ends, np.arange(share, total, share))).tolist()
-            for first, last in pairwise([0, *edges, len(sources)]):
-                if first == last:
-                    continue
-                begin, end = places[first], int(ends[last - 1])
-                copy(sources[first:last], rooms[first:last])
-                _copy(data.data.ptr + begin, buffer[begin:end], end - begin, "HostToDevice")
+            copy(sources, [buffer[b : b + s.size] for s, b in zip(sources, places, strict=True)])
+            _copy(data.data.ptr, buffer, total, "HostToDevice")
             self._used(buffer)
         return data, begins
 

@@ -46,8 +46,7 @@ def test_a_failed_task_ends_them_all() -> None:
     assert cupy.cuda.Stream.waits == waits + IN_FLIGHT
 
 
-def test_large_uploads_go_in_shares(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvtc_stream.gpu.runtime.staging._SHARE", 100)
+def test_uploads_begin_where_they_are_said_to() -> None:
     rng = np.random.default_rng(0)
     for count in (1, 2, 7, 40):
         pieces = [rng.bytes(int(n)) for n in rng.integers(0, 90, count)]

@@ -39,7 +39,7 @@ _log = logging.getLogger(__name__)
 _FETCHES = 4, 16
 #: Pages that are decoded at once on a CUDA device: enough to keep it busy, few enough that the
 #: first are decoded while the next are checked.
-_TOGETHER = 16
+_TOGETHER = 32
 #: Pages that are coded at once there: enough to keep it busy, few enough for their copy and what
 #: coding them takes to be small beside the engine's memory.
 _STORED_TOGETHER = 8
