@@ -129,9 +129,11 @@ class Run:
         } | given
         source.write_text(json.dumps(given))
         command = [sys.executable, str(ENGINE), str(source), str(target)]
+        target.unlink(missing_ok=True)
         with open(self._folder / "log", "wb") as log:
-            run = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False)
-        if run.returncode:
+            subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False)
+        # vLLM for CPUs aborts in some runs when it ends, with and without a connector.
+        if not target.exists():
             self._console.print((self._folder / "log").read_text()[-4000:])
             raise SystemExit(f"the engine of {name} failed")
         found: list[dict[str, Any]] = json.loads(target.read_text())
