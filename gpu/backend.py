@@ -536,18 +536,6 @@ class CudaSectionCoder(SectionCoder):
         self.decode_into(BlockTable.of([block]), np.arange(block.tokens), chosen, k, v)
         return k.view(numpy_dtype(dtype)), v.view(numpy_dtype(dtype))
 
-    def decode_into(
-        self,
-        table: BlockTable,
-        slots: NDArray[np.int64],
-        layers: Sequence[int],
-        k: Any,
-        v: Any,
-    ) -> None:
-        """See :meth:`kvtc_stream.backends.base.SectionCoder.decode_into`."""
-        for _ in self.decoding(table, slots, layers, k, v):
-            pass
-
     def decoding(
         self,
         table: BlockTable,

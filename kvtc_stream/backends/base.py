@@ -109,7 +109,6 @@ class SectionCoder(ABC):
     def decode(self, block: Block, layers: Sequence[int]) -> tuple[Any, Any]:
         """K and V of some layers (indices into the section's), in the header's ``out_dtype``."""
 
-    @abstractmethod
     def decode_into(
         self,
         table: BlockTable,
@@ -123,7 +122,10 @@ class SectionCoder(ABC):
         ``slots`` say where each token of the blocks goes; -1 is nowhere. Payloads that are not
         verified yet are, before the first value is written: ``ChecksumError`` if one is damaged.
         """
+        for _ in self.decoding(table, slots, layers, k, v):
+            pass
 
+    @abstractmethod
     def decoding(
         self,
         table: BlockTable,
@@ -133,8 +135,6 @@ class SectionCoder(ABC):
         v: Any,
     ) -> Iterator[None]:
         """:meth:`decode_into` in steps, for :meth:`Backend.interleave`; done at the last one."""
-        self.decode_into(table, slots, layers, k, v)
-        yield
 
     @abstractmethod
     def decode_layers(self, block: Block) -> Callable[[int], tuple[Any, Any]]:
@@ -186,7 +186,7 @@ class Backend(Protocol):
         ...
 
     def held(self, x: Any) -> Any:
-        """Tensors, lists of them in lists, ready to be read by other threads."""
+        """Tensors, lists of them in lists, ready to be read in other streams."""
         ...
 
     #: Tokens that are worth decoding beside others.

@@ -327,20 +327,21 @@ class CpuSectionCoder(SectionCoder):
         exact = self._unpack(block)
         return self._join(block, exact, list(layers))
 
-    def decode_into(
+    def decoding(
         self,
         table: BlockTable,
         slots: NDArray[np.int64],
         layers: Sequence[int],
         k: NDArray[Any],
         v: NDArray[Any],
-    ) -> None:
-        """See :meth:`kvtc_stream.backends.base.SectionCoder.decode_into`."""
+    ) -> Iterator[None]:
+        """See :meth:`kvtc_stream.backends.base.SectionCoder.decoding`."""
         for block, own in _each(table, slots):
             wanted = np.flatnonzero(own >= 0)
             for found, out in zip(self.decode(block, layers), (k, v), strict=True):
                 for of_layer, array in zip(found, out, strict=True):
                     array[:, own[wanted]] = of_layer[:, wanted]
+        yield
 
     def decode_layers(self, block: Block) -> Callable[[int], tuple[Any, Any]]:
         """See :meth:`kvtc_stream.backends.base.SectionCoder.decode_layers`."""

@@ -80,7 +80,7 @@ def _about(name: str, index: int, count: int) -> Iterator[None]:
 
 
 def _held(cache: Any, backend: Backend) -> Any:
-    """The same cache of tensors that other threads may read; see :meth:`Backend.held`."""
+    """The same cache of tensors that may be read in other streams; see :meth:`Backend.held`."""
     k, v = map(backend.held, _tensors(cache))
     return replace(cache, k=k, v=v) if isinstance(cache, PagedCache) else (k, v)
 
