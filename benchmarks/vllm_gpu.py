@@ -373,7 +373,7 @@ class Engine:
         watched = [
             (scheduling.PageScheduler, "_look_up", "find"),
             (transfer.PageTransfer, "_load", "load"),
-            (transfer.PageTransfer, "_open", "fetch and check"),
+            (transfer.PageTransfer, "_fetch", "fetch and check"),
             (transfer.PageTransfer, "_load_groups", "decode"),
         ]
         if torch.cuda.is_available():

@@ -109,7 +109,7 @@ def loads(arguments: argparse.Namespace) -> dict[str, Any]:
     spent: dict[str, float] = {}
     for _ in range(min(2, os.cpu_count() or 1)):
         codecs.append(codec_of(arguments))
-    codecs[0].checked = timed(codecs[0].checked, "check", spent)  # type: ignore[method-assign]
+    codecs[0].sums = timed(codecs[0].sums, "check", spent)  # type: ignore[method-assign]
     store.get = timed(store.get, "fetch", spent)  # type: ignore[method-assign]
     sink = StoreSink(store, codecs[0], counter)
     transfer = PageTransfer(blocks, sink, store, codecs, counter, timeout=600, queue_pages=8)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import struct
+from typing import NamedTuple
 
 from kvtc_stream.errors import (
     AuthenticationError,
@@ -29,6 +30,7 @@ _HEADER_SIZE = _FIELDS.size + _CHECKSUM.size
 PAGE_OVERHEAD = _HEADER_SIZE + _CHECKSUM.size
 #: Bytes more of a sealed one.
 SEAL_SIZE = 32
+_SEALED = int(Feature.SEALED_PAGES)
 _SEAL_DOMAIN = b"kvtc page seal 1\0"
 
 
@@ -66,10 +68,13 @@ def unpack_page(
     *,
     key: bytes | None = None,
     identity: bytes = b"",
+    proven: bool = False,
 ) -> Block:
     """Read the block of a page; bytes after the page, as in a slot of fixed size, are ignored.
 
     With ``key`` only a page is taken that was sealed with it as the one that ``identity`` names.
+    Where these bytes are ``proven``, by :func:`outline`, that and the payload's checksum are known
+    to be right.
 
     Raises
     ------
@@ -115,7 +120,10 @@ def unpack_page(
     # What nobody can change after it was checked is not copied.
     if not isinstance(data, bytes):
         view = memoryview(bytes(view[: PAGE_OVERHEAD + size + SEAL_SIZE]))
-    payload = _open_payload(view, size, Feature.SEALED_PAGES in features, own, key, identity)
+    if proven:
+        payload = view[_HEADER_SIZE : _HEADER_SIZE + size]
+    else:
+        payload = _open_payload(view, size, Feature.SEALED_PAGES in features, own, key, identity)
     reader = ByteReader(payload, "page", _HEADER_SIZE)
     block = Block.unpack(reader, section, header, limits, features)
     needed = _features(block, header, sealed=Feature.SEALED_PAGES in features)
@@ -130,6 +138,63 @@ def unpack_page(
             f"{block.cut} tokens, expected DATA, 0, (0, 0): the writer is at fault"
         )
     return block
+
+
+class Outline(NamedTuple):
+    """What the payload's checksum and the seal of a page are over, and what they should be.
+
+    Attributes
+    ----------
+    begin, size, seed
+        The payload, and the seed of its checksum.
+    checksum
+        The one that is stored.
+    sealed
+        Bytes that the seal is over, from the page's first on.
+    seal
+        The one that is stored; empty if none is asked for.
+    """
+
+    begin: int
+    size: int
+    seed: int
+    checksum: int
+    sealed: int
+    seal: memoryview
+
+
+def outline(data: bytes, *, sealed: bool) -> Outline | None:
+    """The outline of a page, with the bytes that it speaks of; ``None`` if they are not all there.
+
+    Nothing else is looked at: who finds both sums right says so to :func:`unpack_page`, which
+    checks the rest. With ``sealed`` a page without a seal has no outline.
+    """
+    if len(data) < _HEADER_SIZE:
+        return None
+    _, _, _, must, _, _, _, _, size = _FIELDS.unpack_from(data)
+    has_seal = must & _SEALED != 0
+    end = _HEADER_SIZE + size
+    covered = end + _CHECKSUM.size
+    if len(data) < covered + SEAL_SIZE * has_seal or (sealed and not has_seal):
+        return None
+    (seed,) = _CHECKSUM.unpack_from(data, _FIELDS.size)
+    (found,) = _CHECKSUM.unpack_from(data, end)
+    seal = memoryview(data)[covered : covered + SEAL_SIZE] if sealed else memoryview(b"")
+    return Outline(_HEADER_SIZE, size, seed, found, covered, seal)
+
+
+def seal_prefix(identity: bytes) -> bytes:
+    """What a seal is over before the page's bytes."""
+    return _SEAL_DOMAIN + hashlib.sha256(identity).digest()
+
+
+def own_bytes(data: bytes | bytearray | memoryview) -> bytes:
+    """A page in memory that does not change: a copy, of no more than the page, if it may."""
+    if isinstance(data, bytes):
+        return data
+    view = memoryview(data)
+    size = int.from_bytes(view[_FIELDS.size - 8 : _FIELDS.size], "little")
+    return bytes(view[: PAGE_OVERHEAD + size + SEAL_SIZE])
 
 
 def _open_payload(
@@ -160,7 +225,6 @@ def _features(block: Block, header: StreamHeader, *, sealed: bool) -> Feature:
 
 
 def _seal(page: bytes | memoryview, key: bytes, identity: bytes) -> bytes:
-    seal = hmac.new(key, _SEAL_DOMAIN, "sha256")
-    seal.update(hashlib.sha256(identity).digest())
+    seal = hmac.new(key, seal_prefix(identity), "sha256")
     seal.update(page)  # not one message: that would be a copy of the page
     return seal.digest()

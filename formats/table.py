@@ -33,7 +33,7 @@ from kvtc_stream.formats.record import (
 from kvtc_stream.io.threads import begin
 
 
-def _layout(itemsize: int, /, **fields: tuple[int, Any]) -> np.dtype[Any]:
+def layout(itemsize: int, /, **fields: tuple[int, Any]) -> np.dtype[Any]:
     """A structured dtype of ``itemsize`` bytes, from offset and type of each field."""
     return np.dtype(
         {
@@ -46,7 +46,7 @@ def _layout(itemsize: int, /, **fields: tuple[int, Any]) -> np.dtype[Any]:
 
 
 #: An entry of the index. Errors are compared as bits.
-ENTRY = _layout(
+ENTRY = layout(
     88,
     offset=(0, "<u8"),
     length=(8, "<u8"),
@@ -65,9 +65,35 @@ ENTRY = _layout(
     verbatim_bytes=(64, "<u8"),
     errors=(72, ("<u4", (4,))),
 )
+#: Bytes of a block's fields.
+BLOCK_SIZE = 80
+
+
+def block_fields(at: int) -> dict[str, tuple[int, Any]]:
+    """The fields that every block begins with, ``at`` bytes from where a head does."""
+    return {
+        "tokens": (at, "<u4"),
+        "verbatim": (at + 4, "<u4"),
+        "start": (at + 8, "<u8"),
+        "first": (at + 16, "<i8"),
+        "role": (at + 24, "u1"),
+        "listed": (at + 25, "u1"),
+        "measure": (at + 26, "u1"),
+        "coder": (at + 27, "u1"),
+        "verbatim_coder": (at + 28, "u1"),
+        "contents": (at + 29, "u1"),
+        "reserved_too": (at + 30, "<u2"),
+        "coded_size": (at + 32, "<u8"),
+        "coded_length": (at + 40, "<u8"),
+        "verbatim_length": (at + 48, "<u8"),
+        "errors": (at + 56, ("<u4", (4,))),
+        "cut": (at + 72, "<u8"),
+    }
+
+
 #: What a block's record begins with: the record's header, and the fields of the block.
-_HEAD = _layout(
-    RECORD_HEADER_SIZE + 80,
+_HEAD = layout(
+    RECORD_HEADER_SIZE + BLOCK_SIZE,
     magic=(0, "S4"),
     type=(4, "u1"),
     flags=(5, "u1"),
@@ -76,22 +102,7 @@ _HEAD = _layout(
     reserved=(12, "<u4"),
     size=(16, "<u8"),
     seed=(24, "<u8"),
-    tokens=(32, "<u4"),
-    verbatim=(36, "<u4"),
-    start=(40, "<u8"),
-    first=(48, "<i8"),
-    role=(56, "u1"),
-    listed=(57, "u1"),
-    measure=(58, "u1"),
-    coder=(59, "u1"),
-    verbatim_coder=(60, "u1"),
-    contents=(61, "u1"),
-    reserved_too=(62, "<u2"),
-    coded_size=(64, "<u8"),
-    coded_length=(72, "<u8"),
-    verbatim_length=(80, "<u8"),
-    errors=(88, ("<u4", (4,))),
-    cut=(104, "<u8"),
+    **block_fields(RECORD_HEADER_SIZE),
 )
 #: A row of :class:`BlockTable`.
 ROW = np.dtype(
@@ -122,7 +133,12 @@ ROW = np.dtype(
 _INFINITE = 0x7F800000
 #: No size in memory comes near it.
 _HUGE = np.uint64(1 << 62)
-_SINKS, _TAIL = int(Role.SINKS), int(Role.TAIL)
+# Plain integers: to look up a member of a registry takes longer than to compare a column.
+_DATA, _SINKS, _TAIL = int(Role.DATA), int(Role.SINKS), int(Role.TAIL)
+_STORED, _DEFLATE, _LZ4 = int(Coder.STORED), int(Coder.DEFLATE), int(Coder.LZ4)
+_RANS, _PLANES = int(Coder.RANS), int(Coder.PLANES)
+_ROLES, _MEASURES = int(max(Role)), int(max(Measure))
+_LAYER_ERRORS, _PLANES_FEATURE = np.uint32(Feature.LAYER_ERRORS), np.uint32(Feature.PLANES)
 _STAGES = np.array([1, 0, 2])  # DATA, SINKS, TAIL
 
 
@@ -163,7 +179,7 @@ def _sound(e: NDArray[Any], block: NDArray[np.bool_], limits: Limits) -> bool:
         ((e["length"] >= least) & (e["length"] <= most)).all()
         and not e["reserved"].any()
         and not e["reserved_too"].any()
-        and (own["role"] <= max(Role)).all()
+        and (own["role"] <= _ROLES).all()
         and _errors_can_be(own).all()
         and (own["tokens"] <= limits.max_block_tokens).all()
         and (own["tokens"] > 0).all()
@@ -173,7 +189,7 @@ def _sound(e: NDArray[Any], block: NDArray[np.bool_], limits: Limits) -> bool:
 
 
 def _errors_can_be(x: NDArray[Any]) -> NDArray[np.bool_]:
-    known = (x["measure"] <= max(Measure)) & ((x["measure"] != 0) | ~x["errors"].any(axis=1))
+    known = (x["measure"] <= _MEASURES) & ((x["measure"] != 0) | ~x["errors"].any(axis=1))
     can_be: NDArray[np.bool_] = known & (x["errors"] < _INFINITE).all(axis=1)
     return can_be
 
@@ -294,6 +310,11 @@ class BlockTable:
     def gathered(self, offsets: NDArray[np.int64], size: int) -> NDArray[np.uint8]:
         """uint8 [blocks, size]: bytes of each block's piece from ``offsets`` on; where that ends
         before, its last byte again."""
+        if len(self.pieces) > 1:  # often a piece a block
+            starts, owners = offsets.tolist(), self.rows["piece"].tolist()
+            parts = [self.pieces[p][a : a + size] for p, a in zip(owners, starts, strict=True)]
+            if all(len(part) == size for part in parts):
+                return np.frombuffer(b"".join(parts), np.uint8).reshape(len(self), size)
         out = np.empty((len(self), size), np.uint8)
         columns = np.arange(size)
         for piece in np.unique(self.rows["piece"]).tolist():
@@ -431,20 +452,7 @@ def read_table(
     usual &= _usual_layers(bytes_, begins, heads, usual, header)
     ends = begins + lengths - (RECORD_OVERHEAD - RECORD_HEADER_SIZE)
 
-    rows = np.zeros(len(entries), ROW)
-    for name, source in (
-        ("start", "start"),
-        ("tokens", "tokens"),
-        ("first", "first"),
-        ("verbatim", "verbatim"),
-        ("coder", "coder"),
-        ("coded_size", "coded_size"),
-        ("coded_length", "coded_length"),
-        ("verbatim_coder", "verbatim_coder"),
-        ("exact_length", "verbatim_length"),
-    ):
-        rows[name] = heads[source]
-    rows["seed"] = heads["seed"]
+    rows = rows_of(heads)
     rows["payload"], rows["size"] = begins + RECORD_HEADER_SIZE, lengths - RECORD_OVERHEAD
     special = {}
     for i in np.flatnonzero(~usual).tolist():
@@ -456,6 +464,25 @@ def read_table(
     rows["coded"] = rows["exact"] - rows["coded_length"]
     rows["checksum"] = bytes_[ends[:, None] + np.arange(8)].view("<u8")[:, 0]
     return BlockTable((data,), rows, special, True, parse)
+
+
+def rows_of(heads: NDArray[Any]) -> NDArray[Any]:
+    """:data:`ROW` with what the fields of blocks, :func:`block_fields`, and their seeds tell."""
+    rows = np.zeros(len(heads), ROW)
+    for name, source in (
+        ("start", "start"),
+        ("tokens", "tokens"),
+        ("first", "first"),
+        ("verbatim", "verbatim"),
+        ("coder", "coder"),
+        ("coded_size", "coded_size"),
+        ("coded_length", "coded_length"),
+        ("verbatim_coder", "verbatim_coder"),
+        ("exact_length", "verbatim_length"),
+        ("seed", "seed"),
+    ):
+        rows[name] = heads[source]
+    return rows
 
 
 def _usual_records(
@@ -478,38 +505,11 @@ def _usual_records(
 def _usual_blocks(
     heads: NDArray[Any], entries: NDArray[Any], header: StreamHeader, limits: Limits
 ) -> NDArray[np.bool_]:
-    """Which blocks have no positions and no bitmap of their own, and can be."""
+    """Which blocks are those that the index lists, and as :func:`usual_fields` says."""
     h, e = heads, entries
-    allowed = 1 if Feature.LAYER_ERRORS in header.features else 0
-    tokens, verbatim = h["tokens"].astype(np.int64), h["verbatim"].astype(np.int64)
-    exact = verbatim == tokens
-    layers = np.array([len(s.layers) for s in header.geometry.sections])[e["section"]]
-    per_token = np.array([header.verbatim_size(i, 1) for i in range(len(header.geometry.sections))])
-    values = verbatim * per_token[e["section"]]
-    sizes = [h[name] for name in ("coded_size", "coded_length", "verbatim_length")]
-    usual: NDArray[np.bool_] = (h["start"] < _HUGE) & np.logical_and.reduce(
-        [x < _HUGE for x in sizes]
-    )
-    coded_size, coded, exact_bytes = (x.astype(np.int64) for x in sizes)
-    last = h["first"] + (tokens - 1)  # overflow shows as negative
-    usual &= (tokens > 0) & (tokens <= limits.max_block_tokens)
-    usual &= (coded_size <= limits.max_block_bytes) & (values <= limits.max_block_bytes)
-    usual &= exact | (verbatim == 0)
-    usual &= (h["role"] <= max(Role)) & ((h["role"] == Role.DATA) | exact)
-    usual &= (h["role"] != Role.DATA) | (tokens <= header.block_tokens)
-    usual &= (h["listed"] == 0) & (h["reserved_too"] == 0) & (h["cut"] == 0)
-    usual &= (h["contents"] <= allowed) & ((h["contents"] == 0) | ~exact)
-    usual &= (h["first"] >= 0) & (last >= 0) & _errors_can_be(h)
-    usual &= ~exact | (coded_size == 0)
-    symbols = (h["coder"] == Coder.RANS) & (coded_size > 0)
-    usual &= symbols | _bytes_can_be(h["coder"], coded, coded_size)
-    tiles = Feature.PLANES in header.features and header.dtype is DType.BFLOAT16
-    usual &= _bytes_can_be(h["verbatim_coder"], exact_bytes, values) | (
-        (h["verbatim_coder"] == Coder.PLANES) & (exact_bytes < values) & tiles
-    )
-    fields = _HEAD.itemsize - RECORD_HEADER_SIZE
-    size = fields + 4 * layers * h["contents"] + coded + exact_bytes
-    usual &= size == h["size"].astype(np.int64)
+    features = np.full(len(h), int(header.features), np.uint32)
+    usual = usual_fields(h, e["section"], features, header, limits)
+    last = h["first"] + (h["tokens"].astype(np.int64) - 1)
     for mine, listed in (
         (h["role"], "role"),
         (h["measure"], "measure"),
@@ -526,12 +526,60 @@ def _usual_blocks(
     return usual
 
 
+def usual_fields(
+    h: NDArray[Any],
+    section: NDArray[np.uint16],
+    features: NDArray[np.uint32],
+    header: StreamHeader,
+    limits: Limits,
+) -> NDArray[np.bool_]:
+    """Which blocks have no positions and no bitmap of their own, and can be.
+
+    Parameters
+    ----------
+    h
+        [blocks] with the fields of :func:`block_fields`, and ``size``, the bytes of the payload.
+    section, features
+        [blocks]: their sections, and the required features of what holds them.
+    """
+    allowed = features & _LAYER_ERRORS
+    tokens, verbatim = h["tokens"].astype(np.int64), h["verbatim"].astype(np.int64)
+    exact = verbatim == tokens
+    layers = np.array([len(s.layers) for s in header.geometry.sections])[section]
+    per_token = np.array([header.verbatim_size(i, 1) for i in range(len(header.geometry.sections))])
+    values = verbatim * per_token[section]
+    sizes = [h[name] for name in ("coded_size", "coded_length", "verbatim_length")]
+    usual: NDArray[np.bool_] = (h["start"] < _HUGE) & np.logical_and.reduce(
+        [x < _HUGE for x in sizes]
+    )
+    coded_size, coded, exact_bytes = (x.astype(np.int64) for x in sizes)
+    last = h["first"] + (tokens - 1)  # overflow shows as negative
+    usual &= (tokens > 0) & (tokens <= limits.max_block_tokens)
+    usual &= (coded_size <= limits.max_block_bytes) & (values <= limits.max_block_bytes)
+    usual &= exact | (verbatim == 0)
+    usual &= (h["role"] <= _ROLES) & ((h["role"] == _DATA) | exact)
+    usual &= (h["role"] != _DATA) | (tokens <= header.block_tokens)
+    usual &= (h["listed"] == 0) & (h["reserved_too"] == 0) & (h["cut"] == 0)
+    usual &= (h["contents"] <= allowed) & ((h["contents"] == 0) | ~exact)
+    usual &= (h["first"] >= 0) & (last >= 0) & _errors_can_be(h)
+    usual &= ~exact | (coded_size == 0)
+    symbols = (h["coder"] == _RANS) & (coded_size > 0)
+    usual &= symbols | _bytes_can_be(h["coder"], coded, coded_size)
+    tiles = (features & _PLANES_FEATURE != 0) & (header.dtype is DType.BFLOAT16)
+    usual &= _bytes_can_be(h["verbatim_coder"], exact_bytes, values) | (
+        (h["verbatim_coder"] == _PLANES) & (exact_bytes < values) & tiles
+    )
+    size = BLOCK_SIZE + 4 * layers * h["contents"] + coded + exact_bytes
+    usual &= size == h["size"].astype(np.int64)
+    return usual
+
+
 def _bytes_can_be(
     coder: NDArray[np.uint8], coded: NDArray[np.int64], size: NDArray[np.int64]
 ) -> NDArray[np.bool_]:
     """See :func:`kvtc_stream.formats.coders.check_coded`."""
-    shorter = np.isin(coder, (Coder.DEFLATE, Coder.ZSTD, Coder.LZ4)) & (coded < size)
-    found: NDArray[np.bool_] = shorter | (coder == Coder.STORED) & (coded == size)
+    found: NDArray[np.bool_] = (coder >= _DEFLATE) & (coder <= _LZ4) & (coded < size)
+    found |= (coder == _STORED) & (coded == size)
     return found
 
 
@@ -548,6 +596,12 @@ def _usual_layers(
     if len(own):
         layers = len(header.geometry.sections[int(heads["section"][own[0]])].layers)
         at = begins[own, None] + (_HEAD.itemsize + np.arange(4 * layers))
-        codes = data[at].reshape(-1, 2, 2, layers)  # of K and of V, mean and worst
-        found[own] = (codes[:, :, 0] <= codes[:, :, 1]).all(axis=(1, 2))
+        found[own] = layers_can_be(data[at])
+    return found
+
+
+def layers_can_be(codes: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    """Which errors by layer, [blocks, 4 · layers], can be."""
+    own = codes.reshape(len(codes), 2, 2, -1)  # of K and of V, mean and worst
+    found: NDArray[np.bool_] = np.all(own[:, :, 0] <= own[:, :, 1], axis=(1, 2))
     return found

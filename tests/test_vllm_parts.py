@@ -530,11 +530,10 @@ def test_of_pages_decoded_together_those_before_a_bad_one_are_good(
         own.store.put(KEYS[i].name, page)
     decoding = kvtc.PageCodec.decoding
 
-    def failing(self: kvtc.PageCodec, blocks: Any, *given: Any) -> Any:
-        for block in blocks:
-            if block.positions[0] == 4 * PAGE:
-                raise fault("page 4")
-        yield from decoding(self, blocks, *given)
+    def failing(self: kvtc.PageCodec, table: Any, *given: Any) -> Any:
+        if 4 * PAGE in table.rows["first"]:
+            raise fault("page 4")
+        yield from decoding(self, table, *given)
 
     monkeypatch.setattr(kvtc.PageCodec, "decoding", failing)
     own.transfer.load(jobs("a", *([2 * i, 2 * i + 1] for i in range(6))))

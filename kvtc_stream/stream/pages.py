@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hmac
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, TypedDict
 
@@ -13,9 +14,19 @@ from numpy.typing import NDArray
 
 from kvtc_stream.backends.base import SectionCoder
 from kvtc_stream.backends.select import get_backend
-from kvtc_stream.errors import UnsupportedError
+from kvtc_stream.coding.page_sums import PageBytes, page_sums
+from kvtc_stream.errors import KVTCError, UnsupportedError
 from kvtc_stream.formats import Block, BlockTable, DType, Limits, Role, Rope, StreamHeader
-from kvtc_stream.formats.page import PAGE_OVERHEAD, SEAL_SIZE, pack_page, unpack_page
+from kvtc_stream.formats.page import (
+    PAGE_OVERHEAD,
+    SEAL_SIZE,
+    outline,
+    own_bytes,
+    pack_page,
+    seal_prefix,
+    unpack_page,
+)
+from kvtc_stream.formats.page_table import read_pages
 from kvtc_stream.io.dlpack import KVArray, as_kv_array, check_positions
 from kvtc_stream.io.steps import run
 from kvtc_stream.planning.rate_control import (
@@ -34,6 +45,25 @@ from kvtc_stream.stream.pending import verbatim_block
 _ATTEMPTS = 25
 #: Maximum bytes of a block's record without positions, payload and verbatim values.
 _BLOCK_BYTES = 80
+
+
+@dataclass(frozen=True, eq=False)
+class PageChecks:
+    """Pages of which checksums and seals were computed: what :meth:`PageCodec.sums` gives.
+
+    Attributes
+    ----------
+    pages
+        Their bytes, which do not change.
+    identities
+        What each is sealed as.
+    proven
+        Of which of them both are right.
+    """
+
+    pages: Sequence[bytes]
+    identities: Sequence[bytes | None]
+    proven: Sequence[bool]
 
 
 class _Seal(TypedDict):
@@ -273,15 +303,77 @@ class PageCodec:
         """
         return self._unpack(page, identity)
 
+    def checked_many(
+        self,
+        pages: Sequence[bytes | bytearray | memoryview],
+        *,
+        identities: Sequence[bytes] | None = None,
+    ) -> tuple[BlockTable, KVTCError | None]:
+        """:meth:`checked` of many pages, for :meth:`decode_into`: the blocks up to the first page
+        that is not whole or another, and what is wrong with that one, ``None`` if all are good.
+
+        Python's lock is held for some microseconds a page, not for each step of each.
+        """
+        return self.table([self.sums(pages, identities=identities)])
+
+    def sums(
+        self,
+        pages: Sequence[bytes | bytearray | memoryview],
+        *,
+        identities: Sequence[bytes] | None = None,
+    ) -> PageChecks:
+        """The first half of :meth:`checked_many`, and nearly all of its time: checksums and seals,
+        during which Python's lock is not held. Threads take no turns here: give each some pages."""
+        names = [None] * len(pages) if identities is None else list(identities)
+        seals = [self._seal(name) for name in names]
+        own = [own_bytes(page) for page in pages]
+        if len(names) != len(own):
+            raise ValueError(f"{len(own)} pages need as many identities, found {len(names)}")
+        found = [outline(page, sealed=self._key is not None) for page in own]
+        there = [i for i, x in enumerate(found) if x is not None]
+        outlines = [x for x in found if x is not None]
+        checksums, computed = page_sums(
+            [
+                PageBytes(
+                    own[i], x.begin, x.size, x.seed, x.sealed, seal_prefix(seals[i]["identity"])
+                )
+                for i, x in zip(there, outlines, strict=True)
+            ],
+            self._key,
+        )
+        proven = [False] * len(own)
+        for i, x, checksum, seal in zip(there, outlines, checksums.tolist(), computed, strict=True):
+            # Without a key there is no seal to compare.
+            right = self._key is None or hmac.compare_digest(seal.tobytes(), x.seal)
+            proven[i] = right and checksum == x.checksum
+        return PageChecks(own, names, proven)
+
+    def table(self, checks: Sequence[PageChecks]) -> tuple[BlockTable, KVTCError | None]:
+        """The second half of :meth:`checked_many`, of pages that :meth:`sums` was given in parts:
+        all else that a page can have wrong. Threads take no turns here."""
+        pages = [page for own in checks for page in own.pages]
+        names = [name for own in checks for name in own.identities]
+        proven = [right for own in checks for right in own.proven]
+
+        def parse(row: int) -> Block:
+            return self._unpack(pages[row], names[row], proven=proven[row])
+
+        limits = self._limits or Limits()
+        return read_pages(pages, proven, self._section, self._header, limits, parse)
+
     def decode_into(
-        self, blocks: Sequence[Block], slots: Sequence[NDArray[np.int64]], k: Any, v: Any
+        self,
+        blocks: Sequence[Block] | BlockTable,
+        slots: Sequence[NDArray[np.int64]],
+        k: Any,
+        v: Any,
     ) -> None:
         """Decode many pages at once, on a CUDA device in the same launches.
 
         Parameters
         ----------
         blocks
-            Of pages, as :meth:`checked` gives them.
+            Of pages, as :meth:`checked` or :meth:`checked_many` gives them.
         slots
             int64 [tokens] of each page: where its tokens go; -1 is nowhere.
         k, v
@@ -293,20 +385,21 @@ class PageCodec:
         FormatError
             A page's payload cannot be what an encoder wrote; what is in the slots is undefined.
         """
+        table = blocks if isinstance(blocks, BlockTable) else BlockTable.of(blocks)
         with self._lock:
-            for _ in self.decoding(blocks, slots, k, v):
+            for _ in self.decoding(table, np.concatenate(list(slots)), k, v):
                 pass
 
     def decoding(
-        self, blocks: Sequence[Block], slots: Sequence[NDArray[np.int64]], k: Any, v: Any
+        self, table: BlockTable, slots: NDArray[np.int64], k: Any, v: Any
     ) -> Iterator[None]:
-        """:meth:`decode_into` in steps, for :meth:`kvtc_stream.backends.base.Backend.interleave`.
+        """:meth:`decode_into` in steps, for :meth:`kvtc_stream.backends.base.Backend.interleave`;
+        ``slots`` are those of all pages.
 
         Until it is done nobody else may decode: threads take no turns here.
         """
         layers = range(len(self._header.geometry.sections[self._section].layers))
-        table = BlockTable.of(blocks)
-        yield from self._coder.decoding(table, np.concatenate(list(slots)), layers, k, v)
+        yield from self._coder.decoding(table, slots, layers, k, v)
 
     def layers(
         self, page: bytes | bytearray | memoryview, *, identity: bytes | None = None
@@ -333,8 +426,14 @@ class PageCodec:
             raise ValueError("identity is sealed with a key: make the PageCodec with key=")
         return {"key": self._key, "identity": identity or b""}
 
-    def _unpack(self, page: bytes | bytearray | memoryview, identity: bytes | None) -> Block:
-        block = unpack_page(page, self._header, self._limits, **self._seal(identity))
+    def _unpack(
+        self,
+        page: bytes | bytearray | memoryview,
+        identity: bytes | None,
+        *,
+        proven: bool = False,
+    ) -> Block:
+        block = unpack_page(page, self._header, self._limits, **self._seal(identity), proven=proven)
         if block.section != self._section:
             raise UnsupportedError(
                 f"the page is of section {block.section}, expected {self._section}: decode it with "

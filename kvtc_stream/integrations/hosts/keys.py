@@ -96,12 +96,15 @@ class Chain:
         are, such as images: they are part of the pages that they touch.
         """
         size, count = self._page_tokens, len(tokens) if count is None else count
-        while (start := len(self.keys) * size) + size <= count:
+        first, last = len(self.keys) * size, count // size * size
+        # All of them at once: the engine waits for the names of long prompts.
+        data = memoryview(array("q", tokens[first:last] if first < last else ()).tobytes())
+        for start in range(first, last, size):
             end = start + size
             own = [[a - start, b - start, what] for a, b, what in extras if a < end and b > start]
             digest = hashlib.sha256(self._last)
-            digest.update(array("q", tokens[start:end]).tobytes())
-            digest.update(json.dumps(own, separators=(",", ":")).encode())
+            digest.update(data[8 * (start - first) : 8 * (end - first)])
+            digest.update(json.dumps(own, separators=(",", ":")).encode() if own else b"[]")
             self._last = digest.digest()
             self.keys.append(PageKey(self._namespace._name(self._last.hex()), start))
         return self.keys

@@ -21,7 +21,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 
 from kvtc_stream.calibration.model import Calibration
 from kvtc_stream.errors import UnsupportedError
-from kvtc_stream.formats import Block, Geometry, ModelIdentity
+from kvtc_stream.formats import BlockTable, Geometry, ModelIdentity
 from kvtc_stream.integrations.hosts.keys import Namespace
 from kvtc_stream.integrations.hosts.layouts import Layout
 from kvtc_stream.integrations.hosts.store import MemoryStore, Store, open_store
@@ -230,12 +230,17 @@ class KvtcConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         plain = replace(codec.codec, error_bound=None, measure=False)
         loose, identity = PageCodec(plain, dtype=self._dtype), b"warm-up"
 
-        def code() -> list[Block]:
+        def code() -> list[BlockTable]:
             noise = codec.encode(k, v, positions=0, identity=identity)
-            return [
-                codec.checked(noise, identity=identity),
-                loose.checked(loose.encode(k, v, positions=0)),
+            coded = loose.encode(k, v, positions=0)
+            found = [
+                codec.checked_many([noise], identities=[identity]),
+                loose.checked_many([coded]),
             ]
+            for _, error in found:
+                if error is not None:
+                    raise error
+            return [table for table, _ in found]
 
         transfer.warm_up(code)
         if free:

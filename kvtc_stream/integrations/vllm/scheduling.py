@@ -21,7 +21,7 @@ _log = logging.getLogger(__name__)
 #: Seconds that a scheduler's call waits for an answer that is about to come.
 _PATIENCE = 0.001
 #: Pages that are named before other threads have a turn.
-_TURN = 16
+_TURN = 64
 
 
 @dataclass

@@ -26,17 +26,20 @@ from torch import Tensor
 
 from kvtc_stream.backends.select import get_backend
 from kvtc_stream.errors import KVTCError, UnsupportedError
-from kvtc_stream.formats import Block
+from kvtc_stream.formats import BlockTable
 from kvtc_stream.integrations.hosts.layouts import VLLM_LAYOUTS, Layout
 from kvtc_stream.integrations.hosts.store import Store
 from kvtc_stream.integrations.vllm.scheduling import PageJob
-from kvtc_stream.stream.pages import PageCodec
+from kvtc_stream.stream.pages import PageChecks, PageCodec
 
 _log = logging.getLogger(__name__)
 
-#: Pages that are fetched from a store, and checked, beside one another: at least, and at most if
-#: there are so many cores.
+#: Threads that fetch pages from a store and check them: at least, and at most if there are so many
+#: cores.
 _FETCHES = 4, 16
+#: Shares, at least, of what is decoded at once: a thread takes one. Each hand-over, and each step
+#: in Python, waits for the interpreter that the engine has; but decoding waits for the last share.
+_SHARES = 8
 #: Pages that are decoded at once on a CUDA device: enough to keep it busy, few enough that the
 #: first are decoded while the next are checked.
 _TOGETHER = 32
@@ -373,11 +376,12 @@ class _Load:
 @dataclass
 class _Group:
     """Pages of a load that are decoded at once; ``done`` of them, the first ones, are in their
-    blocks."""
+    blocks. ``table`` and ``sizes`` are of those that are whole, up to the first that is not."""
 
     jobs: Sequence[PageJob]
-    opened: Sequence[Future[tuple[Block, int] | None]] = ()
-    found: list[tuple[Block, int]] = field(default_factory=list)
+    fetched: Sequence[tuple[int, Future[PageChecks]]] = ()
+    table: BlockTable | None = None
+    sizes: Sequence[int] = ()
     done: int = 0
     thread: Future[None] | None = None
 
@@ -424,8 +428,8 @@ class PageTransfer:
         self._counter, self._timeout, self._most = counter, timeout, queue_pages
         self._cpus = _allowed_cpus(blocks.device)
         self._loader = ThreadPoolExecutor(2, "kvtc-load", initializer=self._spread)
-        fetches = min(max(_FETCHES[0], os.cpu_count() or 1), _FETCHES[1])
-        self._fetcher = ThreadPoolExecutor(fetches, "kvtc-fetch", initializer=self._spread)
+        self._fetches = min(max(_FETCHES[0], os.cpu_count() or 1), _FETCHES[1])
+        self._fetcher = ThreadPoolExecutor(self._fetches, "kvtc-fetch", initializer=self._spread)
         self._backend = get_backend("cuda" if blocks.device.type == "cuda" else "cpu")
         self._count = len(codecs)
         threads = 1 if blocks.device.type == "cuda" else max(1, len(codecs))
@@ -448,22 +452,21 @@ class PageTransfer:
 
     # Called by the engine.
 
-    def warm_up(self, code: Callable[[], Sequence[Block]]) -> None:
-        """Before the first request: ``code`` pages as those are that are stored, and decode them
-        to nowhere as those are that are loaded, as many at once; so that kernels are compiled, and
-        the threads' and streams' memory is there."""
+    def warm_up(self, code: Callable[[], Sequence[BlockTable]]) -> None:
+        """Before the first request: ``code`` pages as those are that are stored, a table of each,
+        and decode them to nowhere as those are that are loaded, as many at once; so that kernels
+        are compiled, and the threads' and streams' memory is there."""
         with _on(self._streams[1], self._event()):
             pages = code()
-        together = self._blocks.together
-        nowhere = [np.full(pages[0].tokens, -1)] * together
-        last = [pages[-1]] * together
-        own = [[*pages, *last][:together], last]
+        together, last = self._blocks.together, pages[-1]
+        own = [BlockTable.concat([*pages, *[last] * together][:together]), last]
 
         def decode(event: Any) -> None:
             codecs = [self._codecs.get() for _ in range(self._count)]
             try:
                 with _on(self._streams[0], event):
                     for some in own:
+                        nowhere = np.full(int(some.rows["tokens"].sum()), -1)
                         target = self._blocks.target
                         tasks = [codec.decoding(some, nowhere, *target) for codec in codecs]
                         self._backend.interleave(tasks)
@@ -593,12 +596,7 @@ class PageTransfer:
     def _load(self, load: _Load) -> None:
         started, done = time.perf_counter(), 0
         try:
-            opened = [self._fetcher.submit(self._open, load, job) for job in load.jobs]
-            size = self._blocks.together
-            groups = [
-                _Group(load.jobs[i : i + size], opened[i : i + size])
-                for i in range(0, len(opened), size)
-            ]
+            groups = self._fetching(load)
             # One thread takes those of a device in turn: several would wait for one another's
             # interpreter.
             on_device = self._blocks.device.type == "cuda"
@@ -628,22 +626,38 @@ class PageTransfer:
             with self._changed:
                 self._changed.notify_all()
 
-    def _open(self, load: _Load, job: PageJob) -> tuple[Block, int] | None:
-        """A page's block and bytes, if it is there and whole."""
+    def _fetching(self, load: _Load) -> list[_Group]:
+        """Begin to fetch the pages of a load, some on each thread."""
+        size, threads = self._blocks.together, self._fetches
+        most = min(-(-len(load.jobs) // threads), max(1, size // _SHARES))
+        groups = []
+        for i in range(0, len(load.jobs), size):
+            jobs = load.jobs[i : i + size]
+            shares = [jobs[j : j + most] for j in range(0, len(jobs), most)]
+            fetched = [(len(own), self._fetcher.submit(self._fetch, load, own)) for own in shares]
+            groups.append(_Group(jobs, fetched))
+        return groups
+
+    def _fetch(self, load: _Load, jobs: Sequence[PageJob]) -> PageChecks:
+        """Pages up to the first that is not there, with their sums."""
         assert self._store is not None
         assert self._checker is not None
-        if load.done or job.key.position > load.useful:
-            return None
-        page = self._store.get(job.key.name)
-        if page is None:
-            self._counter.add(missing_pages=1)
-            load.stop(job)
-            return None
-        try:
-            return self._checker.checked(page, identity=job.key.identity), len(page)
-        except KVTCError as error:
-            self._spoilt(load, job, error)
-            return None
+        pages: list[bytes] = []
+        for job in jobs:
+            if load.done or job.key.position > load.useful:
+                break
+            page = self._store.get(job.key.name)
+            if page is None:
+                self._counter.add(missing_pages=1)
+                load.stop(job)
+                break
+            pages.append(page)
+        names = [job.key.identity for job in jobs[: len(pages)]]
+        found = self._checker.sums(pages, identities=names)
+        for job, proven in zip(jobs, found.proven, strict=False):
+            if not proven:  # what is wrong with it is told in its turn
+                load.stop(job)
+        return found
 
     def _spoilt(self, load: _Load, job: PageJob, error: KVTCError) -> None:
         assert self._store is not None
@@ -657,8 +671,10 @@ class PageTransfer:
         self._run(load, [self._loading(load, group) for group in groups])
         for group in groups:
             # If one of its pages is none: those before it are good.
-            for i in range(group.done, len(group.found)):
-                one = _Group(group.jobs[i : i + 1], found=group.found[i : i + 1])
+            for i in range(group.done, len(group.sizes)):
+                assert group.table is not None
+                one = _Group(group.jobs[i : i + 1])
+                one.table, one.sizes = group.table.taken(np.array([i])), group.sizes[i : i + 1]
                 self._run(load, [self._decoding(load, one)])
                 if not one.done:
                     break
@@ -675,30 +691,39 @@ class PageTransfer:
 
     def _loading(self, load: _Load, group: _Group) -> Generator[None]:
         """A task: pages of a group, when they are there and whole."""
-        for future in group.opened:
-            page = future.result()
-            if page is None:
+        assert self._checker is not None
+        checks = []
+        for count, future in group.fetched:
+            found = future.result()
+            checks.append(found)
+            if len(found.pages) < count:
                 break
-            group.found.append(page)
-        if group.found:
+        group.sizes = [len(page) for own in checks for page in own.pages]
+        if not group.sizes:
+            return
+        group.table, error = self._checker.table(checks)
+        group.sizes = group.sizes[: len(group.table)]
+        if error is not None:
+            self._spoilt(load, group.jobs[len(group.table)], error)
+        if group.sizes:
             yield from self._decoding(load, group)
 
     def _decoding(self, load: _Load, group: _Group) -> Generator[None]:
         """A task: pages that are whole into their blocks; a page that cannot be decoded leaves the
         others of its group for another try."""
-        jobs = group.jobs[: len(group.found)]
+        assert group.table is not None
+        jobs = group.jobs[: len(group.sizes)]
         if not load.begin(jobs[0].key.position):
-            group.found = []
+            group.sizes = ()
             return
         codec = self._codecs.get()
         try:
-            pages = [page for page, _ in group.found]
-            slots = [self._slots(job, page) for job, page in zip(jobs, pages, strict=True)]
-            yield from codec.decoding(pages, slots, *self._blocks.target)
+            slots = self._slots(jobs, group.table)
+            yield from codec.decoding(group.table, slots, *self._blocks.target)
         except KVTCError as error:
             if len(jobs) == 1:
                 self._spoilt(load, jobs[0], error)
-                group.found = []
+                group.sizes = ()
             return
         finally:
             self._codecs.put(codec)
@@ -707,16 +732,26 @@ class PageTransfer:
         tokens = sum(len(job.blocks) for job in jobs) * self._blocks.tokens
         self._counter.add(
             loaded_pages=len(jobs),
-            loaded_bytes=sum(size for _, size in group.found),
+            loaded_bytes=sum(group.sizes),
             loaded_cache_bytes=tokens * self._blocks.token_bytes,
         )
 
-    def _slots(self, job: PageJob, page: Block) -> NDArray[np.int64]:
-        """Where the tokens of a page go: not all of them, if the engine has the first already."""
-        slots = np.full(page.tokens, -1, np.int64)
-        own = self._blocks.slots(job.blocks)
-        first = job.first * self._blocks.tokens
-        slots[first : first + len(own)] = own
+    def _slots(self, jobs: Sequence[PageJob], table: BlockTable) -> NDArray[np.int64]:
+        """Where the tokens of pages go: not all of them, if the engine has the first already."""
+        own = self._blocks.slots([block for job in jobs for block in job.blocks])
+        size, tokens = self._blocks.tokens, table.rows["tokens"]
+        if all(not job.first for job in jobs) and len(own) == tokens.sum():
+            counts = np.array([len(job.blocks) for job in jobs], np.int64)
+            if (counts * size == tokens).all():
+                return own
+        slots = np.full(int(tokens.sum()), -1, np.int64)
+        page = done = 0
+        for job, count in zip(jobs, tokens.tolist(), strict=True):
+            first, many = job.first * size, len(job.blocks) * size
+            if first + many > count:
+                raise ValueError(f"{first + many} tokens of a page that has {count}")
+            slots[page + first : page + first + many] = own[done : done + many]
+            page, done = page + count, done + many
         return slots
 
     def _save(self) -> None:
