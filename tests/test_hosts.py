@@ -27,6 +27,7 @@ from kvtc_stream.integrations.hosts.layouts import (
     Layout,
     kv_views,
 )
+from kvtc_stream.integrations.hosts.pages import HostPages
 from kvtc_stream.integrations.hosts.positions import PositionFinder
 from kvtc_stream.integrations.hosts.store import (
     FileStore,
@@ -35,6 +36,7 @@ from kvtc_stream.integrations.hosts.store import (
     Store,
     open_store,
 )
+from kvtc_stream.integrations.vllm.settings import TierSettings
 
 ALL = (*VLLM_LAYOUTS, *LMCACHE_LAYOUTS, *SGLANG_LAYOUTS)
 SIZES = {"B": 5, "L": 3, "H": 2, "N": 7, "D": 4}
@@ -332,3 +334,51 @@ def test_without_rope_no_position_is_found() -> None:
     calibrator.update(*kvtc.testing.drawn_cache(geometry, 512))
     with pytest.raises(kvtc.UnsupportedError, match="positions are found by RoPE"):
         PositionFinder(calibrator.finish(), 16, 4096)
+
+
+TOKENS = 8
+
+
+def test_only_the_first_page_of_a_prompt_is_bounded(tmp_path: Path) -> None:
+    """And pages that are bound so are others than those that are bound otherwise."""
+    calibration = kvtc.testing.tiny_calibration()
+    path = tmp_path / "calibration.safetensors"
+    calibration.save(path)
+    k, v = (
+        torch.from_numpy(np.asarray(x))
+        for x in kvtc.testing.drawn_cache(calibration.geometry, 2 * TOKENS)
+    )
+    given = {"calibration": str(path), "store": "memory://bounded", "error_bound": 1e-6}
+    every, first = (
+        HostPages(
+            TierSettings.read(given | own),
+            calibration,
+            dtype="float32",
+            tokens=TOKENS,
+            most=4 * TOKENS,
+            facts={},
+        )
+        for own in ({}, {"bounded": "first"})
+    )
+    assert every.namespace.digest != first.namespace.digest
+    exact = [
+        [
+            _kept(pages, k[:, :, own : own + TOKENS], v[:, :, own : own + TOKENS], own)
+            for own in (0, TOKENS)
+        ]
+        for pages in (every, first)
+    ]
+    assert exact == [[True, True], [True, False]]
+    part = k[:, :, :TOKENS], v[:, :, :TOKENS]
+    page = first.encode("name", *part, 0)
+    with pytest.raises(kvtc.AuthenticationError):
+        every.decode("name", page, *part)
+    with pytest.raises(ValueError, match="'all' or 'first', found 'last'"):
+        TierSettings.read(given | {"bounded": "last"})
+
+
+def _kept(pages: HostPages, k: Any, v: Any, position: int) -> bool:
+    """Whether a page comes back bit for bit."""
+    out = torch.empty_like(k), torch.empty_like(v)
+    pages.decode("name", pages.encode("name", k, v, position), *out, position)
+    return torch.equal(out[0], k) and torch.equal(out[1], v)

@@ -29,7 +29,12 @@ from kvtc_stream.integrations.hosts.layouts import VLLM_LAYOUTS
 from kvtc_stream.integrations.hosts.store import FileStore, MemoryStore, Store
 from kvtc_stream.integrations.vllm.settings import TierSettings
 from kvtc_stream.integrations.vllm.tier_link import Finished, TierLink
-from kvtc_stream.integrations.vllm.tier_worker import Rows, TierWorker, WorkerConfig
+from kvtc_stream.integrations.vllm.tier_worker import (
+    Rows,
+    TierWorker,
+    WorkerConfig,
+    worker_of,
+)
 
 BLOCK, BLOCKS, COUNT = 4, 2, 24
 PAGE = BLOCK * BLOCKS
@@ -581,6 +586,39 @@ def test_calls_take_notes_only(calibration_file: Path, tmp_path: Path) -> None:
     own.link.close()
 
 
+def test_only_the_first_page_is_bounded(calibration_file: Path, tmp_path: Path) -> None:
+    """By a worker as it is made from settings."""
+    options = {"calibration": str(calibration_file), "store": str(tmp_path), "ratio": 2}
+    options |= {"error_bound": 1e-6, "bounded": "first"}
+    settings, rows = TierSettings.read(options), rows_of()
+    assert settings.page_options() != TierSettings.read(options | {"bounded": "all"}).page_options()
+    digest = kvtc.Calibration.load(calibration_file).digest
+    config = WorkerConfig(settings, digest, rows, NAMESPACE, threads=2)
+    file = os.memfd_create("rows")
+    os.ftruncate(file, COUNT * rows.row_bytes)
+    memory = np.frombuffer(mmap.mmap(file, 0), np.uint8).reshape(COUNT, -1)
+    for i in range(3):
+        rows.write(memory, i, *drawn(i))
+    pipe, other = Pipe()
+    worker = worker_of(config, other, file)
+    os.close(file)
+    thread = threading.Thread(target=lambda: worker.serve() and worker.close())
+    thread.start()
+    pipe.send(("store", 1, pages(0, 1, 2)))
+    pipe.send(("close",))
+    thread.join(60)
+    assert not thread.is_alive()
+    codec = kvtc.Codec(kvtc.testing.tiny_calibration(), ratio=2, block_tokens=PAGE, backend="cpu")
+    reader = kvtc.PageCodec(codec, dtype="bfloat16", key=digest)
+    found = []
+    for i in range(3):
+        data = FileStore(tmp_path).get(name(i))
+        assert data is not None
+        own = NAMESPACE.page(key(i), i * PAGE)
+        found.append(len(reader.checked(data, identity=own.identity).verbatim_tokens))
+    assert found == [PAGE, 0, 0]
+
+
 def test_settings() -> None:
     found = TierSettings.read({"calibration": "c", "store": "s", "ratio": 8, "threads": 2})
     assert found.codec_options() == {"preset": "default", "ratio": 8, "error_bound": 0.5}
@@ -589,6 +627,7 @@ def test_settings() -> None:
         ({}, "the secondary tier lacks 'calibration'; give it calibration and store$"),
         ({"calibration": "c", "store": "s", "page_tokens": 8}, "KvtcTier knows calibration"),
         ({"calibrate": "c"}, "the secondary tier has 'calibrate'"),
+        ({"calibration": "c", "store": "s", "bounded": "last"}, "'all' or 'first', found 'last'"),
         ({"calibration": "c", "store": "s", "threads": "2"}, "tier: threads is '2', expected int"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -111,12 +111,18 @@ class HostPages:
         key = settings.key(calibration.digest)
         # Two, so that no load waits for a page that is being stored.
         self._encoder, self._decoder = (PageCodec(codec, dtype=dtype, key=key) for _ in range(2))
+        #: Codes pages that are not a prompt's first.
+        self._others = self._encoder
+        if settings.bounded == "first":
+            self._others = PageCodec(replace(codec, error_bound=None), dtype=dtype, key=key)
+        #: Pages that are bound otherwise are others, also where the host alone names them.
+        self._kind = "" if settings.bounded == "all" else f" bounded: {settings.bounded}"
         self.namespace = Namespace(
             {
                 **facts,
                 "format": "1.1",
                 "calibration": calibration.digest.hex(),
-                "codec": settings.codec_options(),
+                "codec": settings.page_options(),
                 "dtype": dtype,
                 "page_tokens": tokens,
             }
@@ -142,13 +148,14 @@ class HostPages:
             Of its first token, if the host tells; otherwise it is looked for, and a page that does
             not tell it surely is kept bit for bit: what restores its keys needs no position.
         """
-        identity = name.encode()
+        identity = self._identity(name)
         position = self._position(k) if position is None else position
         if position is None:
             page = self._encoder.encode_raw(k, v, positions=0, identity=identity)
             _log.info("page %s does not tell its position: it is kept bit for bit", name)
         else:
-            page = self._encoder.encode(k, v, positions=position, identity=identity)
+            encoder = self._others if position else self._encoder
+            page = encoder.encode(k, v, positions=position, identity=identity)
         whole = position is None
         size = k.nbytes + v.nbytes
         self._count(coded=not whole, lossless=whole, cache_bytes=size, page_bytes=len(page))
@@ -165,7 +172,7 @@ class HostPages:
         from torch.utils.dlpack import from_dlpack
 
         try:
-            block = self._decoder.block(page, identity=name.encode())
+            block = self._decoder.block(page, identity=self._identity(name))
             own = int(block.positions[0])
             if position not in (None, own):
                 raise FormatError(f"page {name} is at position {own}, expected {position}")
@@ -179,6 +186,9 @@ class HostPages:
         k.copy_(from_dlpack(block.k))
         v.copy_(from_dlpack(block.v))
         self._count(decoded=1)
+
+    def _identity(self, name: str) -> bytes:
+        return (name + self._kind).encode()
 
     def _position(self, k: Any) -> int | None:
         if not isinstance(self._finder, PositionFinder):

@@ -17,10 +17,6 @@ class Settings(PageSettings):
 
     Attributes
     ----------
-    bounded
-        Whose tokens ``error_bound`` holds for: ``"all"``, or ``"first"`` for those of the first
-        page of a prompt, which are the most unlike the calibration's. At 16 times pages are then a
-        fifth smaller at nearly the same divergence.
     page_tokens
         Tokens of a page: a multiple of vLLM's block size; 128 or, if they are larger, a block.
     timeout
@@ -39,7 +35,6 @@ class Settings(PageSettings):
     reader: ClassVar[str] = "KvtcConnector"
     place: ClassVar[str] = "kv_connector_extra_config"
 
-    bounded: str = "all"
     page_tokens: int | None = None
     timeout: float = 10.0
     queue_pages: int = 4096
@@ -47,17 +42,9 @@ class Settings(PageSettings):
     calibrate_tokens: int = 160_000
     calibrate_options: Mapping[str, Any] | None = None
 
-    def check(self) -> None:
-        """Raise ``ValueError`` if something is missing."""
-        if self.bounded not in ("all", "first"):
-            raise ValueError(f"bounded must be 'all' or 'first', found {self.bounded!r}")
-        if self.calibrate is None:
-            super().check()
-
-    def page_options(self) -> dict[str, Any]:
-        """What pages depend on: the codec's options, and whose tokens are bounded."""
-        own = {} if self.bounded == "all" else {"bounded": self.bounded}
-        return self.codec_options() | own
+    def required(self) -> tuple[str, ...]:
+        """Who learns a calibration has none, and stores nothing."""
+        return self.needed if self.calibrate is None else ()
 
     def instead(self) -> str:
         """See :meth:`kvtc_stream.integrations.hosts.settings.PageSettings.instead`."""

@@ -109,7 +109,7 @@ class KvtcTier(SecondaryTierManager):  # type: ignore[misc]
             rows.dtype,
             rows.tokens,
             codec,
-            own.codec_options(),
+            own.page_options(),
         )
         cores = os.cpu_count() or 1
         config = WorkerConfig(

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing.connection import Connection
 from queue import PriorityQueue
@@ -203,6 +203,8 @@ class TierWorker:
         A thread for each.
     timeout
         Seconds that the store may take for a page.
+    others
+        What each of ``codecs`` leaves pages to that are not a prompt's first; by default nothing.
     """
 
     def __init__(
@@ -214,6 +216,7 @@ class TierWorker:
         store: Store,
         codecs: Sequence[PageCodec],
         timeout: float,
+        others: Sequence[PageCodec] | None = None,
     ) -> None:
         self._connection, self._sending = connection, threading.Lock()
         self._memory, self._rows = memory, rows
@@ -221,6 +224,7 @@ class TierWorker:
         self._waiting = _Waiting(timeout)
         self._work: PriorityQueue[tuple[int, int, Callable[[PageCodec], None] | None]]
         self._work = PriorityQueue()
+        self._others = dict(zip(codecs, others or codecs, strict=True))
         self._numbers = itertools.count()
         self._cancelled = -1
         self._lookups = ThreadPoolExecutor(_LOOKUPS, "kvtc-lookup")
@@ -378,7 +382,8 @@ class TierWorker:
                 outcome = "known"
             else:
                 k, v = self._rows.read(self._memory, row)
-                data = codec.encode(k, v, positions=key.position, identity=key.identity)
+                own = self._others[codec] if key.position else codec
+                data = own.encode(k, v, positions=key.position, identity=key.identity)
                 size = len(data)
                 if self._store.put(key.name, data):
                     outcome = "stored"
@@ -407,17 +412,23 @@ def worker_of(config: WorkerConfig, connection: Connection, memory_file: int) ->
     codec = Codec(calibration, block_tokens=rows.tokens, backend="cpu", **settings.codec_options())
     key = settings.key(calibration.digest)
     codecs = [PageCodec(codec, dtype=rows.dtype, key=key) for _ in range(config.threads)]
+    others = codecs
+    if settings.bounded == "first":
+        loose = replace(codec, error_bound=None)
+        others = [PageCodec(loose, dtype=rows.dtype, key=key) for _ in codecs]
     section = calibration.geometry.sections[0]
     rng = np.random.default_rng(0)
     k, v = (
         rng.standard_normal(shape, dtype=np.float32).astype(numpy_dtype(DType[rows.dtype.upper()]))
         for shape in (section.k_shape(rows.tokens), section.v_shape(rows.tokens))
     )
-    for own in codecs:
+    for own in {*codecs, *others}:
         own.decode(own.encode(k, v, positions=0, identity=b""), identity=b"")
     memory = mmap.mmap(memory_file, rows.count * rows.row_bytes)
     store = open_store(settings.store, settings.budget)
-    return TierWorker(connection, memory, rows, config.namespace, store, codecs, settings.timeout)
+    return TierWorker(
+        connection, memory, rows, config.namespace, store, codecs, settings.timeout, others
+    )
 
 
 def main(pipe: int, memory_file: int) -> None:
