@@ -81,17 +81,18 @@ class StreamWriter:
 
         If one is refused the stream cannot go on, unless it is the first.
         """
-        records, finish = self.begin_blocks(blocks)
+        records, _, finish = self.begin_blocks(blocks)
         finish()
         return records
 
     def begin_blocks(
         self, blocks: Sequence[Block]
-    ) -> tuple[list[list[bytes | memoryview]], Callable[[], None]]:
+    ) -> tuple[list[list[bytes | memoryview]], list[int], Callable[[], None]]:
         """As :meth:`blocks` of blocks whose payloads may not have come yet.
 
-        What is returned beside the records is to be called when they have, and completes the
-        records: with their checksums, and what authenticates them.
+        The records lack their checksums: that of what is between a record's first piece and its
+        last, with the record's seed, is to be written into the last. What is returned beside the
+        records and the seeds does so, once the payloads have come. With a key it must be called.
         """
         heads, seeds, payloads = [], [], []
         for block in blocks:
@@ -116,7 +117,7 @@ class StreamWriter:
             if self._key:
                 self._digests += b"".join(digest(*record) for record in records)
 
-        return records, finish
+        return records, seeds, finish
 
     def user(self, data: bytes) -> bytes:
         """Pack a USER record, which readers of blocks skip."""

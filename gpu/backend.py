@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import chain, islice, pairwise, product
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ import cupy
 import numpy as np
 from numpy.typing import NDArray
 
-from kvtc_stream.backends.base import Coded, SectionCoder, errors_of_blocks
+from kvtc_stream.backends.base import Coded, Given, SectionCoder, errors_of_blocks
 from kvtc_stream.backends.cpu import CpuBackend, CpuSectionCoder
 from kvtc_stream.calibration.parts import CalibratedBases
 from kvtc_stream.coding.lattice import NO_GRID
@@ -143,7 +143,7 @@ class CudaBackend:
         if all(codes_planes(header, size) for size in sizes):
             coded = verbatim.encode(pieces)
             if all(len(x) < size for x, size in zip(coded, sizes, strict=True)):
-                return [partial(_given, Coder.PLANES, x.data) for x in coded]
+                return [Given(Coder.PLANES, x.data) for x in coded]
         arrays = [x for piece in pieces for x in piece]
         flat = cupy.concatenate([x.reshape(-1) for x in arrays]).view(np.uint8)
         ends = np.cumsum([x.nbytes for x in arrays])
@@ -197,10 +197,6 @@ def _errors_at(
     return errors.at((0, which), offset), errors.at((1, which), offset)
 
 
-def _given(coder: Coder, payload: memoryview) -> tuple[Coder, memoryview]:
-    return coder, payload
-
-
 def _device_plan(
     calibration: CalibratedBases, section: int, plan: SectionPlan
 ) -> DevicePlan | BandPlan:
@@ -226,12 +222,14 @@ class CudaSectionCoder(SectionCoder):
         self._scales: NDArray[np.float32] | None = None
         if k_scale is not None and v_scale is not None:
             self._scales = np.concatenate([k_scale, v_scale])
-        self._decoder: BatchDecoder = (UniformDecoder if plan.uniform else BandDecoder)(
-            self._section, self._plan, self._scales
-        )
         self._encoder: BatchEncoder | BandEncoder | None = None
         self._arriving: list[Callable[[], Any]] = []
         self._host: CpuSectionCoder | None = None
+
+    @cached_property
+    def _decoder(self) -> BatchDecoder:
+        kind = UniformDecoder if self._uniform else BandDecoder
+        return kind(self._section, self._plan, self._scales)
 
     @property
     def _cpu(self) -> CpuSectionCoder:
@@ -306,7 +304,7 @@ class CudaSectionCoder(SectionCoder):
             bits = [size // 2 for size in sizes]
             coded = yield from verbatim.encode_values(staging, values.view(np.uint16), bits)
             if all(len(x) < size for x, size in zip(coded, sizes, strict=True)):
-                return [partial(_given, Coder.PLANES, x.data) for x in coded]
+                return [Given(Coder.PLANES, x.data) for x in coded]
         memory, ready = staging.begin_large(values)
         yield
         ready()

@@ -17,7 +17,15 @@ import kvtc_stream
 #: modules of its own floor, and of floors below.
 FLOORS = (
     ("errors", "progress"),
-    ("io.environment", "io.threads", "io.memory", "io.steps", "io.storage"),
+    (
+        "io.environment",
+        "io.xxh3",
+        "io.assembly",
+        "io.threads",
+        "io.memory",
+        "io.steps",
+        "io.storage",
+    ),
     ("formats",),
     ("io.dlpack",),
     ("coding",),

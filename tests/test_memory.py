@@ -8,11 +8,14 @@ import threading
 
 import numpy as np
 import pytest
+import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvtc_stream.io.memory import LARGE, Room, copied, joined
+from kvtc_stream.io.assembly import assemble
+from kvtc_stream.io.memory import LARGE, Room, Sealed, copied, joined, joining
 from kvtc_stream.io.threads import SHARE, copy, in_turn, spread, threads
+from kvtc_stream.io.xxh3 import BLOCK, LEAST
 
 #: Around what decides how something is done.
 SIZES = st.sampled_from([0, 1, 7, 1 << 16, (1 << 16) - 1, SHARE, SHARE + 1, LARGE, LARGE + 5])
@@ -48,6 +51,63 @@ def test_joined_in_room_that_was_made_before(size: int, likely: int) -> None:
     assert sys.getrefcount(found) == sys.getrefcount(plain)
     assert hash(found) == hash(plain)
     assert found + b"more" == plain + b"more"
+
+
+@pytest.mark.parametrize("before", [0, LARGE])
+@pytest.mark.parametrize(
+    "records",
+    [
+        [[]],
+        [[0], [140], [141, 0], [1]],
+        [[SHARE, 7], [], [LARGE + 5, 0, 1 << 16], [30]],
+        [[1 << 16, SHARE + 1]] * 5,
+    ],
+)
+def test_joined_with_checksums(records: list[list[int]], before: int) -> None:
+    """Each behind what it is of; nothing else is."""
+    pieces: list[bytes | memoryview] = [drawn(before, 9)]
+    expected, sealed = [*pieces], []
+    for number, sizes in enumerate(records):
+        head, *payload = (drawn(size, i) for i, size in enumerate((5, 100, *sizes)))
+        seed = 2**64 - 1 - number
+        sealed.append(Sealed(len(pieces) + 1, len(pieces) + 1 + len(payload), seed))
+        pieces += [head, *payload, memoryview(bytearray(8))]
+        found = xxhash.xxh3_64_intdigest(b"".join(payload), seed)
+        expected += [head, *payload, found.to_bytes(8, "little")]
+    same = joined(pieces, sealed=sealed) == b"".join(expected)
+    assert same
+
+
+def test_checksums_of_every_length() -> None:
+    """In compiled code, wherever the bytes begin and however they are cut."""
+    rng = np.random.default_rng(0)
+    lengths = [
+        *range(LEAST, 2 * BLOCK + 200),
+        *(k * BLOCK + i for k in (16, 33) for i in (-1, 0, 1)),
+    ]
+    for length in lengths:
+        data, seed = rng.bytes(length), int(rng.integers(1 << 63)) * 2 + length % 2
+        source, out = np.frombuffer(data, np.uint8), np.zeros(length + 24, np.uint8)
+        begin = out.ctypes.data + length % 16
+        cuts = np.sort(rng.integers(0, length + 1, length % 4))
+        edges = np.concatenate([[0], cuts, [length]])
+        pieces = np.stack([source.ctypes.data + edges[:-1], begin + edges[:-1], np.diff(edges)], 1)
+        units = np.array([[0, len(pieces), begin, length]])
+        assemble(np.zeros(1, np.int64), units, np.array([seed], np.uint64), pieces)
+        found = out[length % 16 :].tobytes()
+        assert found[:length] == data
+        assert int.from_bytes(found[length : length + 8], "little") == xxhash.xxh3_64_intdigest(
+            data, seed
+        ), length
+
+
+def test_what_is_dropped_is_not_written_to_any_more() -> None:
+    """Neither threads that join pieces, nor those that map memory, outlive what they work on."""
+    pieces = [drawn(LARGE, i) for i in range(9)]
+    for _ in range(20):
+        joining(pieces)
+        Room(9 * LARGE, 9 * LARGE)
+    assert joined(pieces) == b"".join(pieces)
 
 
 @given(st.lists(SIZES, max_size=5))

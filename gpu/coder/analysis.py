@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import cupy
@@ -17,6 +18,7 @@ from kvtc_stream.gpu.coder.plan import Basis
 from kvtc_stream.gpu.coder.products import R_16F, analyse, analyse_leading, refine, synthesise
 from kvtc_stream.gpu.coder.rope import DeviceRotations, ropes_of
 from kvtc_stream.gpu.kernels import layout
+from kvtc_stream.gpu.runtime.staging import Staging
 from kvtc_stream.gpu.runtime.tensors import Column, Tensors, entries
 from kvtc_stream.io.dlpack import numpy_dtype
 
@@ -74,10 +76,10 @@ class Source:
     ----------
     entries
         int64 [entries, layout.FIELDS] on the device, K and V of every layer of every part.
-    parts
-        First entry, and number of entries, of each part.
     slots, positions
         int64 [tokens] on the device.
+    parts
+        First entry, and number of entries, of each part.
     tokens, dtype
         Number of tokens, and element type.
     wide
@@ -85,9 +87,9 @@ class Source:
     """
 
     entries: Any
-    parts: list[tuple[int, int]]
     slots: Any
     positions: Any
+    parts: list[tuple[int, int]]
     tokens: int
     dtype: DType
     wide: bool
@@ -126,9 +128,9 @@ class Analyser:
     ) -> None:
         self._section, self._plan, self._out_dtype = section, plan, out_dtype
         self._measure, self._bound, self._layer_bound = measure, bound, layer_bound
-        self._scales = device_scales(section, scales)
+        self._scales = device_scales(section, scales) if scales is not None else _no_scales(section)
         self._ropes = ropes_of(section)
-        self._values: dict[DType, Any] = {}
+        self._staging = Staging()
 
     def _source(
         self, k: Tensors, v: Tensors, slots: NDArray[np.int64], positions: NDArray[np.int64]
@@ -143,15 +145,10 @@ class Analyser:
             columns += [(1, x, split + i * v_size) for i, x in enumerate(part.v_layers)]
             parts.append((len(rows), len(columns)))
             rows += columns
-        return Source(
-            cupy.asarray(entries(k, v, rows, self._ropes)),
-            parts,
-            cupy.asarray(slots),
-            cupy.asarray(positions),
-            len(positions),
-            k.dtype,
-            k.wide and v.wide and self._ropes.halves,
-        )
+        own = entries(k, v, rows, self._ropes)
+        entries_d, slots_d, positions_d = self._staging.arrays(own, slots, positions)
+        wide = k.wide and v.wide and self._ropes.halves
+        return Source(entries_d, slots_d, positions_d, parts, len(positions), k.dtype, wide)
 
     def _common(
         self, source: Source, part: int, at: int, tokens: int, r: DeviceRotations
@@ -168,17 +165,9 @@ class Analyser:
             self._ropes.most,
             r.tokens,
             at,
-            self._fp8(source.dtype),
+            _fp8(cupy.cuda.runtime.getDevice(), source.dtype),
             self._scales,
         ]
-
-    def _fp8(self, dtype: DType) -> Any:
-        """float32 [256]: the values of an fp8 type."""
-        if dtype not in self._values:
-            bits = np.arange(256, dtype=np.uint8)
-            values = bits.view(numpy_dtype(dtype)) if dtype.is_fp8 else bits
-            self._values[dtype] = cupy.asarray(values.astype(np.float32))
-        return self._values[dtype]
 
     def _coefficients(self, source: Source, stride: int) -> Any:
         """Coefficients of a batch, float32 [components, stride]; see :func:`stride_of`."""
@@ -306,6 +295,31 @@ class Analyser:
         # A bound of 0 allows what is exact.
         scale = np.float32(self._bound / max(self._layer_bound, 1e-30))
         return cupy.maximum(whole, errors[:, 1:].max(axis=1) * scale)
+
+
+def _no_scales(section: Section) -> Any:
+    """:func:`device_scales` of tensors that have none."""
+    return _ones(cupy.cuda.runtime.getDevice(), 2 * len(section.layers), section.kv_heads)
+
+
+@cache
+def _ones(device: int, rows: int, columns: int) -> Any:
+    """float32 [rows, columns] on a device, for all streams of it."""
+    return _kept(np.ones((rows, columns), np.float32))
+
+
+@cache
+def _fp8(device: int, dtype: DType) -> Any:
+    """float32 [256] on a device, for all streams of it: the values of an fp8 type."""
+    bits = np.arange(256, dtype=np.uint8)
+    return _kept((bits.view(numpy_dtype(dtype)) if dtype.is_fp8 else bits).astype(np.float32))
+
+
+def _kept(x: NDArray[np.float32]) -> Any:
+    found = cupy.asarray(x)
+    # Others use it in streams of their own.
+    cupy.cuda.get_current_stream().synchronize()
+    return found
 
 
 @dataclass(frozen=True)

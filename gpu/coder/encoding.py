@@ -36,7 +36,6 @@ from kvtc_stream.gpu.coder.decoding import tile_tasks
 from kvtc_stream.gpu.coder.plan import DevicePlan
 from kvtc_stream.gpu.kernels import rans, uniform
 from kvtc_stream.gpu.kernels.intrinsics import WARP
-from kvtc_stream.gpu.runtime.staging import Staging
 from kvtc_stream.gpu.runtime.tensors import Tensors
 from kvtc_stream.io.steps import Steps
 
@@ -250,7 +249,6 @@ class BatchEncoder(Analyser):
         plan.check_encodable()
         super().__init__(section, plan, *args, **options)
         self._tasks = tile_tasks(plan)
-        self._staging = Staging()
         self._tiles = len(self._tasks.template(TILE_COMPONENTS)[0])
 
     def prepare(
@@ -339,6 +337,7 @@ class BatchEncoder(Analyser):
         block_steps, factors = cupy.empty((2, blocks, number, CLASSES), np.float32)
         levels, indices = cupy.empty((2, blocks, number), np.int32)
         heads = cupy.empty((blocks, number), np.float32)
+        [offsets_d] = self._staging.arrays(offsets.ravel())
         uniform.settle(
             (blocks, number),
             uniform.THREADS,
@@ -348,7 +347,7 @@ class BatchEncoder(Analyser):
                 batch.stride,
                 batch.wishes,
                 batch.grids,
-                cupy.asarray(offsets.ravel()),
+                offsets_d,
                 plan.unit,
                 plan.lowest,
                 plan.highest,

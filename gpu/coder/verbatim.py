@@ -72,7 +72,8 @@ def encode_values(
     firsts = starts([2 * n for n in sizes]) // 2
     tasks = tasks_of(sizes, firsts)
     heads = cupy.empty((len(tasks), HEAD), np.uint8)
-    verbatim.survey(len(tasks), verbatim.THREADS, (cupy.asarray(tasks), values, heads))
+    [tasks_d] = staging.arrays(tasks)
+    verbatim.survey(len(tasks), verbatim.THREADS, (tasks_d, values, heads))
     on_host = staging.begin_fetch(heads)
     yield
     ends = np.cumsum([-(-n // TILE) for n in sizes])
@@ -80,8 +81,8 @@ def encode_values(
     found = [places(x, n) for x, n in zip(own, sizes, strict=True)]
     begins = starts([x.length for x in found])
     data = cupy.empty(int(begins[-1]), np.uint8)
-    tasks = tasks_of(sizes, firsts, found, begins)
-    verbatim.encode(len(tasks), verbatim.THREADS, (cupy.asarray(tasks), values, heads, data, data))
+    [tasks_d] = staging.arrays(tasks_of(sizes, firsts, found, begins))
+    verbatim.encode(len(tasks), verbatim.THREADS, (tasks_d, values, heads, data, data))
     memory, ready = staging.begin_large(data)
     yield
     ready()

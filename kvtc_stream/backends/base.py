@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Protocol, TypeAlias
 
@@ -34,6 +35,18 @@ HOPELESS = 2.0
 
 #: Coder and payload, when it is called; by any thread.
 Coded: TypeAlias = Callable[[], tuple[Coder, bytes | memoryview]]
+
+
+@dataclass(frozen=True)
+class Given:
+    """A :data:`Coded` that is coded already."""
+
+    coder: Coder
+    payload: memoryview
+
+    def __call__(self) -> tuple[Coder, memoryview]:
+        """The coder and the payload."""
+        return self.coder, self.payload
 
 
 class SectionCoder(ABC):

@@ -6,32 +6,114 @@ import ctypes
 import mmap
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
-from kvtc_stream.io.threads import SHARE, begin, copy
+from kvtc_stream.io.threads import SHARE, Shared, copy, units_of
 
 #: From this many bytes on, asking for large pages is worth it.
 LARGE = 4 << 20
+#: Maximum numbers of threads that map memory, beside others, and that fill it.
+_MAPPING, _COPYING = 5, 8
+#: Smaller pieces are joined before threads copy them.
+_SMALL = 1 << 14
 
 
-def joined(pieces: Sequence[bytes | memoryview], room: Room | None = None) -> bytes:
-    """Concatenate the pieces, like ``b"".join``.
+class Sealed(NamedTuple):
+    """Pieces whose checksum comes behind them.
+
+    That of ``pieces[first:last]``, XXH3 with ``seed``, takes the place of ``pieces[last]``, which
+    is 8 bytes that can be written to.
+    """
+
+    first: int
+    last: int
+    seed: int
+
+
+def joined(
+    pieces: Sequence[bytes | memoryview], room: Room | None = None, sealed: Sequence[Sealed] = ()
+) -> bytes:
+    """Concatenate the pieces, like ``b"".join``, once checksums have taken their places.
 
     On Linux, threads copy large results into large pages: mapping small pages one after the other
-    takes longer than copying. ``room`` is used if the pieces fit.
+    takes longer than copying; and they compute checksums of what they have copied just now.
+    ``room`` is used if the pieces fit.
     """
-    size = sum(map(len, pieces))
+    return joining(pieces, room, sealed)()
+
+
+def joining(
+    pieces: Sequence[bytes | memoryview], room: Room | None = None, sealed: Sequence[Sealed] = ()
+) -> Callable[[], bytes]:
+    """:func:`joined` that threads begin with; what is returned takes part until all is done."""
+    sizes = np.fromiter(map(len, pieces), np.int64, len(pieces))
+    size = int(sizes.sum())
     if size < LARGE or _advise() is None:
-        return b"".join(pieces)
+        for own in sealed:
+            _seal(pieces, own)
+        return lambda: b"".join(pieces)
+    from kvtc_stream.io.assembly import assemble
+    from kvtc_stream.io.xxh3 import LEAST
+
     out = (room if room is not None and size <= room.most else Room(size)).taken(size)
-    target = _contents(id(out), size)
-    ends = np.cumsum([len(piece) for piece in pieces]).tolist()
-    sources = [np.frombuffer(piece, np.uint8) for piece in pieces]
-    copy(sources, [target[end - len(x) : end] for x, end in zip(sources, ends, strict=True)])
-    return out
+    begins = _contents(id(out), size).ctypes.data + np.cumsum(sizes) - sizes
+    units, seeds = np.zeros((len(sealed), 4), np.int64), np.zeros(len(sealed), np.uint64)
+    apart = np.ones(len(pieces), np.bool_)
+    for i, (first, last, seed) in enumerate(sealed):
+        begin, end = int(begins[first]), int(begins[last])
+        if end - begin < LEAST:
+            _seal(pieces, sealed[i])
+            continue
+        units[i], seeds[i] = (first, last, begin, end - begin), seed
+        apart[first : last + 1] = False
+    addresses, held = _addresses(pieces, sizes)
+    copies = np.stack([addresses, begins, sizes], axis=1)
+    of_rest, rest = units_of(copies[apart])
+    of_rest[:, :2] += len(copies)
+    arguments = (
+        np.concatenate([units, of_rest]),
+        np.concatenate([seeds, np.zeros(len(of_rest), np.uint64)]),
+        np.concatenate([copies, rest]),
+    )
+    shared = Shared(assemble, arguments, size, _COPYING, keeps=(out, held))
+
+    def finish() -> bytes:
+        shared.finish()
+        return out
+
+    return finish
+
+
+def _addresses(
+    pieces: Sequence[bytes | memoryview], sizes: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], list[Any]]:
+    """Where the bytes of each piece are, and what holds them: small ones are copied first."""
+    small = sizes < _SMALL
+    together = b"".join(pieces[i] for i in np.flatnonzero(small).tolist())
+    found = np.zeros(len(pieces), np.int64)
+    found[small] = _address(together) + np.cumsum(sizes[small]) - sizes[small]
+    large = np.flatnonzero(~small).tolist()
+    found[large] = [_address(pieces[i]) for i in large]
+    return found, [together, pieces]
+
+
+def _address(data: bytes | memoryview) -> int:
+    where: int = np.frombuffer(data, np.uint8).__array_interface__["data"][0] if data else 0
+    return where
+
+
+def _seal(pieces: Sequence[bytes | memoryview], sealed: Sealed) -> None:
+    """Compute a checksum and put it in its place."""
+    state = xxhash.xxh3_64(seed=sealed.seed)
+    for piece in pieces[sealed.first : sealed.last]:
+        state.update(piece)
+    place = pieces[sealed.last]
+    assert isinstance(place, memoryview)
+    place[:] = state.intdigest().to_bytes(8, "little")
 
 
 class Room:
@@ -56,12 +138,16 @@ class Room:
         advise = _advise()
         if advise is not None and data + most > first:  # a hint: failure does no harm
             advise(first, data + most - first, mmap.MADV_HUGEPAGE)
-        pieces = [(target[at : at + SHARE],) for at in range(0, min(likely, most), SHARE)]
-        self._mapped = begin(_touch, pieces, len(pieces) * SHARE) if likely >= LARGE else None
+        self._mapped: Shared | None = None
+        if likely >= LARGE:
+            from kvtc_stream.io.assembly import touch
+
+            likely = min(likely, most)
+            self._mapped = Shared(touch, (data, likely, SHARE), likely, _MAPPING)
 
     def taken(self, size: int) -> bytes:
         """Bytes of this size with any contents; at most once."""
-        self._wait()
+        self._settle()
         pointer, self._made = ctypes.c_void_p(self._made), None
         if size != self.most:
             _api("_PyBytes_Resize", ctypes.byref(pointer), ctypes.c_ssize_t(size))
@@ -69,14 +155,14 @@ class Room:
         _api("Py_DecRef", pointer)
         return out
 
-    def _wait(self) -> None:
+    def _settle(self) -> None:
         if self._mapped is not None:
-            self._mapped()
+            self._mapped.stop()  # what is not mapped yet is when it is written to
             self._mapped = None
 
     def __del__(self) -> None:
         if self._made is not None:
-            self._wait()
+            self._settle()
             _api("Py_DecRef", ctypes.c_void_p(self._made))
 
 
@@ -88,10 +174,6 @@ def _contents(address: int, size: int) -> NDArray[np.uint8]:
     """The bytes of a ``bytes`` object at an address, to be written."""
     memory = (ctypes.c_uint8 * size).from_address(address + _BYTES_HEAD)
     return np.ctypeslib.as_array(memory)
-
-
-def _touch(memory: NDArray[np.uint8]) -> None:
-    memory[:: mmap.PAGESIZE] = 0
 
 
 def _api(name: str, *arguments: Any) -> Any:

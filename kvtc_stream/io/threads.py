@@ -23,8 +23,8 @@ SHARE = 2 << 20
 _AHEAD = 16
 #: Maximum number of threads that share the calls of one task.
 _MAX_SHARES = 16
-#: Copies of fewer bytes are not given to a thread.
-_SMALL = 1 << 16
+#: More than any work has units.
+_NO_MORE = 1 << 40
 
 
 @cache
@@ -86,18 +86,86 @@ def spread(function: Callable[..., R], arguments: Sequence[tuple[Any, ...]], siz
     return begin(function, arguments, size)()
 
 
+class Shared:
+    """Compiled work that threads share, and begin with at once; dropping it stops it.
+
+    Parameters
+    ----------
+    work
+        Takes int64 [1], 0 at first, and the arguments. Each call takes units of the work, as many
+        as it adds to that number, until none is left; it has the GIL only to begin and to end.
+    arguments
+        What ``work`` takes.
+    size
+        Bytes that all of it is about.
+    most
+        Maximum number of threads, with the one that calls :meth:`finish`.
+    keeps
+        What must be kept until the work is done: that which ``arguments`` have addresses of.
+    """
+
+    def __init__(
+        self,
+        work: Callable[..., None],
+        arguments: Sequence[Any],
+        size: int,
+        most: int,
+        keeps: Any = None,
+    ) -> None:
+        self._keeps = keeps
+        self._counter = np.zeros(1, np.int64)
+        self._work, self._arguments = work, (self._counter, *arguments)
+        count = min(size // SHARE, most, environment.threads()) - 1
+        self._helpers = [threads().submit(work, *self._arguments) for _ in range(count)]
+
+    def finish(self) -> None:
+        """Take part until all is done."""
+        self._work(*self._arguments)
+        self._wait()
+
+    def stop(self) -> None:
+        """Leave undone what nobody has begun with."""
+        self._counter[0] = _NO_MORE
+        self._wait()
+
+    def _wait(self) -> None:
+        while self._helpers:
+            helper = self._helpers.pop()
+            if not helper.cancel():  # it came to it in time
+                helper.result()
+
+    def __del__(self) -> None:
+        self.stop()
+
+
 def copy(sources: Sequence[NDArray[Any]], targets: Sequence[NDArray[Any]]) -> None:
-    """Copy each source to its target; large ones on several threads."""
-    small, large = [], []
-    for source, target in zip(sources, targets, strict=True):
-        if len(source) < _SMALL:
-            small.append((target, source))
-        else:
-            large += [
-                (target[at : at + SHARE], source[at : at + SHARE])
-                for at in range(0, len(source), SHARE)
-            ]
-    spread(np.copyto, large, sum(len(x) for x, _ in large))
-    # Small ones stay here: threads would wait for the GIL, and for each other to map pages.
-    for target, source in small:
-        target[:] = source
+    """Copy each source, contiguous bytes, to its target; many bytes on several threads."""
+    size = sum(map(len, sources))
+    if size < 2 * SHARE:
+        for source, target in zip(sources, targets, strict=True):
+            target[:] = source
+        return
+    from kvtc_stream.io.assembly import assemble
+
+    pieces = np.array(
+        [(s.ctypes.data, t.ctypes.data, len(s)) for s, t in zip(sources, targets, strict=True)]
+    )
+    units, pieces = units_of(pieces)
+    Shared(assemble, (units, np.zeros(len(units), np.uint64), pieces), size, _MAX_SHARES).finish()
+
+
+def units_of(pieces: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Units of copies without checksums, and the copies in pieces of SHARE at most; as
+    :func:`kvtc_stream.io.assembly.assemble` takes them. Small neighbours share a unit."""
+    parts = -(-pieces[:, 2] // SHARE)
+    rows = np.repeat(np.arange(len(pieces)), parts)
+    first = np.cumsum(parts) - parts
+    before = (np.arange(len(rows)) - first[rows]) * SHARE
+    cut = pieces[rows]
+    cut[:, :2] += before[:, None]
+    cut[:, 2] = np.minimum(cut[:, 2] - before, SHARE)
+    which = (np.cumsum(cut[:, 2]) - 1) // SHARE
+    edges = np.concatenate([[0], np.flatnonzero(np.diff(which)) + 1, [len(cut)]])
+    units = np.zeros((len(edges) - 1, 4), np.int64)
+    units[:, 0], units[:, 1] = edges[:-1], edges[1:]
+    return units, cut

@@ -8,7 +8,7 @@ import logging
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
@@ -37,9 +37,9 @@ from kvtc_stream.formats import (
 )
 from kvtc_stream.formats.wire import located
 from kvtc_stream.io.dlpack import check_positions
-from kvtc_stream.io.memory import LARGE, Room, joined
+from kvtc_stream.io.memory import LARGE, Room, Sealed, joined, joining
 from kvtc_stream.io.sources import Source
-from kvtc_stream.io.steps import Steps, run
+from kvtc_stream.io.steps import Steps, begun, run
 from kvtc_stream.planning.rate_control import SectionControl, Target
 from kvtc_stream.stream.base import Base
 from kvtc_stream.stream.codec import Codec
@@ -213,25 +213,54 @@ class Encoder:
         self, k: Any, v: Any, *, positions: Any = None, section: int = 0, last: bool = False
     ) -> Steps[list[bytes | memoryview]]:
         """As :meth:`encode_pieces`, for those who do something else while a device works."""
+        begun = _Records()
+        yield from self._begin(begun, k, v, positions=positions, section=section, last=last)
+        with self._failing():
+            begun.finish()
+        return begun.pieces
+
+    def _begin(
+        self,
+        records: _Records,
+        k: Any,
+        v: Any,
+        *,
+        positions: Any = None,
+        section: int = 0,
+        last: bool = False,
+    ) -> Steps[None]:
+        """As :meth:`encode_steps`, but for what is left to do once payloads are there."""
         with self._exclusive("encode"):
             dtype, chunk = self._check(k, v, positions, section)
-            start = self._start(dtype)
+            records.pieces += self._start(dtype)
             with self._failing():
                 if self._base is not None:
-                    return [*start, *self._records(self._blocks(section, chunk))]
+                    self._pack(self._blocks(section, chunk), records)
+                    return
                 state = self._sections[section]
+                # First what a device waits for.
+                steps = begun(state.take_steps(*chunk, last=last))
                 if last:
                     self._expect(section, chunk[2])
-                blocks = yield from state.take_steps(*chunk, last=last)
-                return [*start, *self._records(iter(blocks), state.arrived)]
+                blocks = yield from steps
+                records.arriving.append(state.arrived)
+                self._pack(iter(blocks), records)
 
     def whole(self, chunks: Iterable[Mapping[str, Any]]) -> Steps[bytes]:
         """All bytes of the stream of chunks: keywords of :meth:`encode_steps` for each."""
-        pieces: list[bytes | memoryview] = []
+        records = _Records()
         for chunk in chunks:
-            pieces += yield from self.encode_steps(**chunk)
-        pieces += self.finish_pieces()
-        return joined(pieces, self._room)
+            yield from self._begin(records, **chunk)
+        if self._key or self._base is not None:
+            records.finish()
+        # All else is done while payloads are on their way.
+        pieces = records.pieces + self.finish_pieces()
+        yield
+        with self._failing():
+            records.arrived()
+        done = joining(pieces, self._room, records.sealed)
+        yield
+        return done()
 
     def _expect(self, index: int, positions: NDArray[np.int64]) -> None:
         """Make room for the bytes of a stream that is coded at once, where its size is known."""
@@ -273,7 +302,10 @@ class Encoder:
             # A stream without a chunk has no element type of its own.
             out = self._start(DType.FLOAT8_E4M3FN if self._scales else DType.BFLOAT16)
             for index in range(len(self._sections)):
-                out += self._records(self._last_blocks(index))
+                records = _Records()
+                self._pack(self._last_blocks(index), records)
+                records.finish()
+                out += records.pieces
             assert self._writer is not None
             if self._controls is not None:
                 out.append(self._writer.encoder(self._controls.state()))
@@ -357,8 +389,11 @@ class Encoder:
         if self._sections:
             opening, self._opening = self._opening, b""
             return [opening]
-        header = replace(
-            _header(self._codec, dtype, self._geometry, self._scales),
+        header = _header(
+            self._codec,
+            dtype,
+            self._geometry,
+            self._scales,
             token_digest=self._token_digest,
             metadata=self._metadata,
         )
@@ -418,29 +453,54 @@ class Encoder:
             stream.end + len(self._opening) - self._statistics.stream_bytes_of_blocks
         )
 
-    def _records(
-        self, blocks: Iterator[Block], arrived: Callable[[], None] | None = None
-    ) -> list[bytes | memoryview]:
-        """Pieces of the records of blocks, whose payloads are there once they have ``arrived``."""
+    def _pack(self, blocks: Iterator[Block], records: _Records) -> None:
+        """Add the records of blocks, whose payloads need not be there yet."""
         assert self._writer is not None
-        pieces: list[bytes | memoryview] = []
-        unfinished = []
         while some := list(islice(blocks, _BLOCKS_AT_A_TIME)):
-            records, finish = self._writer.begin_blocks(some)
-            if arrived is None:
-                finish()
-            else:
-                unfinished.append(finish)
-            for block, record in zip(some, records, strict=True):
-                pieces += record
+            found, seeds, finish = self._writer.begin_blocks(some)
+            records.unfinished.append(finish)
+            for block, record, seed in zip(some, found, seeds, strict=True):
+                first = len(records.pieces)
+                records.pieces += record
+                records.sealed.append(Sealed(first + 1, len(records.pieces) - 1, seed))
                 values = _token_values(self._geometry, block.section) * block.tokens
                 cache_bytes = values * self._sections[block.section].dtype.itemsize
                 self._statistics.add_block(block, sum(map(len, record)), cache_bytes)
-        if arrived is not None:
-            arrived()
-        for finish in unfinished:
+
+
+@dataclass
+class _Records:
+    """Bytes of a stream in pieces, while payloads are on their way.
+
+    Attributes
+    ----------
+    pieces
+        The bytes, but for checksums of records.
+    sealed
+        Where these belong.
+    arriving
+        Each waits until payloads are there.
+    unfinished
+        Each computes checksums of some records, once payloads are there.
+    """
+
+    pieces: list[bytes | memoryview] = field(default_factory=list)
+    sealed: list[Sealed] = field(default_factory=list)
+    arriving: list[Callable[[], None]] = field(default_factory=list)
+    unfinished: list[Callable[[], None]] = field(default_factory=list)
+
+    def arrived(self) -> None:
+        """Wait until all payloads are there."""
+        while self.arriving:
+            self.arriving.pop()()
+
+    def finish(self) -> None:
+        """Wait for payloads, and compute all checksums."""
+        self.arrived()
+        for finish in self.unfinished:
             finish()
-        return pieces
+        self.unfinished.clear()
+        self.sealed.clear()
 
 
 def _token_values(geometry: Geometry, index: int) -> int:
@@ -469,7 +529,11 @@ def check_scaled(dtype: DType) -> None:
 
 
 def _header(
-    codec: Codec, dtype: DType, geometry: Geometry, scales: tuple[SectionScales, ...]
+    codec: Codec,
+    dtype: DType,
+    geometry: Geometry,
+    scales: tuple[SectionScales, ...],
+    **others: Any,
 ) -> StreamHeader:
     if scales:
         check_scaled(dtype)
@@ -496,6 +560,7 @@ def _header(
         calibration=codec.calibration.digest,
         model=codec.calibration.model,
         features=features,
+        **others,
     )
 
 

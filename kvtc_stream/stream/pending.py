@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvtc_stream.backends.base import Backend, Coded
+from kvtc_stream.backends.base import Backend, Coded, Given
 from kvtc_stream.coding.values import (
     stored_positions,
 )
@@ -140,19 +140,20 @@ class SectionState:
         start, self._coded = self._coded, self._coded + total
         self.last_position = int(positions[-1])
         tasks: list[Steps[Any]] = []
-        if spans:
-            tasks.append(self._coder.verbatim_from(source, [span for _, span in spans]))
-        if coded:
+        if coded:  # first: it is most of a device's work, beside which the host does the rest
             where = positions[data]
             tasks.append(self._coder.encode_from(source, data, where, start + data.start))
+        if spans:
+            tasks.append(self._coder.verbatim_from(source, [span for _, span in spans]))
         results = yield from together(tasks)
-        found = results.pop() if coded else []
+        found = results.pop(0) if coded else []
         exact = [
             (self._index, role, own, positions[span], start + span.start)
             for (role, span), own in zip(spans, results[0] if spans else [], strict=True)
         ]
         before = sum(role is Role.SINKS for role, _ in spans)
-        blocks = list((in_turn if len(exact) > 1 else starmap)(verbatim_block, exact))
+        quick = len(exact) < 2 or all(isinstance(own, Given) for _, _, own, _, _ in exact)
+        blocks = list((starmap if quick else in_turn)(verbatim_block, exact))
         return [*blocks[:before], *found, *blocks[before:]]
 
     def _pieces(self, span: slice) -> list[slice]:
