@@ -261,17 +261,43 @@ def _searched(coefficients, column, stride, count, factor, e, wish, at_once, giv
     ``factor`` is one over the step of the first."""
     best, grid = _F32(math.inf), _I32(lattice.NO_GRID)
     sweeps = max(count // at_once, _I32(1))
-    hop = sweeps * stride
+    hop, ahead = sweeps * stride, _I32(7) * sweeps
     for _ in range(_I32(lattice.RANGE // (CLASSIFY_THREADS // WARP))):
         distance, usual = _F32(0), _F32(0)
         begin = _I32(0)
         while begin < sweeps:
             source, i = column + begin * stride, begin
+            while i + ahead < count:
+                # Several at a time, whose loads do not wait for one another.
+                z_0 = coefficients[source] * factor
+                z_1 = coefficients[source + hop] * factor
+                z_2 = coefficients[source + _I64(2) * hop] * factor
+                z_3 = coefficients[source + _I64(3) * hop] * factor
+                z_4 = coefficients[source + _I64(4) * hop] * factor
+                z_5 = coefficients[source + _I64(5) * hop] * factor
+                z_6 = coefficients[source + _I64(6) * hop] * factor
+                z_7 = coefficients[source + _I64(7) * hop] * factor
+                distance += _squared_distance(z_0)
+                distance += _squared_distance(z_1)
+                distance += _squared_distance(z_2)
+                distance += _squared_distance(z_3)
+                distance += _squared_distance(z_4)
+                distance += _squared_distance(z_5)
+                distance += _squared_distance(z_6)
+                distance += _squared_distance(z_7)
+                usual += min(z_0 * z_0, _F32(1 / 12))
+                usual += min(z_1 * z_1, _F32(1 / 12))
+                usual += min(z_2 * z_2, _F32(1 / 12))
+                usual += min(z_3 * z_3, _F32(1 / 12))
+                usual += min(z_4 * z_4, _F32(1 / 12))
+                usual += min(z_5 * z_5, _F32(1 / 12))
+                usual += min(z_6 * z_6, _F32(1 / 12))
+                usual += min(z_7 * z_7, _F32(1 / 12))
+                source += _I64(8) * hop
+                i = _I32(i + _I32(8) * sweeps)
             while i < count:
                 z = coefficients[source] * factor
-                # To the nearest integer: quicker than conversions, and exact so far.
-                r = z - ((z + _F32(_ROUNDS)) - _F32(_ROUNDS))
-                distance += r * r
+                distance += _squared_distance(z)
                 usual += min(z * z, _F32(1 / 12))
                 source += hop
                 i = _I32(i + sweeps)
@@ -284,6 +310,13 @@ def _searched(coefficients, column, stride, count, factor, e, wish, at_once, giv
         e = _I32(e - _I32(CLASSIFY_THREADS // WARP))
         factor *= _F32(2.0 ** (CLASSIFY_THREADS // WARP / 4))
     return best, grid
+
+
+@cuda.jit(device=True)
+def _squared_distance(z):  # type: ignore[no-untyped-def]
+    """From the nearest integer: quicker than by conversions, and exact so far."""
+    r = z - ((z + _F32(_ROUNDS)) - _F32(_ROUNDS))
+    return r * r
 
 
 @cuda.jit(device=True)
