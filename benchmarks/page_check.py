@@ -15,6 +15,7 @@ Pages are drawn bytes behind the right fields, sealed. Repeats of the two ways t
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import threading
 import time
@@ -157,7 +158,7 @@ class Pages:
     def together(self, threads: int) -> Callable[[Callable[[], None]], None]:
         """By the connector's own transfer, whose codec decodes nothing."""
         codec = _Watched(self._codec, self._jobs)
-        transfer._FETCHES = threads, threads
+        os.environ["KVTC_THREADS"] = str(threads)
         own = transfer.PageTransfer(
             _Blocks(),  # type: ignore[arg-type]
             _Sink(),  # type: ignore[arg-type]
@@ -167,6 +168,7 @@ class Pages:
             timeout=60,
             queue_pages=8,
         )
+        own._alone = True  # as on a device
 
         def load(end: Callable[[], None]) -> None:
             while own._loads:  # of the load before
@@ -181,7 +183,7 @@ class _Watched:
     """A codec that decodes nothing, and tells when all pages came to it."""
 
     def __init__(self, codec: kvtc.PageCodec, jobs: list[PageJob]) -> None:
-        self.sums, self.table = codec.sums, codec.table
+        self.checked_many = codec.checked_many
         self._all = len(jobs)
 
     def begin(self, end: Callable[[], None]) -> None:

@@ -373,8 +373,9 @@ class Engine:
         watched = [
             (scheduling.PageScheduler, "_look_up", "find"),
             (transfer.PageTransfer, "_load", "load"),
-            (transfer.PageTransfer, "_fetch", "fetch and check"),
-            (transfer.PageTransfer, "_load_groups", "decode"),
+            (transfer.PageTransfer, "_fetch", "fetch"),
+            (kvtc.PageCodec, "checked_many", "check"),
+            (transfer.PageTransfer, "_load_groups", "check and decode"),
         ]
         if torch.cuda.is_available():
             from kvtc_stream.gpu.runtime.staging import Staging

@@ -109,12 +109,14 @@ def loads(arguments: argparse.Namespace) -> dict[str, Any]:
     spent: dict[str, float] = {}
     for _ in range(min(2, os.cpu_count() or 1)):
         codecs.append(codec_of(arguments))
-    codecs[0].sums = timed(codecs[0].sums, "check", spent)  # type: ignore[method-assign]
+    codecs[0].checked_many = timed(  # type: ignore[method-assign]
+        codecs[0].checked_many, "check", spent
+    )
     store.get = timed(store.get, "fetch", spent)  # type: ignore[method-assign]
     sink = StoreSink(store, codecs[0], counter)
     transfer = PageTransfer(blocks, sink, store, codecs, counter, timeout=600, queue_pages=8)
     transfer._load_groups = timed(  # type: ignore[method-assign]
-        transfer._load_groups, "decode and write", spent
+        transfer._load_groups, "check, decode and write", spent
     )
     jobs = [PageJob("request", key, [i]) for i, key in enumerate(keys_of(arguments.pages))]
     found = []

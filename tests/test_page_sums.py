@@ -5,7 +5,10 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import hmac
+import threading
 import types
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
@@ -68,6 +71,26 @@ def test_every_length_has_its_own_end(way: str, size: int) -> None:
     check(pages, None)
 
 
+@pytest.mark.parametrize("key", [b"key", None])
+def test_threads_take_pages_that_are_left(
+    monkeypatch: pytest.MonkeyPatch, key: bytes | None
+) -> None:
+    """However many come, and however late; what fails on one of them is done by others."""
+    whole = memoryview(drawn(3 << 20))
+    pages = [PageBytes(whole, i, (3 << 20) - 40, i, 3 << 20, b"prefix") for i in range(9)]
+    with ThreadPoolExecutor(3) as pool:
+        monkeypatch.setattr(own, "threads", lambda: pool)
+        monkeypatch.setattr(own.environment, "threads", lambda: 4)
+        check(pages, key)
+        monkeypatch.setattr(own, "_POLLS", 0)  # nobody is done when this thread is
+        check(pages, key)
+        go = threading.Event()
+        for _ in range(3):
+            pool.submit(go.wait, 60)
+        check(pages, key)  # nobody comes
+        go.set()
+
+
 def test_the_library_that_hashlib_has_is_found() -> None:
     """On the systems that are tested: else pages would be checked one by one, and nobody knew."""
     assert own._library() is not None
@@ -94,7 +117,13 @@ def test_another_library_is_not_used(monkeypatch: pytest.MonkeyPatch, fault: str
 
         monkeypatch.setattr(own, "_together", wrong)
     else:
-        monkeypatch.setattr(own, "_CALLS", 9)
+        work = own._work
+
+        def failing(counts: Any, *given: Any) -> None:
+            work(counts, *given)
+            counts[2] += 1
+
+        monkeypatch.setattr(own, "_work", failing)
     try:
         assert own._library() is None
         page = PageBytes(drawn(500), 0, 500, 0, 500, b"")

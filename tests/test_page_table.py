@@ -144,18 +144,6 @@ def test_the_first_page_that_is_bad_ends_the_table(
         pages.checked_many(data, identities=names[:1])
 
 
-def test_sums_in_parts_are_one_table() -> None:
-    pages, page = made("coded")
-    parts = [pages.sums([page] * count, identities=[b"name"] * count) for count in (2, 0, 3)]
-    table, error = pages.table(parts)
-    assert (len(table), error) == (5, None)
-    wrong = pages.sums([page, page], identities=[b"name", b"another"])
-    assert list(wrong.proven) == [True, False]
-    table, error = pages.table([parts[0], wrong, parts[2]])
-    assert len(table) == 3
-    assert isinstance(error, kvtc.AuthenticationError)
-
-
 def test_usual_pages_are_parsed_as_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     """Or nothing would be gained."""
     for kind in ("coded", "exact", "plain", "tiles", "short"):

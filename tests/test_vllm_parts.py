@@ -439,8 +439,14 @@ def test_pages_go_and_come(codec: kvtc.PageCodec, device: str) -> None:
 @pytest.mark.parametrize(
     "fault", ["missing", "flipped", "truncated", "swapped", "foreign", "empty"]
 )
-def test_a_bad_page_and_those_after_it_are_computed(codec: kvtc.PageCodec, fault: str) -> None:
+@pytest.mark.parametrize("store", ["at once", "alone", "slow"])
+def test_a_bad_page_and_those_after_it_are_computed(
+    codec: kvtc.PageCodec, fault: str, store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether threads fetch pages or not, and whether the one that decodes them does it all."""
+    monkeypatch.setattr(MemoryStore, "at_once", store != "slow")
     own = engine(codec)
+    own.transfer._alone = store == "alone"
     k, v = drawn(3 * PAGE)
     pages = [
         codec.encode(

@@ -4,6 +4,7 @@ A page takes a checksum (XXH3) and a seal (HMAC-SHA-256) of all its bytes. Asked
 each of them gives Python's lock away and waits to have it again, behind whatever else the process
 runs: a server's main thread holds it for milliseconds at a time. Here Python's part is some fields
 a page; the rest is compiled, XXH3 by Numba, and SHA-256 by the library that hashlib itself calls.
+Threads take page after page: who comes late, because it waited for the lock, keeps nobody waiting.
 
 SHA-256 is that library's because processors have instructions for it that Numba does not reach.
 Where its functions cannot be found, or give something else than hashlib, hashlib is called page by
@@ -20,52 +21,30 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
-import numba
 import numpy as np
 import xxhash
 from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic
 from numpy.typing import NDArray
+
+from kvtc_stream.io import environment, xxh3
+from kvtc_stream.io.threads import SHARE, threads
+from kvtc_stream.io.xxh3 import intrinsic, jit
 
 #: Bytes of a seal.
 SEAL = 32
 #: Bytes that SHA-256 takes at a time; HMAC's keys are filled up to it.
 _CHUNK = 64
-#: Bytes of payload from which on XXH3 is one method; shorter ones have others.
-_LONG = 241
 #: Calls of the library for a seal, each of which returns 1.
 _CALLS = 8
+#: Maximum number of threads.
+_MOST = 16
+#: Looks at whether others are done, a few milliseconds of them: they have a page each at the most,
+#: and to wait for them in Python would be to wait for its lock.
+_POLLS = 1 << 17
 #: Fields of a page: where it begins in memory, bytes that are sealed, where the payload begins in
 #: memory, and its bytes.
 _FIELDS = 4
-
-_jit = numba.njit(cache=True, nogil=True, error_model="numpy")
-_U64 = np.uint64
-_LOW = np.uint64(0xFFFFFFFF)
-_HALF = np.uint64(32)
-
-#: XXH3's secret.
-_SECRET = np.array(
-    [
-        0xBE4BA423396CFEB8, 0x1CAD21F72C81017C, 0xDB979083E96DD4DE, 0x1F67B3B7A4A44072,
-        0x78E5C0CC4EE679CB, 0x2172FFCC7DD05A82, 0x8E2443F7744608B8, 0x4C263A81E69035E0,
-        0xCB00C391BB52283C, 0xA32E531B8B65D088, 0x4EF90DA297486471, 0xD8ACDEA946EF1938,
-        0x3F349CE33F76FAA8, 0x1D4F0BC7C7BBDCF9, 0x3159B4CD4BE0518A, 0x647378D9C97E9FC8,
-        0xC3EBD33483ACC5EA, 0xEB6313FAFFA081C5, 0x49DAF0B751DD0D17, 0x9E68D429265516D3,
-        0xFCA1477D58BE162B, 0xCE31D07AD1B8F88F, 0x280416958F3ACB45, 0x7E404BBBCAFBD7AF,
-    ],
-    np.uint64,
-)  # fmt: skip
-_PRIME, _PRIME_LONG = 0x9E3779B1, 0x9E3779B185EBCA87
-#: What the accumulators begin with.
-_INITIAL = np.array(
-    [
-        0xC2B2AE3D, _PRIME_LONG, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9,
-        0x85EBCA77C2B2AE63, 0x85EBCA77, 0x27D4EB2F165667C5, _PRIME,
-    ],
-    np.uint64,
-)  # fmt: skip
 
 
 class PageBytes(NamedTuple):
@@ -96,7 +75,7 @@ class PageBytes(NamedTuple):
 def page_sums(
     pages: Sequence[PageBytes], key: bytes | None
 ) -> tuple[NDArray[np.uint64], NDArray[np.uint8]]:
-    """Checksums and seals of pages; of one thread, which other threads of Python do not wait for.
+    """Checksums and seals of pages: on this thread, and on others that come to it in time.
 
     Parameters
     ----------
@@ -113,7 +92,7 @@ def page_sums(
         uint8 [pages, 32]; 0 without a key.
     """
     library = _library() if key is not None else None
-    if any(page.size < _LONG for page in pages) or (key is not None and library is None):
+    if any(page.size < xxh3.LEAST for page in pages) or (key is not None and library is None):
         return _one_by_one(pages, key)
     return _together(pages, key, library)
 
@@ -196,45 +175,55 @@ def _together(
     seeds = np.array([page.seed for page in pages], np.uint64)
     checksums = np.zeros(len(pages), np.uint64)
     seals = np.zeros((len(pages), SEAL), np.uint8)
-    if key is None or library is None or not pages:
-        _checksums(fields, seeds, checksums)
-        return checksums, seals
     # HMAC: the hash of the outer key and of the hash of the inner key and the message.
-    short = hashlib.sha256(key).digest() if len(key) > _CHUNK else key
+    secret = b"" if key is None else key
+    short = hashlib.sha256(secret).digest() if len(secret) > _CHUNK else secret
     inner, outer = (
         (np.frombuffer(short.ljust(_CHUNK, b"\0"), np.uint8) ^ np.uint8(mask)).tobytes()
         for mask in (0x36, 0x5C)
     )
     prefixes = np.frombuffer(b"".join(inner + page.prefix for page in pages), np.uint8)
-    context = library.new()
-    if not context:
-        raise MemoryError("libcrypto has no memory for a hash")
+    functions = np.zeros(4, np.int64) if library is None else library.functions
+    counts = np.zeros(3, np.int64)  # pages that are taken, that are done, and that went wrong
+
+    def work(polls: int) -> None:
+        context = 0
+        if library is not None and not (context := library.new()):
+            raise MemoryError("libcrypto has no memory for a hash")
+        try:
+            _work(
+                counts,
+                fields,
+                seeds,
+                prefixes.reshape(len(pages), -1),
+                np.frombuffer(outer, np.uint8),
+                functions,
+                context,
+                checksums,
+                seals,
+                polls,
+            )
+        finally:
+            if library is not None:
+                library.free(context)
+
+    if not pages:
+        return checksums, seals
+    size = int(fields[:, 1].sum())
+    helping = min(size // SHARE, len(pages), _MOST, environment.threads()) - 1
+    helpers = [threads().submit(work, 0) for _ in range(helping)]
     try:
-        done = _checksums_and_seals(
-            fields,
-            seeds,
-            prefixes.reshape(len(pages), -1),
-            np.frombuffer(outer, np.uint8),
-            library.functions,
-            context,
-            checksums,
-            seals,
-        )
+        work(_POLLS)
     finally:
-        library.free(context)
-    if done != _CALLS * len(pages):
+        # Those that have not begun have nothing to do. Those that are done may wait for the lock:
+        # nobody waits for them, unless they have a page yet.
+        begun = [helper for helper in helpers if not helper.cancel()]
+        if counts[1] < len(pages):
+            for helper in begun:
+                helper.result()
+    if counts[1] < len(pages) or counts[2]:
         raise RuntimeError("libcrypto could not compute a SHA-256")
     return checksums, seals
-
-
-def _read(typing: Any, address: Any) -> Any:
-    """The 8 bytes at an address, little-endian, wherever it is."""
-
-    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        pointer = builder.inttoptr(values[0], ir.IntType(64).as_pointer())
-        return builder.load(pointer, align=1)
-
-    return types.uint64(types.int64), generate
 
 
 def _called(typing: Any, function: Any, a: Any, b: Any, c: Any) -> Any:
@@ -247,104 +236,53 @@ def _called(typing: Any, function: Any, a: Any, b: Any, c: Any) -> Any:
     return types.int32(*[types.int64] * 4), generate
 
 
-# Whoever calls these gives no type system: that is not what a type checker would see.
-_word: Any = intrinsic(_read)
-_call: Any = intrinsic(_called)
+def _added(typing: Any, address: Any, number: Any) -> Any:
+    """Add to the int64 at an address, as one step for all threads; what it was before. What a
+    thread wrote until then is seen by those that add later."""
+
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        place = builder.inttoptr(values[0], ir.IntType(64).as_pointer())
+        return builder.atomic_rmw("add", place, values[1], "seq_cst")
+
+    return types.int64(types.int64, types.int64), generate
 
 
-@_jit
-def _checksums(fields, seeds, checksums):  # type: ignore[no-untyped-def]
-    for i in range(len(fields)):
-        checksums[i] = _xxh3(fields[i, 2], fields[i, 3], seeds[i])
+_call, _add = intrinsic(_called), intrinsic(_added)
 
 
-@_jit
-def _checksums_and_seals(  # type: ignore[no-untyped-def]
-    fields, seeds, prefixes, outer, functions, context, checksums, seals
+@jit
+def _work(  # type: ignore[no-untyped-def]
+    counts, fields, seeds, prefixes, outer, functions, context, checksums, seals, polls
 ):
-    """Returns how many calls of the library went well."""
+    """Take pages until none is left, and then wait until others are done with theirs, for so many
+    looks at the most; ``context`` is 0 where there is no key."""
     begin, update, end, kind = functions[0], functions[1], functions[2], functions[3]
-    done = np.int64(0)
-    nothing = np.int64(0)
-    for i in range(len(fields)):
-        prefix, seal = prefixes[i], seals[i]
-        size, whole = np.int64(len(prefix)), np.int64(len(seal))
-        done += _call(begin, context, kind, nothing)
-        done += _call(update, context, prefix.ctypes.data, size)
-        done += _call(update, context, fields[i, 0], fields[i, 1])
-        done += _call(end, context, seal.ctypes.data, nothing)
-        done += _call(begin, context, kind, nothing)
-        done += _call(update, context, outer.ctypes.data, np.int64(len(outer)))
-        done += _call(update, context, seal.ctypes.data, whole)
-        done += _call(end, context, seal.ctypes.data, nothing)
+    nothing, one = np.int64(0), np.int64(1)
+    taken, done, wrong = counts[0:].ctypes.data, counts[1:].ctypes.data, counts[2:].ctypes.data
+    secret, state = np.empty(24, np.uint64), np.empty(8, np.uint64)
+    while True:
+        i = _add(taken, one)
+        if i >= len(fields):
+            break
+        if context:
+            prefix, seal = prefixes[i], seals[i]
+            good = np.int64(0)
+            good += _call(begin, context, kind, nothing)
+            good += _call(update, context, prefix.ctypes.data, np.int64(len(prefix)))
+            good += _call(update, context, fields[i, 0], fields[i, 1])
+            good += _call(end, context, seal.ctypes.data, nothing)
+            good += _call(begin, context, kind, nothing)
+            good += _call(update, context, outer.ctypes.data, np.int64(len(outer)))
+            good += _call(update, context, seal.ctypes.data, np.int64(len(seal)))
+            good += _call(end, context, seal.ctypes.data, nothing)
+            if good != _CALLS:
+                _add(wrong, one)
         # The page is in the processor's cache now.
-        checksums[i] = _xxh3(fields[i, 2], fields[i, 3], seeds[i])
-    return done
-
-
-@_jit
-def _xxh3(at, size, seed):  # type: ignore[no-untyped-def]
-    """XXH3-64 of at least 241 bytes at an address; the method of the reference implementation."""
-    secret = np.empty(24, np.uint64)
-    for i in range(0, 24, 2):
-        secret[i] = _SECRET[i] + seed
-        secret[i + 1] = _SECRET[i + 1] - seed
-    sums = _INITIAL.copy()
-    blocks = (size - 1) >> 10
-    for block in range(blocks):
-        _add(sums, at + (block << 10), 16, secret)
-        for i in range(8):
-            value = sums[i]
-            sums[i] = (value ^ (value >> _U64(47)) ^ secret[16 + i]) * _U64(_PRIME)
-    _add(sums, at + (blocks << 10), (size - 1 - (blocks << 10)) >> 6, secret)
-    # The last 64 bytes, wherever they begin; the secret's bytes from 121 on.
-    last = np.empty(8, np.uint64)
-    for i in range(8):
-        last[i] = (secret[15 + i] >> _U64(8)) | (secret[16 + i] << _U64(56))
-    _add(sums, at + size - 64, 1, last)
-    found = _U64(size) * _U64(_PRIME_LONG)
-    for i in range(4):  # the secret's bytes from 11 on
-        low, middle, high = secret[1 + 2 * i], secret[2 + 2 * i], secret[3 + 2 * i]
-        a = (low >> _U64(24)) | (middle << _U64(40))
-        b = (middle >> _U64(24)) | (high << _U64(40))
-        found += _folded(sums[2 * i] ^ a, sums[2 * i + 1] ^ b)
-    found = (found ^ (found >> _U64(37))) * _U64(0x165667919E3779F9)
-    return found ^ (found >> _HALF)
-
-
-@_jit
-def _add(sums, at, stripes, secret):  # type: ignore[no-untyped-def]
-    """Add stripes of 64 bytes, each with the secret from another word on."""
-    a, b, c, d = sums[0], sums[1], sums[2], sums[3]
-    e, f, g, h = sums[4], sums[5], sums[6], sums[7]
-    for i in range(stripes):
-        s, t, u, v = _word(at), _word(at + 8), _word(at + 16), _word(at + 24)
-        w, x, y, z = _word(at + 32), _word(at + 40), _word(at + 48), _word(at + 56)
-        a += _product(s ^ secret[i]) + t
-        b += _product(t ^ secret[i + 1]) + s
-        c += _product(u ^ secret[i + 2]) + v
-        d += _product(v ^ secret[i + 3]) + u
-        e += _product(w ^ secret[i + 4]) + x
-        f += _product(x ^ secret[i + 5]) + w
-        g += _product(y ^ secret[i + 6]) + z
-        h += _product(z ^ secret[i + 7]) + y
-        at += 64
-    sums[0], sums[1], sums[2], sums[3] = a, b, c, d
-    sums[4], sums[5], sums[6], sums[7] = e, f, g, h
-
-
-@_jit
-def _product(value):  # type: ignore[no-untyped-def]
-    """Of the two halves."""
-    return (value & _LOW) * (value >> _HALF)
-
-
-@_jit
-def _folded(a, b):  # type: ignore[no-untyped-def]
-    """The halves of a product of 128 bits, exclusive or."""
-    a_low, a_high, b_low, b_high = a & _LOW, a >> _HALF, b & _LOW, b >> _HALF
-    low, high = a_low * b_low, a_high * b_high
-    across = a_high * b_low
-    middle = (low >> _HALF) + (across & _LOW) + a_low * b_high
-    high += (across >> _HALF) + (middle >> _HALF)
-    return ((middle << _HALF) | (low & _LOW)) ^ high
+        at, size = fields[i, 2], fields[i, 3]
+        xxh3.begin(seeds[i], secret, state)
+        xxh3.add_blocks(at, (size - 1) // xxh3.BLOCK, secret, state)
+        checksums[i] = xxh3.end(at, size, secret, state)
+        _add(done, one)
+    for _ in range(polls):
+        if _add(done, nothing) == len(fields):
+            break

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hmac
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, TypedDict
 
@@ -45,25 +45,6 @@ from kvtc_stream.stream.pending import verbatim_block
 _ATTEMPTS = 25
 #: Maximum bytes of a block's record without positions, payload and verbatim values.
 _BLOCK_BYTES = 80
-
-
-@dataclass(frozen=True, eq=False)
-class PageChecks:
-    """Pages of which checksums and seals were computed: what :meth:`PageCodec.sums` gives.
-
-    Attributes
-    ----------
-    pages
-        Their bytes, which do not change.
-    identities
-        What each is sealed as.
-    proven
-        Of which of them both are right.
-    """
-
-    pages: Sequence[bytes]
-    identities: Sequence[bytes | None]
-    proven: Sequence[bool]
 
 
 class _Seal(TypedDict):
@@ -312,54 +293,40 @@ class PageCodec:
         """:meth:`checked` of many pages, for :meth:`decode_into`: the blocks up to the first page
         that is not whole or another, and what is wrong with that one, ``None`` if all are good.
 
-        Python's lock is held for some microseconds a page, not for each step of each.
+        Python's lock is held for some microseconds a page, not for each step of each: checksums and
+        seals are computed without it, of large pages on several threads.
         """
-        return self.table([self.sums(pages, identities=identities)])
-
-    def sums(
-        self,
-        pages: Sequence[bytes | bytearray | memoryview],
-        *,
-        identities: Sequence[bytes] | None = None,
-    ) -> PageChecks:
-        """The first half of :meth:`checked_many`, and nearly all of its time: checksums and seals,
-        during which Python's lock is not held. Threads take no turns here: give each some pages."""
         names = [None] * len(pages) if identities is None else list(identities)
         seals = [self._seal(name) for name in names]
         own = [own_bytes(page) for page in pages]
         if len(names) != len(own):
             raise ValueError(f"{len(own)} pages need as many identities, found {len(names)}")
-        found = [outline(page, sealed=self._key is not None) for page in own]
+        proven = self._proven(own, seals)
+
+        def parse(row: int) -> Block:
+            return self._unpack(own[row], names[row], proven=proven[row])
+
+        limits = self._limits or Limits()
+        return read_pages(own, proven, self._section, self._header, limits, parse)
+
+    def _proven(self, pages: Sequence[bytes], seals: Sequence[_Seal]) -> list[bool]:
+        """Of which pages checksum and seal are right; of others nothing is known."""
+        found = [outline(page, sealed=self._key is not None) for page in pages]
         there = [i for i, x in enumerate(found) if x is not None]
         outlines = [x for x in found if x is not None]
-        checksums, computed = page_sums(
-            [
-                PageBytes(
-                    own[i], x.begin, x.size, x.seed, x.sealed, seal_prefix(seals[i]["identity"])
-                )
-                for i, x in zip(there, outlines, strict=True)
-            ],
-            self._key,
-        )
-        proven = [False] * len(own)
+        sealed_bytes = [
+            PageBytes(
+                pages[i], x.begin, x.size, x.seed, x.sealed, seal_prefix(seals[i]["identity"])
+            )
+            for i, x in zip(there, outlines, strict=True)
+        ]
+        checksums, computed = page_sums(sealed_bytes, self._key)
+        proven = [False] * len(pages)
         for i, x, checksum, seal in zip(there, outlines, checksums.tolist(), computed, strict=True):
             # Without a key there is no seal to compare.
             right = self._key is None or hmac.compare_digest(seal.tobytes(), x.seal)
             proven[i] = right and checksum == x.checksum
-        return PageChecks(own, names, proven)
-
-    def table(self, checks: Sequence[PageChecks]) -> tuple[BlockTable, KVTCError | None]:
-        """The second half of :meth:`checked_many`, of pages that :meth:`sums` was given in parts:
-        all else that a page can have wrong. Threads take no turns here."""
-        pages = [page for own in checks for page in own.pages]
-        names = [name for own in checks for name in own.identities]
-        proven = [right for own in checks for right in own.proven]
-
-        def parse(row: int) -> Block:
-            return self._unpack(pages[row], names[row], proven=proven[row])
-
-        limits = self._limits or Limits()
-        return read_pages(pages, proven, self._section, self._header, limits, parse)
+        return proven
 
     def decode_into(
         self,

@@ -54,6 +54,9 @@ class Entry:
 class Store(ABC):
     """Named bytes, within a budget."""
 
+    #: Whether what is there comes at once, so that nobody needs threads to wait for it.
+    at_once = False
+
     def __init__(self, budget: int | None) -> None:
         if budget is not None and budget < 1:
             raise ValueError(f"the budget of a store must be at least 1 byte, found {budget}")
@@ -128,6 +131,8 @@ class MemoryStore(Store):
     budget
         The most bytes; no limit if ``None``.
     """
+
+    at_once = True
 
     def __init__(self, budget: int | None = None) -> None:
         super().__init__(budget)

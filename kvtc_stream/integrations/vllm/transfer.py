@@ -14,7 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Any, Protocol
@@ -30,16 +30,13 @@ from kvtc_stream.formats import BlockTable
 from kvtc_stream.integrations.hosts.layouts import VLLM_LAYOUTS, Layout
 from kvtc_stream.integrations.hosts.store import Store
 from kvtc_stream.integrations.vllm.scheduling import PageJob
-from kvtc_stream.stream.pages import PageChecks, PageCodec
+from kvtc_stream.stream.pages import PageCodec
 
 _log = logging.getLogger(__name__)
 
-#: Threads that fetch pages from a store and check them: at least, and at most if there are so many
-#: cores.
+#: Pages that are fetched from a store beside one another: at least, and at most if there are so
+#: many cores.
 _FETCHES = 4, 16
-#: Shares, at least, of what is decoded at once: a thread takes one. Each hand-over, and each step
-#: in Python, waits for the interpreter that the engine has; but decoding waits for the last share.
-_SHARES = 8
 #: Pages that are decoded at once on a CUDA device: enough to keep it busy, few enough that the
 #: first are decoded while the next are checked.
 _TOGETHER = 32
@@ -379,7 +376,7 @@ class _Group:
     blocks. ``table`` and ``sizes`` are of those that are whole, up to the first that is not."""
 
     jobs: Sequence[PageJob]
-    fetched: Sequence[tuple[int, Future[PageChecks]]] = ()
+    fetched: Sequence[Future[bytes | None]] = ()
     table: BlockTable | None = None
     sizes: Sequence[int] = ()
     done: int = 0
@@ -428,12 +425,14 @@ class PageTransfer:
         self._counter, self._timeout, self._most = counter, timeout, queue_pages
         self._cpus = _allowed_cpus(blocks.device)
         self._loader = ThreadPoolExecutor(2, "kvtc-load", initializer=self._spread)
-        self._fetches = min(max(_FETCHES[0], os.cpu_count() or 1), _FETCHES[1])
-        self._fetcher = ThreadPoolExecutor(self._fetches, "kvtc-fetch", initializer=self._spread)
+        fetches = min(max(_FETCHES[0], os.cpu_count() or 1), _FETCHES[1])
+        self._fetcher = ThreadPoolExecutor(fetches, "kvtc-fetch", initializer=self._spread)
         self._backend = get_backend("cuda" if blocks.device.type == "cuda" else "cpu")
         self._count = len(codecs)
         threads = 1 if blocks.device.type == "cuda" else max(1, len(codecs))
         self._decoder = ThreadPoolExecutor(threads, "kvtc-decode", initializer=self._spread)
+        #: Whether the thread that decodes does all of a load.
+        self._alone = blocks.device.type == "cuda" and store is not None and store.at_once
         #: Of loads, and of stores. They stay the same: CuPy keeps memory for every stream that it
         #: meets.
         self._streams: list[Any] = [None, None]
@@ -485,7 +484,7 @@ class PageTransfer:
             load = _Load(own, time.monotonic() + self._timeout, event=self._event())
             with self._changed:
                 self._loads[request] = load
-            self._loader.submit(self._load, load)
+            (self._decoder if self._alone else self._loader).submit(self._load, load)
 
     def store(self, jobs: Sequence[PageJob]) -> None:
         """Begin to store pages whose computation is on its way."""
@@ -598,15 +597,18 @@ class PageTransfer:
         try:
             groups = self._fetching(load)
             # One thread takes those of a device in turn: several would wait for one another's
-            # interpreter.
+            # interpreter. If nothing is to be waited for either, it is this one.
             on_device = self._blocks.device.type == "cuda"
-            for some in [groups] if on_device else [[group] for group in groups]:
-                threads = self._decoder.submit(self._load_groups, load, some)
-                for group in some:
-                    group.thread = threads
+            if self._alone:
+                self._load_groups(load, groups)
+            else:
+                for some in [groups] if on_device else [[group] for group in groups]:
+                    threads = self._decoder.submit(self._load_groups, load, some)
+                    for group in some:
+                        group.thread = threads
             for group in groups:
-                assert group.thread is not None
-                group.thread.result()
+                if group.thread is not None:
+                    group.thread.result()
                 done += group.done
                 if group.done < len(group.jobs):
                     break
@@ -627,37 +629,24 @@ class PageTransfer:
                 self._changed.notify_all()
 
     def _fetching(self, load: _Load) -> list[_Group]:
-        """Begin to fetch the pages of a load, some on each thread."""
-        size, threads = self._blocks.together, self._fetches
-        most = min(-(-len(load.jobs) // threads), max(1, size // _SHARES))
-        groups = []
-        for i in range(0, len(load.jobs), size):
-            jobs = load.jobs[i : i + size]
-            shares = [jobs[j : j + most] for j in range(0, len(jobs), most)]
-            fetched = [(len(own), self._fetcher.submit(self._fetch, load, own)) for own in shares]
-            groups.append(_Group(jobs, fetched))
+        """The pages of a load, which threads begin to fetch where that takes time."""
+        assert self._store is not None
+        size = self._blocks.together
+        groups = [_Group(load.jobs[i : i + size]) for i in range(0, len(load.jobs), size)]
+        for group in groups if not self._store.at_once else ():
+            group.fetched = [self._fetcher.submit(self._fetch, load, job) for job in group.jobs]
         return groups
 
-    def _fetch(self, load: _Load, jobs: Sequence[PageJob]) -> PageChecks:
-        """Pages up to the first that is not there, with their sums."""
+    def _fetch(self, load: _Load, job: PageJob) -> bytes | None:
+        """A page, if it is there."""
         assert self._store is not None
-        assert self._checker is not None
-        pages: list[bytes] = []
-        for job in jobs:
-            if load.done or job.key.position > load.useful:
-                break
-            page = self._store.get(job.key.name)
-            if page is None:
-                self._counter.add(missing_pages=1)
-                load.stop(job)
-                break
-            pages.append(page)
-        names = [job.key.identity for job in jobs[: len(pages)]]
-        found = self._checker.sums(pages, identities=names)
-        for job, proven in zip(jobs, found.proven, strict=False):
-            if not proven:  # what is wrong with it is told in its turn
-                load.stop(job)
-        return found
+        if load.done or job.key.position > load.useful:
+            return None
+        page = self._store.get(job.key.name)
+        if page is None:
+            self._counter.add(missing_pages=1)
+            load.stop(job)
+        return page
 
     def _spoilt(self, load: _Load, job: PageJob, error: KVTCError) -> None:
         assert self._store is not None
@@ -692,17 +681,20 @@ class PageTransfer:
     def _loading(self, load: _Load, group: _Group) -> Generator[None]:
         """A task: pages of a group, when they are there and whole."""
         assert self._checker is not None
-        checks = []
-        for count, future in group.fetched:
-            found = future.result()
-            checks.append(found)
-            if len(found.pages) < count:
+        wait(group.fetched)  # once, not for each of them
+        found = (
+            (future.result() for future in group.fetched)
+            if group.fetched
+            else (self._fetch(load, job) for job in group.jobs)
+        )
+        pages: list[bytes] = []
+        for page in found:
+            if page is None:
                 break
-        group.sizes = [len(page) for own in checks for page in own.pages]
-        if not group.sizes:
-            return
-        group.table, error = self._checker.table(checks)
-        group.sizes = group.sizes[: len(group.table)]
+            pages.append(page)
+        names = [job.key.identity for job in group.jobs[: len(pages)]]
+        group.table, error = self._checker.checked_many(pages, identities=names)
+        group.sizes = [len(page) for page in pages[: len(group.table)]]
         if error is not None:
             self._spoilt(load, group.jobs[len(group.table)], error)
         if group.sizes:
