@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import struct
 from dataclasses import dataclass
 
 from kvtc_stream.errors import FormatError
@@ -25,6 +26,7 @@ from kvtc_stream.formats.wire import ByteReader, ByteWriter, known, located
 #: What every block begins with, in the order of :meth:`Block.pack`. In one go, because readers
 #: meet many blocks.
 _FIELDS, _RESERVED = "IIQqBBBBBB2sQQQ4fII", bytes(2)
+_HEAD = struct.Struct("<" + _FIELDS)
 # Bits that tell what else is in a block.
 _HAS_LAYER_ERRORS, _HAS_AXES = 1, 2
 
@@ -177,9 +179,7 @@ class Block:
         contents = _HAS_AXES if self.axes else 0
         if self.layer_errors is not None:
             contents |= _HAS_LAYER_ERRORS
-        writer = ByteWriter()
-        writer.pack(
-            _FIELDS,
+        fields = (
             self.tokens,
             len(self.verbatim_tokens),
             self.start,
@@ -197,9 +197,18 @@ class Block:
             *self.errors.values,
             *self.cut,
         )
+        try:
+            head = _HEAD.pack(*fields)
+        except struct.error as error:
+            raise ValueError(f"{fields} do not fit their fields: {error}") from None
+        partly = 0 < len(self.verbatim_tokens) < self.tokens
+        if not (listed or partly or contents):  # as of most blocks
+            return [head, self.coded, self.verbatim]
+        writer = ByteWriter()
+        writer.raw(head)
         if listed:
             writer.array("q", self.positions[1:])
-        if 0 < len(self.verbatim_tokens) < self.tokens:
+        if partly:
             bitmap = bytearray(_bitmap_size(self.tokens))
             for index in self.verbatim_tokens:
                 bitmap[index >> 3] |= 1 << (index & 7)

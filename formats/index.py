@@ -78,6 +78,9 @@ class IndexEntry:
         """The entry of a record, a block when ``block`` is given."""
         if block is None:
             return cls(sequence, offset, length, record_type)
+        kept, exact = block.kept, len(block.verbatim_tokens)
+        if len(kept) < block.tokens:
+            exact = sum(i in kept for i in block.verbatim_tokens)
         return cls(
             sequence,
             offset,
@@ -86,10 +89,10 @@ class IndexEntry:
             section=block.section,
             role=block.role,
             start=block.start,
-            tokens=len(block.kept),
-            first_position=block.positions[block.kept[0]],
-            last_position=block.positions[block.kept[-1]],
-            verbatim_tokens=sum(i in block.kept for i in block.verbatim_tokens),
+            tokens=len(kept),
+            first_position=block.positions[kept[0]],
+            last_position=block.positions[kept[-1]],
+            verbatim_tokens=exact,
             coded_bytes=len(block.coded),
             verbatim_bytes=len(block.verbatim),
             errors=block.errors,

@@ -33,8 +33,7 @@ class StreamWriter:
 
     def __init__(self, header: StreamHeader, key: bytes = b"") -> None:
         self._header, self._key = header, key
-        self._opening, self._seed = pack_opening(header)
-        self._opening_digest = digest(self._opening) if key else b""
+        self._seed, self._opening_digest = 0, b""
         self._digests = bytearray()
         self._order: Order | None = None
         self._entries = bytearray()
@@ -64,8 +63,10 @@ class StreamWriter:
             raise StateError("the stream has been started; use a new StreamWriter")
         self._started = True
         if self._order is None:
-            self._order = Order(self._header, len(self._opening))
-            return self._opening
+            opening, self._seed = pack_opening(self._header)
+            self._opening_digest = digest(opening) if self._key else b""
+            self._order = Order(self._header, len(opening))
+            return opening
         # What was recovered gets an end first: its tail may be all that holds some tokens.
         end = b"" if self._order.ended else self._end()
         payload = ByteWriter()

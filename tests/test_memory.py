@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvtc_stream.io.assembly import assemble
-from kvtc_stream.io.memory import LARGE, Room, Sealed, copied, joined, joining
+from kvtc_stream.io.memory import LARGE, Joining, Room, Sealed, copied, joined
 from kvtc_stream.io.threads import SHARE, copy, in_turn, spread, threads
 from kvtc_stream.io.xxh3 import BLOCK, LEAST
 
@@ -101,13 +101,35 @@ def test_checksums_of_every_length() -> None:
         ), length
 
 
+@pytest.mark.parametrize("sizes", [(100, 7), (LARGE, 300, 5), (3, LARGE + 1)])
+def test_bytes_that_come_later(sizes: tuple[int, ...]) -> None:
+    """Where they go is known before; also small ones, and those of a checksum."""
+    payloads = [drawn(size, i) for i, size in enumerate(sizes)]
+    rooms = [bytearray(size) for size in sizes]
+    places = [memoryview(bytearray(8)) for _ in sizes]
+    pieces: list[bytes | memoryview] = [b"head"]
+    for room, place in zip(rooms, places, strict=True):
+        pieces += [memoryview(room), place]
+    sealed = [Sealed(2 * i + 1, 2 * i + 2, 5) for i in range(len(sizes))]
+    joining = Joining(pieces, sealed=sealed)
+    for room, payload in zip(rooms, payloads, strict=True):
+        room[:] = payload
+    joining.begin()
+    expected = b"head"
+    for payload in payloads:
+        expected += payload + xxhash.xxh3_64_intdigest(payload, 5).to_bytes(8, "little")
+    same = joining.finish() == expected
+    assert same
+
+
 def test_what_is_dropped_is_not_written_to_any_more() -> None:
     """Neither threads that join pieces, nor those that map memory, outlive what they work on."""
     pieces = [drawn(LARGE, i) for i in range(9)]
     for _ in range(20):
-        joining(pieces)
+        Joining(pieces).begin()
         Room(9 * LARGE, 9 * LARGE)
-    assert joined(pieces) == b"".join(pieces)
+    same = joined(pieces) == b"".join(pieces)
+    assert same
 
 
 @given(st.lists(SIZES, max_size=5))

@@ -9,7 +9,7 @@ import cupy
 import numpy as np
 from numpy.typing import NDArray
 
-from kvtc_stream.coding.verbatim import HEAD, TILE, Places, places, split_many
+from kvtc_stream.coding.verbatim import HEAD, TILE, Places, places_of_many, split_many
 from kvtc_stream.gpu.kernels import verbatim
 from kvtc_stream.gpu.runtime.staging import Staging
 from kvtc_stream.io.steps import Steps, run
@@ -78,7 +78,13 @@ def encode_values(
     yield
     ends = np.cumsum([-(-n // TILE) for n in sizes])
     own = np.split(on_host(), ends[:-1])
-    found = [places(x, n) for x, n in zip(own, sizes, strict=True)]
+    found: list[Any] = [None] * len(sizes)
+    for n in set(sizes):
+        alike = [i for i, other in enumerate(sizes) if other == n]
+        for i, place in zip(
+            alike, places_of_many(np.stack([own[i] for i in alike]), n), strict=True
+        ):
+            found[i] = place
     begins = starts([x.length for x in found])
     data = cupy.empty(int(begins[-1]), np.uint8)
     [tasks_d] = staging.arrays(tasks_of(sizes, firsts, found, begins))

@@ -100,23 +100,17 @@ def entries(
 ) -> NDArray[np.int64]:
     """int64 [columns, layout.FIELDS] of (kind, layer, column); layers are the section's indices."""
     layers = len(ropes.tables)
-    rows = []
-    for kind, layer, column in columns:
-        t = v if kind else k
-        assert t is not None
-        rows.append(
-            (
-                t.addresses[layer],
-                t.token_stride,
-                t.head_stride,
-                t.heads,
-                t.dim,
-                -1 if kind else ropes.tables[layer],
-                column,
-                kind * layers + layer,
-            )
-        )
-    return np.array(rows, np.int64).reshape(-1, layout.FIELDS)
+    kinds, of_layers, firsts = np.array(list(columns), np.int64).reshape(-1, 3).T
+    found = np.empty((len(kinds), layout.FIELDS), np.int64)
+    found[:, 6], found[:, 7] = firsts, kinds * layers + of_layers
+    for kind, t in enumerate((k, v)):
+        rows = np.flatnonzero(kinds == kind)
+        if t is not None and len(rows):
+            own = of_layers[rows]
+            found[rows, 0] = np.array(t.addresses, np.int64)[own]
+            found[rows, 1:5] = t.token_stride, t.head_stride, t.heads, t.dim
+            found[rows, 5] = -1 if kind else np.array(ropes.tables, np.int64)[own]
+    return found
 
 
 def to_device(x: Any, name: str) -> tuple[Any, DType]:

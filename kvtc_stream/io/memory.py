@@ -43,66 +43,89 @@ def joined(
     takes longer than copying; and they compute checksums of what they have copied just now.
     ``room`` is used if the pieces fit.
     """
-    return joining(pieces, room, sealed)()
+    return Joining(pieces, room, sealed).finish()
 
 
-def joining(
-    pieces: Sequence[bytes | memoryview], room: Room | None = None, sealed: Sequence[Sealed] = ()
-) -> Callable[[], bytes]:
-    """:func:`joined` that threads begin with; what is returned takes part until all is done."""
-    sizes = np.fromiter(map(len, pieces), np.int64, len(pieces))
-    size = int(sizes.sum())
-    if size < LARGE or _advise() is None:
-        for own in sealed:
-            _seal(pieces, own)
-        return lambda: b"".join(pieces)
-    from kvtc_stream.io.assembly import assemble
-    from kvtc_stream.io.xxh3 import LEAST
+class Joining:
+    """:func:`joined` in steps: where bytes go is known before all of them are there.
 
-    out = (room if room is not None and size <= room.most else Room(size)).taken(size)
-    begins = _contents(id(out), size).ctypes.data + np.cumsum(sizes) - sizes
-    units, seeds = np.zeros((len(sealed), 4), np.int64), np.zeros(len(sealed), np.uint64)
-    apart = np.ones(len(pieces), np.bool_)
-    for i, (first, last, seed) in enumerate(sealed):
-        begin, end = int(begins[first]), int(begins[last])
-        if end - begin < LEAST:
-            _seal(pieces, sealed[i])
-            continue
-        units[i], seeds[i] = (first, last, begin, end - begin), seed
-        apart[first : last + 1] = False
-    addresses, held = _addresses(pieces, sizes)
-    copies = np.stack([addresses, begins, sizes], axis=1)
-    of_rest, rest = units_of(copies[apart])
-    of_rest[:, :2] += len(copies)
-    arguments = (
-        np.concatenate([units, of_rest]),
-        np.concatenate([seeds, np.zeros(len(of_rest), np.uint64)]),
-        np.concatenate([copies, rest]),
-    )
-    shared = Shared(assemble, arguments, size, _COPYING, keeps=(out, held))
+    Views may be of memory that is yet to be filled, until :meth:`begin`.
+    """
 
-    def finish() -> bytes:
-        shared.finish()
+    def __init__(
+        self,
+        pieces: Sequence[bytes | memoryview],
+        room: Room | None = None,
+        sealed: Sequence[Sealed] = (),
+    ) -> None:
+        self._pieces = pieces
+        #: Checksums that are not computed from what was copied.
+        self._apart = list(sealed)
+        self._out: bytes | None = None
+        self._shared: Shared | None = None
+        sizes = np.fromiter(map(len, pieces), np.int64, len(pieces))
+        size = int(sizes.sum())
+        if size < LARGE or _advise() is None:
+            return
+        from kvtc_stream.io.xxh3 import LEAST
+
+        out = (room if room is not None and size <= room.most else Room(size)).taken(size)
+        begins = _contents(id(out), size).ctypes.data + np.cumsum(sizes) - sizes
+        edges = np.array([own[:2] for own in sealed], np.int64).reshape(-1, 2)
+        spans = begins[edges]
+        long = spans[:, 1] - spans[:, 0] >= LEAST
+        self._apart = [own for own, found in zip(sealed, long.tolist(), strict=True) if not found]
+        with_sums = np.zeros(len(pieces), np.bool_)
+        for first, last in edges[long].tolist():
+            with_sums[first : last + 1] = True
+        copied = np.ones(len(pieces), np.bool_)
+        copied[edges[long, 1]] = False
+        addresses, self._held = _addresses(pieces, sizes, copied)
+        copies = np.stack([addresses, begins, sizes], axis=1)
+        units, rest = units_of(copies[~with_sums])
+        units[:, :2] += len(copies)
+        of_long = np.concatenate([edges, spans[:, :1], np.diff(spans)], axis=1)[long]
+        seeds = np.zeros(len(of_long) + len(units), np.uint64)
+        seeds[: len(of_long)] = np.array([own.seed for own in sealed], np.uint64)[long]
+        self._out, self._size = out, size
+        self._arguments = np.concatenate([of_long, units]), seeds, np.concatenate([copies, rest])
+
+    def begin(self) -> None:
+        """Let threads begin: all bytes are there."""
+        while self._apart:
+            _seal(self._pieces, self._apart.pop())
+        if self._out is not None and self._shared is None:
+            from kvtc_stream.io.assembly import assemble
+
+            keeps = self._out, self._held
+            self._shared = Shared(assemble, self._arguments, self._size, _COPYING, keeps)
+
+    def finish(self) -> bytes:
+        """Take part until all is done; the bytes, once."""
+        self.begin()
+        if self._shared is None or self._out is None:
+            return b"".join(self._pieces)
+        self._shared.finish()
+        out, self._out = self._out, None
         return out
-
-    return finish
 
 
 def _addresses(
-    pieces: Sequence[bytes | memoryview], sizes: NDArray[np.int64]
-) -> tuple[NDArray[np.int64], list[Any]]:
-    """Where the bytes of each piece are, and what holds them: small ones are copied first."""
-    small = sizes < _SMALL
-    together = b"".join(pieces[i] for i in np.flatnonzero(small).tolist())
-    found = np.zeros(len(pieces), np.int64)
-    found[small] = _address(together) + np.cumsum(sizes[small]) - sizes[small]
-    large = np.flatnonzero(~small).tolist()
-    found[large] = [_address(pieces[i]) for i in large]
-    return found, [together, pieces]
+    pieces: Sequence[bytes | memoryview], sizes: NDArray[np.int64], wanted: NDArray[np.bool_]
+) -> tuple[NDArray[np.int64], Any]:
+    """Where the wanted pieces are, int64 [pieces], and what must be kept: small ones that cannot
+    change any more are copied."""
+    small = [x if type(x) is bytes and len(x) < _SMALL else b"" for x in pieces]
+    together = b"".join(small)
+    held = np.fromiter(map(len, small), np.int64, len(small))
+    found = _address(together) + np.cumsum(held) - held
+    for i in np.flatnonzero(wanted & (held < sizes)).tolist():
+        found[i] = _address(pieces[i])
+    return found, (together, pieces)
 
 
 def _address(data: bytes | memoryview) -> int:
-    where: int = np.frombuffer(data, np.uint8).__array_interface__["data"][0] if data else 0
+    where: int = np.frombuffer(data, np.uint8).ctypes.data if len(data) else 0
     return where
 
 

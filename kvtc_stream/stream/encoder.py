@@ -37,7 +37,7 @@ from kvtc_stream.formats import (
 )
 from kvtc_stream.formats.wire import located
 from kvtc_stream.io.dlpack import check_positions
-from kvtc_stream.io.memory import LARGE, Room, Sealed, joined, joining
+from kvtc_stream.io.memory import LARGE, Joining, Room, Sealed, joined
 from kvtc_stream.io.sources import Source
 from kvtc_stream.io.steps import Steps, begun, run
 from kvtc_stream.planning.rate_control import SectionControl, Target
@@ -136,7 +136,8 @@ class Encoder:
         self._begins_at = 0
         self._sections: list[SectionState] = []
         self._statistics = StreamStatistics()
-        self._opening = b""
+        #: What continues the stream; ``None`` before its own first bytes.
+        self._opening: bytes | None = b""
         self._room: Room | None = None
         self._base: Base | None = None
         if base is not None:
@@ -232,14 +233,16 @@ class Encoder:
         """As :meth:`encode_steps`, but for what is left to do once payloads are there."""
         with self._exclusive("encode"):
             dtype, chunk = self._check(k, v, positions, section)
-            records.pieces += self._start(dtype)
+            self._open(dtype)
             with self._failing():
                 if self._base is not None:
+                    records.pieces.append(self._start())
                     self._pack(self._blocks(section, chunk), records)
                     return
                 state = self._sections[section]
                 # First what a device waits for.
                 steps = begun(state.take_steps(*chunk, last=last))
+                records.pieces.append(self._start())
                 if last:
                     self._expect(section, chunk[2])
                 blocks = yield from steps
@@ -255,12 +258,13 @@ class Encoder:
             records.finish()
         # All else is done while payloads are on their way.
         pieces = records.pieces + self.finish_pieces()
+        joining = Joining(pieces, self._room, records.sealed)
         yield
         with self._failing():
             records.arrived()
-        done = joining(pieces, self._room, records.sealed)
+        joining.begin()
         yield
-        return done()
+        return joining.finish()
 
     def _expect(self, index: int, positions: NDArray[np.int64]) -> None:
         """Make room for the bytes of a stream that is coded at once, where its size is known."""
@@ -300,7 +304,8 @@ class Encoder:
         """As :meth:`finish`, the bytes in pieces."""
         with self._exclusive("finish"), self._failing():
             # A stream without a chunk has no element type of its own.
-            out = self._start(DType.FLOAT8_E4M3FN if self._scales else DType.BFLOAT16)
+            self._open(DType.FLOAT8_E4M3FN if self._scales else DType.BFLOAT16)
+            out: list[bytes | memoryview] = [self._start()]
             for index in range(len(self._sections)):
                 records = _Records()
                 self._pack(self._last_blocks(index), records)
@@ -384,11 +389,19 @@ class Encoder:
         last = self._sections[index].last_position if self._sections else -1
         return k_dtype, (k_layers, v_layers, check_positions(positions, tokens, last))
 
-    def _start(self, dtype: DType) -> list[bytes | memoryview]:
-        """The header, once the element type is known."""
+    def _start(self) -> bytes:
+        """The header, or what continues a stream, once."""
+        if self._opening is None:
+            assert self._writer is not None
+            self._opening = self._writer.start()
+            self._statistics.header_bytes = len(self._opening)
+        opening, self._opening = self._opening, b""
+        return opening
+
+    def _open(self, dtype: DType) -> None:
+        """Begin a stream, once the element type is known."""
         if self._sections:
-            opening, self._opening = self._opening, b""
-            return [opening]
+            return
         header = _header(
             self._codec,
             dtype,
@@ -403,9 +416,7 @@ class Encoder:
             self._learnt = dict(enumerate(_control_states(base.stream, self._codec) or ()))
         self._writer = StreamWriter(header, self._key)
         self._open_sections(header, None)
-        start = self._writer.start()
-        self._statistics.header_bytes = len(start)
-        return [start]
+        self._opening = None
 
     def _open_sections(self, header: StreamHeader, states: Sequence[Any] | None) -> None:
         target = self._codec.adapts
