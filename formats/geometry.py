@@ -236,8 +236,37 @@ def binary32(value: float) -> float:
         return float("inf")
 
 
+#: Geometries that were read last, by limits and bytes: the streams of a model have one.
+_met: dict[tuple[Limits, bytes], Geometry] = {}
+_MOST_MET = 8
+
+
 def write_geometry(geometry: Geometry, writer: ByteWriter) -> None:
     """Append the rotary tables, each once in order of first use, and the sections."""
+    for (_, data), known in list(_met.items()):
+        if known is geometry:
+            writer.raw(data)
+            return
+    _write(geometry, writer)
+
+
+def read_geometry(reader: ByteReader, limits: Limits) -> Geometry:
+    """Read what :func:`write_geometry` wrote."""
+    for (of_limits, data), known in list(_met.items()):
+        if of_limits == limits and reader.skip(data):
+            return known
+    start = reader.position
+    geometry = _read(reader, limits)
+    writer = ByteWriter()
+    _write(geometry, writer)
+    if len(data := writer.getvalue()) == reader.position - start:
+        for key in list(_met)[: 1 - _MOST_MET]:
+            _met.pop(key, None)
+        _met[limits, data] = geometry
+    return geometry
+
+
+def _write(geometry: Geometry, writer: ByteWriter) -> None:
     # Tables are long to hash, and those of many layers are one object.
     objects = {id(r): r for s in geometry.sections for r in s.rope if r is not None}
     tables = list(dict.fromkeys(objects.values()))
@@ -255,8 +284,7 @@ def write_geometry(geometry: Geometry, writer: ByteWriter) -> None:
         writer.array("H", (numbers[id(r)] for r in s.rope or (None,) * len(s.layers)))
 
 
-def read_geometry(reader: ByteReader, limits: Limits) -> Geometry:
-    """Read what :func:`write_geometry` wrote."""
+def _read(reader: ByteReader, limits: Limits) -> Geometry:
     tables: dict[int, Rope | None] = {_NO_ROPE: None}
     count = reader.integer("H", "rotary table count")
     limits.check("max_layers", count, reader.place("rotary table count"))

@@ -140,6 +140,9 @@ _RANS, _PLANES = int(Coder.RANS), int(Coder.PLANES)
 _ROLES, _MEASURES = int(max(Role)), int(max(Measure))
 _LAYER_ERRORS, _PLANES_FEATURE = np.uint32(Feature.LAYER_ERRORS), np.uint32(Feature.PLANES)
 _STAGES = np.array([1, 0, 2])  # DATA, SINKS, TAIL
+#: Which types a record before the index does not have.
+_NOT_BETWEEN = np.zeros(256, np.bool_)
+_NOT_BETWEEN[[0, RecordType.INDEX, RecordType.SUPERSEDE]] = True
 
 
 def usual_entries(
@@ -158,7 +161,7 @@ def usual_entries(
             zeros[name] = 0
         if (
             any(zeros.tobytes())
-            or np.isin(other["type"], (0, RecordType.INDEX, RecordType.SUPERSEDE)).any()
+            or _NOT_BETWEEN[other["type"]].any()
         ):
             return None
     if not _sound(e, block, limits) or not _follow(e, start):

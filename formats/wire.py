@@ -85,6 +85,14 @@ class ByteReader:
         """Offset of the next field in the stream."""
         return self._offset + self._position
 
+    def skip(self, data: bytes) -> bool:
+        """Whether ``data`` is what follows; then it is read."""
+        end = self._position + len(data)
+        found = bytes(self._data[self._position : end]) == data
+        if found:
+            self._position = end
+        return found
+
     def place(self, field: str, read: int = 0) -> str:
         """``field`` and its byte offset, for messages; ``read`` of its bytes were read already."""
         return f"{self.where}, {field} at byte {self.position - read}"

@@ -7,7 +7,7 @@ values may still be on their way, as the stream's order tells.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import cached_property, partial
@@ -83,17 +83,17 @@ class _Exact(NamedTuple):
 
 
 class _Unchecked(NamedTuple):
-    """Verbatim values that the device decodes: first ordinals of blocks, and whether each had a
-    fault, int32 on the device."""
+    """Verbatim values that the device decodes: first ordinals of blocks, and what waits for int32
+    [blocks], whether each had a fault."""
 
     starts: list[int]
-    faults: Any
+    faults: Callable[[], NDArray[np.int32]]
 
 
 def _check_exact(unchecked: Sequence[_Unchecked]) -> None:
     """Wait for the device; ``FormatError`` if a block's values are damaged."""
     for starts, faults in unchecked:
-        for i in np.flatnonzero(cupy.asnumpy(faults)).tolist():
+        for i in np.flatnonzero(faults()).tolist():
             raise FormatError(f"block at token {starts[i]}: its verbatim values are damaged")
 
 
@@ -552,12 +552,20 @@ class CudaSectionCoder(SectionCoder):
         loaded = self._decoder.load(table, slots, tiles=self._tiles)
         batches = self._decoder.batches(loaded.blocks)
         first = list(islice(batches, 1))
-        yield
-        loaded.whole()
-        exact = self._exact(table, slots)
-        started = self._decoder.start(chain(first, batches), layers, k_out, v_out)
+        destination = self._decoder.destination(layers, k_out, v_out)
         columns = self._columns(layers, k_out, v_out)
         unchecked: list[_Unchecked] = []
+        there = self._there(table, slots, loaded)
+        try:
+            early = self._tiled(there, loaded.data, loaded.exact, unchecked)
+        except FormatError:
+            loaded.whole()  # says more of a payload that is damaged
+            raise
+        yield
+        loaded.whole()
+        exact = self._exact(table, slots, {x.row for x in there})
+        self._place_exact(early, layers, columns)
+        started = self._decoder.start(chain(first, batches), destination)
         for found in exact:  # beside what the device does
             self._place_exact(self._uploaded(found, loaded, unchecked), layers, columns)
         yield
@@ -572,9 +580,32 @@ class CudaSectionCoder(SectionCoder):
         """Whether the device decodes tiles of verbatim values: they are of the output's type."""
         return self._header.dtype is self._header.out_dtype
 
-    def _exact(self, table: BlockTable, slots: NDArray[np.int64]) -> Iterator[Sequence[_Exact]]:
-        """The verbatim tokens, of some blocks at a time; threads begin with those that the device
-        does not decode at once. The blocks are known to be whole."""
+    def _there(
+        self, table: BlockTable, slots: NDArray[np.int64], loaded: BlockLoad
+    ) -> list[_Exact]:
+        """The verbatim tokens whose payloads are on the device, unless they are many."""
+        rows, own = table.rows, np.flatnonzero(loaded.exact >= 0)
+        tokens = int(rows["tokens"][own].sum())
+        if self._header.verbatim_size(self._index, tokens) > _VERBATIM_BYTES:
+            return []
+        ends = np.cumsum(rows["tokens"])
+        begins = (ends - rows["tokens"]).tolist()
+        return [
+            _Exact(
+                row,
+                int(rows["start"][row]),
+                slots[begins[row] : ends[row]],
+                None,
+                table.bytes_of(row, "exact", "exact_length"),
+            )
+            for row in own.tolist()
+        ]
+
+    def _exact(
+        self, table: BlockTable, slots: NDArray[np.int64], but: Container[int] = ()
+    ) -> Iterator[Sequence[_Exact]]:
+        """The verbatim tokens ``but`` those of some rows, of some blocks at a time; threads begin
+        with those that the device does not decode at once. The blocks are known to be whole."""
         rows, verbatim = table.rows, table.verbatim()
         edges = np.concatenate([[0], np.cumsum(rows["tokens"])]).tolist()
         header, waiting = self._header, 0
@@ -589,6 +620,8 @@ class CudaSectionCoder(SectionCoder):
 
         groups: list[list[tuple[int, NDArray[np.int64], Future[bytes] | None]]] = []
         for row in np.flatnonzero(rows["verbatim"]).tolist():
+            if row in but:
+                continue
             own = slice(edges[row], edges[row + 1])
             if not groups or waiting > _VERBATIM_BYTES:
                 groups.append([])
@@ -621,24 +654,28 @@ class CudaSectionCoder(SectionCoder):
             out.append((x.slots, cupy.ascontiguousarray(planes.T)))
         if rest:
             data, begins = self._decoder.staging.upload([x.payload for x in rest])
-            out += self._tiled(rest, data, begins, unchecked)
-        if there:
-            own = np.array([loaded.exact[x.row] for x in there])
-            out += self._tiled(there, loaded.data, own, unchecked)
-        return out
+            places = np.zeros(len(loaded.exact), np.int64)
+            places[[x.row for x in rest]] = begins
+            out += self._tiled(rest, data, places, unchecked)
+        return out + self._tiled(there, loaded.data, loaded.exact, unchecked)
 
     def _tiled(
         self,
         found: Sequence[_Exact],
         data: Any,
-        begins: NDArray[np.int64],
+        places: NDArray[np.int64],
         unchecked: list[_Unchecked],
     ) -> list[tuple[NDArray[np.int64], Any]]:
-        """As :meth:`_uploaded`, of payloads that the device decodes and that begin there."""
+        """As :meth:`_uploaded`, of payloads that the device decodes; that of a row begins at its
+        place in ``data``."""
+        if not found:
+            return []
+        begins = places[[x.row for x in found]]
         itemsize = self._header.out_dtype.itemsize
         sizes = [self._header.verbatim_size(self._index, len(x.slots)) // itemsize for x in found]
-        values, faults = verbatim.decode([x.payload for x in found], sizes, data, begins)
-        unchecked.append(_Unchecked([x.start for x in found], faults))
+        staging = self._decoder.staging
+        values, faults = verbatim.decode([x.payload for x in found], sizes, data, begins, staging)
+        unchecked.append(_Unchecked([x.start for x in found], staging.begin_fetch(faults)))
         return [(x.slots, own) for x, own in zip(found, values, strict=True)]
 
     def _place_exact(
@@ -649,14 +686,12 @@ class CudaSectionCoder(SectionCoder):
     ) -> None:
         """Write ``layers`` of values to slots: on the device, all of K [layers, heads, tokens, dim]
         and then of V."""
-        s = self._section
-        moves = []
-        for slots, values in found:
-            size = self._header.out_dtype.itemsize * len(slots)
-            k_size, v_size = size * s.kv_heads * s.k_dim, size * s.kv_heads * s.v_dim
-            v_first = values.data.ptr + len(s.layers) * k_size
-            dense = [values.data.ptr + i * k_size for i in layers]
-            moves.append((slots, dense + [v_first + i * v_size for i in layers]))
+        s, own = self._section, np.array(layers)
+        ks, vs = s.kv_heads * s.k_dim, s.kv_heads * s.v_dim
+        units = self._header.out_dtype.itemsize * np.concatenate(
+            [own * ks, len(s.layers) * ks + own * vs]
+        )
+        moves = [(slots, values.data.ptr + len(slots) * units) for slots, values in found]
         self._move(moves, columns, self._header.out_dtype, back=False)
 
     def _spread(self, out: Tensors, layers: Sequence[int]) -> Tensors:
@@ -686,11 +721,12 @@ class CudaSectionCoder(SectionCoder):
     def _columns(self, layers: Sequence[int], k: Tensors, v: Tensors) -> Any:
         """Entries of layers, K's and then V's, int64 [2 · layers, layout.FIELDS] on the device."""
         columns = [(kind, layer, 0) for kind in (0, 1) for layer in layers]
-        return cupy.asarray(entries(k, v, columns, self._ropes))
+        [found] = self._decoder.staging.arrays(entries(k, v, columns, self._ropes))
+        return found
 
     def _move(
         self,
-        moves: Sequence[tuple[NDArray[np.int64], Sequence[int]]],
+        moves: Sequence[tuple[NDArray[np.int64], NDArray[np.int64] | Sequence[int]]],
         columns: Any,
         dtype: DType,
         *,
@@ -698,8 +734,7 @@ class CudaSectionCoder(SectionCoder):
     ) -> None:
         """Copy values at addresses, one an entry of ``columns``, to slots; or from them with
         ``back``."""
-        arrays = [np.asarray(x, np.int64) for move in moves for x in move]
-        held = self._decoder.staging.arrays(*arrays)
+        held = self._decoder.staging.arrays(*(np.asarray(x, np.int64) for m in moves for x in m))
         for slots, dense in zip(held[::2], held[1::2], strict=True):
             layout.move(dtype.itemsize, back=back)(
                 (len(slots), len(columns)), 128, (columns, slots, len(slots), dense)
@@ -721,8 +756,8 @@ class CudaSectionCoder(SectionCoder):
         ]
         loaded.whole()
         verbatim = self._exact(table, slots)
-        none = cupy.zeros(1, np.int32)
-        slow = list(faulty(RunningBatch(some, batch.faults, none) for some, batch in found))
+        fetch = self._decoder.staging.begin_fetch
+        slow = list(faulty(RunningBatch(some, fetch(batch.faults)) for some, batch in found))
         on_host = [(own, self._cpu.decode_layers(block)) for block, own in slow]
         unchecked: list[_Unchecked] = []
         exact = [own for some in verbatim for own in self._uploaded(some, loaded, unchecked)]
@@ -740,8 +775,8 @@ class CudaSectionCoder(SectionCoder):
                     self._decoder.values(batch, destination)
             decoded = list(on_host)
             for some, batch in found:
-                if int(batch.overflow[0]):
-                    beyond = faulty([RunningBatch(some, batch.faults, batch.overflow)])
+                if int(batch.faults[-1]):
+                    beyond = faulty([RunningBatch(some, fetch(batch.faults))])
                     decoded += [(own, self._cpu.decode_layers(block)) for block, own in beyond]
             columns = self._columns([index], k_out, v_out)
             for own, of_layer in decoded:

@@ -103,7 +103,7 @@ def _unpacked(
     """
     stride = -(-tokens // 64) * 64
     coefficients = cupy.zeros((plan.components, stride), np.float32)
-    faults = cupy.zeros(len(counts), np.int32)
+    faults = cupy.zeros(len(counts) + 1, np.int32)
     if plan.components:
         bands.unpack(
             bands.grid(max(counts), len(plan.cut), len(counts)),

@@ -21,10 +21,12 @@ from kvtc_stream.coding.payload import UniformPayloads, tiles
 from kvtc_stream.formats import Block, BlockTable, Coder, DType, Section
 from kvtc_stream.gpu.coder.checksums import checksums
 from kvtc_stream.gpu.coder.plan import Basis, DevicePlan
-from kvtc_stream.gpu.coder.products import synthesise
+from kvtc_stream.gpu.coder.products import synthesis
 from kvtc_stream.gpu.coder.rope import DeviceRotations, ropes_of
 from kvtc_stream.gpu.kernels import checksum, layout, rans
+from kvtc_stream.gpu.runtime.driver import in_turn
 from kvtc_stream.gpu.runtime.staging import Staging
+from kvtc_stream.gpu.runtime.streams import beside
 from kvtc_stream.gpu.runtime.tensors import Column, Tensors, entries
 
 #: Maximum bytes of a batch's symbols, stacked ones included.
@@ -35,8 +37,8 @@ BATCH_TOKENS, PIECE_BYTES = 16_384, 32 << 20
 _BLOCKS_OF_THREADS = 2
 #: What payloads that tiles are decoded from begin at multiples of, in bytes.
 _ALIGNMENT = 16
-#: Arrangements of tiles that are kept.
-_ORDERS = 64
+#: Arrangements of tiles, and choices of layers, that are kept.
+_ORDERS, _SPANS = 64, 64
 #: cudaDevAttrMultiProcessorCount
 _MULTIPROCESSORS = 16
 
@@ -127,8 +129,9 @@ class Batch:
         Number of tokens, and elements from one component to the next.
     slots, rotations
         Slot and RoPE of each token.
-    faults, overflow
-        int32 [blocks] and [1]: errors that kernels found; 0 if none.
+    faults
+        int32 [blocks + 1]: errors that kernels found, 0 if none; the last of values that are not
+        finite, in any block.
     """
 
     symbols: Any
@@ -138,7 +141,6 @@ class Batch:
     slots: Any
     rotations: DeviceRotations
     faults: Any
-    overflow: Any
 
 
 class BlockLoad(NamedTuple):
@@ -162,24 +164,116 @@ class BlockLoad(NamedTuple):
 
 
 class RunningBatch(NamedTuple):
-    """A batch that the device is at work on: its blocks, and ``faults`` and ``overflow`` as of
+    """A batch that the device is at work on: its blocks, and what waits for ``faults`` as of
     :class:`Batch`."""
 
     blocks: CodedBlocks
-    faults: Any
-    overflow: Any
+    faults: Callable[[], NDArray[np.int32]]
+
+
+#: A span of columns of a leaf's rows, and where they go.
+_SPAN = np.dtype(
+    [
+        (name, np.int64)
+        for name in (
+            "first",  # row of the stacked symbols that the leaf begins with
+            "components",  # and how many of them it takes
+            "part",
+            "width",  # of the span
+            "matrix",  # address of the leaf's matrix at the span's first column
+            "stride",  # elements from one of its rows to the next
+            "mean",  # address
+            "scale",  # bits of binary32
+            "row",  # number of the first entry that values go to
+            "entries",  # and how many of them
+        )
+    ]
+)
 
 
 @dataclass(frozen=True)
-class Span:
-    """Columns ``begin`` to ``end`` of a leaf's rows, and where they go: to ``count`` entries of the
-    destination from number ``row`` on."""
+class Spans:
+    """Which columns of the leaves' rows some layers take; a plan keeps them.
 
-    leaf: int
-    row: int
-    count: int
-    begin: int
-    end: int
+    Attributes
+    ----------
+    columns
+        int64 [entries, 3]: K (0) or V (1), layer, and column in the span's rows.
+    rows
+        :data:`_SPAN` [spans].
+    """
+
+    columns: NDArray[np.int64]
+    rows: NDArray[Any]
+
+    @classmethod
+    def of(
+        cls, basis: Basis, sizes: tuple[int, int], layers: Sequence[int], kinds: tuple[bool, bool]
+    ) -> Spans:
+        """Of ``layers``, for K and V, or one of these (``kinds``), which have so many channels a
+        layer."""
+        key = (*layers, *kinds)
+        found: Spans | None = basis.spans.get(key)
+        if found is None:
+            if len(basis.spans) >= _SPANS:
+                basis.spans.clear()
+            found = basis.spans[key] = cls._made(basis, sizes, frozenset(layers), kinds)
+        return found
+
+    @classmethod
+    def _made(
+        cls,
+        basis: Basis,
+        sizes: tuple[int, int],
+        chosen: frozenset[int],
+        kinds: tuple[bool, bool],
+    ) -> Spans:
+        spans: list[tuple[int, ...]] = []
+        rows: list[Column] = []
+        for leaf in basis.leaves:
+            first = 0
+            found: list[list[Column]] = []
+            for kind, own in enumerate((leaf.k_layers, leaf.v_layers)):
+                columns = [
+                    (kind, x, first + i * sizes[kind])
+                    for i, x in enumerate(own)
+                    if x in chosen and kinds[kind]
+                ]
+                first += len(own) * sizes[kind]
+                found.append(columns)
+            # If only some layers are wanted, columns between their K and V are not computed.
+            together = sum(map(len, found)) == len(leaf.k_layers) + len(leaf.v_layers)
+            for columns in [found[0] + found[1]] if together else found:
+                if columns:
+                    begin = columns[0][2]
+                    end = columns[-1][2] + sizes[columns[-1][0]]
+                    matrix, mean = leaf.synthesis.data.ptr + 2 * begin, leaf.mean.data.ptr
+                    scale = int(np.float32(leaf.synthesis_scale).view(np.int32))
+                    spans.append(
+                        (
+                            leaf.first,
+                            leaf.count,
+                            leaf.part,
+                            end - begin,
+                            matrix,
+                            leaf.width,
+                            mean + 4 * begin,
+                            scale,
+                            len(rows),
+                            len(columns),
+                        )
+                    )
+                    rows += [(kind, x, c - begin) for kind, x, c in columns]
+        return cls(np.array(rows, np.int64).reshape(-1, 3), np.array(spans, _SPAN))
+
+    def pieces(self, tokens: int) -> tuple[NDArray[Any], NDArray[np.int64], NDArray[np.int64]]:
+        """Divide the products of so many tokens, see :func:`piece_tokens`: spans, and the first and
+        the number of tokens, of each piece."""
+        each = piece_tokens(self.rows["width"], self.rows["components"], tokens)
+        number = -(-tokens // each)
+        own = np.repeat(np.arange(len(each)), number)
+        at = (np.arange(len(own)) - (np.cumsum(number) - number)[own]) * each[own]
+        return self.rows[own], at, np.minimum(each[own], tokens - at)
 
 
 @dataclass(frozen=True)
@@ -197,19 +291,23 @@ class Destination:
     """
 
     entries: Any
-    spans: list[Span]
+    spans: Spans
     dtype: DType
     wide: bool
     _owners: tuple[Any, ...]
 
 
-def piece_tokens(width: int, count: int, tokens: int) -> int:
+def piece_tokens(
+    width: NDArray[np.int64], count: NDArray[np.int64], tokens: int
+) -> NDArray[np.int64]:
     """How many of ``tokens`` take a product of ``count`` components and its scatter at a time.
 
     Few enough for their rows to stay in the cache; for large matrices, enough to make reading the
     matrix for each piece cheap.
     """
-    return min(max(PIECE_BYTES // (2 * width), count // 4, 64) // 64 * 64, tokens)
+    most = np.maximum(np.maximum(PIECE_BYTES // (2 * width), count // 4), 64)
+    found: NDArray[np.int64] = np.minimum(most // 64 * 64, tokens)
+    return found
 
 
 def tile_tasks(plan: DevicePlan) -> TileTasks:
@@ -374,7 +472,6 @@ class BatchDecoder(ABC):
             slots,
             self._ropes.at(positions, sign=1),
             faults,
-            cupy.zeros(1, np.int32),
         )
 
     def destination(
@@ -386,37 +483,13 @@ class BatchDecoder(ABC):
         instead of tensors: K, or V, is not wanted.
         """
         s = self._section
-        sizes = s.kv_heads * s.k_dim, s.kv_heads * s.v_dim
-        chosen = frozenset(layers)
-        spans: list[Span] = []
-        rows: list[Column] = []
-        for index, leaf in enumerate(self._basis.leaves):
-            first = 0
-            found: list[list[Column]] = []
-            for kind, own, out in ((0, leaf.k_layers, k_out), (1, leaf.v_layers, v_out)):
-                columns = [
-                    (kind, x, first + i * sizes[kind])
-                    for i, x in enumerate(own)
-                    if x in chosen and out is not None
-                ]
-                first += len(own) * sizes[kind]
-                found.append(columns)
-            # If only some layers are wanted, columns between their K and V are not computed.
-            together = sum(map(len, found)) == len(leaf.k_layers) + len(leaf.v_layers)
-            for columns in [found[0] + found[1]] if together else found:
-                if columns:
-                    begin = columns[0][2]
-                    end = columns[-1][2] + sizes[columns[-1][0]]
-                    spans.append(Span(index, len(rows), len(columns), begin, end))
-                    rows += [(kind, x, c - begin) for kind, x, c in columns]
         wanted = [t for t in (k_out, v_out) if t is not None]
-        return Destination(
-            cupy.asarray(entries(k_out, v_out, rows, self._ropes)),
-            spans,
-            wanted[0].dtype,
-            all(t.wide for t in wanted) and self._ropes.halves,
-            (k_out, v_out),
-        )
+        sizes = s.kv_heads * s.k_dim, s.kv_heads * s.v_dim
+        kinds = k_out is not None, v_out is not None
+        spans = Spans.of(self._basis, sizes, layers, kinds)
+        [there] = self.staging.arrays(entries(k_out, v_out, spans.columns, self._ropes))
+        wide = all(t.wide for t in wanted) and self._ropes.halves
+        return Destination(there, spans, wanted[0].dtype, wide, (k_out, v_out))
 
     def batches(self, blocks: CodedBlocks) -> Iterator[tuple[CodedBlocks, Batch]]:
         """Decode blocks to symbols, a batch whenever the next one is asked for."""
@@ -426,68 +499,61 @@ class BatchDecoder(ABC):
     def start(
         self,
         batches: Iterable[tuple[CodedBlocks, Batch]],
-        layers: Sequence[int],
-        k_out: Tensors,
-        v_out: Tensors,
+        destination: Destination,
     ) -> list[RunningBatch]:
         """Turn batches into values in tensors, without waiting for the device. See
         :func:`faulty`."""
         started = []
-        destination = None
         for some, batch in batches:
-            destination = destination or self.destination(layers, k_out, v_out)
             self.values(batch, destination)
-            started.append(RunningBatch(some, batch.faults, batch.overflow))
+            started.append(RunningBatch(some, self.staging.begin_fetch(batch.faults)))
         return started
 
     def values(self, batch: Batch, destination: Destination) -> None:
         """Turn symbols into K and V."""
         ropes, found = self._ropes, batch.rotations
-        scatter = layout.scatter(destination.dtype, destination.wide)
-        for span in destination.spans:
-            leaf, begin, end = self._basis.leaves[span.leaf], span.begin, span.end
-            width = end - begin
-            piece = piece_tokens(width, leaf.count, batch.tokens)
-            rows = cupy.empty((piece, width), np.uint16)
-            if leaf.count == 0:
-                rows[...] = 0
-            symbols = batch.symbols.data.ptr + 2 * leaf.first * batch.stride
-            scales = batch.scales.data.ptr + 4 * leaf.part * batch.stride
-            own = destination.entries.data.ptr + 8 * layout.FIELDS * span.row
-            for at in range(0, batch.tokens, piece):
-                tokens = min(piece, batch.tokens - at)
-                synthesise(
-                    symbols + 2 * at,
-                    batch.stride,
-                    leaf.synthesis,
-                    slice(begin, end),
-                    tokens,
-                    rows.data.ptr,
-                    width,
-                )
-                scatter(
-                    (-(-tokens // layout.TOKENS), span.count),
-                    layout.THREADS,
-                    (
-                        own,
-                        batch.slots.data.ptr + 8 * at,
-                        tokens,
-                        found.cosines.data.ptr,
-                        found.sines.data.ptr,
-                        ropes.pairs,
-                        ropes.interleaved,
-                        ropes.most,
-                        found.tokens,
-                        at,
-                        scales + 4 * at,
-                        leaf.synthesis_scale,
-                        leaf.mean.data.ptr + 4 * begin,
-                        rows.data.ptr,
-                        width,
-                        batch.overflow,
-                        self._scales,
-                    ),
-                )
+        spans, at, tokens = destination.spans.pieces(batch.tokens)
+        if not len(spans):
+            return
+        kernel = layout.scatter(destination.dtype, destination.wide)
+        rows = cupy.empty(int((tokens * spans["width"]).max()), np.uint16)
+        sources = np.full(len(spans), rows.data.ptr)
+        if (empty := spans["components"] == 0).any():
+            zeros = cupy.zeros(rows.shape, np.uint16)
+            sources[empty] = zeros.data.ptr
+        products = synthesis(
+            batch.symbols.data.ptr + 2 * (spans["first"] * batch.stride + at),
+            batch.stride,
+            spans["matrix"],
+            spans["stride"],
+            (spans["width"], tokens, spans["components"]),
+            rows.data.ptr,
+        )
+        arguments = np.empty((len(spans), len(kernel.signature)), np.int64)
+        for i, values in enumerate(
+            (
+                destination.entries.data.ptr + 8 * layout.FIELDS * spans["row"],
+                batch.slots.data.ptr + 8 * at,
+                tokens,
+                found.cosines.data.ptr,
+                found.sines.data.ptr,
+                ropes.pairs.data.ptr,
+                ropes.interleaved.data.ptr,
+                ropes.most,
+                found.tokens,
+                at,
+                batch.scales.data.ptr + 4 * (spans["part"] * batch.stride + at),
+                spans["scale"],
+                spans["mean"],
+                sources,
+                spans["width"],
+                batch.faults.data.ptr + 4 * (len(batch.faults) - 1),
+                self._scales.data.ptr,
+            )
+        ):
+            arguments[:, i] = values
+        grids = np.stack([-(-tokens // layout.TOKENS), spans["entries"]], axis=1)
+        in_turn(products, kernel, grids, layout.THREADS, arguments)
 
 
 class UniformDecoder(BatchDecoder):
@@ -510,28 +576,21 @@ class UniformDecoder(BatchDecoder):
         begins = np.where(there, rows["payload"], rows["coded"])
         ends = np.where(there, rows["payload"] + rows["size"], begins + rows["coded_length"])
         sent = np.flatnonzero(coded | there)
-        data, places = self.staging.upload(
-            [
-                table.pieces[piece][begin:end]
-                for piece, begin, end in zip(
-                    rows["piece"][sent].tolist(),
-                    begins[sent].tolist(),
-                    ends[sent].tolist(),
-                    strict=True,
-                )
-            ]
+        data, places = self.staging.upload_parts(
+            table.pieces, rows["piece"][sent], begins[sent], ends[sent]
         )
         #: From a piece of a block to the device.
         shift = np.zeros(len(table), np.int64)
         shift[sent] = places - begins[sent]
         own = np.flatnonzero(there)
-        sums = checksums(
-            self.staging,
-            data,
-            (rows["payload"] + shift)[own],
-            rows["size"][own],
-            rows["seed"][own],
-        )
+        with beside():  # symbols are decoded meanwhile
+            sums = checksums(
+                self.staging,
+                data,
+                (rows["payload"] + shift)[own],
+                rows["size"][own],
+                rows["seed"][own],
+            )
         others = table.taken(np.flatnonzero(~there)).verifying()
 
         def whole() -> None:
@@ -568,7 +627,7 @@ class UniformDecoder(BatchDecoder):
         new = cupy.empty if len(kept) == stride else cupy.zeros
         symbols = new((plan.components, stride), np.uint16)
         scales = cupy.zeros((len(plan.parts), stride), np.float32)
-        faults = cupy.zeros(len(blocks), np.int32)
+        faults = cupy.zeros(len(blocks) + 1, np.int32)
         rans.decode(
             len(host_tasks) // together,
             together * 32,
@@ -614,10 +673,8 @@ def device_scales(section: Section, scales: NDArray[np.float32] | None) -> Any:
 
 def faulty(started: Iterable[RunningBatch]) -> Iterator[tuple[Block, NDArray[np.int64]]]:
     """Wait for the device; return the blocks that it could not decode, with their slots."""
-    for blocks, faults, overflow in started:
-        found = cupy.asnumpy(faults)
-        if int(overflow[0]):
-            found[:] = rans.LARGE
-        for i in np.flatnonzero(found).tolist():
+    for blocks, faults in started:
+        *found, overflow = faults().tolist()
+        for i in (i for i, fault in enumerate(found) if fault or overflow):
             own = slice(int(blocks.edges[i]), int(blocks.edges[i + 1]))
             yield blocks.table.block(i, verified=True), blocks.slots[own]

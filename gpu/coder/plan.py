@@ -117,6 +117,8 @@ class Basis:
         Number of rows of the stacked symbols.
     places
         int64 [components] on the device: the row of each component.
+    spans
+        See :class:`kvtc_stream.gpu.coder.decoding.Spans`.
     """
 
     def __init__(self, counts: Sequence[int]) -> None:
@@ -125,6 +127,7 @@ class Basis:
         self.leaves: list[Leaf] = []
         self.seconds: list[SecondLevel] = []
         self.rows = 0
+        self.spans: dict[tuple[int, ...], Any] = {}
         # The row of each component: of the stacked symbols, and of coefficients before
         # :meth:`ordered`.
         self._rows: list[NDArray[np.int64]] = []

@@ -6,6 +6,9 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+
+from kvtc_stream.gpu.runtime.driver import PRODUCT
 
 R_16F, R_32F, _COMPUTE_32F = 2, 0, 68
 _NONE, _TRANSPOSED = 0, 1
@@ -67,6 +70,39 @@ def refine(coefficients: Any, first: int, missing: Any) -> None:
         own.data.ptr, tokens, missing.data.ptr, count,
         coefficients.data.ptr + 4 * first * tokens, R_32F, tokens, kind=R_32F, beta=1.0,
     )  # fmt: skip
+
+
+def synthesis(
+    symbols: NDArray[np.int64],
+    stride: int,
+    matrices: NDArray[np.int64],
+    strides: NDArray[np.int64],
+    shapes: tuple[Any, Any, Any],
+    out: NDArray[np.int64] | int,
+) -> NDArray[np.int64]:
+    """Products for :func:`kvtc_stream.gpu.runtime.driver.in_turn`, int64 [products, fields]:
+    ``out[t, i] = Σ symbols[c, t] · matrix[c, i]``, binary16.
+
+    Parameters
+    ----------
+    symbols, matrices, out
+        int64 [products]: addresses.
+    stride, strides
+        Elements from one component to the next, of symbols and of each matrix.
+    shapes
+        int64 [products] each: columns, tokens, and components of each product.
+    """
+    (one, _), (zero, _) = _number(1.0), _number(0.0)
+    columns, tokens, count = shapes
+    rows = np.empty((len(symbols), len(PRODUCT)), np.int64)
+    for i, values in enumerate(
+        (
+            _NONE, _TRANSPOSED, columns, tokens, count, one, matrices, R_16F, strides,
+            symbols, R_16F, stride, zero, out, R_16F, columns, _COMPUTE_32F, _DEFAULT,
+        )
+    ):  # fmt: skip
+        rows[:, i] = values
+    return rows
 
 
 def synthesise(

@@ -97,7 +97,11 @@ def encode_values(
 
 
 def decode(
-    payloads: Sequence[Any], sizes: Sequence[int], data: Any, begins: NDArray[np.int64]
+    payloads: Sequence[Any],
+    sizes: Sequence[int],
+    data: Any,
+    begins: NDArray[np.int64],
+    staging: Staging,
 ) -> tuple[list[Any], Any]:
     """Bits of values on the device, of payloads that are there too, at ``begins`` in ``data``.
 
@@ -120,6 +124,7 @@ def decode(
     tasks = tasks_of(sizes, firsts, found, begins)
     values = cupy.empty(int(firsts[-1]), np.uint16)
     faults = cupy.zeros(len(payloads), np.int32)
-    arguments = cupy.asarray(tasks), data, data, values.data.ptr, faults
+    [tasks_d] = staging.arrays(tasks)
+    arguments = tasks_d, data, data, values.data.ptr, faults
     verbatim.decode(len(tasks), verbatim.THREADS, arguments)
     return [values[f : f + n] for f, n in zip(firsts.tolist(), sizes, strict=False)], faults

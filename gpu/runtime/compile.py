@@ -13,6 +13,9 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from kvtc_stream.gpu.runtime.dialect import cuda, types
 
 _ENTRY = re.compile(r"\.visible \.entry (\w+)")
@@ -69,11 +72,7 @@ class Kernel:
         x, y, z = (grid, 1, 1) if isinstance(grid, int) else (*grid, 1, 1)[:3]
         if not (x and y and z):
             return
-        device = cupy.cuda.runtime.getDevice()
-        loaded = self._loaded.get(device)
-        if loaded is None:
-            with self._lock:
-                loaded = self._loaded.setdefault(device, _Module(self))
+        loaded = self._module()
         if shared > loaded.granted:
             with self._lock:
                 if shared > loaded.granted:
@@ -91,6 +90,25 @@ class Kernel:
         stream = cupy.cuda.get_current_stream().ptr
         loaded.launch(x, y, z, block, shared, stream, ctypes.addressof(pointers))
 
+    @property
+    def handle(self) -> int:
+        """The driver's handle of the kernel on the current device, for who launches it himself."""
+        return self._module().handle
+
+    def numbers(self, bits: NDArray[np.int64]) -> list[int | float]:
+        """Arguments from their bits, int64 [arguments]; a number of 32 has the lower ones."""
+        return list(self._format.unpack(bits.tobytes()))
+
+    def _module(self) -> _Module:
+        import cupy
+
+        device = cupy.cuda.runtime.getDevice()
+        loaded = self._loaded.get(device)
+        if loaded is None:
+            with self._lock:
+                loaded = self._loaded.setdefault(device, _Module(self))
+        return loaded
+
 
 class _Module:
     """A kernel loaded on a device."""
@@ -106,7 +124,8 @@ class _Module:
         [name] = _ENTRY.findall(code)
         self._name = kernel.__name__
         self._function = self._module.get_function(name)
-        self._handle = driver.CUfunction(self._function.ptr)
+        self.handle = int(self._function.ptr)
+        self._typed = driver.CUfunction(self.handle)
         self._driver = driver
         self.granted = _FREE_SHARED
 
@@ -121,7 +140,7 @@ class _Module:
         self, x: int, y: int, z: int, block: int, shared: int, stream: int, pointers: int
     ) -> None:
         (error,) = self._driver.cuLaunchKernel(
-            self._handle, x, y, z, block, 1, 1, shared, stream, pointers, 0
+            self._typed, x, y, z, block, 1, 1, shared, stream, pointers, 0
         )
         if error:
             raise RuntimeError(

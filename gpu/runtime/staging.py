@@ -7,36 +7,40 @@ several threads.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import cupy
 import numpy as np
 from numpy.typing import NDArray
 
+from kvtc_stream.gpu.runtime.driver import copy_to_device
 from kvtc_stream.io.threads import SHARE, copy
 
 #: Pieces begin at multiples of this on the device.
 _ALIGNMENT = 16
 #: cudaMemoryTypeHost
 _PINNED = 1
+#: Bytes of a small copy, and how many buffers there are for these.
+_SMALL, _SMALL_BUFFERS = 1 << 19, 8
 
 
 class Staging:
-    """Copies through two pinned buffers in turn, which grow to the largest copy.
+    """Copies through pinned buffers in turn: two that grow to the largest copy, and more for small
+    ones, so that nobody waits for these.
 
     One thread and one CUDA stream at a time.
     """
 
     def __init__(self) -> None:
-        empty: tuple[NDArray[np.uint8], Any] = np.empty(0, np.uint8), None
-        self._buffers = [empty, empty]
+        self._large: deque[_Buffer] = deque()
+        self._small: deque[_Buffer] = deque()
 
     def __del__(self) -> None:
         # The pool gives the memory to the next one, which must not write what is still read.
-        for _, event in self._buffers:
-            if event is not None:
-                event.synchronize()
+        for _, event in (*self._large, *self._small):
+            event.synchronize()
 
     def upload(self, pieces: Sequence[Any]) -> tuple[Any, NDArray[np.int64]]:
         """Upload buffers of bytes to one uint8 array; return it and the offset of each buffer.
@@ -44,44 +48,59 @@ class Staging:
         The copy is asynchronous, in the order of the current stream. Pieces in pinned memory must
         not change until it is done.
         """
-        sources = [np.frombuffer(piece, np.uint8) for piece in pieces]
-        sizes = np.array([x.size for x in sources], np.int64)
-        ends = np.cumsum(-(-sizes // _ALIGNMENT) * _ALIGNMENT)
-        begins = np.concatenate([[0], ends])[:-1]
-        total = int(ends[-1]) if len(ends) else 0
+        sizes = np.array([memoryview(x).nbytes for x in pieces], np.int64)
+        return self.upload_parts(
+            pieces, np.arange(len(pieces)), np.zeros(len(pieces), np.int64), sizes
+        )
+
+    def upload_parts(
+        self,
+        buffers: Sequence[Any],
+        owners: NDArray[np.int64],
+        begins: NDArray[np.int64],
+        ends: NDArray[np.int64],
+    ) -> tuple[Any, NDArray[np.int64]]:
+        """As :meth:`upload`, of bytes ``begins`` to ``ends`` of buffers, whose indices ``owners``
+        are."""
+        sources = [np.frombuffer(x, np.uint8) for x in buffers]
+        if not all(_is_pinned(x) for x in sources):
+            spans = zip(owners.tolist(), begins.tolist(), ends.tolist(), strict=True)
+            return self._packed([sources[i][a:b] for i, a, b in spans])
+        places, total = _places(ends - begins)
         data = cupy.empty(total, np.uint8)
-        places = begins.tolist()
-        if _are_pinned(pieces, sources):
-            runtime, to = cupy.cuda.runtime, data.data.ptr
-            copy_async, kind = runtime.memcpyAsync, runtime.memcpyHostToDevice
-            stream = cupy.cuda.get_current_stream().ptr
-            for source, begin in zip(sources, places, strict=True):
-                if source.size:
-                    copy_async(to + begin, source.ctypes.data, source.size, kind, stream)
-        else:
-            buffer = self._next(total)
-            copy(sources, [buffer[b : b + s.size] for s, b in zip(sources, places, strict=True)])
-            _copy(data.data.ptr, buffer, total, "HostToDevice")
-            self._used(buffer)
-        return data, begins
+        addresses = np.array([x.ctypes.data for x in sources], np.int64)
+        copy_to_device(data.data.ptr + places, addresses[owners] + begins, ends - begins)
+        return data, places
 
     def arrays(self, *arrays: NDArray[Any]) -> list[Any]:
         """Upload small arrays in one copy, which is asynchronous."""
         sources = [np.ascontiguousarray(x) for x in arrays]
-        data, begins = self.upload([x.view(np.uint8).reshape(-1) for x in sources])
+        data, begins = self._packed([x.reshape(-1).view(np.uint8) for x in sources])
         return [
             data[at : at + x.nbytes].view(x.dtype).reshape(x.shape)
             for x, at in zip(sources, begins.tolist(), strict=True)
         ]
+
+    def _packed(self, sources: Sequence[NDArray[np.uint8]]) -> tuple[Any, NDArray[np.int64]]:
+        """As :meth:`upload`, through a buffer."""
+        places, total = _places(np.array([x.size for x in sources], np.int64))
+        data = cupy.empty(total, np.uint8)
+        if total:
+            kept, buffer = self._next(total)
+            copy(
+                sources,
+                [buffer[at : at + x.size] for at, x in zip(places.tolist(), sources, strict=True)],
+            )
+            _copy(data.data.ptr, buffer, total, "HostToDevice")
+            kept.append(_Buffer(buffer, _recorded()))
+        return data, places
 
     def begin_fetch(self, data: Any) -> Callable[[], NDArray[Any]]:
         """Begin to copy a small contiguous array from the device; return what waits for it."""
         memory = cupy.cuda.alloc_pinned_memory(data.nbytes)
         host = np.frombuffer(memory, data.dtype, data.size).reshape(data.shape)
         _copy(host, data.data.ptr, data.nbytes, "DeviceToHost")
-        event = cupy.cuda.Event(disable_timing=True)
-        event.record()
-        return _Fetch(host, event)
+        return _Fetch(host, _recorded())
 
     def begin_large(self, data: Any) -> tuple[memoryview, Callable[[], Any]]:
         """Begin to copy a contiguous uint8 array from the device; return pinned memory, and what
@@ -89,9 +108,7 @@ class Staging:
         memory = pinned(data.size)
         out = np.frombuffer(memory, np.uint8)
         _copy(out, data.data.ptr, data.size, "DeviceToHost")
-        event = cupy.cuda.Event(disable_timing=True)
-        event.record()
-        return memory, _Fetch(out, event)
+        return memory, _Fetch(out, _recorded())
 
     def fetch(self, data: Any) -> NDArray[np.uint8]:
         """Copy a contiguous uint8 array from the device to the host, and wait."""
@@ -102,22 +119,37 @@ class Staging:
         ready()
         return np.frombuffer(memory, np.uint8)
 
-    def _next(self, size: int) -> NDArray[np.uint8]:
-        """Wait for the next buffer to be free, and return it with room for ``size`` bytes."""
-        buffer, event = self._buffers.pop(0)
-        if event is not None:
+    def _next(self, size: int) -> tuple[deque[_Buffer], NDArray[np.uint8]]:
+        """A buffer with room for ``size`` bytes that is not in use, and where it belongs when the
+        copy from it has begun; waits for the oldest if there are enough."""
+        kept, most = (self._small, _SMALL_BUFFERS) if size <= _SMALL else (self._large, 2)
+        if kept and (len(kept) == most or kept[0].event.done):
+            buffer, event = kept.popleft()
             event.synchronize()
-        if len(buffer) < size:
-            size = 1 << (size - 1).bit_length()
-            buffer = np.frombuffer(pinned(size), np.uint8)
-        self._buffers.append((buffer, None))
-        return buffer
+            if len(buffer) >= size:
+                return kept, buffer
+        size = _SMALL if size <= _SMALL else 1 << (size - 1).bit_length()
+        return kept, np.frombuffer(pinned(size), np.uint8)
 
-    def _used(self, buffer: NDArray[np.uint8]) -> None:
-        """Record that the buffer is in use until the stream's current work is done."""
-        event = cupy.cuda.Event(disable_timing=True)
-        event.record()
-        self._buffers[-1] = buffer, event
+
+class _Buffer(NamedTuple):
+    """Pinned memory, in use until the event has come."""
+
+    memory: NDArray[np.uint8]
+    event: Any
+
+
+def _places(sizes: NDArray[np.int64]) -> tuple[NDArray[np.int64], int]:
+    """Where pieces of so many bytes begin on the device, one after the other, and the end."""
+    room = -(-sizes // _ALIGNMENT) * _ALIGNMENT
+    return np.cumsum(room) - room, int(room.sum())
+
+
+def _recorded() -> Any:
+    """An event after the current stream's work so far."""
+    event = cupy.cuda.Event(disable_timing=True)
+    event.record()
+    return event
 
 
 class _Fetch:
@@ -142,15 +174,9 @@ def pinned(size: int) -> memoryview:
     return np.frombuffer(memory, np.uint8, size).data
 
 
-def _are_pinned(pieces: Sequence[Any], sources: Sequence[NDArray[np.uint8]]) -> bool:
-    """Whether all pieces are in pinned memory; those of one owner are asked for once."""
-    owners = {
-        id(piece.obj) if isinstance(piece, memoryview) else id(piece): source
-        for piece, source in zip(pieces, sources, strict=True)
-        if source.size
-    }
+def _is_pinned(memory: NDArray[np.uint8]) -> bool:
     attributes = cupy.cuda.runtime.pointerGetAttributes
-    return all(attributes(x.ctypes.data).type == _PINNED for x in owners.values())
+    return not memory.size or attributes(memory.ctypes.data).type == _PINNED
 
 
 def _copy(to: Any, source: Any, size: int, kind: str) -> None:

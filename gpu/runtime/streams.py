@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import chain
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +24,19 @@ def _stream(device: int, number: int = 0) -> Any:
     if (device, number) not in streams:
         streams[device, number] = cupy.cuda.Stream(non_blocking=True)
     return streams[device, number]
+
+
+@contextmanager
+def beside() -> Iterator[None]:
+    """Work of a stream beside the current one, after what is in that so far.
+
+    Who uses its results waits for them on the host, before memory that it reads is given back.
+    """
+    stream, ready = _stream(cupy.cuda.runtime.getDevice(), -1), cupy.cuda.Event(disable_timing=True)
+    ready.record()
+    stream.wait_event(ready)
+    with stream:
+        yield
 
 
 def interleave(tasks: Iterable[Iterator[None]]) -> None:

@@ -6,7 +6,7 @@ current one, as every producer is asked to make its data ready there.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -96,21 +96,25 @@ Column = tuple[int, int, int]
 
 
 def entries(
-    k: Tensors | None, v: Tensors | None, columns: Iterable[Column], ropes: DeviceRopes
+    k: Tensors | None,
+    v: Tensors | None,
+    columns: Sequence[Column] | NDArray[np.int64],
+    ropes: DeviceRopes,
 ) -> NDArray[np.int64]:
     """int64 [columns, layout.FIELDS] of (kind, layer, column); layers are the section's indices."""
-    layers = len(ropes.tables)
-    kinds, of_layers, firsts = np.array(list(columns), np.int64).reshape(-1, 3).T
-    found = np.empty((len(kinds), layout.FIELDS), np.int64)
-    found[:, 6], found[:, 7] = firsts, kinds * layers + of_layers
+    kinds, layers, begins = np.asarray(columns, np.int64).reshape(-1, 3).T
+    tables = np.array(ropes.tables, np.int64)
+    rows = np.empty((len(kinds), layout.FIELDS), np.int64)
     for kind, t in enumerate((k, v)):
-        rows = np.flatnonzero(kinds == kind)
-        if t is not None and len(rows):
-            own = of_layers[rows]
-            found[rows, 0] = np.array(t.addresses, np.int64)[own]
-            found[rows, 1:5] = t.token_stride, t.head_stride, t.heads, t.dim
-            found[rows, 5] = -1 if kind else np.array(ropes.tables, np.int64)[own]
-    return found
+        own = kinds == kind
+        if not own.any():
+            continue
+        assert t is not None
+        rows[own, 0] = np.array(t.addresses, np.int64)[layers[own]]
+        rows[own, 1:5] = t.token_stride, t.head_stride, t.heads, t.dim
+    rows[:, 5] = np.where(kinds, -1, tables[layers])
+    rows[:, 6], rows[:, 7] = begins, kinds * len(tables) + layers
+    return rows
 
 
 def to_device(x: Any, name: str) -> tuple[Any, DType]:

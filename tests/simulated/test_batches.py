@@ -292,11 +292,13 @@ def test_pinned_memory_stays_until_it_is_copied(monkeypatch: pytest.MonkeyPatch)
     """Whoever drops it may have work on the stream before the copy, and the pool gives it away."""
     import cupy
 
-    from kvtc_stream.gpu.runtime.staging import Staging
+    from kvtc_stream.gpu.runtime.staging import _SMALL, Staging
 
     waited = []
 
     class Event:
+        done = False
+
         def __init__(self, **_: Any) -> None:
             self.recorded = False
 
@@ -309,7 +311,7 @@ def test_pinned_memory_stays_until_it_is_copied(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(cupy.cuda, "Event", Event)
     staging = Staging()
     for _ in range(3):
-        staging.upload([bytes(100)])
+        staging.upload([bytes(_SMALL + 1)])
     assert waited == [True]  # before a buffer is used again
     del staging
     assert waited == [True] * 3
