@@ -159,10 +159,7 @@ def usual_entries(
         zeros = other.copy()
         for name in ("offset", "length", "type"):
             zeros[name] = 0
-        if (
-            any(zeros.tobytes())
-            or _NOT_BETWEEN[other["type"]].any()
-        ):
+        if any(zeros.tobytes()) or _NOT_BETWEEN[other["type"]].any():
             return None
     if not _sound(e, block, limits) or not _follow(e, start):
         return None

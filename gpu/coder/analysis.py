@@ -239,7 +239,7 @@ class Analyser:
         lost, energy = cupy.zeros((2, 2 * len(s.layers), stride), np.float32)
         stack = plan.stacked(symbols)
         for i, part in enumerate(plan.leaves):
-            piece = int(piece_tokens(np.int64(part.width), np.int64(part.count), tokens))
+            piece = int(piece_tokens(part.width, part.count, tokens))
             rows = cupy.empty((piece, part.width), np.uint16)
             if part.count == 0:
                 rows[...] = 0

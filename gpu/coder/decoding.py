@@ -297,17 +297,14 @@ class Destination:
     _owners: tuple[Any, ...]
 
 
-def piece_tokens(
-    width: NDArray[np.int64], count: NDArray[np.int64], tokens: int
-) -> NDArray[np.int64]:
+def piece_tokens(width: Any, count: Any, tokens: int) -> Any:
     """How many of ``tokens`` take a product of ``count`` components and its scatter at a time.
 
     Few enough for their rows to stay in the cache; for large matrices, enough to make reading the
     matrix for each piece cheap.
     """
     most = np.maximum(np.maximum(PIECE_BYTES // (2 * width), count // 4), 64)
-    found: NDArray[np.int64] = np.minimum(most // 64 * 64, tokens)
-    return found
+    return np.minimum(most // 64 * 64, tokens)
 
 
 def tile_tasks(plan: DevicePlan) -> TileTasks:
