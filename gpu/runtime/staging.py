@@ -7,8 +7,10 @@ several threads.
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import cupy
@@ -36,11 +38,8 @@ class Staging:
     def __init__(self) -> None:
         self._large: deque[_Buffer] = deque()
         self._small: deque[_Buffer] = deque()
-
-    def __del__(self) -> None:
         # The pool gives the memory to the next one, which must not write what is still read.
-        for _, event in (*self._large, *self._small):
-            event.synchronize()
+        _when_dropped(self, _drain, self._large, self._small)
 
     def upload(self, pieces: Sequence[Any]) -> tuple[Any, NDArray[np.int64]]:
         """Upload buffers of bytes to one uint8 array; return it and the offset of each buffer.
@@ -145,6 +144,20 @@ def _places(sizes: NDArray[np.int64]) -> tuple[NDArray[np.int64], int]:
     return np.cumsum(room) - room, int(room.sum())
 
 
+def _drain(*kept: deque[_Buffer]) -> None:
+    for _, event in chain(*kept):
+        event.synchronize()
+
+
+def _when_dropped(owner: Any, call: Callable[..., object], *arguments: Any) -> None:
+    """Call a function when ``owner`` is gone, while what it needs is there for certain.
+
+    A ``__del__`` may come too late: of objects that refer to each other, as those that a traceback
+    keeps do, an event may have been destroyed before. At exit nobody takes the memory.
+    """
+    weakref.finalize(owner, call, *arguments).atexit = False
+
+
 def _recorded() -> Any:
     """An event after the current stream's work so far."""
     event = cupy.cuda.Event(disable_timing=True)
@@ -158,13 +171,11 @@ class _Fetch:
 
     def __init__(self, host: NDArray[Any], event: Any) -> None:
         self._host, self._event = host, event
+        _when_dropped(self, event.synchronize)
 
     def __call__(self) -> NDArray[Any]:
         self._event.synchronize()
         return self._host
-
-    def __del__(self) -> None:
-        self._event.synchronize()
 
 
 def pinned(size: int) -> memoryview:

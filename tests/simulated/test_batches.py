@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 from dataclasses import replace
 from typing import Any
@@ -315,3 +316,36 @@ def test_pinned_memory_stays_until_it_is_copied(monkeypatch: pytest.MonkeyPatch)
     assert waited == [True]  # before a buffer is used again
     del staging
     assert waited == [True] * 3
+
+
+def test_what_is_dropped_with_a_cycle_waits_while_its_event_is_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The collector may destroy events first: CuPy's do so in ``__del__``."""
+    import cupy
+
+    from kvtc_stream.gpu.runtime.staging import Staging
+
+    waited = []
+
+    class Event:
+        there = done = True
+
+        def __init__(self, **_: Any) -> None:
+            self.record = lambda: None
+
+        def synchronize(self) -> None:
+            waited.append(self.there)
+
+        def __del__(self) -> None:
+            self.there = False
+
+    monkeypatch.setattr(cupy.cuda, "Event", Event)
+    staging = Staging()
+    staging.upload([bytes(100)])
+    events = [event for _, event in staging._small]
+    cycle: list[Any] = [*events, staging, staging.begin_fetch(cupy.zeros(8, np.uint8))]
+    cycle.append(cycle)
+    del cycle, events, staging
+    gc.collect()
+    assert waited == [True, True]
