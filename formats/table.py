@@ -325,15 +325,14 @@ class BlockTable:
 
     def taken(self, which: NDArray[np.int64]) -> BlockTable:
         """Some of the blocks, by row."""
-        places = {int(row): i for i, row in enumerate(which)}
+        places = {row: i for i, row in enumerate(which.tolist())} if self.special else {}
         special = {places[i]: block for i, block in self.special.items() if i in places}
-        chosen = which.tolist()
         return BlockTable(
             self.pieces,
             self.rows[which],
             special,
             self.unverified,
-            lambda row, found: self._parse(chosen[row], found),
+            lambda row, found: self._parse(int(which[row]), found),
         )
 
     def verify(self) -> None:

@@ -552,6 +552,7 @@ class CudaSectionCoder(SectionCoder):
         loaded = self._decoder.load(table, slots, tiles=self._tiles)
         batches = self._decoder.batches(loaded.blocks)
         first = list(islice(batches, 1))
+        whole = loaded.verifying()
         destination = self._decoder.destination(layers, k_out, v_out)
         columns = self._columns(layers, k_out, v_out)
         unchecked: list[_Unchecked] = []
@@ -559,10 +560,10 @@ class CudaSectionCoder(SectionCoder):
         try:
             early = self._tiled(there, loaded.data, loaded.exact, unchecked)
         except FormatError:
-            loaded.whole()  # says more of a payload that is damaged
+            whole()  # says more of a payload that is damaged
             raise
         yield
-        loaded.whole()
+        whole()
         exact = self._exact(table, slots, {x.row for x in there})
         self._place_exact(early, layers, columns)
         started = self._decoder.start(chain(first, batches), destination)
@@ -754,7 +755,7 @@ class CudaSectionCoder(SectionCoder):
             (some, self._decoder.symbols(some))
             for some in loaded.blocks.batches(self._decoder.batch_tokens)
         ]
-        loaded.whole()
+        loaded.verifying()()
         verbatim = self._exact(table, slots)
         fetch = self._decoder.staging.begin_fetch
         slow = list(faulty(RunningBatch(some, fetch(batch.faults)) for some, batch in found))

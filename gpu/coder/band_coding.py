@@ -64,7 +64,7 @@ class BandDecoder(BatchDecoder):
                     f"block at token {rows['start'][row]}: {coder.name} payload of {size} bytes, "
                     f"the plan needs {needed} of a byte coder for {count} tokens"
                 )
-        return BlockLoad(found, lambda: None, None, np.full(len(table), -1))
+        return BlockLoad(found, lambda: lambda: None, None, np.full(len(table), -1))
 
     def symbols(self, blocks: CodedBlocks) -> Batch:
         """See :meth:`kvtc_stream.gpu.coder.decoding.BatchDecoder.symbols`."""

@@ -25,7 +25,7 @@ from kvtc_stream.gpu.coder.products import synthesis
 from kvtc_stream.gpu.coder.rope import DeviceRotations, ropes_of
 from kvtc_stream.gpu.kernels import checksum, layout, rans
 from kvtc_stream.gpu.runtime.driver import in_turn
-from kvtc_stream.gpu.runtime.staging import Staging
+from kvtc_stream.gpu.runtime.staging import Staging, recorded
 from kvtc_stream.gpu.runtime.streams import beside
 from kvtc_stream.gpu.runtime.tensors import Column, Tensors, entries
 
@@ -150,15 +150,16 @@ class BlockLoad(NamedTuple):
     ----------
     blocks
         Those with coded tokens.
-    whole
-        Waits until all blocks are known to be whole; raises ``ChecksumError`` if one is not.
+    verifying
+        Begins to look whether all blocks are whole, beside what the stream does after the upload;
+        what it returns waits for it, and raises ``ChecksumError`` if one is not.
     data, exact
         uint8 on the device; and int64 [blocks of the table], where verbatim values begin in it, at
         a multiple of 16; -1 of those that are not there.
     """
 
     blocks: CodedBlocks
-    whole: Callable[[], None]
+    verifying: Callable[[], Callable[[], None]]
     data: Any
     exact: NDArray[np.int64]
 
@@ -579,20 +580,24 @@ class UniformDecoder(BatchDecoder):
         #: From a piece of a block to the device.
         shift = np.zeros(len(table), np.int64)
         shift[sent] = places - begins[sent]
-        own = np.flatnonzero(there)
-        with beside():  # symbols are decoded meanwhile
-            sums = checksums(
-                self.staging,
-                data,
-                (rows["payload"] + shift)[own],
-                rows["size"][own],
-                rows["seed"][own],
-            )
+        own, uploaded = np.flatnonzero(there), recorded()
         others = table.taken(np.flatnonzero(~there)).verifying()
 
-        def whole() -> None:
-            table.taken(own).compare(sums())
-            others()
+        def verifying() -> Callable[[], None]:
+            with beside(uploaded):
+                sums = checksums(
+                    self.staging,
+                    data,
+                    (rows["payload"] + shift)[own],
+                    rows["size"][own],
+                    rows["seed"][own],
+                )
+
+            def whole() -> None:
+                table.taken(own).compare(sums())
+                others()
+
+            return whole
 
         blocks = CodedBlocks.of(table, slots)
         found = replace(
@@ -602,7 +607,7 @@ class UniformDecoder(BatchDecoder):
             payloads=UniformPayloads.parse(blocks.table, self._plan.coded),
         )
         exact = np.where(there & ~coded, rows["exact"] + shift, -1)
-        return BlockLoad(found, whole, data, exact)
+        return BlockLoad(found, verifying, data, exact)
 
     def symbols(self, blocks: CodedBlocks) -> Batch:
         """See :meth:`BatchDecoder.symbols`."""

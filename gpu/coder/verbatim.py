@@ -9,7 +9,7 @@ import cupy
 import numpy as np
 from numpy.typing import NDArray
 
-from kvtc_stream.coding.verbatim import HEAD, TILE, Places, places_of_many, split_many
+from kvtc_stream.coding.verbatim import HEAD, TILE, Places, places, split
 from kvtc_stream.gpu.kernels import verbatim
 from kvtc_stream.gpu.runtime.staging import Staging
 from kvtc_stream.io.steps import Steps, run
@@ -78,13 +78,7 @@ def encode_values(
     yield
     ends = np.cumsum([-(-n // TILE) for n in sizes])
     own = np.split(on_host(), ends[:-1])
-    found: list[Any] = [None] * len(sizes)
-    for n in set(sizes):
-        alike = [i for i, other in enumerate(sizes) if other == n]
-        for i, place in zip(
-            alike, places_of_many(np.stack([own[i] for i in alike]), n), strict=True
-        ):
-            found[i] = place
+    found = [places(x, n) for x, n in zip(own, sizes, strict=True)]
     begins = starts([x.length for x in found])
     data = cupy.empty(int(begins[-1]), np.uint8)
     [tasks_d] = staging.arrays(tasks_of(sizes, firsts, found, begins))
@@ -116,11 +110,7 @@ def decode(
         The heads of tiles show that already.
     """
     firsts = starts([2 * n for n in sizes]) // 2
-    found: list[Any] = [None] * len(payloads)
-    for n in set(sizes):
-        alike = [i for i, own in enumerate(sizes) if own == n]
-        for i, (_, _, own) in zip(alike, split_many([payloads[i] for i in alike], n), strict=True):
-            found[i] = own
+    found = [split(payload, n)[2] for payload, n in zip(payloads, sizes, strict=True)]
     tasks = tasks_of(sizes, firsts, found, begins)
     values = cupy.empty(int(firsts[-1]), np.uint16)
     faults = cupy.zeros(len(payloads), np.int32)

@@ -86,12 +86,15 @@ class Staging:
         data = cupy.empty(total, np.uint8)
         if total:
             kept, buffer = self._next(total)
-            copy(
-                sources,
-                [buffer[at : at + x.size] for at, x in zip(places.tolist(), sources, strict=True)],
-            )
+            spans = zip(places.tolist(), sources, strict=True)
+            targets = [buffer[at : at + x.size] for at, x in spans]
+            if kept is self._small:
+                for target, x in zip(targets, sources, strict=True):
+                    target[:] = x
+            else:
+                copy(sources, targets)
             _copy(data.data.ptr, buffer, total, "HostToDevice")
-            kept.append(_Buffer(buffer, _recorded()))
+            kept.append(_Buffer(buffer, recorded()))
         return data, places
 
     def begin_fetch(self, data: Any) -> Callable[[], NDArray[Any]]:
@@ -99,7 +102,7 @@ class Staging:
         memory = cupy.cuda.alloc_pinned_memory(data.nbytes)
         host = np.frombuffer(memory, data.dtype, data.size).reshape(data.shape)
         _copy(host, data.data.ptr, data.nbytes, "DeviceToHost")
-        return _Fetch(host, _recorded())
+        return _Fetch(host, recorded())
 
     def begin_large(self, data: Any) -> tuple[memoryview, Callable[[], Any]]:
         """Begin to copy a contiguous uint8 array from the device; return pinned memory, and what
@@ -107,7 +110,7 @@ class Staging:
         memory = pinned(data.size)
         out = np.frombuffer(memory, np.uint8)
         _copy(out, data.data.ptr, data.size, "DeviceToHost")
-        return memory, _Fetch(out, _recorded())
+        return memory, _Fetch(out, recorded())
 
     def fetch(self, data: Any) -> NDArray[np.uint8]:
         """Copy a contiguous uint8 array from the device to the host, and wait."""
@@ -158,7 +161,7 @@ def _when_dropped(owner: Any, call: Callable[..., object], *arguments: Any) -> N
     weakref.finalize(owner, call, *arguments).atexit = False
 
 
-def _recorded() -> Any:
+def recorded() -> Any:
     """An event after the current stream's work so far."""
     event = cupy.cuda.Event(disable_timing=True)
     event.record()

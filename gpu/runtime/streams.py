@@ -27,14 +27,13 @@ def _stream(device: int, number: int = 0) -> Any:
 
 
 @contextmanager
-def beside() -> Iterator[None]:
-    """Work of a stream beside the current one, after what is in that so far.
+def beside(event: Any) -> Iterator[None]:
+    """Work of a stream beside the current one, after an event.
 
     Who uses its results waits for them on the host, before memory that it reads is given back.
     """
-    stream, ready = _stream(cupy.cuda.runtime.getDevice(), -1), cupy.cuda.Event(disable_timing=True)
-    ready.record()
-    stream.wait_event(ready)
+    stream = _stream(cupy.cuda.runtime.getDevice(), -1)
+    stream.wait_event(event)
     with stream:
         yield
 

@@ -24,7 +24,6 @@ With a table given a tile has one encoding. The kernels release the GIL and keep
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numba
@@ -91,35 +90,14 @@ def places(heads: npt.NDArray[np.uint8], n: int) -> Places:
     FormatError
         No encoder writes such heads.
     """
-    [found] = places_of_many(heads[None], n)
-    return found
-
-
-def places_of_many(heads: npt.NDArray[np.uint8], n: int) -> list[Places]:
-    """:func:`places` of several payloads [payloads, tiles, HEAD] of ``n`` values each."""
-    many, tiles, _ = heads.shape
-    counts = heads[:, :, :TABLE].copy().view("<u2").astype(np.int64)
-    sizes = np.full((many, tiles, 1), TILE, np.int64)
-    sizes[:, -1:] = n - TILE * (tiles - 1)
-    levels = np.concatenate([sizes, counts], axis=2)
-    table = np.sort(heads[:, :, TABLE : TABLE + ENTRIES], axis=2)
-    if (
-        (np.diff(levels, axis=2) > 0).any()
-        or (table[:, :, 1:] == table[:, :, :-1]).any()
-        or heads[:, :, TABLE + ENTRIES :].any()
-    ):
+    digits, others = np.empty((2, len(heads)), np.int64)
+    rest, length = _places(np.ascontiguousarray(heads), n, digits, others)
+    if length < 0:
         raise FormatError(
             "verbatim values: the head of a tile is damaged: more values go on than there are, "
             "its table has an exponent twice, or its reserved byte is not 0"
         )
-    words = 2 * ((levels[:, :, :LEVELS] + 31) // 32).sum(axis=2)
-    spare = levels[:, :, LEVELS]
-    ends, spares = np.cumsum(words, axis=1), np.cumsum(spare, axis=1)
-    rest = 4 * (tiles * HEAD // 4 + words.sum(axis=1))
-    digits = tiles * HEAD // 4 + ends - words
-    others = (rest + n)[:, None] + spares - spare
-    lengths = rest + n + spare.sum(axis=1)
-    return list(map(Places, digits, others, rest.tolist(), lengths.tolist()))
+    return Places(digits, others, rest, length)
 
 
 def split(
@@ -132,29 +110,19 @@ def split(
     FormatError
         The payload is shorter or longer than its heads say, or they are damaged.
     """
-    [found] = split_many([data], n)
-    return found
-
-
-def split_many(
-    payloads: Sequence[bytes | memoryview | npt.NDArray[np.uint8]], n: int
-) -> list[tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8], Places]]:
-    """:func:`split` of several payloads of ``n`` values each."""
-    packed = [np.frombuffer(data, np.uint8) for data in payloads]
-    size = -(-n // TILE) * HEAD
-    for own in packed:
-        if own.size < size:
-            raise FormatError(
-                f"verbatim values: {own.size} bytes, expected {size} for the heads of tiles alone"
-            )
-    heads = np.array([own[:size] for own in packed]).reshape(len(packed), -1, HEAD)
-    found = places_of_many(heads, n)
-    for own, place in zip(packed, found, strict=True):
-        if own.size != place.length:
-            raise FormatError(
-                f"verbatim values: {own.size} bytes, expected {place.length} by the heads of tiles"
-            )
-    return list(zip(packed, heads, found, strict=True))
+    packed, tiles = np.frombuffer(data, np.uint8), -(-n // TILE)
+    if packed.size < tiles * HEAD:
+        raise FormatError(
+            f"verbatim values: {packed.size} bytes, expected {tiles * HEAD} for the heads of tiles "
+            f"alone"
+        )
+    heads = packed[: tiles * HEAD].reshape(tiles, HEAD)
+    found = places(heads, n)
+    if packed.size != found.length:
+        raise FormatError(
+            f"verbatim values: {packed.size} bytes, expected {found.length} by the heads of tiles"
+        )
+    return packed, heads, found
 
 
 def decode(data: bytes | memoryview | npt.NDArray[np.uint8], n: int) -> npt.NDArray[np.uint16]:
@@ -178,6 +146,35 @@ def decode(data: bytes | memoryview | npt.NDArray[np.uint8], n: int) -> npt.NDAr
 
 
 # --- kernels ------------------------------------------------------------------------------------
+
+
+@_jit
+def _places(heads, n, digits, others):  # type: ignore[no-untyped-def]
+    """Fill ``digits`` and ``others`` of :class:`Places`; return its rest and length, or -1 and -1
+    if no encoder writes such heads."""
+    tiles = len(heads)
+    place, spare = tiles * HEAD // 4, 0
+    for tile in range(tiles):
+        head, digits[tile], others[tile] = heads[tile], place, spare
+        level = TILE if tile < tiles - 1 else n - TILE * (tiles - 1)
+        for i in range(LEVELS):
+            place += 2 * ((level + 31) // 32)
+            following = np.int64(head[2 * i]) | np.int64(head[2 * i + 1]) << 8
+            if following > level:
+                return -1, -1
+            level = following
+        spare += level
+        for i in range(TABLE, TABLE + ENTRIES):
+            for j in range(TABLE, i):
+                if head[i] == head[j]:
+                    return -1, -1
+        for i in range(TABLE + ENTRIES, HEAD):
+            if head[i]:
+                return -1, -1
+    rest = 4 * place
+    for tile in range(tiles):
+        others[tile] += rest + n
+    return rest, rest + n + spare
 
 
 @_jit
