@@ -43,6 +43,7 @@ from kvtc_stream.integrations.transformers.model import (
     attention_layers,
     decoder_of,
     layer_devices,
+    one_walk,
 )
 from kvtc_stream.io.dlpack import BackendName
 from kvtc_stream.io.steps import run
@@ -128,8 +129,9 @@ def encode_cache(
         as it holds.
     """
     if model is not None:
-        check_fingerprint(model, codec.calibration)
-        check_geometry(geometry_of(model), codec.calibration.geometry)
+        with one_walk():
+            check_fingerprint(model, codec.calibration)
+            check_geometry(geometry_of(model), codec.calibration.geometry)
     layers, seen, sequence = _check_cache(cache, codec.calibration.geometry, sequence)
     kept = _kept(attention_mask, seen, sequence)
     where = _given_positions(positions, int(kept.sum()))
@@ -271,9 +273,10 @@ def decode_cache(
     """
     places: dict[int, torch.device] = {}
     if model is not None:
-        check_fingerprint(model, calibration)
-        check_geometry(geometry_of(model), calibration.geometry)
-        places = layer_devices(model) if device is None else {}
+        with one_walk():
+            check_fingerprint(model, calibration)
+            check_geometry(geometry_of(model), calibration.geometry)
+            places = layer_devices(model) if device is None else {}
         device = model.device if device is None else device
     device = torch.device("cpu" if device is None else device)
     if backend == "auto":

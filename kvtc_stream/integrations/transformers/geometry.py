@@ -324,11 +324,14 @@ def _differences(rows: NDArray[np.float32], layers: int) -> NDArray[np.float32]:
 
 
 def check_geometry(found: Geometry, expected: Geometry) -> None:
-    alike = len(found.sections) == len(expected.sections) and all(
-        replace(a, rope=()) == replace(b, rope=())
-        and len(a.rope) == len(b.rope)
-        and all(_same_rope(*pair) for pair in set(zip(a.rope, b.rope, strict=True)))
-        for a, b in zip(found.sections, expected.sections, strict=True)
+    alike = found == expected or (
+        len(found.sections) == len(expected.sections)
+        and all(
+            replace(a, rope=()) == replace(b, rope=())
+            and len(a.rope) == len(b.rope)
+            and all(_same_rope(*pair) for pair in set(zip(a.rope, b.rope, strict=True)))
+            for a, b in zip(found.sections, expected.sections, strict=True)
+        )
     )
     if not alike:
         raise CalibrationMismatchError(

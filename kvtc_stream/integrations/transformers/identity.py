@@ -224,6 +224,7 @@ class _Known:
     """Fingerprints of a decoder, and the :func:`_state` and :func:`_glimpse` of it then."""
 
     state: Any
+    spans: list[tuple[int, int]]
     glimpse: dict[tuple[torch.device, torch.dtype], Tensor]
     fingerprints: tuple[bytes, bytes]
 
@@ -239,15 +240,17 @@ def _fingerprints(decoder: PreTrainedModel) -> tuple[bytes, bytes]:
     """
     modules = modules_of(decoder)
     tensors = _tensors(modules)
-    state, glimpse = (config_text(decoder.config), *_state(modules, tensors)), _glimpse(tensors)
-    known = _known.get(decoder)
+    state, known = (config_text(decoder.config), *_state(modules, tensors)), _known.get(decoder)
+    same = known is not None and known.state == state
+    spans = known.spans if known is not None and same else list(map(_span, tensors))
+    glimpse = _glimpse(tensors, spans)
     if (
         known is None
-        or known.state != state
+        or not same
         or known.glimpse.keys() != glimpse.keys()
         or not all(torch.equal(x, glimpse[kind]) for kind, x in known.glimpse.items())
     ):
-        known = _known[decoder] = _Known(state, glimpse, _compute_fingerprints(decoder))
+        known = _known[decoder] = _Known(state, spans, glimpse, _compute_fingerprints(decoder))
     return known.fingerprints
 
 
@@ -260,23 +263,29 @@ def _state(modules: list[Any], tensors: list[Tensor]) -> tuple[Any, Any]:
     ]
     # Tensors of inference mode do not count their changes.
     versions = [
-        (id(x), x.data_ptr(), None if x.is_inference() else x._version, x.shape) for x in tensors
+        (id(x), x.data_ptr(), None if x.is_inference() else x._version, x.shape, x.stride())
+        for x in tensors
     ]
     return adapters, versions
 
 
-def _glimpse(tensors: list[Tensor]) -> dict[tuple[torch.device, torch.dtype], Tensor]:
-    """Some hundred values of each weight, as bytes: PyTorch does not count changes of
-    ``weight.data``."""
+def _span(x: Tensor) -> tuple[int, int]:
+    """Number of, and step between, some hundred values of a tensor."""
+    # As they lie in memory, whose order need not be that of the dimensions.
+    held = 1 + sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
+    step = held // 128 | 1
+    return (-(-held // step) if x.numel() else 0), step
+
+
+def _glimpse(
+    tensors: list[Tensor], spans: list[tuple[int, int]]
+) -> dict[tuple[torch.device, torch.dtype], Tensor]:
+    """Those values of each weight, as bytes: PyTorch does not count changes of ``weight.data``."""
     found: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     with torch.no_grad():
-        for x in tensors:
-            if x.numel():
-                # As they lie in memory, whose order need not be that of the dimensions.
-                held = 1 + sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
-                step = held // 128 | 1
-                values = x.as_strided((-(-held // step),), (step,))
-                found.setdefault((x.device, x.dtype), []).append(values)
+        for x, (count, step) in zip(tensors, spans, strict=True):
+            if count:
+                found.setdefault((x.device, x.dtype), []).append(x.as_strided((count,), (step,)))
         return {kind: torch.cat(own).view(torch.uint8) for kind, own in found.items()}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -49,8 +50,25 @@ def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
     )
 
 
+#: What :func:`modules_of` has found, while :func:`one_walk` keeps it.
+_walked: ContextVar[dict[torch.nn.Module, list[Any]] | None] = ContextVar("walked", default=None)
+
+
+@contextmanager
+def one_walk() -> Iterator[None]:
+    """Models do not change meanwhile: their modules are listed once."""
+    token = _walked.set({})
+    try:
+        yield
+    finally:
+        _walked.reset(token)
+
+
 def modules_of(model: torch.nn.Module) -> list[Any]:
     """``model.modules()``, at a tenth of its time: a model is walked through for each cache."""
+    kept = _walked.get()
+    if kept is not None and model in kept:
+        return kept[model]
     found: dict[torch.nn.Module, None] = {}
     waiting = [model]
     while waiting:
@@ -58,6 +76,8 @@ def modules_of(model: torch.nn.Module) -> list[Any]:
         if part not in found:
             found[part] = None
             waiting.extend(x for x in reversed(part._modules.values()) if x is not None)
+    if kept is not None:
+        kept[model] = list(found)
     return list(found)
 
 
