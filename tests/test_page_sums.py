@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import hmac
+import sys
 import threading
 import types
 from concurrent.futures import ThreadPoolExecutor
@@ -102,8 +103,10 @@ def test_the_library_that_hashlib_has_is_found() -> None:
 def test_another_library_is_not_used(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
     own._library.cache_clear()
     together = own._together
+    monkeypatch.setattr(own.sys, "platform", "another")  # it has no libcrypto of its own
     if fault == "no module":
         monkeypatch.setattr(own.importlib, "import_module", missing)
+        monkeypatch.setattr(own.ctypes, "PyDLL", lambda path: ctypes.CDLL("/nowhere"))
     elif fault == "no function":
         monkeypatch.setattr(own.ctypes, "PyDLL", lambda path: types.SimpleNamespace())
     elif fault == "null":
@@ -129,6 +132,25 @@ def test_another_library_is_not_used(monkeypatch: pytest.MonkeyPatch, fault: str
         page = PageBytes(drawn(500), 0, 500, 0, 500, b"")
         _, seals = page_sums([page], b"key")
         assert seals[0].tobytes() == hmac.new(b"key", page.data, hashlib.sha256).digest()
+    finally:
+        own._library.cache_clear()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for a library of Linux")
+def test_a_python_that_keeps_its_library_to_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    own._library.cache_clear()
+    functions = own._functions
+    asked: list[str | None] = []
+
+    def only_the_systems(path: str | None) -> Any:
+        asked.append(path)
+        return None if len(asked) == 1 else functions(path)
+
+    monkeypatch.setattr(own, "_functions", only_the_systems)
+    try:
+        found = own._library()
+        assert asked[1:] == ["libcrypto.so.3"]
+        assert (found is None) == (functions("libcrypto.so.3") is None)
     finally:
         own._library.cache_clear()
 

@@ -8,7 +8,7 @@ Threads take page after page: who comes late, because it waited for the lock, ke
 
 SHA-256 is that library's because processors have instructions for it that Numba does not reach.
 Where its functions cannot be found, or give something else than hashlib, hashlib is called page by
-page. The results are the same.
+page, on threads. The results are the same.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ import ctypes
 import hashlib
 import hmac
 import importlib
+import sys
 from collections.abc import Sequence
+from concurrent.futures import wait
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -28,7 +30,7 @@ from numba import types
 from numpy.typing import NDArray
 
 from kvtc_stream.io import environment, xxh3
-from kvtc_stream.io.threads import SHARE, threads
+from kvtc_stream.io.threads import SHARE, spread, threads
 from kvtc_stream.io.xxh3 import intrinsic, jit
 
 #: Bytes of a seal.
@@ -100,18 +102,25 @@ def page_sums(
 def _one_by_one(
     pages: Sequence[PageBytes], key: bytes | None
 ) -> tuple[NDArray[np.uint64], NDArray[np.uint8]]:
-    """:func:`page_sums` by libraries of Python's."""
-    checksums = np.zeros(len(pages), np.uint64)
-    seals = np.zeros((len(pages), SEAL), np.uint8)
-    for i, page in enumerate(pages):
-        view = memoryview(page.data)
-        payload = view[page.begin : page.begin + page.size]
-        checksums[i] = xxhash.xxh3_64_intdigest(payload, page.seed)
-        if key is not None:
-            state = hmac.new(key, page.prefix, "sha256")
-            state.update(view[: page.sealed])  # not one message: that would be a copy of the page
-            seals[i] = np.frombuffer(state.digest(), np.uint8)
-    return checksums, seals
+    """:func:`page_sums` by libraries of Python's, of many bytes on threads."""
+    size = sum(page.sealed for page in pages)
+    found = spread(_of_one, [(page, key) for page in pages], size)
+    seals = b"".join(seal for _, seal in found)
+    return (
+        np.array([checksum for checksum, _ in found], np.uint64),
+        np.frombuffer(seals, np.uint8).reshape(len(pages), SEAL),
+    )
+
+
+def _of_one(page: PageBytes, key: bytes | None) -> tuple[int, bytes]:
+    view = memoryview(page.data)
+    payload = view[page.begin : page.begin + page.size]
+    checksum = xxhash.xxh3_64_intdigest(payload, page.seed)
+    if key is None:
+        return checksum, bytes(SEAL)
+    state = hmac.new(key, page.prefix, "sha256")
+    state.update(view[: page.sealed])  # not one message: that would be a copy of the page
+    return checksum, state.digest()
 
 
 class _Library(NamedTuple):
@@ -133,11 +142,26 @@ class _Library(NamedTuple):
 
 @cache
 def _library() -> _Library | None:
-    """Functions of the library that Python's hashlib is linked to; ``None`` if they are not to be
-    found, or do not give what hashlib gives."""
+    """Functions of the library that Python's hashlib is linked to, or else of the system's;
+    ``None`` if they are not to be found, or do not give what hashlib gives."""
     try:
         # What is looked for in a module is also looked for in the libraries that it needs.
-        path = getattr(importlib.import_module("_hashlib"), "__file__", None)
+        own = getattr(importlib.import_module("_hashlib"), "__file__", None)
+    except ImportError:
+        own = None
+    # A Python with OpenSSL inside may keep its functions to itself.
+    others = ["libcrypto.so.3"] if sys.platform == "linux" else []
+    for path in (own, *others):
+        found = _functions(path)
+        if found is not None and _is_right(found):
+            return found
+    return None
+
+
+def _functions(path: str | None) -> _Library | None:
+    if ctypes.sizeof(ctypes.c_void_p) != 8:
+        return None
+    try:
         # These hold the lock: they take no time, and to have it again would.
         own = ctypes.PyDLL(path)
         own.EVP_sha256.restype = own.EVP_MD_CTX_new.restype = ctypes.c_void_p
@@ -145,18 +169,18 @@ def _library() -> _Library | None:
         names = ("EVP_DigestInit_ex", "EVP_DigestUpdate", "EVP_DigestFinal_ex")
         addresses = [ctypes.cast(getattr(own, name), ctypes.c_void_p).value for name in names]
         functions = np.array([*addresses, own.EVP_sha256() or 0], np.int64)
-        found = _Library(functions, own.EVP_MD_CTX_new, own.EVP_MD_CTX_free)
-    except (ImportError, OSError, AttributeError, TypeError):
+    except (OSError, AttributeError, TypeError):
         return None
-    if ctypes.sizeof(ctypes.c_void_p) != 8 or not functions.all():
-        return None
+    return _Library(functions, own.EVP_MD_CTX_new, own.EVP_MD_CTX_free) if functions.all() else None
+
+
+def _is_right(library: _Library) -> bool:
     example = PageBytes(bytes(range(256)) * 5, 3, 1024, 7, 1200, b"example")
     try:
-        ours, theirs = _together([example], b"key", found), _one_by_one([example], b"key")
+        ours, theirs = _together([example], b"key", library), _one_by_one([example], b"key")
     except RuntimeError:
-        return None
-    alike = np.array_equal(ours[0], theirs[0]) and np.array_equal(ours[1], theirs[1])
-    return found if alike else None
+        return False
+    return np.array_equal(ours[0], theirs[0]) and np.array_equal(ours[1], theirs[1])
 
 
 def _together(
@@ -186,7 +210,8 @@ def _together(
     functions = np.zeros(4, np.int64) if library is None else library.functions
     counts = np.zeros(3, np.int64)  # pages that are taken, that are done, and that went wrong
 
-    def work(polls: int) -> None:
+    def work(polls: int, keeps: Any) -> None:
+        """``keeps`` is what ``fields`` has addresses of."""
         context = 0
         if library is not None and not (context := library.new()):
             raise MemoryError("libcrypto has no memory for a hash")
@@ -211,16 +236,15 @@ def _together(
         return checksums, seals
     size = int(fields[:, 1].sum())
     helping = min(size // SHARE, len(pages), _MOST, environment.threads()) - 1
-    helpers = [threads().submit(work, 0) for _ in range(helping)]
+    helpers = [threads().submit(work, 0, held) for _ in range(helping)]
     try:
-        work(_POLLS)
+        work(_POLLS, held)
     finally:
         # Those that have not begun have nothing to do. Those that are done may wait for the lock:
         # nobody waits for them, unless they have a page yet.
         begun = [helper for helper in helpers if not helper.cancel()]
         if counts[1] < len(pages):
-            for helper in begun:
-                helper.result()
+            wait(begun)
     if counts[1] < len(pages) or counts[2]:
         raise RuntimeError("libcrypto could not compute a SHA-256")
     return checksums, seals
