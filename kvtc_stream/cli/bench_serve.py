@@ -391,7 +391,8 @@ def _summary(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def draw(result: dict[str, Any], path: str) -> None:
-    """Plot goodput and hits over the working set, and times to the first token over the rate."""
+    """Plot goodput and hits over the working set, or over the rate if there is one set alone, and
+    times to the first token over the rate."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -403,14 +404,25 @@ def draw(result: dict[str, Any], path: str) -> None:
     figure, axes = plt.subplots(
         2, max(2, len(sets)), figsize=(3.4 * max(2, len(sets)), 6.4), layout="constrained"
     )
+    alone = len(sets) == 1
+    # Where the gaps between tokens of all, and of fresh requests, are drawn, if there is room.
+    gaps = (
+        {"fresh": axes[1, 1]} if alone else dict(zip(("all", "fresh"), axes[0, 2:], strict=False))
+    )
+
+    def points(arm: dict[str, Any]) -> list[tuple[float, Any]]:
+        if alone:
+            return [(step["rate"], step) for case in arm["cases"] for step in case["open_loop"]]
+        return [(case["working_set"], best(case)) for case in arm["cases"]]
+
     for i, arm in enumerate(arms):
         style = {"color": f"C{i}", "marker": "o", "markersize": 4, "label": arm["name"]}
-        x = [case["working_set"] for case in arm["cases"]]
-        axes[0, 0].plot(x, [best(case)["goodput_per_s"] for case in arm["cases"]], **style)
-        hits = [best(case)["hit_rate"] for case in arm["cases"]]
+        x, steps = zip(*points(arm), strict=True)
+        axes[0, 0].plot(x, [step["goodput_per_s"] for step in steps], **style)
+        hits = [step["hit_rate"] for step in steps]
         axes[0, 1].plot(x, [np.nan if hit is None else 100 * hit for hit in hits], **style)
-        for axis, name in zip(axes[0, 2:], ("all", "fresh"), strict=False):
-            times = [best(case)[name]["itl"]["p99"] for case in arm["cases"]]
+        for name, axis in gaps.items():
+            times = [step[name]["itl"]["p99"] for step in steps]
             axis.plot(x, [np.nan if s is None else 1e3 * s for s in times], **style)
         for axis, case in zip(axes[1], arm["cases"], strict=False):
             steps = case["open_loop"]
@@ -419,18 +431,16 @@ def draw(result: dict[str, Any], path: str) -> None:
                 [step["returning"]["ttft"]["p90"] or np.nan for step in steps],
                 **style,
             )
-    possible = [100 * best(case)["possible_hit_rate"] for case in longest]
-    axes[0, 1].plot(sets, possible, color="0.5", linestyle=":", marker="x", label="possible")
-    titles = (
-        "goodput, requests/s",
-        "tokens not computed, %",
-        "ITL p99, ms",
-        "ITL p99 of fresh, ms",
-    )
-    for axis, title in zip(axes[0], titles, strict=False):
-        axis.set(title=title, xlabel="working set over host memory")
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(sets, [f"{x:g}" for x in sets])
+    x, steps = zip(*points(max(arms, key=lambda arm: len(points(arm)))), strict=True)
+    possible = [100 * step["possible_hit_rate"] for step in steps]
+    axes[0, 1].plot(x, possible, color="0.5", linestyle=":", marker="x", label="possible")
+    titles = {"goodput, requests/s": axes[0, 0], "tokens not computed, %": axes[0, 1]}
+    titles |= {f"ITL p99 of {name}, ms": axis for name, axis in gaps.items()}
+    for title, axis in titles.items():
+        axis.set(title=title, xlabel="requests/s" if alone else "working set over host memory")
+        if not alone:
+            axis.set_xscale("log", base=2)
+            axis.set_xticks(sets, [f"{x:g}" for x in sets])
         axis.set_ylim(bottom=0)
     axes[0, 1].set_ylim(0, 102)
     for axis, working_set in zip(axes[1], sets, strict=False):
