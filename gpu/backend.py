@@ -67,6 +67,8 @@ from kvtc_stream.io.steps import Steps, begun, run
 from kvtc_stream.io.threads import threads
 from kvtc_stream.planning.rate_control import SectionControl
 
+#: No tokens.
+_NONE = np.empty(0, np.int64)
 #: About the most bytes of verbatim tokens that wait to be uploaded.
 _VERBATIM_BYTES = 64 << 20
 #: So many tokens are decoded in two halves.
@@ -379,9 +381,12 @@ class CudaSectionCoder(SectionCoder):
             else errors_of_blocks(found.errors, found.verbatim, starts)
         )
         blocks = []
+        any_left_out = bool(found.verbatim.any())
         for i, (begin, end) in enumerate(pairwise(starts.tolist())):
             where = positions[begin:end], start + begin
-            payload, left_out = found.payloads[i], np.flatnonzero(found.verbatim[begin:end])
+            payload, left_out = found.payloads[i], _NONE
+            if any_left_out:
+                left_out = np.flatnonzero(found.verbatim[begin:end])
             if payload is None:
                 k_host, v_host = self._picked(tensors, first + np.arange(begin, end))
                 blocks += self._cpu.encode(k_host, v_host, *where)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
@@ -14,10 +14,18 @@ from numpy.typing import NDArray
 
 from kvtc_stream.formats import Coder, DType, LayerErrors, Section
 from kvtc_stream.gpu.coder.decoding import device_scales, piece_tokens
-from kvtc_stream.gpu.coder.plan import Basis
-from kvtc_stream.gpu.coder.products import R_16F, analyse, analyse_leading, refine, synthesise
+from kvtc_stream.gpu.coder.plan import Basis, Leaf
+from kvtc_stream.gpu.coder.products import (
+    R_16F,
+    Analysis,
+    analyse_leading,
+    analyses,
+    refine,
+    synthesis,
+)
 from kvtc_stream.gpu.coder.rope import DeviceRotations, ropes_of
 from kvtc_stream.gpu.kernels import layout
+from kvtc_stream.gpu.runtime.driver import in_turn
 from kvtc_stream.gpu.runtime.staging import Staging
 from kvtc_stream.gpu.runtime.tensors import Column, Tensors, entries
 from kvtc_stream.io.dlpack import numpy_dtype
@@ -95,6 +103,43 @@ class Source:
     wide: bool
 
 
+class _Common(NamedTuple):
+    """Leading arguments of the kernels that read tensors. They are addresses: who has this keeps
+    what they are of."""
+
+    entries: list[int]
+    slots: int
+    tables: tuple[int, ...]
+    values: tuple[int, int]
+
+    def of(self, part: int, at: int, tokens: int) -> tuple[int, ...]:
+        """For ``tokens`` tokens of a part from ``at`` on."""
+        return (
+            self.entries[part], self.slots + 8 * at, tokens, *self.tables, at, *self.values,
+        )  # fmt: skip
+
+
+class _Rows:
+    """Rows of tokens between two kernels, binary16: room that parts of a width share. What follows
+    the last token up to a multiple of _MULTIPLE is 0."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[int, int], Any] = {}
+
+    def of(self, tokens: int, width: int) -> int:
+        """The address of room for so many tokens."""
+        found = self._made.get((tokens, width))
+        if found is None:
+            found = self._made[tokens, width] = cupy.empty((stride_of(tokens), width), np.uint16)
+            found[tokens:] = 0
+        address: int = found.data.ptr
+        return address
+
+
+def _piece(part: Leaf, tokens: int) -> int:
+    return int(piece_tokens(part.width, part.count, tokens))
+
+
 class Analyser:
     """Tensors to coefficients, and how far what is decoded from them is from the tensors.
 
@@ -150,58 +195,58 @@ class Analyser:
         wide = k.wide and v.wide and self._ropes.halves
         return Source(entries_d, slots_d, positions_d, parts, len(positions), k.dtype, wide)
 
-    def _common(
-        self, source: Source, part: int, at: int, tokens: int, r: DeviceRotations
-    ) -> list[Any]:
-        """Leading arguments of the kernels that read tensors, for ``tokens`` tokens from ``at``."""
-        return [
-            source.entries.data.ptr + 8 * layout.FIELDS * source.parts[part][0],
-            source.slots.data.ptr + 8 * at,
-            tokens,
-            r.cosines.data.ptr,
-            r.sines.data.ptr,
-            self._ropes.pairs,
-            self._ropes.interleaved,
-            self._ropes.most,
-            r.tokens,
-            at,
-            _fp8(cupy.cuda.runtime.getDevice(), source.dtype),
-            self._scales,
-        ]
+    def _common(self, source: Source, rotations: DeviceRotations) -> _Common:
+        r, ropes = rotations, self._ropes
+        entry = source.entries.data.ptr
+        values = _fp8(cupy.cuda.runtime.getDevice(), source.dtype)
+        tables = r.cosines, r.sines, ropes.pairs, ropes.interleaved
+        return _Common(
+            [entry + 8 * layout.FIELDS * first for first, _ in source.parts],
+            source.slots.data.ptr,
+            (*(x.data.ptr for x in tables), ropes.most, r.tokens),
+            (values.data.ptr, self._scales.data.ptr),
+        )
 
     def _coefficients(self, source: Source, stride: int) -> Any:
         """Coefficients of a batch, float32 [components, stride]; see :func:`stride_of`."""
         plan, tokens = self._plan, source.tokens
         rotations = self._ropes.at(source.positions, sign=-1)
-        gather = layout.gather(source.dtype, source.wide)
+        common = self._common(source, rotations)
         out = cupy.empty((max(plan.components, 1), stride), np.float32)
         leading = cupy.empty((sum(leaf.leading for leaf in plan.leaves), stride), np.float16)
-        first = 0
+        to_leading, rows = leading.data.ptr, _Rows()
+        products: list[Analysis] = []
+        grids: list[tuple[int, int]] = []
+        arguments: list[Sequence[int]] = []
         for i, leaf in enumerate(plan.leaves):
-            most = max(1, ROW_BYTES // (2 * leaf.width * _MULTIPLE)) * _MULTIPLE
-            rows = cupy.empty((min(stride, most), leaf.width), np.uint16)
-            for at in range(0, tokens, len(rows)):
-                count = min(len(rows), tokens - at)
-                if count % _MULTIPLE:
-                    rows[count : stride_of(count)] = 0
-                gather(
-                    (-(-count // layout.TOKENS), source.parts[i][1]),
-                    layout.THREADS,
-                    [
-                        *self._common(source, i, at, count, rotations),
-                        leaf.mean.data.ptr,
-                        rows.data.ptr,
-                        leaf.width,
-                    ],
-                )
-                whole = rows[: stride_of(count)]
+            width, matrix = leaf.width, leaf.analysis.data.ptr
+            step = max(1, ROW_BYTES // (2 * width * _MULTIPLE)) * _MULTIPLE
+            for at in range(0, tokens, step):
+                count = min(step, tokens - at)
+                own = rows.of(count, width)
+                grids.append((-(-count // layout.TOKENS), source.parts[i][1]))
+                arguments.append((*common.of(i, at, count), leaf.mean.data.ptr, own, width))
                 if leaf.leading:
-                    scale = leaf.analysis_scale * leaf.leading_scale
-                    to = leading.data.ptr + 2 * (first * stride + at)
-                    analyse(whole, leaf.analysis[: leaf.leading], scale, to, stride, R_16F)
+                    scale, to = leaf.analysis_scale * leaf.leading_scale, to_leading + 2 * at
+                    shape = stride_of(count), leaf.leading, width
+                    products.append(Analysis(shape, scale, own, matrix, to, stride, R_16F))
+                    grids.append((0, 0))  # the same rows once more
+                    arguments.append(arguments[-1])
+                shape = stride_of(count), len(leaf.analysis) - leaf.leading, width
                 to = out.data.ptr + 4 * (leaf.inner * stride + at)
-                analyse(whole, leaf.analysis[leaf.leading :], leaf.analysis_scale, to, stride)
-            first += leaf.leading
+                rest = matrix + 2 * leaf.leading * width
+                products.append(Analysis(shape, leaf.analysis_scale, own, rest, to, stride))
+            to_leading += 2 * leaf.leading * stride
+        if products:
+            of_all, _held = analyses(products)
+            in_turn(
+                of_all,
+                layout.gather(source.dtype, source.wide),
+                np.array(grids, np.int64),
+                layout.THREADS,
+                np.array(arguments, np.int64),
+                kernel_first=True,
+            )
         first = 0
         for second in plan.seconds:
             count = sum(leaf.leading for leaf in second.leaves)
@@ -229,46 +274,57 @@ class Analyser:
         """
         s, plan, tokens = self._section, self._plan, source.tokens
         rotations = self._ropes.at(source.positions, sign=1)
+        common = self._common(source, rotations)
         dims = s.k_dim // 16, s.v_dim // 16
         wide = (
             source.wide
             and not self._out_dtype.is_fp8
             and all(d <= 32 and d & (d - 1) == 0 for d in dims)
         )
-        compare = layout.errors(source.dtype, self._out_dtype, wide)
+        kernel = layout.errors(source.dtype, self._out_dtype, wide)
         lost, energy = cupy.zeros((2, 2 * len(s.layers), stride), np.float32)
         stack = plan.stacked(symbols)
+        symbol, step = stack.data.ptr, scales.data.ptr
+        sources, matrices, grids = [], [], []
+        shapes: list[tuple[int, int, int]] = []
+        arguments: list[Sequence[int]] = []
+        rows = cupy.empty(max(_piece(x, tokens) * x.width for x in plan.leaves), np.uint16)
+        zeros = None
         for i, part in enumerate(plan.leaves):
-            piece = int(piece_tokens(part.width, part.count, tokens))
-            rows = cupy.empty((piece, part.width), np.uint16)
+            piece, own = _piece(part, tokens), rows
             if part.count == 0:
-                rows[...] = 0
+                own = zeros = cupy.zeros(rows.shape, np.uint16) if zeros is None else zeros
+            scale = int(np.float32(part.synthesis_scale).view(np.int32))
             for at in range(0, tokens, piece):
                 count = min(piece, tokens - at)
-                synthesise(
-                    stack.data.ptr + 2 * (part.first * stride + at),
-                    stride,
-                    part.synthesis,
-                    slice(0, part.width),
-                    count,
-                    rows.data.ptr,
-                    part.width,
-                )
-                compare(
-                    (-(-count // layout.TOKENS), source.parts[i][1]),
-                    layout.THREADS,
-                    [
-                        *self._common(source, i, at, count, rotations),
-                        scales.data.ptr + 4 * (part.part * stride + at),
-                        part.synthesis_scale,
+                sources.append(symbol + 2 * (part.first * stride + at))
+                matrices.append(part.synthesis.data.ptr)
+                shapes.append((part.width, count, part.count))
+                grids.append((-(-count // layout.TOKENS), source.parts[i][1]))
+                arguments.append(
+                    (
+                        *common.of(i, at, count),
+                        step + 4 * (part.part * stride + at),
+                        scale,
                         part.mean.data.ptr,
-                        rows.data.ptr,
+                        own.data.ptr,
                         part.width,
                         lost.data.ptr + 4 * at,
                         energy.data.ptr + 4 * at,
                         stride,
-                    ],
+                    )
                 )
+        widths, counts, components = np.array(shapes, np.int64).T
+        products = synthesis(
+            np.array(sources, np.int64),
+            stride,
+            np.array(matrices, np.int64),
+            widths,
+            (widths, counts, components),
+            rows.data.ptr,
+        )
+        of_kernel = np.array(arguments, np.int64)
+        in_turn(products, kernel, np.array(grids, np.int64), layout.THREADS, of_kernel)
         layers = len(s.layers)
         out = cupy.zeros((2, 1 + layers, stride), np.float32)
         for kind in range(2):

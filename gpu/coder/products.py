@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +45,19 @@ def gemm(
     )  # fmt: skip
 
 
+class Analysis(NamedTuple):
+    """Arguments of :func:`analyse`, with addresses: tokens, components and width; the scale; rows
+    and analysis; where it goes, elements from one component to the next there, and their type."""
+
+    shape: tuple[int, int, int]
+    scale: float
+    rows: int
+    analysis: int
+    out: int
+    stride: int
+    kind: int = R_32F
+
+
 def analyse(
     rows: Any, analysis: Any, scale: float, out: int, stride: int, kind: int = R_32F
 ) -> None:
@@ -55,6 +69,24 @@ def analyse(
         _TRANSPOSED, _NONE, tokens, count, width, scale,
         rows.data.ptr, width, analysis.data.ptr, width, out, kind, stride,
     )  # fmt: skip
+
+
+def analyses(products: Sequence[Analysis]) -> tuple[NDArray[np.int64], Any]:
+    """:func:`analyse` of several for :func:`kvtc_stream.gpu.runtime.driver.in_turn`, int64
+    [products, fields]; and what must be kept until then."""
+    shapes, scales, rows, matrices, outs, strides, kinds = zip(*products, strict=True)
+    tokens, count, width = np.array(shapes, np.int64).T
+    numbers = np.array([*scales, 0.0], np.float32)
+    addresses = numbers.ctypes.data + 4 * np.arange(len(numbers))
+    found = np.empty((len(products), len(PRODUCT)), np.int64)
+    for i, values in enumerate(
+        (
+            _TRANSPOSED, _NONE, tokens, count, width, addresses[:-1], rows, R_16F, width,
+            matrices, R_16F, width, addresses[-1], outs, kinds, strides, _COMPUTE_32F, _DEFAULT,
+        )
+    ):  # fmt: skip
+        found[:, i] = values
+    return found, numbers
 
 
 def refine(coefficients: Any, first: int, missing: Any) -> None:
