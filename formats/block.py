@@ -27,8 +27,8 @@ from kvtc_stream.formats.wire import ByteReader, ByteWriter, known, located
 #: meet many blocks.
 _FIELDS, _RESERVED = "IIQqBBBBBB2sQQQ4fII", bytes(2)
 _HEAD = struct.Struct("<" + _FIELDS)
-# Bits that tell what else is in a block.
-_HAS_LAYER_ERRORS, _HAS_AXES = 1, 2
+#: Bits that tell what else is in a block.
+HAS_LAYER_ERRORS, _HAS_AXES = 1, 2
 
 
 class Role(enum.IntEnum):
@@ -178,7 +178,7 @@ class Block:
         listed = not isinstance(self.positions, range)
         contents = _HAS_AXES if self.axes else 0
         if self.layer_errors is not None:
-            contents |= _HAS_LAYER_ERRORS
+            contents |= HAS_LAYER_ERRORS
         fields = (
             self.tokens,
             len(self.verbatim_tokens),
@@ -311,7 +311,7 @@ def _check_contents(
             f"{where}: verbatim values are coded as PLANES, which the required features have "
             "not: the writer is at fault"
         )
-    allowed = _HAS_LAYER_ERRORS if Feature.LAYER_ERRORS in features else 0
+    allowed = HAS_LAYER_ERRORS if Feature.LAYER_ERRORS in features else 0
     allowed |= _HAS_AXES if Feature.AXES in features else 0
     if contents & ~allowed or reserved != _RESERVED:
         raise FormatError(
@@ -329,7 +329,7 @@ def _read_contents(
     layer_errors = None
     if contents & _HAS_AXES:
         axes = read_axes(reader, normal_positions(positions), shape.axes)
-    if contents & _HAS_LAYER_ERRORS:
+    if contents & HAS_LAYER_ERRORS:
         layer_errors = LayerErrors(reader.raw(4 * len(shape.layers), "errors by layer"))
     return axes, layer_errors
 

@@ -7,6 +7,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from kvtc_stream.errors import FormatError
 from kvtc_stream.formats.block import Block, Role
 from kvtc_stream.formats.block_errors import NO_ERRORS, BlockErrors, Measure
@@ -217,6 +220,33 @@ class Order:
         """Count records whose order was checked otherwise; nothing but the end may follow."""
         self.sequence += records
         self.offset += size
+
+    def accept_data(
+        self,
+        section: int,
+        starts: NDArray[np.int64],
+        tokens: NDArray[np.int64],
+        firsts: NDArray[np.int64],
+        lengths: NDArray[np.int64],
+    ) -> bool:
+        """Count records of data blocks of a section, which are so long, and whose tokens have the
+        positions from ``firsts`` on; or none of them, if one cannot come next."""
+        ends, stage = firsts + tokens, _STAGES[Role.DATA]
+        edges = self.tokens[section] + np.cumsum(tokens) - tokens
+        before = np.concatenate([[self._position[section]], ends[:-1] - 1])
+        if (
+            self.ended
+            or (starts != edges).any()
+            or (tokens > self._block_tokens).any()
+            or (firsts <= before).any()
+            or self._stage[section] > stage
+        ):
+            return False
+        self.tokens[section] += int(tokens.sum())
+        self._position[section], self._stage[section] = int(ends[-1]) - 1, stage
+        self.offset += int(lengths.sum())
+        self.sequence += len(starts)
+        return True
 
     def _accept_block(self, entry: IndexEntry) -> None:
         section = entry.section

@@ -92,7 +92,7 @@ def block_fields(at: int) -> dict[str, tuple[int, Any]]:
 
 
 #: What a block's record begins with: the record's header, and the fields of the block.
-_HEAD = layout(
+HEAD = layout(
     RECORD_HEADER_SIZE + BLOCK_SIZE,
     magic=(0, "S4"),
     type=(4, "u1"),
@@ -435,11 +435,11 @@ def read_table(
         of a record that is not as it should be.
     """
     lengths = entries["length"].astype(np.int64)
-    width = _HEAD.itemsize
+    width = HEAD.itemsize
     bytes_ = np.frombuffer(data, np.uint8)
     whole = lengths >= width + RECORD_OVERHEAD - RECORD_HEADER_SIZE
     at = np.minimum(begins[:, None] + np.arange(width), len(bytes_) - 1)
-    heads = bytes_[at].view(_HEAD)[:, 0]
+    heads = bytes_[at].view(HEAD)[:, 0]
     fields = heads.tobytes()
     seeds = [
         xxhash.xxh3_64_intdigest(fields[i : i + RECORD_HEADER_SIZE - 8], seed)
@@ -594,7 +594,7 @@ def _usual_layers(
     own = np.flatnonzero(usual & (heads["contents"] == 1))
     if len(own):
         layers = len(header.geometry.sections[int(heads["section"][own[0]])].layers)
-        at = begins[own, None] + (_HEAD.itemsize + np.arange(4 * layers))
+        at = begins[own, None] + (HEAD.itemsize + np.arange(4 * layers))
         found[own] = layers_can_be(data[at])
     return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import groupby
 
 from kvtc_stream.errors import StateError
 from kvtc_stream.formats.auth import digest, pack_auth
@@ -18,6 +19,7 @@ from kvtc_stream.formats.record import (
     record_end,
     record_head,
 )
+from kvtc_stream.formats.usual_records import usual, usual_records
 from kvtc_stream.formats.wire import ByteWriter
 from kvtc_stream.io.threads import spread
 
@@ -95,18 +97,31 @@ class StreamWriter:
         last, with the record's seed, is to be written into the last. What is returned beside the
         records and the seeds does so, once the payloads have come. With a key it must be called.
         """
-        heads, seeds, payloads = [], [], []
-        for block in blocks:
-            block.check(self._header)
-            if missing := block.features & ~self._header.features:
-                raise ValueError(
-                    f"the block needs {names(missing)}, which the header's features have not: a "
-                    "stream's first bytes say what its blocks may have"
-                )
-            payloads.append(block.pack())
-            head, seed = self._begin(RecordType.BLOCK, sum(map(len, payloads[-1])), block)
-            heads.append(head)
-            seeds.append(seed)
+        heads: list[bytes] = []
+        seeds: list[int] = []
+        payloads: list[list[bytes | memoryview]] = []
+        for alike, group in groupby(blocks, usual):
+            run = list(group)
+            many = None
+            if alike and len(run) > 1:
+                many = usual_records(run, self._header, self._running(), self._seed)
+            if many is not None:
+                heads += many.heads
+                seeds += many.seeds
+                payloads += many.payloads
+                self._entries += many.entries
+                continue
+            for block in run:
+                block.check(self._header)
+                if missing := block.features & ~self._header.features:
+                    raise ValueError(
+                        f"the block needs {names(missing)}, which the header's features have not: "
+                        "a stream's first bytes say what its blocks may have"
+                    )
+                payloads.append(block.pack())
+                head, seed = self._begin(RecordType.BLOCK, sum(map(len, payloads[-1])), block)
+                heads.append(head)
+                seeds.append(seed)
         ends = [memoryview(bytearray(CHECKSUM_SIZE)) for _ in blocks]
         records = [[h, *p, e] for h, p, e in zip(heads, payloads, ends, strict=True)]
 

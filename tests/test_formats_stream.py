@@ -8,6 +8,7 @@ import itertools
 import struct
 from array import array
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import second_reader
@@ -38,9 +39,11 @@ from kvtc_stream.errors import (
 )
 from kvtc_stream.formats import (
     Block,
+    BlockErrors,
     Feature,
     LayerErrors,
     Limits,
+    Measure,
     Role,
     StreamFile,
     StreamHeader,
@@ -839,3 +842,68 @@ def test_neighbouring_positions_become_a_range():
     listed = make_block(header, 0, array("q", (5, 6, 7)), symbols=b"x")
     assert listed == make_block(header, 0, range(5, 8), symbols=b"x")
     assert isinstance(listed.positions, range)
+
+
+def data_blocks(header: StreamHeader, count: int) -> list[Block]:
+    """Blocks as most are, behind sinks and before a tail; with a gap between positions."""
+    layered = Feature.LAYER_ERRORS in header.features
+    blocks = [make_block(header, 0, range(1), role=Role.SINKS, verbatim_tokens=(0,))]
+    for i in range(count):
+        start, first = 1 + 3 * i, 1 + 3 * i + 7 * (i > 2)
+        errors = BlockErrors(Measure.RECONSTRUCTION, 0.1 * i, 0.25 + i, 0, 1 / 3)
+        blocks.append(
+            make_block(
+                header,
+                start,
+                range(first, first + 3),
+                symbols=b"symbols"[i % 7 :],
+                errors=errors,
+                layer_errors=LayerErrors.of([0.25], [0.5], [0], [i]) if layered else None,
+            )
+        )
+    end = 1 + 3 * count
+    positions = range(end + 9, end + 11)
+    return [*blocks, make_block(header, end, positions, role=Role.TAIL, verbatim_tokens=(0, 1))]
+
+
+@pytest.mark.parametrize("features", [Feature(0), Feature.LAYER_ERRORS])
+def test_many_blocks_at_once_are_written_as_one_by_one(features: Feature) -> None:
+    header = replace(HEADER, features=features)
+    blocks = data_blocks(header, 9)
+    # One with listed positions and one with a verbatim token among them go their own way.
+    blocks[4] = replace(blocks[4], positions=array("q", (17, 19, 20)))
+    blocks[6] = replace(blocks[6], verbatim_tokens=(1,), verbatim=bytes(header.verbatim_size(0, 1)))
+    blocks[5] = replace(blocks[5], positions=range(21, 24))
+    for i in range(6, len(blocks) - 1):
+        blocks[i] = replace(blocks[i], positions=range(24 + 3 * i, 27 + 3 * i))
+    last = len(blocks) - 1
+    blocks[last] = replace(blocks[last], positions=range(100, 102))
+    for key in (b"", b"secret"):
+        writer, other = StreamWriter(header, key), StreamWriter(header, key)
+        found = [writer.start(), *itertools.chain(*writer.blocks(blocks)), writer.finish()]
+        expected = [other.start(), *map(other.block, blocks), other.finish()]
+        assert b"".join(found) == b"".join(expected)
+
+
+@pytest.mark.parametrize(
+    ("index", "changes"),
+    [
+        (3, {"start": 8}),
+        (5, {"positions": range(2, 5)}),
+        (1, {"positions": range(3)}),
+        (2, {"section": 1}),
+        (7, {"layer_errors": LayerErrors.of([0], [0], [0], [0])}),
+        (2, {"verbatim": b"x"}),
+        (9, {"tokens": 5, "positions": range(50, 55)}),
+    ],
+)
+def test_one_of_many_blocks_is_refused_as_it_is_alone(index: int, changes: dict[str, Any]) -> None:
+    blocks = data_blocks(HEADER, 9)
+    blocks[index] = replace(blocks[index], **changes)
+    writer, other = StreamWriter(HEADER), StreamWriter(HEADER)
+    writer.start(), other.start()
+    with pytest.raises(ValueError, match=r"^.") as expected:
+        [*map(other.block, blocks)]
+    with pytest.raises(ValueError, match=r"^.") as found:
+        writer.blocks(blocks)
+    assert str(found.value) == str(expected.value)

@@ -17,7 +17,7 @@ from kvtc_stream.io.threads import SHARE, Shared, copy, units_of
 #: From this many bytes on, asking for large pages is worth it.
 LARGE = 4 << 20
 #: Maximum numbers of threads that map memory, beside others, and that fill it.
-_MAPPING, _COPYING = 5, 8
+_MAPPING, _COPYING = 6, 12
 #: Smaller pieces are joined before threads copy them.
 _SMALL = 1 << 14
 
@@ -70,7 +70,7 @@ class Joining:
         from kvtc_stream.io.xxh3 import LEAST
 
         out = (room if room is not None and size <= room.most else Room(size)).taken(size)
-        begins = _contents(id(out), size).ctypes.data + np.cumsum(sizes) - sizes
+        begins = id(out) + _BYTES_HEAD + np.cumsum(sizes) - sizes
         edges = np.array([own[:2] for own in sealed], np.int64).reshape(-1, 2)
         spans = begins[edges]
         long = spans[:, 1] - spans[:, 0] >= LEAST
@@ -155,8 +155,7 @@ class Room:
         self.most = most
         # CPython's own way to make bytes: they are filled before anything else refers to them.
         self._made = _api("PyBytes_FromStringAndSize", None, ctypes.c_ssize_t(most))
-        target = _contents(self._made, most)
-        data = target.ctypes.data
+        data = self._made + _BYTES_HEAD
         first = -(-data // mmap.PAGESIZE) * mmap.PAGESIZE
         advise = _advise()
         if advise is not None and data + most > first:  # a hint: failure does no harm
@@ -191,12 +190,6 @@ class Room:
 
 #: Bytes of an empty ``bytes`` before its contents: those have a byte more, 0.
 _BYTES_HEAD = bytes.__basicsize__ - 1
-
-
-def _contents(address: int, size: int) -> NDArray[np.uint8]:
-    """The bytes of a ``bytes`` object at an address, to be written."""
-    memory = (ctypes.c_uint8 * size).from_address(address + _BYTES_HEAD)
-    return np.ctypeslib.as_array(memory)
 
 
 def _api(name: str, *arguments: Any) -> Any:
