@@ -93,7 +93,7 @@ def test_checksums_of_every_length() -> None:
         edges = np.concatenate([[0], cuts, [length]])
         pieces = np.stack([source.ctypes.data + edges[:-1], begin + edges[:-1], np.diff(edges)], 1)
         units = np.array([[0, len(pieces), begin, length]])
-        assemble(np.zeros(1, np.int64), units, np.array([seed], np.uint64), pieces)
+        assemble(np.zeros(2, np.int64), 1, units, np.array([seed], np.uint64), pieces)
         found = out[length % 16 :].tobytes()
         assert found[:length] == data
         assert int.from_bytes(found[length : length + 8], "little") == xxhash.xxh3_64_intdigest(

@@ -205,6 +205,7 @@ class OffsetCurve:
         self._begun = {span: self._begin(span) for span in sorted(map(_span, near))}
         self._spans: dict[int, NDArray[np.float64]] = {}
         self._rows: dict[int, list[list[float]]] = {}
+        self._last: tuple[tuple[int, float], float] = ((-1, 0.0), 0.0)
 
     def _begin(self, span: int) -> Callable[[], NDArray[np.floating[Any]]]:
         return self._measure(_SPAN * (span + np.array([0, 0.5, 1])))
@@ -226,13 +227,17 @@ class OffsetCurve:
 
     def of(self, row: int, offset: float) -> float:
         """As :meth:`at` of one of [blocks], and quick: in numbers of Python."""
+        asked = row, offset
+        if asked == self._last[0]:  # whoever chose an offset asks once more
+            return self._last[1]
         span = _span(offset)
         if span not in self._rows:
             self._rows[span] = self._logarithms(span).tolist()
         low, middle, high = self._rows[span][row]
         x = 2 * (offset / _SPAN - span) - 1
-        found = np.exp(middle + x * (high - low) / 2 + x * x * ((low + high) / 2 - middle))
-        return float(found)
+        found = float(np.exp(middle + x * (high - low) / 2 + x * x * ((low + high) / 2 - middle)))
+        self._last = asked, found
+        return found
 
 
 def _span(offset: float) -> int:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from kvtc_stream.gpu.kernels.intrinsics import WARP, i32, i64, i64p, shuffle, shuffle_down
 from kvtc_stream.gpu.runtime.compile import kernel
 from kvtc_stream.gpu.runtime.dialect import cuda
+from kvtc_stream.io import xxh3
 
 #: Bytes that are added before the accumulators are mixed; threads of a block of :func:`add`.
 BLOCK, THREADS = 1024, 256
@@ -22,29 +23,12 @@ LEAST, MOST = 241, 65_535 * (THREADS // WARP) * BLOCK
 WORD, SIZE, FIRST, SEED = range(4)
 FIELDS = 4
 
-#: XXH3's secret, int64 [24].
-SECRET = np.array(
-    [
-        0xBE4BA423396CFEB8, 0x1CAD21F72C81017C, 0xDB979083E96DD4DE, 0x1F67B3B7A4A44072,
-        0x78E5C0CC4EE679CB, 0x2172FFCC7DD05A82, 0x8E2443F7744608B8, 0x4C263A81E69035E0,
-        0xCB00C391BB52283C, 0xA32E531B8B65D088, 0x4EF90DA297486471, 0xD8ACDEA946EF1938,
-        0x3F349CE33F76FAA8, 0x1D4F0BC7C7BBDCF9, 0x3159B4CD4BE0518A, 0x647378D9C97E9FC8,
-        0xC3EBD33483ACC5EA, 0xEB6313FAFFA081C5, 0x49DAF0B751DD0D17, 0x9E68D429265516D3,
-        0xFCA1477D58BE162B, 0xCE31D07AD1B8F88F, 0x280416958F3ACB45, 0x7E404BBBCAFBD7AF,
-    ],
-    np.uint64,
-).view(np.int64)  # fmt: skip
-_PRIMES = (0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D)
-_LONG = (0x9E3779B185EBCA87, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0x85EBCA77C2B2AE63,
-         0x27D4EB2F165667C5)  # fmt: skip
-#: What the accumulators begin with, int64 [8].
-INITIAL = np.array([_PRIMES[2], *_LONG[:4], _PRIMES[1], _LONG[4], _PRIMES[0]], np.uint64).view(
-    np.int64
-)
+#: XXH3's secret, int64 [24], and what the accumulators begin with, int64 [8].
+SECRET, INITIAL = xxh3.SECRET.view(np.int64), xxh3.INITIAL.view(np.int64)
 
 _I64 = np.int64
 _LOW = np.int64(0xFFFFFFFF)
-_PRIME = np.int64(_PRIMES[0])
+_PRIME = np.int64(xxh3.PRIMES[0])
 
 
 @kernel(i64p, i64p, i64p, i64p)
@@ -161,10 +145,10 @@ def finish(
     # The secret's bytes from 11 on.
     words = secret[:, 1:9] >> np.uint64(24) | secret[:, 2:10] << np.uint64(40)
     mixed = accumulators.view(np.uint64) ^ words
-    found: NDArray[np.uint64] = sizes.astype(np.uint64) * np.uint64(_LONG[0])
+    found: NDArray[np.uint64] = sizes.astype(np.uint64) * np.uint64(xxh3.LONG_PRIMES[0])
     found += _folded(mixed[:, ::2], mixed[:, 1::2]).sum(axis=1, dtype=np.uint64)
     found ^= found >> np.uint64(37)
-    found *= np.uint64(0x165667919E3779F9)
+    found *= np.uint64(xxh3.AVALANCHE)
     found ^= found >> np.uint64(32)
     return found
 

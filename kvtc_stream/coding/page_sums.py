@@ -30,6 +30,7 @@ from numba import types
 from numpy.typing import NDArray
 
 from kvtc_stream.io import environment, xxh3
+from kvtc_stream.io.assembly import add_shared
 from kvtc_stream.io.threads import SHARE, spread, threads
 from kvtc_stream.io.xxh3 import intrinsic, jit
 
@@ -260,18 +261,7 @@ def _called(typing: Any, function: Any, a: Any, b: Any, c: Any) -> Any:
     return types.int32(*[types.int64] * 4), generate
 
 
-def _added(typing: Any, address: Any, number: Any) -> Any:
-    """Add to the int64 at an address, as one step for all threads; what it was before. What a
-    thread wrote until then is seen by those that add later."""
-
-    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        place = builder.inttoptr(values[0], ir.IntType(64).as_pointer())
-        return builder.atomic_rmw("add", place, values[1], "seq_cst")
-
-    return types.int64(types.int64, types.int64), generate
-
-
-_call, _add = intrinsic(_called), intrinsic(_added)
+_call = intrinsic(_called)
 
 
 @jit
@@ -285,7 +275,7 @@ def _work(  # type: ignore[no-untyped-def]
     taken, done, wrong = counts[0:].ctypes.data, counts[1:].ctypes.data, counts[2:].ctypes.data
     secret, state = np.empty(24, np.uint64), np.empty(8, np.uint64)
     while True:
-        i = _add(taken, one)
+        i = add_shared(taken, one)
         if i >= len(fields):
             break
         if context:
@@ -300,13 +290,13 @@ def _work(  # type: ignore[no-untyped-def]
             good += _call(update, context, seal.ctypes.data, np.int64(len(seal)))
             good += _call(end, context, seal.ctypes.data, nothing)
             if good != _CALLS:
-                _add(wrong, one)
+                add_shared(wrong, one)
         # The page is in the processor's cache now.
         at, size = fields[i, 2], fields[i, 3]
         xxh3.begin(seeds[i], secret, state)
         xxh3.add_blocks(at, (size - 1) // xxh3.BLOCK, secret, state)
         checksums[i] = xxh3.end(at, size, secret, state)
-        _add(done, one)
+        add_shared(done, one)
     for _ in range(polls):
-        if _add(done, nothing) == len(fields):
+        if add_shared(done, nothing) == len(fields):
             break

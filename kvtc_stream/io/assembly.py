@@ -22,14 +22,15 @@ _PAGE = 4096
 
 
 @intrinsic
-def _take(_context: Any, place: Any) -> Any:
-    """Add 1 to the int64 at an address, as one step for all threads; what it was before."""
+def add_shared(_context: Any, address: Any, number: Any) -> Any:
+    """Add to the int64 at an address, as one step for all threads; what it was before. What a
+    thread wrote until then is seen by those that add later."""
 
     def generate(_: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        counter = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
-        return builder.atomic_rmw("add", counter, ir.Constant(ir.IntType(64), 1), "monotonic")
+        place = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
+        return builder.atomic_rmw("add", place, arguments[1], "seq_cst")
 
-    return types.int64(types.int64), generate
+    return types.int64(types.int64, types.int64), generate
 
 
 @intrinsic
@@ -63,13 +64,16 @@ def _put_zero(_context: Any, address: Any) -> Any:
 
 
 @jit
-def assemble(counter, units, seeds, pieces):  # type: ignore[no-untyped-def]
+def assemble(counts, polls, units, seeds, pieces):  # type: ignore[no-untyped-def]
     """Copy the pieces of units, and put their checksums behind them.
 
     Parameters
     ----------
-    counter
-        int64 [1], 0 at first: that of all threads that share the work.
+    counts
+        int64 [2], 0 at first, of all threads that share the work: units that were begun with, and
+        units that are done.
+    polls
+        How often to look, at the most, whether others are done with theirs.
     units
         int64 [units, 4]: first piece, the one after the last; and the address and size of what has
         a checksum, at least ``xxh3.LEAST`` bytes, or 0: those to which the last pieces of the unit
@@ -80,10 +84,12 @@ def assemble(counter, units, seeds, pieces):  # type: ignore[no-untyped-def]
         int64 [pieces, 3]: addresses that they are copied from and to, and their bytes.
     """
     secret, state = np.empty(24, np.uint64), np.empty(8, np.uint64)
+    one = np.int64(1)
+    begun, done = counts[0:].ctypes.data, counts[1:].ctypes.data
     while True:
-        unit = _take(counter.ctypes.data)
+        unit = add_shared(begun, one)
         if unit >= len(units):
-            return
+            break
         at, size = units[unit, 2], units[unit, 3]
         left = max(size - 1, 0) // BLOCK
         if size:
@@ -101,14 +107,28 @@ def assemble(counter, units, seeds, pieces):  # type: ignore[no-untyped-def]
                     added, left = added + whole * BLOCK, left - whole
         if size:
             _put_word(at + size, end(at, size, secret, state))
+        add_shared(done, one)
+    _wait(done, len(units), polls)
 
 
 @jit
-def touch(counter, address, size, share):  # type: ignore[no-untyped-def]
-    """Write to every page of ``size`` bytes from an address on, in shares of so many bytes."""
+def touch(counts, polls, address, size, share):  # type: ignore[no-untyped-def]
+    """Write to every page of ``size`` bytes from an address on, in units of ``share`` bytes;
+    ``counts`` and ``polls`` as for :func:`assemble`."""
+    one = np.int64(1)
+    begun, done = counts[0:].ctypes.data, counts[1:].ctypes.data
     while True:
-        first = _take(counter.ctypes.data) * share
+        first = add_shared(begun, one) * share
         if first >= size:
-            return
+            break
         for at in range(address + first, address + min(first + share, size), _PAGE):
             _put_zero(at)
+        add_shared(done, one)
+    _wait(done, (size + share - 1) // share, polls)
+
+
+@jit
+def _wait(done, units, polls):  # type: ignore[no-untyped-def]
+    for _ in range(polls):
+        if add_shared(done, np.int64(0)) >= units:
+            return

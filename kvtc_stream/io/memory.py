@@ -98,7 +98,8 @@ class Joining:
             from kvtc_stream.io.assembly import assemble
 
             keeps = self._out, self._held
-            self._shared = Shared(assemble, self._arguments, self._size, _COPYING, keeps)
+            units = len(self._arguments[0])
+            self._shared = Shared(assemble, units, self._arguments, self._size, _COPYING, keeps)
 
     def finish(self) -> bytes:
         """Take part until all is done; the bytes, once."""
@@ -165,7 +166,8 @@ class Room:
             from kvtc_stream.io.assembly import touch
 
             likely = min(likely, most)
-            self._mapped = Shared(touch, (data, likely, SHARE), likely, _MAPPING)
+            units = -(-likely // SHARE)
+            self._mapped = Shared(touch, units, (data, likely, SHARE), likely, _MAPPING)
 
     def taken(self, size: int) -> bytes:
         """Bytes of this size with any contents; at most once."""

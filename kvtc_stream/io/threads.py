@@ -25,6 +25,8 @@ _AHEAD = 16
 _MAX_SHARES = 16
 #: More than any work has units.
 _NO_MORE = 1 << 40
+#: Looks at whether others are done: some milliseconds of them.
+_POLLS = 1 << 17
 
 
 @cache
@@ -92,10 +94,14 @@ class Shared:
     Parameters
     ----------
     work
-        Takes int64 [1], 0 at first, and the arguments. Each call takes units of the work, as many
-        as it adds to that number, until none is left; it has the GIL only to begin and to end.
+        Takes int64 [2], 0 at first: units of the work that were begun with, and those done; how
+        often to look, at the most, whether others are done with theirs; and the arguments. Each
+        call takes units, as many as it adds to the numbers, until none is left. It has the GIL only
+        to begin and to end.
+    units
+        How many units there are.
     arguments
-        What ``work`` takes.
+        What else ``work`` takes.
     size
         Bytes that all of it is about.
     most
@@ -107,25 +113,33 @@ class Shared:
     def __init__(
         self,
         work: Callable[..., None],
+        units: int,
         arguments: Sequence[Any],
         size: int,
         most: int,
         keeps: Any = None,
     ) -> None:
-        self._keeps = keeps
-        self._counter = np.zeros(1, np.int64)
-        self._work, self._arguments = work, (self._counter, *arguments)
-        count = min(size // SHARE, most, environment.threads()) - 1
-        self._helpers = [threads().submit(work, *self._arguments) for _ in range(count)]
+        self._keeps, self._units = keeps, units
+        self._counts = np.zeros(2, np.int64)
+        self._work, self._arguments = work, arguments
+        count = min(size // SHARE, units, most, environment.threads()) - 1
+        self._helpers = [threads().submit(work, self._counts, 0, *arguments) for _ in range(count)]
 
     def finish(self) -> None:
         """Take part until all is done."""
-        self._work(*self._arguments)
-        self._wait()
+        # To wait for others in Python would be to wait for its lock, which each of them takes
+        # when it is done.
+        self._work(self._counts, _POLLS, *self._arguments)
+        if self._counts[1] < self._units:
+            self._wait()
+        else:
+            for helper in self._helpers:  # they have nothing to do any more
+                helper.cancel()
+            self._helpers.clear()
 
     def stop(self) -> None:
         """Leave undone what nobody has begun with."""
-        self._counter[0] = _NO_MORE
+        self._counts[0] = _NO_MORE
         self._wait()
 
     def _wait(self) -> None:
@@ -151,7 +165,8 @@ def copy(sources: Sequence[NDArray[Any]], targets: Sequence[NDArray[Any]]) -> No
         [(s.ctypes.data, t.ctypes.data, len(s)) for s, t in zip(sources, targets, strict=True)]
     )
     units, pieces = units_of(pieces)
-    Shared(assemble, (units, np.zeros(len(units), np.uint64), pieces), size, _MAX_SHARES).finish()
+    arguments = units, np.zeros(len(units), np.uint64), pieces
+    Shared(assemble, len(units), arguments, size, _MAX_SHARES).finish()
 
 
 def units_of(pieces: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
