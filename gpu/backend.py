@@ -71,8 +71,6 @@ from kvtc_stream.planning.rate_control import SectionControl
 _NONE = np.empty(0, np.int64)
 #: About the most bytes of verbatim tokens that wait to be uploaded.
 _VERBATIM_BYTES = 64 << 20
-#: So many tokens are decoded in two halves.
-_HALVED = 4096
 
 
 class _Exact(NamedTuple):
@@ -541,26 +539,6 @@ class CudaSectionCoder(SectionCoder):
         self.decode_into(BlockTable.of([block]), np.arange(block.tokens), chosen, k, v)
         return k.view(numpy_dtype(dtype)), v.view(numpy_dtype(dtype))
 
-    def decode_into(
-        self,
-        table: BlockTable,
-        slots: NDArray[np.int64],
-        layers: Sequence[int],
-        k: Any,
-        v: Any,
-    ) -> None:
-        """See :meth:`kvtc_stream.backends.base.SectionCoder.decode_into`: in two halves if there is
-        much, so that the first is decoded while the other is copied to the device."""
-        tokens, half = table.rows["tokens"], len(table) // 2
-        if tokens.sum() < _HALVED or not half:
-            return super().decode_into(table, slots, layers, k, v)
-        edges = int(tokens[:half].sum())
-        # They take turns: that the second is whole is known before the first writes a value.
-        interleave(
-            self.decoding(table.taken(np.arange(*rows)), own, layers, k, v)
-            for rows, own in (((0, half), slots[:edges]), ((half, len(table)), slots[edges:]))
-        )
-
     def decoding(
         self,
         table: BlockTable,
@@ -569,8 +547,8 @@ class CudaSectionCoder(SectionCoder):
         k: Any,
         v: Any,
     ) -> Iterator[None]:
-        """See :meth:`kvtc_stream.backends.base.SectionCoder.decoding`: payloads to symbols, whether
-        these are whole, then to values, then whatever the device found wrong."""
+        """See :meth:`kvtc_stream.backends.base.SectionCoder.decoding`: payloads to symbols, then to
+        values, then whatever the device found wrong."""
         dtype = self._header.out_dtype
         outputs = [
             x if isinstance(x, Tensors) else Tensors.of_layers(list(x), dtype) for x in (k, v)
@@ -591,7 +569,6 @@ class CudaSectionCoder(SectionCoder):
             raise
         yield
         whole()
-        yield
         exact = self._exact(table, slots, {x.row for x in there})
         self._place_exact(early, layers, columns)
         started = self._decoder.start(chain(first, batches), destination)

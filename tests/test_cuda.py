@@ -474,35 +474,6 @@ def test_damage_is_an_error_on_both(kind: str, preset: str) -> None:
             assert distance(ours.v, theirs.v) <= 1e-2
 
 
-def test_halves_are_decoded_as_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    from kvtc_stream.gpu import backend
-
-    calibration = CALIBRATIONS["groups"]
-    k, v = kvtc.testing.drawn_cache(calibration.geometry, 300, seed=21)
-    data = kvtc.encode(k, v, kvtc.Codec(calibration, ratio=6, window=20, block_tokens=32))
-    whole = kvtc.decode(data, calibration, backend="cuda")
-    monkeypatch.setattr(backend, "_HALVED", 1)
-    for a, b in zip(kvtc.decode(data, calibration, backend="cuda"), whole, strict=True):
-        np.testing.assert_array_equal(cupy.asnumpy(a), cupy.asnumpy(b))
-
-
-def test_a_damaged_half_leaves_the_other_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    from kvtc_stream.gpu import backend
-
-    monkeypatch.setattr(backend, "_HALVED", 1)
-    calibration = CALIBRATIONS["groups"]
-    k, v = kvtc.testing.drawn_cache(calibration.geometry, 300, seed=21)
-    data = kvtc.encode(k, v, kvtc.Codec(calibration, ratio=6, window=20, block_tokens=32))
-    file = StreamFile(io.BytesIO(data))
-    out = [cupy.full(x.shape, 7, np.float32) for x in (k, v)]
-    for entry in (file.index[1], file.index[-2], file.index[-1]):
-        bad = bytearray(data)
-        bad[entry.offset + entry.length - 12] ^= 1
-        with pytest.raises(kvtc.ChecksumError):
-            kvtc.decode(bytes(bad), calibration, out=(out[0], out[1]), backend="cuda")
-        assert all(bool((x == 7).all()) for x in out)
-
-
 def test_pages() -> None:
     calibration = CALIBRATIONS["groups"]
     k, v = kvtc.testing.drawn_cache(calibration.geometry, 64, seed=12)

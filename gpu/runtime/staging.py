@@ -32,7 +32,7 @@ class Staging:
     """Copies through pinned buffers in turn: two that grow to the largest copy, and more for small
     ones, so that nobody waits for these.
 
-    One thread at a time, in any streams.
+    One thread and one CUDA stream at a time.
     """
 
     def __init__(self) -> None:

@@ -90,21 +90,6 @@ def test_values_are_those_of_the_cpu(
         np.testing.assert_allclose(ours, exact, atol=2e-3 * np.abs(exact).max())
 
 
-@in_two_levels_too
-def test_halves_are_decoded_as_the_whole(
-    calibration: kvtc.Calibration,
-    stream: bytes,
-    cuda: BackendName,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    from kvtc_stream.gpu import backend
-
-    whole = kvtc.decode(stream, calibration, backend=cuda)
-    monkeypatch.setattr(backend, "_HALVED", 1)
-    for a, b in zip(kvtc.decode(stream, calibration, backend=cuda), whole, strict=True):
-        np.testing.assert_array_equal(*(np.array(x, np.float32) for x in (a, b)))
-
-
 def test_streams_in_pinned_memory(
     calibration: kvtc.Calibration, stream: bytes, cuda: BackendName
 ) -> None:
