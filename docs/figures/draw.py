@@ -138,6 +138,15 @@ def pipeline() -> None:
     drawing.save("pipeline.svg")
 
 
+def _shortened(rooms: list[str]) -> list[str]:
+    """A room after one of the same package by its own name alone."""
+    packages = [room.rpartition(".")[0] for room in rooms]
+    return [
+        room.rpartition(".")[2] if i and packages[i] and packages[i] == packages[i - 1] else room
+        for i, room in enumerate(rooms)
+    ]
+
+
 def house() -> None:
     """The package's floors, the top one first."""
     storeys = floors()
@@ -148,9 +157,10 @@ def house() -> None:
         y = 42 + i * height
         [(purpose, colour)] = [ROOMS[room] for room in floor if room in ROOMS]
         drawing.box(20, y, 820, height - 6, colour)
-        rooms = " · ".join(room or "kvtc_stream" for room in floor)
+        rooms = " · ".join(_shortened([room or "kvtc_stream" for room in floor]))
         drawing.words(36, y + 22, rooms, size=15, middle=False)
-        drawing.words(370, y + 22, purpose, size=13, colour=GREY, middle=False)
+        beside = max(370, 56 + int(7.3 * len(rooms)))
+        drawing.words(beside, y + 22, purpose, size=13, colour=GREY, middle=False)
     drawing.save("house.svg")
 
 
