@@ -109,7 +109,7 @@ class Block:
         object.__setattr__(self, "positions", normal_positions(self.positions))
         if self.axes:
             object.__setattr__(self, "axes", normal_axes(self.axes, self.positions))
-        last = -1
+        coded, last = self.coded_tokens, -1
         for index in self.verbatim_tokens:
             if not last < index < self.tokens:
                 raise ValueError(
@@ -117,13 +117,13 @@ class Block:
                     f"found {index} after {last}"
                 )
             last = index
-        if min(self.cut) < 0 or sum(self.cut) >= self.tokens:
+        if self.cut != (0, 0) and (min(self.cut) < 0 or sum(self.cut) >= self.tokens):
             raise ValueError(f"{self.cut} of {self.tokens} tokens are cut, expected some to stay")
-        if self.role is not Role.DATA and self.coded_tokens:
-            raise ValueError(f"{self.role.name} must be verbatim, found {self.coded_tokens} coded")
-        if self.layer_errors is not None and not self.coded_tokens:
+        if self.role is not Role.DATA and coded:
+            raise ValueError(f"{self.role.name} must be verbatim, found {coded} coded")
+        if self.layer_errors is not None and not coded:
             raise ValueError("no token is coded, yet there are errors by layer")
-        if self.coded_size and not self.coded_tokens:
+        if self.coded_size and not coded:
             raise ValueError(f"no token is coded, yet there are {self.coded_size} bytes of symbols")
         if self.coder is Coder.PLANES:
             raise ValueError("PLANES codes verbatim values, found it as the coder of symbols")

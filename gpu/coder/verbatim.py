@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from kvtc_stream.coding.verbatim import HEAD, TILE, Places, places, split
 from kvtc_stream.gpu.kernels import verbatim
-from kvtc_stream.gpu.runtime.staging import Staging
+from kvtc_stream.gpu.runtime.staging import Staging, recorded
+from kvtc_stream.gpu.runtime.streams import beside
 from kvtc_stream.io.steps import Steps, run
 
 #: Values of a piece, and bytes of a payload, begin at multiples of so many bytes.
@@ -74,16 +75,17 @@ def encode_values(
     heads = cupy.empty((len(tasks), HEAD), np.uint8)
     [tasks_d] = staging.arrays(tasks)
     verbatim.survey(len(tasks), verbatim.THREADS, (tasks_d, values, heads))
-    on_host = staging.begin_fetch(heads)
+    on_host, surveyed = staging.begin_fetch(heads), recorded()
     yield
     ends = np.cumsum([-(-n // TILE) for n in sizes])
     own = np.split(on_host(), ends[:-1])
     found = [places(x, n) for x, n in zip(own, sizes, strict=True)]
     begins = starts([x.length for x in found])
-    data = cupy.empty(int(begins[-1]), np.uint8)
-    [tasks_d] = staging.arrays(tasks_of(sizes, firsts, found, begins))
-    verbatim.encode(len(tasks), verbatim.THREADS, (tasks_d, values, heads, data, data))
-    memory, ready = staging.begin_large(data)
+    with beside(surveyed):  # whatever else the stream has to do meanwhile
+        data = cupy.empty(int(begins[-1]), np.uint8)
+        [tasks_d] = staging.arrays(tasks_of(sizes, firsts, found, begins))
+        verbatim.encode(len(tasks), verbatim.THREADS, (tasks_d, values, heads, data, data))
+        memory, ready = staging.begin_large(data)
     yield
     ready()
     host = np.frombuffer(memory, np.uint8)

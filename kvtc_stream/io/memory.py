@@ -17,7 +17,7 @@ from kvtc_stream.io.threads import SHARE, Shared, copy, units_of
 #: From this many bytes on, asking for large pages is worth it.
 LARGE = 4 << 20
 #: Maximum numbers of threads that map memory, beside others, and that fill it.
-_MAPPING, _COPYING = 6, 12
+_MAPPING, _COPYING = 5, 8
 #: Smaller pieces are joined before threads copy them.
 _SMALL = 1 << 14
 
