@@ -53,9 +53,13 @@ class Moments:
     def scatter(self) -> Array:
         """The scatter matrix, float64 [width, width]."""
         if not self._mirrored:
-            for first in range(0, len(self._scatter), _TALL):
-                slab, behind = slice(first, first + _TALL), slice(first + _TALL, None)
+            xp = self._arrays.xp
+            for first in range(0, len(self._scatter), _SLAB):
+                slab, behind = slice(first, first + _SLAB), slice(first + _SLAB, None)
                 self._scatter[behind, slab] = self._scatter[slab, behind].T
+                # Not every BLAS gives both halves of a product with itself the same rounding.
+                own = self._scatter[slab, slab]
+                own[...] = xp.triu(own) + xp.triu(own, 1).T
             self._mirrored = True
         return self._scatter
 
