@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvtc_stream.formats import Coder, DType, LayerErrors, Section
-from kvtc_stream.gpu.coder.decoding import device_scales, piece_tokens
+from kvtc_stream.gpu.coder.decoding import device_scales, kept, piece_tokens
 from kvtc_stream.gpu.coder.plan import Basis, Leaf
 from kvtc_stream.gpu.coder.products import (
     R_16F,
@@ -173,7 +173,7 @@ class Analyser:
     ) -> None:
         self._section, self._plan, self._out_dtype = section, plan, out_dtype
         self._measure, self._bound, self._layer_bound = measure, bound, layer_bound
-        self._scales = device_scales(section, scales) if scales is not None else _no_scales(section)
+        self._scales = device_scales(section, scales)
         self._ropes = ropes_of(section)
         self._staging = Staging()
 
@@ -353,29 +353,11 @@ class Analyser:
         return cupy.maximum(whole, errors[:, 1:].max(axis=1) * scale)
 
 
-def _no_scales(section: Section) -> Any:
-    """:func:`device_scales` of tensors that have none."""
-    return _ones(cupy.cuda.runtime.getDevice(), 2 * len(section.layers), section.kv_heads)
-
-
-@cache
-def _ones(device: int, rows: int, columns: int) -> Any:
-    """float32 [rows, columns] on a device, for all streams of it."""
-    return _kept(np.ones((rows, columns), np.float32))
-
-
 @cache
 def _fp8(device: int, dtype: DType) -> Any:
     """float32 [256] on a device, for all streams of it: the values of an fp8 type."""
     bits = np.arange(256, dtype=np.uint8)
-    return _kept((bits.view(numpy_dtype(dtype)) if dtype.is_fp8 else bits).astype(np.float32))
-
-
-def _kept(x: NDArray[np.float32]) -> Any:
-    found = cupy.asarray(x)
-    # Others use it in streams of their own.
-    cupy.cuda.get_current_stream().synchronize()
-    return found
+    return kept((bits.view(numpy_dtype(dtype)) if dtype.is_fp8 else bits).astype(np.float32))
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, NamedTuple
 
 import cupy
@@ -669,8 +670,23 @@ def on_device(table: BlockTable, tiles: bool) -> NDArray[np.bool_]:
 
 def device_scales(section: Section, scales: NDArray[np.float32] | None) -> Any:
     """fp8 scales of K, then V, on the device, float32 [2 · layers, heads]; ``None``: 1."""
-    shape = (2 * len(section.layers), section.kv_heads)
-    return cupy.asarray(np.ones(shape, np.float32) if scales is None else scales)
+    if scales is None:
+        return _ones(cupy.cuda.runtime.getDevice(), 2 * len(section.layers), section.kv_heads)
+    return cupy.asarray(scales)
+
+
+@cache
+def _ones(device: int, rows: int, columns: int) -> Any:
+    """float32 [rows, columns] on a device, for all streams of it."""
+    return kept(np.ones((rows, columns), np.float32))
+
+
+def kept(x: NDArray[np.float32]) -> Any:
+    """On the current device, to be kept there."""
+    found = cupy.asarray(x)
+    # Others use it in streams of their own.
+    cupy.cuda.get_current_stream().synchronize()
+    return found
 
 
 def faulty(started: Iterable[RunningBatch]) -> Iterator[tuple[Block, NDArray[np.int64]]]:
