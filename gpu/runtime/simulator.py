@@ -1,9 +1,9 @@
 """The intrinsics of kernels in Python, for Numba's simulator.
 
-Numba runs kernels in Python where ``NUMBA_ENABLE_CUDASIM=1`` is set before it is imported: every
-thread is one of Python's, every value NumPy's. Kernels then import their intrinsics from here;
-``tests/simulated/launch.py`` launches them. Pointers are :class:`Memory`, which keeps bounds
-that the GPU would not.
+Numba runs kernels in Python where ``NUMBA_ENABLE_CUDASIM=1`` is set before it is imported; every
+value is one of NumPy's. Kernels then import their intrinsics from here; ``tests/simulated``
+launches them (``launch.py``) and runs their threads (``lanes.py``). Pointers are :class:`Memory`,
+which keeps bounds that the GPU would not.
 
 NumPy keeps integers of 32 bits where Numba widens them to 64, and refuses Python's integers beyond
 a type. A kernel is right in both if
@@ -18,17 +18,12 @@ a type. A kernel is right in both if
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-_WARP = 32
-#: How often, and how many seconds each time, to wait for the other lanes of a warp: one that has
-#: returned never arrives. Many short waits, because a machine that stands still ends but one.
-_PATIENCE, _PAUSE = 600, 0.1
 #: Size in bytes given to memory at an address, whose end only the kernel knows.
 _UNKNOWN = 1 << 40
 
@@ -56,56 +51,14 @@ class Memory:
 # --- what the lanes of a warp share -------------------------------------------------------------
 
 
-class _Warp:
-    """Values that lanes exchange, in turns of two so that none is overwritten before it is read."""
-
-    def __init__(self, lanes: int) -> None:
-        self.lanes = lanes
-        self.changed = threading.Condition()
-        self.values: tuple[list[Any], list[Any]] = ([0] * lanes, [0] * lanes)
-        self.turn = 0
-        self.arrived = 0
-
-    def exchange(self, lane: int, value: Any) -> list[Any]:
-        """The values of all lanes, once all have brought theirs."""
-        with self.changed:
-            turn = self.turn
-            values = self.values[turn & 1]
-            values[lane] = value
-            self.arrived += 1
-            if self.arrived == self.lanes:
-                self.turn, self.arrived = turn + 1, 0
-                self.changed.notify_all()
-            waited = 0
-            while self.turn == turn:
-                if waited == _PATIENCE:
-                    raise RuntimeError(
-                        f"lane {lane} waited for {self.lanes - self.arrived} of {self.lanes} lanes"
-                        " that do not come; all lanes of a warp must come to every exchange"
-                    )
-                waited += not self.changed.wait(_PAUSE)
-        return values
-
-
-_lock = threading.Lock()
-
-
-def _exchange(value: Any) -> tuple[int, list[Any]]:
-    """The lane, and the values of all lanes."""
-    thread: Any = threading.current_thread()
-    manager = thread._manager
-    number, lane = divmod(thread.thread_id, _WARP)
-    with _lock:
-        warps = manager.__dict__.setdefault("kvtc_warps", {})
-        if number not in warps:
-            warps[number] = _Warp(min(_WARP, manager.block_state.size - number * _WARP))
-    warp: _Warp = warps[number]
-    return lane, warp.exchange(lane, value)
+def exchange(value: Any) -> tuple[int, list[Any]]:
+    """The lane, and the values of all lanes of its warp; set by what runs the lanes."""
+    raise NotImplementedError("nothing runs lanes here: see tests/simulated/lanes.py")
 
 
 def ballot(predicate: Any) -> np.uint32:
     """uint32: bit ``j`` is whether lane ``j`` says yes. All lanes take part."""
-    _, values = _exchange(bool(predicate))
+    _, values = exchange(bool(predicate))
     return np.uint32(sum(1 << j for j, value in enumerate(values) if value))
 
 
@@ -116,13 +69,13 @@ def popc(mask: Any) -> np.uint32:
 
 def shuffle_down(value: Any, by: Any) -> Any:
     """The value of the lane ``by`` further on, its own where there is none. All lanes take part."""
-    lane, values = _exchange(value)
+    lane, values = exchange(value)
     return values[lane + int(by)] if lane + int(by) < len(values) else value
 
 
 def shuffle(value: Any, lane: Any) -> Any:
     """The value of a lane. All lanes take part."""
-    return _exchange(value)[1][int(lane)]
+    return exchange(value)[1][int(lane)]
 
 
 # --- conversions --------------------------------------------------------------------------------

@@ -7,10 +7,12 @@ from numba import config
 collect_ignore_glob = [] if config.ENABLE_CUDASIM else ["test_*.py"]
 
 if config.ENABLE_CUDASIM:
+    import lanes
     import numpy_as_cupy
     from launch import launch
 
     from kvtc_stream.gpu.runtime.compile import Kernel
 
     numpy_as_cupy.install()
+    lanes.install()
     Kernel.__call__ = launch
