@@ -239,6 +239,12 @@ def test_start_up_loads_nothing_heavy():
     assert done.returncode == 0, done.stderr
 
 
+def test_the_package_is_the_command():
+    command = [sys.executable, "-m", "kvtc_stream", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == f"kvtc-stream {kvtc.__version__}\n"
+
+
 # calibrate
 
 
