@@ -169,9 +169,11 @@ class Basis:
                 count = (spans[0].stop - spans[0].start) // k_size
                 k_layers = v_layers = part.k_layers[layers : layers + count]
                 layers += count
-            up = _power_of_two(float(np.abs(a).max(initial=0)))
-            down = _power_of_two(size)
-            own = np.concatenate([s[:leading] * leading_up, s[leading:]]) / down
+            # A leaf at a time is rounded on the device: NumPy takes seconds for all of a large model.
+            a, s = cupy.asarray(a), cupy.asarray(s)
+            up, down = _power_of_two(_largest(a)), _power_of_two(size)
+            s = s / np.float32(down)
+            s[:leading] *= np.float32(leading_up)
             leaves.append(
                 Leaf(
                     index,
@@ -183,8 +185,8 @@ class Basis:
                     leading,
                     begin,
                     cupy.asarray(np.concatenate([part.mean[span] for span in spans])),
-                    _half(a / up),
-                    _half(own),
+                    _half(a / np.float32(up)),
+                    _half(s),
                     up,
                     down,
                     1 / sizes.leading_scale,
@@ -195,15 +197,16 @@ class Basis:
         order = np.arange(analysis.rank) if analysis.order is None else analysis.order
         places = [first + np.arange(len(analysis.local[0]))]
         if analysis.second is not None and synthesis.second is not None:
-            up = _power_of_two(float(np.abs(analysis.second).max(initial=0)))
+            a, s = cupy.asarray(analysis.second), cupy.asarray(synthesis.second)
+            up = _power_of_two(_largest(a))
             self.seconds.append(
                 SecondLevel(
                     tuple(leaves),
                     self.rows,
                     len(analysis.second),
                     inner,
-                    _half(analysis.second / up),
-                    _half(synthesis.second / leading_up),
+                    _half(a / np.float32(up)),
+                    _half(s / np.float32(leading_up)),
                     up * sizes.leading_scale,
                 )
             )
@@ -520,5 +523,9 @@ def _power_of_two(x: float) -> float:
     return float(np.exp2(np.round(np.log2(x)))) if x > 0 else 1.0
 
 
-def _half(x: np.ndarray[Any, Any]) -> Any:
-    return cupy.asarray(np.ascontiguousarray(x, np.float16))
+def _largest(x: Any) -> float:
+    return float(abs(x).max()) if x.size else 0.0
+
+
+def _half(x: Any) -> Any:
+    return cupy.ascontiguousarray(x.astype(np.float16))

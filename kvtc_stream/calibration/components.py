@@ -106,7 +106,7 @@ class Components:
     def aligned(self, multiple: int) -> Components:
         """The same matrix, padded with rows and columns of zeros until each group's number of
         leading coefficients is a multiple of ``multiple``."""
-        if self.second is None:
+        if self.second is None or not any(n % multiple for n in self.leading):
             return self
         xp = self.xp or np
         local, pieces = [], []
