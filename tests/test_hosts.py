@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -187,6 +188,39 @@ def test_what_was_used_longest_ago_goes(
     assert "0b" in left
     assert "00" in left  # it was read
     assert "01" not in left
+
+
+@stores
+def test_what_is_held_goes_last(make: Any, tmp_path: Path) -> None:
+    """As often as it was held; watchers are told what goes."""
+    store, gone = make(tmp_path / "pages", 1000), []
+    store.watchers.append(gone.append)
+    assert not store.hold("00")
+    assert not store.held("00")
+    for i in range(3):
+        store.put(f"{i:02x}", b"x" * 300)
+        time.sleep(0.01)  # uses are told apart by time
+    assert store.hold("00")
+    assert store.hold("00")
+    store.put("03", b"x" * 500)
+    assert gone == ["01", "02"]  # "00" was used before them
+    store.release("00")
+    assert store.held("00")
+    store.put("04", b"x" * 550)
+    assert gone == ["01", "02", "03"]
+    assert sorted(entry.name for entry in store.list()) == ["00", "04"]
+    assert store.hold("04")
+    store.put("05", b"x" * 200)  # the budget holds, whatever is held
+    assert gone[3:] == ["05"]
+    store.put("04", b"x" * 800)
+    assert gone[4:] == ["00"]
+    assert [entry.name for entry in store.list()] == ["04"]
+    store.release("00")
+    store.release("00")
+    assert not store.held("00")
+    for name in ("../ab", "AB"):
+        with pytest.raises(ValueError, match="hex digits"):
+            store.hold(name)
 
 
 def test_a_budget_of_nothing_is_refused() -> None:

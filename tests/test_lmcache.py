@@ -1,13 +1,20 @@
-"""The serde for LMCache, with its own classes and its own adapter for folders.
+"""The serde for LMCache, with its own classes and its own adapter for folders, and our adapter in
+its server.
 
 Needs LMCache, in an environment of its own: see CONTRIBUTING.md.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
+import pickle
 import select
+import socket
+import subprocess
+import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -34,10 +41,15 @@ from lmcache.v1.memory_management import (
     MemoryObjMetadata,
     TensorMemoryObj,
 )
+from lmcache.v1.multiprocess.custom_types import (
+    IPCCacheServerKey,
+    RegisterEngineDrivenContextPayload,
+)
 from lmcache.v1.multiprocess.transfer_context.base import (
     gather_paged_kv_to_cpu,
     scatter_cpu_to_paged_kv,
 )
+from lmcache.v1.multiprocess.transport.factory import RequestClientFactory
 
 from kvtc_stream.integrations.hosts.layouts import VLLM_LAYOUTS
 from kvtc_stream.integrations.lmcache import SerdeSettings
@@ -188,6 +200,16 @@ def test_unsure_positions(chunks: Chunks, real_sample: RealSample, calibration_p
     found = chunk(own.tensor.shape, torch.bfloat16)
     KvtcDeserializer(room).deserialize(coded(room, own, key_of(0)), found, key_of(0))
     assert torch.equal(found.tensor, own.tensor)
+    # It was not read as chunks of vLLM's CPU backend, and is not to be written as one.
+    blocks = SerdeSettings.read(
+        {**options, "max_bytes": own.get_size() + 1000, "cpu_block_tokens": 16}
+    )
+    with pytest.raises(kvtc.AuthenticationError):
+        KvtcDeserializer(Chunks(blocks)).deserialize(
+            coded(room, filled(real_sample, 5, fused=True), key_of(0)),
+            chunk(filled(real_sample, 5, fused=True).tensor.shape, torch.bfloat16),
+            key_of(0),
+        )
     # A position beyond those that are looked for is none, too.
     near = Chunks(SerdeSettings.read({**options, "max_tokens": SIZE}))
     coded(near, filled(real_sample, 0, fused=True), key_of(0))
@@ -334,3 +356,156 @@ def test_a_folder_of_lmcache(
     files[1].write_bytes(damaged)
     assert load(3)[1] is False  # LMCache takes a load that failed for misses
     assert load(1)[1] is True
+
+
+# With LMCache's server, a process of its own, asked as an engine's worker asks it.
+
+
+class Server:
+    """LMCache's server with our adapter, by its command line, and a worker beside it."""
+
+    def __init__(self, params: dict[str, Any], log: Path, like: torch.Tensor) -> None:
+        with socket.socket() as a, socket.socket() as b:
+            for own in (a, b):
+                own.bind(("localhost", 0))
+            port, self._http = a.getsockname()[1], b.getsockname()[1]
+        adapter = {
+            "type": "plugin",
+            "module_path": "kvtc_stream.integrations.lmcache",
+            "class_name": "KvtcAdapter",
+            "adapter_params": params,
+        }
+        command = (
+            f"server --port {port} --http-port {self._http} --chunk-size {SIZE} --l1-size-gb 0.1 "
+            "--no-l1-use-lazy --eviction-policy LRU --supported-transfer-mode engine_driven "
+            "--disable-metrics --l2-adapter"
+        ).split()
+        self._log = log
+        with log.open("wb") as out:
+            self._process = subprocess.Popen(
+                [str(Path(sys.executable).with_name("lmcache")), *command, json.dumps(adapter)],
+                stdout=out,
+                stderr=subprocess.STDOUT,
+            )
+        self._wait(lambda: self._get("healthcheck"))
+        self._client = RequestClientFactory.create(f"localhost:{port}")
+        layers, tokens, width = like.shape
+        self._client.register_kv_cache_engine_driven_context(
+            RegisterEngineDrivenContextPayload(
+                instance_id=1,
+                model_name="a/model",
+                world_size=1,
+                block_size=SIZE,
+                num_layers=layers,
+                hidden_dim_size=width,
+                dtype_str="bfloat16",
+                use_mla=True,  # which means that K and V are side by side
+                num_physical_slots=tokens,
+            )
+        ).result(timeout=60)
+        self._requests = itertools.count()
+
+    def store(self, chunks: list[torch.Tensor]) -> None:
+        """Store a prompt, and wait until its chunks are on the disk."""
+        key = self._key(len(chunks))
+        self._client.prepare_store(key, 1).result(timeout=60)
+        assert self._client.commit_store(key, 1, pickle.dumps(chunks)).result(timeout=60)
+
+    def load(self, count: int) -> list[torch.Tensor]:
+        """What the server has of a prompt of so many chunks."""
+        key = self._key(count)
+        self._client.lookup(key.no_worker_id_version(), 1).result(timeout=60)
+        found = self._client.wait_prefetch_status(key.request_id, 60.0).result(timeout=90)
+        if not found:
+            return []
+        response = self._client.prepare_retrieve(self._key(found, key.request_id), 1)
+        chunks: list[torch.Tensor] = pickle.loads(response.result(timeout=60).data)
+        self._client.commit_retrieve(key, 1).result(timeout=60)
+        return chunks
+
+    def adapter(self) -> dict[str, Any]:
+        """What the server says of the adapter."""
+        (found,) = json.loads(self._get("status") or b"")["storage_manager"]["l2_adapters"]
+        return found  # type: ignore[no-any-return]
+
+    def kill(self) -> None:
+        """As a machine does that loses power."""
+        self._client.close()
+        self._process.kill()
+        self._process.wait(60)
+
+    def _key(self, count: int, request: str | None = None) -> Any:
+        return IPCCacheServerKey(
+            model_name="a/model",
+            world_size=1,
+            worker_id=0,
+            token_ids=tuple(range(count * SIZE)),
+            start=0,
+            end=count * SIZE,
+            request_id=request or f"request {next(self._requests)}",
+            num_kv_readers=1,
+        )
+
+    def _get(self, path: str) -> bytes | None:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self._http}/{path}") as answer:
+                found: bytes = answer.read()
+                return found
+        except OSError:
+            return None
+
+    def _wait(self, condition: Callable[[], Any]) -> None:
+        end = time.monotonic() + 240
+        while not condition():
+            assert self._process.poll() is None, self._log.read_text()
+            assert time.monotonic() < end, self._log.read_text()
+            time.sleep(0.2)
+
+
+def test_a_server_that_is_killed(
+    real_sample: RealSample, calibration_path: Path, tmp_path: Path
+) -> None:
+    """Another one finds what it stored; what was damaged meanwhile is computed and stored again."""
+    folder, names = tmp_path / "pages", itertools.count()
+    params = {"calibration": str(calibration_path), "store": str(folder), "ratio": 3}
+    own = [filled(real_sample, i * SIZE, fused=True).tensor for i in range(4)]
+
+    def started() -> Server:
+        return Server({**params, "budget_gb": 1}, tmp_path / f"log {next(names)}", own[0])
+
+    def files() -> list[Path]:
+        return sorted(path for path in folder.rglob("*/*/*") if not path.name.startswith("."))
+
+    def until_stored(server: Server, count: int) -> None:
+        server._wait(lambda: server.adapter()["coded"] == count and len(files()) == 4)
+
+    server = started()
+    try:
+        assert server.load(4) == []
+        server.store(own)
+        until_stored(server, 4)
+    finally:
+        server.kill()
+    second = sorted(files(), key=lambda path: path.stat().st_mtime_ns)[1]
+    whole = second.read_bytes()
+    second.write_bytes(whole[:100] + bytes([whole[100] ^ 1]) + whole[101:])
+    server = started()
+    try:
+        assert len(server.load(4)) == 1
+        assert server.adapter()["refused"] == 1
+        assert not second.exists()
+        server.store(own)  # as an engine that has computed what was not there
+        until_stored(server, 1)
+        assert second.read_bytes() == whole
+    finally:
+        server.kill()
+    server = started()
+    try:
+        found = server.load(4)
+        assert len(found) == 4
+        for a, b in zip(found, own, strict=True):
+            assert float((a.float() - b.float()).norm() / b.float().norm()) < 0.05
+        status = server.adapter()
+        assert (status["decoded"], status["refused"]) == (4, 0)
+    finally:
+        server.kill()

@@ -230,7 +230,12 @@ def test_a_foreign_page_in_a_page_s_place(
     pool = pool_of(real_sample)
     keys, indices = filled(real_sample, pool, 1)
     own, foreign = (make(pool, key_file=str(path)) for path in secrets)
+    assert own.batch_set_v1(keys, indices, told(0)) == [True]
+    (page,) = (path for path in (tmp_path / "pages").rglob("*") if path.is_file())
+    assert foreign.batch_exists(keys) == 0
     assert foreign.batch_set_v1(keys, indices, told(0)) == [True]
+    (another,) = (p for p in (tmp_path / "pages").rglob("*") if p.is_file() and p != page)
+    page.write_bytes(another.read_bytes())
     assert own.batch_exists(keys) == 1
     assert own.batch_get_v1(keys, indices, told(0)) == [False]
 

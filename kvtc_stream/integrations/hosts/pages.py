@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import threading
 from collections.abc import Mapping
@@ -117,9 +118,12 @@ class HostPages:
             self._others = PageCodec(replace(codec, error_bound=None), dtype=dtype, key=key)
         #: Pages that are bound otherwise are others, also where the host alone names them.
         self._kind = "" if settings.bounded == "all" else f" bounded: {settings.bounded}"
+        # Whoever has another secret is not to find pages, only to delete them as refused.
+        secret = {} if settings.key_file is None else {"key": hashlib.sha256(key).hexdigest()}
         self.namespace = Namespace(
             {
                 **facts,
+                **secret,
                 "format": "1.1",
                 "calibration": calibration.digest.hex(),
                 "codec": settings.page_options(),
@@ -149,7 +153,7 @@ class HostPages:
             not tell it surely is kept bit for bit: what restores its keys needs no position.
         """
         identity = self._identity(name)
-        position = self._position(k) if position is None else position
+        position = self.find(k) if position is None else position
         if position is None:
             page = self._encoder.encode_raw(k, v, positions=0, identity=identity)
             _log.info("page %s does not tell its position: it is kept bit for bit", name)
@@ -187,14 +191,15 @@ class HostPages:
         v.copy_(from_dlpack(block.v))
         self._count(decoded=1)
 
-    def _identity(self, name: str) -> bytes:
-        return (name + self._kind).encode()
-
-    def _position(self, k: Any) -> int | None:
+    def find(self, k: Any) -> int | None:
+        """Where keys [layers, kv_heads, tokens, head_dim] begin, if they tell it surely."""
         if not isinstance(self._finder, PositionFinder):
             return self._finder
         found = self._finder.find(k)
         return found.position if found.sure else None
+
+    def _identity(self, name: str) -> bytes:
+        return (name + self._kind).encode()
 
     def _count(self, **added: int) -> None:
         with self._lock:

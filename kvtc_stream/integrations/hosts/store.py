@@ -14,7 +14,7 @@ import tempfile
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections import OrderedDict
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +52,13 @@ class Entry:
 
 
 class Store(ABC):
-    """Named bytes, within a budget."""
+    """Named bytes, within a budget.
+
+    Attributes
+    ----------
+    watchers
+        Are called with the name of each entry that this store evicts, in the thread of a ``put``.
+    """
 
     #: Whether what is there comes at once, so that nobody needs threads to wait for it.
     at_once = False
@@ -64,6 +70,8 @@ class Store(ABC):
         self._filled: int | None = None  #: bytes, as far as this process knows
         self._lock = threading.Lock()
         self._evicting = threading.Lock()
+        self._holds: Counter[str] = Counter()
+        self.watchers: list[Callable[[str], None]] = []
 
     def get(self, name: str) -> bytes | None:
         """The bytes under a name, or ``None``."""
@@ -86,6 +94,33 @@ class Store(ABC):
     def exists(self, name: str) -> bool:
         """Whether there is something under a name."""
 
+    def hold(self, name: str) -> bool:
+        """Whether there is something under a name. If so it counts as used, and until it was
+        released as often as held, this process evicts it only when the rest is gone."""
+        with self._lock:  # before looking, so that it does not go in between
+            self._holds[_checked(name)] += 1
+        found = False
+        try:
+            found = self.exists(name)
+            if found:
+                self._touch(name)
+        finally:
+            if not found:
+                self.release(name)
+        return found
+
+    def release(self, name: str) -> None:
+        """Undo one :meth:`hold`; nothing happens if there is none."""
+        with self._lock:
+            if self._holds[name] <= 1:
+                del self._holds[name]
+            else:
+                self._holds[name] -= 1
+
+    def held(self, name: str) -> bool:
+        """Whether somebody in this process holds a name."""
+        return name in self._holds
+
     @abstractmethod
     def delete(self, name: str) -> None:
         """Forget a name; nothing happens if there is none."""
@@ -100,6 +135,9 @@ class Store(ABC):
     @abstractmethod
     def _put(self, name: str, data: bytes) -> None: ...
 
+    @abstractmethod
+    def _touch(self, name: str) -> None: ...
+
     def _account(self, added: int) -> None:
         """Add to what is known; look again, and evict, when that is beyond the budget."""
         assert self._budget is not None
@@ -111,14 +149,16 @@ class Store(ABC):
         with self._evicting:  # one at a time; others have nothing left to do
             if self._filled is not None and self._filled <= self._budget:
                 return
-            entries = sorted(self.list(), key=lambda entry: entry.used)
+            entries = sorted(self.list(), key=lambda x: (self.held(x.name), x.used))
             filled = sum(entry.size for entry in entries)
             if filled > self._budget:
                 for entry in entries:
-                    if filled <= _KEPT * self._budget:
+                    if filled <= self._budget * (1 if self.held(entry.name) else _KEPT):
                         break
                     self.delete(entry.name)
                     filled -= entry.size
+                    for watcher in self.watchers:
+                        watcher(entry.name)
             with self._lock:
                 self._filled = filled
 
@@ -136,38 +176,40 @@ class MemoryStore(Store):
 
     def __init__(self, budget: int | None = None) -> None:
         super().__init__(budget)
-        self._held: OrderedDict[str, tuple[bytes, float]] = OrderedDict()
+        self._entries: dict[str, tuple[bytes, float]] = {}
 
     def _get(self, name: str) -> bytes | None:
         with self._lock:
-            found = self._held.get(name)
+            found = self._entries.get(name)
             if found is None:
                 return None
-            self._held[name] = (found[0], time.time())
-            self._held.move_to_end(name)
+            self._entries[name] = (found[0], time.time())
             return found[0]
+
+    def _touch(self, name: str) -> None:
+        self._get(name)
 
     def _put(self, name: str, data: bytes) -> None:
         with self._lock:
-            old = self._held.pop(name, None)
-            self._held[name] = (bytes(data), time.time())
+            old = self._entries.pop(name, None)
+            self._entries[name] = (bytes(data), time.time())
             if old is not None and self._filled is not None:
                 self._filled -= len(old[0])
 
     def exists(self, name: str) -> bool:
         """See :meth:`Store.exists`."""
-        return _checked(name) in self._held
+        return _checked(name) in self._entries
 
     def delete(self, name: str) -> None:
         """See :meth:`Store.delete`."""
         with self._lock:
-            self._held.pop(_checked(name), None)
+            self._entries.pop(_checked(name), None)
 
     def list(self, prefix: str = "") -> Iterator[Entry]:
         """See :meth:`Store.list`."""
         with self._lock:
-            held = list(self._held.items())
-        for name, (data, used) in held:
+            entries = list(self._entries.items())
+        for name, (data, used) in entries:
             if name.startswith(prefix):
                 yield Entry(name, len(data), used)
 
@@ -199,6 +241,10 @@ class FileStore(Store):
         except (FileNotFoundError, NotADirectoryError):
             return None
         return data
+
+    def _touch(self, name: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            os.utime(self._folder / name)
 
     def _put(self, name: str, data: bytes) -> None:
         path = self._folder / name
@@ -286,8 +332,11 @@ class RemoteStore(Store):
             data: bytes = self._filesystem.cat_file(self._path(name))
         except FileNotFoundError:
             return None
-        self._used[name] = time.time()
+        self._touch(name)
         return data
+
+    def _touch(self, name: str) -> None:
+        self._used[name] = time.time()
 
     def _put(self, name: str, data: bytes) -> None:
         path = self._path(name)
@@ -298,7 +347,7 @@ class RemoteStore(Store):
             self._filesystem.mv(partial, path)
         else:
             self._filesystem.pipe_file(path, data)
-        self._used[name] = time.time()
+        self._touch(name)
 
     def exists(self, name: str) -> bool:
         """See :meth:`Store.exists`."""
