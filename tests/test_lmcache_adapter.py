@@ -256,7 +256,7 @@ def test_unsure_chunks_are_left_out(
     make: Any, keys: Any, real_sample: RealSample, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Others of the task are stored; the log says what to do, once aloud."""
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, "kvtc_stream.integrations.lmcache.adapter")
     driver, own = make(), chunks(real_sample, 2)
     between = [filled(real_sample, i, SIZE) for i in (5, 7)]
     result = driver.store(keys(0, 8, 9, 1), [own[0], *between, own[1]])
