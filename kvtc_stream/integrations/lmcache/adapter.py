@@ -204,6 +204,8 @@ class KvtcAdapter(L2AdapterInterface):  # type: ignore[misc]
     def _load_chunk(self, key: ObjectKey, obj: MemoryObj, began: float) -> bool:
         name, write = chunk_name(self._chunks.pages_of(obj), key), self._chunks.writer(obj)
         page = self._store.get(name)
+        if page is None:
+            self._tell_gone(name)
         if page is None or self._late(name, began):
             return False
         try:
