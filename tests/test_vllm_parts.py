@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from kvtc_stream.integrations.hosts import layouts
 from kvtc_stream.integrations.hosts.keys import Namespace
 from kvtc_stream.integrations.hosts.layouts import VLLM_LAYOUTS
 from kvtc_stream.integrations.hosts.store import MemoryStore, Store
-from kvtc_stream.integrations.vllm import support
+from kvtc_stream.integrations.vllm import rotary, support
 from kvtc_stream.integrations.vllm.learning import LearnSink, calibrator_of
 from kvtc_stream.integrations.vllm.scheduling import PageJob, PageScheduler, StepPlan
 from kvtc_stream.integrations.vllm.settings import Settings
@@ -37,6 +38,56 @@ from kvtc_stream.integrations.vllm.transfer import (
 )
 
 BLOCK, PAGE = 4, 8
+
+
+class Rotary:
+    """A rotary module as vLLM makes them: a table in float32, used in the model's dtype."""
+
+    is_neox_style = True
+
+    def __init__(self, frequencies: Any, scale: float, dtype: Any, bend: float = 0.0) -> None:
+        self.frequencies, self.scale, self.bend = np.asarray(frequencies), scale, bend
+        self.cos_sin_cache = self._compute_cos_sin_cache().to(dtype)
+
+    def _compute_cos_sin_cache(self) -> Any:
+        places = np.arange(8192)[:, None]
+        angles = places * (self.frequencies + self.bend * (places > 4096))
+        table = self.scale * np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
+        return torch.from_numpy(table.astype(np.float32))
+
+
+class LongRotary(Rotary):
+    """One that asks for more before it makes its table."""
+
+    def _compute_cos_sin_cache(self, factor: float | None = None) -> Any:
+        if factor is None and hasattr(self, "cos_sin_cache"):
+            raise TypeError("missing a required argument: 'factor'")
+        return super()._compute_cos_sin_cache()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", [1.0, 1.0049, 1.138])
+def test_the_rotary_table_that_a_model_uses(dtype: Any, scale: float) -> None:
+    frequencies = [1.0, 0.31, 0.004, 2e-6]
+    rope = rotary._rope(Rotary(frequencies, scale, dtype))
+    np.testing.assert_allclose(rope.inv_freq, frequencies, rtol=1e-6)
+    assert rope.scale == pytest.approx(scale, abs=1e-6)
+    rotary.check_rope(rope, kvtc.Rope(tuple(frequencies), scale=scale))
+    others = [kvtc.Rope((1.0, 0.31, 0.004, 3e-6), scale=scale), kvtc.Rope((1.0,), scale=scale)]
+    for other in [*others, kvtc.Rope(tuple(frequencies), scale=2 * scale), None]:
+        with pytest.raises(kvtc.CalibrationMismatchError, match="the served model turns keys by"):
+            rotary.check_rope(rope, other)
+
+
+def test_rotary_tables_that_are_not_known_are_refused() -> None:
+    with pytest.raises(kvtc.UnsupportedError, match="Rotary, whose table inverse frequencies"):
+        rotary._rope(Rotary([1.0, 0.01], 1.0, torch.float32, bend=1e-4))
+    with pytest.raises(kvtc.UnsupportedError, match="LongRotary, whose table is not known"):
+        rotary._rope(LongRotary([1.0, 0.01], 1.0, torch.float32))
+    with pytest.raises(kvtc.UnsupportedError, match="SimpleNamespace, whose table is not known"):
+        rotary._rope(SimpleNamespace())
+
+
 NAMESPACE = Namespace({"test": 1})
 
 
@@ -825,26 +876,29 @@ class SlidingWindowSpec(SimpleNamespace):
 def configs(**changes: Any) -> tuple[Any, Any]:
     spec = changes.get("spec", FullAttentionSpec(sliding_window=None, num_kv_heads=2, head_size=8))
     names = [f"model.layers.{i}.self_attn.attn" for i in (10, 2)]
-    group = SimpleNamespace(kv_cache_spec=spec, layer_names=names)
+    specs = changes.get("specs", [spec] * changes.get("groups", 1))
+    groups = [SimpleNamespace(kv_cache_spec=x, layer_names=names) for x in specs]
     vllm_config = SimpleNamespace(
         parallel_config=SimpleNamespace(tensor_parallel_size=changes.get("tp", 1)),
         cache_config=SimpleNamespace(cache_dtype=changes.get("dtype", "auto")),
         speculative_config=changes.get("speculative"),
         model_config=SimpleNamespace(uses_mrope=changes.get("mrope", False)),
     )
-    return vllm_config, SimpleNamespace(kv_cache_groups=[group] * changes.get("groups", 1))
+    return vllm_config, SimpleNamespace(kv_cache_groups=groups)
 
 
 def test_what_is_refused_is_named() -> None:
     support.check_supported(*configs())
+    # vLLM's one group of full and sliding layers: blocks are kept for all tokens.
+    support.check_supported(*configs(spec=FullAttentionSpec(sliding_window=64)))
     for changes, message in (
         ({"tp": 2}, "tensor_parallel_size is 2"),
         ({"dtype": "fp8"}, "kv_cache_dtype is 'fp8'"),
         ({"speculative": object()}, "speculative decoding"),
         ({"mrope": True}, "M-RoPE"),
         ({"groups": 2}, "2 groups of layers"),
-        ({"spec": SlidingWindowSpec()}, "disable-hybrid-kv-cache-manager"),
-        ({"spec": FullAttentionSpec(sliding_window=64)}, "sliding window"),
+        ({"specs": [SlidingWindowSpec(), FullAttentionSpec()]}, "disable-hybrid-kv-cache-manager"),
+        ({"spec": SlidingWindowSpec()}, "recurrent layers are not served$"),
         ({"tp": 2, "mrope": True}, "tensor_parallel_size is 2.*; .*M-RoPE"),
     ):
         with pytest.raises(kvtc.UnsupportedError, match=message):

@@ -5,7 +5,8 @@ Run as a process of its own, because an engine's memory comes back only with its
 ``connector_name`` (of vLLM's own ones),
 ``requests`` (each with ``ids``, and ``tokens`` to generate or ``score`` for log-probabilities of
 the prompt), ``pages`` and ``folder``: it ends when the folder holds so many files. A request with
-``pages`` is followed by the next when there are so many, and tells of those that are new.
+``pages`` is followed by the next when there are so many, and tells of those that are new; one with
+``forget`` begins when the engine has dropped its own prefix cache.
 ``metrics``: what ours count goes to the log.
 """
 
@@ -45,6 +46,9 @@ def main(given: dict[str, Any]) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     folder, known = given.get("folder"), set()
     for request in given["requests"]:
+        if request.get("forget"):
+            while not llm.reset_prefix_cache():  # blocks are held until their pages are stored
+                llm.generate([{"prompt_token_ids": [1]}], use_tqdm=False)
         score = request.get("score", 0)
         parameters = SamplingParams(
             max_tokens=request.get("tokens", 1),

@@ -9,8 +9,9 @@ import numpy as np
 from kvtc_stream.errors import CalibrationMismatchError, UnsupportedError
 from kvtc_stream.formats import Rope
 
-#: Positions at which a table is compared with the cosines that the model uses.
-_POSITIONS = (0, 1, 7, 63, 500)
+#: Positions at which a table is compared with the cosines that the model uses, beside the last; and
+#: how much these may differ: they may have eight bits, and angles of far positions are rounded.
+_POSITIONS, _ATOL = (0, 1, 7, 63, 500, 4000), 0.03
 
 
 def served_rope(head_dim: int) -> Rope | None:
@@ -40,31 +41,28 @@ def _rope(module: Any) -> Rope:
     """Inverse frequencies and scale of a module, if they explain its cosines and sines."""
     name = type(module).__name__
     try:
-        frequencies = module._compute_inv_freq(module.base).float().cpu().numpy()
+        # As it was made, in float32: what the model uses may be rounded to eight bits.
+        table = module._compute_cos_sin_cache().float().cpu().numpy()
     except (AttributeError, TypeError):
         raise UnsupportedError(
             f"the model's RoPE is {name}, whose table is not known to KvtcConnector"
         ) from None
-    cache = module.cos_sin_cache.float().cpu().numpy()
-    count = len(frequencies)
-    scale = float(np.hypot(cache[0, 0], cache[0, count])) if cache.shape[1] == 2 * count else 0.0
-    rope = Rope(tuple(frequencies.tolist()), not module.is_neox_style, _simple(scale))
-    for position in _POSITIONS:
-        if position < len(cache):
-            angles = position * frequencies.astype(np.float64)
-            expected = np.concatenate([np.cos(angles), np.sin(angles)]) * scale
-            # In the model's dtype cosines have eight bits at least.
-            if cache.shape[1] != 2 * count or not np.allclose(cache[position], expected, atol=0.01):
-                raise UnsupportedError(
-                    f"the model's RoPE is {name}, whose table inverse frequencies and a scale do "
-                    f"not explain: KvtcConnector does not serve it"
-                )
+    used = module.cos_sin_cache.float().cpu().numpy()
+    cosines, sines = np.split(table[1].astype(np.float64), 2)
+    frequencies = np.arctan2(sines, cosines)
+    scale = float(table[0, 0])
+    if abs(scale - 1) < 1e-6:
+        scale = 1.0
+    rope = Rope(tuple(frequencies.tolist()), not module.is_neox_style, scale)
+    positions = [p for p in (*_POSITIONS, len(table) - 1) if p < len(table)]
+    angles = np.outer(positions, frequencies)
+    expected = scale * np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
+    if used.shape != table.shape or not np.allclose(used[positions], expected, atol=_ATOL):
+        raise UnsupportedError(
+            f"the model's RoPE is {name}, whose table inverse frequencies and a scale do "
+            f"not explain: KvtcConnector does not serve it"
+        )
     return rope
-
-
-def _simple(scale: float) -> float:
-    """1 where a scale is 1 but for the rounding of cosines."""
-    return 1.0 if abs(scale - 1) < 1e-2 else scale
 
 
 def check_rope(found: Rope | None, expected: Rope | None) -> None:

@@ -72,12 +72,10 @@ def refusals(vllm_config: Any, kv_cache_config: Any) -> list[str]:
             f"FullAttentionSpec: MLA, sliding windows and recurrent layers are not served"
             + (
                 "; --disable-hybrid-kv-cache-manager makes one group of full and sliding layers"
-                if "SlidingWindowSpec" in kinds
+                if kinds == ["FullAttentionSpec", "SlidingWindowSpec"]
                 else ""
             )
         )
-    elif groups[0].kv_cache_spec.sliding_window is not None:
-        found.append("layers have a sliding window")
     return found
 
 
