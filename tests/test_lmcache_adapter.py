@@ -162,12 +162,15 @@ def test_tasks_beside_one_another(make: Any, keys: Any, real_sample: RealSample)
     assert driver.store([], []).is_successful()
 
 
+@pytest.mark.parametrize("scheme", ["", "file://", "local://"])
 def test_a_restarted_server_finds_what_was_stored(
-    make: Any, keys: Any, real_sample: RealSample
+    make: Any, keys: Any, real_sample: RealSample, tmp_path: Path, scheme: str
 ) -> None:
-    own = chunks(real_sample, 3)
-    make().store(keys(0, 1, 2), own)
-    driver, found = make(), empty(own[0], 3)
+    """In a folder, and by whatever fsspec reaches."""
+    own, store = chunks(real_sample, 3), f"{scheme}{tmp_path}/pages"
+    make(store=store).store(keys(0, 1, 2), own)
+    assert len(files(tmp_path / "pages")) == 3
+    driver, found = make(store=store), empty(own[0], 3)
     assert driver.lookup(keys(0, 1, 2), own[0]) == [True] * 3
     assert driver.load(keys(0, 1, 2), found) == [True] * 3
     for a, b in zip(found, own, strict=True):
