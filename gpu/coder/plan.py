@@ -169,7 +169,7 @@ class Basis:
                 count = (spans[0].stop - spans[0].start) // k_size
                 k_layers = v_layers = part.k_layers[layers : layers + count]
                 layers += count
-            # A leaf at a time is rounded on the device: NumPy takes seconds for all of a large model.
+            # A leaf at a time is rounded on the device: NumPy takes seconds for a large model.
             a, s = cupy.asarray(a), cupy.asarray(s)
             up, down = _power_of_two(_largest(a)), _power_of_two(size)
             s = s / np.float32(down)
