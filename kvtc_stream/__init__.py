@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from kvtc_stream import testing
     from kvtc_stream.calibration.calibrator import Calibrator
     from kvtc_stream.calibration.model import Calibration
+    from kvtc_stream.calibration.split import SplitCalibrator
     from kvtc_stream.formats import DType, Geometry, Limits, ModelIdentity, Plan, Rope, Section
     from kvtc_stream.io.dlpack import KVArray
     from kvtc_stream.io.paged import PagedCache
@@ -79,6 +80,7 @@ _HOME = {
     "Reader": "stream.reader",
     "Rope": "formats",
     "Section": "formats",
+    "SplitCalibrator": "calibration.split",
     "StreamStatistics": "stream.statistics",
     "Writer": "stream.writer",
     "compact": "stream.edit",
@@ -123,6 +125,7 @@ __all__ = [
     "Reader",
     "Rope",
     "Section",
+    "SplitCalibrator",
     "StateError",
     "StreamStatistics",
     "TruncatedError",

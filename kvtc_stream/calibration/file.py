@@ -25,8 +25,8 @@ from kvtc_stream.formats import Geometry, ModelIdentity, Rope, Section
 from kvtc_stream.io.storage import atomic_write
 
 #: Versions of the file: 3; 4, with components in two levels; 5, with rotary axes or components in
-#: 8 bits.
-CALIBRATION_VERSIONS = (3, 4, 5)
+#: 8 bits; 6, of a part of the model's KV heads.
+CALIBRATION_VERSIONS = (3, 4, 5, 6)
 
 _FLOAT8 = "float8_e4m3fn"
 _METADATA_KEY = "kvtc_calibration"
@@ -104,6 +104,8 @@ def _float8_arrays(name: str, keys: list[str]) -> dict[str, NDArray[Any]]:
 
 def _version(content: CalibratedBases) -> int:
     """The lowest version of the file that can hold ``content``."""
+    if any(section.heads for section in content.sections):
+        return 6
     parts = [p for s in content.sections for basis in s.bases.values() for p in basis]
     axes = any(section.axes for section in content.geometry.sections)
     if axes or any(part.eight_bits for part in parts):
@@ -131,6 +133,7 @@ def description(content: CalibratedBases) -> str:
                 {
                     **_shape(section),
                     "tokens": calibrated.tokens,
+                    **({"heads": calibrated.heads} if calibrated.heads else {}),
                     "bases": {
                         name: [
                             {
@@ -221,7 +224,8 @@ def _parse(description: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> Cali
             for name, parts in entry["bases"].items()
         }
         geometry.append(section)
-        sections.append(SectionCalibration(bases, _count(entry["tokens"])))
+        heads = _heads(entry["heads"], section) if "heads" in entry else None
+        sections.append(SectionCalibration(bases, _count(entry["tokens"]), heads))
     if arrays:
         raise FormatError(f"unexpected arrays {sorted(arrays)}")
     model = description["model"]
@@ -243,6 +247,13 @@ def _energy(value: Any) -> float:
     if type(value) not in (int, float) or not 0 <= value < float("inf"):
         raise FormatError(f"expected a finite energy from 0, found {value!r}")
     return float(value)
+
+
+def _heads(value: Any, section: Section) -> tuple[int, int]:
+    first, of = map(_count, value)
+    if first + section.kv_heads > of:
+        raise FormatError(f"{section.kv_heads} heads from {first} on, of {of}")
+    return first, of
 
 
 def _layers(values: list[Any]) -> tuple[int, ...]:

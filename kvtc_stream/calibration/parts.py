@@ -180,10 +180,22 @@ class Transforms:
 
 @dataclass(frozen=True, eq=False)
 class SectionCalibration:
-    """Calibration of one section: its bases by name, each a tuple of parts."""
+    """Calibration of one section.
+
+    Attributes
+    ----------
+    bases
+        By name, each a tuple of parts.
+    tokens
+        How many it learnt from.
+    heads
+        Of a part of the model's KV heads: the first one, and how many the model has. ``None`` for
+        all of them.
+    """
 
     bases: Mapping[str, tuple[Part, ...]]
     tokens: int
+    heads: tuple[int, int] | None = None
 
     def basis(self, name: str) -> tuple[Part, ...]:
         """The parts of a basis; ``UnsupportedError`` if the calibration has no such basis."""

@@ -148,6 +148,14 @@ def _calibrate(commands: Any) -> argparse.ArgumentParser:
         help="what bases are stored in: float8_e4m3 makes the file little more than half as "
         "large, for 0.1 to 1 percent more bits (default: float16)",
     )
+    parser.add_argument(
+        "--tensor-parallel",
+        type=int,
+        default=1,
+        metavar="N",
+        help="a calibration for each of N parts of the KV heads, CAL.tpN-0.safetensors and so on, "
+        "for servers of that --tensor-parallel-size (default: 1)",
+    )
     parser.add_argument("--name", metavar="NAME", help="the model's name, to record")
     _backend(parser, default="cpu")
     return parser

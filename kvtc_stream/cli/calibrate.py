@@ -8,6 +8,7 @@ from typing import Any
 from rich.progress import Progress
 
 import kvtc_stream as kvtc
+from kvtc_stream.calibration.split import part_path
 from kvtc_stream.cli import paths, report, terminal
 from kvtc_stream.cli.arguments import UsageError, importance_options
 from kvtc_stream.integrations.transformers import load_model
@@ -21,7 +22,10 @@ def run(args: Namespace) -> int:
     """Learn a model's cache; see ``kvtc calibrate --help``."""
     _check(args)
     sources = [*args.inputs, *(args.text or ()), args.model]
-    paths.check_output(args.output, paths.CALIBRATION, sources)
+    parts = args.tensor_parallel
+    outputs = [str(part_path(args.output, i, parts)) for i in range(parts)]
+    for output in outputs:
+        paths.check_output(output, paths.CALIBRATION, sources)
     options = {
         "sinks": args.sinks,
         "layer_groups": args.layer_groups,
@@ -32,17 +36,22 @@ def run(args: Namespace) -> int:
     }
     with terminal.progress() as bars:
         learn = _from_model if args.model else _from_files
-        calibration = learn(args, options, bars)
-        bars.add_task(f"Writing {args.output}", total=None)
-        calibration.save(args.output)
+        found = dict(zip(outputs, learn(args, options, bars), strict=True))
+        for output, calibration in found.items():
+            bars.add_task(f"Writing {output}", total=None)
+            calibration.save(output)
     if args.json:
-        terminal.print_json({"output": args.output, **report.calibration_json(calibration)})
+        told = [{"output": name, **report.calibration_json(x)} for name, x in found.items()]
+        terminal.print_json(told[0] if parts == 1 else {"tensor_parallel": parts, "parts": told})
     else:
-        terminal.show(report.calibration_tables(args.output, calibration))
+        for output, calibration in found.items():
+            terminal.show(report.calibration_tables(output, calibration))
     return 0
 
 
 def _check(args: Namespace) -> None:
+    if args.tensor_parallel < 1:
+        raise UsageError(f"--tensor-parallel must be at least 1, found {args.tensor_parallel}")
     rope = {
         "--rope-theta": args.rope_theta is not None,
         "--rope": args.rope is not None,
@@ -84,8 +93,8 @@ def _check(args: Namespace) -> None:
         raise UsageError("--rope-interleaved and --rotary-dim go with --rope-theta")
 
 
-def _from_files(args: Namespace, options: dict[str, Any], bars: Progress) -> kvtc.Calibration:
-    calibrator: kvtc.Calibrator | None = None
+def _from_files(args: Namespace, options: dict[str, Any], bars: Progress) -> list[kvtc.Calibration]:
+    calibrator: kvtc.SplitCalibrator | None = None
     reading = bars.add_task("Reading", total=len(args.inputs))
     for name in args.inputs:
         sections = plain.read(name)
@@ -97,7 +106,9 @@ def _from_files(args: Namespace, options: dict[str, Any], bars: Progress) -> kvt
         [section] = sections
         if calibrator is None:
             model = kvtc.ModelIdentity(args.name or "")
-            calibrator = kvtc.Calibrator(_geometry(args, section), model=model, **options)
+            calibrator = kvtc.SplitCalibrator(
+                _geometry(args, section), args.tensor_parallel, model=model, **options
+            )
         with paths.about(name):
             for start in range(0, section.tokens, _CHUNK):
                 tokens = range(start, min(start + _CHUNK, section.tokens))
@@ -122,7 +133,7 @@ def _geometry(args: Namespace, section: plain.PlainSection) -> kvtc.Geometry:
     )
 
 
-def _update(calibrator: kvtc.Calibrator, section: plain.PlainSection, tokens: range) -> None:
+def _update(calibrator: kvtc.SplitCalibrator, section: plain.PlainSection, tokens: range) -> None:
     span = slice(tokens.start, tokens.stop)
     calibrator.update(
         section.k[:, :, span],
@@ -133,7 +144,7 @@ def _update(calibrator: kvtc.Calibrator, section: plain.PlainSection, tokens: ra
     )
 
 
-def _from_model(args: Namespace, options: dict[str, Any], bars: Progress) -> kvtc.Calibration:
+def _from_model(args: Namespace, options: dict[str, Any], bars: Progress) -> list[kvtc.Calibration]:
     loading = bars.add_task(f"Loading {args.model}", total=None)
     texts = list(paths.read_texts(args.text).values())
     given = {"dtype": args.dtype, "device_map": args.device_map}
@@ -150,12 +161,14 @@ def _from_model(args: Namespace, options: dict[str, Any], bars: Progress) -> kvt
     reading = terminal.bar(bars, "Reading")
     limits = {"tokens": args.tokens, "document_tokens": args.document_tokens}
     options |= {name: value for name, value in limits.items() if value is not None}
-    return calibrate(
+    found: list[kvtc.Calibration] = calibrate(
         model,
         texts,
         tokenizer=tokenizer,
         progress=reading,
         name=args.name,
+        tensor_parallel=args.tensor_parallel,
         **importance_options(args),
         **options,
     )
+    return found

@@ -178,6 +178,7 @@ def calibration_json(calibration: Calibration) -> dict[str, Any]:
             {
                 **section_json(section),
                 "tokens": learnt.tokens,
+                "heads": learnt.heads and dict(zip(("first", "of"), learnt.heads, strict=True)),
                 "bases": {
                     name: [
                         {
@@ -356,7 +357,11 @@ def calibration_tables(name: str, calibration: Calibration) -> Iterator[Table]:
             ("digest", calibration.digest.hex()),
             ("model", describe_model(calibration.model)),
             *(
-                (f"section {i}", f"{learnt.tokens} tokens; {describe_section(section)}")
+                (
+                    f"section {i}",
+                    f"{learnt.tokens} tokens; {describe_section(section)}"
+                    f"{_describe_heads(section, learnt.heads)}",
+                )
                 for i, (section, learnt) in enumerate(sections)
             ),
             ("left out", f"positions below {calibration.sinks}"),
@@ -380,6 +385,14 @@ def calibration_tables(name: str, calibration: Calibration) -> Iterator[Table]:
             for part in parts
         ],
     )
+
+
+def _describe_heads(section: Section, heads: tuple[int, int] | None) -> str:
+    """Which of the model's they are, if not all."""
+    if heads is None:
+        return ""
+    first, of = heads
+    return f"; KV heads {_describe_numbers(range(first, first + section.kv_heads))} of {of}"
 
 
 def _rank(part: Part) -> str:

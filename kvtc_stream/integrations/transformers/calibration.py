@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import numpy as np
 import torch
@@ -59,6 +59,26 @@ def capture(
     ]
 
 
+@overload
+def calibrate(
+    model: PreTrainedModel,
+    texts: Iterable[str | TokenIds],
+    *,
+    tensor_parallel: None = None,
+    **options: Any,
+) -> kvtc.Calibration: ...
+
+
+@overload
+def calibrate(
+    model: PreTrainedModel,
+    texts: Iterable[str | TokenIds],
+    *,
+    tensor_parallel: int,
+    **options: Any,
+) -> list[kvtc.Calibration]: ...
+
+
 def calibrate(
     model: PreTrainedModel,
     texts: Iterable[str | TokenIds],
@@ -72,8 +92,9 @@ def calibrate(
     progress: Callable[[int, int], None] | None = None,
     name: str | None = None,
     revision: str | None = None,
+    tensor_parallel: int | None = None,
     **options: Any,
-) -> kvtc.Calibration:
+) -> kvtc.Calibration | list[kvtc.Calibration]:
     """Run a model over texts and learn its cache.
 
     Parameters
@@ -104,13 +125,17 @@ def calibrate(
         Called with tokens done and tokens in all, those read again for importance included.
     name, revision
         As for :func:`model_identity`.
+    tensor_parallel
+        Make a calibration for each of so many parts of the KV heads, for engines that spread them
+        over as many processes; the texts are read once. The result is then a list. See
+        :class:`kvtc_stream.SplitCalibrator`.
     options
         Of :class:`kvtc_stream.Calibrator`: ``bases``, ``backend``, ...
 
     Raises
     ------
     ValueError
-        The texts hold no tokens but sinks.
+        The texts hold no tokens but sinks, or the KV heads cannot be dealt to so many.
     UnsupportedError
         The model has no head for gradients, or hides the queries: choose another ``importance``.
     """
@@ -129,7 +154,12 @@ def calibrate(
 
     if importance == "queries" and judged:
         options["weights"] = _query_weights(model, judged, advance)
-    calibrator = kvtc.Calibrator(geometry_of(model), model=identity, **options)
+    calibrator: kvtc.Calibrator | kvtc.SplitCalibrator
+    if tensor_parallel is None:
+        calibrator = kvtc.Calibrator(geometry_of(model), model=identity, **options)
+    else:
+        options["model"] = identity
+        calibrator = kvtc.SplitCalibrator(geometry_of(model), tensor_parallel, **options)
     for i, document in enumerate(judged if importance == "gradients" else []):
         for section, *tensors in capture_gradients(model, document, seed=seed + i):
             k, v, grad_k, grad_v = (_readable(calibrator, x) for x in tensors)
@@ -142,7 +172,9 @@ def calibrate(
     return calibrator.finish()
 
 
-def _readable(calibrator: kvtc.Calibrator, layers: Sequence[Tensor]) -> list[Tensor]:
+def _readable(
+    calibrator: kvtc.Calibrator | kvtc.SplitCalibrator, layers: Sequence[Tensor]
+) -> list[Tensor]:
     """Tensors where the calibrator can read them."""
     # Layers of a model may be on several devices, a calibrator is on one.
     return [x.to(calibrator.backend) for x in layers]
