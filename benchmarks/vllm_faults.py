@@ -111,7 +111,9 @@ class Bench:
         config = self._engine.llm_engine.vllm_config
         facts = support.model_facts(config)
         codec = kvtc.Codec(calibration, block_tokens=PAGE, **OPTIONS)
-        self._namespace = support.namespace_of("vllm", facts, "bfloat16", PAGE, codec, OPTIONS)
+        self._namespace = support.namespace_of(
+            "vllm", facts, "bfloat16", PAGE, [codec.calibration], OPTIONS
+        )
         key = calibration.digest
         self._codec = kvtc.PageCodec(codec, dtype="bfloat16", key=key)
         foreign = kvtc.Codec(other, block_tokens=PAGE, **OPTIONS)

@@ -152,7 +152,23 @@ def test_a_store(make: Any, tmp_path: Path) -> None:
     store.delete("ab/02")
     assert not store.exists("ab/02")
     assert len(list(store.list())) == 2
-    for name in ("", "../ab", "/ab", "ab/", "AB", "a b", "ab/../cd", "ab//cd", "a"):
+    store.put("cd/03.0", b"a part")
+    assert [e.name for e in store.list("cd/03")] == ["cd/03.0"]
+    assert store.get("cd/03.0") == b"a part"
+    for name in (
+        "",
+        "../ab",
+        "/ab",
+        "ab/",
+        "AB",
+        "a b",
+        "ab/../cd",
+        "ab//cd",
+        "a",
+        "ab.",
+        "ab.0.1",
+        "ab.f",
+    ):
         with pytest.raises(ValueError, match="hex digits"):
             store.put(name, b"")
 
@@ -221,6 +237,53 @@ def test_what_is_held_goes_last(make: Any, tmp_path: Path) -> None:
     for name in ("../ab", "AB"):
         with pytest.raises(ValueError, match="hex digits"):
             store.hold(name)
+
+
+@stores
+def test_parts_of_a_page_go_together(
+    make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also one that was read lately: without the others it is of no use."""
+    now = 1_700_000_000.0
+    monkeypatch.setattr("time.time", lambda: now)
+    store, folder = make(tmp_path / "pages", 1000), tmp_path / "pages"
+    for i in range(5):
+        for part in range(2):
+            now += 10
+            store.put(f"{i:02x}.{part}", b"x" * 100)
+            if isinstance(store, FileStore):
+                os.utime(folder / f"{i:02x}.{part}", (now, now))
+    now += 10
+    store.get("00.1")
+    if isinstance(store, FileStore):
+        os.utime(folder / "00.1", (now, now))
+    now += 10
+    store.put("05.0", b"x" * 100)
+    left = {e.name for e in store.list()}
+    assert {"00.0", "00.1", "05.0"} <= left
+    assert not {"01.0", "01.1"} & left
+    assert all(f"{i:02x}.0" in left and f"{i:02x}.1" in left for i in (2, 3, 4))
+
+
+def test_writers_share_a_budget(tmp_path: Path) -> None:
+    """Ranks write as much each, and none looks at the folder for each page."""
+    handles = [FileStore(tmp_path, 20_000, writers=4) for _ in range(4)]
+    most, listed = 0, 0
+    for handle in handles:
+        real = handle.list
+
+        def counted(prefix: str = "", real: Any = real) -> Any:
+            nonlocal listed
+            listed += 1
+            return real(prefix)
+
+        handle.list = counted  # type: ignore[method-assign]
+    for i in range(100):
+        for part, handle in enumerate(handles):
+            handle.put(f"{i:04x}.{part}", b"x" * 100)
+        most = max(most, sum(path.stat().st_size for path in tmp_path.rglob("*")))
+    assert 16_000 < most <= 20_400
+    assert listed < 100
 
 
 def test_a_budget_of_nothing_is_refused() -> None:

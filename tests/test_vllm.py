@@ -7,6 +7,7 @@ other: one makes a calibration of what it serves, one stores pages, one loads th
 from __future__ import annotations
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -82,8 +83,12 @@ def serve(place: Path, name: str, **given: Any) -> list[dict[str, Any]]:
     given = {"model": str(place / "model"), "engine": ENGINE, "skip_tokenizer": True} | given
     source.write_text(json.dumps(given))
     script = Path(__file__).with_name("vllm_engine.py")
+    # Ranks would have a NUMA node each, which not every machine has.
+    ranks = given["engine"].get("tensor_parallel_size", 1)
+    alone = {} if ranks == 1 else {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
     run = subprocess.run(
         [sys.executable, str(script), str(source), str(target)],
+        env=os.environ | alone,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -382,7 +382,7 @@ class Engine:
 
     def wait(self) -> tuple[set[str], set[str], set[int]]:
         """What is stored and loaded, and which blocks failed, when something is."""
-        for _ in range(1000):
+        for _ in range(5000):  # the first page compiles
             saved, loaded = self.transfer.results()
             if saved or loaded:
                 return saved, loaded, self.transfer.errors()
@@ -814,7 +814,7 @@ def test_a_calibration_from_pages(tmp_path: Path) -> None:
     """What the sink learns is what a calibrator learns from the same tokens."""
     geometry = kvtc.testing.tiny_calibration().geometry
     sink = LearnSink(
-        calibrator_of(geometry, kvtc.ModelIdentity("m"), None), str(tmp_path / "c"), 512
+        calibrator_of(geometry, kvtc.ModelIdentity("m"), None), str(tmp_path / "c"), 512, (0, 2)
     )
     expected = calibrator_of(geometry, kvtc.ModelIdentity("m"), None)
     keys = NAMESPACE.chain("x", PAGE).extend(list(range(512)))
@@ -879,10 +879,17 @@ def configs(**changes: Any) -> tuple[Any, Any]:
     specs = changes.get("specs", [spec] * changes.get("groups", 1))
     groups = [SimpleNamespace(kv_cache_spec=x, layer_names=names) for x in specs]
     vllm_config = SimpleNamespace(
-        parallel_config=SimpleNamespace(tensor_parallel_size=changes.get("tp", 1)),
+        parallel_config=SimpleNamespace(
+            tensor_parallel_size=changes.get("tp", 1),
+            pipeline_parallel_size=changes.get("pp", 1),
+            distributed_executor_backend=changes.get("backend"),
+        ),
         cache_config=SimpleNamespace(cache_dtype=changes.get("dtype", "auto")),
         speculative_config=changes.get("speculative"),
-        model_config=SimpleNamespace(uses_mrope=changes.get("mrope", False)),
+        model_config=SimpleNamespace(
+            uses_mrope=changes.get("mrope", False),
+            get_total_num_kv_heads=lambda: changes.get("heads", 2),
+        ),
     )
     return vllm_config, SimpleNamespace(kv_cache_groups=groups)
 
@@ -891,15 +898,17 @@ def test_what_is_refused_is_named() -> None:
     support.check_supported(*configs())
     # vLLM's one group of full and sliding layers: blocks are kept for all tokens.
     support.check_supported(*configs(spec=FullAttentionSpec(sliding_window=64)))
+    support.check_supported(*configs(tp=2))
     for changes, message in (
-        ({"tp": 2}, "tensor_parallel_size is 2"),
+        ({"pp": 2}, "pipeline_parallel_size is 2"),
+        ({"tp": 2, "backend": "external_launcher"}, "'external_launcher', whose ranks"),
         ({"dtype": "fp8"}, "kv_cache_dtype is 'fp8'"),
         ({"speculative": object()}, "speculative decoding"),
         ({"mrope": True}, "M-RoPE"),
         ({"groups": 2}, "2 groups of layers"),
         ({"specs": [SlidingWindowSpec(), FullAttentionSpec()]}, "disable-hybrid-kv-cache-manager"),
         ({"spec": SlidingWindowSpec()}, "recurrent layers are not served$"),
-        ({"tp": 2, "mrope": True}, "tensor_parallel_size is 2.*; .*M-RoPE"),
+        ({"pp": 2, "mrope": True}, "pipeline_parallel_size is 2.*; .*M-RoPE"),
     ):
         with pytest.raises(kvtc.UnsupportedError, match=message):
             support.check_supported(*configs(**changes))

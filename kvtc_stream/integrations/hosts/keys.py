@@ -38,6 +38,10 @@ class PageKey:
         """What the page is sealed as."""
         return f"{self.name}@{self.position}".encode()
 
+    def part(self, number: int, parts: int) -> PageKey:
+        """The key of what one of several processes has of the page: some of its KV heads."""
+        return self if parts == 1 else PageKey(f"{self.name}.{number}", self.position)
+
 
 class Namespace:
     """All pages that one configuration may share.

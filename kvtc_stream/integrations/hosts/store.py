@@ -1,8 +1,9 @@
 """Where hosts keep pages: host memory, a folder, or whatever fsspec reaches.
 
 A store maps names to bytes. It has a budget; what was used longest ago goes first. Names are hex
-digits, with slashes between parts. Stores may be used by many threads, and those that lie outside
-the process by many processes.
+digits, with slashes between them. Of what is of use only as a whole each part has a name that ends
+with a dot and a number; all parts go at once. Stores may be used by many threads, and those that
+lie outside the process by many processes.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 
 from kvtc_stream.errors import UnsupportedError
 
-_NAME = re.compile(r"[0-9a-f]{2,}(/[0-9a-f]{2,})*")
+_NAME = re.compile(r"[0-9a-f]{2,}(/[0-9a-f]{2,})*(\.[0-9]+)?")
 #: What eviction leaves of a budget, so that not every write evicts.
 _KEPT = 0.9
 #: Object stores, where a write is whole or not at all.
@@ -54,6 +55,14 @@ class Entry:
 class Store(ABC):
     """Named bytes, within a budget.
 
+    Parameters
+    ----------
+    budget
+        The most bytes; no limit if ``None``.
+    writers
+        Processes that write as much as this one into the same store, as the ranks of an engine do:
+        so their bytes are counted without looking.
+
     Attributes
     ----------
     watchers
@@ -63,10 +72,10 @@ class Store(ABC):
     #: Whether what is there comes at once, so that nobody needs threads to wait for it.
     at_once = False
 
-    def __init__(self, budget: int | None) -> None:
+    def __init__(self, budget: int | None, writers: int = 1) -> None:
         if budget is not None and budget < 1:
             raise ValueError(f"the budget of a store must be at least 1 byte, found {budget}")
-        self._budget = budget
+        self._budget, self._writers = budget, writers
         self._filled: int | None = None  #: bytes, as far as this process knows
         self._lock = threading.Lock()
         self._evicting = threading.Lock()
@@ -87,7 +96,7 @@ class Store(ABC):
             return False
         self._put(_checked(name), data)
         if self._budget is not None:
-            self._account(len(data))
+            self._account(len(data) * self._writers)
         return True
 
     @abstractmethod
@@ -149,16 +158,27 @@ class Store(ABC):
         with self._evicting:  # one at a time; others have nothing left to do
             if self._filled is not None and self._filled <= self._budget:
                 return
-            entries = sorted(self.list(), key=lambda x: (self.held(x.name), x.used))
-            filled = sum(entry.size for entry in entries)
+            wholes: dict[str, list[Entry]] = {}
+            for entry in self.list():
+                wholes.setdefault(entry.name.partition(".")[0], []).append(entry)
+            order = sorted(
+                (
+                    any(self.held(part.name) for part in parts),
+                    max(part.used for part in parts),
+                    name,
+                )
+                for name, parts in wholes.items()
+            )
+            filled = sum(entry.size for parts in wholes.values() for entry in parts)
             if filled > self._budget:
-                for entry in entries:
-                    if filled <= self._budget * (1 if self.held(entry.name) else _KEPT):
+                for held, _, name in order:
+                    if filled <= self._budget * (1 if held else _KEPT):
                         break
-                    self.delete(entry.name)
-                    filled -= entry.size
-                    for watcher in self.watchers:
-                        watcher(entry.name)
+                    for entry in wholes[name]:
+                        self.delete(entry.name)
+                        filled -= entry.size
+                        for watcher in self.watchers:
+                            watcher(entry.name)
             with self._lock:
                 self._filled = filled
 
@@ -168,14 +188,14 @@ class MemoryStore(Store):
 
     Parameters
     ----------
-    budget
-        The most bytes; no limit if ``None``.
+    budget, writers
+        As for :class:`Store`.
     """
 
     at_once = True
 
-    def __init__(self, budget: int | None = None) -> None:
-        super().__init__(budget)
+    def __init__(self, budget: int | None = None, writers: int = 1) -> None:
+        super().__init__(budget, writers)
         self._entries: dict[str, tuple[bytes, float]] = {}
 
     def _get(self, name: str) -> bytes | None:
@@ -223,12 +243,14 @@ class FileStore(Store):
     ----------
     folder
         Made if it is not there, for its owner alone.
-    budget
-        The most bytes; no limit if ``None``.
+    budget, writers
+        As for :class:`Store`.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], budget: int | None = None) -> None:
-        super().__init__(budget)
+    def __init__(
+        self, folder: str | os.PathLike[str], budget: int | None = None, writers: int = 1
+    ) -> None:
+        super().__init__(budget, writers)
         self._folder = Path(folder)
         self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
 
@@ -301,12 +323,12 @@ class RemoteStore(Store):
     ----------
     url
         Of a folder, or of a bucket and the beginning of names.
-    budget
-        The most bytes; no limit if ``None``. Only what this process knows of last uses counts.
+    budget, writers
+        As for :class:`Store`. Only what this process knows of last uses counts.
     """
 
-    def __init__(self, url: str, budget: int | None = None) -> None:
-        super().__init__(budget)
+    def __init__(self, url: str, budget: int | None = None, writers: int = 1) -> None:
+        super().__init__(budget, writers)
         try:
             import fsspec
         except ModuleNotFoundError:
@@ -389,13 +411,13 @@ def _seconds(info: dict[str, Any]) -> float:
 _memory: dict[str, MemoryStore] = {}
 _memory_lock = threading.Lock()
 
-_SCHEMES: dict[str, Callable[[str, int | None], Store]] = {
-    "file": lambda path, budget: FileStore(path, budget),
-    "shm": lambda path, budget: FileStore(Path("/dev/shm") / f"kvtc-{os.getuid()}" / path, budget),
+_SCHEMES: dict[str, Callable[[str], Path]] = {
+    "file": Path,
+    "shm": lambda name: Path("/dev/shm") / f"kvtc-{os.getuid()}" / name,
 }
 
 
-def open_store(url: str, budget: int | None = None) -> Store:
+def open_store(url: str, budget: int | None = None, writers: int = 1) -> Store:
     """The store that a URL names.
 
     Parameters
@@ -404,23 +426,26 @@ def open_store(url: str, budget: int | None = None) -> Store:
         ``memory://NAME``: of this process, one for each name. ``shm://NAME``: in the host's
         memory, shared by processes and kept when they end (a folder in ``/dev/shm``).
         ``file:///FOLDER``, or a path: a folder. Any other: by fsspec.
-    budget
-        The most bytes; no limit if ``None``.
+    budget, writers
+        As for :class:`Store`.
     """
     scheme, separator, rest = url.partition("://")
     if not separator:
-        return FileStore(os.path.expanduser(url), budget)
+        return FileStore(os.path.expanduser(url), budget, writers)
     if scheme == "memory":
         with _memory_lock:
-            return _memory.setdefault(rest, MemoryStore(budget))
+            return _memory.setdefault(rest, MemoryStore(budget, writers))
     if scheme in _SCHEMES:
         if not rest.strip("/") or ".." in rest.split("/"):
             raise ValueError(f"a store at {url!r} needs a name after ://")
-        return _SCHEMES[scheme](rest, budget)
-    return RemoteStore(url, budget)
+        return FileStore(_SCHEMES[scheme](rest), budget, writers)
+    return RemoteStore(url, budget, writers)
 
 
 def _checked(name: str) -> str:
     if not _NAME.fullmatch(name):
-        raise ValueError(f"names in a store are hex digits and slashes, found {name!r}")
+        raise ValueError(
+            f"names in a store are hex digits and slashes, and may end with a dot and a number, "
+            f"found {name!r}"
+        )
     return name

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 import vllm
+from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorMetadata,
@@ -20,6 +22,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from kvtc_stream.calibration.model import Calibration
+from kvtc_stream.calibration.split import part_path
 from kvtc_stream.errors import UnsupportedError
 from kvtc_stream.formats import BlockTable, Geometry, ModelIdentity
 from kvtc_stream.integrations.hosts.keys import Namespace
@@ -29,7 +32,12 @@ from kvtc_stream.integrations.vllm import support
 from kvtc_stream.integrations.vllm.learning import LearnSink, calibrator_of
 from kvtc_stream.integrations.vllm.metrics import KvtcPromMetrics, KvtcStats
 from kvtc_stream.integrations.vllm.rotary import check_rope, served_rope
-from kvtc_stream.integrations.vllm.scheduling import PageScheduler, StepPlan
+from kvtc_stream.integrations.vllm.scheduling import (
+    PageJob,
+    PageScheduler,
+    StepPlan,
+    own_jobs,
+)
 from kvtc_stream.integrations.vllm.settings import Settings
 from kvtc_stream.integrations.vllm.transfer import (
     IN_TURN,
@@ -100,17 +108,26 @@ class KvtcConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self._dtype = support.dtype_label(spec.dtype)
         self._section = support.served_section(vllm_config, kv_cache_config)
         self._facts = support.model_facts(vllm_config)
+        self._parts = parts = support.head_parts_of(vllm_config, self._section)
+        self._rank = 0
+        if role is KVConnectorRole.WORKER and parts.ranks > 1:
+            self._rank = get_tensor_model_parallel_rank()
+        self._part = parts.of(self._rank)
         self._codec: Codec | None = None
         self._store: Store | None = None
+        calibrations: list[Calibration] = []
         if settings.calibrate is None:
             assert settings.calibration is not None
             assert settings.store is not None
-            calibration = Calibration.load(settings.calibration)
-            support.check_calibration(calibration, self._section)
+            # Pages have names that depend on all parts, and the scheduler names them.
+            own = [self._part] if role is KVConnectorRole.WORKER else range(parts.count)
+            for part in own:
+                calibrations.append(parts.calibration(settings.calibration, part))
+                support.check_calibration(calibrations[-1], self._section, parts.heads(part))
             self._codec = Codec(
-                calibration, block_tokens=self._page_tokens, **settings.codec_options()
+                calibrations[0], block_tokens=self._page_tokens, **settings.codec_options()
             )
-            self._store = open_store(settings.store, settings.budget)
+            self._store = open_store(settings.store, settings.budget, parts.count)
             self._check_processes()
         loads = transfer.is_kv_consumer and self._store is not None
         stores = transfer.is_kv_producer or settings.calibrate is not None
@@ -120,32 +137,36 @@ class KvtcConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self._counter = Counter()
         if role is KVConnectorRole.SCHEDULER:
             self._scheduler = PageScheduler(
-                self._namespace(),
+                self._namespace(calibrations),
                 self._store if loads else None,
                 self._page_tokens,
                 self._block_tokens,
                 stores=stores,
+                parts=parts.count,
             )
 
     def _check_processes(self) -> None:
         """A store in this process is of use only where scheduler and worker are one process."""
         backend = self._vllm_config.parallel_config.distributed_executor_backend
-        if isinstance(self._store, MemoryStore) and backend not in (None, "uni"):
+        if isinstance(self._store, MemoryStore) and (
+            self._parts.ranks > 1 or backend not in (None, "uni")
+        ):
             raise UnsupportedError(
                 f"{self._settings.store} is the memory of one process, and vLLM runs workers in "
                 f"others (distributed_executor_backend is {backend!r}): use shm://NAME, the memory "
                 "of this machine"
             )
 
-    def _namespace(self) -> Namespace:
+    def _namespace(self, calibrations: Sequence[Calibration] = ()) -> Namespace:
         """What pages depend on beside tokens, adapter and tenant."""
         return support.namespace_of(
             "vllm",
             self._facts,
             self._dtype,
             self._page_tokens,
-            self._codec,
+            calibrations,
             self._settings.page_options(),
+            self._parts.ranks,
         )
 
     # The worker.
@@ -179,7 +200,15 @@ class KvtcConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         )
         if isinstance(sink, StoreSink):
             self._warm_up(self._transfer, sink.codec, blocks.device)
-        _log.info("pages of %d tokens, layout %s", self._page_tokens, layout.name)
+        first, of = self._parts.heads(self._part)
+        _log.info(
+            "pages of %d tokens, layout %s, KV heads %d to %d of %d",
+            self._page_tokens,
+            layout.name,
+            first,
+            first + section.kv_heads - 1,
+            of,
+        )
 
     def _sink(self, blocks: Blocks, rope: Any) -> tuple[PageSink, list[PageCodec]]:
         """What becomes of computed pages; and the codecs of those that are loaded."""
@@ -191,7 +220,9 @@ class KvtcConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             model = self._vllm_config.model_config.model.rstrip("/").rpartition("/")[2]
             identity = ModelIdentity(model, "", namespace.digest)
             calibrator = calibrator_of(geometry, identity, settings.calibrate_options)
-            return LearnSink(calibrator, settings.calibrate, settings.calibrate_tokens), []
+            path = part_path(settings.calibrate, self._part, self._parts.count)
+            heads = self._parts.heads(self._part)
+            return LearnSink(calibrator, str(path), settings.calibrate_tokens, heads), []
         assert self._store is not None
         calibration = self._codec.calibration
         expected = calibration.geometry.sections[0].rope or (None,)
@@ -202,7 +233,8 @@ class KvtcConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         if not on_device:
             one_blas_thread()
         codec = replace(self._codec, backend="cuda" if on_device else "cpu")
-        count = IN_TURN if on_device else max(1, min(_DECODERS, os.cpu_count() or 1))
+        cores = (os.cpu_count() or 1) // self._parts.ranks
+        count = IN_TURN if on_device else max(1, min(_DECODERS, cores))
         codecs = [PageCodec(codec, dtype=self._dtype, key=key) for _ in range(1 + count)]
         others = None
         if settings.bounded == "first":
@@ -250,7 +282,7 @@ class KvtcConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """Begin the step's loads, which are waited for in no step."""
         assert self._transfer is not None
-        self._transfer.load(self._metadata().plan.loads)
+        self._transfer.load(self._own(self._metadata().plan.loads))
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Nothing: requests wait for their pages before they are scheduled."""
@@ -273,7 +305,8 @@ class KvtcConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         """Begin to store the step's pages; requests whose pages are stored, and are loaded."""
         assert self._transfer is not None
         metadata = self._metadata()
-        self._transfer.store(metadata.plan.stores)
+        if self._parts.writes(self._rank):
+            self._transfer.store(self._own(metadata.plan.stores))
         self._transfer.hold(metadata.plan.held)
         if metadata.idle:
             self._transfer.rest(_REST)
@@ -296,6 +329,10 @@ class KvtcConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             self._transfer.close()
         if self._scheduler is not None:
             self._scheduler.close()
+
+    def _own(self, jobs: Sequence[PageJob]) -> Sequence[PageJob]:
+        """What jobs are for this rank."""
+        return own_jobs(jobs, self._part, self._parts.count)
 
     def _metadata(self) -> KvtcMetadata:
         metadata = self._get_connector_metadata()

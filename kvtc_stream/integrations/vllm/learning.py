@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from kvtc_stream.calibration.calibrator import Calibrator
+from kvtc_stream.calibration.split import with_heads
 from kvtc_stream.integrations.vllm.scheduling import PageJob
 
 _log = logging.getLogger(__name__)
@@ -26,10 +27,15 @@ class LearnSink:
         Of the calibration.
     tokens
         How many.
+    heads
+        The first KV head that pages have, and how many the model has.
     """
 
-    def __init__(self, calibrator: Calibrator, path: str, tokens: int) -> None:
+    def __init__(
+        self, calibrator: Calibrator, path: str, tokens: int, heads: tuple[int, int]
+    ) -> None:
         self._calibrator, self._path, self._tokens = calibrator, path, tokens
+        self._heads = heads
         self._seen: set[str] = set()
         self._read = 0
         self._lock = threading.Lock()
@@ -57,7 +63,7 @@ class LearnSink:
         """Write the calibration, if there were enough tokens."""
         if self._read >= self._tokens:
             _log.info("making a calibration of %d tokens; this takes minutes", self._read)
-            self._calibrator.finish().save(self._path)
+            with_heads(self._calibrator.finish(), [self._heads]).save(self._path)
             _log.info("the calibration is in %s: serve with it", self._path)
 
 

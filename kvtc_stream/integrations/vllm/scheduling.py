@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kvtc_stream.integrations.hosts.keys import Chain, Namespace, PageKey
@@ -22,6 +23,8 @@ _log = logging.getLogger(__name__)
 _PATIENCE = 0.001
 #: Pages that are named before other threads have a turn.
 _TURN = 64
+#: Requests that are looked up at a time.
+_LOOKUPS = 4
 
 
 @dataclass
@@ -44,6 +47,13 @@ class PageJob:
     key: PageKey
     blocks: list[int]
     first: int = 0
+
+
+def own_jobs(jobs: Sequence[PageJob], part: int, parts: int) -> Sequence[PageJob]:
+    """What jobs are for a rank that has a part of each page."""
+    if parts == 1:
+        return jobs
+    return [replace(job, key=job.key.part(part, parts)) for job in jobs]
 
 
 @dataclass
@@ -96,6 +106,9 @@ class PageScheduler:
         Tokens of a page, and of a block of the engine, of which a page has a whole number.
     stores
         Whether pages are stored.
+    parts
+        How many a page has in the store, each written by a rank of its own. A page is there if all
+        of them are.
     """
 
     def __init__(
@@ -106,12 +119,15 @@ class PageScheduler:
         block_tokens: int,
         *,
         stores: bool = True,
+        parts: int = 1,
     ) -> None:
         self._namespace, self._store, self._stores = namespace, store, stores
         self._page, self._block = page_tokens, block_tokens
         self._records: dict[str, _Record] = {}
         self._plan = StepPlan()
-        self._threads = ThreadPoolExecutor(4, thread_name_prefix="kvtc-lookup")
+        self._parts = parts
+        self._threads = ThreadPoolExecutor(_LOOKUPS, thread_name_prefix="kvtc-lookup")
+        self._of_parts = ThreadPoolExecutor(_LOOKUPS * parts, thread_name_prefix="kvtc-lookup-part")
 
     def matched(self, request: Any, computed: int) -> tuple[int | None, bool]:
         """How many tokens after ``computed`` the store has; see
@@ -201,7 +217,8 @@ class PageScheduler:
 
     def close(self) -> None:
         """End the threads."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._threads, self._of_parts):
+            threads.shutdown(wait=False, cancel_futures=True)
 
     def _record(self, request: Any) -> _Record:
         record = self._records.get(request.request_id)
@@ -227,10 +244,25 @@ class PageScheduler:
             time.sleep(0)
         if self._store is None:
             return 0
-        found = first
-        while found < len(chain.keys) and self._store.exists(chain.keys[found].name):
-            found += 1
-        return found
+        return self._present(self._store, chain.keys, first)
+
+    def _present(self, store: Store, keys: Sequence[PageKey], first: int) -> int:
+        """How many pages are there from ``first`` on, with those before: all parts of each."""
+        known = [len(keys)]
+
+        def look(part: int) -> int:
+            found = first
+            # Where a part of another rank is missing, no more need be looked up.
+            while found < known[-1] and store.exists(keys[found].part(part, self._parts).name):
+                found += 1
+            known.append(found)
+            return found
+
+        if self._parts == 1:
+            return look(0)
+        # Side by side, because a store may be far away.
+        looking = [self._of_parts.submit(look, part) for part in range(self._parts)]
+        return min(done.result() for done in looking)
 
     @staticmethod
     def _extend(request: Any, chain: Chain, tokens: int) -> None:

@@ -15,6 +15,9 @@ class Settings(PageSettings):
 
     As :class:`kvtc_stream.integrations.hosts.PageSettings`, and:
 
+    With ``--tensor-parallel-size`` N, calibrations are those of the parts of the KV heads, beside
+    the path that is given: of ``model.safetensors``, ``model.tpN-0.safetensors`` and so on.
+
     Attributes
     ----------
     page_tokens

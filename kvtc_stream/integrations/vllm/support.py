@@ -6,15 +6,16 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kvtc_stream.calibration.model import Calibration
+from kvtc_stream.calibration.split import part_path
 from kvtc_stream.errors import CalibrationMismatchError, UnsupportedError
 from kvtc_stream.formats import Section
 from kvtc_stream.integrations.hosts.keys import Namespace
-from kvtc_stream.stream.codec import Codec
 
 #: The first version of vLLM whose connectors are made as this one is.
 FIRST_VERSION = 0, 25, 1
@@ -47,14 +48,19 @@ def refusals(vllm_config: Any, kv_cache_config: Any) -> list[str]:
     found = []
     parallel = vllm_config.parallel_config
     for name in (
-        "tensor_parallel_size",
         "pipeline_parallel_size",
         "decode_context_parallel_size",
         "prefill_context_parallel_size",
     ):
         size = getattr(parallel, name, 1) or 1
         if size > 1:
-            found.append(f"{name} is {size}: run one engine for each GPU")
+            found.append(f"{name} is {size}: spread the model by tensor_parallel_size")
+    backend = getattr(parallel, "distributed_executor_backend", None)
+    if parallel.tensor_parallel_size > 1 and backend == "external_launcher":
+        found.append(
+            "distributed_executor_backend is 'external_launcher', whose ranks have a scheduler "
+            "each and do not wait for one another's pages: use 'mp' or 'ray'"
+        )
     dtype = vllm_config.cache_config.cache_dtype
     if dtype not in _PLAIN_DTYPES:
         found.append(
@@ -117,16 +123,96 @@ def served_section(vllm_config: Any, kv_cache_config: Any) -> Section:
     return Section(numbers, spec.num_kv_heads, spec.head_size, value_dim)
 
 
-def check_calibration(calibration: Calibration, section: Section) -> None:
-    """Raise ``CalibrationMismatchError`` unless the calibration is for such a cache."""
+@dataclass(frozen=True)
+class HeadParts:
+    """How vLLM spreads the KV heads of a model over the ranks of tensor parallelism.
+
+    Attributes
+    ----------
+    ranks
+        ``tensor_parallel_size``.
+    kv_heads
+        Of the model.
+    """
+
+    ranks: int
+    kv_heads: int
+
+    @property
+    def count(self) -> int:
+        """How many parts there are; with more ranks than heads, several ranks have the same."""
+        return min(self.ranks, self.kv_heads)
+
+    def of(self, rank: int) -> int:
+        """The part that a rank has."""
+        return rank // (self.ranks // self.count)
+
+    def writes(self, rank: int) -> bool:
+        """Whether a rank stores its part: one of those that have the same."""
+        return rank % (self.ranks // self.count) == 0
+
+    def heads(self, part: int) -> tuple[int, int]:
+        """The first head of a part, and how many heads the model has."""
+        return part * (self.kv_heads // self.count), self.kv_heads
+
+    def calibration(self, path: str, part: int) -> Calibration:
+        """The calibration of a part.
+
+        Raises
+        ------
+        FileNotFoundError
+            There is none.
+        """
+        own = part_path(path, part, self.count)
+        if self.count > 1 and not own.is_file():
+            raise FileNotFoundError(
+                f"no calibration at {own}: with tensor_parallel_size {self.ranks} each part of the "
+                f"KV heads needs its own, as kvtc calibrate --tensor-parallel {self.count} -o "
+                f'{path} makes them, or "calibrate" in kv_connector_extra_config'
+            )
+        return Calibration.load(own)
+
+
+def head_parts_of(vllm_config: Any, section: Section) -> HeadParts:
+    """How the engine's KV heads are spread.
+
+    Raises
+    ------
+    UnsupportedError
+        A rank has other heads than these.
+    """
+    ranks = vllm_config.parallel_config.tensor_parallel_size
+    if ranks == 1:
+        return HeadParts(1, section.kv_heads)
+    parts = HeadParts(ranks, vllm_config.model_config.get_total_num_kv_heads())
+    if section.kv_heads * parts.count != parts.kv_heads or ranks % parts.count:
+        raise UnsupportedError(
+            f"each of {ranks} ranks caches {section.kv_heads} of {parts.kv_heads} KV heads: "
+            f"KvtcConnector serves those that vLLM deals evenly"
+        )
+    return parts
+
+
+def check_calibration(
+    calibration: Calibration, section: Section, heads: tuple[int, int] | None = None
+) -> None:
+    """Raise ``CalibrationMismatchError`` unless the calibration is for such a cache, of KV heads
+    from the first of ``heads`` on, and of so many in all; by default of all of them."""
     sections = calibration.geometry.sections
     expected = sections[0]
+    first, of = heads or (0, section.kv_heads)
+    own_first, own_of = calibration.sections[0].heads or (0, expected.kv_heads)
     names = ("layers", "kv_heads", "k_dim", "v_dim")
     differing = [
         f"{name} {getattr(section, name)}, the calibration's are {getattr(expected, name)}"
         for name in names
         if getattr(section, name) != getattr(expected, name)
     ]
+    if not differing and (first, of) != (own_first, own_of):
+        differing.append(
+            f"KV heads from {first} on of {of}, the calibration's are those from {own_first} on "
+            f"of {own_of}"
+        )
     if len(sections) != 1:
         differing.append(f"1 kind of layers, the calibration has {len(sections)}")
     if differing:
@@ -174,8 +260,9 @@ def namespace_of(
     model: dict[str, Any],
     dtype: str,
     page_tokens: int,
-    codec: Codec | None,
+    calibrations: Sequence[Calibration],
     options: dict[str, Any],
+    tensor_parallel: int = 1,
 ) -> Namespace:
     """What pages depend on beside tokens, adapter and tenant.
 
@@ -189,20 +276,23 @@ def namespace_of(
         Element type of the cache.
     page_tokens
         Tokens of a page.
-    codec, options
-        What codes the pages, and its settings; ``None`` if nothing does.
+    calibrations, options
+        What codes the parts of pages, and the codec's settings; none if nothing does.
+    tensor_parallel
+        Ranks that the model's heads are spread over.
     """
     facts: dict[str, Any] = {
         "format": "1.1",
         "host": host,
         "model": model,
-        "layout": {"tensor_parallel": 1, "pipeline_parallel": 1},
+        "layout": {"tensor_parallel": tensor_parallel, "pipeline_parallel": 1},
         "dtype": dtype,
         "page_tokens": page_tokens,
     }
-    if codec is not None:
-        facts["calibration"] = codec.calibration.digest.hex()
-        facts["fingerprint"] = codec.calibration.model.fingerprint.hex()
+    if calibrations:
+        digests = [calibration.digest.hex() for calibration in calibrations]
+        facts["calibration"] = digests[0] if len(digests) == 1 else digests
+        facts["fingerprint"] = calibrations[0].model.fingerprint.hex()
         facts["codec"] = options
     return Namespace(facts)
 

@@ -102,13 +102,13 @@ class KvtcTier(SecondaryTierManager):  # type: ignore[misc]
         for expected in dict.fromkeys(calibration.geometry.sections[0].rope or (None,)):
             check_rope(rope, expected)
         rows = rows_of(vllm_config, cache_config, offloading_spec, primary_kv_view, section)
-        codec = Codec(calibration, block_tokens=rows.tokens, **own.codec_options())
+        Codec(calibration, block_tokens=rows.tokens, **own.codec_options())
         namespace = support.namespace_of(
             f"vllm tier, {vllm_config.cache_config.prefix_caching_hash_algo}",
             support.model_facts(vllm_config),
             rows.dtype,
             rows.tokens,
-            codec,
+            [calibration],
             own.page_options(),
         )
         cores = os.cpu_count() or 1
@@ -235,6 +235,12 @@ class KvtcTier(SecondaryTierManager):  # type: ignore[misc]
 def refusals(vllm_config: Any, spec: Any) -> list[str]:
     """What of vLLM's configuration the tier does not serve beside what the connector does not."""
     found = []
+    ranks = vllm_config.parallel_config.tensor_parallel_size
+    if ranks > 1:
+        found.append(
+            f"tensor_parallel_size is {ranks}, and a row of host memory has all ranks' heads: use "
+            f"KvtcConnector"
+        )
     algorithm = vllm_config.cache_config.prefix_caching_hash_algo
     if not str(algorithm).startswith("sha256"):
         found.append(
