@@ -792,6 +792,29 @@ def test_calibrate_refuses(built: Callable[[str], Any]) -> None:
         calibrate(model, [[1, 2]], importance="loss")  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("importance", ["gradients", "queries"])
+def test_calibrations_of_ranks_are_of_their_heads(importance: Any) -> None:
+    """In one pass, and in order; weights of all heads are cut as they are."""
+    torch.manual_seed(0)
+    model, texts = llama().eval(), [drawn_ids(160, seed) for seed in range(2, 5)]
+    given = {"tokens": 400, "importance": importance, "bases": ("separate", "joint")}
+    whole = calibrate(model, texts, **given)
+    parts = calibrate(model, texts, tensor_parallel=2, **given)
+    heads = whole.geometry.sections[0].kv_heads
+    assert [part.sections[0].heads for part in parts] == [(0, heads), (heads // 2, heads)]
+    layers, dim = len(whole.geometry.sections[0].layers), whole.geometry.sections[0].k_dim
+    of_k = whole.sections[0].bases["separate"][0].mean.reshape(layers, heads, dim)
+    for i, part in enumerate(parts):
+        [section] = part.sections
+        assert part.model == whole.model
+        own = slice(i * heads // 2, (i + 1) * heads // 2)
+        found = section.bases["separate"][0].mean.reshape(layers, heads // 2, dim)
+        np.testing.assert_allclose(found, of_k[:, own], rtol=1e-4, atol=1e-6)
+        assert section.bases["joint"][0].weighted
+    with pytest.raises(ValueError, match=f"{heads} KV heads cannot be split into 5"):
+        calibrate(model, texts, tensor_parallel=5, **given)
+
+
 @pytest.mark.parametrize("name", ["stablelm", "gemma3"])
 def test_calibration_is_of_keys_before_rope(name: str, built: Callable[[str], Any]) -> None:
     model = built(name)
