@@ -28,6 +28,7 @@ from kvtc_stream.formats import (
     StreamFile,
     StreamParser,
 )
+from kvtc_stream.io import threads
 
 # Drawn caches gain little, and some are meant to be unlike the calibration: streams say so.
 pytestmark = pytest.mark.filterwarnings("ignore::kvtc_stream.KVTCWarning")
@@ -398,3 +399,17 @@ def test_predictors_are_stored_and_checked() -> None:
     for wrong_arrays in ({}, arrays | {"more": x}, arrays | {"spread": -arrays["spread"]}):
         with pytest.raises(kvtc.FormatError):
             importance.TokenImportance.from_arrays(wrong_arrays)
+
+
+@pytest.mark.parametrize("preset", ["paper", "default"])
+def test_threads_change_nothing(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither bytes nor values: not the order of any sum."""
+    calibration = kvtc.testing.tiny_calibration()
+    k, v = kvtc.testing.drawn_cache(calibration.geometry, tokens=300)
+    found = []
+    for count in ("1", "3"):
+        monkeypatch.setenv("KVTC_THREADS", count)
+        monkeypatch.setattr(threads, "_VALUES", 1)
+        data = kvtc.encode(k, v, codec=kvtc.Codec(calibration, preset, ratio=4))
+        found.append([data, *(np.asarray(x).tobytes() for x in kvtc.decode(data, calibration))])
+    assert found[0] == found[1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from strategies import sections
 
 import kvtc_stream as kvtc
-from kvtc_stream.coding.rope import Rotations, gather, scatter
+from kvtc_stream.coding.rope import Rotations, gather, scatter, squared_errors
 
 Float = NDArray[np.float64]
 Keys = tuple[kvtc.Section, NDArray[np.float32], NDArray[np.int64]]
@@ -104,6 +105,33 @@ def test_gather_leaves_other_cells_alone() -> None:
     gather(x, np.array([1, 0]), Rotations.none(2), rows)
     assert rows.tolist() == [[4, 5, 0, 1, -1], [6, 7, 2, 3, -1], [-1] * 5]
     assert section.k_width == 4
+
+
+@given(keys(), st.sampled_from([0.0, -0.0, np.nan, -np.nan, np.inf, -np.inf, 3.4e38, 1e-40, 1.0]))
+def test_bfloat16_is_the_cast_of_float32(case: Keys, hostile: float) -> None:
+    """Read, rounded and compared in place, in any layout."""
+    section, x, positions = case
+    x.reshape(-1)[:1] = hostile
+    with np.errstate(over="ignore"):
+        narrow = x.astype(ml_dtypes.bfloat16)
+    layers, mean = np.arange(len(x)), np.arange(section.k_width, dtype=np.float32) / 7
+    put_on, take_off = Rotations.both(section, positions)
+    rows, wide = (np.zeros((x.shape[2], section.k_width), np.float32) for _ in range(2))
+    apart = np.zeros((*x.shape[:2], 2 * x.shape[2], x.shape[3]), narrow.dtype)[:, :, ::2]
+    apart[:] = narrow
+    with np.errstate(invalid="ignore"):
+        gather(apart, layers, take_off, rows, mean)
+        gather(narrow.astype(np.float32), layers, take_off, wide)
+        np.testing.assert_array_equal(rows, wide - mean)
+        out = np.empty_like(x)
+        scatter(wide, put_on, apart, mean)
+        scatter(wide + mean, put_on, out)
+    np.testing.assert_array_equal(apart.view(np.uint16), out.astype(narrow.dtype).view(np.uint16))
+    found = squared_errors(narrow, apart)
+    for own, other in zip(
+        found, squared_errors(*(a.astype(np.float32) for a in (narrow, apart))), strict=True
+    ):
+        np.testing.assert_array_equal(own, other)
 
 
 @pytest.mark.parametrize("position", [2**24 + 1, 2**40, 2**52])

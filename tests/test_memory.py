@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 from kvtc_stream.io.assembly import assemble
 from kvtc_stream.io.memory import LARGE, Joining, Room, Sealed, copied, joined
-from kvtc_stream.io.threads import SHARE, copy, in_turn, spread, threads
+from kvtc_stream.io.threads import SHARE, beside, copy, in_spans, in_turn, spread, threads
 from kvtc_stream.io.xxh3 import BLOCK, LEAST
 
 #: Around what decides how something is done.
@@ -166,6 +167,38 @@ def test_an_exception_comes_where_its_result_would() -> None:
         next(found)
     with pytest.raises(ZeroDivisionError):
         spread(inverse, [(x,) for x in (2, 1, 0, 4)], 100 * SHARE)
+
+
+@pytest.mark.parametrize("values", [0, 1 << 40])
+def test_all_that_was_begun_beside_a_failure_is_over(
+    values: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KVTC_THREADS", "3")
+    gate, ended = threading.Barrier(2 if values else 1), []
+
+    def task(i: int) -> int:
+        if i < 2:
+            gate.wait(30)  # two are at work at the same time
+        if i in (1, 3):
+            raise ValueError(str(i))
+        ended.append(i)
+        return i * i
+
+    assert beside([partial(int, i) for i in range(9)], values) == list(range(9))
+    with pytest.raises(ValueError, match="1"):
+        beside([partial(task, i) for i in range(6)], values)
+    assert sorted(ended) == ([0, 2, 4, 5] if values else [0])
+
+
+@given(st.integers(0, 40), st.sampled_from([0, 1 << 40]))
+def test_spans_make_up_all_rows(rows: int, values: int) -> None:
+    counts = np.zeros(rows, np.int64)
+
+    def some(own: slice) -> None:
+        counts[own] += 1
+
+    in_spans(some, rows, values)
+    assert (counts == 1).all()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")

@@ -36,6 +36,7 @@ from kvtc_stream.integrations.vllm.transfer import (
     proven_layout,
     slotted,
 )
+from kvtc_stream.io import threads
 
 BLOCK, PAGE = 4, 8
 
@@ -704,8 +705,13 @@ def test_products_do_not_compete_for_cores(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     threadpoolctl = pytest.importorskip("threadpoolctl")
+    monkeypatch.setattr(threads, "_alone", threading.Event())
+    names: set[str] = set()
+    tasks = [lambda: names.add(threading.current_thread().name) for _ in range(9)]
     with threadpoolctl.threadpool_limits(2, "blas"):
         one_blas_thread()
+        threads.beside(tasks, 1 << 40)
+        assert names == {threading.current_thread().name}
         found = threadpoolctl.threadpool_info()
         assert {x["num_threads"] for x in found if x["user_api"] == "blas"} == {1}
     monkeypatch.setitem(sys.modules, "threadpoolctl", None)

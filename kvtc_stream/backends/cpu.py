@@ -15,23 +15,29 @@ from kvtc_stream.backends.base import Coded, SectionCoder, block_errors, layer_e
 from kvtc_stream.backends.cpu_payloads import BandCoding, Quantised, UniformCoding
 from kvtc_stream.calibration.components import Components
 from kvtc_stream.calibration.parts import CalibratedBases, Part, Transforms
-from kvtc_stream.coding.rope import Rotations, gather, scatter, squared_errors
+from kvtc_stream.coding.rope import Rotations, Values, gather, scatter, squared_errors
 from kvtc_stream.coding.values import (
     code_verbatim,
     from_float32,
     section_scales,
     stored_positions,
-    to_float32,
     verbatim_output,
+    widened,
 )
 from kvtc_stream.formats import Block, BlockTable, DType, PartPlan, Role, StreamHeader
 from kvtc_stream.io.dlpack import BackendName, as_kv_array, layer_list, numpy_dtype, to_numpy
 from kvtc_stream.io.memory import empty
+from kvtc_stream.io.threads import beside
 
 Float = NDArray[np.float32]
 #: float64 [2, tokens]: of K and of V.
 _Errors = NDArray[np.float64]
 _Count = Callable[[Block], None]
+
+#: Layers that a thread takes at a time between their cache layout and rows.
+_LAYERS_AT_A_TIME = 8
+#: Short blocks are decoded with a multiple of so many rows: a few more take no more time.
+_ROWS = 16
 
 
 class PagedLayer:
@@ -112,18 +118,27 @@ class _Part:
     ) -> None:
         self.k_layers = np.array(part.k_layers, np.int64)
         self.v_layers = np.array(part.v_layers, np.int64)
-        self.mean = part.mean
+        self.mean = np.array(part.mean)
         self._transforms, self._count = transforms, plan.components
         self._refinement = refinement
         self.synthesis = transforms.synthesis.first(self._count)
         # One fixed shape for every product: however the input is cut, the sums are the same.
         self.rows = np.zeros((block_tokens, part.width), np.float32)
         self.coefficients = np.zeros((block_tokens, plan.components), np.float32)
+        #: What is left of them.
+        self.restored = np.zeros_like(self.coefficients)
 
     @cached_property
     def analysis(self) -> Components:
         """Only encoders need it, and with components in 8 bits it takes a while."""
         return self._transforms.analysis.first(self._count)
+
+    def expand(self, count: int, wanted: Sequence[slice]) -> Sequence[Float]:
+        """``count`` rows of restored coefficients to the ``wanted`` columns, where ``rows`` are."""
+        room = self.rows.reshape(-1)
+        edges = np.cumsum([0, *(count * (own.stop - own.start) for own in wanted)]).tolist()
+        out = [room[first:last].reshape(count, -1) for first, last in pairwise(edges)]
+        return self.synthesis.expand(self.restored[:count], wanted, out)
 
     def analyse(self, strong: int) -> None:
         """Rows to coefficients, refined by the ``strong`` ones."""
@@ -174,13 +189,13 @@ class CpuSectionCoder(SectionCoder):
     def _encode(
         self, k: NDArray[Any], v: NDArray[Any], positions: NDArray[np.int64], start: int
     ) -> Block:
-        k32, v32 = to_float32(k, self._k_scale), to_float32(v, self._v_scale)
+        k_in, v_in = widened(k, self._k_scale), widened(v, self._v_scale)
         put_on, take_off = Rotations.both(self._section, positions)
-        coefficients = self._analyse(k32, v32, take_off)
+        coefficients = self._analyse(k_in, v_in, take_off)
 
         def full(quantised: Quantised) -> _Errors:
-            self._coding.dequantise(quantised, coefficients)
-            return self._reconstruction_errors(k32, v32, put_on)[0]
+            self._coding.dequantise(quantised, self._restored(k.shape[2]))
+            return self._reconstruction_errors(k_in, v_in, put_on)[0]
 
         count: _Count | None = None
         if isinstance(self._coding, UniformCoding):
@@ -190,10 +205,10 @@ class CpuSectionCoder(SectionCoder):
         errors = by_layer = None
         codable = quantised.representable.copy()
         if not self._measure:  # what components there are need not feel every value
-            codable &= np.isfinite(k32).all(axis=(0, 1, 3)) & np.isfinite(v32).all(axis=(0, 1, 3))
+            codable &= np.isfinite(k_in).all(axis=(0, 1, 3)) & np.isfinite(v_in).all(axis=(0, 1, 3))
         else:
-            self._coding.dequantise(quantised, coefficients)
-            errors, by_layer = self._reconstruction_errors(k32, v32, put_on)
+            self._coding.dequantise(quantised, self._restored(k.shape[2]))
+            errors, by_layer = self._reconstruction_errors(k_in, v_in, put_on)
             # Comparisons are false for tokens that are not finite or have no relative error.
             with np.errstate(invalid="ignore"):
                 codable &= (errors <= self._bound).all(axis=0)
@@ -216,18 +231,17 @@ class CpuSectionCoder(SectionCoder):
         target of the block that they become."""
         coding, control = self._coding, self._control
         assert isinstance(coding, UniformCoding)
-        exact = [array.copy() for array in coefficients]  # measuring errors overwrites them
-        grids = [own.completed() for own in coding.grids(exact, positions)]
+        grids = [own.completed() for own in coding.grids(coefficients, positions)]
         if control is None:
-            return coding.quantise(exact, grids), None
+            return coding.quantise(coefficients, grids), None
         # Those that will be verbatim take nothing, however fine the step.
-        fits = coding.quantise(exact, grids).representable
+        fits = coding.quantise(coefficients, grids).representable
         known = fits & np.logical_and.reduce([own.known for own in grids])
 
         def size(which: NDArray[np.bool_], offset: float) -> float:
             if which.all():
-                return coding.size(exact, grids, offset, len(which))
-            some = [x[which] for x in exact], [x[which] for x in grids]
+                return coding.size(coefficients, grids, offset, len(which))
+            some = [x[which] for x in coefficients], [x[which] for x in grids]
             return coding.size(*some, offset, len(which))
 
         restored = float(np.mean([own.offset for own in grids])) if known.any() else None
@@ -244,7 +258,7 @@ class CpuSectionCoder(SectionCoder):
             return size(counted if tokens else known, offset)
 
         def errors_of_counted(offset: float) -> _Errors:
-            return errors(coding.quantise(exact, grids, offset))[:, counted]
+            return errors(coding.quantise(coefficients, grids, offset))[:, counted]
 
         asked = tokens, size_of_counted, errors_of_counted
         offset = control.choose(*asked, restored=restored)
@@ -255,34 +269,54 @@ class CpuSectionCoder(SectionCoder):
             else:
                 control.record(offset, block)
 
-        return coding.quantise(exact, grids, offset), count
+        return coding.quantise(coefficients, grids, offset), count
 
-    def _analyse(self, k: Float, v: Float, take_off: Rotations) -> list[Float]:
+    def _analyse(self, k: Values, v: Values, take_off: Rotations) -> list[Float]:
         """Coefficients [tokens, components] a part, views of what the parts hold."""
-        tokens = k.shape[2]
-        straight = Rotations.none(len(self._section.layers))
+        tokens, s = k.shape[2], self._section
+        straight = Rotations.none(len(s.layers))
+        tasks = []
+        for part in self._parts:
+            part.rows[tokens:] = 0
+            split = len(part.k_layers) * s.kv_heads * s.k_dim
+            for x, turns, layers, first in (
+                (k, take_off, part.k_layers, 0),
+                (v, straight, part.v_layers, split),
+            ):
+                for some, columns in _pieces(slice(0, len(layers)), first, x):
+                    rows, mean = part.rows[:, columns], part.mean[columns]
+                    tasks.append(partial(gather, x, layers[some], turns, rows, mean))
+        beside(tasks, k.size + v.size)
         for part, strong in zip(self._parts, self._coding.strong, strict=True):
-            split = len(part.k_layers) * self._section.kv_heads * self._section.k_dim
-            gather(k, part.k_layers, take_off, part.rows[:, :split])
-            gather(v, part.v_layers, straight, part.rows[:, split:])
             with np.errstate(over="ignore", invalid="ignore"):
-                part.rows[:tokens] -= part.mean
-                part.rows[tokens:] = 0
                 part.analyse(strong)
         return [part.coefficients[:tokens] for part in self._parts]
 
+    def _restored(self, tokens: int) -> list[Float]:
+        """Where the parts take coefficients [tokens, components] from; those of others are 0."""
+        for part in self._parts:
+            part.restored[tokens:] = 0
+        return [part.restored[:tokens] for part in self._parts]
+
     def _reconstruction_errors(
-        self, k: Float, v: Float, put_on: Rotations
+        self, k: Values, v: Values, put_on: Rotations
     ) -> tuple[_Errors, NDArray[np.float64]]:
         """Errors of K and V from the parts' coefficients, decoded; and [2, layers, tokens]."""
-        for part in self._parts:
-            part.coefficients[k.shape[2] :] = 0
         layers = range(len(self._section.layers))
-        k_out, v_out = self._synthesise(k.shape[2], put_on, layers)
-        pairs = [
-            squared_errors(k, to_float32(k_out, self._out_scale(self._k_scale))),
-            squared_errors(v, to_float32(v_out, self._out_scale(self._v_scale))),
-        ]
+        empty = self._empty(k.shape[2], len(layers))
+        restored = self._synthesise(self._header.block_tokens, put_on, layers, *empty)
+        pairs = []
+        for x, y, scale in zip((k, v), restored, (self._k_scale, self._v_scale), strict=True):
+            y = widened(y, self._out_scale(scale))
+            lost, energy = (np.empty((len(layers), k.shape[2])) for _ in range(2))
+            beside(
+                [
+                    partial(squared_errors, x[some], y[some], lost[some], energy[some])
+                    for some, _ in _pieces(slice(0, len(layers)), 0, x)
+                ],
+                x.size,
+            )
+            pairs.append((lost, energy))
         return (
             np.stack([_relative(lost.sum(axis=0), energy.sum(axis=0)) for lost, energy in pairs]),
             np.stack([_relative(*pair) for pair in pairs]),
@@ -324,8 +358,9 @@ class CpuSectionCoder(SectionCoder):
 
     def decode(self, block: Block, layers: Sequence[int]) -> tuple[Any, Any]:
         """See :meth:`kvtc_stream.backends.base.SectionCoder.decode`."""
-        exact = self._unpack(block)
-        return self._join(block, exact, list(layers))
+        k, v = self._empty(block.tokens, len(layers))
+        self._join(block, self._unpack(block), list(layers), k, v)
+        return as_kv_array(k), as_kv_array(v)
 
     def decoding(
         self,
@@ -337,22 +372,31 @@ class CpuSectionCoder(SectionCoder):
     ) -> Iterator[None]:
         """See :meth:`kvtc_stream.backends.base.SectionCoder.decoding`."""
         for block, own in _each(table, slots):
+            exact, chosen = self._unpack(block), list(layers)
+            if isinstance(k, np.ndarray) and own[0] >= 0 and (np.diff(own) == 1).all():
+                place = slice(int(own[0]), int(own[-1]) + 1)
+                self._join(block, exact, chosen, k[:, :, place], v[:, :, place])
+                continue
+            found = self._empty(block.tokens, len(layers))
+            self._join(block, exact, chosen, *found)
             wanted = np.flatnonzero(own >= 0)
-            for found, out in zip(self.decode(block, layers), (k, v), strict=True):
-                for of_layer, array in zip(found, out, strict=True):
+            for values, out in zip(found, (k, v), strict=True):
+                for of_layer, array in zip(values, out, strict=True):
                     array[:, own[wanted]] = of_layer[:, wanted]
         yield
 
     def decode_layers(self, block: Block) -> Callable[[int], tuple[Any, Any]]:
         """See :meth:`kvtc_stream.backends.base.SectionCoder.decode_layers`."""
         exact = self._unpack(block)
-        saved = [part.coefficients.copy() for part in self._parts]
+        saved = [part.restored.copy() for part in self._parts]
 
         def layer(index: int) -> tuple[Any, Any]:
             for part, coefficients in zip(self._parts, saved, strict=True):
                 if index in part.k_layers or index in part.v_layers:
-                    part.coefficients[:] = coefficients
-            return self._join(block, exact, [index])
+                    part.restored[:] = coefficients
+            k, v = self._empty(block.tokens, 1)
+            self._join(block, exact, [index], k, v)
+            return as_kv_array(k), as_kv_array(v)
 
         return layer
 
@@ -378,57 +422,76 @@ class CpuSectionCoder(SectionCoder):
         if len(verbatim) < block.tokens:
             kept = np.delete(np.arange(block.tokens), verbatim)
             # Tokens stay at their row, so that the product sums as the encoder's did.
-            for part in self._parts:
-                part.coefficients[:] = 0
-            self._coding.unpack(block, kept, [part.coefficients for part in self._parts])
+            restored = self._restored(block.tokens)
+            for array in restored:
+                array[verbatim] = 0
+            self._coding.unpack(block, kept, restored)
         return verbatim_output(block, self._header) if len(verbatim) else None
 
     def _join(
-        self, block: Block, exact: tuple[NDArray[Any], NDArray[Any]] | None, layers: list[int]
-    ) -> tuple[Any, Any]:
-        """K and V of some layers, once the block is unpacked."""
+        self,
+        block: Block,
+        exact: tuple[NDArray[Any], NDArray[Any]] | None,
+        layers: list[int],
+        k: NDArray[Any],
+        v: NDArray[Any],
+    ) -> None:
+        """Fill in K and V of some layers, once the block is unpacked."""
         if block.coded_tokens:
             positions = np.array(block.positions, np.int64)
             put_on = Rotations.of(self._section, positions, inverse=False)
-            k, v = self._synthesise(block.tokens, put_on, layers)
-        else:
-            k, v = self._empty(block.tokens, len(layers))
+            # Fewer where a block is short, the same ones however it is read.
+            rows = min(-(-block.tokens // _ROWS) * _ROWS, self._header.block_tokens)
+            self._synthesise(rows, put_on, layers, k, v)
         if exact is not None:
             verbatim = np.array(block.verbatim_tokens, np.int64)
             k[:, :, verbatim] = exact[0][layers]
             v[:, :, verbatim] = exact[1][layers]
-        return as_kv_array(k), as_kv_array(v)
 
     def _synthesise(
-        self, tokens: int, put_on: Rotations, layers: Sequence[int]
+        self,
+        rows: int,
+        put_on: Rotations,
+        layers: Sequence[int],
+        k: NDArray[Any],
+        v: NDArray[Any],
     ) -> tuple[NDArray[Any], NDArray[Any]]:
-        """K and V of ``layers`` from the parts' coefficients, in the output dtype."""
+        """Fill in K and V of ``layers``, in the output dtype, from the parts' coefficients; of
+        ``rows`` of them, those of the tokens and more."""
         straight = Rotations.none(len(self._section.layers))
-        s = self._section
-        k = np.empty((len(layers), s.kv_heads, tokens, s.k_dim), np.float32)
-        v = np.empty((len(layers), s.kv_heads, tokens, s.v_dim), np.float32)
+        s, dtype = self._section, self._header.out_dtype
+        # Kernels write these two; others are cast.
+        direct = dtype in (DType.FLOAT32, DType.BFLOAT16)
+        values = (k, v) if direct else tuple(np.empty(x.shape, np.float32) for x in (k, v))
         for part in self._parts:
             split = len(part.k_layers) * s.kv_heads * s.k_dim
             wanted, targets = [], []
-            for out, rotations, own, first, width in (
-                (k, put_on, part.k_layers, 0, s.kv_heads * s.k_dim),
-                (v, straight, part.v_layers, split, s.kv_heads * s.v_dim),
+            for out, rotations, own, first in (
+                (values[0], put_on, part.k_layers, 0),
+                (values[1], straight, part.v_layers, split),
             ):
+                width = out.shape[1] * out.shape[3]
                 for source, target, count in _runs(own, layers):
                     begin = first + source * width
                     wanted.append(slice(begin, begin + count * width))
                     targets.append((out, rotations, slice(target, target + count)))
             with np.errstate(over="ignore", invalid="ignore"):
-                found = part.synthesis.expand(part.coefficients, wanted)
-            for rows, columns, (out, rotations, place) in zip(found, wanted, targets, strict=True):
-                with np.errstate(over="ignore", invalid="ignore"):
-                    rows += part.mean[columns]
-                scatter(rows, rotations.select(layers[place]), out[place])
-        dtype = self._header.out_dtype
-        return (
-            from_float32(k, dtype, _of_layers(self._out_scale(self._k_scale), layers)),
-            from_float32(v, dtype, _of_layers(self._out_scale(self._v_scale), layers)),
-        )
+                found = part.expand(rows, wanted)
+            tasks = []
+            for x, columns, (out, rotations, place) in zip(found, wanted, targets, strict=True):
+                mean = part.mean[columns]
+                for some, piece in _pieces(place, 0, out):
+                    turns = rotations.select(layers[some])
+                    tasks.append(partial(scatter, x[:, piece], turns, out[some], mean[piece]))
+            beside(tasks, k.size + v.size)
+        if not direct:
+            scales = (
+                _of_layers(self._out_scale(x), layers) for x in (self._k_scale, self._v_scale)
+            )
+            k[...], v[...] = (
+                from_float32(x, dtype, scale) for x, scale in zip(values, scales, strict=True)
+            )
+        return k, v
 
     def _empty(self, tokens: int, layers: int) -> tuple[NDArray[Any], NDArray[Any]]:
         s, dtype = self._section, numpy_dtype(self._header.out_dtype)
@@ -451,6 +514,17 @@ def _each(table: BlockTable, slots: NDArray[np.int64]) -> Iterator[tuple[Block, 
 
 def _of_layers(scale: Float | None, layers: Sequence[int]) -> Float | None:
     return None if scale is None else scale[list(layers)]
+
+
+def _pieces(layers: slice, first: int, x: NDArray[Any]) -> list[tuple[slice, slice]]:
+    """Layers of ``x``, some for a thread at a time, and their columns, the first at ``first``."""
+    width, found = x.shape[1] * x.shape[3], []
+    for begin in range(layers.start, layers.stop, _LAYERS_AT_A_TIME):
+        some = slice(begin, min(begin + _LAYERS_AT_A_TIME, layers.stop))
+        end = first + (some.stop - begin) * width
+        found.append((some, slice(first, end)))
+        first = end
+    return found
 
 
 def _runs(own: NDArray[np.int64], wanted: Sequence[int]) -> list[tuple[int, int, int]]:

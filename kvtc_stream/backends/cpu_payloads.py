@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from kvtc_stream.coding.uniform import UniformBands
 from kvtc_stream.errors import FormatError
 from kvtc_stream.formats import Block, Coder, PartPlan
 from kvtc_stream.formats.coders import compress_beside
+from kvtc_stream.io.threads import beside
 
 Float = NDArray[np.float32]
 
@@ -92,8 +95,7 @@ class UniformCoding:
                     "from this calibration"
                 )
             families = part.uniform.families
-            coder = rans.Families(families.frequencies)
-            self._bands.append(UniformBands(plan.bands, coder, families.ids))
+            self._bands.append(UniformBands(plan.bands, families.coder, families.ids))
             self._importances.append(part.uniform.importance)
             self.strong.append(part.strong(self._bands[-1]))
             self._unit = part.uniform.unit
@@ -167,21 +169,24 @@ class UniformCoding:
         for bands, symbols, classes, array in zip(
             self._bands, quantised.symbols, quantised.classes, out, strict=True
         ):
-            array[:] = 0
-            bands.dequantise(symbols[rows], classes[rows], quantised.step, array, rows)
+            if len(rows) < len(array):
+                array[:] = 0
+                symbols, classes = symbols[rows], classes[rows]
+            bands.dequantise(symbols, classes, quantised.step, array, rows)
 
     def pack(self, quantised: Quantised, kept: NDArray[np.int64]) -> tuple[Coder, bytes, int]:
         """Coder, payload and coded size (the number of symbols) of the ``kept`` tokens."""
         if not len(kept):
             return Coder.STORED, b"", 0
-        tiles = []
+        tasks = []
         for bands, symbols, classes in zip(
             self._bands, quantised.symbols, quantised.classes, strict=True
         ):
-            chosen, ids = symbols[kept], bands.ids(quantised.level)
+            own, ids = classes[kept], bands.ids(quantised.level)
             for tile in payload.tiles(ids.shape[1], payload.TILE_COMPONENTS):
-                own = np.ascontiguousarray(chosen[:, tile]), np.ascontiguousarray(ids[:, tile])
-                tiles.append(rans.encode(own[0], classes[kept], own[1], bands.families))
+                of_tile = symbols[:, tile], kept, own, ids[:, tile]
+                tasks.append(partial(_pack_tile, *of_tile, bands.families))
+        tiles = beside(tasks, len(kept) * sum(self._coded))
         pieces = [
             payload.head(quantised.step, quantised.level, list(map(len, tiles))),
             *tiles,
@@ -197,19 +202,41 @@ class UniformCoding:
     def unpack(self, block: Block, kept: NDArray[np.int64], out: Sequence[Float]) -> None:
         """Values of a block's tokens into rows ``kept`` of ``out``; ``FormatError`` if damaged."""
         found = payload.UniformPayload.parse(block, self._coded)
-        data, tokens = memoryview(block.coded), len(kept)
-        first = found.tiles
-        ends = iter((first + np.cumsum(found.lengths, dtype=np.int64)).tolist())
+        data, tokens, first = memoryview(block.coded), len(kept), found.tiles
+        edges = pairwise([first, *(first + np.cumsum(found.lengths, dtype=np.int64)).tolist()])
+        tasks = []
         for i, (bands, array) in enumerate(zip(self._bands, out, strict=True)):
             of_part = found.classes + i * payload.nibbles(tokens)
             classes = payload.unpack_classes(
                 data[of_part : of_part + payload.nibbles(tokens)], tokens
             )
             ids = bands.ids(found.level)
-            symbols = np.empty((tokens, ids.shape[1]), np.int32)
             for tile in payload.tiles(ids.shape[1], found.tile_components):
-                end = next(ends)
-                own = np.ascontiguousarray(ids[:, tile])
-                symbols[:, tile] = rans.decode(data[first:end], classes, own, bands.families)
-                first = end
-            bands.dequantise(symbols, classes, found.step, array, kept)
+                coded = data[slice(*next(edges))], classes, np.ascontiguousarray(ids[:, tile])
+                tasks.append(partial(_unpack_tile, bands, tile, coded, found.step, array, kept))
+        beside(tasks, tokens * sum(self._coded))
+
+
+def _pack_tile(
+    symbols: NDArray[np.int32],
+    rows: NDArray[np.int64],
+    classes: NDArray[np.uint8],
+    ids: NDArray[np.uint8],
+    families: rans.Families,
+) -> bytes:
+    """A tile of some rows of symbols; see :func:`kvtc_stream.coding.rans.encode`."""
+    return rans.encode(symbols[rows], classes, np.ascontiguousarray(ids), families)
+
+
+def _unpack_tile(
+    bands: UniformBands,
+    tile: slice,
+    coded: tuple[memoryview, NDArray[np.uint8], NDArray[np.uint8]],
+    step: float,
+    out: Float,
+    rows: NDArray[np.int64],
+) -> None:
+    """Values of a tile while its symbols are still in a cache; ``coded`` is it, the classes of its
+    tokens, and the families of its components."""
+    symbols = rans.decode(*coded, bands.families)
+    bands.dequantise(symbols, coded[1], step, out, rows, tile)

@@ -155,15 +155,21 @@ class Components:
         inner = xp.concatenate([xp.concatenate(leading, axis=1) @ self.second.T, *others], axis=1)
         return xp.take(inner, xp.asarray(self.order), axis=1, out=out)
 
-    def expand(self, coefficients: Array, wanted: Sequence[slice]) -> list[Array]:
-        """``coefficients`` [n, rank] times the matrix: an array for each of ``wanted``."""
-        if self.order is None:
-            return [coefficients @ self.local[0][:, span] for span in wanted]
-        assert self.second is not None
+    def expand(
+        self, coefficients: Array, wanted: Sequence[slice], out: Sequence[Array] | None = None
+    ) -> Sequence[Array]:
+        """``coefficients`` [n, rank] times the matrix: an array for each of ``wanted``, those of
+        ``out`` if they are given."""
         xp, count = self.xp or np, len(coefficients)
+        if out is None:
+            out = [xp.empty((count, s.stop - s.start), coefficients.dtype) for s in wanted]
+        if self.order is None:
+            for span, target in zip(wanted, out, strict=True):
+                xp.matmul(coefficients, self.local[0][:, span], out=target)
+            return out
+        assert self.second is not None
         inner = xp.take(coefficients, xp.asarray(self.order.argsort()), axis=1)
         second = inner[:, : len(self.second)]
-        out = [xp.empty((count, s.stop - s.start), inner.dtype) for s in wanted]
         for spans, matrix, leading, others in self._of_groups():
             targets = _overlaps(spans, wanted, out)
             if targets:

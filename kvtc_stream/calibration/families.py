@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numba
@@ -39,7 +40,7 @@ _F32 = np.float32
 _jit = numba.njit(cache=True, nogil=True, error_model="numpy")
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class FamilyTables:
     """Frequency tables, and mean costs per token and component at every base step.
 
@@ -65,6 +66,11 @@ class FamilyTables:
     rate: npt.NDArray[np.float32]
     distortion: npt.NDArray[np.float32]
     energy: npt.NDArray[np.float64]
+
+    @cached_property
+    def coder(self) -> Families:
+        """What codes with the tables: looking symbols up takes larger ones, which are kept."""
+        return Families(self.frequencies)
 
 
 class SymbolCounter:

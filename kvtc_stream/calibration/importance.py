@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from kvtc_stream.coding.rans import CLASSES, MIDDLE
 from kvtc_stream.errors import FormatError
+from kvtc_stream.io.threads import in_spans
 
 #: Step sizes are proportional to importance^(-ALPHA). With an exact predictor and independent
 #: errors, 0.5 would be best. Compression ratio on SmolLM2-135M, relative to the published method at
@@ -67,9 +68,13 @@ class TokenImportance:
         """
         edges = group_edges(len(self.scale))
         features = np.empty((len(coefficients), len(self.centre)), np.float32)
-        _features(coefficients, self.scale, edges, features)
         out = np.empty(len(coefficients), np.float32)
-        _predict(features, self.weights, self.centre, self.spread, out)
+
+        def some(own: slice) -> None:
+            _features(coefficients[own], self.scale, edges, features[own])
+            _predict(features[own], self.weights, self.centre, self.spread, out[own])
+
+        in_spans(some, len(coefficients), len(coefficients) * len(self.scale))
         return out
 
     def wishes(self, coefficients: NDArray[np.float32]) -> NDArray[np.float32]:

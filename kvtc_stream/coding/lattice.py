@@ -27,6 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvtc_stream.coding.rans import CLASSES
+from kvtc_stream.io.threads import in_spans
 
 #: Stands for the grid of a token that lies on none.
 NO_GRID = -(1 << 15)
@@ -55,6 +56,9 @@ LOG_LOSS, LOG_HALF_OCTAVE, CERTAIN = math.log(4), math.log(2) / 2, 32.0
 #: Known tokens, and their part of those with coarse steps, from which on a block is taken for one
 #: that was restored.
 FEWEST, ALMOST_ALL = 16, 0.9
+
+#: Grids that a token is compared with, about.
+_TRIES = 4
 
 _F32 = np.float32
 _jit = numba.njit(cache=True, nogil=True, error_model="numpy")
@@ -159,7 +163,12 @@ def recognise(
     """
     grids = np.empty(len(coefficients), np.int16)
     leading = min(LEADING, len(scale))
-    _recognise(coefficients[:, :leading], scale[:leading], wishes, grids)
+    shared = scale[:leading]
+
+    def some(own: slice) -> None:
+        _recognise(coefficients[own, :leading], shared, wishes[own], grids[own])
+
+    in_spans(some, len(coefficients), len(coefficients) * leading * _TRIES)
     return TokenGrids(wishes, grids)
 
 

@@ -22,6 +22,7 @@ from kvtc_stream.coding import lattice
 from kvtc_stream.coding.rans import CLASSES, ESCAPE, ZERO, Families
 from kvtc_stream.errors import FormatError
 from kvtc_stream.formats.plan import Band, Quantiser
+from kvtc_stream.io.threads import in_spans
 
 #: Integers up to here are exact in binary32; a token with a larger one is stored verbatim.
 MAX_SYMBOL = 1 << 24
@@ -34,6 +35,8 @@ _QUARTERS = np.array(
     ]
 )
 _STEPS = np.arange(256 + CLASSES)
+#: Levels whose families are kept: blocks take few, and encoders ask for some of them many times.
+_LEVELS = 16
 
 _F32 = np.float32
 _jit = numba.njit(cache=True, nogil=True, error_model="numpy")
@@ -62,14 +65,22 @@ class UniformBands:
         sizes = [b.size for b in bands]
         coded = np.repeat([b.quantiser is Quantiser.UNIFORM for b in bands], sizes)
         self.components = np.flatnonzero(coded)
+        self._others = np.flatnonzero(~coded)
         self.base = np.repeat(np.array([b.step for b in bands], np.uint8), sizes)[coded]
         self.families = families
         self._ids = ids
+        self._of_level: dict[int, npt.NDArray[np.uint8]] = {}
 
     def ids(self, level: int) -> npt.NDArray[np.uint8]:
         """uint8 [16, coded]: families at ``level`` quarter octaves above the bands' steps."""
-        rows = (self.base.astype(np.int64) + level).clip(0, len(self._ids) - 1)
-        return np.ascontiguousarray(self._ids[rows, :, self.components].T)
+        found = self._of_level.get(level)
+        if found is None:
+            rows = (self.base.astype(np.int64) + level).clip(0, len(self._ids) - 1)
+            found = np.ascontiguousarray(self._ids[rows, :, self.components].T)
+            if len(self._of_level) == _LEVELS:
+                self._of_level.clear()
+            self._of_level[level] = found
+        return found
 
     def grids(
         self,
@@ -104,8 +115,12 @@ class UniformBands:
         """
         symbols = np.empty((len(coefficients), len(self.components)), np.int32)
         representable = np.empty(len(coefficients), np.bool_)
-        arguments = (coefficients, classes, self.components, self.base, steps(step))
-        _quantise(*arguments, symbols, representable)
+        shared = self.components, self.base, steps(step)
+
+        def some(own: slice) -> None:
+            _quantise(coefficients[own], classes[own], *shared, symbols[own], representable[own])
+
+        in_spans(some, len(coefficients), symbols.size)
         return symbols, representable
 
     def bits(
@@ -116,8 +131,15 @@ class UniformBands:
         level: int,
     ) -> float:
         """What these tokens would take; arguments as for :meth:`quantise`."""
-        arguments = (coefficients, classes, self.components, self.base, steps(step))
-        return float(_measure(*arguments, self.ids(level), self.families.bits))
+        shared = self.components, self.base, steps(step), self.ids(level), self.families.bits
+        found = np.empty(len(coefficients), np.float32)
+
+        def some(own: slice) -> None:
+            _measure(coefficients[own], classes[own], *shared, found[own])
+
+        in_spans(some, len(coefficients), len(coefficients) * len(self.components))
+        # One after the other: the sum does not depend on the threads.
+        return float(np.cumsum(found, dtype=np.float64)[-1]) if len(found) else 0.0
 
     def dequantise(
         self,
@@ -126,16 +148,20 @@ class UniformBands:
         step: float,
         out: npt.NDArray[np.float32],
         rows: npt.NDArray[np.int64],
+        tile: slice = slice(None),
     ) -> None:
-        """Values of ``symbols`` into ``rows`` of ``out``; other components become 0.
+        """Values of ``symbols``, of a tile of the coded components, into ``rows`` of ``out``; those
+        that are not coded become 0.
 
         Raises
         ------
         FormatError
             A symbol is beyond 2²⁴, or a value is not finite.
         """
-        out[rows] = 0
-        if not _dequantise(symbols, classes, self.components, self.base, steps(step), rows, out):
+        if len(self._others):
+            out[np.ix_(rows, self._others)] = 0
+        own = self.components[tile], self.base[tile]
+        if not _dequantise(symbols, classes, *own, steps(step), rows, out):
             raise FormatError(
                 f"a symbol is beyond ±{MAX_SYMBOL}, or its value is not finite: the writer is at "
                 f"fault"
@@ -155,8 +181,7 @@ def _quantise(x, classes, components, base, deltas, symbols, representable):  # 
 
 
 @_jit
-def _measure(x, classes, components, base, deltas, ids, bits):  # type: ignore[no-untyped-def]
-    total = np.float64(0)
+def _measure(x, classes, components, base, deltas, ids, bits, out):  # type: ignore[no-untyped-def]
     for t in range(len(x)):
         own = ids[classes[t]]
         token = _F32(0)
@@ -169,8 +194,7 @@ def _measure(x, classes, components, base, deltas, ids, bits):  # type: ignore[n
                 token += bits[own[i], ESCAPE]
                 if not magnitude < _F32(32767.5):
                     token += _F32(32)
-        total += token
-    return total
+        out[t] = token
 
 
 @_jit

@@ -27,6 +27,11 @@ def to_float32(x: Array, scale: Float | None) -> Float:
     return values
 
 
+def widened(x: Array, scale: Float | None) -> Array:
+    """``x`` as bfloat16, if it is, else as :func:`to_float32`: what the kernels of rows read."""
+    return x if x.dtype == ml_dtypes.bfloat16 else to_float32(x, scale)
+
+
 def from_float32(x: Float, dtype: DType, scale: Float | None) -> Array:
     """The inverse: round to ``dtype``, ties to even; fp8 is divided by its scale and saturates."""
     if dtype.is_fp8:

@@ -6,8 +6,9 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 from itertools import islice, starmap
+from threading import Event
 from typing import Any, TypeVar
 
 import numpy as np
@@ -19,6 +20,10 @@ R = TypeVar("R")
 
 #: A thread is given at least this many bytes.
 SHARE = 2 << 20
+#: Or so many values to compute: a fifth of a millisecond of work at the least.
+_VALUES = 1 << 16
+#: Spans that rows are cut into: so that threads are done at about the same time.
+_SPANS = 8
 #: Calls that are submitted before the first result is taken.
 _AHEAD = 16
 #: Maximum number of threads that share the calls of one task.
@@ -27,6 +32,8 @@ _MAX_SHARES = 16
 _NO_MORE = 1 << 40
 #: Looks at whether others are done: some milliseconds of them.
 _POLLS = 1 << 17
+#: Set by :func:`stay_alone`.
+_alone = Event()
 
 
 @cache
@@ -86,6 +93,47 @@ def begin(
 def spread(function: Callable[..., R], arguments: Sequence[tuple[Any, ...]], size: int) -> list[R]:
     """Like :func:`begin`, but wait for the results and return them."""
     return begin(function, arguments, size)()
+
+
+def stay_alone() -> None:
+    """Let :func:`beside` use the caller's thread only, from now on: for processes in which as many
+    threads call it as there are cores."""
+    _alone.set()
+
+
+def beside(tasks: Sequence[Callable[[], R]], values: int) -> list[R]:
+    """Make all calls, which release the GIL most of the time, on threads and on the caller's.
+
+    All are over when it returns their results, or raises what the first that failed raised.
+    ``values`` are how many all of them compute: a few are no work for a thread.
+    """
+    count = min(values // _VALUES, len(tasks), environment.threads()) - 1
+    if count < 1 or _alone.is_set():
+        return [task() for task in tasks]
+    rest, found = iter(range(len(tasks))), dict[int, R]()
+    errors: dict[int, BaseException] = {}
+
+    def take() -> None:
+        for i in rest:
+            try:
+                found[i] = tasks[i]()
+            except BaseException as error:
+                errors[i] = error
+
+    helpers = [threads().submit(take) for _ in range(count)]
+    take()
+    for helper in helpers:
+        if not helper.cancel():  # it came to it in time
+            helper.result()
+    if errors:
+        raise errors[min(errors)]
+    return [found[i] for i in range(len(tasks))]
+
+
+def in_spans(function: Callable[[slice], Any], rows: int, values: int) -> None:
+    """Call a function for slices that make up so many rows, see :func:`beside`."""
+    size = max(-(-rows // _SPANS) if values >= 2 * _VALUES else rows, 1)
+    beside([partial(function, slice(i, i + size)) for i in range(0, rows, size)], values)
 
 
 class Shared:

@@ -30,6 +30,7 @@ from kvtc_stream.formats import BlockTable
 from kvtc_stream.integrations.hosts.layouts import VLLM_LAYOUTS, Layout
 from kvtc_stream.integrations.hosts.store import Store
 from kvtc_stream.integrations.vllm.scheduling import PageJob
+from kvtc_stream.io.threads import stay_alone
 from kvtc_stream.stream.pages import PageCodec
 
 _log = logging.getLogger(__name__)
@@ -786,8 +787,10 @@ class PageTransfer:
 
 
 def one_blas_thread() -> None:
-    """Let matrix products run on the thread that asks for them: pages have a thread each already,
-    and threads of OpenBLAS spin while they wait for cores that the model has."""
+    """Let matrix products, and all else of a page, run on the thread that asks for them: pages have
+    a thread each already, and threads of OpenBLAS spin while they wait for cores that the model
+    has."""
+    stay_alone()
     try:
         from threadpoolctl import threadpool_limits
     except ModuleNotFoundError:
