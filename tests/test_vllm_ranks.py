@@ -6,7 +6,6 @@ from __future__ import annotations
 import dataclasses
 import pickle
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -356,16 +355,3 @@ def test_a_rank_learns_its_heads(tmp_path: Path) -> None:
     assert found.sections[0].heads == expected.sections[0].heads == (1, 2)
     assert with_heads(found, [(0, 1)]).geometry == geometry
     assert found.tokens == expected.tokens == 252
-
-
-def test_the_tier_says_that_it_has_one_rank() -> None:
-    pytest.importorskip("vllm")
-    from kvtc_stream.integrations.vllm.tier import refusals
-
-    config = SimpleNamespace(
-        parallel_config=SimpleNamespace(tensor_parallel_size=2),
-        cache_config=SimpleNamespace(prefix_caching_hash_algo="sha256"),
-        lora_config=None,
-    )
-    spec = SimpleNamespace(config=SimpleNamespace(canonical_layout=False))
-    assert "tensor_parallel_size is 2" in refusals(config, spec)[0]
