@@ -126,7 +126,7 @@ def calibrated(
     from kvtc_stream.integrations.transformers import calibrate
 
     documents = quality.calibration_documents(tokenizer, texts, args.tokens or _TOKENS)
-    made = calibrate(
+    made: kvtc.Calibration = calibrate(
         model,
         documents,
         tokenizer=tokenizer,
