@@ -3,6 +3,7 @@ engine."""
 
 from __future__ import annotations
 
+import gc
 import mmap
 import os
 import signal
@@ -548,11 +549,13 @@ def events(call: Callable[[], Any]) -> int:
         nonlocal count
         count += event in ("call", "c_call")
 
+    gc.disable()  # others' callbacks of the collector would be counted
     sys.setprofile(note)
     try:
         call()
     finally:
         sys.setprofile(None)
+        gc.enable()
     return count
 
 

@@ -41,6 +41,8 @@ _log = logging.getLogger(__name__)
 _FETCHES, _LOOKUPS = 4, 4
 #: Seconds between looks at what does not come.
 _TICK = 0.1
+#: Niceness of this process beside the scheduler's: where cores are few, the scheduler goes first.
+_NICENESS = 10
 #: Order of work: somebody waits for what is loaded, nobody for what is stored.
 _LOAD, _STORE, _END = range(3)
 
@@ -435,6 +437,7 @@ def main(pipe: int, memory_file: int) -> None:
     """Serve until told to end, or until the scheduler's process is gone."""
     logging.basicConfig(format="kvtc tier: %(message)s", level=logging.WARNING)
     connection = Connection(pipe)
+    os.nice(_NICENESS)
     try:
         worker = worker_of(connection.recv(), connection, memory_file)
     except Exception as error:
