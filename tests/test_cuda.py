@@ -150,7 +150,7 @@ def test_symbols_are_the_same(calibration: kvtc.Calibration) -> None:
         for i, (part, own) in enumerate(zip(plan.parts, coder._parts, strict=True)):
             rows = slice(part.start, part.stop)
             base = plan.steps[rows, None]
-            values = own.coefficients[: block.tokens, : len(part)].T
+            values = own.restored[: block.tokens, : len(part)].T
             expected = np.rint(values / (scales[i].astype(np.float64) * base))
             expected *= cupy.asnumpy(plan.down)[rows, None]
             np.testing.assert_array_equal(found[rows, first : first + block.tokens], expected)

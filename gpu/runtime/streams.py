@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from types import SimpleNamespace
@@ -40,28 +40,28 @@ def beside(event: Any) -> Iterator[None]:
 
 def interleave(tasks: Iterable[Iterator[None]]) -> None:
     """Take tasks to their ends from this thread, a few at a time, each in a stream of its own,
-    after what is in the current stream; waits for them, and for the device. One alone is in the
-    current stream itself.
+    after what is in the current stream when its turn comes; waits for them, and for the device. Of
+    a sequence of one that one is in the current stream itself.
 
     A new task makes its first step before older ones make their next: what it begins is done while
     the host waits for them.
     """
-    waiting = list(tasks)
-    if len(waiting) < 2:
-        for _ in chain.from_iterable(waiting):
+    if isinstance(tasks, Sequence) and len(tasks) < 2:
+        for _ in chain.from_iterable(tasks):
             pass
         return
     device, ready = cupy.cuda.runtime.getDevice(), cupy.cuda.Event(disable_timing=True)
-    ready.record()
     free = [_stream(device, i) for i in range(IN_FLIGHT)]
-    streams = list(free)
+    streams, waiting = list(free), iter(tasks)
     running: deque[tuple[Any, Iterator[None]]] = deque()
-    for stream in streams:
-        stream.wait_event(ready)
     try:
-        while waiting or running:
-            if waiting and free:
-                running.appendleft((free.pop(0), waiting.pop(0)))
+        while True:
+            if free and (new := next(waiting, None)) is not None:
+                ready.record()
+                free[0].wait_event(ready)
+                running.appendleft((free.pop(0), new))
+            if not running:
+                break
             for stream, task in list(running):
                 with stream:
                     ended = next(task, running) is running

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, Unpack
 
@@ -152,88 +152,83 @@ def decode_many(
     if out is not None and len(out) != len(streams):
         raise ValueError(f"found {len(streams)} streams and {len(out)} caches for them")
     coding = get_backend(backend, *(_tensors(out[0]) if out else ()))
-    members = []
-    for i, data in enumerate(streams):
-        with _about("streams", i, len(streams)):
-            reader = open(data, calibration=calibration, backend=coding.name, limits=limits)
-        members.append(_Member(reader, i, len(streams)))
-    kinds: dict[Any, list[int]] = {}
-    tasks: list[Iterator[None]] = []
-    for i, member in enumerate(members):
-        h = member.reader.header
-        key = (h.plan, h.geometry, h.dtype, h.out_dtype, h.scales, h.block_tokens)
-        cache = None if out is None else out[i]
-        if isinstance(cache, PagedCache):
-            kinds.setdefault((*key, id(cache.k), id(cache.v)), []).append(i)
-        elif cache is None:
-            kinds.setdefault(key, []).append(i)
-        else:
-            tasks.append(_decoding_apart(member, section, cache))
-    results: list[tuple[Any, Any]] = [(None, None)] * len(streams)
-    for chosen in kinds.values():
-        group = [members[i] for i in chosen]
-        if out is None:
-            pairs, own = _together(group, section, coding)
-            for i, pair in zip(chosen, pairs, strict=True):
-                results[i] = pair
-        else:
-            pages = [cache for i in chosen if isinstance(cache := out[i], PagedCache)]
-            own = _into_pages(group, pages, section, coding)
-        tasks += own
-    coding.interleave(tasks)
-    return results if out is None else list(out)
+    results: list[Any] = [None] * len(streams) if out is None else list(out)
+
+    def tasks() -> Iterator[Iterator[None]]:
+        """The next streams are opened while a device decodes those before."""
+        kinds: defaultdict[Any, _Kind] = defaultdict(_Kind)
+        for i, data in enumerate(streams):
+            with _about("streams", i, len(streams)):
+                reader = open(data, calibration=calibration, backend=coding.name, limits=limits)
+                member, cache = _Member(reader, i, len(streams)), results[i]
+                if cache is not None and not isinstance(cache, PagedCache):
+                    yield _decoding_apart(member, section, cache)
+                    continue
+                tokens = reader.tokens(section)
+            h = reader.header
+            key = (h.plan, h.geometry, h.dtype, h.out_dtype, h.scales, h.block_tokens)
+            kind = kinds[(*key, id(cache.k), id(cache.v)) if cache else key]
+            if kind.members and kind.tokens + tokens > coding.batch_tokens:
+                yield _together(kind, section, coding, results)
+            kind.members.append(member)
+            kind.tokens += tokens
+        for kind in kinds.values():
+            yield _together(kind, section, coding, results)
+
+    coding.interleave(tasks() if len(streams) > 1 else list(tasks()))
+    return results
+
+
+@dataclass
+class _Kind:
+    """Streams that share launches, as many as wait.
+
+    Attributes
+    ----------
+    members, tokens
+        Those that wait.
+    idle
+        Coders that nobody uses: they keep buffers, so there are as few as work at a time.
+    """
+
+    members: list[_Member] = field(default_factory=list)
+    tokens: int = 0
+    idle: deque[Any] = field(default_factory=deque)
 
 
 def _tensors(cache: PagedCache | tuple[Any, Any]) -> tuple[Any, Any]:
     return (cache.k, cache.v) if isinstance(cache, PagedCache) else cache
 
 
-def _together(
-    members: list[_Member], section: int, backend: Backend
-) -> tuple[list[tuple[Any, Any]], list[Iterator[None]]]:
-    """New K and V of each stream, and the tasks that fill them."""
+def _together(kind: _Kind, section: int, backend: Backend, results: list[Any]) -> Iterator[None]:
+    """The task that decodes those that wait, to pages that ``results`` has, or to new tensors that
+    it gets."""
+    members, kind.members, kind.tokens = kind.members, [], 0
     counts = [member.reader.tokens(section) for member in members]
-    ends = np.cumsum([0, *counts]).tolist()
-    first_reader = members[0].reader
-    blocks = first_reader.block_decoder
-    layers = len(first_reader.header.geometry.sections[section].layers)
-    k, v = blocks.empty(section, layers, ends[-1])
-    spans = list(pairwise(ends))
-    slots = [np.arange(first, last) for first, last in spans]
-    pairs = [
-        (blocks.output(k[:, :, first:last]), blocks.output(v[:, :, first:last]))
-        for first, last in spans
-    ]
-    return pairs, _decoding(list(zip(members, slots, strict=True)), section, backend, k, v)
+    blocks = members[0].reader.block_decoder
+    layers = len(members[0].reader.header.geometry.sections[section].layers)
+    if results[members[0].index] is None:
+        edges = np.cumsum([0, *counts]).tolist()
+        slots = [np.arange(first, last) for first, last in pairwise(edges)]
+        k, v = blocks.empty(section, layers, edges[-1])
+        for member, (first, last) in zip(members, pairwise(edges), strict=True):
+            pair = k[:, :, first:last], v[:, :, first:last]
+            results[member.index] = blocks.output(pair[0]), blocks.output(pair[1])
+    else:
+        pages = [results[member.index] for member in members]
+        slots = _places(members, counts, pages, section, backend)
+        k, v = map(backend.pool, (pages[0].k, pages[0].v))
 
+    def steps() -> Iterator[None]:
+        tables = [member.stored(section) for member in members]
+        own = [_slots(table, places) for table, places in zip(tables, slots, strict=True)]
+        coder = kind.idle.pop() if kind.idle else blocks.coder(section)
+        yield from coder.decoding(
+            BlockTable.concat(tables), np.concatenate(own), range(layers), k, v
+        )
+        kind.idle.append(coder)
 
-def _decoding(
-    streams: Sequence[tuple[_Member, NDArray[np.int64]]],
-    section: int,
-    backend: Backend,
-    k: Any,
-    v: Any,
-) -> list[Iterator[None]]:
-    """Tasks that decode streams of one kind, with the slots of their tokens, into arrays of the
-    backend."""
-    layers = range(len(streams[0][0].reader.header.geometry.sections[section].layers))
-    # Coders keep buffers: as few as work at a time.
-    idle: deque[Any] = deque()
-
-    def one(group: Sequence[tuple[_Member, NDArray[np.int64]]]) -> Iterator[None]:
-        tables = [member.stored(section) for member, _ in group]
-        slots = [_slots(table, own) for table, (_, own) in zip(tables, group, strict=True)]
-        try:
-            coder = idle.pop()
-        except IndexError:
-            coder = group[0][0].reader.block_decoder.coder(section)
-        yield from coder.decoding(BlockTable.concat(tables), np.concatenate(slots), layers, k, v)
-        idle.append(coder)
-
-    tokens = np.cumsum([len(slots) for _, slots in streams])
-    edges = np.searchsorted(tokens, np.arange(0, tokens[-1], backend.batch_tokens), side="right")
-    groups = [streams[i:j] for i, j in pairwise([*np.unique(edges).tolist(), len(streams)])]
-    return list(map(one, groups))
+    return steps()
 
 
 def _decoding_apart(member: _Member, section: int, out: tuple[Any, Any]) -> Iterator[None]:
@@ -261,20 +256,24 @@ def _decoding_apart(member: _Member, section: int, out: tuple[Any, Any]) -> Iter
     return named()
 
 
-def _into_pages(
-    members: list[_Member], pages: list[PagedCache], section: int, backend: Backend
-) -> list[Iterator[None]]:
-    header = members[0].reader.header
-    layers, expected = len(header.geometry.sections[section].layers), header.out_dtype
+def _places(
+    members: Sequence[_Member],
+    counts: Sequence[int],
+    pages: Sequence[PagedCache],
+    section: int,
+    backend: Backend,
+) -> list[NDArray[np.int64]]:
+    """The slots of each stream's tokens in pages of one pool, which can hold them."""
     slots = []
-    for member, cache in zip(members, pages, strict=True):
+    for member, tokens, cache in zip(members, counts, pages, strict=True):
         with member.about():
-            tokens = member.reader.tokens(section)
             if tokens != cache.tokens:
                 raise ValueError(
                     f"the stream has {tokens} tokens, the pages are for {cache.tokens}"
                 )
             slots.append(cache.slots())
+    header = members[0].reader.header
+    layers, expected = len(header.geometry.sections[section].layers), header.out_dtype
     for tensors in (pages[0].k, pages[0].v):
         if len(tensors) != layers:
             raise ValueError(f"found pages of {len(tensors)} layers, the stream has {layers}")
@@ -286,8 +285,7 @@ def _into_pages(
                     f"pages are {found.label}, the stream decodes to {expected.label}: make pages "
                     f"of that, or choose another out_dtype when encoding"
                 )
-    streams = list(zip(members, slots, strict=True))
-    return _decoding(streams, section, backend, *map(backend.pool, (pages[0].k, pages[0].v)))
+    return slots
 
 
 def _slots(table: BlockTable, of_section: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -32,6 +32,7 @@ from kvtc_stream.formats import (
 )
 from kvtc_stream.io.dlpack import BackendName, as_kv_array
 from kvtc_stream.io.sources import Growing, Source, open_source
+from kvtc_stream.io.steps import Steps, run
 from kvtc_stream.stream.decoder import BlockDecoder, KVBlock
 
 #: Blocks that are decoded together.
@@ -157,6 +158,18 @@ class Reader:
         another kind (a writer's fault that its checksums cover, a device that fails) their content
         is undefined.
         """
+        return run(self._reading(tokens, layers, section, out=out))
+
+    def _reading(
+        self,
+        tokens: slice | None = None,
+        layers: slice | None = None,
+        section: int = 0,
+        *,
+        out: tuple[Any, Any] | None = None,
+    ) -> Steps[tuple[Any, Any]]:
+        """:meth:`read`, for those who do something else while a device works. Nobody else reads
+        between two steps."""
         first, last = _span(tokens, self.tokens(section), "tokens")
         geometry = self._header.geometry.sections[section]
         count = len(range(*_span(layers, len(geometry.layers), "layers")))
@@ -181,7 +194,7 @@ class Reader:
                 table = stream.read_table(numbers[at : at + some], self._blocks.room)
                 slots = table.ordinals() - first
                 slots[(slots < 0) | (slots >= last - first)] = -1
-                self._blocks.coder(section).decode_into(table, slots, chosen, k, v)
+                yield from self._blocks.coder(section).decoding(table, slots, chosen, k, v)
         return (self._blocks.output(k), self._blocks.output(v)) if out is None else out
 
     def blocks(

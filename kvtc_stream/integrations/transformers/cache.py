@@ -46,7 +46,7 @@ from kvtc_stream.integrations.transformers.model import (
     one_walk,
 )
 from kvtc_stream.io.dlpack import BackendName
-from kvtc_stream.io.steps import run
+from kvtc_stream.io.steps import R, Steps, begun, run
 from kvtc_stream.stream.options import EncoderOptions
 
 Source: TypeAlias = "str | os.PathLike[str] | BinaryIO | bytes | bytearray | memoryview"
@@ -128,31 +128,53 @@ def encode_cache(
         The cache is empty, or ``token_ids``, ``attention_mask`` or ``positions`` are not as many
         as it holds.
     """
-    if model is not None:
-        with one_walk():
+    with one_walk():
+        if model is not None:
+            _check_shape(model, codec.calibration)
+        layers, seen, sequence = _check_cache(cache, codec.calibration.geometry, sequence)
+        kept = _kept(attention_mask, seen, sequence)
+        where = _given_positions(positions, int(kept.sum()))
+        ids = None if token_ids is None else _kept_ids(token_ids, kept)
+        if model is not None:
+            check_no_images(model, ids)
+            if ids is not None:
+                _check_prompt(model, layers, sequence, kept, ids, where)
+        chunks = _chunks(codec, layers, sequence, kept, where)
+        options: EncoderOptions = {
+            "metadata": metadata,
+            "token_digest": b"" if ids is None else token_digest(ids),
+            "base": base,
+        }
+        if file is None:
+            steps = kvtc.Encoder(codec, **options).whole(chunks)
+            return run(_begun(steps, model, codec.calibration))
+        if model is not None:
             check_fingerprint(model, codec.calibration)
-            check_geometry(geometry_of(model), codec.calibration.geometry)
-    layers, seen, sequence = _check_cache(cache, codec.calibration.geometry, sequence)
-    kept = _kept(attention_mask, seen, sequence)
-    where = _given_positions(positions, int(kept.sum()))
-    ids = None if token_ids is None else _kept_ids(token_ids, kept)
-    if model is not None:
-        check_no_images(model, ids)
-        if ids is not None:
-            _check_prompt(model, layers, sequence, kept, ids, where)
-    chunks = _chunks(codec, layers, sequence, kept, where)
-    options: EncoderOptions = {
-        "metadata": metadata,
-        "token_digest": b"" if ids is None else token_digest(ids),
-        "base": base,
-    }
-    if file is None:
-        return run(kvtc.Encoder(codec, **options).whole(chunks))
-    with kvtc.open(file, "wb", codec=codec, **options) as writer:
-        for chunk in chunks:
-            del chunk["last"]
-            writer.write(**chunk)
+        with kvtc.open(file, "wb", codec=codec, **options) as writer:
+            for chunk in chunks:
+                del chunk["last"]
+                writer.write(**chunk)
     return None
+
+
+def _check_shape(model: PreTrainedModel, calibration: kvtc.Calibration) -> None:
+    """Refuse a model whose caches are of another shape; :func:`_begun` looks at its weights."""
+    try:
+        check_geometry(geometry_of(model), calibration.geometry)
+    except kvtc.KVTCError:
+        check_fingerprint(model, calibration)  # says which model was expected
+        raise
+
+
+def _begun(
+    steps: Steps[R], model: PreTrainedModel | None, calibration: kvtc.Calibration
+) -> Steps[R]:
+    """Take the first step; compare the model's weights while a device does what it was asked."""
+    try:
+        return begun(steps)
+    finally:
+        if model is not None:
+            check_fingerprint(model, calibration)
 
 
 def _chunks(
@@ -271,37 +293,37 @@ def decode_cache(
     FormatError
         The bytes are not a stream, or damaged.
     """
-    places: dict[int, torch.device] = {}
-    if model is not None:
-        with one_walk():
-            check_fingerprint(model, calibration)
-            check_geometry(geometry_of(model), calibration.geometry)
+    with one_walk():
+        places: dict[int, torch.device] = {}
+        if model is not None:
+            _check_shape(model, calibration)
             places = layer_devices(model) if device is None else {}
-        device = model.device if device is None else device
-    device = torch.device("cpu" if device is None else device)
-    if backend == "auto":
-        backend = "cuda" if device.type == "cuda" and cuda_runs() else "cpu"
-    sections = calibration.geometry.sections
-    with kvtc.open(_seekable(source), calibration=calibration, backend=backend) as reader:
-        _check_layers(reader, sections)
-        held = [reader.positions(i) for i in range(len(sections))]
-        cache = _empty_cache(model, sections)
-        layers = attention_layers(cache, "the model")
-        positions = _cache_positions(sections, held, layers)
-        if not return_positions:
-            _check_gapless(positions)
-        if token_ids is not None:
-            _check_tokens(as_ids(token_ids), len(positions), reader.header.token_digest)
-        memory = device if backend == "cuda" else torch.device("cpu")
-        for i, section in enumerate(sections):
-            needed = _needed(layers[section.layers[0]], len(positions))
-            k, v = _read_layers(reader, i, needed, memory)
-            for number, keys, values in zip(section.layers, k, v, strict=True):
-                place = places.get(number, device)
-                keys, values = keys.to(place, dtype), values.to(place, dtype)
-                _fill(layers[number], keys, values, len(positions))
-    if model is not None:
-        forget_images(model)
+            device = model.device if device is None else device
+        device = torch.device("cpu" if device is None else device)
+        if backend == "auto":
+            backend = "cuda" if device.type == "cuda" and cuda_runs() else "cpu"
+        sections = calibration.geometry.sections
+        with kvtc.open(_seekable(source), calibration=calibration, backend=backend) as reader:
+            _check_layers(reader, sections)
+            held = [reader.positions(i) for i in range(len(sections))]
+            cache = _empty_cache(model, sections)
+            layers = attention_layers(cache, "the model")
+            positions = _cache_positions(sections, held, layers)
+            if not return_positions:
+                _check_gapless(positions)
+            if token_ids is not None:
+                _check_tokens(as_ids(token_ids), len(positions), reader.header.token_digest)
+            memory = device if backend == "cuda" else torch.device("cpu")
+            for i, section in enumerate(sections):
+                needed = _needed(layers[section.layers[0]], len(positions))
+                steps = _read_layers(reader, i, needed, memory)
+                k, v = run(steps if i else _begun(steps, model, calibration))
+                for number, keys, values in zip(section.layers, k, v, strict=True):
+                    place = places.get(number, device)
+                    keys, values = keys.to(place, dtype), values.to(place, dtype)
+                    _fill(layers[number], keys, values, len(positions))
+        if model is not None:
+            forget_images(model)
     return (cache, positions) if return_positions else cache
 
 
@@ -327,7 +349,7 @@ def _check_gapless(positions: NDArray[np.int64]) -> None:
 
 def _read_layers(
     reader: kvtc.Reader, i: int, tokens: int, memory: torch.device
-) -> list[list[Tensor]]:
+) -> Steps[list[list[Tensor]]]:
     """The latest tokens of a section: K and V, each a tensor [1, heads, tokens, dim] a layer."""
     section = reader.header.geometry.sections[i]
     dtype = getattr(torch, reader.header.out_dtype.label)
@@ -343,7 +365,8 @@ def _read_layers(
         ]
         for dim in (section.k_dim, section.v_dim)
     ]
-    reader.read(tokens=slice(reader.tokens(i) - tokens, None), section=i, out=(out[0], out[1]))
+    latest = slice(reader.tokens(i) - tokens, None)
+    yield from reader._reading(tokens=latest, section=i, out=(out[0], out[1]))
     return [[x for some in part for x in some[:, None]] for part in out]
 
 
