@@ -7,6 +7,7 @@ import http.server
 import io
 import mmap
 import multiprocessing
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -19,10 +20,14 @@ import fsspec
 import numpy as np
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
+from hypothesis import given
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import kvtc_stream as kvtc
 from kvtc_stream.formats import StreamFile
+from kvtc_stream.io import sources, threads
+from kvtc_stream.io.sources import open_source
 
 Cache = tuple[NDArray[Any], NDArray[Any]]
 
@@ -363,3 +368,22 @@ def test_readers_beside_a_writer(tmp_path: Path, codec: kvtc.Codec, cache: Cache
         assert equal(before.read(), expected, slice(None))
         with kvtc.open(path, calibration=codec.calibration) as after:
             assert after.tokens() == 200
+
+
+@given(size=st.integers(0, 400), at=st.integers(0, 420), wanted=st.integers(0, 420))
+def test_files_are_read_by_threads(size: int, at: int, wanted: int) -> None:
+    """Large pieces of them; what is asked for beyond the end is not there."""
+    data = np.random.default_rng(size).bytes(size)
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "_PIECE", 32)
+        patch.setattr(threads, "SHARE", 16)
+        patch.setattr(threads.environment, "threads", lambda: 3)
+        path = Path(folder, "file")
+        path.write_bytes(data)
+        with open_source(path) as file:
+            file.seek(at)
+            found = bytearray(wanted)
+            count = file.readinto(found)  # type: ignore[attr-defined]
+            assert file.tell() == at + count
+        assert found[:count] == data[at : at + wanted]
+        assert count == max(min(wanted, size - at), 0)

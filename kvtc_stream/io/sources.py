@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import mmap
 import os
+import stat
 import time
 from abc import abstractmethod
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ import numpy as np
 
 from kvtc_stream.errors import TruncatedError, UnsupportedError
 from kvtc_stream.io.memory import copied
-from kvtc_stream.io.threads import copy
+from kvtc_stream.io.threads import copy, spread
 
 #: What a stream can be read from.
 Source = str | os.PathLike[str] | BinaryIO | bytes | bytearray | memoryview | mmap.mmap
@@ -25,6 +26,8 @@ Source = str | os.PathLike[str] | BinaryIO | bytes | bytearray | memoryview | mm
 _FRONT, _BACK = 1 << 16, 1 << 18
 #: Bytes of a remote file that may come whole, from a server that does not know ranges.
 _WHOLE = 64 << 20
+#: Bytes of a file that a thread reads at a time.
+_PIECE = 4 << 20
 #: Bytes from which on a copy is worth avoiding.
 _LARGE = 1 << 16
 #: Bytes of blocks in constant memory that are looked at together.
@@ -45,8 +48,10 @@ def open_source(source: Source, *, mapped: bool = False) -> Iterator[BinaryIO]:
                 yield cast(BinaryIO, remote)
             return
         with open(source, "rb") as file:
-            if not mapped or not os.fstat(file.fileno()).st_size:
-                yield file
+            status = os.fstat(file.fileno())
+            if not mapped or not status.st_size:
+                with _File(file.fileno(), closefd=False) as own:
+                    yield cast(BinaryIO, own if stat.S_ISREG(status.st_mode) else file)
                 return
             with (
                 mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as whole,
@@ -63,6 +68,27 @@ def open_source(source: Source, *, mapped: bool = False) -> Iterator[BinaryIO]:
             yield cast(BinaryIO, buffer)
     else:
         yield source
+
+
+class _File(io.FileIO):
+    """A file that threads read large pieces of: one copies 2 to 7 GB/s from the system's cache."""
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill a buffer with what is next; how many bytes that are."""
+        view = memoryview(buffer).cast("B")
+        if len(view) < 2 * _PIECE or not hasattr(os, "preadv"):
+            return super().readinto(view)
+        at = self.tell()
+
+        def read(first: int) -> int:
+            return os.preadv(self.fileno(), [view[first : first + _PIECE]], at + first)
+
+        firsts = range(0, len(view), _PIECE)
+        counts = spread(read, [(first,) for first in firsts], len(view))
+        expected = [min(_PIECE, len(view) - first) for first in firsts]
+        # What comes after a piece that was not filled is read again.
+        whole = next((i for i, n in enumerate(counts) if n < expected[i]), len(counts) - 1)
+        return self.seek(at + sum(counts[: whole + 1])) - at
 
 
 class _Ranged(io.RawIOBase):
