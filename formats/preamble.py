@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
+from functools import lru_cache
 
 from kvtc_stream.errors import FormatError, VersionError
 from kvtc_stream.formats.checksum import Checksum, checksum, verify
@@ -55,8 +56,13 @@ class Preamble:
         """Verify and read the header; returns it and the seed of all other checksums."""
         (found,) = _CHECKSUM.unpack_from(self.data, _FIELDS.size)
         verify(found, self.data[: _FIELDS.size] + header, 0, "preamble and header")
-        features = self.features
-        return StreamHeader.unpack(header, limits, features=features, offset=PREAMBLE_SIZE), found
+        return _header(bytes(header), limits, self.features), found
+
+
+@lru_cache(maxsize=16)
+def _header(data: bytes, limits: Limits, features: Feature) -> StreamHeader:
+    """Those of a codec's streams are mostly the same bytes, and hold nothing that changes."""
+    return StreamHeader.unpack(data, limits, features=features, offset=PREAMBLE_SIZE)
 
 
 def check_version(major: int, minor: int, where: str) -> None:

@@ -39,6 +39,7 @@ from kvtc_stream.formats import (
     DType,
     LayerErrors,
     Role,
+    Section,
     SectionPlan,
     StreamHeader,
 )
@@ -48,11 +49,11 @@ from kvtc_stream.gpu.coder import verbatim
 from kvtc_stream.gpu.coder.analysis import Payload
 from kvtc_stream.gpu.coder.band_coding import BandDecoder, BandEncoder
 from kvtc_stream.gpu.coder.decoding import (
-    BATCH_TOKENS,
     BatchDecoder,
     BlockLoad,
     RunningBatch,
     UniformDecoder,
+    batch_tokens,
     faulty,
 )
 from kvtc_stream.gpu.coder.encoding import BatchEncoder, EncoderBatch, OffsetCurve
@@ -180,7 +181,9 @@ class CudaBackend:
         """See :meth:`kvtc_stream.backends.base.Backend.room`: pinned memory."""
         return pinned(size)
 
-    batch_tokens = BATCH_TOKENS
+    def batch_tokens(self, section: Section) -> int:
+        """See :meth:`kvtc_stream.backends.base.Backend.batch_tokens`."""
+        return batch_tokens(section)
 
     def interleave(self, tasks: Iterable[Iterator[None]]) -> None:
         """See :func:`kvtc_stream.gpu.runtime.streams.interleave`."""

@@ -650,7 +650,8 @@ def test_a_stream_of_torch() -> None:
 
 def test_caches_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
     """Their streams are those of each alone, whatever stream the caches become ready in."""
-    monkeypatch.setattr("kvtc_stream.gpu.coder.decoding.BATCH_TOKENS", 600)
+    for name in ("BATCH_TOKENS", "MOST_TOKENS"):
+        monkeypatch.setattr(f"kvtc_stream.gpu.coder.decoding.{name}", 700)
     calibration = CALIBRATIONS["halves"]
     codec = kvtc.Codec(calibration, ratio=6, window=20, block_tokens=32, backend="cuda")
     hosts = [kvtc.testing.drawn_cache(calibration.geometry, 300 + s, seed=s) for s in range(6)]

@@ -40,13 +40,14 @@ BATCH_TOKENS = 4096
 class BandDecoder(BatchDecoder):
     """Decodes blocks of bands with a scale and a shift per token."""
 
-    batch_tokens = BATCH_TOKENS
-
     def __init__(
         self, section: Section, plan: BandPlan, scales: NDArray[np.float32] | None = None
     ) -> None:
         super().__init__(section, plan, scales)
         self._plan = plan
+
+    def _most_tokens(self) -> int:
+        return BATCH_TOKENS
 
     def load(
         self, table: BlockTable, slots: NDArray[np.int64], *, tiles: bool = False

@@ -32,8 +32,11 @@ from kvtc_stream.gpu.runtime.tensors import Column, Tensors, entries
 
 #: Maximum bytes of a batch's symbols, stacked ones included.
 SYMBOL_BYTES = 1 << 30
-#: Tokens of a batch; and bytes of rows between a product and its scatter (an H100 caches 50 MB).
-BATCH_TOKENS, PIECE_BYTES = 16_384, 32 << 20
+#: Tokens of a batch, of narrow caches more: as many as have so many values, up to a limit. Below,
+#: their tiles are too few for the device, and batches too many for the host.
+BATCH_TOKENS, BATCH_VALUES, MOST_TOKENS = 16_384, 16_384 * 81_920, 65_536
+#: Bytes of rows between a product and its scatter (an H100 caches 50 MB).
+PIECE_BYTES = 32 << 20
 #: Thread blocks of the coder that a multiprocessor runs at a time, limited by their tables.
 _BLOCKS_OF_THREADS = 2
 #: What payloads that tiles are decoded from begin at multiples of, in bytes.
@@ -419,14 +422,17 @@ class TileTasks:
         return np.concatenate(out), together
 
 
+def batch_tokens(section: Section) -> int:
+    """Tokens that are worth a batch of their own."""
+    width = len(section.layers) * section.kv_heads * (section.k_dim + section.v_dim)
+    return max(BATCH_TOKENS, min(BATCH_VALUES // width, MOST_TOKENS))
+
+
 class BatchDecoder(ABC):
     """Decodes data blocks of one kind of stream. One thread and one CUDA stream at a time.
 
     ``scales`` are those of fp8 output, float32 [2 · layers, heads], K then V; ``None``: 1.
     """
-
-    #: Tokens of a batch.
-    batch_tokens = BATCH_TOKENS
 
     def __init__(
         self, section: Section, basis: Basis, scales: NDArray[np.float32] | None = None
@@ -435,9 +441,13 @@ class BatchDecoder(ABC):
         self._scales = device_scales(section, scales)
         held = basis.components + (basis.rows if basis.seconds else 0)
         most = max(SYMBOL_BYTES // (2 * max(held, 1)), 1024)
-        self.batch_tokens = min(type(self).batch_tokens, most)
+        #: Tokens of a batch.
+        self.batch_tokens = min(self._most_tokens(), most)
         self._ropes = ropes_of(section)
         self.staging = Staging()
+
+    def _most_tokens(self) -> int:
+        return batch_tokens(self._section)
 
     @abstractmethod
     def load(

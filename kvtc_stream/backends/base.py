@@ -22,6 +22,7 @@ from kvtc_stream.formats import (
     Feature,
     LayerErrors,
     Measure,
+    Section,
     StreamHeader,
 )
 from kvtc_stream.io.dlpack import BackendName
@@ -202,8 +203,9 @@ class Backend(Protocol):
         """Tensors, lists of them in lists, ready to be read in other streams."""
         ...
 
-    #: Tokens that are worth decoding beside others.
-    batch_tokens: int
+    def batch_tokens(self, section: Section) -> int:
+        """Tokens of streams that are worth decoding beside others."""
+        ...
 
     def interleave(self, tasks: Iterable[Iterator[None]]) -> None:
         """Take tasks to their ends, several at a time where that serves the device: each step

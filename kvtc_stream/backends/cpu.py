@@ -24,7 +24,7 @@ from kvtc_stream.coding.values import (
     verbatim_output,
     widened,
 )
-from kvtc_stream.formats import Block, BlockTable, DType, PartPlan, Role, StreamHeader
+from kvtc_stream.formats import Block, BlockTable, DType, PartPlan, Role, Section, StreamHeader
 from kvtc_stream.io.dlpack import BackendName, as_kv_array, layer_list, numpy_dtype, to_numpy
 from kvtc_stream.io.memory import empty
 from kvtc_stream.io.threads import beside
@@ -91,8 +91,10 @@ class CpuBackend:
         """See :meth:`kvtc_stream.backends.base.Backend.held`."""
         return x
 
-    #: All at once: a core's time is all there is to share.
-    batch_tokens = 1 << 62
+    def batch_tokens(self, section: Section) -> int:
+        """See :meth:`kvtc_stream.backends.base.Backend.batch_tokens`: a core's time is all there is
+        to share."""
+        return 1 << 62
 
     def interleave(self, tasks: Iterable[Iterator[None]]) -> None:
         """See :meth:`kvtc_stream.backends.base.Backend.interleave`."""

@@ -166,9 +166,10 @@ def decode_many(
                     continue
                 tokens = reader.tokens(section)
             h = reader.header
-            key = (h.plan, h.geometry, h.dtype, h.out_dtype, h.scales, h.block_tokens)
+            key = (h.plan.digest, h.geometry, h.dtype, h.out_dtype, h.scales, h.block_tokens)
             kind = kinds[(*key, id(cache.k), id(cache.v)) if cache else key]
-            if kind.members and kind.tokens + tokens > coding.batch_tokens:
+            most = coding.batch_tokens(h.geometry.sections[section])
+            if kind.members and kind.tokens + tokens > most:
                 yield _together(kind, section, coding, results)
             kind.members.append(member)
             kind.tokens += tokens

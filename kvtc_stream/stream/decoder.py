@@ -78,10 +78,11 @@ def check_calibration(header: StreamHeader, calibration: Calibration) -> Calibra
             f"{calibration.model.name or 'unnamed'!r}): open it with the calibration it names"
         )
     bases = calibration.for_stream(header.geometry, header.plan)
+    same = header.geometry == bases.geometry
     for name, found, expected in zip(
         ("layers, heads and channels", "model fingerprint"),
-        (_shapes(header.geometry), header.model.fingerprint),
-        (_shapes(bases.geometry), bases.model.fingerprint),
+        (same or _shapes(header.geometry), header.model.fingerprint),
+        (same or _shapes(bases.geometry), bases.model.fingerprint),
         strict=True,
     ):
         if found != expected:
