@@ -634,7 +634,7 @@ def test_a_stream_of_torch() -> None:
     own = torch.cuda.Stream()
     slow = torch.ones(4096, 4096, device="cuda")
     torch.cuda.synchronize()
-    with torch.cuda.stream(own), of_pointer(own.cuda_stream):
+    with torch.cuda.stream(own), of_pointer(own.cuda_stream, own.device.index):
         assert cupy.cuda.get_current_stream().ptr == own.cuda_stream
         for _ in range(5):
             slow = slow @ slow * 1e-4  # what is given to the codec queues behind it

@@ -8,6 +8,7 @@ import math
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -433,21 +434,37 @@ def test_blocks_read_what_was_written() -> None:
     assert pool[:, [i for i in range(16) if i not in (3, 5)]].eq(0).all()
 
 
-@pytest.mark.parametrize(
-    "device",
-    [
+@pytest.fixture(
+    params=[
         "cpu",
-        pytest.param(
-            "cuda",
-            marks=[
-                pytest.mark.gpu,
-                pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
-            ],
+        *(
+            pytest.param(
+                f"cuda:{i}",
+                marks=[
+                    pytest.mark.gpu,
+                    pytest.mark.skipif(
+                        torch.cuda.device_count() <= i, reason=f"there is no CUDA device {i}"
+                    ),
+                ],
+            )
+            for i in range(2)
         ),
-    ],
+    ]
 )
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """One that is PyTorch's current one, as a rank's of vLLM is, and not yet CuPy's."""
+    if request.param == "cpu":
+        yield request.param
+        return
+    from kvtc_stream.gpu.runtime.streams import on_device
+
+    with torch.cuda.device(request.param):
+        yield request.param
+    on_device(torch.cuda.current_device())
+
+
 def test_pages_go_and_come(codec: kvtc.PageCodec, device: str) -> None:
-    if device == "cuda":
+    if device != "cpu":
         own_codec = kvtc.Codec(
             kvtc.testing.tiny_calibration(), ratio=2, block_tokens=PAGE, backend="cuda"
         )

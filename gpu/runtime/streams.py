@@ -73,9 +73,20 @@ def interleave(tasks: Iterable[Iterator[None]]) -> None:
             stream.synchronize()
 
 
-def of_pointer(pointer: int) -> Any:
-    """A stream of the current device that another library has made; CuPy's current one within it.
+def on_device(device: int) -> None:
+    """Make a device CuPy's current one, in this thread from now on.
 
-    Memory that both libraries use then follows one order.
+    CuPy has a CUDA runtime of its own. What another library made current in its runtime CuPy's need
+    not know; and going back to what it believes to be current would take the other's away.
     """
+    cupy.cuda.Device(device).use()
+
+
+def of_pointer(pointer: int, device: int) -> Any:
+    """A stream of a device that another library has made; CuPy's current one within it.
+
+    Memory that both libraries use then follows one order. The device stays current: see
+    :func:`on_device`.
+    """
+    on_device(device)
     return cupy.cuda.Stream.from_external(SimpleNamespace(__cuda_stream__=lambda: (0, pointer)))

@@ -106,11 +106,15 @@ def _targets(layers: Sequence[tuple[Tensor, Tensor]]) -> tuple[Any, Any, int]:
     if layers[0][0].device.type != "cuda":
         pools = [get_backend("cpu").pool([x.permute(0, 2, 1, 3) for x in kind]) for kind in kinds]
         return pools[0], pools[1], int(layers[0][0].shape[2])
+    backend = get_backend("cuda")
+    from kvtc_stream.gpu.runtime.streams import on_device
+
+    on_device(layers[0][0].device.index)  # of a rank, not the first of the machine
     views, step = slotted([x for kind in kinds for x in kind])
     found = []
     for name, own in zip("kv", (views[: len(layers)], views[len(layers) :]), strict=True):
         heads, _, dim = own[0].shape
-        arrays, _ = get_backend("cuda").layer_list(own, name, len(own), heads, dim)
+        arrays, _ = backend.layer_list(own, name, len(own), heads, dim)
         found.append(arrays)
     return found[0], found[1], step
 
@@ -813,19 +817,19 @@ def _on(stream: Any, event: Any) -> Any:
     if stream is None:
         yield
         return
-    with torch.cuda.device(stream.device), torch.cuda.stream(stream), _of_cupy(stream.cuda_stream):
+    with torch.cuda.device(stream.device), torch.cuda.stream(stream), _of_cupy(stream):
         stream.wait_event(event)
         yield
         stream.synchronize()
 
 
-def _of_cupy(pointer: int) -> Any:
+def _of_cupy(stream: Any) -> Any:
     """A stream as CuPy's current one; nothing where pages are coded without CuPy."""
     try:
         from kvtc_stream.gpu.runtime.streams import of_pointer
     except ImportError:
         return contextlib.nullcontext()
-    return of_pointer(pointer)
+    return of_pointer(stream.cuda_stream, stream.device.index)
 
 
 def _allowed_cpus(device: torch.device) -> set[int]:
