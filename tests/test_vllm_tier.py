@@ -1,7 +1,8 @@
-"""The tier under vLLM's own tiering manager, on the CPU: ``pytest -m vllm``, as ``test_vllm.py``.
+"""The tier under vLLM's own tiering manager: ``pytest -m vllm``, as ``test_vllm.py``.
 
-One engine stores pages, another loads them from disk. vLLM's copies between device and host do not
-run on a CPU; ``vllm_tiering.py`` has others, and all else is vLLM's.
+One engine stores more pages than the rows of its host memory hold, another loads them from disk.
+vLLM's copies between device and host do not run on a CPU; there ``vllm_tiering.py`` has others, and
+all else is vLLM's.
 """
 
 from __future__ import annotations
@@ -34,9 +35,17 @@ import kvtc_stream as kvtc
 __all__ = ["pytestmark"]
 
 PAGE, KEPT = 64, 8
+#: Bytes of host memory: 42 pages.
+HOST = 2 << 20
 SWAPPED = prompt(7, 600)
 #: A request whose steps carry the copies of the one before, and that has no page of its own.
 LAST: dict[str, Any] = {"ids": [SHORT]}
+
+
+def on_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def calibrate(model: Path, path: Path) -> kvtc.Calibration:
@@ -70,9 +79,12 @@ class Tiered:
         common = {
             "connector_name": "OffloadingConnector",
             "connector": {
-                "spec_name": "CpuTieringSpec",
-                "spec_module_path": "vllm_tiering",
-                "cpu_bytes_to_use": 64 << 20,
+                **(
+                    {"spec_name": "TieringOffloadingSpec"}
+                    if on_cuda()
+                    else {"spec_name": "CpuTieringSpec", "spec_module_path": "vllm_tiering"}
+                ),
+                "cpu_bytes_to_use": HOST,
                 "block_size": PAGE,
                 "secondary_tiers": [
                     {
@@ -101,6 +113,7 @@ class Tiered:
             LAST | {"pages": 48},
             {"ids": [SALTED], "next": VOCABULARY, "salt": "tenant"},
             LAST | {"pages": 52},
+            {"ids": [LONG], "next": VOCABULARY, "forget": True},
         ]
         found = serve(folder, "store", requests=requests, **common)
         self.exact = found[::2]
@@ -159,7 +172,7 @@ def tiered(tmp_path_factory: pytest.TempPathFactory) -> Tiered:
 
 def test_cached_tokens_are_counted(tiered: Tiered) -> None:
     """Whole pages up to one that is of no use; none of another tenant's."""
-    assert [x["cached"] for x in tiered.exact] == [0] * 5
+    assert [x["cached"] for x in tiered.exact] == [0] * 5 + [15 * PAGE]
     expected = [KEPT * PAGE, KEPT * PAGE, 4 * PAGE, PAGE, 0, 4 * PAGE, 0]
     assert [x["cached"] for x in tiered.restored] == expected
     assert all(x["reason"] == "length" for x in tiered.restored)
@@ -175,6 +188,12 @@ def test_a_restored_prefix_predicts_as_the_exact_one(tiered: Tiered) -> None:
     print(f"KL {long:.5f}, of zeros {blank:.5f}")
     assert 0 < long < 0.05 * blank
     assert blank > 0.1
+
+
+def test_what_host_memory_had_no_room_for_comes_back(tiered: Tiered) -> None:
+    """To the engine that stored it, when host and device have forgotten it."""
+    first, again = (rows([tiered.exact[i]["next"]], 1) for i in (0, 5))
+    assert 0 < divergence(first, again) < 0.05
 
 
 @pytest.mark.parametrize(("request_number", "bad"), [(2, 4), (3, 1)], ids=["damaged", "swapped"])
@@ -197,7 +216,7 @@ def test_metrics_and_the_log(tiered: Tiered) -> None:
     assert tiered.count("damaged_pages") == 2
     assert tiered.count("loaded_pages") == 8 + 8 + 8 + 8 + 4
     assert tiered.count("loaded_cache_bytes") > 1.5 * tiered.count("loaded_bytes") > 0
-    assert "layout vllm CPU" in tiered.log
+    assert ("layout vllm CPU" in tiered.log) is not on_cuda()
 
 
 @pytest.mark.filterwarnings("ignore")  # of what vLLM imports
@@ -213,6 +232,7 @@ def test_what_is_not_served_is_named() -> None:
 
     def found(**changes: Any) -> list[str]:
         vllm_config = SimpleNamespace(
+            parallel_config=SimpleNamespace(tensor_parallel_size=changes.get("ranks", 1)),
             cache_config=SimpleNamespace(prefix_caching_hash_algo=changes.get("hash", "sha256")),
             lora_config=changes.get("lora"),
         )
@@ -224,6 +244,8 @@ def test_what_is_not_served_is_named() -> None:
 
     assert found() == []
     assert found(file=None) == ["vLLM's host memory is no file that another process can open"]
+    [reason] = found(ranks=2)
+    assert "use KvtcConnector" in reason
     [reason] = found(hash="xxhash")
     assert "use sha256" in reason
     assert len(found(lora=object(), canonical=True)) == 2

@@ -21,9 +21,29 @@ from typing import Any
 
 os.environ.update(HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+#: On GPUs: so few blocks as on a CPU, and no multicast over NVLink.
+GPU = {
+    "gpu_memory_utilization": 0.1,
+    "num_gpu_blocks_override": 256,
+    "disable_custom_all_reduce": True,
+}
+GPU_ENVIRONMENT = {
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+    "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",
+    "NCCL_NVLS_ENABLE": "0",
+    "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
+    "NVSHMEM_DISABLE_NVLS": "1",
+}
 
 
 def main(given: dict[str, Any]) -> list[dict[str, Any]]:
+    import torch
+
+    engine = given.get("engine", {})
+    if torch.cuda.is_available():
+        engine = GPU | engine
+        os.environ.update(GPU_ENVIRONMENT)
     from vllm import LLM, SamplingParams
 
     connector, name = given["connector"], given.get("connector_name", "KvtcConnector")
@@ -41,7 +61,7 @@ def main(given: dict[str, Any]) -> list[dict[str, Any]]:
             "kv_role": "kv_both",
             "kv_connector_extra_config": connector,
         },
-        **given.get("engine", {}),
+        **engine,
     )
     found: list[dict[str, Any]] = []
     folder, known = given.get("folder"), set()
