@@ -2,12 +2,15 @@
 
     python benchmarks/vllm_gpu.py                   # Llama-3.1-8B's shape, one CUDA device
     python benchmarks/vllm_gpu.py --shape tiny      # on a CPU, to see that all of it works
+    python benchmarks/vllm_gpu.py --tensor-parallel 2   # two CUDA devices
 
 Four arms: ``recompute``; ``gpu_hit``, vLLM's own prefix cache on the device; ``raw_offload``,
 vLLM's ``OffloadingConnector``, which copies the cache from host memory as it is; and ``kvtc``,
 ``KvtcConnector`` with compressed pages in the memory of the host. Each engine is a process of its
 own; ``recompute`` and ``gpu_hit`` share one. Before each repeat of the others what the device has
 cached is forgotten. What was measured is written after each engine, beside what the file has.
+Over several devices each rank has a calibration of its own heads, and pages are in a folder in the
+host's memory. All ranks compare restored pages with those that they stored.
 
 Weights are drawn: vLLM's own dummy ones, but those that make K and V, which give caches of the
 spectrum that the calibration has, that of SmolLM2-135M's joint basis stretched to the rank. So the
@@ -46,9 +49,10 @@ import kvtc_stream as kvtc
 from kvtc_stream.calibration.components import Components
 from kvtc_stream.calibration.families import fit_families
 from kvtc_stream.calibration.parts import Part, SectionCalibration, UniformTables
+from kvtc_stream.calibration.split import part_path, with_heads
 from kvtc_stream.coding.rans import MIDDLE
 
-RESULT = Path(__file__).parent / "results" / "vllm_h200.json"
+RESULTS = Path(__file__).parent / "results"
 #: Arms of each engine.
 ENGINES = {"kvtc": ("kvtc",), "raw": ("raw_offload",), "plain": ("recompute", "gpu_hit")}
 ARMS = [arm for arms in ENGINES.values() for arm in arms]
@@ -90,14 +94,21 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="instead of the shape's: a multiple of groups")
     parser.add_argument("--tokens", type=int, help="of the prompt, instead of the shape's")
     parser.add_argument("--ratio", type=float, default=16.0)
+    parser.add_argument("--tensor-parallel", type=int, default=1, help="devices of each engine")
     parser.add_argument("--arms", default=",".join(ARMS), help=f"some of {', '.join(ARMS)}")
     parser.add_argument("--warm-ups", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--profile", action="store_true", help="of one more request of kvtc")
     parser.add_argument("--engine", choices=list(ENGINES), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("-o", "--output", type=Path, default=RESULT)
+    parser.add_argument("-o", "--output", type=Path)
     arguments = parser.parse_args()
+    ranks = arguments.tensor_parallel
+    if arguments.profile and ranks > 1:
+        parser.error("--profile is of one process: leave out --tensor-parallel")
+    if arguments.output is None:
+        name = "vllm_h200.json" if ranks == 1 else f"vllm_h200_tp{ranks}.json"
+        arguments.output = RESULTS / name
     if arguments.engine:
         found = Engine(arguments).measured()
         (arguments.folder / "found.json").write_text(json.dumps(found))
@@ -110,13 +121,15 @@ def main() -> None:
     if arguments.output.exists():
         result = json.loads(arguments.output.read_text())
     result |= environment() | {"shape": arguments.shape, "asked_ratio": arguments.ratio}
-    with tempfile.TemporaryDirectory() as name:
+    result["tensor_parallel"] = ranks
+    # Of the host's memory, where ranks share pages.
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if ranks > 1 else None) as name:
         folder = Path(name)
         shape = shape_of(arguments)
         save_model(shape, folder / "model")
         if "kvtc" in arms:
             begin = time.perf_counter()
-            drawn_calibration(shape).save(str(folder / "calibration.safetensors"))
+            save_calibrations(shape, ranks, folder / "calibration.safetensors")
             console.print(f"calibration drawn in {time.perf_counter() - begin:.1f} s")
         for engine, own in ENGINES.items():
             if set(own) & set(arms):
@@ -140,6 +153,15 @@ def run_engine(
         "HF_HUB_OFFLINE": "1",
         "PYTHONHASHSEED": "0",
     }
+    if arguments.tensor_parallel > 1:
+        settings |= {
+            "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+            "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",
+            "NCCL_NVLS_ENABLE": "0",
+            "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
+            "NVSHMEM_DISABLE_NVLS": "1",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # a NUMA node for each is not everywhere
+        }
     found = folder / "found.json"
     found.unlink(missing_ok=True)
     command = [sys.executable, *sys.argv, "--engine", engine, "--folder", str(folder)]
@@ -171,7 +193,8 @@ def show(result: dict[str, Any], console: Console) -> None:
         numbers = [f"{x:.4f}" for x in (own["median"], min(own["seconds"]), max(own["seconds"]))]
         table.add_row(name, *numbers, str(own["cached"]))
     console.print(table)
-    console.print({x: result[x] for x in ("ratio", "breakdown", "device_bytes") if x in result})
+    names = ("ratio", "breakdown", "device_bytes", "restored_error")
+    console.print({x: result[x] for x in names if x in result})
 
 
 def shape_of(arguments: argparse.Namespace) -> Shape:
@@ -199,10 +222,40 @@ def save_model(shape: Shape, folder: Path) -> None:
         max_position_embeddings=131_072,
         rope_parameters={"rope_type": "default", "rope_theta": THETA},
         architectures=["LlamaForCausalLM"],
+        kvtc_groups=shape.groups,
         torch_dtype="bfloat16",
         bos_token_id=None,
         eos_token_id=None,
     ).save_pretrained(folder)
+
+
+def served_shape(config: Any) -> Shape:
+    """The shape of a model that :func:`save_model` made."""
+    return Shape(
+        config.num_hidden_layers,
+        config.num_key_value_heads,
+        config.head_dim,
+        config.kvtc_groups,
+        config.hidden_size,
+        config.intermediate_size,
+        config.num_attention_heads,
+        config.vocab_size,
+        0,
+    )
+
+
+def part_of(shape: Shape, ranks: int) -> Shape:
+    """What each rank has."""
+    return shape._replace(kv_heads=shape.kv_heads // ranks, heads=shape.heads // ranks)
+
+
+def save_calibrations(shape: Shape, ranks: int, path: Path) -> None:
+    """One for each rank's heads; they differ in nothing else."""
+    part = part_of(shape, ranks)
+    drawn = drawn_calibration(part)
+    for rank in range(ranks):
+        own = with_heads(drawn, [(rank * part.kv_heads, shape.kv_heads)])
+        own.save(str(part_path(path, rank, ranks)))
 
 
 def spectrum(rank: int) -> NDArray[np.float32]:
@@ -266,8 +319,8 @@ def uniform_tables(variances: NDArray[np.float32]) -> UniformTables:
     return UniformTables(unit, families, errors, errors)
 
 
-def draw_weights(model: Any, shape: Shape) -> None:
-    """K and V of a token, as drawn linear functions of its embedding.
+def draw_weights(model: Any, shape: Shape, tp_rank: int) -> None:
+    """K and V of a token that a rank has, as drawn linear functions of its embedding.
 
     Embeddings are large beside what layers add to them, so that all layers see the same.
     """
@@ -283,7 +336,8 @@ def draw_weights(model: Any, shape: Shape) -> None:
     groups = np.array_split(np.arange(shape.layers), shape.groups)
     size = shape.kv_heads * shape.dim
     for group, layers in enumerate(groups):
-        chosen = np.random.default_rng(group).permutation(shape.hidden)[:rank]
+        rng = np.random.default_rng([group, tp_rank])
+        chosen = rng.permutation(shape.hidden)[:rank]
         rows = torch.zeros(width, shape.hidden, dtype=torch.float32, device=device)
         rows[:, torch.from_numpy(chosen).to(device)] = matrix.T * deviations
         for i, layer in enumerate(layers.tolist()):
@@ -303,9 +357,9 @@ class Engine:
     def __init__(self, arguments: argparse.Namespace) -> None:
         self._arguments, self._shape = arguments, shape_of(arguments)
         self._spans = Spans()
-        self._memory: dict[str, int] = {}
-        self._check = Check()
-        if arguments.engine == "kvtc":
+        #: Ranks of other processes have calls that this one does not see.
+        self._alone = arguments.tensor_parallel == 1
+        if arguments.engine == "kvtc" and self._alone:
             self._watch()
         self._llm = self._started()
         rng = np.random.default_rng(0)
@@ -314,22 +368,17 @@ class Engine:
     def _started(self) -> Any:
         import torch
         from vllm import LLM
-        from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
 
-        arguments, shape = self._arguments, self._shape
-        load = DummyModelLoader.load_weights
-
-        def load_weights(loader: Any, model: Any, config: Any) -> None:
-            load(loader, model, config)
-            draw_weights(model, shape)
-
-        DummyModelLoader.load_weights = load_weights
+        arguments, shape, ranks = self._arguments, self._shape, self._arguments.tensor_parallel
         cuda = torch.cuda.is_available()
-        if not cuda:
-            from vllm.triton_utils import dispatcher
-
-            # It looks for kernels in all modules, and fails at Numba's functions of libraries.
-            dispatcher.vars = lambda x: own if isinstance(own := vars(x), dict) else {}
+        spare_numba()
+        more: dict[str, Any] = {"gpu_memory_utilization": 0.5} if cuda else {}
+        if ranks > 1:
+            more |= {
+                "tensor_parallel_size": ranks,
+                "distributed_executor_backend": "mp",
+                "disable_custom_all_reduce": True,
+            }
         return LLM(
             model=str(arguments.folder / "model"),
             load_format="dummy",
@@ -340,8 +389,13 @@ class Engine:
             max_num_batched_tokens=max(shape.tokens, 2048),
             enable_prefix_caching=True,
             kv_transfer_config=self._connector(),
-            **({"gpu_memory_utilization": 0.5} if cuda else {}),
+            worker_extension_cls="_vllm_worker.Extension",
+            **more,
         )
+
+    @property
+    def _store(self) -> str:
+        return "memory://bench" if self._alone else str(self._arguments.folder / "pages")
 
     def _connector(self) -> dict[str, Any] | None:
         if self._arguments.engine == "plain":
@@ -358,17 +412,17 @@ class Engine:
             "kv_role": "kv_both",
             "kv_connector_extra_config": {
                 "calibration": str(self._arguments.folder / "calibration.safetensors"),
-                "store": "memory://bench",
+                "store": self._store,
                 "ratio": self._arguments.ratio,
                 "timeout": 60.0,
             },
         }
 
     def _watch(self) -> None:
-        """Take the time of the connector's parts, and look at what it restores."""
+        """Take the time of the connector's parts."""
         import torch
 
-        from kvtc_stream.integrations.vllm import connector, scheduling, transfer
+        from kvtc_stream.integrations.vllm import scheduling, transfer
 
         watched = [
             (scheduling.PageScheduler, "_look_up", "find"),
@@ -383,16 +437,6 @@ class Engine:
             watched.append((Staging, "upload", "copy to the device"))
         for owner, name, label in watched:
             setattr(owner, name, self._spans.timed(getattr(owner, name), label))
-        self._check.watch(transfer)
-        own = connector.KvtcConnector.register_kv_caches
-
-        def register(this: Any, caches: dict[str, torch.Tensor]) -> None:
-            device = next(iter(caches.values())).device
-            free = connector._free_memory(device)
-            own(this, caches)
-            self._memory["device_bytes"] = free - connector._free_memory(device)
-
-        connector.KvtcConnector.register_kv_caches = register  # type: ignore[method-assign]
 
     def measured(self) -> dict[str, Any]:
         """What goes into the result."""
@@ -414,10 +458,15 @@ class Engine:
             found["arms"][arm] = own
             found[f"{arm}_s"] = own["median"]
         if arguments.engine == "kvtc":
-            found |= self._memory | self._stored() | {"breakdown": self._spans.medians()}
-            found |= {"restored_error": self._check.errors}
-            if not all(x < 0.5 for x in self._check.errors.values()) or not self._check.errors:
-                raise SystemExit(f"pages are not what was stored: errors {self._check.errors}")
+            workers = self._llm.collective_rpc("codec_bytes")
+            found |= {name: max(x[name] for x in workers) for name in workers[0]}
+            found |= self._stored()
+            if self._alone:
+                found["breakdown"] = self._spans.medians()
+            errors = self._llm.collective_rpc("restored_errors")
+            if not all(own and max(own.values()) < 0.5 for own in errors):
+                raise SystemExit(f"pages are not what was stored: errors {errors} of ranks")
+            found["restored_error"] = errors[0] if self._alone else errors
             if arguments.profile:
                 found["profile"] = self._profile()
         return found
@@ -429,7 +478,7 @@ class Engine:
         found, cached = [], []
         for i in range(arguments.warm_ups + arguments.repeats):
             self._drain(forget=not keeps)
-            self._check.on = i < arguments.warm_ups
+            self._llm.collective_rpc("check_restored", args=(i < arguments.warm_ups,))
             if i == arguments.warm_ups:
                 self._spans.clear()
             self._spans.begin()
@@ -468,9 +517,9 @@ class Engine:
     def _stored(self) -> dict[str, Any]:
         from kvtc_stream.integrations.hosts.store import open_store
 
-        sizes = [entry.size for entry in open_store("memory://bench").list()]
+        sizes = [entry.size for entry in open_store(self._store).list()]
         s = self._shape
-        raw = 2 * 2 * PAGE * s.layers * s.kv_heads * s.dim
+        raw = 2 * 2 * PAGE * s.layers * s.kv_heads * s.dim // self._arguments.tensor_parallel
         return {
             "ratio": raw * len(sizes) / sum(sizes),
             "pages": len(sizes),
@@ -512,6 +561,15 @@ class Engine:
         by = "self_cuda_time_total" if cuda else "self_cpu_time_total"
         parts.append(kernels.key_averages().table(sort_by=by, row_limit=30))
         return "\n".join(parts)
+
+
+def spare_numba() -> None:
+    """On a CPU vLLM looks for kernels in all modules, and fails at Numba's functions of
+    libraries."""
+    if installed("vllm-cpu"):
+        from vllm.triton_utils import dispatcher
+
+        dispatcher.vars = lambda x: own if isinstance(own := vars(x), dict) else {}
 
 
 def installed(name: str) -> bool:
@@ -604,5 +662,7 @@ class Check:
                 self.errors[name] = max(self.errors.get(name, 0.0), error)
 
 
+if __name__ == "__mp_main__":  # a rank's process
+    spare_numba()
 if __name__ == "__main__":
     main()
