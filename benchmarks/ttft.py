@@ -266,7 +266,7 @@ class Row:
 
         found: dict[str, tuple[Callable[[], Sequence[Any]], Callable[[], None]]] = {
             "memory": (lambda: self._streams, lambda: None),
-            "disk": (lambda: [path.read_bytes() for path in files], drop),
+            "disk": (lambda: files if len(files) == 1 else [x.read_bytes() for x in files], drop),
         }
         if self._device.type == "cuda":
             from public import pinned
