@@ -160,14 +160,13 @@ def decode_many(
         for i, data in enumerate(streams):
             with _about("streams", i, len(streams)):
                 reader = open(data, calibration=calibration, backend=coding.name, limits=limits)
-                member, cache = _Member(reader, i, len(streams)), results[i]
-                if cache is not None and not isinstance(cache, PagedCache):
-                    yield _decoding_apart(member, section, cache)
-                    continue
                 tokens = reader.tokens(section)
-            h = reader.header
+            member, cache, h = _Member(reader, i, len(streams)), results[i], reader.header
+            if cache is not None and not isinstance(cache, PagedCache):
+                yield _decoding_apart(member, section, cache)
+                continue
             key = (h.plan.digest, h.geometry, h.dtype, h.out_dtype, h.scales, h.block_tokens)
-            kind = kinds[(*key, id(cache.k), id(cache.v)) if cache else key]
+            kind = kinds[key if cache is None else (*key, id(cache.k), id(cache.v))]
             most = coding.batch_tokens(h.geometry.sections[section])
             if kind.members and kind.tokens + tokens > most:
                 yield _together(kind, section, coding, results)
