@@ -318,6 +318,7 @@ def test_steps_that_compute_nothing_hold_blocks_and_store() -> None:
     """vLLM 0.25 does not wait for saves in them: its runners ask for what is finished only."""
     from kvtc_stream.integrations.vllm.connector import KvtcConnector, KvtcMetadata
     from kvtc_stream.integrations.vllm.scheduling import StepPlan
+    from kvtc_stream.integrations.vllm.support import HeadParts
 
     called = []
 
@@ -331,6 +332,7 @@ def test_steps_that_compute_nothing_hold_blocks_and_store() -> None:
 
     connector = KvtcConnector.__new__(KvtcConnector)
     connector._transfer = Transfer()
+    connector._rank, connector._part, connector._parts = 0, 0, HeadParts(1, 3)
     stores: list[Any] = [object()]
     metadata = KvtcMetadata(StepPlan(stores=stores, held={"a"}), idle=True)
     connector.bind_connector_metadata(metadata)
