@@ -21,6 +21,8 @@ MAGIC = b"\x8bKVT\r\n\x1a\n"
 _FIELDS = struct.Struct("<8sHHIIIQ")
 _CHECKSUM = struct.Struct("<Q")
 PREAMBLE_SIZE = _FIELDS.size + _CHECKSUM.size
+#: Headers of so many bytes are kept, the latest few.
+_KEPT = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +58,8 @@ class Preamble:
         """Verify and read the header; returns it and the seed of all other checksums."""
         (found,) = _CHECKSUM.unpack_from(self.data, _FIELDS.size)
         verify(found, self.data[: _FIELDS.size] + header, 0, "preamble and header")
-        return _header(bytes(header), limits, self.features), found
+        unpack = _header if len(header) <= _KEPT else _header.__wrapped__
+        return unpack(bytes(header), limits, self.features), found
 
 
 @lru_cache(maxsize=16)
