@@ -71,7 +71,7 @@ def open_source(source: Source, *, mapped: bool = False) -> Iterator[BinaryIO]:
 
 
 class _File(io.FileIO):
-    """A file that threads read large pieces of: one copies 2 to 7 GB/s from the system's cache."""
+    """A file that threads read large pieces of: one copies about 4 GB/s from the system's cache."""
 
     def readinto(self, buffer: Any) -> int:
         """Fill a buffer with what is next; how many bytes that are."""
