@@ -11,10 +11,10 @@ from vllm.distributed import (
 from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
 from vllm_gpu import Check, draw_weights, part_of, served_shape
 
-from kvtc_stream.integrations.vllm import connector, transfer
+from kvtc_stream.integrations.vllm import connector
 
 CHECK = Check()
-CHECK.watch(transfer)
+CHECK.watch()
 MEMORY = {"device_bytes": 0}
 
 _load, _register = DummyModelLoader.load_weights, connector.KvtcConnector.register_kv_caches

@@ -36,7 +36,7 @@ from kvtc_stream.formats import Block, BlockTable, Coder, Role
 from kvtc_stream.formats.page import pack_page
 from kvtc_stream.integrations.hosts.keys import Namespace
 from kvtc_stream.integrations.hosts.store import MemoryStore
-from kvtc_stream.integrations.vllm import transfer
+from kvtc_stream.integrations.vllm import blocks, counts, transfer
 from kvtc_stream.integrations.vllm.scheduling import PageJob
 
 RESULT = Path(__file__).parent / "results" / "page_check.json"
@@ -164,7 +164,7 @@ class Pages:
             _Sink(),  # type: ignore[arg-type]
             self._store,
             [codec],  # type: ignore[list-item]
-            transfer.Counter(),
+            counts.Counter(),
             timeout=60,
             queue_pages=8,
         )
@@ -200,7 +200,7 @@ class _Blocks:
     """An engine's, as on a CUDA device, where 32 pages are decoded at once."""
 
     device, tokens, token_bytes, target = torch.device("cpu"), TOKENS, 1, (None, None)
-    together, stored_together = transfer._TOGETHER, 1
+    together, stored_together = blocks.TOGETHER, 1
 
     def slots(self, blocks: list[int]) -> NDArray[np.int64]:
         return (np.array(blocks)[:, None] * TOKENS + np.arange(TOKENS)).reshape(-1)

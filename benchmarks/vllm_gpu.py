@@ -635,17 +635,19 @@ class Check:
         self.errors: dict[str, float] = {}
         self._kept: dict[int, tuple[Any, Any]] = {}
 
-    def watch(self, transfer: Any) -> None:
+    def watch(self) -> None:
         """Keep the first pages that are stored, and compare them with what is restored."""
-        take, load = transfer.StoreSink.take, transfer.PageTransfer._load_groups
+        from kvtc_stream.integrations.vllm import sink, transfer
 
-        def taken(sink: Any, jobs: Any, k: Any, v: Any, valid: Any) -> None:
+        take, load = sink.StoreSink.take, transfer.PageTransfer._load_groups
+
+        def taken(own: Any, jobs: Any, k: Any, v: Any, valid: Any) -> None:
             for i, job in enumerate(jobs):
                 if job.key.position % (8 * PAGE) == 0:
-                    own = slice(i * PAGE, (i + 1) * PAGE)
-                    pair = [x[:, :, own].float().cpu() for x in (k, v)]
+                    tokens = slice(i * PAGE, (i + 1) * PAGE)
+                    pair = [x[:, :, tokens].float().cpu() for x in (k, v)]
                     self._kept[job.key.position] = pair[0], pair[1]
-            take(sink, jobs, k, v, valid)
+            take(own, jobs, k, v, valid)
 
         def loaded(own: Any, request: Any, groups: Any) -> None:
             load(own, request, groups)
@@ -653,7 +655,7 @@ class Check:
                 for job in group.jobs[: group.done]:
                     self._compare(job.key.position, own._blocks.read(job.blocks))
 
-        transfer.StoreSink.take, transfer.PageTransfer._load_groups = taken, loaded
+        sink.StoreSink.take, transfer.PageTransfer._load_groups = taken, loaded
 
     def _compare(self, position: int, pair: tuple[Any, Any]) -> None:
         if position in self._kept:

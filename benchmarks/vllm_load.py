@@ -32,8 +32,11 @@ from kvtc_stream.integrations.hosts.keys import Namespace
 from kvtc_stream.integrations.hosts.layouts import VLLM_LAYOUTS
 from kvtc_stream.integrations.hosts.store import FileStore
 from kvtc_stream.integrations.transformers.loading import load_model
+from kvtc_stream.integrations.vllm.blocks import Blocks
+from kvtc_stream.integrations.vllm.counts import Counter
 from kvtc_stream.integrations.vllm.scheduling import PageJob
-from kvtc_stream.integrations.vllm.transfer import Blocks, Counter, PageTransfer, StoreSink
+from kvtc_stream.integrations.vllm.sink import StoreSink
+from kvtc_stream.integrations.vllm.transfer import PageTransfer
 
 RESULT = Path(__file__).parent / "results" / "vllm_load.json"
 PAGE = 128

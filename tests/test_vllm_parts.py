@@ -25,18 +25,13 @@ from kvtc_stream.integrations.hosts.keys import Namespace
 from kvtc_stream.integrations.hosts.layouts import VLLM_LAYOUTS
 from kvtc_stream.integrations.hosts.store import MemoryStore, Store
 from kvtc_stream.integrations.vllm import rotary, support
+from kvtc_stream.integrations.vllm.blocks import Blocks, proven_layout, slotted
+from kvtc_stream.integrations.vllm.counts import Counter
 from kvtc_stream.integrations.vllm.learning import LearnSink, calibrator_of
 from kvtc_stream.integrations.vllm.scheduling import PageJob, PageScheduler, StepPlan
 from kvtc_stream.integrations.vllm.settings import Settings
-from kvtc_stream.integrations.vllm.transfer import (
-    Blocks,
-    Counter,
-    PageTransfer,
-    StoreSink,
-    one_blas_thread,
-    proven_layout,
-    slotted,
-)
+from kvtc_stream.integrations.vllm.sink import StoreSink
+from kvtc_stream.integrations.vllm.transfer import PageTransfer, one_blas_thread
 from kvtc_stream.io import threads
 
 BLOCK, PAGE = 4, 8

@@ -19,9 +19,12 @@ from kvtc_stream.integrations.hosts.keys import Namespace
 from kvtc_stream.integrations.hosts.layouts import VLLM_LAYOUTS
 from kvtc_stream.integrations.hosts.store import FileStore, MemoryStore, Store
 from kvtc_stream.integrations.vllm import support
+from kvtc_stream.integrations.vllm.blocks import Blocks
+from kvtc_stream.integrations.vllm.counts import Counter
 from kvtc_stream.integrations.vllm.learning import LearnSink, calibrator_of
 from kvtc_stream.integrations.vllm.scheduling import PageJob, PageScheduler, own_jobs
-from kvtc_stream.integrations.vllm.transfer import Blocks, Counter, PageTransfer, StoreSink
+from kvtc_stream.integrations.vllm.sink import StoreSink
+from kvtc_stream.integrations.vllm.transfer import PageTransfer
 
 RANKS, LENGTH = 2, 3 * PAGE + 1
 PROMPT = list(range(LENGTH))

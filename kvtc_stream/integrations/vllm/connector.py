@@ -29,6 +29,8 @@ from kvtc_stream.integrations.hosts.keys import Namespace
 from kvtc_stream.integrations.hosts.layouts import Layout
 from kvtc_stream.integrations.hosts.store import MemoryStore, Store, open_store
 from kvtc_stream.integrations.vllm import support
+from kvtc_stream.integrations.vllm.blocks import Blocks, proven_layout
+from kvtc_stream.integrations.vllm.counts import Counter
 from kvtc_stream.integrations.vllm.learning import LearnSink, calibrator_of
 from kvtc_stream.integrations.vllm.metrics import KvtcPromMetrics, KvtcStats
 from kvtc_stream.integrations.vllm.rotary import check_rope, served_rope
@@ -39,15 +41,11 @@ from kvtc_stream.integrations.vllm.scheduling import (
     own_jobs,
 )
 from kvtc_stream.integrations.vllm.settings import Settings
+from kvtc_stream.integrations.vllm.sink import PageSink, StoreSink
 from kvtc_stream.integrations.vllm.transfer import (
     IN_TURN,
-    Blocks,
-    Counter,
-    PageSink,
     PageTransfer,
-    StoreSink,
     one_blas_thread,
-    proven_layout,
 )
 from kvtc_stream.stream.codec import Codec
 from kvtc_stream.stream.pages import PageCodec

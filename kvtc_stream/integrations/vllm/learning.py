@@ -47,7 +47,7 @@ class LearnSink:
     def take(
         self, jobs: Sequence[PageJob], k: Tensor, v: Tensor, valid: Callable[[PageJob], bool]
     ) -> None:
-        """See :meth:`kvtc_stream.integrations.vllm.transfer.PageSink.take`."""
+        """See :meth:`kvtc_stream.integrations.vllm.sink.PageSink.take`."""
         tokens = int(k.shape[2]) // len(jobs)
         k, v = k.cpu(), v.cpu()
         for i, job in enumerate(jobs):

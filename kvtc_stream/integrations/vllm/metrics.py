@@ -10,7 +10,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
     KVConnectorStats,
 )
 
-from kvtc_stream.integrations.vllm.transfer import Counts
+from kvtc_stream.integrations.vllm.counts import Counts
 
 HELP = {
     "loaded_pages": "Pages decoded into the engine's blocks.",
@@ -30,7 +30,7 @@ HELP = {
 
 
 class KvtcStats(KVConnectorStats):  # type: ignore[misc]
-    """Counts of one interval; see :class:`kvtc_stream.integrations.vllm.transfer.Counts`."""
+    """Counts of one interval; see :class:`kvtc_stream.integrations.vllm.counts.Counts`."""
 
     @classmethod
     def of(cls, counts: Counts) -> KvtcStats:

@@ -33,13 +33,13 @@ from kvtc_stream.errors import UnsupportedError
 from kvtc_stream.formats import Section
 from kvtc_stream.integrations.hosts.keys import Namespace
 from kvtc_stream.integrations.vllm import support
+from kvtc_stream.integrations.vllm.blocks import proven_layout
 from kvtc_stream.integrations.vllm.connector import show_log
 from kvtc_stream.integrations.vllm.metrics import HELP
 from kvtc_stream.integrations.vllm.rotary import check_rope, served_rope
 from kvtc_stream.integrations.vllm.settings import TierSettings
 from kvtc_stream.integrations.vllm.tier_link import TierLink
 from kvtc_stream.integrations.vllm.tier_worker import Rows, WorkerConfig
-from kvtc_stream.integrations.vllm.transfer import proven_layout
 from kvtc_stream.stream.codec import Codec
 
 _log = logging.getLogger(__name__)
