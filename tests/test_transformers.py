@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import io
 import json
@@ -792,6 +793,30 @@ def test_calibrate_refuses(built: Callable[[str], Any]) -> None:
         calibrate(model, [[1, 2]], importance="loss")  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("importance", ["gradients", "queries", "none"])
+def test_calibrate_reads_no_more_than_learned_positions(importance: Any) -> None:
+    """Documents of GPT-2, which has no position beyond its table, are as long as that."""
+    model = gpt2().eval()
+    calibration = calibrate(model, [drawn_ids(250)], tokens=230, importance=importance)
+    assert calibration.tokens == 230 - 3 * 4
+    with pytest.raises(ValueError, match="reads 100 tokens at most, found 101"):
+        capture(model, drawn_ids(101))
+
+
+@pytest.mark.parametrize("importance", ["gradients", "queries", "none"])
+def test_calibrate_refuses_tokens_of_another_vocabulary(
+    importance: Any, built: Callable[[str], Any]
+) -> None:
+    """On a CUDA device such a look-up stops the process."""
+    for wrong in (VOCABULARY, -1):
+        ids = np.append(drawn_ids(50), wrong)
+        message = rf"token ids from 0 to {VOCABULARY - 1}, found {wrong}"
+        with pytest.raises(ValueError, match=message):
+            calibrate(built("llama"), [ids], importance=importance)
+        with pytest.raises(ValueError, match=message):
+            capture(built("llama"), ids)
+
+
 @pytest.mark.parametrize("importance", ["gradients", "queries"])
 def test_calibrations_of_ranks_are_of_their_heads(importance: Any) -> None:
     """In one pass, and in order; weights of all heads are cut as they are."""
@@ -1151,6 +1176,27 @@ def test_masks_and_positions_are_checked(
             encode_cache(cache, codec, positions=positions)
     with pytest.raises(ValueError, match="sequence must be from 0 to 0"):
         encode_cache(cache, codec, sequence=1)
+    with pytest.raises(ValueError, match=r"token ids from 0 to 96, found 97"):
+        encode_cache(cache, codec, model=built("llama"), token_ids=np.append(drawn_ids(8), 97))
+
+
+@pytest.mark.filterwarnings("ignore:the stream is only:kvtc_stream.errors.KVTCWarning")
+def test_masks_of_other_batches_are_refused(
+    built: Callable[[str], Any], calibrated: Callable[[str], kvtc.Calibration]
+) -> None:
+    """Of a row that was taken out of its batch, the mask's first row is that of another prompt."""
+    codec = verbatim(calibrated("llama"))
+    cache, mask = padded(built("llama"), drawn_ids(9), 2)
+    taken = copy.deepcopy(cache)
+    taken.batch_select_indices(torch.tensor([1]))
+    for held, sequence in ((taken, None), (taken, 0)):
+        with pytest.raises(ValueError, match=r"of 1 sequence, found \[2, 11\]"):
+            encode_cache(held, codec, sequence=sequence, attention_mask=mask)
+    for rows in (np.ones((3, 11)), np.ones((0, 11))):
+        with pytest.raises(ValueError, match="of 2 sequences, found"):
+            encode_cache(cache, codec, sequence=1, attention_mask=rows)
+    alone = encode_cache(taken, codec, attention_mask=mask[1])
+    assert alone == encode_cache(cache, codec, sequence=1, attention_mask=mask)
 
 
 @pytest.mark.filterwarnings("ignore:the stream is only:kvtc_stream.errors.KVTCWarning")
@@ -1411,9 +1457,23 @@ def test_streams_that_no_dynamic_cache_can_hold(
         )
     with pytest.raises(kvtc.UnsupportedError, match="3 tokens, at positions up to 5"):
         decode_cache(gap, calibration)
+    for options in ({}, {"return_positions": True}):
+        with pytest.raises(kvtc.UnsupportedError, match="the stream holds no tokens"):
+            decode_cache(kvtc.Encoder(verbatim(calibration)).finish(), calibration, **options)
     for data in (uneven, missing):
         with pytest.raises(kvtc.UnsupportedError, match="expected all to end at the same"):
             decode_cache(data, calibration)
+
+
+@pytest.mark.filterwarnings("ignore:the stream is only:kvtc_stream.errors.KVTCWarning")
+def test_a_cache_is_of_floating_point(calibrated: Callable[[str], kvtc.Calibration]) -> None:
+    """Integers would keep next to nothing of keys and values."""
+    calibration = calibrated("llama")
+    cache = kvtc.testing.drawn_cache(calibration.geometry, 9)
+    data = kvtc.encode(*cache, verbatim(calibration))
+    for dtype in (torch.int8, torch.bool, torch.complex64, "bfloat16"):
+        with pytest.raises(TypeError, match="must be a floating-point"):
+            decode_cache(data, calibration, dtype=dtype)
 
 
 def test_a_stream_of_some_layers_is_no_cache() -> None:

@@ -24,6 +24,7 @@ from kvtc_stream.errors import CalibrationMismatchError, UnsupportedError
 from kvtc_stream.formats import Geometry, Section
 from kvtc_stream.integrations.transformers.geometry import (
     check_geometry,
+    check_vocabulary,
     geometry_of,
     key_errors,
 )
@@ -126,13 +127,13 @@ def encode_cache(
         The cache or the model is not what was calibrated, or the cache not of ``token_ids``.
     ValueError
         The cache is empty, or ``token_ids``, ``attention_mask`` or ``positions`` are not as many
-        as it holds.
+        as it holds, or the model has no such token.
     """
     with one_walk():
         if model is not None:
             _check_shape(model, codec.calibration)
         layers, seen, sequence = _check_cache(cache, codec.calibration.geometry, sequence)
-        kept = _kept(attention_mask, seen, sequence)
+        kept = _kept(attention_mask, layers, seen, sequence)
         where = _given_positions(positions, int(kept.sum()))
         ids = None if token_ids is None else _kept_ids(token_ids, kept)
         if model is not None:
@@ -289,10 +290,13 @@ def decode_cache(
     CalibrationMismatchError
         Stream, calibration, model or token ids do not belong together.
     UnsupportedError
-        A ``DynamicCache`` cannot hold the stream's tokens, or could not go on from them.
+        A ``DynamicCache`` cannot hold the stream's tokens, or could not go on from them; or there
+        are none.
     FormatError
         The bytes are not a stream, or damaged.
     """
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"dtype must be a floating-point torch.dtype, found {dtype!r}")
     with one_walk():
         places: dict[int, torch.device] = {}
         if model is not None:
@@ -434,14 +438,24 @@ def _check_cache(
     return layers, seen, sequence or 0
 
 
-def _kept(attention_mask: TokenIds | None, seen: int, sequence: int) -> NDArray[np.bool_]:
+def _kept(
+    attention_mask: TokenIds | None, layers: Mapping[int, Any], seen: int, sequence: int
+) -> NDArray[np.bool_]:
     """Which of the tokens that a cache has seen are none of padding."""
     if attention_mask is None:
         return np.ones(seen, np.bool_)
     mask = attention_mask.cpu() if isinstance(attention_mask, Tensor) else attention_mask
     array = np.asarray(mask)
     if array.ndim == 2:
-        array = array[sequence if len(array) > 1 else 0]
+        batch = layers[min(layers)].keys.shape[0]
+        if len(array) != batch:
+            # The first row of a larger batch is that of another prompt.
+            raise ValueError(
+                f"attention_mask must have a row for each of the cache's batch of {batch} "
+                f"sequence{'s' * (batch > 1)}, found {list(array.shape)}: pass the mask of the "
+                f"batch, or the row [tokens] of the sequence"
+            )
+        array = array[sequence]
     if array.shape != (seen,) or not np.isin(array, (0, 1)).all() or not array.any():
         raise ValueError(
             f"attention_mask must be 0 or 1 for each of the {seen} tokens that the cache has seen, "
@@ -491,6 +505,7 @@ def _check_prompt(
     tokens, positions = (x[-len(slots) :][chosen] for x in (ids, where))
     if not len(chosen):
         return
+    check_vocabulary(model, ids[words])
     keys = layers[number].keys.detach()[sequence][:, slots[chosen]].float()
     errors = key_errors(model, number, tokens, keys, positions)
     if errors is None or not (errors.diagonal() > _ROUNDING).any():
@@ -550,6 +565,10 @@ def _cache_positions(
     positions have no gaps. ``UnsupportedError`` if sections do not end at the same token.
     """
     positions = max(held, key=len)
+    if not len(positions):
+        raise UnsupportedError(
+            "the stream holds no tokens: there is nothing to go on from, begin with a new cache"
+        )
     if any(not len(x) or not np.array_equal(x, positions[-len(x) :]) for x in held):
         spans = [(int(x[0]), int(x[-1])) if len(x) else () for x in held]
         raise UnsupportedError(

@@ -14,7 +14,11 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 import kvtc_stream as kvtc
-from kvtc_stream.integrations.transformers.geometry import geometry_of
+from kvtc_stream.integrations.transformers.geometry import (
+    check_document,
+    geometry_of,
+    longest_document,
+)
 from kvtc_stream.integrations.transformers.gradients import capture_gradients
 from kvtc_stream.integrations.transformers.identity import TokenIds, as_ids, model_identity
 from kvtc_stream.integrations.transformers.model import (
@@ -44,12 +48,19 @@ def capture(
     list of (section, k, v)
         Per section of :func:`geometry_of`: its index, and a tensor [1, kv_heads, tokens, head_dim]
         per layer of K (after RoPE) and of V, on the model's device and in its dtype.
+
+    Raises
+    ------
+    ValueError
+        The model has no such token, or reads fewer at once.
     """
     geometry = geometry_of(model)
     decoder = decoder_of(model)
+    document = as_ids(token_ids)
+    check_document(model, document)
     # Without a configuration the cache keeps every token of sliding layers; masks still slide.
     cache = DynamicCache()
-    ids = torch.from_numpy(as_ids(token_ids)).to(decoder.device)
+    ids = torch.from_numpy(document).to(decoder.device)
     with inference(decoder):
         decoder(input_ids=ids[None], **growing(decoder, cache))
     layers = attention_layers(cache, "the cache")
@@ -110,7 +121,8 @@ def calibrate(
     tokens
         Stop after this many. The published method uses 160,000.
     document_tokens
-        Longest document: what the model sees at once.
+        Longest document: what the model sees at once. No longer than the model's learned
+        positions, where it has those in place of RoPE.
     importance
         Where importance weights come from, which say what an error costs the model.
         ``"gradients"``: the model's loss is run back into its cache, with labels drawn from the
@@ -135,14 +147,18 @@ def calibrate(
     Raises
     ------
     ValueError
-        The texts hold no tokens but sinks, or the KV heads cannot be dealt to so many.
+        The texts hold no tokens but sinks, or tokens that the model does not have, or the KV heads
+        cannot be dealt to so many.
     UnsupportedError
         The model has no head for gradients, or hides the queries: choose another ``importance``.
     """
     _check_options(importance, tokens, document_tokens, importance_documents)
     model = plain_model(model)
     identity = model_identity(model, name=name, revision=revision)
-    documents = list(_first(_documents(texts, tokenizer, document_tokens), tokens))
+    longest = min(document_tokens, longest_document(model) or document_tokens)
+    documents = list(_first(_documents(texts, tokenizer, longest), tokens))
+    for document in documents:
+        check_document(model, document)
     judged = _spread(documents, importance_documents) if importance != "none" else []
     total, done = sum(map(len, documents)) + sum(map(len, judged)), 0
 

@@ -244,6 +244,41 @@ def key_errors(
     return errors
 
 
+def longest_document(model: PreTrainedModel) -> int | None:
+    """Most tokens that a model reads at once, where it has learned positions; ``None`` if any.
+
+    RoPE turns keys at all positions; how far it serves is the caller's to know.
+    """
+    if any(rope is not None for section in geometry_of(model).sections for rope in section.rope):
+        return None
+    return getattr(decoder_of(model).config, "max_position_embeddings", None)
+
+
+def check_document(model: PreTrainedModel, token_ids: NDArray[np.int64]) -> None:
+    """``ValueError`` if a model cannot look up the ids, or has no position for some.
+
+    On a CUDA device the look-up itself leaves the process unable to use the device.
+    """
+    check_vocabulary(model, token_ids)
+    longest = longest_document(model)
+    if longest is not None and len(token_ids) > longest:
+        raise ValueError(
+            f"{type(plain_model(model)).__name__} reads {longest} tokens at most, found "
+            f"{len(token_ids)}: cut the document"
+        )
+
+
+def check_vocabulary(model: PreTrainedModel, token_ids: NDArray[np.int64]) -> None:
+    embeddings: Any = decoder_of(model).get_input_embeddings()
+    known = len(embeddings.weight)
+    wrong = token_ids[(token_ids < 0) | (token_ids >= known)]
+    if len(wrong):
+        raise ValueError(
+            f"{type(plain_model(model)).__name__} has token ids from 0 to {known - 1}, found "
+            f"{wrong[0]}: use the model's own tokenizer"
+        )
+
+
 def _pairs(x: NDArray[np.float64], rope: Rope) -> NDArray[np.complex128]:
     """The channels that RoPE turns together, as complex numbers."""
     turned = x[..., : rope.rotary_dim]
