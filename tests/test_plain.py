@@ -278,6 +278,22 @@ def test_truncated_files_are_format_errors(tmp_path: Path, format: str):
             plain.read(io.BytesIO(file.getvalue()[:size]), format)
 
 
+@pytest.mark.parametrize("format", FORMATS)
+def test_joined_files_are_format_errors(format: str):
+    """One of the two would be lost silently."""
+    parts = []
+    for tokens in (5, 7):
+        file = io.BytesIO()
+        plain.write(file, [section(tokens=tokens)], format)
+        parts.append(file.getvalue())
+    with pytest.raises(FormatError, match="pass them one by one"):
+        plain.read(io.BytesIO(b"".join(parts)), format)
+    behind = io.BytesIO(b"PK" + parts[0])
+    behind.seek(2)
+    [found] = plain.read(behind, format)
+    assert found.k.shape[2] == 5
+
+
 def test_format_comes_from_the_suffix_unless_given():
     assert plain.format_of("a.NPZ") == "npz"
     assert plain.format_of(Path("a.safetensors")) == "safetensors"

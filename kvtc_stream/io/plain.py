@@ -281,6 +281,11 @@ def _read_npz(file: BinaryIO, name: str) -> _Found:
     try:
         with np.load(source, allow_pickle=False) as archive:
             names = archive.files
+            # An archive is read from its end, so one before it would be lost silently.
+            if min((x.header_offset for x in archive.zip.infolist()), default=start) > start:
+                raise ValueError(
+                    "more is before its archive, as by joining files with cat; pass them one by one"
+                )
             wanted = [entry for entry in names if entry == "dtype" or _ENTRY.fullmatch(entry)]
             arrays = {entry: np.asarray(archive[entry]) for entry in wanted}
     except ValueError as error:
@@ -361,6 +366,7 @@ def _read_safetensors(file: BinaryIO, name: str) -> _Found:
         if not isinstance(entries, dict):
             raise ValueError("its header is no JSON object")
         values = np.frombuffer(data, np.uint8)[begin:]
+        _check_end(len(values), entries)
         arrays = {
             entry: _tensor(values, description, entry)
             for entry, description in entries.items()
@@ -369,6 +375,17 @@ def _read_safetensors(file: BinaryIO, name: str) -> _Found:
     except (ValueError, struct.error, RecursionError) as error:
         raise FormatError(f"{name} is not a readable .safetensors file: {error}") from None
     return list(entries), arrays
+
+
+def _check_end(length: int, entries: Mapping[str, Any]) -> None:
+    """A file that goes on behind its arrays may be two: what follows would be lost silently."""
+    places = [x.get("data_offsets") for x in entries.values() if isinstance(x, dict)]
+    ends = [x[1] for x in places if isinstance(x, list) and len(x) == 2 and type(x[1]) is int]
+    if max(ends, default=0) < length:
+        raise ValueError(
+            f"its arrays end after {max(ends, default=0)} of {length} bytes: more was appended, as "
+            f"by joining files with cat; pass them one by one"
+        )
 
 
 def _bytes_of(file: BinaryIO) -> bytes | mmap.mmap:
