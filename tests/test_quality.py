@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -576,6 +577,25 @@ def test_what_is_no_text_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "empty is a folder without files" in capsys.readouterr().err
     assert main(["bench", "quality", "--text", str(tmp_path / "picture")]) == 1
     assert "picture is no UTF-8 text" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["quality", "tasks"])
+def test_contexts_beyond_learned_positions_fail_before_calibration(
+    model_folder: Path,
+    texts: list[str],
+    tmp_path: Path,
+    kind: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = shutil.copytree(model_folder, tmp_path / "gpt2")
+    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": 256, "n_positions": 803}
+    config = transformers.GPT2Config(**sizes, bos_token_id=None, eos_token_id=None)
+    transformers.GPT2LMHeadModel(config).save_pretrained(folder)
+    for context in ("800", "1000"):  # what is asked after 800 does not fit
+        arguments = ["--model", str(folder), "--text", *texts, "--context", context]
+        assert main(["bench", kind, *arguments]) == 1
+        message = capsys.readouterr().err
+        assert "kvtc: error: GPT2LMHeadModel reads 803 tokens at most, found" in message
 
 
 def test_short_texts_fail_before_calibration(

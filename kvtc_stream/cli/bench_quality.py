@@ -33,9 +33,12 @@ def run(args: Namespace) -> int:
 
 def _measure(args: Namespace, presets: Sequence[str], bars: Progress) -> Iterator[dict[str, Any]]:
     """What is known after each text, for those who stop before the last one."""
+    from kvtc_stream.integrations.transformers.geometry import check_length
+
     to_learn, to_judge = bench.texts(args)
     model, tokenizer, name = bench.load(args, bars)
     prompts, needed = {}, args.context + args.following + 1
+    check_length(model, needed - 1)
     for number, (title, text) in enumerate(to_judge.items()):
         ids = quality.token_ids(tokenizer, text)
         if len(ids) < needed:

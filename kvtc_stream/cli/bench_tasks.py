@@ -38,13 +38,16 @@ def _measure(
     args: Namespace, names: Sequence[str], presets: Sequence[str], bars: Progress
 ) -> Iterator[dict[str, Any]]:
     """What is known after each context, for those who stop before the last one."""
+    from kvtc_stream.integrations.transformers.geometry import check_length
+
     to_learn, to_judge = bench.texts(args)
     model, tokenizer, name = bench.load(args, bars)
     ids = [quality.token_ids(tokenizer, text) for text in to_judge.values()]
     wanted = [(task, context) for context in args.context for task in names]
-    for task, context in wanted:  # texts that are too short are found before calibrating
+    for task, context in wanted:  # what does not fit is found before calibrating
         for text in ids:
-            next(tasks.write_problems(tokenizer, [text], task, context, 1))
+            problem = next(tasks.write_problems(tokenizer, [text], task, context, 1))
+            check_length(model, problem.tokens)
     calibration = bench.calibrated(args, model, tokenizer, to_learn, name, bars)
     codecs = bench.planned(args, calibration, presets, bars)
     described = bench.described(args, model, name, calibration)

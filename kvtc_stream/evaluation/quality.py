@@ -76,11 +76,16 @@ def calibration_documents(tokenizer: Any, texts: Sequence[str], tokens: int) -> 
 
 
 def prefill(model: PreTrainedModel, ids: Ids, dtype: torch.dtype | None = None) -> DynamicCache:
-    """Let a model read ``ids`` [tokens]; return its cache, in ``dtype`` or the model's dtype."""
+    """Let a model read ``ids`` [tokens]; return its cache, in ``dtype`` or the model's dtype.
+
+    ``ValueError`` if the model has no such token, or has learned fewer positions.
+    """
     from transformers.cache_utils import DynamicCache
 
+    from kvtc_stream.integrations.transformers.geometry import check_document
     from kvtc_stream.integrations.transformers.model import decoder_of, growing, inference
 
+    check_document(model, ids)
     cache, decoder = DynamicCache(config=model.config), decoder_of(model)
     with inference(decoder):
         decoder(input_ids=_row(model, ids), **growing(decoder, cache))
@@ -270,12 +275,16 @@ def measure(
     Raises
     ------
     ValueError
-        The text is too short; or the context is, so that sinks and window leave nothing to code.
+        The text is too short, or longer than the positions that the model has learned; or the
+        context is so short that sinks and window leave nothing to code.
     """
     import torch
 
+    from kvtc_stream.integrations.transformers.geometry import check_length
+
     if len(ids) < context + 2:
         raise ValueError(f"found {len(ids)} tokens, expected {context} and at least two more")
+    check_length(model, len(ids) - 1)
     read, following, targets = ids[:context], ids[context:-1], ids[context + 1 :]
     cache = prefill(model, read, torch.bfloat16)
     exact = next_token_log_probabilities(model, cast_cache(cache, model.dtype), following)

@@ -92,6 +92,12 @@ class Problem:
     context: Ids
     questions: tuple[Question, ...]
 
+    @property
+    def tokens(self) -> int:
+        """What a model reads at most: the context, a question and an answer but its last token."""
+        asked = [len(q.prompt) + max(map(len, q.options)) - 1 for q in self.questions]
+        return len(self.context) + max(asked)
+
 
 class Writer:
     """What tasks write with: a tokenizer, its chat template, the user's text, random choices.

@@ -251,7 +251,8 @@ def longest_document(model: PreTrainedModel) -> int | None:
     """
     if any(rope is not None for section in geometry_of(model).sections for rope in section.rope):
         return None
-    return getattr(decoder_of(model).config, "max_position_embeddings", None)
+    longest: int | None = getattr(decoder_of(model).config, "max_position_embeddings", None)
+    return longest
 
 
 def check_document(model: PreTrainedModel, token_ids: NDArray[np.int64]) -> None:
@@ -260,11 +261,16 @@ def check_document(model: PreTrainedModel, token_ids: NDArray[np.int64]) -> None
     On a CUDA device the look-up itself leaves the process unable to use the device.
     """
     check_vocabulary(model, token_ids)
+    check_length(model, len(token_ids))
+
+
+def check_length(model: PreTrainedModel, tokens: int) -> None:
+    """``ValueError`` if a model has learned fewer positions."""
     longest = longest_document(model)
-    if longest is not None and len(token_ids) > longest:
+    if longest is not None and tokens > longest:
         raise ValueError(
-            f"{type(plain_model(model)).__name__} reads {longest} tokens at most, found "
-            f"{len(token_ids)}: cut the document"
+            f"{type(plain_model(model)).__name__} reads {longest} tokens at most, found {tokens}: "
+            f"ask for fewer"
         )
 
 
