@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import io
 import itertools
 import pickle
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import FrozenInstanceError, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -239,6 +241,33 @@ def test_wrong_options(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         kvtc.Codec(calibration, **{"preset": "paper", option: value})
+
+
+def test_a_codec_is_no_calibration(
+    calibration: kvtc.Calibration, codec: kvtc.Codec, cache: Cache, stream: bytes
+) -> None:
+    """Nor a path: what was passed in the place of which is said at once."""
+    makes: list[Callable[..., Any]] = [
+        kvtc.Encoder,
+        partial(kvtc.encode, *cache),
+        partial(kvtc.PageCodec, dtype="float32"),
+        lambda codec: kvtc.open(io.BytesIO(), "wb", codec=codec),
+    ]
+    for make in makes:
+        with pytest.raises(TypeError, match="codec must be a Codec, found Calibration: make one"):
+            make(calibration)
+    takes: list[Callable[..., Any]] = [
+        kvtc.Codec,
+        kvtc.Decoder,
+        partial(kvtc.decode, stream),
+        lambda calibration: kvtc.open(stream, calibration=calibration),
+    ]
+    for take in takes:
+        for wrong in ("calibration.safetensors", codec):
+            with pytest.raises(TypeError, match="calibration must be a Calibration, found"):
+                take(wrong)
+    with pytest.raises(TypeError, match="from a path, a binary file or bytes, found ndarray"):
+        kvtc.decode(np.frombuffer(stream, np.uint8), calibration)
 
 
 def test_error_bound_needs_the_full_measure(calibration: kvtc.Calibration) -> None:

@@ -66,6 +66,11 @@ def open_source(source: Source, *, mapped: bool = False) -> Iterator[BinaryIO]:
             _Buffer(data, constant=_is_constant(view)) as buffer,
         ):
             yield cast(BinaryIO, buffer)
+    elif not hasattr(source, "read"):
+        raise TypeError(
+            f"a stream is read from a path, a binary file or bytes, found {type(source).__name__}: "
+            f"pass memoryview(…) of what holds bytes"
+        )
     else:
         yield source
 

@@ -6,6 +6,7 @@ import math
 import operator
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
+from typing import Any
 
 from kvtc_stream.calibration.model import Calibration
 from kvtc_stream.formats import Coder, DType, Limits, Plan
@@ -14,6 +15,24 @@ from kvtc_stream.io.dlpack import BackendName
 from kvtc_stream.planning.rate_control import Target
 from kvtc_stream.planning.targets import make_plan
 from kvtc_stream.progress import Progress
+
+
+def expect_calibration(found: Any) -> None:
+    """``TypeError`` for a path or a codec in a calibration's place."""
+    if not isinstance(found, Calibration):
+        raise TypeError(
+            f"calibration must be a Calibration, found {type(found).__name__}: load one with "
+            f"Calibration.load(path)"
+        )
+
+
+def expect_codec(found: Any) -> None:
+    """``TypeError`` for a calibration in a codec's place."""
+    if not isinstance(found, Codec):
+        raise TypeError(
+            f"codec must be a Codec, found {type(found).__name__}: make one with "
+            f"Codec(calibration, ratio=16)"
+        )
 
 
 @dataclass(frozen=True)
@@ -129,6 +148,7 @@ class Codec:
     fixed_plan: Plan | None = None
 
     def __post_init__(self) -> None:
+        expect_calibration(self.calibration)
         if self.preset not in PRESETS:
             raise ValueError(f"preset must be one of {', '.join(PRESETS)}, found {self.preset!r}")
         preset = PRESETS[self.preset]

@@ -32,6 +32,7 @@ from kvtc_stream.formats import (
     StreamParser,
 )
 from kvtc_stream.io.dlpack import BackendName, KVArray, as_kv_array, check_memory
+from kvtc_stream.stream.codec import expect_calibration
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,6 +108,7 @@ class BlockDecoder:
     def __init__(
         self, header: StreamHeader, calibration: Calibration, backend: BackendName
     ) -> None:
+        expect_calibration(calibration)
         self._header, self._calibration = header, check_calibration(header, calibration)
         self._backend = get_backend(backend)
         self._coders: dict[int, SectionCoder] = {}
@@ -201,6 +203,7 @@ class Decoder:
         backend: BackendName = "auto",
         limits: Limits | None = None,
     ) -> None:
+        expect_calibration(calibration)
         self._calibration, self._backend = calibration, backend
         self._parser = StreamParser(limits or Limits())
         self._blocks: BlockDecoder | None = None

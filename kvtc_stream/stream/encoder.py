@@ -42,7 +42,7 @@ from kvtc_stream.io.sources import Source
 from kvtc_stream.io.steps import Steps, begun, run
 from kvtc_stream.planning.rate_control import SectionControl, Target
 from kvtc_stream.stream.base import Base
-from kvtc_stream.stream.codec import Codec
+from kvtc_stream.stream.codec import Codec, expect_codec
 from kvtc_stream.stream.decoder import check_calibration
 from kvtc_stream.stream.pending import Chunk, SectionState
 from kvtc_stream.stream.statistics import StreamStatistics
@@ -123,6 +123,7 @@ class Encoder:
         base: Source | None = None,
         key: bytes = b"",
     ) -> None:
+        expect_codec(codec)
         self._codec, self._key = codec, key
         self._geometry = _with_rope(codec.calibration.geometry, rope)
         self._scales = _scales(self._geometry, k_scale, v_scale)

@@ -35,7 +35,7 @@ from kvtc_stream.planning.rate_control import (
     IndependentControl,
     SectionControl,
 )
-from kvtc_stream.stream.codec import Codec
+from kvtc_stream.stream.codec import Codec, expect_codec
 from kvtc_stream.stream.decoder import KVBlock
 from kvtc_stream.stream.encoder import check_scaled, page_header
 from kvtc_stream.stream.pending import verbatim_block
@@ -112,6 +112,7 @@ class PageCodec:
     ) -> None:
         if dtype not in (d.label for d in DType):
             raise ValueError(f"dtype must be one of {', '.join(d.label for d in DType)}")
+        expect_codec(codec)
         sections = len(codec.calibration.geometry.sections)
         if not 0 <= section < sections:
             raise ValueError(f"section must be from 0 to {sections - 1}, found {section}")

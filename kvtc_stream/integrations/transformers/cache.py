@@ -48,6 +48,7 @@ from kvtc_stream.integrations.transformers.model import (
 )
 from kvtc_stream.io.dlpack import BackendName
 from kvtc_stream.io.steps import R, Steps, begun, run
+from kvtc_stream.stream.codec import expect_calibration, expect_codec
 from kvtc_stream.stream.options import EncoderOptions
 
 Source: TypeAlias = "str | os.PathLike[str] | BinaryIO | bytes | bytearray | memoryview"
@@ -129,6 +130,7 @@ def encode_cache(
         The cache is empty, or ``token_ids``, ``attention_mask`` or ``positions`` are not as many
         as it holds, or the model has no such token.
     """
+    expect_codec(codec)
     with one_walk():
         if model is not None:
             _check_shape(model, codec.calibration)
@@ -295,6 +297,7 @@ def decode_cache(
     FormatError
         The bytes are not a stream, or damaged.
     """
+    expect_calibration(calibration)
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"dtype must be a floating-point torch.dtype, found {dtype!r}")
     with one_walk():
