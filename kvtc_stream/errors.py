@@ -7,6 +7,9 @@ what was expected and what to do.
 
 from __future__ import annotations
 
+import sys
+import warnings
+
 
 class KVTCError(Exception):
     """Base of every error this package raises on its own account.
@@ -63,3 +66,12 @@ class StateError(KVTCError):
 
 class KVTCWarning(UserWarning):
     """Something that costs ratio or accuracy and that the user can change."""
+
+
+def warn(text: str) -> None:
+    """Give a :class:`KVTCWarning` for the line outside this package that led to it."""
+    level, frame = 2, sys._getframe(1)
+    package = __name__.partition(".")[0]
+    while frame.f_globals.get("__name__", "").partition(".")[0] == package and frame.f_back:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(text, KVTCWarning, stacklevel=level)

@@ -571,3 +571,17 @@ def test_damage_is_an_error_of_the_call_that_meets_it(
     damaged[-200] ^= 1
     with pytest.raises(kvtc.FormatError):
         kvtc.Decoder(calibration).decode(damaged)
+
+
+def test_warnings_name_the_line_of_the_caller() -> None:
+    """Not one inside the package, which is the same for all callers."""
+    calibration = kvtc.testing.tiny_calibration()
+    k, v = kvtc.testing.drawn_cache(calibration.geometry, tokens=8)
+    with pytest.warns(kvtc.KVTCWarning, match="the stream is only") as told:
+        kvtc.encode(k, v, kvtc.Codec(calibration, ratio=8))
+    assert {w.filename for w in told} == {__file__}
+    calibrator = kvtc.Calibrator(calibration.geometry)
+    calibrator.update(k, v)
+    with pytest.warns(kvtc.KVTCWarning, match="calibrated on 4 tokens") as told:
+        calibrator.finish()
+    assert {w.filename for w in told} == {__file__}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -19,7 +18,7 @@ from kvtc_stream.calibration.parts import Part, SectionCalibration
 from kvtc_stream.calibration.principal import Moments, one_level, separate, two_levels
 from kvtc_stream.calibration.uniform_tables import uniform_tables, unit_of
 from kvtc_stream.calibration.weights import Pair
-from kvtc_stream.errors import KVTCWarning
+from kvtc_stream.errors import warn
 from kvtc_stream.formats import Section
 
 #: Rows per update of the moments: large enough for a fast matrix product.
@@ -188,20 +187,16 @@ class SectionMoments:
                 "do not count; give more text"
             )
         if tokens < _TOKENS_PER_COLUMN * width:
-            warnings.warn(
+            warn(
                 f"calibrated on {tokens} tokens for rows of {width} values: below "
                 f"{_TOKENS_PER_COLUMN * width} tokens the basis fits noise and unseen text codes "
-                f"worse; give more text",
-                KVTCWarning,
-                stacklevel=3,
+                f"worse; give more text"
             )
         elif constant := self._constant_layers():
-            warnings.warn(
+            warn(
                 f"calibrated on tokens that are all the same in {', '.join(constant)}: zeros, or "
                 f"one token repeated, say nothing about other text, which will come back with "
-                f"errors of its own size; give real text",
-                KVTCWarning,
-                stacklevel=3,
+                f"errors of its own size; give real text"
             )
         arrays = self._arrays
         bases: dict[str, list[Part]] = {}

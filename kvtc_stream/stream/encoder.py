@@ -6,7 +6,6 @@ import contextlib
 import json
 import logging
 import threading
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -20,7 +19,7 @@ from kvtc_stream.coding.values import (
     scale_grid,
     verbatim_tokens,
 )
-from kvtc_stream.errors import KVTCWarning, StateError
+from kvtc_stream.errors import StateError, warn
 from kvtc_stream.formats import (
     Block,
     Coder,
@@ -341,7 +340,7 @@ class Encoder:
             )
         for text in found:
             _log.warning(text)
-            warnings.warn(text, KVTCWarning, stacklevel=3)
+            warn(text)
         _log.debug("encoded %d tokens in %d bytes", s.tokens, s.stream_bytes)
 
     @contextlib.contextmanager

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import warnings
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from kvtc_stream.calibration.model import Calibration
-from kvtc_stream.errors import CalibrationMismatchError, KVTCWarning, UnsupportedError
+from kvtc_stream.errors import CalibrationMismatchError, UnsupportedError, warn
 from kvtc_stream.formats import ModelIdentity
 from kvtc_stream.integrations.transformers.model import decoder_of, modules_of, plain_model
 
@@ -152,11 +151,9 @@ def check_fingerprint(model: PreTrainedModel, calibration: Calibration) -> None:
         return
     current, first = _fingerprints(decoder_of(model))
     if expected.fingerprint == first:
-        warnings.warn(
+        warn(
             "the calibration was made by an early version, whose fingerprint leaves out parts of "
-            "the model's configuration: calibrate again to be sure that the model is the same",
-            KVTCWarning,
-            stacklevel=4,
+            "the model's configuration: calibrate again to be sure that the model is the same"
         )
     elif expected.fingerprint != current:
         raise CalibrationMismatchError(
