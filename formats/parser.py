@@ -87,8 +87,8 @@ class StreamParser:
             found = self._offset + len(self._buffer)
             self._error = TruncatedError(
                 f"the stream ends after {found} bytes, at least "
-                f"{self._offset + self._needed} were expected: fetch the rest, or open the file "
-                "for recovery to read the whole blocks"
+                f"{self._offset + self._needed} were expected: fetch the rest, or open it with "
+                "recover=True (kvtc repair) for its whole blocks"
             )
         if self._error is not None:
             raise self._error

@@ -454,6 +454,26 @@ def test_a_missing_gguf_file_says_so(tmp_path, kvtc_command):
     assert "no model at" in run.err
 
 
+def test_calibrate_a_model_tells_of_solving(
+    tmp_path, model_folder, texts, kvtc_command, monkeypatch
+):
+    """Solving can take longer than reading: "Reading: 100 %" would look like a hang."""
+    monkeypatch.setattr(terminal, "_SECONDS_PER_LINE", 0.05)
+    finish = kvtc.Calibrator.finish
+
+    def slow(self, progress=None):
+        time.sleep(0.5)
+        return finish(self, progress)
+
+    monkeypatch.setattr(kvtc.Calibrator, "finish", slow)
+    run = kvtc_command(
+        "calibrate", "--model", model_folder, "--text", *texts,
+        "-o", tmp_path / "c.safetensors", "--tokens", 150,
+    )  # fmt: skip
+    assert run.status == 0
+    assert "Solving: 0 s so far" in run.err
+
+
 def test_a_missing_extra_names_the_remedy(tmp_path, kvtc_command, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     (tmp_path / "t").write_text("x")

