@@ -19,6 +19,7 @@ from safetensors.numpy import load_file, save_file
 from strategies import cuts, geometries
 
 import kvtc_stream as kvtc
+from kvtc_stream.calibration import arrays
 
 Array = NDArray[Any]
 Document = tuple[Array, Array, Array | None]
@@ -119,6 +120,17 @@ def test_wide_rows_merge_too() -> None:
     for one in (a, whole):
         assert (np.abs(moments(one)[0].scatter - exact) <= limit).all()
     np.testing.assert_allclose(moments(a)[0].mean, rows.mean(axis=0, dtype=np.float64), rtol=1e-6)
+
+
+def test_what_memory_does_not_hold_is_refused_before_it_is_touched(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The system would end the process later, after hours of reading."""
+    monkeypatch.setattr(arrays, "machine_bytes", lambda: 16e9)
+    large = kvtc.Geometry.uniform(layers=40, kv_heads=8, head_dim=128)
+    with pytest.raises(ValueError, match=r"about \d+ GB of memory, .* 16: .* layer_groups"):
+        kvtc.Calibrator(large)
+    kvtc.Calibrator(large, layer_groups=10, sample_rows=64)
 
 
 def test_merge_refuses_other_options(calibration: kvtc.Calibration) -> None:

@@ -444,6 +444,27 @@ def test_a_model_that_does_not_fit_is_refused(tmp_path, model_folder):
         )
 
 
+def test_a_type_that_the_cpu_does_not_compute_in_becomes_float32(
+    tmp_path, model_folder, monkeypatch
+):
+    """In bfloat16 without instructions for it, calibrating would take hours."""
+    torch = pytest.importorskip("torch")
+    from kvtc_stream.integrations.transformers import load_model, loading, model_identity
+
+    half = tmp_path / "half"
+    model, tokenizer = load_model(model_folder)
+    model.to(torch.bfloat16).save_pretrained(half)
+    tokenizer.save_pretrained(half)
+    monkeypatch.setattr(loading, "_computes", lambda dtype: True)
+    as_it_is, _ = load_model(half)
+    monkeypatch.setattr(loading, "_computes", lambda dtype: dtype == torch.float32)
+    widened, _ = load_model(half)
+    asked, _ = load_model(half, dtype="bfloat16")
+    kinds = [torch.bfloat16, torch.float32, torch.bfloat16]
+    assert [x.dtype for x in (as_it_is, widened, asked)] == kinds
+    assert model_identity(as_it_is).fingerprint == model_identity(widened).fingerprint
+
+
 def test_a_missing_gguf_file_says_so(tmp_path, kvtc_command):
     pytest.importorskip("transformers")
     (tmp_path / "t").write_text("x")

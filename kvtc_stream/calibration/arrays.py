@@ -6,6 +6,8 @@ its subclass for CUDA devices.
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -93,9 +95,23 @@ class HostArrays:
 
     def check_memory(self, size: int) -> None:
         """Raise ``ValueError`` if ``size`` bytes cannot be allocated."""
+        total = machine_bytes()
+        if size > total:
+            raise ValueError(
+                f"calibration needs about {size / 1e9:.0f} GB of memory, this machine has "
+                f"{total / 1e9:.0f}: choose more layer_groups, or one of the bases"
+            )
 
     def settle(self) -> None:
         """Wait until all work that reads the caller's arrays has finished."""
+
+
+def machine_bytes() -> float:
+    """Bytes of host memory; infinite where the system does not tell."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return math.inf
 
 
 #: One instance for all: it has no state.

@@ -107,7 +107,8 @@ def _calibrate(commands: Any) -> argparse.ArgumentParser:
     model.add_argument(
         "--dtype",
         metavar="TYPE",
-        help="element type to run the model in, such as bfloat16 (default: that of its file)",
+        help="element type to run the model in, such as bfloat16 (default: that of its file, but "
+        "float32 on CPUs without instructions for it)",
     )
     model.add_argument(
         "--device-map",

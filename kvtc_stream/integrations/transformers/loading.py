@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from kvtc_stream.errors import KVTCError, UnsupportedError
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
 
@@ -22,7 +23,9 @@ def load_model(source: str | os.PathLike[str], **options: Any) -> tuple[PreTrain
     source
         A ``.gguf`` file, a folder, or a name that transformers knows.
     options
-        Of ``from_pretrained``: ``dtype``, ``device_map``, ...
+        Of ``from_pretrained``: ``dtype``, ``device_map``, ... Without ``dtype`` it is that of the
+        file, but float32 on a CPU that has no instructions for the file's: models compute many
+        times as long in such a type.
 
     Raises
     ------
@@ -40,7 +43,7 @@ def load_model(source: str | os.PathLike[str], **options: Any) -> tuple[PreTrain
             raise FileNotFoundError(f"no model at {name}")
         name, file = str(path.parent), {"gguf_file": path.name}
     try:
-        import torch  # noqa: F401  (transformers would go on without)
+        import torch  # transformers would go on without
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         with _quiet():
@@ -57,7 +60,23 @@ def load_model(source: str | os.PathLike[str], **options: Any) -> tuple[PreTrain
             f"such as {left[0]}: a model whose weights come and go cannot be told from others; "
             f"give it a smaller dtype, more devices, or device_map='cpu' and the memory it needs"
         )
+    # Without a device_map, the caller moves it to the GPU if there is one.
+    stays = "device_map" in options or not torch.cuda.is_available()
+    on_cpu = stays and model.device.type == "cpu"
+    if on_cpu and "dtype" not in options and not _computes(model.dtype):
+        model = model.float()  # type: ignore[no-untyped-call]
     return model.eval(), tokenizer  # type: ignore[no-untyped-call]
+
+
+def _computes(dtype: torch.dtype) -> bool:
+    """Whether this CPU has instructions for products in a type."""
+    import torch
+
+    kinds = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+    known: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    if dtype not in kinds or not known:
+        return True
+    return bool(getattr(torch.ops.mkldnn, f"_is_mkldnn_{kinds[dtype]}_supported")())
 
 
 @contextmanager
