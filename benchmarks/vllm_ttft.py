@@ -42,6 +42,12 @@ def main() -> None:
     parser.add_argument("--following", type=int, default=512, help="tokens that are scored")
     parser.add_argument("--prompts", type=int, default=3)
     parser.add_argument("--ratio", type=float, default=8.0)
+    parser.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float32"),
+        default="bfloat16",
+        help="of the model and its cache: CPUs without instructions for bfloat16 are slow in it",
+    )
     parser.add_argument("--output", type=Path, default=RESULT)
     arguments = parser.parse_args()
     console = Console()
@@ -95,12 +101,13 @@ class Run:
         raw = sum(x.stat().st_size for x in (folder / "example").rglob("*") if x.is_file())
         other = self._serve("example", self._warm_up + self._timed, example, **own)
         return {
+            "dtype": arguments.dtype,
             "prompt_tokens": arguments.tokens + 64,
             "following": arguments.following,
             "recompute": timed(exact, arguments.prompts),
             "kvtc": timed(found, arguments.prompts),
             "example": timed(other, arguments.prompts),
-            "ratio": cache_bytes(arguments.calibration, 128) * len(files) / sum(files),
+            "ratio": cache_bytes(arguments, 128) * len(files) / sum(files),
             "page_tokens": 128,
             "page_bytes": statistics.mean(files),
             "example_bytes": raw,
@@ -123,6 +130,7 @@ class Run:
                 "max_model_len": length,
                 "max_num_batched_tokens": length,
                 "max_logprobs": LIKELY,
+                "dtype": self._arguments.dtype,
             },
             "connector": connector,
             "requests": requests,
@@ -165,10 +173,11 @@ def timed(outputs: list[dict[str, Any]], prompts: int) -> dict[str, Any]:
     }
 
 
-def cache_bytes(calibration: str, tokens: int) -> int:
-    """Bytes of a page in bfloat16."""
-    [section] = kvtc.Calibration.load(calibration).geometry.sections
-    return 2 * tokens * (section.k_width + section.v_width)
+def cache_bytes(arguments: argparse.Namespace, tokens: int) -> int:
+    """Bytes of a page in the model's dtype."""
+    [section] = kvtc.Calibration.load(arguments.calibration).geometry.sections
+    size = {"bfloat16": 2, "float32": 4}[arguments.dtype]
+    return size * tokens * (section.k_width + section.v_width)
 
 
 def divergence(

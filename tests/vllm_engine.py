@@ -40,7 +40,7 @@ GPU_ENVIRONMENT = {
 def main(given: dict[str, Any]) -> list[dict[str, Any]]:
     import torch
 
-    engine = given.get("engine", {})
+    engine = {"dtype": "bfloat16"} | given.get("engine", {})
     if torch.cuda.is_available():
         engine = GPU | engine
         os.environ.update(GPU_ENVIRONMENT)
@@ -49,7 +49,6 @@ def main(given: dict[str, Any]) -> list[dict[str, Any]]:
     connector, name = given["connector"], given.get("connector_name", "KvtcConnector")
     llm = LLM(
         model=given["model"],
-        dtype="bfloat16",
         enforce_eager=True,
         skip_tokenizer_init=given.get("skip_tokenizer", False),
         kv_transfer_config=connector
