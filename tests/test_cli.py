@@ -639,6 +639,14 @@ def test_encode_warns_of_a_poor_ratio(tmp_path, kvtc_command, files):
     assert run.err.count("\n") == 1
 
 
+def test_the_name_alone_tells_what_there_is(kvtc_command):
+    run = kvtc_command()
+    assert run.status == 2
+    assert not run.out
+    assert "learn a model's cache" in run.err
+    assert "{quality,tasks,serve}" in kvtc_command("bench").err
+
+
 def test_binary_output_does_not_go_to_a_terminal(kvtc_command, files, monkeypatch):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     run = kvtc_command("decode", files.stream, "-c", files.calibration, "-o", "-")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -43,7 +44,11 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
             joined[-1] += f"={word}"
         else:
             joined.append(word)
-    args = make_parser().parse_args(joined)
+    parser = make_parser()
+    if not joined:  # who types only the name asks what there is
+        parser.print_help(sys.stderr)
+        parser.exit(2)
+    args = parser.parse_args(joined)
     args.words = list(words)
     return args
 
@@ -367,7 +372,7 @@ def _new_stream(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 def _bench(commands: Any) -> tuple[argparse.ArgumentParser, ...]:
     benchmarks = _add(commands, "bench", "measure on a model and texts of yours").add_subparsers(
-        dest="benchmark", metavar="BENCHMARK", required=True
+        dest="benchmark", required=True
     )
     return _quality(benchmarks), _tasks(benchmarks), _serve(benchmarks)
 
