@@ -39,8 +39,8 @@ _log = logging.getLogger(__name__)
 #: Pages that are fetched from a store beside one another: at least, and at most if there are so
 #: many cores.
 _FETCHES = 4, 16
-#: Codecs that a thread needs which takes groups of pages in turn there, each with scratch of its
-#: own: as many as :meth:`kvtc_stream.backends.base.Backend.interleave` begins.
+#: Codecs that a thread needs which takes groups of pages in turn on a CUDA device, each with
+#: scratch of its own: as many as :meth:`kvtc_stream.backends.base.Backend.interleave` begins.
 IN_TURN = 3
 
 
