@@ -22,7 +22,7 @@ from typing import Any
 import cupy as cp
 import ml_dtypes
 from _common import write_result
-from public import MANY, NAME, TOKENS, adapter, pinned, timed
+from public import MANY, NAME, TOKENS, adapter, adapter_tasks, pinned, rows_of, timed
 from rich.console import Console
 
 import kvtc_stream as kvtc
@@ -31,6 +31,8 @@ from gpu import GEOMETRIES, RATIO, Model, device_result
 RESULTS = Path(__file__).parent / "results"
 #: Functions whose events are listed one by one, and rows of a table.
 LISTED, ROWS = ("decode", "encode"), 45
+#: Ends of the names of functions of several caches.
+SEVERAL = ("many", "batch")
 
 
 def tasks_of(model: Model) -> tuple[dict[str, Callable[[], Any]], int]:
@@ -44,11 +46,14 @@ def tasks_of(model: Model) -> tuple[dict[str, Callable[[], Any]], int]:
     data = pinned(kvtc.encode(k, v, codec))
     streams = [pinned(x) for x in kvtc.encode_many(caches, codec)]
     out = cp.empty_like(k), cp.empty_like(v)
+    batch = list(zip(rows_of(k, MANY), rows_of(v, MANY), strict=True))
+    decode_many = partial(kvtc.decode_many, streams, model.calibration, backend="cuda")
     decode = partial(kvtc.decode, calibration=model.calibration, out=out, backend="cuda")
     tasks: dict[str, Callable[[], Any]] = {
         "decode": partial(decode, data),
         "encode": partial(kvtc.encode, k, v, codec),
-        "decode_many": partial(kvtc.decode_many, streams, model.calibration, backend="cuda"),
+        "decode_many": decode_many,
+        "decode_batch": partial(decode_many, out=batch),
         "encode_many": partial(kvtc.encode_many, caches, codec),
         "encode_measured": partial(kvtc.encode, k, v, measured),
     }
@@ -95,6 +100,15 @@ def on_host(name: str, task: Callable[[], Any], repeats: int) -> str:
     return f"=== {name}, host, {repeats} calls\n{text.getvalue()}\n"
 
 
+def trace(tasks: dict[str, Callable[[], Any]], log: Path, mode: str) -> None:
+    """What tasks do on the device, and on the host, to a file."""
+    with log.open(mode, encoding="utf-8") as file:
+        for name, task in tasks.items():
+            file.write(on_device(name, task))
+        for name, task in tasks.items():
+            file.write(on_host(name, task, 2 if name.endswith(SEVERAL) else 10))
+
+
 def main() -> None:
     """Measure, show and write."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -107,21 +121,20 @@ def main() -> None:
     result = device_result() | {"geometry": NAME, "tokens": TOKENS, "many": MANY, "functions": {}}
     tasks, size = tasks_of(model)
     for name, task in tasks.items():
-        count = MANY if "many" in name else 1
+        count = MANY if name.endswith(SEVERAL) else 1
         _, elapsed, cpu = timed(task, 7)
         found = {"s": elapsed, "gbps": count * size / elapsed / 1e9, "cpu_s": cpu}
         result["functions"][name] = found
         console.print(name, found)
-    with args.log.open("w", encoding="utf-8") as log:
-        for name, task in tasks.items():
-            log.write(on_device(name, task))
-        for name, task in tasks.items():
-            log.write(on_host(name, task, 2 if "many" in name else 10))
+    trace(tasks, args.log, "w")
     del tasks, task
     cp.get_default_memory_pool().free_all_blocks()
     if not args.no_adapter:
-        result["adapter"] = adapter(model)
+        tasks, ratio = adapter_tasks(model)
+        result["adapter"] = adapter(tasks, ratio)
         console.print(result["adapter"])
+        del tasks["prefill"]
+        trace(tasks, args.log, "a")
     write_result(args.output, result, console)
 
 

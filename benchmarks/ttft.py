@@ -7,7 +7,7 @@ A prompt is so many tokens and one more. ``prefill`` reads all of it. The others
 the tokens, and read the last one: ``there`` has it on the model's device as it is, in two bytes a
 value, which no way to restore it can beat; the others restore it from a stream in pinned memory
 (with CUDA), ordinary memory, or a file that was dropped from the system's cache, by
-``decode_cache``, a batch by ``decode_many``. All end with the likeliest next token, when the device
+``decode_batch``. All end with the likeliest next token, when the device
 is done; ``restore`` of a place is its part until the cache is there. Streams on the device are no
 place of their own: the host parses them.
 
@@ -241,13 +241,7 @@ class Row:
 
     def _restore(self, streams: Sequence[Any]) -> DynamicCache:
         """The cache of all streams, on the device."""
-        calibration = self._codec.calibration
-        if len(streams) == 1:
-            return host.decode_cache(streams[0], calibration, model=self._network)
-        k, v = self._empty()
-        out = [tuple([x[i] for x in tensors] for tensors in (k, v)) for i in range(len(streams))]
-        kvtc.decode_many(streams, calibration, out=out, backend=self._codec.backend)  # type: ignore[arg-type]
-        return self._cache(k, v)
+        return host.decode_batch(streams, self._codec.calibration, model=self._network)
 
     def _places(
         self, folder: Path
@@ -266,7 +260,7 @@ class Row:
 
         found: dict[str, tuple[Callable[[], Sequence[Any]], Callable[[], None]]] = {
             "memory": (lambda: self._streams, lambda: None),
-            "disk": (lambda: files if len(files) == 1 else [x.read_bytes() for x in files], drop),
+            "disk": (lambda: files, drop),
         }
         if self._device.type == "cuda":
             from public import pinned

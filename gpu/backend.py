@@ -7,7 +7,7 @@ values may still be on their way, as the stream's order tells.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import cached_property, partial
@@ -61,8 +61,8 @@ from kvtc_stream.gpu.coder.plan import BandPlan, DevicePlan
 from kvtc_stream.gpu.coder.rope import ropes_of
 from kvtc_stream.gpu.kernels import layout
 from kvtc_stream.gpu.runtime.staging import Staging, pinned
-from kvtc_stream.gpu.runtime.streams import interleave
-from kvtc_stream.gpu.runtime.tensors import BITS, Tensors, entries, to_device
+from kvtc_stream.gpu.runtime.streams import interleaving
+from kvtc_stream.gpu.runtime.tensors import BITS, Tensors, entries, taker
 from kvtc_stream.io.dlpack import BackendName, layer_list, numpy_dtype, on_cuda
 from kvtc_stream.io.steps import Steps, begun, run
 from kvtc_stream.io.threads import threads
@@ -115,9 +115,10 @@ class CudaBackend:
     ) -> tuple[list[Any], DType]:
         """See :meth:`kvtc_stream.backends.base.Backend.layer_list`."""
         dtypes: list[DType] = []
+        take = taker()
 
         def convert(tensor: Any, own: str) -> Any:
-            array, dtype = to_device(tensor, own)
+            array, dtype = take(tensor, own)
             dtypes.append(dtype)
             return array
 
@@ -161,7 +162,8 @@ class CudaBackend:
 
     def pool(self, tensors: Sequence[Any]) -> Tensors:
         """See :meth:`kvtc_stream.backends.base.Backend.pool`."""
-        arrays, dtypes = zip(*(to_device(x, "pages") for x in tensors), strict=True)
+        take = taker()
+        arrays, dtypes = zip(*(take(x, "pages") for x in tensors), strict=True)
         return Tensors.of_layers(arrays, dtypes[0], paged=True)
 
     def held(self, x: Any) -> Any:
@@ -170,12 +172,17 @@ class CudaBackend:
         CuPy's, in the current stream: only on the caller's thread do frameworks know what streams
         their tensors are used in.
         """
-        if isinstance(x, list | tuple):
-            return [self.held(layer) for layer in x]
-        if not on_cuda(x):
-            return x
-        bits, dtype = to_device(x, "a cache's tensor")
-        return bits.view(numpy_dtype(dtype))
+        take = taker()
+
+        def one(x: Any) -> Any:
+            if isinstance(x, list | tuple):
+                return [one(layer) for layer in x]
+            if not on_cuda(x):
+                return x
+            bits, dtype = take(x, "a cache's tensor")
+            return bits.view(numpy_dtype(dtype))
+
+        return one(x)
 
     def room(self, size: int) -> memoryview:
         """See :meth:`kvtc_stream.backends.base.Backend.room`: pinned memory."""
@@ -185,9 +192,22 @@ class CudaBackend:
         """See :meth:`kvtc_stream.backends.base.Backend.batch_tokens`."""
         return batch_tokens(section)
 
-    def interleave(self, tasks: Iterable[Iterator[None]]) -> None:
-        """See :func:`kvtc_stream.gpu.runtime.streams.interleave`."""
-        interleave(tasks)
+    def alike(self, k: Sequence[Any], v: Sequence[Any]) -> tuple[Hashable, int] | None:
+        """See :meth:`kvtc_stream.backends.base.Backend.alike`."""
+        kind: list[Hashable] = []
+        slots = []
+        for arrays in (k, v):
+            strides, begin = arrays[0].strides, arrays[0].data.ptr
+            if strides[1] <= 0 or any(x.strides != strides for x in arrays):
+                return None
+            slot, rest = divmod(begin, strides[1])
+            slots.append(slot)
+            kind += [strides, rest, *(x.data.ptr - begin for x in arrays)]
+        return (*kind, slots[1] - slots[0]), slots[0]
+
+    def interleaving(self, tasks: Iterable[Iterator[None]]) -> Steps[None]:
+        """See :func:`kvtc_stream.gpu.runtime.streams.interleaving`."""
+        return interleaving(tasks)
 
     def output(self, x: Any, dtype: DType) -> Any:
         """See :meth:`kvtc_stream.backends.base.Backend.output`."""
@@ -549,6 +569,8 @@ class CudaSectionCoder(SectionCoder):
         layers: Sequence[int],
         k: Any,
         v: Any,
+        *,
+        unseen: bool = False,
     ) -> Iterator[None]:
         """See :meth:`kvtc_stream.backends.base.SectionCoder.decoding`: payloads to symbols, then to
         values, then whatever the device found wrong."""
@@ -570,19 +592,22 @@ class CudaSectionCoder(SectionCoder):
         except FormatError:
             whole()  # says more of a payload that is damaged
             raise
-        yield
-        whole()
-        exact = self._exact(table, slots, {x.row for x in there})
-        self._place_exact(early, layers, columns)
-        started = self._decoder.start(chain(first, batches), destination)
-        for found in exact:  # beside what the device does
-            self._place_exact(self._uploaded(found, loaded, unchecked), layers, columns)
-        yield
-        for block, own in faulty(started):
-            self._place(own, *self._cpu.decode(block, layers), columns)
-        _check_exact(unchecked)
-        # Callers may go on in streams of their own.
-        cupy.cuda.get_current_stream().synchronize()
+        values = partial(self._decoder.start, chain(first, batches), destination)
+        try:
+            started = values() if unseen else []
+            yield
+            whole()
+            exact = self._exact(table, slots, {x.row for x in there})
+            self._place_exact(early, layers, columns)
+            started = started or values()
+            for found in exact:  # beside what the device does
+                self._place_exact(self._uploaded(found, loaded, unchecked), layers, columns)
+            yield
+            for block, own in faulty(started):
+                self._place(own, *self._cpu.decode(block, layers), columns)
+            _check_exact(unchecked)
+        finally:  # callers may go on in streams of their own, or give the memory back
+            cupy.cuda.get_current_stream().synchronize()
 
     @property
     def _tiles(self) -> bool:

@@ -571,6 +571,82 @@ def test_many_streams_in_pages() -> None:
     assert [kvtc.decode(d, calibration)[0].shape[2] for d in again] == [150, 3, 64]
 
 
+@pytest.mark.parametrize("kind", ["batch", "apart", "mixed"])
+@pytest.mark.parametrize("model", ["groups", "interleaved"])
+def test_many_streams_into_the_rows_of_a_batch(
+    monkeypatch: pytest.MonkeyPatch, kind: str, model: str
+) -> None:
+    """Rows of one tensor share launches, in any order and of any length; nothing else does, and
+    nothing is written when one of the streams is damaged."""
+    from kvtc_stream.gpu.backend import CudaSectionCoder
+
+    calibration, counts = CALIBRATIONS[model], [40, 150, 64]
+    section = calibration.geometry.sections[0]
+    layers, heads = len(section.layers), section.kv_heads
+    caches = [kvtc.testing.drawn_cache(calibration.geometry, n, seed=n) for n in counts]
+    streams = kvtc.encode_many(caches, kvtc.Codec(calibration, ratio=6, window=20, block_tokens=32))
+    launches, decoding = [], CudaSectionCoder.decoding
+
+    def counted(self: Any, *given: Any, **options: Any) -> Any:
+        launches.append(1)
+        return decoding(self, *given, **options)
+
+    monkeypatch.setattr(CudaSectionCoder, "decoding", counted)
+    dims, order = (section.k_dim, section.v_dim), [2, 0, 1]
+
+    def room(rows: int) -> list[list[Any]]:
+        shape = rows, heads, max(counts)
+        return [[cupy.full((*shape, dim), 7, np.float32) for _ in range(layers)] for dim in dims]
+
+    if kind == "batch":
+        batch = room(3)
+        rows = [[[x[i] for x in tensors] for tensors in batch] for i in order]
+    elif kind == "apart":
+        rows = [[[x[0] for x in tensors] for tensors in room(1)] for _ in counts]
+    else:  # K and V begin at different rows
+        batch = room(3)
+        rows = [
+            [[x[i] for x in k], [x[j] for x in v]]
+            for (k, v), i, j in zip([batch] * 3, order, (2, 1, 0), strict=True)
+        ]
+    out = [
+        tuple([x[:, :n] for x in tensors] for tensors in pair)
+        for pair, n in zip(rows, counts, strict=True)
+    ]
+    changed = bytearray(streams[1])
+    changed[len(changed) // 2] ^= 1
+    with pytest.raises(kvtc.FormatError) as raised:
+        kvtc.decode_many([streams[0], bytes(changed)], calibration, out=out[:2])
+    assert raised.value.index == 1
+    assert all(bool((x == 7).all()) for tensors in out[1] for x in tensors)
+    launches.clear()
+    assert kvtc.decode_many(streams, calibration, out=out) == out
+    # What a pool happens to place like rows are rows.
+    assert len(launches) in {"batch": [1], "apart": [1, 2, 3], "mixed": [3]}[kind]
+    for data, pair in zip(streams, out, strict=True):
+        for a, b in zip(pair, kvtc.decode(data, calibration, backend="cpu"), strict=True):
+            assert distance(cupy.stack(a), b) <= ROUNDING
+    for pair, n in zip(rows, counts, strict=True):
+        assert all(bool((x[:, n:] == 7).all()) for tensors in pair for x in tensors)
+
+
+@pytest.mark.parametrize("most", [1, 3])
+def test_a_long_stream_is_read_in_pieces(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    """While the device decodes one of them, the next is on its way."""
+    calibration = CALIBRATIONS["groups"]
+    k, v = kvtc.testing.drawn_cache(calibration.geometry, 300, seed=2)
+    data = kvtc.encode(k, v, kvtc.Codec(calibration, ratio=6, window=20, block_tokens=32))
+    expected = kvtc.decode(data, calibration, backend="cuda")
+    monkeypatch.setattr("kvtc_stream.stream.reader._BLOCKS_AT_A_TIME", most)
+    for a, b in zip(kvtc.decode(data, calibration, backend="cuda"), expected, strict=True):
+        np.testing.assert_array_equal(cupy.asnumpy(a), cupy.asnumpy(b))
+    for place in np.linspace(len(data) // 4, len(data) - 2000, 12).astype(int).tolist():
+        changed = bytearray(data)
+        changed[place] ^= 1
+        with pytest.raises(kvtc.FormatError):
+            kvtc.decode(bytes(changed), calibration, backend="cuda")
+
+
 def test_a_token_that_cannot_be_coded_costs_no_other_the_device(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

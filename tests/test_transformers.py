@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ from kvtc_stream.integrations.transformers import cache as cache_module  # noqa:
 from kvtc_stream.integrations.transformers import (  # noqa: E402
     calibrate,
     capture,
+    decode_batch,
     decode_cache,
     encode_cache,
     geometry_of,
@@ -1098,6 +1100,66 @@ def test_rows_of_a_padded_batch(
         encode_cache(cache, verbatim(calibration), sequence=0), calibration, model=model
     )
     assert torch.equal(first.layers[2].keys[0], cache.layers[2].keys[0])
+
+
+@pytest.mark.filterwarnings("ignore:the stream is only:kvtc_stream.errors.KVTCWarning")
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_streams_become_the_rows_of_a_cache(
+    tmp_path: Path,
+    name: str,
+    built: Callable[[str], Any],
+    calibrated: Callable[[str], kvtc.Calibration],
+) -> None:
+    """Of files and bytes; the model goes on from them as from a batch that it has read."""
+    model, calibration = built(name), calibrated(name)
+    ids = np.stack([drawn_ids(2 * WINDOW, seed=seed) for seed in range(3)])
+    codec = verbatim(calibration)
+    streams: list[Any] = [
+        encode_cache(prefill(model, row), codec, model=model, token_ids=row) for row in ids
+    ]
+    path = tmp_path / "second.kvtc"
+    path.write_bytes(streams[1])
+    longer = np.pad(ids, ((0, 0), (0, 1)), constant_values=5)
+    cache = decode_batch([streams[0], path, streams[2]], calibration, model=model, token_ids=longer)
+    for row, stream in enumerate(streams):
+        alone = decode_cache(stream, calibration, model=model)
+        for mine, theirs in zip(cache.layers, alone.layers, strict=True):
+            assert mine.get_seq_length() == theirs.get_seq_length()
+            assert torch.equal(mine.keys[row], theirs.keys[0])
+            assert torch.equal(mine.values[row], theirs.values[0])
+    new = torch.full((3, 1), 5)
+    read = DynamicCache(config=model.config)
+    with torch.inference_mode():
+        model(input_ids=torch.from_numpy(ids), past_key_values=read)
+        mine, theirs = (model(input_ids=new, past_key_values=x).logits for x in (cache, read))
+    torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:the stream is only:kvtc_stream.errors.KVTCWarning")
+def test_streams_that_cannot_be_rows_of_a_cache(
+    built: Callable[[str], Any], calibrated: Callable[[str], kvtc.Calibration]
+) -> None:
+    model, calibration = built("llama"), calibrated("llama")
+    one, short = drawn_ids(40, seed=1), drawn_ids(30, seed=2)
+    codec = verbatim(calibration)
+    whole, other = (encode_cache(prefill(model, x), codec, token_ids=x) for x in (one, short))
+    assert whole is not None
+    assert other is not None
+    with pytest.raises(ValueError, match="no streams"):
+        decode_batch([], calibration, model=model)
+    with pytest.raises(ValueError, match="30 tokens, the first stream holds 40") as wrong:
+        decode_batch([whole, other], calibration, model=model)
+    assert wrong.value.__notes__ == ["streams[1] of 2"]
+    with pytest.raises(ValueError, match=r"\[2, tokens\], a row for each stream, found \[1, 40\]"):
+        decode_batch([whole, whole], calibration, token_ids=one[None])
+    with pytest.raises(kvtc.CalibrationMismatchError, match="another prompt") as mismatch:
+        decode_batch([whole, whole], calibration, token_ids=np.stack([one, one[::-1]]))
+    assert mismatch.value.index == 1
+    changed = bytearray(whole)
+    changed[len(changed) // 2] ^= 1
+    with pytest.raises(kvtc.FormatError) as damaged:
+        decode_batch([whole, whole, bytes(changed)], calibration, model=model)
+    assert damaged.value.index == 2
 
 
 def test_a_padded_row_costs_no_more_than_its_prompt(

@@ -12,6 +12,8 @@ from typing import Any
 
 import cupy
 
+from kvtc_stream.io.steps import Steps
+
 #: Tasks that one thread takes in turn: one begins, one is at work, one comes to its end.
 IN_FLIGHT = 3
 
@@ -38,17 +40,16 @@ def beside(event: Any) -> Iterator[None]:
         yield
 
 
-def interleave(tasks: Iterable[Iterator[None]]) -> None:
+def interleaving(tasks: Iterable[Iterator[None]]) -> Steps[None]:
     """Take tasks to their ends from this thread, a few at a time, each in a stream of its own,
-    after what is in the current stream when its turn comes; waits for them, and for the device. Of
-    a sequence of one that one is in the current stream itself.
+    after what is in the current stream when its turn comes; at the end all of them are over, and
+    the device is done. Of a sequence of one that one is in the current stream itself.
 
     A new task makes its first step before older ones make their next: what it begins is done while
-    the host waits for them.
+    the host waits for them. Yields when each under way has made a step.
     """
     if isinstance(tasks, Sequence) and len(tasks) < 2:
-        for _ in chain.from_iterable(tasks):
-            pass
+        yield from chain.from_iterable(tasks)
         return
     device, ready = cupy.cuda.runtime.getDevice(), cupy.cuda.Event(disable_timing=True)
     free = [_stream(device, i) for i in range(IN_FLIGHT)]
@@ -68,6 +69,7 @@ def interleave(tasks: Iterable[Iterator[None]]) -> None:
                 if ended:
                     running.remove((stream, task))
                     free.append(stream)
+            yield
     finally:  # nobody writes once this has returned, or raised
         for stream in streams:
             stream.synchronize()

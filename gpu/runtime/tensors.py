@@ -6,7 +6,7 @@ current one, as every producer is asked to make its data ready there.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -117,11 +117,24 @@ def entries(
     return rows
 
 
-def to_device(x: Any, name: str) -> tuple[Any, DType]:
+def taker() -> Callable[[Any, str], tuple[Any, DType]]:
+    """:func:`to_device` for the tensors of one call: the stream waits once for all of a kind."""
+    seen: set[type] = set()
+
+    def take(x: Any, name: str) -> tuple[Any, DType]:
+        found = to_device(x, name, ordered=type(x) in seen)
+        seen.add(type(x))
+        return found
+
+    return take
+
+
+def to_device(x: Any, name: str, *, ordered: bool = False) -> tuple[Any, DType]:
     """The bits of a tensor as a CuPy array, and its element type.
 
     Shares a CUDA tensor's memory; copies a host tensor. Raises as
-    :func:`kvtc_stream.io.dlpack.to_numpy`, and ``BufferError`` for a tensor of another device.
+    :func:`kvtc_stream.io.dlpack.to_numpy`, and ``BufferError`` for a tensor of another device. With
+    ``ordered``, the current stream waits already for what made ``x``.
     """
     if not on_cuda(x):
         host = to_numpy(x, name)
@@ -136,8 +149,13 @@ def to_device(x: Any, name: str) -> tuple[Any, DType]:
     if isinstance(x, cupy.ndarray):
         dtype = dtype_of(np.dtype(x.dtype), name)
         return x.view(BITS[dtype.itemsize]), dtype
-    # DLPack calls the legacy default stream 1.
-    bits, dtype = as_bits(x, name, cupy.cuda.get_current_stream().ptr or 1)
+    # DLPack calls the legacy default stream 1, and none at all -1, which spares PyTorch some tens
+    # of microseconds; others need not know it.
+    if ordered and type(x).__module__.partition(".")[0] == "torch":
+        stream = -1
+    else:
+        stream = cupy.cuda.get_current_stream().ptr or 1
+    bits, dtype = as_bits(x, name, stream)
     try:
         return cupy.from_dlpack(bits), dtype
     except (BufferError, RuntimeError, ValueError, TypeError) as error:

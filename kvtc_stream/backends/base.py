@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Protocol, TypeAlias
@@ -147,8 +147,14 @@ class SectionCoder(ABC):
         layers: Sequence[int],
         k: Any,
         v: Any,
+        *,
+        unseen: bool = False,
     ) -> Iterator[None]:
-        """:meth:`decode_into` in steps, for :meth:`Backend.interleave`; done at the last one."""
+        """:meth:`decode_into` in steps, for :meth:`Backend.interleaving`; done at the last one.
+
+        What is ``unseen``, because nobody gets k and v if this fails, may be written before
+        payloads are verified.
+        """
 
     @abstractmethod
     def decode_layers(self, block: Block) -> Callable[[int], tuple[Any, Any]]:
@@ -207,9 +213,17 @@ class Backend(Protocol):
         """Tokens of streams that are worth decoding beside others."""
         ...
 
-    def interleave(self, tasks: Iterable[Iterator[None]]) -> None:
+    def alike(self, k: Sequence[Any], v: Sequence[Any]) -> tuple[Hashable, int] | None:
+        """Whether K and V, arrays of each layer, can be written by those who write others.
+
+        Those with the same first result differ by one offset only, as rows of a batch do: the
+        second is the slot at which their tokens begin, counted from anywhere. ``None``: none can.
+        """
+        ...
+
+    def interleaving(self, tasks: Iterable[Iterator[None]]) -> Steps[None]:
         """Take tasks to their ends, several at a time where that serves the device: each step
-        begins what the next one waits for. All are over when it returns, or raises."""
+        begins what the next one waits for. All are over at its end, or when it raises."""
         ...
 
     def output(self, x: Any, dtype: DType) -> Any:

@@ -27,6 +27,7 @@ from kvtc_stream.coding.values import (
 from kvtc_stream.formats import Block, BlockTable, DType, PartPlan, Role, Section, StreamHeader
 from kvtc_stream.io.dlpack import BackendName, as_kv_array, layer_list, numpy_dtype, to_numpy
 from kvtc_stream.io.memory import empty
+from kvtc_stream.io.steps import Steps
 from kvtc_stream.io.threads import beside
 
 Float = NDArray[np.float32]
@@ -96,11 +97,13 @@ class CpuBackend:
         to share."""
         return 1 << 62
 
-    def interleave(self, tasks: Iterable[Iterator[None]]) -> None:
-        """See :meth:`kvtc_stream.backends.base.Backend.interleave`."""
+    def alike(self, k: Sequence[Any], v: Sequence[Any]) -> None:
+        """See :meth:`kvtc_stream.backends.base.Backend.alike`: there are no launches to share."""
+
+    def interleaving(self, tasks: Iterable[Iterator[None]]) -> Steps[None]:
+        """See :meth:`kvtc_stream.backends.base.Backend.interleaving`."""
         for task in tasks:
-            for _ in task:
-                pass
+            yield from task
 
     def output(self, x: NDArray[Any], dtype: DType) -> Any:
         """See :meth:`kvtc_stream.backends.base.Backend.output`."""
@@ -371,6 +374,8 @@ class CpuSectionCoder(SectionCoder):
         layers: Sequence[int],
         k: NDArray[Any],
         v: NDArray[Any],
+        *,
+        unseen: bool = False,
     ) -> Iterator[None]:
         """See :meth:`kvtc_stream.backends.base.SectionCoder.decoding`."""
         for block, own in _each(table, slots):

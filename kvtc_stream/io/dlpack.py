@@ -158,7 +158,8 @@ def as_bits(x: Any, name: str, stream: int) -> tuple[Any, DType]:
     x
         Anything with ``__dlpack__``.
     stream
-        The consumer's stream, by DLPack's numbers: work submitted there later sees the data.
+        The consumer's stream, by DLPack's numbers: work submitted there later sees the data; -1
+        for one that waits for it already.
 
     Returns
     -------

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, MutableSequence, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -19,8 +19,9 @@ from kvtc_stream.errors import KVTCError
 from kvtc_stream.formats import BlockTable, Limits
 from kvtc_stream.io.dlpack import BackendName, check_memory, dtype_of
 from kvtc_stream.io.paged import PagedCache, indexable
-from kvtc_stream.io.steps import Steps
+from kvtc_stream.io.steps import Steps, run
 from kvtc_stream.stream.codec import Codec
+from kvtc_stream.stream.decoder import BlockDecoder
 from kvtc_stream.stream.encoder import Encoder
 from kvtc_stream.stream.opening import encoding, open
 from kvtc_stream.stream.options import EncoderOptions
@@ -55,7 +56,7 @@ def encode_many(
     results = [b""] * len(caches)
 
     def one(i: int, cache: tuple[Any, Any] | PagedCache) -> Steps[None]:
-        with _about("caches", i, len(caches)):
+        with about("caches", i, len(caches)):
             if isinstance(cache, PagedCache):
                 results[i] = yield from _encoding_pages(cache, codec, **options)
             else:
@@ -63,12 +64,12 @@ def encode_many(
 
     if caches:
         backend = get_backend(codec.backend, *_tensors(caches[0]))
-        backend.interleave([one(i, _held(c, backend)) for i, c in enumerate(caches)])
+        run(backend.interleaving([one(i, _held(c, backend)) for i, c in enumerate(caches)]))
     return results
 
 
 @contextmanager
-def _about(name: str, index: int, count: int) -> Iterator[None]:
+def about(name: str, index: int, count: int) -> Iterator[None]:
     """Errors say which of a batch they are about."""
     try:
         yield
@@ -87,14 +88,25 @@ def _held(cache: Any, backend: Backend) -> Any:
 
 @dataclass(frozen=True)
 class _Member:
-    """One stream of a batch."""
+    """One stream of a batch.
+
+    Attributes
+    ----------
+    reader, index, count
+        Of the stream, its place, and how many there are.
+    target, slot
+        Arrays of each layer's K and V that are written, and where in those of others that share
+        launches they begin; see :meth:`kvtc_stream.backends.base.Backend.alike`.
+    """
 
     reader: Reader
     index: int
     count: int
+    target: tuple[Any, Any] | None = None
+    slot: int = 0
 
     def about(self) -> AbstractContextManager[None]:
-        return _about("streams", self.index, self.count)
+        return about("streams", self.index, self.count)
 
     def stored(self, section: int) -> BlockTable:
         """The blocks of a section; their errors are about this stream."""
@@ -154,29 +166,58 @@ def decode_many(
     coding = get_backend(backend, *(_tensors(out[0]) if out else ()))
     results: list[Any] = [None] * len(streams) if out is None else list(out)
 
-    def tasks() -> Iterator[Iterator[None]]:
-        """The next streams are opened while a device decodes those before."""
-        kinds: defaultdict[Any, _Kind] = defaultdict(_Kind)
+    def opened() -> Iterator[Reader]:
         for i, data in enumerate(streams):
-            with _about("streams", i, len(streams)):
+            with about("streams", i, len(streams)):
                 reader = open(data, calibration=calibration, backend=coding.name, limits=limits)
+            yield reader
+
+    run(decoding_many(opened(), results, coding, section))
+    return results
+
+
+def decoding_many(
+    opened: Iterator[Reader],
+    results: MutableSequence[Any],
+    coding: Backend,
+    section: int,
+    *,
+    unseen: bool = False,
+) -> Steps[None]:
+    """:func:`decode_many` in steps, of readers that come as they are asked for: the next streams
+    are opened while a device decodes those before.
+
+    ``results`` has what takes the tokens of each, or ``None``, in whose place new arrays come. What
+    is ``unseen`` of it is dropped if this fails.
+    """
+
+    def tasks() -> Iterator[Iterator[None]]:
+        kinds: defaultdict[Any, _Kind] = defaultdict(_Kind)
+        for i, reader in enumerate(opened):
+            member, cache, h = _Member(reader, i, len(results)), results[i], reader.header
+            with member.about():
                 tokens = reader.tokens(section)
-            member, cache, h = _Member(reader, i, len(streams)), results[i], reader.header
-            if cache is not None and not isinstance(cache, PagedCache):
-                yield _decoding_apart(member, section, cache)
-                continue
+            where: tuple[Any, ...] = ()
+            if isinstance(cache, PagedCache):
+                where = id(cache.k), id(cache.v)
+            elif cache is not None:
+                member = _aimed(member, section, cache)
+                assert member.target is not None
+                if (found := coding.alike(*member.target)) is None:
+                    yield _decoding_apart(member, section, unseen)
+                    continue
+                where, member = found[:1], replace(member, slot=found[1])
             key = (h.plan.digest, h.geometry, h.dtype, h.out_dtype, h.scales, h.block_tokens)
-            kind = kinds[key if cache is None else (*key, id(cache.k), id(cache.v))]
+            kind = kinds[*key, *where]
             most = coding.batch_tokens(h.geometry.sections[section])
             if kind.members and kind.tokens + tokens > most:
-                yield _together(kind, section, coding, results)
+                yield _together(kind, section, coding, results, unseen)
             kind.members.append(member)
             kind.tokens += tokens
         for kind in kinds.values():
-            yield _together(kind, section, coding, results)
+            yield _together(kind, section, coding, results, unseen)
 
-    coding.interleave(tasks() if len(streams) > 1 else list(tasks()))
-    return results
+    yield from coding.interleaving(tasks() if len(results) > 1 else list(tasks()))
 
 
 @dataclass
@@ -187,33 +228,44 @@ class _Kind:
     ----------
     members, tokens
         Those that wait.
-    idle
-        Coders that nobody uses: they keep buffers, so there are as few as work at a time.
+    blocks
+        What decodes those of all of them.
     """
 
     members: list[_Member] = field(default_factory=list)
     tokens: int = 0
-    idle: deque[Any] = field(default_factory=deque)
+    blocks: BlockDecoder | None = None
 
 
 def _tensors(cache: PagedCache | tuple[Any, Any]) -> tuple[Any, Any]:
     return (cache.k, cache.v) if isinstance(cache, PagedCache) else cache
 
 
-def _together(kind: _Kind, section: int, backend: Backend, results: list[Any]) -> Iterator[None]:
-    """The task that decodes those that wait, to pages that ``results`` has, or to new tensors that
-    it gets."""
+def _together(
+    kind: _Kind, section: int, backend: Backend, results: MutableSequence[Any], unseen: bool
+) -> Iterator[None]:
+    """The task that decodes those that wait, to tensors or pages that ``results`` has, or to new
+    tensors that it gets."""
     members, kind.members, kind.tokens = kind.members, [], 0
     counts = [member.reader.tokens(section) for member in members]
-    blocks = members[0].reader.block_decoder
+    blocks = kind.blocks = kind.blocks or members[0].reader.block_decoder
     layers = len(members[0].reader.header.geometry.sections[section].layers)
     if results[members[0].index] is None:
+        unseen = True
         edges = np.cumsum([0, *counts]).tolist()
         slots = [np.arange(first, last) for first, last in pairwise(edges)]
         k, v = blocks.empty(section, layers, edges[-1])
         for member, (first, last) in zip(members, pairwise(edges), strict=True):
             pair = k[:, :, first:last], v[:, :, first:last]
             results[member.index] = blocks.output(pair[0]), blocks.output(pair[1])
+    elif members[0].target is not None:
+        first = min(members, key=lambda member: member.slot)
+        slots = [
+            np.arange(tokens) + member.slot - first.slot
+            for member, tokens in zip(members, counts, strict=True)
+        ]
+        assert first.target is not None
+        k, v = first.target
     else:
         pages = [results[member.index] for member in members]
         slots = _places(members, counts, pages, section, backend)
@@ -222,28 +274,40 @@ def _together(kind: _Kind, section: int, backend: Backend, results: list[Any]) -
     def steps() -> Iterator[None]:
         tables = [member.stored(section) for member in members]
         own = [_slots(table, places) for table, places in zip(tables, slots, strict=True)]
-        coder = kind.idle.pop() if kind.idle else blocks.coder(section)
-        yield from coder.decoding(
-            BlockTable.concat(tables), np.concatenate(own), range(layers), k, v
-        )
-        kind.idle.append(coder)
+        with blocks.lent(section) as coder:
+            yield from coder.decoding(
+                BlockTable.concat(tables),
+                np.concatenate(own),
+                range(layers),
+                k,
+                v,
+                unseen=unseen,
+            )
 
     return steps()
 
 
-def _decoding_apart(member: _Member, section: int, out: tuple[Any, Any]) -> Iterator[None]:
-    """A task that decodes one stream into the caller's tensors, which are looked at now: only in
-    the caller's stream do frameworks know what their tensors wait for."""
-    reader, blocks = member.reader, member.reader.block_decoder
+def _aimed(member: _Member, section: int, out: tuple[Any, Any]) -> _Member:
+    """The member with the caller's tensors, which are looked at now: only in the caller's stream do
+    frameworks know what their tensors wait for."""
+    reader = member.reader
     with member.about():
-        tokens = reader.tokens(section)
         layers = len(reader.header.geometry.sections[section].layers)
-        k, v = blocks.buffers(section, layers, tokens, out)
+        k, v = reader.block_decoder.buffers(section, layers, reader.tokens(section), out)
+    return replace(member, target=(k, v))
+
+
+def _decoding_apart(member: _Member, section: int, unseen: bool) -> Iterator[None]:
+    """A task that decodes one stream into the caller's tensors."""
+    reader = member.reader
+    assert member.target is not None
+    k, v = member.target
 
     def steps() -> Iterator[None]:
-        table, coder = reader.stored(section), blocks.coder(section)
-        slots = _slots(table, np.arange(tokens))
-        yield from coder.decoding(table, slots, range(layers), k, v)
+        table, layers = reader.stored(section), range(len(k))
+        slots = _slots(table, np.arange(reader.tokens(section)))
+        coder = reader.block_decoder.coder(section)
+        yield from coder.decoding(table, slots, layers, k, v, unseen=unseen)
 
     def named() -> Iterator[None]:
         task, ended = steps(), object()

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvtc_stream.backends.base import SectionCoder
+from kvtc_stream.backends.base import Backend, SectionCoder
 from kvtc_stream.backends.select import get_backend
 from kvtc_stream.calibration.model import Calibration
 from kvtc_stream.calibration.parts import CalibratedBases
@@ -112,6 +114,7 @@ class BlockDecoder:
         self._header, self._calibration = header, check_calibration(header, calibration)
         self._backend = get_backend(backend)
         self._coders: dict[int, SectionCoder] = {}
+        self._idle: defaultdict[int, list[SectionCoder]] = defaultdict(list)
 
     @property
     def header(self) -> StreamHeader:
@@ -121,10 +124,25 @@ class BlockDecoder:
     def coder(self, section: int) -> SectionCoder:
         """That of a section."""
         if section not in self._coders:
-            self._coders[section] = self._backend.section_coder(
-                self._header, section, self._calibration
-            )
+            self._coders[section] = self._coder(section)
         return self._coders[section]
+
+    @contextmanager
+    def lent(self, section: int) -> Iterator[SectionCoder]:
+        """A coder of a section, for one of several tasks under way. They keep buffers, so there are
+        as few as work at a time."""
+        idle = self._idle[section]
+        coder = idle.pop() if idle else self._coder(section)
+        yield coder
+        idle.append(coder)
+
+    def _coder(self, section: int) -> SectionCoder:
+        return self._backend.section_coder(self._header, section, self._calibration)
+
+    @property
+    def backend(self) -> Backend:
+        """What the coders run on."""
+        return self._backend
 
     def room(self, size: int) -> memoryview:
         """Host memory that the backend reads quickly."""

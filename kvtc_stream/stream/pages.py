@@ -361,7 +361,7 @@ class PageCodec:
     def decoding(
         self, table: BlockTable, slots: NDArray[np.int64], k: Any, v: Any
     ) -> Iterator[None]:
-        """:meth:`decode_into` in steps, for :meth:`kvtc_stream.backends.base.Backend.interleave`;
+        """:meth:`decode_into` in steps, for :meth:`kvtc_stream.backends.base.Backend.interleaving`;
         ``slots`` are those of all pages.
 
         Until it is done nobody else may decode: threads take no turns here.

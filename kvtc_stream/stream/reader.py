@@ -35,7 +35,7 @@ from kvtc_stream.io.sources import Growing, Source, open_source
 from kvtc_stream.io.steps import Steps, run
 from kvtc_stream.stream.decoder import BlockDecoder, KVBlock
 
-#: Blocks that are decoded together.
+#: About the most blocks that are decoded together.
 _BLOCKS_AT_A_TIME = 256
 
 
@@ -167,9 +167,10 @@ class Reader:
         section: int = 0,
         *,
         out: tuple[Any, Any] | None = None,
+        unseen: bool = False,
     ) -> Steps[tuple[Any, Any]]:
         """:meth:`read`, for those who do something else while a device works. Nobody else reads
-        between two steps."""
+        between two steps. What is ``unseen`` of ``out`` is dropped if this fails."""
         first, last = _span(tokens, self.tokens(section), "tokens")
         geometry = self._header.geometry.sections[section]
         count = len(range(*_span(layers, len(geometry.layers), "layers")))
@@ -186,16 +187,27 @@ class Reader:
         chosen = range(*_span(layers, len(geometry.layers), "layers"))
         stream, numbers = self._numbers(section)
         numbers = numbers[_holding(stream.entries[numbers], first, last)]
-        # What is given is written to once all blocks are known to be whole.
-        some = len(numbers) if out is not None else _BLOCKS_AT_A_TIME
-        for at in range(0, len(numbers), max(some, 1)):
-            with self._lock:
-                self._check_open()
-                table = stream.read_table(numbers[at : at + some], self._blocks.room)
-                slots = table.ordinals() - first
-                slots[(slots < 0) | (slots >= last - first)] = -1
-                yield from self._blocks.coder(section).decoding(table, slots, chosen, k, v)
+        unseen = unseen or out is None  # else nothing is written before all blocks are whole
+        pieces = self._pieces(numbers, section) if unseen else [numbers][: len(numbers)]
+
+        def decoding(piece: NDArray[np.intp]) -> Iterator[None]:
+            table = stream.read_table(piece, self._blocks.room)
+            slots = table.ordinals() - first
+            slots[(slots < 0) | (slots >= last - first)] = -1
+            with self._blocks.lent(section) as coder:
+                yield from coder.decoding(table, slots, chosen, k, v, unseen=unseen)
+
+        with self._lock:
+            self._check_open()
+            yield from self._blocks.backend.interleaving([decoding(piece) for piece in pieces])
         return (self._blocks.output(k), self._blocks.output(v)) if out is None else out
+
+    def _pieces(self, numbers: NDArray[np.intp], section: int) -> list[NDArray[np.intp]]:
+        """Records to decode together, the next of which are on their way meanwhile."""
+        most = self._blocks.backend.batch_tokens(self._header.geometry.sections[section])
+        most = min(max(most // self._header.block_tokens, 1), _BLOCKS_AT_A_TIME)
+        count = max(round(len(numbers) / most), 1)
+        return np.array_split(numbers, count)[: len(numbers)]
 
     def blocks(
         self,

@@ -104,6 +104,30 @@ def test_streams_in_pinned_memory(
             np.testing.assert_array_equal(*(np.array(x, np.float32) for x in (a, b)))
 
 
+def test_streams_into_the_rows_of_a_batch(
+    monkeypatch: pytest.MonkeyPatch,
+    calibration: kvtc.Calibration,
+    stream: bytes,
+    cuda: BackendName,
+) -> None:
+    """They share launches; of a long stream the pieces take turns."""
+    monkeypatch.setattr("kvtc_stream.stream.decoder.check_memory", lambda *_: None)
+    monkeypatch.setattr(
+        "kvtc_stream.gpu.backend.taker", lambda: lambda x, _: (x.view(np.uint16), FLOAT16)
+    )
+    expected = kvtc.decode(stream, calibration, backend=cuda)
+    shape = 2, 2, 1, TOKENS, 16  # layers, rows
+    batch = [cupy.empty(shape, np.float16) for _ in "kv"]
+    out = [tuple([x[row] for x in tensors] for tensors in batch) for row in (1, 0)]
+    kvtc.decode_many([stream, stream], calibration, out=out, backend=cuda)
+    monkeypatch.setattr("kvtc_stream.stream.reader._BLOCKS_AT_A_TIME", 1)
+    again = kvtc.decode(stream, calibration, backend=cuda)
+    for found in (*out, again):
+        for a, b in zip(found, expected, strict=True):
+            ours = np.stack([np.array(x, np.float32) for x in a])
+            np.testing.assert_array_equal(ours, np.array(b, np.float32))
+
+
 def test_layers_one_by_one(calibration: kvtc.Calibration, stream: bytes, cuda: BackendName) -> None:
     expected = kvtc.decode(stream, calibration)
     for layer, pair in enumerate(kvtc.decode_layers(stream, calibration, backend=cuda)):

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from kvtc_stream.gpu.runtime.staging import Staging
-from kvtc_stream.gpu.runtime.streams import IN_FLIGHT, interleave
+from kvtc_stream.gpu.runtime.streams import IN_FLIGHT, interleaving
+from kvtc_stream.io.steps import run
 
 
 def test_tasks_are_taken_in_turn() -> None:
@@ -22,7 +23,7 @@ def test_tasks_are_taken_in_turn() -> None:
             happened.append((number, step))
             yield
 
-    interleave(map(task, range(8)))
+    run(interleaving(map(task, range(8))))
     assert sorted(happened) == [(n, s) for n in range(8) for s in range(3)]
     assert happened[:6] == [(0, 0), (1, 0), (0, 1), (2, 0), (1, 1), (0, 2)]
     for number in range(IN_FLIGHT, 8):  # those before it have come to their ends
@@ -41,7 +42,7 @@ def test_a_failed_task_ends_them_all() -> None:
             raise ValueError("of the second")
 
     with pytest.raises(ValueError, match="of the second"):
-        interleave(map(task, range(20)))
+        run(interleaving(map(task, range(20))))
     assert begun == [0, 1, 2]
     assert cupy.cuda.Stream.waits == waits + IN_FLIGHT
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from kvtc_stream.integrations import lazy
 
 if TYPE_CHECKING:
-    from kvtc_stream.integrations.transformers.cache import decode_cache, encode_cache
+    from kvtc_stream.integrations.transformers.cache import decode_batch, decode_cache, encode_cache
     from kvtc_stream.integrations.transformers.calibration import calibrate, capture
     from kvtc_stream.integrations.transformers.geometry import geometry_of
     from kvtc_stream.integrations.transformers.identity import model_identity, token_digest
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 _HOME = {
     "calibrate": "calibration",
     "capture": "calibration",
+    "decode_batch": "cache",
     "decode_cache": "cache",
     "encode_cache": "cache",
     "geometry_of": "geometry",
@@ -42,6 +43,7 @@ _HOME = {
 __all__ = [
     "calibrate",
     "capture",
+    "decode_batch",
     "decode_cache",
     "encode_cache",
     "geometry_of",

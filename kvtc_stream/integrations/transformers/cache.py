@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from typing import Any, BinaryIO, Literal, TypeAlias, overload
 
 import numpy as np
@@ -48,6 +50,7 @@ from kvtc_stream.integrations.transformers.model import (
 )
 from kvtc_stream.io.dlpack import BackendName
 from kvtc_stream.io.steps import R, Steps, begun, run
+from kvtc_stream.stream.batch import about, decoding_many
 from kvtc_stream.stream.codec import expect_calibration, expect_codec
 from kvtc_stream.stream.options import EncoderOptions
 
@@ -297,10 +300,76 @@ def decode_cache(
     FormatError
         The bytes are not a stream, or damaged.
     """
+    check = None if token_ids is None else as_ids(token_ids)
+    cache, positions = _restored(
+        [source], calibration, model, [check], device, dtype, backend, gaps=return_positions
+    )
+    return (cache, positions) if return_positions else cache
+
+
+def decode_batch(
+    streams: Sequence[Source],
+    calibration: kvtc.Calibration,
+    *,
+    model: PreTrainedModel | None = None,
+    token_ids: TokenIds | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    backend: BackendName = "auto",
+) -> DynamicCache:
+    """Read streams of equally many tokens as the rows of one cache.
+
+    Each row is what :func:`decode_cache` restores of its stream; on a CUDA device they share
+    launches.
+
+    Parameters
+    ----------
+    streams
+        Paths, binary files or bytes, a row each.
+    token_ids
+        [rows, tokens] that begin with those of the rows.
+    calibration, model, device, dtype, backend
+        As for :func:`decode_cache`.
+
+    Raises
+    ------
+    CalibrationMismatchError, UnsupportedError, FormatError
+        As :func:`decode_cache`; a note, and ``index``, say which stream it is about.
+    ValueError
+        There are no streams, they hold different numbers of tokens, or ``token_ids`` has other
+        rows.
+    """
+    ids: list[NDArray[np.int64] | None] = [None] * len(streams)
+    if token_ids is not None:
+        rows = token_ids if isinstance(token_ids, Tensor) else np.asarray(token_ids)
+        if rows.ndim != 2 or len(rows) != len(streams):
+            raise ValueError(
+                f"token_ids must be [{len(streams)}, tokens], a row for each stream, found "
+                f"{list(rows.shape)}"
+            )
+        ids = [as_ids(row) for row in rows]
+    if not streams:
+        raise ValueError("found no streams: a cache has a row or more")
+    return _restored(streams, calibration, model, ids, device, dtype, backend)[0]
+
+
+def _restored(
+    sources: Sequence[Source],
+    calibration: kvtc.Calibration,
+    model: PreTrainedModel | None,
+    token_ids: Sequence[NDArray[np.int64] | None],
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+    backend: BackendName,
+    *,
+    gaps: bool = False,
+) -> tuple[DynamicCache, NDArray[np.int64]]:
+    """The cache whose rows the sources hold, and the positions of its tokens, which may have
+    ``gaps``."""
     expect_calibration(calibration)
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"dtype must be a floating-point torch.dtype, found {dtype!r}")
-    with one_walk():
+    with one_walk(), ExitStack() as opened:
         places: dict[int, torch.device] = {}
         if model is not None:
             _check_shape(model, calibration)
@@ -310,28 +379,39 @@ def decode_cache(
         if backend == "auto":
             backend = "cuda" if device.type == "cuda" and cuda_runs() else "cpu"
         sections = calibration.geometry.sections
-        with kvtc.open(_seekable(source), calibration=calibration, backend=backend) as reader:
-            _check_layers(reader, sections)
-            held = [reader.positions(i) for i in range(len(sections))]
-            cache = _empty_cache(model, sections)
-            layers = attention_layers(cache, "the model")
-            positions = _cache_positions(sections, held, layers)
-            if not return_positions:
-                _check_gapless(positions)
-            if token_ids is not None:
-                _check_tokens(as_ids(token_ids), len(positions), reader.header.token_digest)
-            memory = device if backend == "cuda" else torch.device("cpu")
-            for i, section in enumerate(sections):
-                needed = _needed(layers[section.layers[0]], len(positions))
-                steps = _read_layers(reader, i, needed, memory)
-                k, v = run(steps if i else _begun(steps, model, calibration))
-                for number, keys, values in zip(section.layers, k, v, strict=True):
-                    place = places.get(number, device)
-                    keys, values = keys.to(place, dtype), values.to(place, dtype)
-                    _fill(layers[number], keys, values, len(positions))
+        cache = _empty_cache(model, sections)
+        layers = attention_layers(cache, "the model")
+
+        @functools.cache
+        def row(i: int) -> tuple[kvtc.Reader, NDArray[np.int64]]:
+            """A reader, and positions of the cache's tokens."""
+            with about("streams", i, len(sources)) if len(sources) > 1 else nullcontext():
+                file = kvtc.open(_seekable(sources[i]), calibration=calibration, backend=backend)
+                reader = opened.enter_context(file)
+                _check_layers(reader, sections)
+                held = [reader.positions(j) for j in range(len(sections))]
+                positions = _cache_positions(sections, held, layers)
+                if not gaps:
+                    _check_gapless(positions)
+                if (ids := token_ids[i]) is not None:
+                    _check_tokens(ids, len(positions), reader.header.token_digest)
+                if i:
+                    _check_alike(row(0)[0], reader)
+            return reader, positions
+
+        positions = row(0)[1]
+        memory = device if backend == "cuda" else torch.device("cpu")
+        for i, section in enumerate(sections):
+            needed = _needed(layers[section.layers[0]], len(positions))
+            steps = _read_layers(lambda j: row(j)[0], len(sources), i, needed, memory)
+            k, v = run(steps if i else _begun(steps, model, calibration))
+            for number, keys, values in zip(section.layers, k, v, strict=True):
+                place = places.get(number, device)
+                keys, values = keys.to(place, dtype), values.to(place, dtype)
+                _fill(layers[number], keys, values, len(positions))
         if model is not None:
             forget_images(model)
-    return (cache, positions) if return_positions else cache
+    return cache, positions
 
 
 def _check_layers(reader: kvtc.Reader, sections: Sequence[Section]) -> None:
@@ -354,17 +434,33 @@ def _check_gapless(positions: NDArray[np.int64]) -> None:
         )
 
 
+def _check_alike(first: kvtc.Reader, other: kvtc.Reader) -> None:
+    """Refuse what cannot be the row of a cache beside the first."""
+    for i in range(len(first.header.geometry.sections)):
+        if (found := other.tokens(i)) != (expected := first.tokens(i)):
+            raise ValueError(
+                f"found {found} tokens, the first stream holds {expected}: rows of one cache are "
+                "equally long; restore them one by one"
+            )
+    if (dtype := other.header.out_dtype) is not (expected_dtype := first.header.out_dtype):
+        raise ValueError(
+            f"the stream decodes to {dtype.label}, the first to {expected_dtype.label}: rows of "
+            "one cache are of one type; restore them one by one"
+        )
+
+
 def _read_layers(
-    reader: kvtc.Reader, i: int, tokens: int, memory: torch.device
+    row: Callable[[int], kvtc.Reader], rows: int, i: int, tokens: int, memory: torch.device
 ) -> Steps[list[list[Tensor]]]:
-    """The latest tokens of a section: K and V, each a tensor [1, heads, tokens, dim] a layer."""
+    """The latest tokens of a section: K and V, each a tensor [rows, heads, tokens, dim] a layer."""
+    reader = row(0)
     section = reader.header.geometry.sections[i]
     dtype = getattr(torch, reader.header.out_dtype.label)
     layers = len(section.layers)
-    out = [
+    room = [
         [
             torch.empty(
-                (min(_TOGETHER, layers - first), section.kv_heads, tokens, dim),
+                (min(_TOGETHER, layers - first), rows, section.kv_heads, tokens, dim),
                 dtype=dtype,
                 device=memory,
             )
@@ -372,9 +468,20 @@ def _read_layers(
         ]
         for dim in (section.k_dim, section.v_dim)
     ]
-    latest = slice(reader.tokens(i) - tokens, None)
-    yield from reader._reading(tokens=latest, section=i, out=(out[0], out[1]))
-    return [[x for some in part for x in some[:, None]] for part in out]
+    out = [([x[:, j] for x in room[0]], [x[:, j] for x in room[1]]) for j in range(rows)]
+    held = reader.tokens(i)
+    if rows == 1:
+        latest = slice(held - tokens, None)
+        yield from reader._reading(tokens=latest, section=i, out=out[0], unseen=True)
+    elif held == tokens:
+        backend = reader.block_decoder.backend
+        yield from decoding_many(map(row, range(rows)), out, backend, i, unseen=True)
+    else:
+        raise UnsupportedError(
+            f"the streams hold {held} tokens of layer {section.layers[0]}, whose window needs "
+            f"{tokens}: restore them one by one"
+        )
+    return [[x for some in part for x in some] for part in room]
 
 
 def _fill(layer: Any, keys: Tensor, values: Tensor, seen: int) -> None:

@@ -73,9 +73,13 @@ def modules_of(model: torch.nn.Module) -> list[Any]:
     waiting = [model]
     while waiting:
         part = waiting.pop()
-        if part not in found:
-            found[part] = None
-            waiting.extend(x for x in reversed(part._modules.values()) if x is not None)
+        if part in found:
+            continue
+        if kept is not None and part in kept:  # with all that is below it
+            found.update(dict.fromkeys(kept[part]))
+            continue
+        found[part] = None
+        waiting.extend(x for x in reversed(part._modules.values()) if x is not None)
     if kept is not None:
         kept[model] = list(found)
     return list(found)

@@ -31,6 +31,7 @@ from kvtc_stream.integrations.vllm.blocks import Blocks
 from kvtc_stream.integrations.vllm.counts import Counter
 from kvtc_stream.integrations.vllm.scheduling import PageJob
 from kvtc_stream.integrations.vllm.sink import PageSink
+from kvtc_stream.io.steps import run
 from kvtc_stream.io.threads import stay_alone
 from kvtc_stream.stream.pages import PageCodec
 
@@ -40,7 +41,7 @@ _log = logging.getLogger(__name__)
 #: many cores.
 _FETCHES = 4, 16
 #: Codecs that a thread needs which takes groups of pages in turn on a CUDA device, each with
-#: scratch of its own: as many as :meth:`kvtc_stream.backends.base.Backend.interleave` begins.
+#: scratch of its own: as many as :meth:`kvtc_stream.backends.base.Backend.interleaving` begins.
 IN_TURN = 3
 
 
@@ -175,7 +176,7 @@ class PageTransfer:
                         nowhere = np.full(int(some.rows["tokens"].sum()), -1)
                         target = self._blocks.target
                         tasks = [codec.decoding(some, nowhere, *target) for codec in codecs]
-                        self._backend.interleave(tasks)
+                        run(self._backend.interleaving(tasks))
             finally:
                 for codec in codecs:
                     self._codecs.put(codec)
@@ -380,7 +381,7 @@ class PageTransfer:
         """Take tasks to their ends, on the thread's stream."""
         try:
             with _on(self._streams[0], load.event):
-                self._backend.interleave(tasks)
+                run(self._backend.interleaving(tasks))
         finally:
             for task in tasks:  # what one of them raises ends all
                 task.close()
