@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import gc
 import hashlib
 import io
 import json
 import os
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -39,6 +41,7 @@ from kvtc_stream.integrations.transformers import (  # noqa: E402
     model_identity,
     token_digest,
 )
+from kvtc_stream.stream.decoder import BlockDecoder  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -1133,6 +1136,37 @@ def test_streams_become_the_rows_of_a_cache(
         model(input_ids=torch.from_numpy(ids), past_key_values=read)
         mine, theirs = (model(input_ids=new, past_key_values=x).logits for x in (cache, read))
     torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3)
+
+
+def test_what_a_cache_is_restored_with_is_given_back_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+    built: Callable[[str], Any],
+    calibrated: Callable[[str], kvtc.Calibration],
+) -> None:
+    """Not when garbage is looked for: pinned buffers would be allocated again and again."""
+    model, calibration = built("llama"), calibrated("llama")
+    data = encode_cache(prefill(model, drawn_ids(300)), kvtc.Codec(calibration, ratio=4))
+    made: list[weakref.ref[BlockDecoder]] = []
+    init = BlockDecoder.__init__
+
+    def noted(self: BlockDecoder, *given: Any) -> None:
+        init(self, *given)
+        made.append(weakref.ref(self))
+
+    monkeypatch.setattr(BlockDecoder, "__init__", noted)
+    gc.disable()
+    try:
+        caches = [
+            decode_cache(data, calibration, model=model),
+            decode_batch([data, data], calibration, model=model),
+            kvtc.decode(data, calibration),
+            kvtc.decode_many([data, data], calibration),
+        ]
+        assert len(made) == 6
+        assert not any(block() for block in made)
+    finally:
+        gc.enable()
+    assert len(caches) == 4
 
 
 @pytest.mark.filterwarnings("ignore:the stream is only:kvtc_stream.errors.KVTCWarning")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
-from itertools import chain, pairwise
+from itertools import chain
 from typing import Any, NamedTuple
 
 import cupy
@@ -24,8 +24,6 @@ from kvtc_stream.io.threads import SHARE, copy
 _ALIGNMENT = 16
 #: cudaMemoryTypeHost
 _PINNED = 1
-#: About how many bytes the host copies before the device takes them.
-_AT_A_TIME = 16 << 20
 #: Bytes of a small copy, and how many buffers there are for these.
 _SMALL, _SMALL_BUFFERS = 1 << 19, 8
 
@@ -90,13 +88,12 @@ class Staging:
             kept, buffer = self._next(total)
             spans = zip(places.tolist(), sources, strict=True)
             targets = [buffer[at : at + x.size] for at, x in spans]
-            # The device takes what is there while the host copies what follows.
-            cuts = np.flatnonzero(np.diff(places // _AT_A_TIME)) + 1
-            for first, last in pairwise([0, *cuts.tolist(), len(sources)]):
-                copy(sources[first:last], targets[first:last])
-                begin = int(places[first])
-                end = int(places[last]) if last < len(sources) else total
-                _copy(data.data.ptr + begin, buffer[begin:], end - begin, "HostToDevice")
+            if kept is self._small:
+                for target, x in zip(targets, sources, strict=True):
+                    target[:] = x
+            else:  # all at once: in pieces, as the device takes them, it takes longer
+                copy(sources, targets)
+            _copy(data.data.ptr, buffer, total, "HostToDevice")
             kept.append(_Buffer(buffer, recorded()))
         return data, places
 

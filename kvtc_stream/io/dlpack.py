@@ -405,9 +405,11 @@ def layer_list(
                 f"{name} is a list of {len(x)} tensors; expected one for each of {layers} layers"
             )
         expected = {"kv_heads": kv_heads, "tokens": None, "head_dim": head_dim}
-        arrays = [
-            _drop_batch(array, f"{name}[{i}]", expected, axis=0) for i, array in enumerate(found)
-        ]
+        arrays = [_drop_batch(found[0], f"{name}[0]", expected, axis=0)]
+        shape = tuple(arrays[0].shape)
+        for i, array in enumerate(found[1:], 1):
+            same = array.shape == shape  # as a rule
+            arrays.append(array if same else _drop_batch(array, f"{name}[{i}]", expected, axis=0))
     else:
         whole = convert(x, name)
         expected = {"layers": layers, "kv_heads": kv_heads, "tokens": None, "head_dim": head_dim}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
@@ -382,28 +381,34 @@ def _restored(
         cache = _empty_cache(model, sections)
         layers = attention_layers(cache, "the model")
 
-        @functools.cache
-        def row(i: int) -> tuple[kvtc.Reader, NDArray[np.int64]]:
-            """A reader, and positions of the cache's tokens."""
+        readers: list[kvtc.Reader] = []
+
+        def read(i: int) -> NDArray[np.int64]:
+            """Open the next row; positions of the cache's tokens."""
             with about("streams", i, len(sources)) if len(sources) > 1 else nullcontext():
                 file = kvtc.open(_seekable(sources[i]), calibration=calibration, backend=backend)
-                reader = opened.enter_context(file)
-                _check_layers(reader, sections)
-                held = [reader.positions(j) for j in range(len(sections))]
+                readers.append(opened.enter_context(file))
+                _check_layers(readers[i], sections)
+                held = [readers[i].positions(j) for j in range(len(sections))]
                 positions = _cache_positions(sections, held, layers)
                 if not gaps:
                     _check_gapless(positions)
                 if (ids := token_ids[i]) is not None:
-                    _check_tokens(ids, len(positions), reader.header.token_digest)
-                if i:
-                    _check_alike(row(0)[0], reader)
-            return reader, positions
+                    _check_tokens(ids, len(positions), readers[i].header.token_digest)
+                _check_alike(readers[0], readers[i])
+            return positions
 
-        positions = row(0)[1]
+        def row(i: int) -> kvtc.Reader:
+            """The next row is opened while a device decodes those before."""
+            if i == len(readers):
+                read(i)
+            return readers[i]
+
+        positions = read(0)
         memory = device if backend == "cuda" else torch.device("cpu")
         for i, section in enumerate(sections):
             needed = _needed(layers[section.layers[0]], len(positions))
-            steps = _read_layers(lambda j: row(j)[0], len(sources), i, needed, memory)
+            steps = _read_layers(row, len(sources), i, needed, memory)
             k, v = run(steps if i else _begun(steps, model, calibration))
             for number, keys, values in zip(section.layers, k, v, strict=True):
                 place = places.get(number, device)
