@@ -1179,6 +1179,8 @@ def test_streams_that_cannot_be_rows_of_a_cache(
     whole, other = (encode_cache(prefill(model, x), codec, token_ids=x) for x in (one, short))
     assert whole is not None
     assert other is not None
+    with pytest.raises(TypeError, match="found one bytes: decode_cache restores that"):
+        decode_batch(whole, calibration, model=model)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="no streams"):
         decode_batch([], calibration, model=model)
     with pytest.raises(ValueError, match="30 tokens, the first stream holds 40") as wrong:

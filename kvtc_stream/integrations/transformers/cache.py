@@ -337,7 +337,15 @@ def decode_batch(
     ValueError
         There are no streams, they hold different numbers of tokens, or ``token_ids`` has other
         rows.
+    TypeError
+        ``streams`` is one of them, and no list.
     """
+    if isinstance(streams, str | os.PathLike | bytes | bytearray | memoryview):
+        raise TypeError(
+            f"streams must be a list of paths, files or bytes, a row each, found one "
+            f"{type(streams).__name__}: decode_cache restores that"
+        )
+    streams = list(streams)
     ids: list[NDArray[np.int64] | None] = [None] * len(streams)
     if token_ids is not None:
         rows = token_ids if isinstance(token_ids, Tensor) else np.asarray(token_ids)
@@ -380,7 +388,6 @@ def _restored(
         sections = calibration.geometry.sections
         cache = _empty_cache(model, sections)
         layers = attention_layers(cache, "the model")
-
         readers: list[kvtc.Reader] = []
 
         def read(i: int) -> NDArray[np.int64]:
