@@ -375,6 +375,28 @@ def test_a_refused_output_type_leaves_the_stream_valid(
     assert kvtc.decode(data, calibration)[0].dtype == k.dtype
 
 
+@poor
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_float16_has_no_room_for_is_refused(
+    calibration: kvtc.Calibration, cache: Cache, dtype: str
+) -> None:
+    """It would be restored as infinity. What is not finite already is as it was."""
+    codec = kvtc.Codec(calibration, ratio=4, window=8, out_dtype="float16")
+    k, v = (x.astype(numpy_dtype(kvtc.DType[dtype.upper()])) for x in cache)
+    k[0, 0, 3, :3] = np.inf, -np.inf, np.nan
+    k[0, 0, 4, 0] = 65280
+    found = kvtc.decode(kvtc.encode(k, v, codec), calibration)[0].astype(np.float32)
+    np.testing.assert_array_equal(found[0, 0, 3, :3], k[0, 0, 3, :3].astype(np.float32))
+    assert np.isfinite(found[0, 0, 4]).all()
+    pages = kvtc.PageCodec(codec, dtype=dtype)
+    v[1, 1, 5, 2] = -65536
+    with pytest.raises(kvtc.UnsupportedError, match="v of layer 1 has values beyond 65504"):
+        kvtc.encode(k, v, codec)
+    with pytest.raises(kvtc.UnsupportedError, match="v of layer 1 has values beyond 65504"):
+        pages.encode(k[:, :, :16], v[:, :, :16], positions=0)
+    kvtc.encode(k, v, kvtc.Codec(calibration, ratio=4, window=8))
+
+
 def test_scales_are_for_fp8(codec: kvtc.Codec, cache: Cache) -> None:
     with pytest.raises(TypeError, match="are for fp8 caches, found float32"):
         kvtc.Encoder(codec, k_scale=2.0).encode(*cache)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.lib.stride_tricks import as_strided
 
 import kvtc_stream as kvtc
 from kvtc_stream.formats import Role, StreamFile
@@ -111,12 +112,39 @@ def test_pages_that_do_not_fit(calibration: kvtc.Calibration, streams: list[byte
     with pytest.raises(ValueError, match="the pages are for 5"):
         kvtc.decode_many(streams[:1], calibration, out=[kvtc.PagedCache(k, k, [0], 5)])
     half = k.astype(np.float16)
-    with pytest.raises(TypeError, match="pages are float16, the stream decodes to float32"):
+    with pytest.raises(TypeError, match="found float16, decoding gives float32"):
         kvtc.decode_many(streams[1:2], calibration, out=[kvtc.PagedCache(half, half, [0], 1)])
     with pytest.raises(ValueError, match="pages of 1 layers, the stream has 2"):
         kvtc.decode_many(streams[1:2], calibration, out=[kvtc.PagedCache(k[:1], k[:1], [0], 1)])
     with pytest.raises(ValueError, match="3 streams and 1"):
         kvtc.decode_many(streams, calibration, out=[kvtc.PagedCache(k, k, [0], 5)])
+
+
+def test_pages_of_other_shapes(calibration: kvtc.Calibration, streams: list[bytes]) -> None:
+    """NumPy would take one head for all. Nothing is written before all are looked at."""
+    k = np.full((2, 6, 16, 2, 8), 7, np.float32)
+    frozen = k.copy()
+    frozen.flags.writeable = False
+    for own_k, own_v, error, message in (
+        (
+            k[:, :, :, :1],
+            k,
+            ValueError,
+            r"pages of K .*, expected \[pages, page_size, 2",
+        ),
+        (k, np.repeat(k, 2, axis=3), ValueError, "pages of V have shape"),
+        (k, k[:, :5], ValueError, "other numbers of pages"),
+        ([k[0], k[1, :5]], k, ValueError, "other numbers of pages"),
+        (k, frozen, BufferError, "pages cannot be written"),
+        ([], k, ValueError, "found pages of 0 layers, the stream has 2"),
+    ):
+        cache = kvtc.PagedCache(own_k, own_v, range(5), 70)
+        with pytest.raises(error, match=message) as raised:
+            kvtc.decode_many(streams[:1], calibration, out=[cache])
+        assert raised.value.__notes__ == ["streams[0] of 1"]
+    assert (k == 7).all()
+    with pytest.raises(TypeError, match="page table has float64, expected integers"):
+        kvtc.PagedCache(k, k, [0.5, 1.0], 20).slots()  # type: ignore[list-item]
 
 
 def test_pools_that_share_one_of_their_tensors(
@@ -286,10 +314,17 @@ def test_buffers_that_do_not_fit(calibration: kvtc.Calibration, streams: list[by
     frozen = np.empty_like(v)
     frozen.flags.writeable = False
     for out, error, message in (
-        ((k, v.astype(np.float16)), TypeError, "out V is float16, the stream decodes to float32"),
+        ((k, v.astype(np.float16)), TypeError, "out V: found float16, decoding gives float32"),
         ((k[:, :, 1:], v), ValueError, "room for 69 tokens, found 70"),
         ((k, v[1:]), ValueError, "out V has shape"),
         ((k, frozen), BufferError, "out V cannot be written"),
+        ((k, k), BufferError, "K and V, are the same memory"),
+        (([*k[:1]] * len(k), v), BufferError, "two layers, or K and V, are the same memory"),
+        (
+            (k, as_strided(v, v.shape, (v.strides[0], 0, 32, 4))),
+            BufferError,
+            "stride of 0",
+        ),
     ):
         with pytest.raises(error, match=message):
             kvtc.decode(streams[0], calibration, out=out)

@@ -155,6 +155,42 @@ def test_usual_pages_are_parsed_as_columns(monkeypatch: pytest.MonkeyPatch) -> N
         assert len(table) == 2
 
 
+def test_tokens_go_where_arrays_have_room_for_them() -> None:
+    """In any layout; and to nowhere else."""
+    pages, page = made("mixed")
+    expected = pages.decode(page, identity=b"name")
+    blocks, slots = [pages.checked(page, identity=b"name")], [np.arange(TOKENS) + 3]
+    shape, room = (2, 2, TOKENS + 5, 8), slice(3, TOKENS + 3)
+    layouts = {
+        "plain": np.zeros(shape, np.float32),
+        "strided": np.zeros((*shape, 2), np.float32)[..., 0],
+        "reversed": np.zeros(shape, np.float32)[::-1, :, ::-1],
+        "transposed": np.zeros(shape[::-1], np.float32).T,
+    }
+    for k in layouts.values():
+        v = np.zeros(shape, np.float32)
+        pages.decode_into(blocks, slots, k, list(v))
+        for found, own in zip((k, v), expected, strict=True):
+            np.testing.assert_array_equal(found[:, :, room], own)
+            assert not found[:, :, :3].any()
+            assert not found[:, :, TOKENS + 3 :].any()
+    k, v = (np.zeros(shape, np.float32) for _ in "kv")
+    frozen = k.copy()
+    frozen.flags.writeable = False
+    for own_slots, own_k, error, message in (
+        (slots[0][1:], k, ValueError, "which take slots from -1 to"),
+        (slots[0] + 3, k, ValueError, f"found {TOKENS} from 6 to {TOKENS + 5}"),
+        (slots[0] - 5, k, ValueError, f"found {TOKENS} from -2"),
+        (slots[0], k.astype(np.float16), TypeError, "k: found float16, decoding gives float32"),
+        (slots[0], k[:, :1], ValueError, "kv_heads"),
+        (slots[0], k[:1], ValueError, "layers"),
+        (slots[0], frozen, BufferError, "k cannot be written"),
+    ):
+        with pytest.raises(error, match=message):
+            pages.decode_into(blocks, [own_slots], own_k, v)
+    assert not v.any()
+
+
 def test_decoding_from_a_table_is_decoding() -> None:
     pages, page = made("mixed")
     k, v = pages.decode(page, identity=b"name")

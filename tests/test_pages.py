@@ -58,6 +58,30 @@ def test_pages_of_anything(case: Case, first: int) -> None:
                     )
 
 
+def test_what_a_page_is_told(calibration: kvtc.Calibration) -> None:
+    """Integers of any kind are a position; an empty secret is none."""
+    import torch
+
+    codec = kvtc.Codec(calibration, ratio=4, block_tokens=16)
+    k, v = kvtc.testing.drawn_cache(calibration.geometry, 32, seed=3)
+    pages = kvtc.PageCodec(codec, dtype="float32")
+    first, second = (k[:, :, :16], v[:, :, :16]), (k[:, :, 16:], v[:, :, 16:])
+    expected = [pages.encode(*first, positions=7), pages.encode(*second, positions=40)]
+    for kind in (np.int64, np.uint8, torch.tensor):
+        assert pages.encode(*first, positions=kind(7)) == expected[0]
+    for several in (np.array([7, 40]), torch.tensor([7, 40]), [np.int64(7), 40]):
+        assert pages.encode_many(k, v, positions=several) == expected
+    for wrong in (True, 7.0, 2**63 - 4):
+        with pytest.raises((ValueError, TypeError), match="positions"):
+            pages.encode(*first, positions=wrong)
+    for key in (b"", "secret"):
+        with pytest.raises(ValueError, match="key must be a secret of some bytes, found"):
+            kvtc.PageCodec(codec, dtype="float32", key=key)  # type: ignore[arg-type]
+    sealed = kvtc.PageCodec(codec, dtype="float32", key=b"a secret")
+    with pytest.raises(TypeError, match="identity must be bytes, found str"):
+        sealed.encode(*first, positions=0, identity="a name")  # type: ignore[arg-type]
+
+
 def test_a_page_depends_on_its_tokens_only(codec: kvtc.Codec, cache: Cache) -> None:
     k, v = cache
     pages = page_codec(codec)

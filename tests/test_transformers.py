@@ -1138,6 +1138,37 @@ def test_streams_become_the_rows_of_a_cache(
     torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.filterwarnings("ignore:the stream is only:kvtc_stream.errors.KVTCWarning")
+def test_rows_whose_windows_hold_less_than_they_have_seen() -> None:
+    """Where all layers slide, prompts of other lengths leave equally many tokens."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(3)
+    model = MistralForCausalLM(MistralConfig(**SIZES, sliding_window=WINDOW)).eval()
+    calibrator = kvtc.Calibrator(geometry_of(model), model=model_identity(model))
+    calibrator.update(*kvtc.testing.drawn_cache(geometry_of(model), 300, seed=1))
+    calibration = calibrator.finish()
+    codec = verbatim(calibration)
+
+    def stored(tokens: int, **options: Any) -> bytes | None:
+        cache, ids = DynamicCache(**options), torch.from_numpy(drawn_ids(tokens))[None]
+        with torch.inference_mode():
+            model(input_ids=ids, past_key_values=cache)
+        return encode_cache(cache, codec, model=model)
+
+    short, long = (stored(tokens, config=model.config) for tokens in (40, 90))
+    with pytest.raises(ValueError, match="a cache of 90 tokens, the first stream's is of 40"):
+        decode_batch([short, long], calibration, model=model)
+    whole = stored(90)  # what may be cut back holds all tokens
+    rows = decode_batch([whole, whole], calibration, model=model)
+    alone = decode_cache(whole, calibration, model=model)
+    for mine, theirs in zip(rows.layers, alone.layers, strict=True):
+        assert mine.get_seq_length() == theirs.get_seq_length() == 90
+        assert torch.equal(mine.keys, theirs.keys.repeat(2, 1, 1, 1))
+    with pytest.raises(ValueError, match="holds 23 tokens of layer 0, the first 90"):
+        decode_batch([whole, long], calibration, model=model)
+
+
 def test_what_a_cache_is_restored_with_is_given_back_at_once(
     monkeypatch: pytest.MonkeyPatch,
     built: Callable[[str], Any],
@@ -1183,7 +1214,9 @@ def test_streams_that_cannot_be_rows_of_a_cache(
         decode_batch(whole, calibration, model=model)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="no streams"):
         decode_batch([], calibration, model=model)
-    with pytest.raises(ValueError, match="30 tokens, the first stream holds 40") as wrong:
+    with pytest.raises(
+        ValueError, match="a cache of 30 tokens, the first stream's is of 40"
+    ) as wrong:
         decode_batch([whole, other], calibration, model=model)
     assert wrong.value.__notes__ == ["streams[1] of 2"]
     with pytest.raises(ValueError, match=r"\[2, tokens\], a row for each stream, found \[1, 40\]"):

@@ -46,6 +46,7 @@ class PagedLayer:
 
     def __init__(self, pages: NDArray[Any]) -> None:
         self._pages = pages
+        self.slots = pages.shape[0] * pages.shape[1]
 
     def __setitem__(self, index: tuple[slice, NDArray[np.int64]], values: NDArray[Any]) -> None:
         page, place = np.divmod(index[1], self._pages.shape[1])

@@ -353,6 +353,27 @@ def check_memory(x: Any, name: str, backend: str) -> None:
         )
 
 
+def check_writable(arrays: Sequence[Any], name: str, found: DType, expected: DType) -> None:
+    """Raise unless values of a type can be written to arrays, each to a place of its own."""
+    if found is not expected:
+        raise TypeError(
+            f"{name}: found {found.label}, decoding gives {expected.label}: give buffers of that, "
+            "or choose another out_dtype when encoding"
+        )
+    for array in arrays:
+        if isinstance(array, np.ndarray) and not array.flags.writeable:
+            raise BufferError(f"{name} cannot be written: exported for reading only")
+        if any(not step and n > 1 for step, n in zip(array.strides, array.shape, strict=True)):
+            raise BufferError(f"{name} has values that share memory (a stride of 0): copy it first")
+
+
+def check_apart(arrays: Sequence[Any], name: str) -> None:
+    """Raise ``BufferError`` if two of some arrays, CuPy's or NumPy's, begin at one place."""
+    places = [x.ctypes.data if isinstance(x, np.ndarray) else x.data.ptr for x in arrays if x.size]
+    if len(set(places)) < len(places):
+        raise BufferError(f"{name}: two layers, or K and V, are the same memory: give each its own")
+
+
 def layer_list(
     x: Any,
     name: str,

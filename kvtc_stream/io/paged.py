@@ -34,7 +34,10 @@ class PagedCache:
     def slots(self) -> NDArray[np.int64]:
         """int64 [tokens]: page · page_size + place in the page, of every token."""
         page = int(self.k[0].shape[1])
-        table = np.asarray(self.page_table, np.int64)
+        table = np.asarray(self.page_table)
+        if len(table) and table.dtype.kind not in "iu":
+            raise TypeError(f"the page table has {table.dtype}, expected integers")
+        table = table.astype(np.int64)
         if not 0 <= self.tokens <= len(table) * page:
             raise ValueError(
                 f"{len(table)} pages of {page} tokens hold {len(table) * page}, found "

@@ -16,8 +16,8 @@ from kvtc_stream.backends.base import Backend
 from kvtc_stream.backends.select import get_backend
 from kvtc_stream.calibration.model import Calibration
 from kvtc_stream.errors import KVTCError
-from kvtc_stream.formats import BlockTable, Limits
-from kvtc_stream.io.dlpack import BackendName, check_memory, dtype_of
+from kvtc_stream.formats import BlockTable, Limits, StreamHeader
+from kvtc_stream.io.dlpack import BackendName, check_memory, check_writable, dtype_of
 from kvtc_stream.io.paged import PagedCache, indexable
 from kvtc_stream.io.steps import Steps, run
 from kvtc_stream.stream.codec import Codec
@@ -328,7 +328,9 @@ def _places(
     backend: Backend,
 ) -> list[NDArray[np.int64]]:
     """The slots of each stream's tokens in pages of one pool, which can hold them."""
-    slots = []
+    header, slots = members[0].reader.header, []
+    with members[0].about():
+        _check_pages(header, section, pages[0], backend)
     for member, tokens, cache in zip(members, counts, pages, strict=True):
         with member.about():
             if tokens != cache.tokens:
@@ -336,20 +338,34 @@ def _places(
                     f"the stream has {tokens} tokens, the pages are for {cache.tokens}"
                 )
             slots.append(cache.slots())
-    header = members[0].reader.header
-    layers, expected = len(header.geometry.sections[section].layers), header.out_dtype
-    for tensors in (pages[0].k, pages[0].v):
-        if len(tensors) != layers:
-            raise ValueError(f"found pages of {len(tensors)} layers, the stream has {layers}")
+    return slots
+
+
+def _check_pages(header: StreamHeader, section: int, cache: PagedCache, backend: Backend) -> None:
+    """Raise unless pages can take a stream's tokens."""
+    of, expected = header.geometry.sections[section], header.out_dtype
+    counts: set[tuple[int, ...]] = set()
+    for tensors, name, dim in ((cache.k, "K", of.k_dim), (cache.v, "V", of.v_dim)):
+        if len(tensors) != len(of.layers):
+            raise ValueError(
+                f"found pages of {len(tensors)} layers, the stream has {len(of.layers)}"
+            )
         for tensor in tensors:
             check_memory(tensor, "pages", backend.name)
-            found = dtype_of(np.dtype(indexable(tensor).dtype), "pages")
-            if found is not expected:
-                raise TypeError(
-                    f"pages are {found.label}, the stream decodes to {expected.label}: make pages "
-                    f"of that, or choose another out_dtype when encoding"
+            array = indexable(tensor)
+            check_writable([array], "pages", dtype_of(np.dtype(array.dtype), "pages"), expected)
+            shape = tuple(array.shape)
+            counts.add(shape[:2])
+            if len(shape) != 4 or shape[2:] != (of.kv_heads, dim):
+                raise ValueError(
+                    f"pages of {name} have shape {list(shape)}, expected [pages, page_size, "
+                    f"{of.kv_heads}, {dim}]"
                 )
-    return slots
+    if len(counts) > 1:
+        raise ValueError(
+            f"layers have other numbers of pages, or tokens in each: {sorted(counts)}; expected "
+            "the same in all, K's and V's"
+        )
 
 
 def _slots(table: BlockTable, of_section: NDArray[np.int64]) -> NDArray[np.int64]:

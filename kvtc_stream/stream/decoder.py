@@ -33,7 +33,14 @@ from kvtc_stream.formats import (
     StreamHeader,
     StreamParser,
 )
-from kvtc_stream.io.dlpack import BackendName, KVArray, as_kv_array, check_memory
+from kvtc_stream.io.dlpack import (
+    BackendName,
+    KVArray,
+    as_kv_array,
+    check_apart,
+    check_memory,
+    check_writable,
+)
 from kvtc_stream.stream.codec import expect_calibration
 
 
@@ -165,18 +172,13 @@ class BlockDecoder:
             for tensor in tensors if isinstance(tensors, list | tuple) else [tensors]:
                 check_memory(tensor, name, self._backend.name)
             arrays, own = self._backend.layer_list(tensors, name, layers, s.kv_heads, dim)
-            if own is not dtype:
-                raise TypeError(
-                    f"{name} is {own.label}, the stream decodes to {dtype.label}: give buffers of "
-                    "that, or choose another out_dtype when encoding"
-                )
+            check_writable(arrays, name, own, dtype)
             if arrays[0].shape[1] != tokens:
                 raise ValueError(
                     f"{name} has room for {arrays[0].shape[1]} tokens, found {tokens} to decode"
                 )
-            if isinstance(arrays[0], np.ndarray) and not all(x.flags.writeable for x in arrays):
-                raise BufferError(f"{name} cannot be written: it is exported for reading only")
             found.append(arrays)
+        check_apart([*found[0], *found[1]], "out")
         return found
 
     def output(self, x: Any) -> Any:

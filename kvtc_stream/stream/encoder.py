@@ -19,7 +19,7 @@ from kvtc_stream.coding.values import (
     scale_grid,
     verbatim_tokens,
 )
-from kvtc_stream.errors import StateError, warn
+from kvtc_stream.errors import StateError, UnsupportedError, warn
 from kvtc_stream.formats import (
     Block,
     Coder,
@@ -383,6 +383,7 @@ class Encoder:
                 )
         if self._scales:
             check_scaled(k_dtype)
+        check_range(self._codec, k_dtype, k=k_layers, v=v_layers)
         tokens = k_layers[0].shape[1]
         if v_layers[0].shape[1] != tokens:
             raise ValueError(f"k has {tokens} tokens, v has {v_layers[0].shape[1]}")
@@ -531,6 +532,26 @@ def page_header(
     header = _header(codec, dtype, geometry, _scales(geometry, k_scale, v_scale))
     # A page of few tokens has no room for errors by layer.
     return replace(header, sinks=0, window=0, features=header.features & ~Feature.LAYER_ERRORS)
+
+
+#: Bits of the least values that float16 rounds to infinity, and of infinity itself.
+_BEYOND_FLOAT16 = {DType.BFLOAT16: (0x4780, 0x7F80), DType.FLOAT32: (0x477FF000, 0x7F800000)}
+
+
+def check_range(codec: Codec, dtype: DType, **values: Sequence[Any]) -> None:
+    """Raise ``UnsupportedError`` if finite values, arrays of each layer, would be restored as
+    infinities, because ``out_dtype`` is float16."""
+    if codec.out_dtype != DType.FLOAT16.label or dtype not in _BEYOND_FLOAT16:
+        return
+    least, infinity = _BEYOND_FLOAT16[dtype]
+    for name, layers in values.items():
+        for i, layer in enumerate(layers):
+            bits = layer.view(f"u{dtype.itemsize}") & (2 ** (8 * dtype.itemsize - 1) - 1)
+            if bool(((bits >= least) & (bits < infinity)).any()):
+                raise UnsupportedError(
+                    f"{name} of layer {i} has values beyond 65504, the largest of float16: choose "
+                    f"another out_dtype than float16, as {dtype.label}"
+                )
 
 
 def check_scaled(dtype: DType) -> None:

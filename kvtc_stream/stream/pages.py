@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hmac
+import operator
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -27,7 +29,13 @@ from kvtc_stream.formats.page import (
     unpack_page,
 )
 from kvtc_stream.formats.page_table import read_pages
-from kvtc_stream.io.dlpack import KVArray, as_kv_array, check_positions
+from kvtc_stream.io.dlpack import (
+    KVArray,
+    as_kv_array,
+    check_positions,
+    check_writable,
+    layer_list,
+)
 from kvtc_stream.io.steps import run
 from kvtc_stream.planning.rate_control import (
     Controls,
@@ -37,12 +45,14 @@ from kvtc_stream.planning.rate_control import (
 )
 from kvtc_stream.stream.codec import Codec, expect_codec
 from kvtc_stream.stream.decoder import KVBlock
-from kvtc_stream.stream.encoder import check_scaled, page_header
+from kvtc_stream.stream.encoder import check_range, check_scaled, page_header
 from kvtc_stream.stream.pending import verbatim_block
 
 #: How often a page is coded because the estimate of its size was too low: with other tables, if it
 #: is of restored tokens, and then with coarser steps.
 _ATTEMPTS = 25
+#: No slots.
+_NONE = np.empty(0, np.int64)
 #: Maximum bytes of a block's record without positions, payload and verbatim values.
 _BLOCK_BYTES = 80
 
@@ -120,6 +130,9 @@ class PageCodec:
             raise ValueError("error_bound stores tokens verbatim, which no fixed size allows")
         if k_scale is not None or v_scale is not None:
             check_scaled(DType[dtype.upper()])
+        if key is not None and not (isinstance(key, bytes) and key):
+            found = "an empty one" if isinstance(key, bytes) else type(key).__name__
+            raise ValueError(f"key must be a secret of some bytes, found {found}")
         self._codec, self._limits, self._key = codec, limits, key
         self._overhead = PAGE_OVERHEAD + _BLOCK_BYTES + (0 if key is None else SEAL_SIZE)
         self._options = DType[dtype.upper()], rope, k_scale, v_scale
@@ -345,18 +358,42 @@ class PageCodec:
         slots
             int64 [tokens] of each page: where its tokens go; -1 is nowhere.
         k, v
-            What takes them, the backend's: see
-            :meth:`kvtc_stream.backends.base.SectionCoder.decode_into`.
+            What takes them: [layers, kv_heads, slots, head_dim] or a list of a tensor a layer, in
+            the pages' ``out_dtype`` and the backend's memory; or what the backend made of a
+            server's pages.
 
         Raises
         ------
+        ValueError, TypeError, BufferError
+            There are not as many slots as tokens, or not there; or the tensors are of another shape
+            or type, or cannot be written.
         FormatError
             A page's payload cannot be what an encoder wrote; what is in the slots is undefined.
         """
         table = blocks if isinstance(blocks, BlockTable) else BlockTable.of(blocks)
+        tokens, own = int(table.rows["tokens"].sum()), np.concatenate([_NONE, *slots])
+        k, v = self._target(k, "k"), self._target(v, "v")
+        room = min(_room(k), _room(v))
+        if len(own) != tokens or (tokens and not (own.min() >= -1 and own.max() < room)):
+            found = f" from {own.min()} to {own.max()}" if len(own) else ""
+            raise ValueError(
+                f"{len(table)} pages have {tokens} tokens, which take slots from -1 to {room - 1}, "
+                f"found {len(own)}{found}"
+            )
         with self._lock:
-            for _ in self.decoding(table, np.concatenate(list(slots)), k, v):
+            for _ in self.decoding(table, own, k, v):
                 pass
+
+    def _target(self, x: Any, name: str) -> Any:
+        """What takes K or V; arrays of the host as a list of a layer each."""
+        own = x if isinstance(x, list | tuple) else [x]
+        if self._backend.name != "cpu" or not all(isinstance(t, np.ndarray) for t in own):
+            return x
+        section = self._header.geometry.sections[self._section]
+        dim = section.k_dim if name == "k" else section.v_dim
+        arrays, dtype = layer_list(x, name, len(section.layers), section.kv_heads, dim)
+        check_writable(arrays, name, dtype, self._header.out_dtype)
+        return arrays
 
     def decoding(
         self, table: BlockTable, slots: NDArray[np.int64], k: Any, v: Any
@@ -390,6 +427,8 @@ class PageCodec:
             yield as_kv_array(k[0]), as_kv_array(v[0])
 
     def _seal(self, identity: bytes | None) -> _Seal:
+        if identity is not None and not isinstance(identity, bytes):
+            raise TypeError(f"identity must be bytes, found {type(identity).__name__}")
         if identity is not None and self._key is None:
             raise ValueError("identity is sealed with a key: make the PageCodec with key=")
         return {"key": self._key, "identity": identity or b""}
@@ -419,6 +458,7 @@ class PageCodec:
             if own is not dtype:
                 raise TypeError(f"{name} is {own.label}, expected {dtype.label}: cast it")
             found.append(values)
+        check_range(self._codec, dtype, k=found[0], v=found[1])
         return found[0], found[1]
 
     def _chunk(
@@ -437,8 +477,10 @@ class PageCodec:
             raise ValueError(
                 f"a page holds 1 to {self._header.block_tokens} tokens, found {tokens}"
             )
-        if isinstance(positions, int):
-            positions = np.arange(positions, positions + tokens)
+        if not isinstance(positions, bool) and hasattr(positions, "__index__"):
+            with contextlib.suppress(TypeError):  # arrays of several have it too
+                first = operator.index(positions)
+                positions = [first + i for i in range(tokens)]
         return found[0], found[1], check_positions(positions, tokens, -1)
 
     def _page(self, chunk: tuple[Any, Any, NDArray[np.int64]], seal: _Seal) -> bytes:
@@ -479,6 +521,12 @@ class PageCodec:
         [coded] = self._backend.verbatim(self._header, [(k, v)])
         block = verbatim_block(self._section, Role.DATA, coded, positions, 0)
         return pack_page(block, self._header, **seal)
+
+
+def _room(x: Any) -> int:
+    """How many slots something that decoded tokens go to has."""
+    of_layer = x if hasattr(x, "slots") else x[0]
+    return int(of_layer.slots if hasattr(of_layer, "slots") else of_layer.shape[-2])
 
 
 class _Only(Controls):

@@ -21,7 +21,11 @@ from transformers.cache_utils import (
 
 import kvtc_stream as kvtc
 from kvtc_stream.backends.select import cuda_runs
-from kvtc_stream.errors import CalibrationMismatchError, UnsupportedError
+from kvtc_stream.errors import (
+    BackendUnavailableError,
+    CalibrationMismatchError,
+    UnsupportedError,
+)
 from kvtc_stream.formats import Geometry, Section
 from kvtc_stream.integrations.transformers.geometry import (
     check_geometry,
@@ -340,7 +344,9 @@ def decode_batch(
     TypeError
         ``streams`` is one of them, and no list.
     """
-    if isinstance(streams, str | os.PathLike | bytes | bytearray | memoryview):
+    if isinstance(streams, str | os.PathLike | bytes | bytearray | memoryview) or hasattr(
+        streams, "read"
+    ):
         raise TypeError(
             f"streams must be a list of paths, files or bytes, a row each, found one "
             f"{type(streams).__name__}: decode_cache restores that"
@@ -383,12 +389,17 @@ def _restored(
             places = layer_devices(model) if device is None else {}
             device = model.device if device is None else device
         device = torch.device("cpu" if device is None else device)
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise BackendUnavailableError(
+                f"the cache should go to {device}, and PyTorch finds no CUDA device: choose another"
+            )
         if backend == "auto":
             backend = "cuda" if device.type == "cuda" and cuda_runs() else "cpu"
         sections = calibration.geometry.sections
         cache = _empty_cache(model, sections)
         layers = attention_layers(cache, "the model")
         readers: list[kvtc.Reader] = []
+        lengths: list[int] = []
 
         def read(i: int) -> NDArray[np.int64]:
             """Open the next row; positions of the cache's tokens."""
@@ -402,6 +413,12 @@ def _restored(
                     _check_gapless(positions)
                 if (ids := token_ids[i]) is not None:
                     _check_tokens(ids, len(positions), readers[i].header.token_digest)
+                lengths.append(len(positions))
+                if lengths[i] != lengths[0]:
+                    raise ValueError(
+                        f"found a cache of {lengths[i]} tokens, the first stream's is of "
+                        f"{lengths[0]}: rows of one cache are equally long; restore them one by one"
+                    )
                 _check_alike(readers[0], readers[i])
             return positions
 
@@ -450,9 +467,10 @@ def _check_alike(first: kvtc.Reader, other: kvtc.Reader) -> None:
     """Refuse what cannot be the row of a cache beside the first."""
     for i in range(len(first.header.geometry.sections)):
         if (found := other.tokens(i)) != (expected := first.tokens(i)):
+            number = first.header.geometry.sections[i].layers[0]
             raise ValueError(
-                f"found {found} tokens, the first stream holds {expected}: rows of one cache are "
-                "equally long; restore them one by one"
+                f"the stream holds {found} tokens of layer {number}, the first {expected}: restore "
+                "them one by one"
             )
     if (dtype := other.header.out_dtype) is not (expected_dtype := first.header.out_dtype):
         raise ValueError(
@@ -469,10 +487,12 @@ def _read_layers(
     section = reader.header.geometry.sections[i]
     dtype = getattr(torch, reader.header.out_dtype.label)
     layers = len(section.layers)
+    held = reader.tokens(i)
+    count = tokens if rows == 1 else held
     room = [
         [
             torch.empty(
-                (min(_TOGETHER, layers - first), rows, section.kv_heads, tokens, dim),
+                (min(_TOGETHER, layers - first), rows, section.kv_heads, count, dim),
                 dtype=dtype,
                 device=memory,
             )
@@ -481,19 +501,13 @@ def _read_layers(
         for dim in (section.k_dim, section.v_dim)
     ]
     out = [([x[:, j] for x in room[0]], [x[:, j] for x in room[1]]) for j in range(rows)]
-    held = reader.tokens(i)
     if rows == 1:
         latest = slice(held - tokens, None)
         yield from reader._reading(tokens=latest, section=i, out=out[0], unseen=True)
-    elif held == tokens:
+    else:
         backend = reader.block_decoder.backend
         yield from decoding_many(map(row, range(rows)), out, backend, i, unseen=True)
-    else:
-        raise UnsupportedError(
-            f"the streams hold {held} tokens of layer {section.layers[0]}, whose window needs "
-            f"{tokens}: restore them one by one"
-        )
-    return [[x for some in part for x in some] for part in room]
+    return [[x[:, :, count - tokens :] for some in part for x in some] for part in room]
 
 
 def _fill(layer: Any, keys: Tensor, values: Tensor, seen: int) -> None:
@@ -652,9 +666,10 @@ def _check_prompt(
 
 def _seekable(source: Source) -> Any:
     """What is not, as a pipe, is read to its end."""
-    if isinstance(source, str | os.PathLike | bytes | bytearray | memoryview) or source.seekable():
+    read = getattr(source, "read", None)
+    if read is None or isinstance(source, str | os.PathLike) or source.seekable():  # type: ignore[union-attr]
         return source
-    return source.read()
+    return read()
 
 
 def _empty_cache(model: PreTrainedModel | None, sections: Sequence[Section]) -> DynamicCache:
