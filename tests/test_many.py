@@ -330,6 +330,23 @@ def test_buffers_that_do_not_fit(calibration: kvtc.Calibration, streams: list[by
             kvtc.decode(streams[0], calibration, out=out)
 
 
+def test_some_of_the_tensors_may_be_given(
+    calibration: kvtc.Calibration, streams: list[bytes]
+) -> None:
+    expected = kvtc.decode(streams[1], calibration)
+    own = tuple(np.empty_like(x) for x in expected)
+    found = kvtc.decode_many(streams[:2], calibration, out=[None, own])
+    assert found[0][0].shape[2] == TOKENS[0]
+    for a, b, c in zip(found[1], own, expected, strict=True):
+        assert a is b
+        np.testing.assert_array_equal(b, c)
+    with kvtc.open(streams[0], calibration=calibration) as reader:
+        assert reader.read(layers=slice(1, 1), out=own) == own
+    for wrong in (own[:1], (*own, own[0]), own[0]):
+        with pytest.raises(TypeError, match="out must be a pair, K and V, found"):
+            kvtc.decode(streams[1], calibration, out=wrong)  # type: ignore[arg-type]
+
+
 def test_streams_without_tokens(calibration: kvtc.Calibration, codec: kvtc.Codec) -> None:
     data = kvtc.Encoder(codec).finish()
     layers, heads, dim = (

@@ -360,17 +360,19 @@ def check_writable(arrays: Sequence[Any], name: str, found: DType, expected: DTy
             f"{name}: found {found.label}, decoding gives {expected.label}: give buffers of that, "
             "or choose another out_dtype when encoding"
         )
-    for array in arrays:
-        if isinstance(array, np.ndarray) and not array.flags.writeable:
-            raise BufferError(f"{name} cannot be written: exported for reading only")
-        if any(not step and n > 1 for step, n in zip(array.strides, array.shape, strict=True)):
+    if any(isinstance(x, np.ndarray) and not x.flags.writeable for x in arrays):
+        raise BufferError(f"{name} cannot be written: exported for reading only")
+    for strides, shape in {(x.strides, x.shape) for x in arrays}:
+        if any(not step and n > 1 for step, n in zip(strides, shape, strict=True)):
             raise BufferError(f"{name} has values that share memory (a stride of 0): copy it first")
 
 
 def check_apart(arrays: Sequence[Any], name: str) -> None:
     """Raise ``BufferError`` if two of some arrays, CuPy's or NumPy's, begin at one place."""
-    places = [x.ctypes.data if isinstance(x, np.ndarray) else x.data.ptr for x in arrays if x.size]
-    if len(set(places)) < len(places):
+    if not arrays[0].size:
+        return
+    places = {x.ctypes.data if isinstance(x, np.ndarray) else x.data.ptr for x in arrays}
+    if len(places) < len(arrays):
         raise BufferError(f"{name}: two layers, or K and V, are the same memory: give each its own")
 
 

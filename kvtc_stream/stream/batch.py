@@ -130,7 +130,7 @@ def decode_many(
     streams: Sequence[Stream],
     calibration: Calibration,
     *,
-    out: Sequence[PagedCache | tuple[Any, Any]] | None = None,
+    out: Sequence[PagedCache | tuple[Any, Any] | None] | None = None,
     section: int = 0,
     backend: BackendName = "auto",
     limits: Limits | None = None,
@@ -150,7 +150,8 @@ def decode_many(
         That of all of them.
     out
         What takes the tokens, one for each stream: pages, or K and V as for
-        :meth:`kvtc_stream.Reader.read`; of the streams' ``out_dtype``, in the backend's memory.
+        :meth:`kvtc_stream.Reader.read`, of the streams' ``out_dtype``, in the backend's memory; or
+        ``None`` for new arrays.
         A damaged stream leaves its own as they are; those of the others are then undefined.
     section, backend, limits
         As for :func:`kvtc_stream.decode`; ``"auto"`` is CUDA for ``out`` on a CUDA device.
@@ -163,7 +164,8 @@ def decode_many(
     """
     if out is not None and len(out) != len(streams):
         raise ValueError(f"found {len(streams)} streams and {len(out)} caches for them")
-    coding = get_backend(backend, *(_tensors(out[0]) if out else ()))
+    given = next((x for x in out or () if x is not None), None)
+    coding = get_backend(backend, *(() if given is None else _tensors(given)))
     results: list[Any] = [None] * len(streams) if out is None else list(out)
 
     def opened() -> Iterator[Reader]:
@@ -237,8 +239,8 @@ class _Kind:
     blocks: BlockDecoder | None = None
 
 
-def _tensors(cache: PagedCache | tuple[Any, Any]) -> tuple[Any, Any]:
-    return (cache.k, cache.v) if isinstance(cache, PagedCache) else cache
+def _tensors(cache: PagedCache | tuple[Any, Any]) -> tuple[Any, ...]:
+    return (cache.k, cache.v) if isinstance(cache, PagedCache) else tuple(cache)
 
 
 def _together(

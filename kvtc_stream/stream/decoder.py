@@ -166,6 +166,8 @@ class BlockDecoder:
     def buffers(self, section: int, layers: int, tokens: int, out: tuple[Any, Any]) -> Any:
         """Validate the caller's output tensors; return views of K and V, per layer
         [kv_heads, tokens, head_dim]."""
+        if not isinstance(out, list | tuple) or len(out) != 2:
+            raise TypeError(f"out must be a pair, K and V, found {type(out).__name__}")
         s, dtype = self._header.geometry.sections[section], self._header.out_dtype
         found = []
         for tensors, name, dim in zip(out, ("out K", "out V"), (s.k_dim, s.v_dim), strict=True):

@@ -174,6 +174,8 @@ class Reader:
         first, last = _span(tokens, self.tokens(section), "tokens")
         geometry = self._header.geometry.sections[section]
         count = len(range(*_span(layers, len(geometry.layers), "layers")))
+        if out is not None and not count:
+            return out
         if out is not None:
             k, v = self._blocks.buffers(section, count, last - first, out)
         else:
