@@ -7,9 +7,9 @@ A prompt is so many tokens and one more. ``prefill`` reads all of it. The others
 the tokens, and read the last one: ``there`` has it on the model's device as it is, in two bytes a
 value, which no way to restore it can beat; the others restore it from a stream in pinned memory
 (with CUDA), ordinary memory, or a file that was dropped from the system's cache, by
-``decode_batch``. All end with the likeliest next token, when the device
-is done; ``restore`` of a place is its part until the cache is there. Streams on the device are no
-place of their own: the host parses them.
+``decode_batch``. All end with the likeliest next token, when the device is done; ``restore`` of a
+place is its part until the cache is there. Streams on the device are no place of their own: the
+host parses them.
 
 With ``--shape`` weights, calibration and caches are drawn, as those of ``gpu.py``: times do not
 depend on them. With ``--model`` the caches are those of the text. Times are medians of

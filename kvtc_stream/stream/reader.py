@@ -173,24 +173,25 @@ class Reader:
         between two steps. What is ``unseen`` of ``out`` is dropped if this fails."""
         first, last = _span(tokens, self.tokens(section), "tokens")
         geometry = self._header.geometry.sections[section]
-        count = len(range(*_span(layers, len(geometry.layers), "layers")))
-        if out is not None and not count:
+        chosen = range(*_span(layers, len(geometry.layers), "layers"))
+        if out is not None and not chosen:
             return out
         if out is not None:
-            k, v = self._blocks.buffers(section, count, last - first, out)
+            k, v = self._blocks.buffers(section, len(chosen), last - first, out)
         else:
             try:
-                k, v = self._blocks.empty(section, count, last - first)
+                k, v = self._blocks.empty(section, len(chosen), last - first)
             except (MemoryError, ValueError):
                 raise LimitError(
                     f"the index lists {last - first} tokens, for which there is no memory: read "
                     "fewer at a time"
                 ) from None
-        chosen = range(*_span(layers, len(geometry.layers), "layers"))
         stream, numbers = self._numbers(section)
         numbers = numbers[_holding(stream.entries[numbers], first, last)]
-        unseen = unseen or out is None  # else nothing is written before all blocks are whole
-        pieces = self._pieces(numbers, section) if unseen else [numbers][: len(numbers)]
+        unseen = unseen or out is None
+        pieces = [numbers]  # what somebody sees is written once all blocks are known to be whole
+        if unseen:
+            pieces = self._pieces(numbers, section)
 
         def decoding(piece: NDArray[np.intp]) -> Iterator[None]:
             table = stream.read_table(piece, self._blocks.room)
@@ -201,15 +202,16 @@ class Reader:
 
         with self._lock:
             self._check_open()
-            yield from self._blocks.backend.interleaving([decoding(piece) for piece in pieces])
+            yield from self._blocks.backend.interleaving(
+                [decoding(piece) for piece in pieces if len(piece)]
+            )
         return (self._blocks.output(k), self._blocks.output(v)) if out is None else out
 
     def _pieces(self, numbers: NDArray[np.intp], section: int) -> list[NDArray[np.intp]]:
         """Records to decode together, the next of which are on their way meanwhile."""
         most = self._blocks.backend.batch_tokens(self._header.geometry.sections[section])
         most = min(max(most // self._header.block_tokens, 1), _BLOCKS_AT_A_TIME)
-        count = max(round(len(numbers) / most), 1)
-        return np.array_split(numbers, count)[: len(numbers)]
+        return np.array_split(numbers, max(round(len(numbers) / most), 1))
 
     def blocks(
         self,
