@@ -3,12 +3,13 @@
 ``parser`` turns bytes into blocks, ``file_reader`` reads them from files, ``writer`` makes streams,
 ``page`` single pages. The other modules are a structure each: ``preamble``, ``header`` (with
 ``geometry`` and ``plan``), ``record``, ``block`` (with ``positions`` and ``block_errors``),
-``index``; ``table`` has many blocks at a time. Below them are ``wire`` (fields), ``coders``,
-``checksum``, ``auth``, ``features`` and ``limits``.
+``index``; ``table`` and ``block_run`` have many blocks at a time. Below them are ``wire`` (fields),
+``coders``, ``checksum``, ``auth``, ``features`` and ``limits``.
 """
 
 from kvtc_stream.formats.block import Block, Role
 from kvtc_stream.formats.block_errors import BlockErrors, LayerErrors, Measure
+from kvtc_stream.formats.block_run import BlockRun
 from kvtc_stream.formats.checksum import Checksum
 from kvtc_stream.formats.coders import Coder, compress, decompress
 from kvtc_stream.formats.features import Feature
@@ -39,6 +40,7 @@ __all__ = [
     "Band",
     "Block",
     "BlockErrors",
+    "BlockRun",
     "BlockTable",
     "Checksum",
     "Coder",

@@ -130,16 +130,6 @@ class LayerErrors:
         rows = k, np.maximum(k, worst_k), v, np.maximum(v, worst_v)
         return cls(b"".join(row.tobytes() for row in rows))
 
-    @classmethod
-    def of_blocks(
-        cls, means: NDArray[np.floating[Any]], worst: NDArray[np.floating[Any]]
-    ) -> list[LayerErrors]:
-        """As :meth:`of` of many blocks: both [2, layers, blocks], of K and V."""
-        codes = _codes(np.stack([means, worst], axis=1))
-        codes[:, 1] = np.maximum(codes[:, 0], codes[:, 1])
-        rows = np.moveaxis(codes, 3, 0).reshape(codes.shape[3], -1)
-        return [cls(row.tobytes()) for row in rows]
-
     @property
     def layers(self) -> int:
         """How many layers."""
@@ -174,6 +164,22 @@ class LayerErrors:
     def _rows(self) -> tuple[bytes, ...]:
         n = self.layers
         return tuple(self.codes[i * n : (i + 1) * n] for i in range(4))
+
+
+def layer_codes(
+    means: NDArray[np.floating[Any]], worst: NDArray[np.floating[Any]]
+) -> NDArray[np.uint8]:
+    """Codes as of :meth:`LayerErrors.of`, [blocks, 4 · layers], of many blocks: both
+    [2, layers, blocks], of K and V."""
+    codes = _codes(np.stack([means, worst], axis=1))
+    codes[:, 1] = np.maximum(codes[:, 0], codes[:, 1])
+    return np.ascontiguousarray(np.moveaxis(codes, 3, 0)).reshape(codes.shape[3], -1)
+
+
+def layer_means(codes: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """Mean errors [..., 2, layers] of K and V that codes [..., 4 · layers] stand for."""
+    found: NDArray[np.float64] = _LEVELS[codes.reshape(*codes.shape[:-1], 2, 2, -1)[..., 0, :]]
+    return found
 
 
 def _codes(errors: NDArray[np.floating[Any]]) -> NDArray[np.uint8]:

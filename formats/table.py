@@ -180,7 +180,7 @@ def _sound(e: NDArray[Any], block: NDArray[np.bool_], limits: Limits) -> bool:
         and not e["reserved"].any()
         and not e["reserved_too"].any()
         and (own["role"] <= _ROLES).all()
-        and _errors_can_be(own).all()
+        and errors_can_be(own).all()
         and (own["tokens"] <= limits.max_block_tokens).all()
         and (own["tokens"] > 0).all()
         and (own["verbatim_tokens"] <= own["tokens"]).all()
@@ -188,7 +188,8 @@ def _sound(e: NDArray[Any], block: NDArray[np.bool_], limits: Limits) -> bool:
     )
 
 
-def _errors_can_be(x: NDArray[Any]) -> NDArray[np.bool_]:
+def errors_can_be(x: NDArray[Any]) -> NDArray[np.bool_]:
+    """Which errors can be those of a block, of fields ``measure`` and ``errors``."""
     known = (x["measure"] <= _MEASURES) & ((x["measure"] != 0) | ~x["errors"].any(axis=1))
     can_be: NDArray[np.bool_] = known & (x["errors"] < _INFINITE).all(axis=1)
     return can_be
@@ -560,7 +561,7 @@ def usual_fields(
     usual &= (h["role"] != _DATA) | (tokens <= header.block_tokens)
     usual &= (h["listed"] == 0) & (h["reserved_too"] == 0) & (h["cut"] == 0)
     usual &= (h["contents"] <= allowed) & ((h["contents"] == 0) | ~exact)
-    usual &= (h["first"] >= 0) & (last >= 0) & _errors_can_be(h)
+    usual &= (h["first"] >= 0) & (last >= 0) & errors_can_be(h)
     usual &= ~exact | (coded_size == 0)
     symbols = (h["coder"] == _RANS) & (coded_size > 0)
     usual &= symbols | _bytes_can_be(h["coder"], coded, coded_size)

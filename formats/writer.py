@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from itertools import groupby
+from collections.abc import Iterable
 
 from kvtc_stream.errors import StateError
 from kvtc_stream.formats.auth import digest, pack_auth
 from kvtc_stream.formats.block import Block
+from kvtc_stream.formats.block_run import BlockRun, records_of
 from kvtc_stream.formats.features import names
 from kvtc_stream.formats.header import StreamHeader
 from kvtc_stream.formats.index import IndexEntry, Order, Trailer, pack_index
 from kvtc_stream.formats.preamble import pack_opening
 from kvtc_stream.formats.record import (
-    CHECKSUM_SIZE,
     RECORD_OVERHEAD,
     RecordType,
     record_end,
     record_head,
 )
-from kvtc_stream.formats.usual_records import usual, usual_records
 from kvtc_stream.formats.wire import ByteWriter
+from kvtc_stream.io.memory import Piece, Sealed, SealedRows, singly
 from kvtc_stream.io.threads import spread
 
 
@@ -77,63 +76,39 @@ class StreamWriter:
 
     def block(self, block: Block) -> bytes:
         """Pack a block, which must follow the tokens of its section so far."""
-        return b"".join(self.blocks([block])[0])
+        return b"".join(self.sealed(self.begin_blocks(block)))
 
-    def blocks(self, blocks: Sequence[Block]) -> list[list[bytes | memoryview]]:
-        """Pack blocks; returns the pieces of each record, without copying their bytes.
+    def begin_blocks(self, blocks: Block | BlockRun) -> list[Sealed | SealedRows]:
+        """As :meth:`block`, of blocks whose payloads may not have come yet, and whose bytes are not
+        copied.
 
-        If one is refused the stream cannot go on, unless it is the first.
+        With a key :meth:`sealed` must be called of all such records, in order.
         """
-        records, _, finish = self.begin_blocks(blocks)
-        finish()
-        return records
+        if isinstance(blocks, Block):
+            return [self._begin_block(blocks)]
+        many = records_of(blocks, self._header, self._running(), self._seed)
+        if many is None:
+            return [self._begin_block(block) for block in blocks]
+        self._entries += many[1]
+        return [many[0]]
 
-    def begin_blocks(
-        self, blocks: Sequence[Block]
-    ) -> tuple[list[list[bytes | memoryview]], list[int], Callable[[], None]]:
-        """As :meth:`blocks` of blocks whose payloads may not have come yet.
-
-        The records lack their checksums: that of what is between a record's first piece and its
-        last, with the record's seed, is to be written into the last. What is returned beside the
-        records and the seeds does so, once the payloads have come. With a key it must be called.
-        """
-        heads: list[bytes] = []
-        seeds: list[int] = []
-        payloads: list[list[bytes | memoryview]] = []
-        for alike, group in groupby(blocks, usual):
-            run = list(group)
-            many = None
-            if alike and len(run) > 1:
-                many = usual_records(run, self._header, self._running(), self._seed)
-            if many is not None:
-                heads += many.heads
-                seeds += many.seeds
-                payloads += many.payloads
-                self._entries += many.entries
+    def sealed(self, pieces: Iterable[Piece]) -> list[bytes | memoryview]:
+        """All bytes of pieces, records among them, whose payloads have come."""
+        each = list(singly(pieces))
+        records = [x for x in each if isinstance(x, Sealed)]
+        checksums = iter(
+            spread(Sealed.checksum, [(x,) for x in records], sum(x.size for x in records))
+        )
+        out: list[bytes | memoryview] = []
+        for piece in each:
+            if not isinstance(piece, Sealed):
+                out.append(piece)
                 continue
-            for block in run:
-                block.check(self._header)
-                if missing := block.features & ~self._header.features:
-                    raise ValueError(
-                        f"the block needs {names(missing)}, which the header's features have not: "
-                        "a stream's first bytes say what its blocks may have"
-                    )
-                payloads.append(block.pack())
-                head, seed = self._begin(RecordType.BLOCK, sum(map(len, payloads[-1])), block)
-                heads.append(head)
-                seeds.append(seed)
-        ends = [memoryview(bytearray(CHECKSUM_SIZE)) for _ in blocks]
-        records = [[h, *p, e] for h, p, e in zip(heads, payloads, ends, strict=True)]
-
-        def finish() -> None:
-            size = sum(len(b.coded) + len(b.verbatim) for b in blocks)
-            found = spread(record_end, list(zip(payloads, seeds, strict=True)), size)
-            for end, own in zip(ends, found, strict=True):
-                end[:] = own
+            record = [*piece.pieces, next(checksums)]
+            out += record
             if self._key:
-                self._digests += b"".join(digest(*record) for record in records)
-
-        return records, seeds, finish
+                self._digests += digest(*record)
+        return out
 
     def user(self, data: bytes) -> bytes:
         """Pack a USER record, which readers of blocks skip."""
@@ -165,6 +140,17 @@ class StreamWriter:
         if self._key:
             self._digests += digest(record)
         return record
+
+    def _begin_block(self, block: Block) -> Sealed:
+        block.check(self._header)
+        if missing := block.features & ~self._header.features:
+            raise ValueError(
+                f"the block needs {names(missing)}, which the header's features have not: "
+                "a stream's first bytes say what its blocks may have"
+            )
+        payload = block.pack()
+        head, seed = self._begin(RecordType.BLOCK, sum(map(len, payload)), block)
+        return Sealed([head, *payload], seed)
 
     def _begin(self, record_type: RecordType, size: int, block: Block | None) -> tuple[bytes, int]:
         """Count a record; returns its packed header and the seed of its payload's checksum."""

@@ -18,7 +18,7 @@ import cupy
 import numpy as np
 from numpy.typing import NDArray
 
-from kvtc_stream.backends.base import Coded, Given, SectionCoder, errors_of_blocks
+from kvtc_stream.backends.base import Coded, Given, SectionCoder, block_errors, errors_of_alike
 from kvtc_stream.backends.cpu import CpuBackend, CpuSectionCoder
 from kvtc_stream.calibration.parts import CalibratedBases
 from kvtc_stream.coding.lattice import NO_GRID
@@ -33,11 +33,12 @@ from kvtc_stream.coding.values import (
 from kvtc_stream.errors import FormatError
 from kvtc_stream.formats import (
     Block,
-    BlockErrors,
+    BlockRun,
     BlockTable,
     Coder,
     DType,
     LayerErrors,
+    Measure,
     Role,
     Section,
     SectionPlan,
@@ -46,7 +47,7 @@ from kvtc_stream.formats import (
 from kvtc_stream.formats.block_errors import NO_ERRORS
 from kvtc_stream.formats.coders import decompress
 from kvtc_stream.gpu.coder import verbatim
-from kvtc_stream.gpu.coder.analysis import Payload
+from kvtc_stream.gpu.coder.analysis import BatchPayloads
 from kvtc_stream.gpu.coder.band_coding import BandDecoder, BandEncoder
 from kvtc_stream.gpu.coder.decoding import (
     BatchDecoder,
@@ -68,8 +69,6 @@ from kvtc_stream.io.steps import Steps, begun, run
 from kvtc_stream.io.threads import threads
 from kvtc_stream.planning.rate_control import SectionControl
 
-#: No tokens.
-_NONE = np.empty(0, np.int64)
 #: About the most bytes of verbatim tokens that wait to be uploaded.
 _VERBATIM_BYTES = 64 << 20
 
@@ -272,7 +271,9 @@ class CudaSectionCoder(SectionCoder):
 
     # Encoding.
 
-    def encode(self, k: Any, v: Any, positions: NDArray[np.int64], start: int) -> list[Block]:
+    def encode(
+        self, k: Any, v: Any, positions: NDArray[np.int64], start: int
+    ) -> Sequence[Block | BlockRun]:
         """See :meth:`kvtc_stream.backends.base.SectionCoder.encode`."""
         tensors = self._tensors(k, v)
         blocks = run(self.encode_from(tensors, slice(0, len(positions)), positions, start))
@@ -296,13 +297,13 @@ class CudaSectionCoder(SectionCoder):
 
     def encode_from(
         self, source: list[Tensors], span: slice, positions: NDArray[np.int64], start: int
-    ) -> Steps[list[Block]]:
+    ) -> Steps[Sequence[Block | BlockRun]]:
         """See :meth:`kvtc_stream.backends.base.SectionCoder.encode_from`."""
         size = self._header.block_tokens
         encoder = self._encoder = self._encoder or self._new_encoder()
         together = max(1, encoder.batch_tokens // size) * size
-        blocks: list[Block] = []
-        before: Steps[list[Block]] | None = None
+        blocks: list[Block | BlockRun] = []
+        before: Steps[list[Block | BlockRun]] | None = None
         for first in range(span.start, span.stop, together):
             last = min(first + together, span.stop)
             edges = np.append(np.arange(first, last, size), last)
@@ -380,7 +381,7 @@ class CudaSectionCoder(SectionCoder):
         edges: NDArray[np.int64],
         positions: NDArray[np.int64],
         start: int,
-    ) -> Steps[list[Block]]:
+    ) -> Steps[list[Block | BlockRun]]:
         """Blocks of the tokens between ``edges``, whose ``positions`` these are, and the first of
         which is ``start``."""
         first, starts = int(edges[0]), edges - edges[0]
@@ -396,27 +397,95 @@ class CudaSectionCoder(SectionCoder):
             if control is not None:
                 batch, offsets = self._choose(control, encoder, batch, sizes)
             found = yield from encoder.encode(batch, offsets)
-        of_blocks: list[BlockErrors] = (
-            [NO_ERRORS] * (len(starts) - 1)
-            if found.errors is None
-            else errors_of_blocks(found.errors, found.verbatim, starts)
-        )
-        blocks = []
-        any_left_out = bool(found.verbatim.any())
-        for i, (begin, end) in enumerate(pairwise(starts.tolist())):
-            where = positions[begin:end], start + begin
-            payload, left_out = found.payloads[i], _NONE
-            if any_left_out:
-                left_out = np.flatnonzero(found.verbatim[begin:end])
-            if payload is None:
-                k_host, v_host = self._picked(tensors, first + np.arange(begin, end))
-                blocks += self._cpu.encode(k_host, v_host, *where)
-                continue
-            picked = self._picked(tensors, first + begin + left_out) if len(left_out) else None
-            by_layer = found.layer_errors[i] if self._by_layer and found.layer_errors else None
-            blocks.append(self._block(picked, *where, payload, left_out, of_blocks[i], by_layer))
         self._arriving.append(found.ready)
+        sizes, left_out = np.diff(starts), np.add.reduceat(found.verbatim, starts[:-1], dtype=int)
+        unusual = (found.faults != 0) | (left_out > 0) | (sizes != self._header.block_tokens)
+        unusual |= positions[starts[1:] - 1] - positions[starts[:-1]] >= sizes
+        blocks: list[Block | BlockRun] = []
+        ends = np.flatnonzero(np.diff(unusual)) + 1
+        for begin, end in pairwise([0, *ends.tolist(), len(sizes)]):
+            if not unusual[begin]:
+                blocks.append(self._run(found, slice(begin, end), starts, positions, start))
+                continue
+            for i in range(begin, end):
+                own = slice(*starts[i : i + 2].tolist())
+                blocks += self._unusual(found, i, own, tensors, first, positions[own], start)
         return blocks
+
+    def _run(
+        self,
+        found: BatchPayloads,
+        some: slice,
+        starts: NDArray[np.int64],
+        positions: NDArray[np.int64],
+        start: int,
+    ) -> BlockRun:
+        """Some blocks of :meth:`_batch`, usual ones."""
+        size, begins = self._header.block_tokens, starts[some]
+        count = len(begins)
+        measure, errors = Measure.NONE, np.zeros((count, 4), np.float32)
+        if found.errors is not None:
+            measure, own = Measure.RECONSTRUCTION, slice(begins[0], begins[-1] + size)
+            errors = errors_of_alike(found.errors[:, own], size)
+        codes = found.layer_codes if self._by_layer else None
+        return BlockRun(
+            section=self._index,
+            start=start + int(begins[0]),
+            tokens=size,
+            firsts=positions[begins],
+            coders=found.coders[some],
+            coded_sizes=found.coded_sizes[some],
+            data=found.data,
+            places=found.places[some],
+            measure=measure,
+            errors=errors,
+            layer_codes=np.empty((count, 0), np.uint8) if codes is None else codes[some],
+        )
+
+    def _unusual(
+        self,
+        found: BatchPayloads,
+        i: int,
+        own: slice,
+        tensors: list[Tensors],
+        first: int,
+        positions: NDArray[np.int64],
+        start: int,
+    ) -> Sequence[Block | BlockRun]:
+        """Block ``i`` of :meth:`_batch`, of the tokens ``own``, whose ``positions`` these are."""
+        slots, start = np.arange(first + own.start, first + own.stop), start + own.start
+        if found.faults[i]:
+            k, v = self._picked(tensors, slots)
+            return self._cpu.encode(k, v, positions, start)
+        verbatim = found.verbatim[own]
+        left_out, kept = np.flatnonzero(verbatim), np.flatnonzero(~verbatim)
+        verbatim_coder, values = Coder.STORED, b""
+        if len(left_out):
+            picked = self._picked(tensors, slots[left_out])
+            verbatim_coder, values = code_verbatim(self._header, *picked)
+        errors, by_layer = NO_ERRORS, None
+        if found.errors is not None:
+            errors = block_errors(found.errors[:, own], kept)
+        if self._by_layer and found.layer_codes is not None and len(kept):
+            by_layer = LayerErrors(found.layer_codes[i].tobytes())
+        begin, size = found.places[i].tolist()
+        return [
+            Block(
+                section=self._index,
+                role=Role.DATA,
+                start=start,
+                tokens=len(positions),
+                positions=stored_positions(positions),
+                verbatim_tokens=tuple(left_out.tolist()),
+                coder=Coder(found.coders[i]),
+                coded=found.data[begin : begin + size],
+                coded_size=int(found.coded_sizes[i]),
+                verbatim_coder=verbatim_coder,
+                verbatim=values,
+                errors=errors,
+                layer_errors=by_layer,
+            )
+        ]
 
     def _new_encoder(self) -> BatchEncoder | BandEncoder:
         arguments = self._section, self._plan, self._header.out_dtype, self._scales
@@ -465,12 +534,11 @@ class CudaSectionCoder(SectionCoder):
         counts = np.add.reduceat(counted, batch.starts[:-1], dtype=np.int64).tolist()
         offsets = np.zeros(len(counts))
         for i, (own, count) in enumerate(zip(batch.blocks, counts, strict=True)):
-            if not count and restored[i] is None:
-                continue
-            size = partial(sizes.of, i)
-            error: Callable[[float], Any] = partial(_errors_at, errors, counted, own)
-            offsets[i] = offset = control.choose(count, size, error, restored=restored[i])
-            control.expect(offset, count, size, error)
+            if count or restored[i] is not None:
+                at: Callable[[float], Any] = partial(sizes.of, i)
+                if control.of_errors:
+                    at = partial(_errors_at, errors, counted, own)
+                offsets[i] = control.take(count, at, restored=restored[i])
         return batch, offsets
 
     def _kept_grids(
@@ -516,40 +584,6 @@ class CudaSectionCoder(SectionCoder):
         dense = [x[i].data.ptr for x in held for i in layers]
         self._move([(slots, dense)], self._columns(layers, *tensors), dtype, back=True)
         return [cupy.asnumpy(x).view(numpy_dtype(dtype)) for x in held]
-
-    def _block(
-        self,
-        picked: Sequence[NDArray[Any]] | None,
-        positions: NDArray[np.int64],
-        start: int,
-        payload: Payload,
-        left_out: NDArray[np.int64],
-        errors: BlockErrors,
-        by_layer: LayerErrors | None,
-    ) -> Block:
-        """Make the record of a payload.
-
-        ``picked`` are K and V [layers, kv_heads, tokens, head_dim] of the tokens at the indices
-        ``left_out``, which are stored verbatim, if there are any.
-        """
-        verbatim_coder, data = Coder.STORED, b""
-        if picked is not None:
-            verbatim_coder, data = code_verbatim(self._header, *picked)
-        return Block(
-            section=self._index,
-            role=Role.DATA,
-            start=start,
-            tokens=len(positions),
-            positions=stored_positions(positions),
-            verbatim_tokens=tuple(left_out.tolist()),
-            coder=payload.coder,
-            coded=payload.data,
-            coded_size=payload.coded_size,
-            verbatim_coder=verbatim_coder,
-            verbatim=data,
-            errors=errors,
-            layer_errors=by_layer,
-        )
 
     # Decoding.
 

@@ -10,6 +10,7 @@ from array import array
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import second_reader
 from formats_samples import (
@@ -39,7 +40,8 @@ from kvtc_stream.errors import (
 )
 from kvtc_stream.formats import (
     Block,
-    BlockErrors,
+    BlockRun,
+    Coder,
     Feature,
     LayerErrors,
     Limits,
@@ -51,6 +53,7 @@ from kvtc_stream.formats import (
     StreamWriter,
 )
 from kvtc_stream.formats.wire import ByteReader
+from kvtc_stream.io.memory import joined
 from kvtc_stream.io.sources import open_source
 
 STREAM, HEADER, BLOCKS = small_stream()
@@ -844,66 +847,78 @@ def test_neighbouring_positions_become_a_range():
     assert isinstance(listed.positions, range)
 
 
-def data_blocks(header: StreamHeader, count: int) -> list[Block]:
-    """Blocks as most are, behind sinks and before a tail; with a gap between positions."""
-    layered = Feature.LAYER_ERRORS in header.features
-    blocks = [make_block(header, 0, range(1), role=Role.SINKS, verbatim_tokens=(0,))]
-    for i in range(count):
-        start, first = 1 + 3 * i, 1 + 3 * i + 7 * (i > 2)
-        errors = BlockErrors(Measure.RECONSTRUCTION, 0.1 * i, 0.25 + i, 0, 1 / 3)
-        blocks.append(
-            make_block(
-                header,
-                start,
-                range(first, first + 3),
-                symbols=b"symbols"[i % 7 :],
-                errors=errors,
-                layer_errors=LayerErrors.of([0.25], [0.5], [0], [i]) if layered else None,
-            )
-        )
-    end = 1 + 3 * count
-    positions = range(end + 9, end + 11)
-    return [*blocks, make_block(header, end, positions, role=Role.TAIL, verbatim_tokens=(0, 1))]
+def sinks(header: StreamHeader) -> Block:
+    return make_block(header, 0, range(1), role=Role.SINKS, verbatim_tokens=(0,))
+
+
+def run_of_blocks(header: StreamHeader, count: int = 9) -> BlockRun:
+    """Behind one token; with a gap between positions."""
+    layers = len(header.geometry.sections[0].layers) * (Feature.LAYER_ERRORS in header.features)
+    rng = np.random.default_rng(count)
+    sizes = rng.integers(1, 300, count)
+    codes = np.sort(rng.integers(0, 255, (count, 2, 2, layers), np.uint8), axis=2)
+    return BlockRun(
+        section=0,
+        start=1,
+        tokens=3,
+        firsts=1 + 3 * np.arange(count) + 7 * (np.arange(count) > 2),
+        coders=np.full(count, Coder.STORED, np.uint8),
+        coded_sizes=sizes,
+        data=memoryview(rng.bytes(int(sizes.sum()) + 5)),
+        places=np.stack([5 + np.cumsum(sizes) - sizes, sizes], axis=1),
+        measure=Measure.RECONSTRUCTION,
+        errors=rng.random((count, 4), np.float32),
+        layer_codes=codes.reshape(count, -1),
+    )
 
 
 @pytest.mark.parametrize("features", [Feature(0), Feature.LAYER_ERRORS])
-def test_many_blocks_at_once_are_written_as_one_by_one(features: Feature) -> None:
+@pytest.mark.parametrize("size", [None, 0])
+@pytest.mark.parametrize("key", [b"", b"secret"])
+def test_a_run_of_blocks_is_written_as_one_by_one(
+    features: Feature, size: int | None, key: bytes
+) -> None:
+    """Also one with a block that is not as the others."""
     header = replace(HEADER, features=features)
-    blocks = data_blocks(header, 9)
-    # One with listed positions and one with a verbatim token among them go their own way.
-    blocks[4] = replace(blocks[4], positions=array("q", (17, 19, 20)))
-    blocks[6] = replace(blocks[6], verbatim_tokens=(1,), verbatim=bytes(header.verbatim_size(0, 1)))
-    blocks[5] = replace(blocks[5], positions=range(21, 24))
-    for i in range(6, len(blocks) - 1):
-        blocks[i] = replace(blocks[i], positions=range(24 + 3 * i, 27 + 3 * i))
-    last = len(blocks) - 1
-    blocks[last] = replace(blocks[last], positions=range(100, 102))
-    for key in (b"", b"secret"):
-        writer, other = StreamWriter(header, key), StreamWriter(header, key)
-        found = [writer.start(), *itertools.chain(*writer.blocks(blocks)), writer.finish()]
-        expected = [other.start(), *map(other.block, blocks), other.finish()]
-        assert b"".join(found) == b"".join(expected)
+    run = run_of_blocks(header)
+    if size is not None:
+        run.coded_sizes[4] = run.places[4, 1] = size
+    before = sinks(header)
+    after = make_block(header, 28, range(90, 92), role=Role.TAIL, verbatim_tokens=(0, 1))
+    writer, other = StreamWriter(header, key), StreamWriter(header, key)
+    found = writer.start() + writer.block(before)
+    records = writer.begin_blocks(run)
+    plain = b"".join(writer.sealed(records))
+    assert sum(record.size for record in records) == len(plain)
+    assert joined(records) == plain
+    found += plain + writer.block(after) + writer.finish()
+    expected = [other.start(), *map(other.block, [before, *run, after]), other.finish()]
+    assert found == b"".join(expected)
 
 
 @pytest.mark.parametrize(
-    ("index", "changes"),
+    "changes",
     [
-        (3, {"start": 8}),
-        (5, {"positions": range(2, 5)}),
-        (1, {"positions": range(3)}),
-        (2, {"section": 1}),
-        (7, {"layer_errors": LayerErrors.of([0], [0], [0], [0])}),
-        (2, {"verbatim": b"x"}),
-        (9, {"tokens": 5, "positions": range(50, 55)}),
+        {"start": 2},
+        {"firsts": np.array([1, 4, 6])},
+        {"firsts": np.array([0, 4, 7])},
+        {"firsts": np.array([1, 2**63 - 2, 7])},
+        {"section": 1},
+        {"layer_codes": np.zeros((3, 4), np.uint8)},
+        {"layer_codes": np.zeros((3, 8), np.uint8)},
+        {"tokens": 5},
+        {"errors": np.full((3, 4), np.inf, np.float32)},
+        {"measure": Measure.NONE},
     ],
 )
-def test_one_of_many_blocks_is_refused_as_it_is_alone(index: int, changes: dict[str, Any]) -> None:
-    blocks = data_blocks(HEADER, 9)
-    blocks[index] = replace(blocks[index], **changes)
+def test_a_run_of_blocks_is_refused_as_they_are_alone(changes: dict[str, Any]) -> None:
+    run = replace(run_of_blocks(HEADER, 3), **changes)
     writer, other = StreamWriter(HEADER), StreamWriter(HEADER)
-    writer.start(), other.start()
+    for own in (writer, other):
+        own.start()
+        own.block(sinks(HEADER))
     with pytest.raises(ValueError, match=r"^.") as expected:
-        [*map(other.block, blocks)]
+        [*map(other.block, run)]
     with pytest.raises(ValueError, match=r"^.") as found:
-        writer.blocks(blocks)
+        writer.begin_blocks(run)
     assert str(found.value) == str(expected.value)

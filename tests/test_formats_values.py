@@ -31,6 +31,7 @@ from kvtc_stream.formats import (
     SectionScales,
     StreamHeader,
 )
+from kvtc_stream.formats.block_errors import layer_codes, layer_means
 
 HEADER = small_header()
 BODY = HEADER.pack()
@@ -327,12 +328,12 @@ def test_errors_by_layer_of_many_blocks():
     means = np.exp(rng.normal(-3, 2, (2, 5, 7)))
     worst = (means * rng.uniform(0.99, 3, means.shape)).astype(np.float32)
     means[0, 0, 0] = worst[0, 0, 0] = 0
-    found = LayerErrors.of_blocks(means, worst)
-    for i, own in enumerate(found):
-        rows = means[0, :, i], worst[0, :, i], means[1, :, i], worst[1, :, i]
-        assert own == LayerErrors.of(*rows)
+    for i, codes in enumerate(layer_codes(means, worst)):
+        own = LayerErrors.of(means[0, :, i], worst[0, :, i], means[1, :, i], worst[1, :, i])
+        assert codes.tobytes() == own.codes
+        assert layer_means(codes).tolist() == [list(own.k_mean), list(own.v_mean)]
     with pytest.raises(ValueError, match="must not be negative, found nan"):
-        LayerErrors.of_blocks(means * np.nan, worst)
+        layer_codes(means * np.nan, worst)
 
 
 def test_floats_are_rounded_as_they_are_stored():

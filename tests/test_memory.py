@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvtc_stream.io.assembly import assemble
-from kvtc_stream.io.memory import LARGE, Joining, Room, Sealed, copied, joined
+from kvtc_stream.io.memory import LARGE, Joining, Piece, Room, Sealed, SealedRows, copied, joined
 from kvtc_stream.io.threads import SHARE, beside, copy, in_spans, in_turn, spread, threads
 from kvtc_stream.io.xxh3 import BLOCK, LEAST
 
@@ -66,16 +66,36 @@ def test_joined_in_room_that_was_made_before(size: int, likely: int) -> None:
 )
 def test_joined_with_checksums(records: list[list[int]], before: int) -> None:
     """Each behind what it is of; nothing else is."""
-    pieces: list[bytes | memoryview] = [drawn(before, 9)]
-    expected, sealed = [*pieces], []
+    pieces: list[Piece] = [drawn(before, 9)]
+    expected = [drawn(before, 9)]
     for number, sizes in enumerate(records):
         head, *payload = (drawn(size, i) for i, size in enumerate((5, 100, *sizes)))
         seed = 2**64 - 1 - number
-        sealed.append(Sealed(len(pieces) + 1, len(pieces) + 1 + len(payload), seed))
-        pieces += [head, *payload, memoryview(bytearray(8))]
+        pieces.append(Sealed([head, *payload], seed))
         found = xxhash.xxh3_64_intdigest(b"".join(payload), seed)
         expected += [head, *payload, found.to_bytes(8, "little")]
-    same = joined(pieces, sealed=sealed) == b"".join(expected)
+    same = joined(pieces) == b"".join(expected)
+    assert same
+
+
+@pytest.mark.parametrize("sizes", [[5, 0, 9], [300, 0, LARGE, 1], [LARGE] * 3, [0]])
+@pytest.mark.parametrize(("width", "apart"), [(300, 32), (LEAST + 31, 32), (40, 7)])
+def test_joined_rows_with_checksums(sizes: list[int], width: int, apart: int) -> None:
+    rng = np.random.default_rng(width)
+    rows = rng.integers(0, 256, (len(sizes), width), np.uint8)
+    lengths = np.array(sizes)
+    places = np.stack([np.cumsum(lengths) - lengths + 3, lengths], axis=1)
+    seeds = rng.integers(0, 1 << 63, len(sizes), np.uint64)
+    own = SealedRows(rows, apart, memoryview(drawn(sum(sizes) + 3, 1)), places, seeds)
+    pieces: list[Piece] = [b"before", own, drawn(LARGE, 2), own, b"behind"]
+    expected: list[bytes | memoryview] = []
+    for one in own.each():
+        expected += [*one.pieces, one.checksum()]
+    once = b"".join(expected)
+    assert own.size == len(once)
+    same = joined([own]) == once
+    assert same
+    same = joined(pieces) == b"before" + once + drawn(LARGE, 2) + once + b"behind"
     assert same
 
 
@@ -107,18 +127,13 @@ def test_bytes_that_come_later(sizes: tuple[int, ...]) -> None:
     """Where they go is known before; also small ones, and those of a checksum."""
     payloads = [drawn(size, i) for i, size in enumerate(sizes)]
     rooms = [bytearray(size) for size in sizes]
-    places = [memoryview(bytearray(8)) for _ in sizes]
-    pieces: list[bytes | memoryview] = [b"head"]
-    for room, place in zip(rooms, places, strict=True):
-        pieces += [memoryview(room), place]
-    sealed = [Sealed(2 * i + 1, 2 * i + 2, 5) for i in range(len(sizes))]
-    joining = Joining(pieces, sealed=sealed)
+    joining = Joining([Sealed([b"head", memoryview(room)], 5) for room in rooms])
     for room, payload in zip(rooms, payloads, strict=True):
         room[:] = payload
     joining.begin()
-    expected = b"head"
+    expected = b""
     for payload in payloads:
-        expected += payload + xxhash.xxh3_64_intdigest(payload, 5).to_bytes(8, "little")
+        expected += b"head" + payload + xxhash.xxh3_64_intdigest(payload, 5).to_bytes(8, "little")
     same = joining.finish() == expected
     assert same
 

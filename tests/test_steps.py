@@ -5,8 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from kvtc_stream.backends.base import block_errors, errors_of_blocks
+from kvtc_stream.backends.base import block_errors, errors_of_alike
+from kvtc_stream.formats import BlockRun, Coder, Measure
 from kvtc_stream.io.steps import Steps, begun, run, together
+from kvtc_stream.stream.statistics import StreamStatistics
 
 
 def counting(name: str, steps: int, seen: list[str]) -> Steps[str]:
@@ -38,19 +40,47 @@ def test_a_step_that_fails() -> None:
         run(together([counting("a", 9, []), failing()]))
 
 
-@pytest.mark.parametrize("starts", [[0, 128, 256, 384, 400], [0, 37], [0, 8, 16, 24]])
-def test_errors_of_blocks_are_those_of_each(starts: list[int]) -> None:
-    """To the bit; tokens that are not coded may have any."""
-    rng = np.random.default_rng(len(starts))
-    errors = np.exp(rng.normal(-3, 2, (2, starts[-1]))).astype(np.float32)
-    verbatim = np.zeros(starts[-1], np.bool_)
-    for trial in range(3):
-        if trial:
-            verbatim[rng.integers(starts[-1], size=3)] = True
-        if trial == 2:
-            verbatim[starts[0] : starts[1]] = True
-        errors[:, verbatim] = np.nan
-        found = errors_of_blocks(errors, verbatim, np.array(starts))
-        for own, begin, end in zip(found, starts, starts[1:], strict=False):
-            kept = np.flatnonzero(~verbatim[begin:end])
-            assert own == block_errors(errors[:, begin:end], kept)
+@pytest.mark.parametrize(("size", "count"), [(128, 63), (37, 1), (8, 3)])
+def test_errors_of_alike_are_those_of_each(size: int, count: int) -> None:
+    """To the bit."""
+    rng = np.random.default_rng(size)
+    errors = np.exp(rng.normal(-3, 2, (2, size * count + 5))).astype(np.float32)[:, 5:]
+    for i, own in enumerate(errors_of_alike(errors, size)):
+        alone = block_errors(errors[:, i * size : (i + 1) * size], np.arange(size))
+        assert tuple(own.tolist()) == alone.values
+
+
+@pytest.mark.parametrize("layers", [0, 5])
+def test_statistics_of_a_run_are_those_of_its_blocks(layers: int) -> None:
+    """To the bit, whatever was counted before."""
+    rng = np.random.default_rng(layers)
+    count = 40
+    blocks = BlockRun(
+        section=0,
+        start=0,
+        tokens=12,
+        firsts=12 * np.arange(count),
+        coders=np.full(count, Coder.RANS, np.uint8),
+        coded_sizes=np.full(count, 7),
+        data=memoryview(bytes(100)),
+        places=np.stack([np.arange(count), np.full(count, 9)], axis=1),
+        measure=Measure.RECONSTRUCTION,
+        errors=rng.random((count, 4), np.float32),
+        layer_codes=np.sort(rng.integers(0, 256, (count, 2, 2, layers), np.uint8), 2).reshape(
+            count, -1
+        ),
+    )
+    found, expected = StreamStatistics(), StreamStatistics()
+    for _ in range(2):
+        found.add(blocks, count * 100, 64)
+        for block in blocks:
+            expected.add(block, 100, 64)
+    assert repr(found) == repr(expected)
+    assert (found.k_error_mean, found.v_error_mean) == (
+        expected.k_error_mean,
+        expected.v_error_mean,
+    )
+    by_layer = found.layer_errors(), expected.layer_errors()
+    assert (by_layer[0] is None) is (by_layer[1] is None) is (layers == 0)
+    if by_layer[0] is not None:
+        np.testing.assert_array_equal(*by_layer)

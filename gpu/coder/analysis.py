@@ -12,7 +12,8 @@ import cupy
 import numpy as np
 from numpy.typing import NDArray
 
-from kvtc_stream.formats import Coder, DType, LayerErrors, Section
+from kvtc_stream.formats import DType, Section
+from kvtc_stream.formats.block_errors import layer_codes
 from kvtc_stream.gpu.coder.decoding import device_scales, kept, piece_tokens
 from kvtc_stream.gpu.coder.plan import Basis, Leaf
 from kvtc_stream.gpu.coder.products import (
@@ -42,38 +43,38 @@ def stride_of(tokens: int) -> int:
     return -(-tokens // _MULTIPLE) * _MULTIPLE
 
 
-class Payload(NamedTuple):
-    """The payload of a block: its entropy coder, its bytes, and its size once decoded (bytes, or
-    symbols with rANS)."""
-
-    coder: Coder
-    data: bytes | memoryview
-    coded_size: int
-
-
 @dataclass(frozen=True)
 class BatchPayloads:
     """What became of a batch of blocks; on the host.
 
     Attributes
     ----------
-    payloads
-        One a block; ``None`` where the device could not.
+    data, places
+        All payloads, and int64 [blocks, 2]: where each begins, and its bytes.
+    coders, coded_sizes
+        uint8 and int64 [blocks]: entropy coders, and sizes once decoded (bytes, or symbols with
+        rANS).
     verbatim
         bool [tokens].
+    faults
+        [blocks], not 0 where the device could not.
     ready
         Waits until the payloads' bytes are there.
     errors
         float32 [2, tokens] of K and V, or ``None`` if they were not measured.
-    layer_errors
-        One a block; ``None`` of blocks without coded tokens, and where nothing was measured.
+    layer_codes
+        uint8 [blocks, 4 · layers], see :func:`layer_codes_of`; likewise.
     """
 
-    payloads: list[Payload | None]
+    data: memoryview
+    places: NDArray[np.int64]
+    coders: NDArray[np.uint8]
+    coded_sizes: NDArray[np.int64]
     verbatim: NDArray[np.bool_]
+    faults: NDArray[np.int32]
     ready: Callable[[], Any] = lambda: None
     errors: NDArray[np.float32] | None = None
-    layer_errors: list[LayerErrors | None] | None = None
+    layer_codes: NDArray[np.uint8] | None = None
 
 
 @dataclass(frozen=True)
@@ -388,11 +389,11 @@ class BlockSums:
         return cls(cupy.stack([own.sum(axis=3), own.max(axis=3)]))
 
 
-def layer_errors_of(
+def layer_codes_of(
     amounts: NDArray[np.float32], counts: NDArray[np.integer[Any]]
-) -> list[LayerErrors | None]:
-    """Mean and worst error of each layer over the coded tokens of each block, from
-    :attr:`BlockSums.amounts` and how many these are; ``None`` of a block without any."""
+) -> NDArray[np.uint8]:
+    """Codes of the errors of each layer over the coded tokens of each block, see
+    :func:`kvtc_stream.formats.block_errors.layer_codes`; from :attr:`BlockSums.amounts` and how
+    many these tokens are."""
     sums, worst = amounts
-    found = LayerErrors.of_blocks(sums / np.maximum(counts, 1), worst)
-    return [own if count else None for own, count in zip(found, counts.tolist(), strict=True)]
+    return layer_codes(sums / np.maximum(counts, 1), worst)

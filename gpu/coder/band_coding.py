@@ -23,8 +23,7 @@ from kvtc_stream.gpu.coder.analysis import (
     Analyser,
     BatchPayloads,
     BlockSums,
-    Payload,
-    layer_errors_of,
+    layer_codes_of,
     stride_of,
 )
 from kvtc_stream.gpu.coder.decoding import Batch, BatchDecoder, BlockLoad, CodedBlocks
@@ -187,7 +186,7 @@ class BandEncoder(Analyser):
             left_out = cupy.asarray(verbatim.astype(np.uint8))
             sums = BlockSums.of(measured[:, 1:], left_out, starts)
             coded = np.add.reduceat(~verbatim, starts[:-1], dtype=np.int64)
-            by_layer = layer_errors_of(cupy.asnumpy(sums.amounts), coded)
+            by_layer = layer_codes_of(cupy.asnumpy(sums.amounts), coded)
         kept = [np.flatnonzero(~own) for own in np.split(verbatim, starts[1:-1])]
         counts = list(map(len, kept))
         columns = np.flatnonzero(~verbatim).astype(np.int32)
@@ -195,10 +194,21 @@ class BandEncoder(Analyser):
             self._pack(counts, cupy.asarray(columns), coefficients, parameters, stride)
         )
         places = _starts(plan, counts)
-        payloads = threads().map(
+        found = threads().map(
             self._compressed, counts, np.split(packed, places[1:-1]) if counts else []
         )
-        return BatchPayloads(list(payloads), verbatim, errors=errors, layer_errors=by_layer)
+        coders, payloads = zip(*found, strict=True)
+        lengths = np.array(list(map(len, payloads)), np.int64)
+        return BatchPayloads(
+            memoryview(b"".join(payloads)),
+            np.stack([np.cumsum(lengths) - lengths, lengths], axis=1),
+            np.array(coders, np.uint8),
+            np.diff(places),
+            verbatim,
+            np.zeros(len(counts), np.int32),
+            errors=errors,
+            layer_codes=by_layer,
+        )
 
     def _pack(
         self, counts: Sequence[int], columns: Any, coefficients: Any, parameters: Any, stride: int
@@ -223,7 +233,7 @@ class BandEncoder(Analyser):
             )
         return packed
 
-    def _compressed(self, tokens: int, packed: NDArray[np.uint8]) -> Payload:
+    def _compressed(self, tokens: int, packed: NDArray[np.uint8]) -> tuple[Coder, bytes]:
         sizes = np.sum([segment_sizes(tokens, part) for part in self._plan.bands], axis=0)
         segments = np.split(packed, np.cumsum(sizes)[:-1])
-        return Payload(*compress_beside(self._coder, *(x.data for x in segments)), packed.size)
+        return compress_beside(self._coder, *(x.data for x in segments))

@@ -27,9 +27,8 @@ from kvtc_stream.gpu.coder.analysis import (
     Analyser,
     BatchPayloads,
     BlockSums,
-    Payload,
     Source,
-    layer_errors_of,
+    layer_codes_of,
     stride_of,
 )
 from kvtc_stream.gpu.coder.decoding import tile_tasks
@@ -205,7 +204,6 @@ class OffsetCurve:
         self._begun = {span: self._begin(span) for span in sorted(map(_span, near))}
         self._spans: dict[int, NDArray[np.float64]] = {}
         self._rows: dict[int, list[list[float]]] = {}
-        self._last: tuple[tuple[int, float], float] = ((-1, 0.0), 0.0)
 
     def _begin(self, span: int) -> Callable[[], NDArray[np.floating[Any]]]:
         return self._measure(_SPAN * (span + np.array([0, 0.5, 1])))
@@ -227,17 +225,12 @@ class OffsetCurve:
 
     def of(self, row: int, offset: float) -> float:
         """As :meth:`at` of one of [blocks], and quick: in numbers of Python."""
-        asked = row, offset
-        if asked == self._last[0]:  # whoever chose an offset asks once more
-            return self._last[1]
         span = _span(offset)
         if span not in self._rows:
             self._rows[span] = self._logarithms(span).tolist()
         low, middle, high = self._rows[span][row]
         x = 2 * (offset / _SPAN - span) - 1
-        found = float(np.exp(middle + x * (high - low) / 2 + x * x * ((low + high) / 2 - middle)))
-        self._last = asked, found
-        return found
+        return float(np.exp(middle + x * (high - low) / 2 + x * x * ((low + high) / 2 - middle)))
 
 
 def _span(offset: float) -> int:
@@ -460,23 +453,17 @@ class BatchEncoder(Analyser):
         places, faults, kept, left_out = found.parts(outcome(), blocks)
         used = int(places.sum(axis=1).max(initial=0))
         host, ready = self._staging.begin_large(found.payloads[:used])
-        data = host.toreadonly()
-        payloads = [
-            None
-            if bad
-            else Payload(
-                Coder.RANS if count else Coder.STORED,
-                data[begin : begin + size],
-                count * self._plan.components,
-            )
-            for (begin, size), bad, count in zip(
-                places.tolist(), faults.tolist(), kept.tolist(), strict=True
-            )
-        ]
-        verbatim = left_out.astype(np.bool_)
-        if errors is None or sums is None:
-            return BatchPayloads(payloads, verbatim, ready)
-        return BatchPayloads(payloads, verbatim, ready, errors(), layer_errors_of(sums(), kept))
+        return BatchPayloads(
+            host.toreadonly(),
+            places,
+            np.where(kept, Coder.RANS, Coder.STORED).astype(np.uint8),
+            kept.astype(np.int64) * self._plan.components,
+            left_out.astype(np.bool_),
+            faults,
+            ready,
+            errors and errors(),
+            sums and layer_codes_of(sums(), kept),
+        )
 
     def encode_on_device(self, batch: EncoderBatch, offsets: NDArray[np.float64]) -> OnDevice:
         """As :meth:`encode` without waiting. The batch's coefficients are gone."""

@@ -6,7 +6,6 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -16,6 +15,7 @@ from kvtc_stream.calibration.parts import CalibratedBases
 from kvtc_stream.formats import (
     Block,
     BlockErrors,
+    BlockRun,
     BlockTable,
     Coder,
     DType,
@@ -90,7 +90,9 @@ class SectionCoder(ABC):
         self._control = None if target is None else target.control(header, section)
 
     @abstractmethod
-    def encode(self, k: Any, v: Any, positions: NDArray[np.int64], start: int) -> list[Block]:
+    def encode(
+        self, k: Any, v: Any, positions: NDArray[np.int64], start: int
+    ) -> Sequence[Block | BlockRun]:
         """Data blocks from k, v [layers, kv_heads, tokens, head_dim] in the stream's dtype.
 
         All but the last have the header's ``block_tokens``; ``start`` is the ordinal of the first
@@ -104,7 +106,7 @@ class SectionCoder(ABC):
 
     def encode_from(
         self, source: Any, span: slice, positions: NDArray[np.int64], start: int
-    ) -> Steps[list[Block]]:
+    ) -> Steps[Sequence[Block | BlockRun]]:
         """As :meth:`encode`, of the tokens ``span`` of a source, whose positions are given.
 
         The payloads' bytes may be on their way: see :meth:`arrived`.
@@ -259,21 +261,8 @@ def block_errors(errors: NDArray[np.floating[Any]] | None, kept: NDArray[np.int6
     return BlockErrors(Measure.RECONSTRUCTION, *found)
 
 
-def errors_of_blocks(
-    errors: NDArray[np.float32], verbatim: NDArray[np.bool_], starts: NDArray[np.int64]
-) -> list[BlockErrors]:
-    """:func:`block_errors` of many blocks: of [2, tokens] errors and bool [tokens], which are cut
-    at ``starts``, int64 [blocks + 1]."""
-    sizes, left = np.diff(starts), np.add.reduceat(verbatim, starts[:-1], dtype=np.int64)
-    alike = np.flatnonzero((sizes == sizes[0]) & (left == 0))
-    found: dict[int, BlockErrors] = {}
-    if len(alike):  # the usual ones at once
-        places = starts[alike, None] + np.arange(sizes[0])
-        own = np.take(errors, places, axis=1)
-        four = np.stack([own.mean(axis=2), own.max(axis=2)], axis=1).reshape(4, -1)
-        for i, values in zip(alike.tolist(), four.T.tolist(), strict=True):
-            found[i] = BlockErrors(Measure.RECONSTRUCTION, *values)
-    return [
-        found.get(i) or block_errors(errors[:, begin:end], np.flatnonzero(~verbatim[begin:end]))
-        for i, (begin, end) in enumerate(pairwise(starts.tolist()))
-    ]
+def errors_of_alike(errors: NDArray[np.float32], size: int) -> NDArray[np.float32]:
+    """:func:`block_errors` of blocks of ``size`` tokens each, all of them coded, from [2, tokens]:
+    [blocks, 4]."""
+    own = errors.reshape(2, -1, size)
+    return np.stack([own.mean(axis=2), own.max(axis=2)], axis=1).reshape(4, -1).T.copy()

@@ -266,16 +266,12 @@ class CpuSectionCoder(SectionCoder):
         def errors_of_counted(offset: float) -> _Errors:
             return errors(coding.quantise(coefficients, grids, offset))[:, counted]
 
-        asked = tokens, size_of_counted, errors_of_counted
-        offset = control.choose(*asked, restored=restored)
-
-        def count(block: Block) -> None:
-            if restored is not None:
-                control.expect(offset, *asked)
-            else:
-                control.record(offset, block)
-
-        return coding.quantise(coefficients, grids, offset), count
+        measured = errors_of_counted if control.of_errors else size_of_counted
+        if restored is not None:
+            offset = control.take(tokens, measured, restored=restored)
+            return coding.quantise(coefficients, grids, offset), None
+        offset = control.choose(tokens, measured)
+        return coding.quantise(coefficients, grids, offset), partial(control.record, offset)
 
     def _analyse(self, k: Values, v: Values, take_off: Rotations) -> list[Float]:
         """Coefficients [tokens, components] a part, views of what the parts hold."""

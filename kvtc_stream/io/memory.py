@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import xxhash
@@ -18,32 +18,105 @@ from kvtc_stream.io.threads import SHARE, Shared, copy, units_of
 LARGE = 4 << 20
 #: Maximum numbers of threads that map memory, beside others, and that fill it.
 _MAPPING, _COPYING = 5, 8
-#: Smaller pieces are joined before threads copy them.
-_SMALL = 1 << 14
+#: Bytes of a checksum.
+_SUM = 8
 
 
 class Sealed(NamedTuple):
-    """Pieces whose checksum comes behind them.
+    """Pieces, and behind them the checksum of all but the first: 8 bytes, XXH3 with ``seed``."""
 
-    That of ``pieces[first:last]``, XXH3 with ``seed``, takes the place of ``pieces[last]``, which
-    is 8 bytes that can be written to.
-    """
-
-    first: int
-    last: int
+    pieces: list[bytes | memoryview]
     seed: int
 
+    @property
+    def size(self) -> int:
+        """All bytes, with the checksum."""
+        return sum(map(len, self.pieces)) + _SUM
 
-def joined(
-    pieces: Sequence[bytes | memoryview], room: Room | None = None, sealed: Sequence[Sealed] = ()
-) -> bytes:
-    """Concatenate the pieces, like ``b"".join``, once checksums have taken their places.
+    @property
+    def covered(self) -> int:
+        """Bytes that the checksum is of."""
+        return sum(map(len, self.pieces[1:]))
+
+    def checksum(self) -> bytes:
+        """What comes behind the pieces."""
+        state = xxhash.xxh3_64(seed=self.seed)
+        for piece in self.pieces[1:]:
+            state.update(piece)
+        return state.intdigest().to_bytes(_SUM, "little")
+
+    def each(self) -> Iterator[Sealed]:
+        """It alone."""
+        yield self
+
+    def copied(self, at: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.uint64]]:
+        """The copies that put it at an address, its unit among them, and the seed; as
+        :func:`kvtc_stream.io.assembly.assemble` takes them."""
+        copies = np.array(_placed(self.pieces, at), np.int64)
+        unit = np.array([[0, len(copies), at + len(self.pieces[0]), self.covered]], np.int64)
+        return copies, unit, np.array([self.seed], np.uint64)
+
+
+class SealedRows(NamedTuple):
+    """Many of :class:`Sealed`, one after the other: a row of an array and a part of a buffer each.
+
+    Attributes
+    ----------
+    rows, apart
+        uint8 [count, bytes], contiguous; and of how many bytes of a row the checksum is not.
+    data, places
+        A buffer, and int64 [count, 2]: where each part begins in it, and its bytes.
+    seeds
+        uint64 [count].
+    """
+
+    rows: NDArray[np.uint8]
+    apart: int
+    data: memoryview
+    places: NDArray[np.int64]
+    seeds: NDArray[np.uint64]
+
+    @property
+    def size(self) -> int:
+        """All bytes, with the checksums."""
+        return self.rows.size + int(self.places[:, 1].sum()) + _SUM * len(self.rows)
+
+    @property
+    def covered(self) -> int:
+        """Fewest bytes that a checksum is of."""
+        fewest: int = self.places[:, 1].min() + self.rows.shape[1] - self.apart
+        return fewest
+
+    def each(self) -> Iterator[Sealed]:
+        """One by one."""
+        width, rows = self.rows.shape[1], self.rows.tobytes()
+        for i, (at, size) in enumerate(self.places.tolist()):
+            row = rows[i * width : (i + 1) * width]
+            head, rest = row[: self.apart], row[self.apart :]
+            yield Sealed([head, rest, self.data[at : at + size]], int(self.seeds[i]))
+
+    def copied(self, at: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.uint64]]:
+        """See :meth:`Sealed.copied`."""
+        (count, width), sizes = self.rows.shape, self.places[:, 1]
+        lengths, each = width + sizes + _SUM, np.arange(count)
+        to = at + np.cumsum(lengths) - lengths
+        sources = self.rows.ctypes.data + width * each, _address(self.data) + self.places[:, 0]
+        copies = np.stack([sources[0], to, np.full(count, width), sources[1], to + width, sizes], 1)
+        units = np.stack([2 * each, 2 * each + 2, to + self.apart, lengths - self.apart - _SUM], 1)
+        return copies.reshape(-1, 3), units, self.seeds
+
+
+Piece: TypeAlias = bytes | memoryview | Sealed | SealedRows
+
+
+def joined(pieces: Sequence[Piece], room: Room | None = None) -> bytes:
+    """Concatenate the pieces, like ``b"".join``, and put checksums in their places.
 
     On Linux, threads copy large results into large pages: mapping small pages one after the other
     takes longer than copying; and they compute checksums of what they have copied just now.
     ``room`` is used if the pieces fit.
     """
-    return Joining(pieces, room, sealed).finish()
+    return Joining(pieces, room).finish()
 
 
 class Joining:
@@ -52,52 +125,59 @@ class Joining:
     Views may be of memory that is yet to be filled, until :meth:`begin`.
     """
 
-    def __init__(
-        self,
-        pieces: Sequence[bytes | memoryview],
-        room: Room | None = None,
-        sealed: Sequence[Sealed] = (),
-    ) -> None:
+    def __init__(self, pieces: Sequence[Piece], room: Room | None = None) -> None:
         self._pieces = pieces
-        #: Checksums that are not computed from what was copied.
-        self._apart = list(sealed)
+        #: Those with checksums that are not computed from what was copied, and what becomes these.
+        self._short: list[tuple[Sealed, bytearray]] = []
         self._out: bytes | None = None
         self._shared: Shared | None = None
-        sizes = np.fromiter(map(len, pieces), np.int64, len(pieces))
-        size = int(sizes.sum())
+        size = sum(x.size if isinstance(x, Sealed | SealedRows) else len(x) for x in pieces)
         if size < LARGE or _advise() is None:
             return
+        out = (room if room is not None and size <= room.most else Room(size)).taken(size)
+        self._out, self._size = out, size
+        self._arguments = self._copied(id(out) + _BYTES_HEAD)
+
+    def _copied(self, at: int) -> tuple[NDArray[np.int64], NDArray[np.uint64], NDArray[np.int64]]:
+        """What :func:`kvtc_stream.io.assembly.assemble` takes to put the pieces at an address."""
         from kvtc_stream.io.xxh3 import LEAST
 
-        out = (room if room is not None and size <= room.most else Room(size)).taken(size)
-        begins = id(out) + _BYTES_HEAD + np.cumsum(sizes) - sizes
-        edges = np.array([own[:2] for own in sealed], np.int64).reshape(-1, 2)
-        spans = begins[edges]
-        long = spans[:, 1] - spans[:, 0] >= LEAST
-        self._apart = [own for own, found in zip(sealed, long.tolist(), strict=True) if not found]
-        with_sums = np.zeros(len(pieces), np.bool_)
-        for first, last in edges[long].tolist():
-            with_sums[first : last + 1] = True
-        copied = np.ones(len(pieces), np.bool_)
-        copied[edges[long, 1]] = False
-        addresses, self._held = _addresses(pieces, sizes, copied)
-        copies = np.stack([addresses, begins, sizes], axis=1)
-        units, rest = units_of(copies[~with_sums])
-        units[:, :2] += len(copies)
-        of_long = np.concatenate([edges, spans[:, :1], np.diff(spans)], axis=1)[long]
-        seeds = np.zeros(len(of_long) + len(units), np.uint64)
-        seeds[: len(of_long)] = np.array([own.seed for own in sealed], np.uint64)[long]
-        self._out, self._size = out, size
-        self._arguments = np.concatenate([of_long, units]), seeds, np.concatenate([copies, rest])
+        units, seeds, copies = [], [], []
+        plain: list[tuple[int, int, int]] = []
+        first = 0
+        for piece in self._pieces:
+            if isinstance(piece, bytes | memoryview):
+                plain += _placed([piece], at)
+                at += len(piece)
+            elif piece.covered >= LEAST:
+                own, unit, seed = piece.copied(at)
+                unit[:, :2] += first
+                units.append(unit)
+                seeds.append(seed)
+                copies.append(own)
+                first += len(own)
+                at += piece.size
+            else:
+                for one in piece.each():
+                    self._short.append((one, bytearray(_SUM)))
+                    plain += _placed([*one.pieces, memoryview(self._short[-1][1])], at)
+                    at += one.size
+        of_plain, rest = units_of(np.array(plain, np.int64).reshape(-1, 3))
+        of_plain[:, :2] += first
+        return (
+            np.concatenate([*units, of_plain]),
+            np.concatenate([*seeds, np.zeros(len(of_plain), np.uint64)]),
+            np.concatenate([*copies, rest]),
+        )
 
     def begin(self) -> None:
         """Let threads begin: all bytes are there."""
-        while self._apart:
-            _seal(self._pieces, self._apart.pop())
         if self._out is not None and self._shared is None:
             from kvtc_stream.io.assembly import assemble
 
-            keeps = self._out, self._held
+            for sealed, place in self._short:
+                place[:] = sealed.checksum()
+            keeps = self._out, self._pieces, self._short
             units = len(self._arguments[0])
             self._shared = Shared(assemble, units, self._arguments, self._size, _COPYING, keeps)
 
@@ -105,39 +185,44 @@ class Joining:
         """Take part until all is done; the bytes, once."""
         self.begin()
         if self._shared is None or self._out is None:
-            return b"".join(self._pieces)
+            return b"".join(_flat(self._pieces))
         self._shared.finish()
         out, self._out = self._out, None
         return out
 
 
-def _addresses(
-    pieces: Sequence[bytes | memoryview], sizes: NDArray[np.int64], wanted: NDArray[np.bool_]
-) -> tuple[NDArray[np.int64], Any]:
-    """Where the wanted pieces are, int64 [pieces], and what must be kept: small ones that cannot
-    change any more are copied."""
-    small = [x if type(x) is bytes and len(x) < _SMALL else b"" for x in pieces]
-    together = b"".join(small)
-    held = np.fromiter(map(len, small), np.int64, len(small))
-    found = _address(together) + np.cumsum(held) - held
-    for i in np.flatnonzero(wanted & (held < sizes)).tolist():
-        found[i] = _address(pieces[i])
-    return found, (together, pieces)
+def singly(pieces: Iterable[Piece]) -> Iterator[bytes | memoryview | Sealed]:
+    """The pieces, rows one by one."""
+    for piece in pieces:
+        if isinstance(piece, SealedRows):
+            yield from piece.each()
+        else:
+            yield piece
+
+
+def _flat(pieces: Iterable[Piece]) -> Iterator[bytes | memoryview]:
+    """All bytes, with the checksums."""
+    for piece in singly(pieces):
+        if isinstance(piece, Sealed):
+            yield from piece.pieces
+            yield piece.checksum()
+        else:
+            yield piece
+
+
+def _placed(pieces: Iterable[bytes | memoryview], at: int) -> list[tuple[int, int, int]]:
+    """Copies of pieces to an address: where each is, where it goes, its bytes."""
+    found = []
+    for piece in pieces:
+        if len(piece):
+            found.append((_address(piece), at, len(piece)))
+            at += len(piece)
+    return found
 
 
 def _address(data: bytes | memoryview) -> int:
     where: int = np.frombuffer(data, np.uint8).ctypes.data if len(data) else 0
     return where
-
-
-def _seal(pieces: Sequence[bytes | memoryview], sealed: Sealed) -> None:
-    """Compute a checksum and put it in its place."""
-    state = xxhash.xxh3_64(seed=sealed.seed)
-    for piece in pieces[sealed.first : sealed.last]:
-        state.update(piece)
-    place = pieces[sealed.last]
-    assert isinstance(place, memoryview)
-    place[:] = state.intdigest().to_bytes(8, "little")
 
 
 class Room:

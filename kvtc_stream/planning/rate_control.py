@@ -38,7 +38,7 @@ _PERHAPS, _NEAR = 1.1, 8
 _MOST_ERROR = 2.0
 
 _Amounts: TypeAlias = NDArray[np.float64] | float
-_Errors: TypeAlias = NDArray[np.float64] | tuple[NDArray[np.float64], NDArray[np.float64]]
+_Measured: TypeAlias = Callable[[float], Any]
 
 
 @dataclass(frozen=True)
@@ -119,59 +119,52 @@ class SectionControl:
         """
         return fits & ~known
 
-    def choose(
-        self,
-        tokens: int,
-        bytes_at: Callable[[float], float],
-        errors_at: Callable[[float], _Errors],
-        *,
-        restored: float | None = None,
-    ) -> float:
+    def choose(self, tokens: int, measured: _Measured, *, restored: float | None = None) -> float:
         """Choose a block's offset to the plan's step, in quarter octaves.
 
         Parameters
         ----------
         tokens
             How many tokens the target applies to.
-        bytes_at, errors_at
-            Bytes of the payload, and relative errors [2, tokens] of K and V, at an offset.
+        measured
+            Bytes of their payload at an offset; if :attr:`of_errors`, their relative errors
+            [2, tokens] of K and V.
         restored
             Mean offset of the block's tokens that keep their grids, if there are any. If all do, it
             is the result; beside them, a few other tokens take the mean offset so far.
         """
-        if restored is not None and not tokens:
-            return restored
-        if not tokens or (restored is not None and self._control.tokens + tokens < _FEW):
-            return self._control.mean
-        return self._control.choose(tokens, self._amounts(bytes_at, errors_at))
+        return self._chosen(tokens, measured, restored)[0]
 
-    def expect(
-        self,
-        offset: float,
-        tokens: int,
-        bytes_at: Callable[[float], float],
-        errors_at: Callable[[float], _Errors],
-    ) -> None:
-        """Count a block by its estimates, instead of by what it took (:meth:`record`).
+    def take(self, tokens: int, measured: _Measured, *, restored: float | None = None) -> float:
+        """As :meth:`choose`, and count the block by its estimates, instead of by what it took
+        (:meth:`record`).
 
-        Encoders that choose offsets for many blocks before they code any need this. Arguments are
-        those of :meth:`choose`.
+        Encoders that choose offsets for many blocks before they code any need this.
         """
-        self._control.record(offset, tokens, self._amounts(bytes_at, errors_at)(offset))
+        offset, amounts = self._chosen(tokens, measured, restored)
+        self._control.record(offset, tokens, amounts)
+        return offset
 
-    def _amounts(
-        self, bytes_at: Callable[[float], float], errors_at: Callable[[float], _Errors]
-    ) -> Callable[[float], _Amounts]:
-        def errors(offset: float) -> _Amounts:
-            found = errors_at(offset)
+    def _chosen(
+        self, tokens: int, measured: _Measured, restored: float | None
+    ) -> tuple[float, _Amounts]:
+        """The offset, and the sums of the block's amounts at it."""
+
+        def amounts(offset: float) -> _Amounts:
+            found = measured(offset)
+            if not self.of_errors:
+                size: float = found + _RECORD_BYTES
+                return size
             return np.array(
                 [np.nan_to_num(x, nan=_MOST_ERROR).clip(max=_MOST_ERROR).sum() for x in found]
             )
 
-        def size(offset: float) -> _Amounts:
-            return bytes_at(offset) + _RECORD_BYTES
-
-        return errors if self.of_errors else size
+        control = self._control
+        if not tokens:
+            return control.mean if restored is None else restored, 0.0
+        if restored is not None and control.tokens + tokens < _FEW:
+            return control.mean, amounts(control.mean)
+        return control.choose(tokens, amounts)
 
     def record(self, offset: float, block: Block) -> None:
         """Count a block that was coded with an offset."""
@@ -197,8 +190,9 @@ class _Memoryless(SectionControl):
     def __init__(self) -> None:
         """There is nothing to remember."""
 
-    def expect(self, *_: Any) -> None:
-        """Does nothing."""
+    def take(self, tokens: int, measured: _Measured, *, restored: float | None = None) -> float:
+        """As :meth:`choose`."""
+        return self.choose(tokens, measured, restored=restored)
 
     def record(self, offset: float, block: Block) -> None:
         """Does nothing."""
@@ -230,16 +224,9 @@ class IndependentControl(_Memoryless):
         """See :meth:`SectionControl.keeps`."""
         return self._new().keeps(tokens, size, least)
 
-    def choose(
-        self,
-        tokens: int,
-        bytes_at: Callable[[float], float],
-        errors_at: Callable[[float], _Errors],
-        *,
-        restored: float | None = None,
-    ) -> float:
+    def choose(self, tokens: int, measured: _Measured, *, restored: float | None = None) -> float:
         """See :meth:`SectionControl.choose`."""
-        return self._new().choose(tokens, bytes_at, errors_at, restored=restored)
+        return self._new().choose(tokens, measured, restored=restored)
 
 
 class FittingControl(_Memoryless):
@@ -292,14 +279,7 @@ class FittingControl(_Memoryless):
         """All tokens that fit, since they share the page's budget; none if all are restored."""
         return fits & (fits & ~known).any()
 
-    def choose(
-        self,
-        tokens: int,
-        bytes_at: Callable[[float], float],
-        errors_at: Callable[[float], _Errors],
-        *,
-        restored: float | None = None,
-    ) -> float:
+    def choose(self, tokens: int, measured: _Measured, *, restored: float | None = None) -> float:
         """See :meth:`SectionControl.choose`; the coarsest step if none fits."""
         low, high = self._least, _COARSER
         if not tokens:
@@ -309,14 +289,14 @@ class FittingControl(_Memoryless):
             if not self._untried:
                 # Offsets of the same tables have the same size.
                 offsets = (np.arange(-_NEAR, _NEAR + 1) + restored).tolist()
-                self._untried = [x for _, x in sorted({bytes_at(x): x for x in offsets}.items())]
+                self._untried = [x for _, x in sorted({measured(x): x for x in offsets}.items())]
             return self._untried[0]
-        self.fits = bytes_at(high) <= self._budget * (1 if restored is None else _PERHAPS)
-        if bytes_at(low) <= self._budget:
+        self.fits = measured(high) <= self._budget * (1 if restored is None else _PERHAPS)
+        if measured(low) <= self._budget:
             return low
         while high - low > _RESOLUTION:
             middle = (low + high) / 2
-            if bytes_at(middle) <= self._budget:
+            if measured(middle) <= self._budget:
                 high = middle
             else:
                 low = middle
@@ -365,16 +345,14 @@ class RateControl:
         total = _largest(self._amounts + amounts)
         return math.log(max(total, 1e-300) / (self.target * (self.tokens + tokens)))
 
-    def choose(self, tokens: int, amounts: Callable[[float], _Amounts]) -> float:
-        """The offset for a block, in quarter octaves; ``amounts`` are the block's at an offset."""
-
-        def excess(x: float) -> float:
-            return self.excess(tokens, amounts(x))
-
+    def choose(self, tokens: int, measured: Callable[[float], _Amounts]) -> tuple[float, _Amounts]:
+        """The offset for a block, in quarter octaves, and the block's amounts, which are
+        ``measured`` at offsets."""
         x = self.best()
-        found = excess(x)
+        amounts = measured(x)
+        found = self.excess(tokens, amounts)
         if abs(found) <= _CORRIDOR:
-            return x
+            return x, amounts
         # Regula falsi towards just inside the corridor; a share of the block in the sum makes the
         # slope smaller than that of the block alone.
         aim = math.copysign(0.75 * _CORRIDOR, found)
@@ -393,15 +371,16 @@ class RateControl:
                 break
             before, x_before = found, x
             x = new
-            found = excess(x)
+            amounts = measured(x)
+            found = self.excess(tokens, amounts)
             if abs(found - aim) <= 0.25 * _CORRIDOR:
                 break
-            measured = (found - before) / (x - x_before)
-            if measured * self._slope > 0:
-                slope = measured
+            own = (found - before) / (x - x_before)
+            if own * self._slope > 0:
+                slope = own
         if 0.2 < slope / share / self._slope < 5:
             self._slope += 0.25 * (slope / share - self._slope)
-        return x
+        return x, amounts
 
     def best(self) -> float:
         """The offset that would have met the target on all blocks so far."""

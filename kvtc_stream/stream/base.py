@@ -14,7 +14,15 @@ from numpy.typing import NDArray
 
 from kvtc_stream.backends.base import Backend
 from kvtc_stream.calibration.model import Calibration
-from kvtc_stream.formats import Block, BlockTable, IndexEntry, Role, StreamFile, StreamHeader
+from kvtc_stream.formats import (
+    Block,
+    BlockRun,
+    BlockTable,
+    IndexEntry,
+    Role,
+    StreamFile,
+    StreamHeader,
+)
 from kvtc_stream.io.sources import Source, open_source
 from kvtc_stream.stream.decoder import BlockDecoder
 from kvtc_stream.stream.edit import differences
@@ -55,13 +63,13 @@ class Base:
 
     def take(
         self, section: int, chunk: Chunk, state: SectionState
-    ) -> Generator[Block, None, Chunk]:
+    ) -> Generator[Block | BlockRun, None, Chunk]:
         """Blocks for some tokens, which ``state`` has then seen; what is left is to be coded."""
         if section not in self._sections:
             return chunk
         return (yield from self._sections[section].take(chunk, state))
 
-    def end(self, section: int, state: SectionState) -> Iterator[Block]:
+    def end(self, section: int, state: SectionState) -> Iterator[Block | BlockRun]:
         """No tokens follow: hand on those of a block that did not come whole."""
         if section in self._sections:
             yield from self._sections[section].give_up(state)
@@ -114,7 +122,7 @@ class _SectionBase:
         """Whether every block was taken over."""
         return 0 < self.taken == len(self.entries)
 
-    def take(self, chunk: Chunk, state: SectionState) -> Generator[Block, None, Chunk]:
+    def take(self, chunk: Chunk, state: SectionState) -> Generator[Block | BlockRun, None, Chunk]:
         """See :meth:`Base.take`."""
         k, v, positions = chunk
         at = 0
@@ -150,7 +158,7 @@ class _SectionBase:
             yield replace(block, start=start, cut=(front + early, end))
             start += len(block.kept) - early
 
-    def give_up(self, state: SectionState) -> Iterator[Block]:
+    def give_up(self, state: SectionState) -> Iterator[Block | BlockRun]:
         """Take over no more; equal tokens of a block that was not whole are coded anew."""
         self._ongoing = False
         some = slice(self._first, self._equal)

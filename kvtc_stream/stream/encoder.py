@@ -8,7 +8,6 @@ import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from kvtc_stream.coding.values import (
 from kvtc_stream.errors import StateError, UnsupportedError, warn
 from kvtc_stream.formats import (
     Block,
+    BlockRun,
     Coder,
     DType,
     Feature,
@@ -36,7 +36,7 @@ from kvtc_stream.formats import (
 )
 from kvtc_stream.formats.wire import located
 from kvtc_stream.io.dlpack import check_positions
-from kvtc_stream.io.memory import LARGE, Joining, Room, Sealed, joined
+from kvtc_stream.io.memory import LARGE, Joining, Piece, Room, joined
 from kvtc_stream.io.sources import Source
 from kvtc_stream.io.steps import Steps, begun, run
 from kvtc_stream.planning.rate_control import SectionControl, Target
@@ -55,8 +55,6 @@ _ENDS = (RecordType.ENCODER, RecordType.AUTH, RecordType.INDEX, RecordType.SUPER
 #: Part of verbatim values that their codes take, about; and by how much coded tokens may take more
 #: than they should for memory that was set aside to hold them.
 _EXACT, _MORE = 2 / 3, 1.1
-#: Blocks whose records are made together.
-_BLOCKS_AT_A_TIME = 64
 
 
 class Encoder:
@@ -217,8 +215,8 @@ class Encoder:
         begun = _Records()
         yield from self._begin(begun, k, v, positions=positions, section=section, last=last)
         with self._failing():
-            begun.finish()
-        return begun.pieces
+            assert self._writer is not None
+            return begun.finish(self._writer)
 
     def _begin(
         self,
@@ -247,18 +245,18 @@ class Encoder:
                     self._expect(section, chunk[2])
                 blocks = yield from steps
                 records.arriving.append(state.arrived)
-                self._pack(iter(blocks), records)
+                self._pack(blocks, records)
 
     def whole(self, chunks: Iterable[Mapping[str, Any]]) -> Steps[bytes]:
         """All bytes of the stream of chunks: keywords of :meth:`encode_steps` for each."""
         records = _Records()
         for chunk in chunks:
             yield from self._begin(records, **chunk)
-        if self._key or self._base is not None:
-            records.finish()
+        pieces = records.pieces
+        if self._writer is not None and (self._key or self._base is not None):
+            pieces = [*records.finish(self._writer)]
         # All else is done while payloads are on their way.
-        pieces = records.pieces + self.finish_pieces()
-        joining = Joining(pieces, self._room, records.sealed)
+        joining = Joining([*pieces, *self.finish_pieces()], self._room)
         yield
         with self._failing():
             records.arrived()
@@ -279,7 +277,7 @@ class Encoder:
         if likely >= LARGE:
             self._room = Room(int(exact + _MORE * rest) + LARGE, likely)
 
-    def _blocks(self, index: int, chunk: Chunk) -> Iterator[Block]:
+    def _blocks(self, index: int, chunk: Chunk) -> Iterator[Block | BlockRun]:
         """The blocks that are complete with a section's next tokens, some of them the base's."""
         state = self._sections[index]
         assert self._base is not None
@@ -287,7 +285,7 @@ class Encoder:
         self._go_on(index)
         yield from state.take(*chunk)
 
-    def _last_blocks(self, index: int) -> Iterator[Block]:
+    def _last_blocks(self, index: int) -> Iterator[Block | BlockRun]:
         """The last blocks, of the tokens that are pending."""
         if self._base is not None:
             yield from self._base.end(index, self._sections[index])
@@ -309,8 +307,8 @@ class Encoder:
             for index in range(len(self._sections)):
                 records = _Records()
                 self._pack(self._last_blocks(index), records)
-                records.finish()
-                out += records.pieces
+                assert self._writer is not None
+                out += records.finish(self._writer)
             assert self._writer is not None
             if self._controls is not None:
                 out.append(self._writer.encoder(self._controls.state()))
@@ -465,19 +463,15 @@ class Encoder:
             stream.end + len(self._opening) - self._statistics.stream_bytes_of_blocks
         )
 
-    def _pack(self, blocks: Iterator[Block], records: _Records) -> None:
+    def _pack(self, blocks: Iterable[Block | BlockRun], records: _Records) -> None:
         """Add the records of blocks, whose payloads need not be there yet."""
         assert self._writer is not None
-        while some := list(islice(blocks, _BLOCKS_AT_A_TIME)):
-            found, seeds, finish = self._writer.begin_blocks(some)
-            records.unfinished.append(finish)
-            for block, record, seed in zip(some, found, seeds, strict=True):
-                first = len(records.pieces)
-                records.pieces += record
-                records.sealed.append(Sealed(first + 1, len(records.pieces) - 1, seed))
-                values = _token_values(self._geometry, block.section) * block.tokens
-                cache_bytes = values * self._sections[block.section].dtype.itemsize
-                self._statistics.add_block(block, sum(map(len, record)), cache_bytes)
+        for block in blocks:
+            found = self._writer.begin_blocks(block)
+            records.pieces += found
+            itemsize = self._sections[block.section].dtype.itemsize
+            token_bytes = _token_values(self._geometry, block.section) * itemsize
+            self._statistics.add(block, sum(record.size for record in found), token_bytes)
 
 
 @dataclass
@@ -487,32 +481,23 @@ class _Records:
     Attributes
     ----------
     pieces
-        The bytes, but for checksums of records.
-    sealed
-        Where these belong.
+        The bytes, and records without checksums.
     arriving
         Each waits until payloads are there.
-    unfinished
-        Each computes checksums of some records, once payloads are there.
     """
 
-    pieces: list[bytes | memoryview] = field(default_factory=list)
-    sealed: list[Sealed] = field(default_factory=list)
+    pieces: list[Piece] = field(default_factory=list)
     arriving: list[Callable[[], None]] = field(default_factory=list)
-    unfinished: list[Callable[[], None]] = field(default_factory=list)
 
     def arrived(self) -> None:
         """Wait until all payloads are there."""
         while self.arriving:
             self.arriving.pop()()
 
-    def finish(self) -> None:
-        """Wait for payloads, and compute all checksums."""
+    def finish(self, writer: StreamWriter) -> list[bytes | memoryview]:
+        """Wait for payloads; the bytes, with all checksums."""
         self.arrived()
-        for finish in self.unfinished:
-            finish()
-        self.unfinished.clear()
-        self.sealed.clear()
+        return writer.sealed(self.pieces)
 
 
 def _token_values(geometry: Geometry, index: int) -> int:

@@ -19,6 +19,7 @@ from kvtc_stream.backends.select import get_backend
 from kvtc_stream.coding.page_sums import PageBytes, page_sums
 from kvtc_stream.errors import KVTCError, UnsupportedError
 from kvtc_stream.formats import Block, BlockTable, DType, Limits, Role, Rope, StreamHeader
+from kvtc_stream.formats.block_run import each_block
 from kvtc_stream.formats.page import (
     PAGE_OVERHEAD,
     SEAL_SIZE,
@@ -244,7 +245,7 @@ class PageCodec:
             blocks = run(self._coder.encode_from(source, whole, own_positions, 0))
         return [
             pack_page(replace(block, start=0), self._header, **seal)
-            for block, seal in zip(blocks, seals, strict=True)
+            for block, seal in zip(each_block(blocks), seals, strict=True)
         ]
 
     def encode_raw(self, k: Any, v: Any, *, positions: Any, identity: bytes | None = None) -> bytes:
@@ -504,7 +505,7 @@ class PageCodec:
         if fitting is not None:
             fitting.start(float(most - self._overhead))
         for _ in range(_ATTEMPTS if fitting is not None else 1):
-            [block] = coder.encode(*chunk, 0)
+            [block] = each_block(coder.encode(*chunk, 0))
             page = pack_page(block, self._header, **seal)
             if fitting is not None and not fitting.fits:
                 if fitting.goes_on():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import islice, starmap
 from typing import Any
@@ -17,6 +17,7 @@ from kvtc_stream.coding.values import (
 from kvtc_stream.formats import (
     Block,
     BlockErrors,
+    BlockRun,
     Coder,
     Role,
     StreamHeader,
@@ -78,7 +79,7 @@ class SectionState:
 
     def take(
         self, k_layers: list[Any], v_layers: list[Any], positions: NDArray[np.int64]
-    ) -> list[Block]:
+    ) -> list[Block | BlockRun]:
         """Take some tokens; the blocks that no later token can change."""
         blocks = run(self.take_steps(k_layers, v_layers, positions))
         self.arrived()
@@ -95,7 +96,7 @@ class SectionState:
         positions: NDArray[np.int64],
         *,
         last: bool = False,
-    ) -> Steps[list[Block]]:
+    ) -> Steps[list[Block | BlockRun]]:
         """As :meth:`take`. The ``last`` tokens of the section may become blocks too.
 
         Payloads' bytes may be on their way, see :meth:`arrived`.
@@ -103,7 +104,7 @@ class SectionState:
         taken, total = 0, len(positions)
         worth = last or total >= self._header.block_tokens
         source = self._coder.source(k_layers, v_layers) if total and worth else None
-        blocks: list[Block] = []
+        blocks: list[Block | BlockRun] = []
         if source is not None and last and self._end == self._begin:
             return (yield from self._whole(source, positions))
         while taken < total:
@@ -126,7 +127,7 @@ class SectionState:
         rest = len(positions) - sinks
         return sinks, max(rest - window, 0) // size * size if window else rest
 
-    def _whole(self, source: Any, positions: NDArray[np.int64]) -> Steps[list[Block]]:
+    def _whole(self, source: Any, positions: NDArray[np.int64]) -> Steps[list[Block | BlockRun]]:
         """All that is left of a section, and nothing is pending: none of it is copied first."""
         total, size = len(positions), self._header.block_tokens
         sinks, coded = self.split(positions)
@@ -237,7 +238,7 @@ class SectionState:
         self._v = self._backend.empty(self._section.v_shape(tokens), self.dtype)
         self._positions = np.empty(tokens, np.int64)
 
-    def ready_blocks(self, following: int = 0) -> Iterator[Block]:
+    def ready_blocks(self, following: int = 0) -> Iterator[Block | BlockRun]:
         """Blocks that no later token can change, when so many are known to follow."""
         size = self._header.block_tokens
         yield from self._sinks(complete=self.last_position >= self._header.sinks - 1)
@@ -246,7 +247,7 @@ class SectionState:
         if whole > 0:
             yield from self._data(whole * size)
 
-    def last_blocks(self) -> Iterator[Block]:
+    def last_blocks(self) -> Iterator[Block | BlockRun]:
         """Everything that is pending, at the end of the stream."""
         yield from self._sinks(complete=True)
         yield from self.ready_blocks()
@@ -273,7 +274,7 @@ class SectionState:
         self._coded += tokens
         return self._k[:, :, span], self._v[:, :, span], self._positions[span], start
 
-    def _data(self, tokens: int) -> list[Block]:
+    def _data(self, tokens: int) -> Sequence[Block | BlockRun]:
         return self._coder.encode(*self._pop(tokens))
 
     def _verbatim(self, role: Role, tokens: int) -> Iterator[Block]:

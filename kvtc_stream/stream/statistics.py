@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvtc_stream.formats import Block, Geometry, IndexEntry, Measure, Plan, Role, StreamFile
+from kvtc_stream.formats import (
+    Block,
+    BlockRun,
+    Geometry,
+    IndexEntry,
+    Measure,
+    Plan,
+    Role,
+    StreamFile,
+)
+from kvtc_stream.formats.block_errors import layer_means
 from kvtc_stream.planning.rate_control import Target
 
 #: A mean error this many times what the plan expects says that the calibration does not fit.
@@ -65,10 +76,22 @@ class StreamStatistics:
     v_error_worst: float = 0.0
     _sections: dict[int, _ErrorSums] = field(default_factory=dict, repr=False)
 
-    def add_block(self, block: Block, record_bytes: int, cache_bytes: int) -> None:
-        """Count a block; ``cache_bytes`` is what its tokens took uncompressed."""
-        verbatim = len(block.verbatim_tokens)
-        self._add(block, verbatim, record_bytes, cache_bytes)
+    def add(self, blocks: Block | BlockRun, record_bytes: int, token_bytes: int) -> None:
+        """Count a block, or many; ``token_bytes`` is what each token took uncompressed."""
+        if isinstance(blocks, Block):
+            verbatim = len(blocks.verbatim_tokens)
+            self._add(blocks, verbatim, record_bytes, token_bytes * blocks.tokens)
+            return
+        coded, tokens = blocks.tokens, blocks.tokens * len(blocks)
+        self._count(Role.DATA, len(blocks), tokens, 0, record_bytes, token_bytes * tokens)
+        errors = blocks.errors.astype(np.float64)
+        sums = self._measured(blocks.section, blocks.measure, *errors[:, 1::2].max(axis=0).tolist())
+        sums.tokens += tokens
+        sums.k, sums.v = _added([sums.k, sums.v], errors[:, ::2] * coded).tolist()
+        if blocks.layer_codes.size:
+            means = layer_means(blocks.layer_codes) * coded
+            sums.layers = _added(0 * means[0] if sums.layers is None else sums.layers, means)
+            sums.layer_tokens += tokens
 
     @classmethod
     def of(cls, stream: StreamFile, *, superseded: bool = False) -> StreamStatistics:
@@ -95,26 +118,43 @@ class StreamStatistics:
         record_bytes: int,
         cache_bytes: int,
     ) -> None:
-        counted = self.roles[block.role]
-        counted.blocks += 1
-        counted.tokens += block.tokens
-        counted.verbatim_tokens += verbatim_tokens
-        counted.cache_bytes += cache_bytes
-        counted.stream_bytes += record_bytes
+        self._count(block.role, 1, block.tokens, verbatim_tokens, record_bytes, cache_bytes)
         coded = block.tokens - verbatim_tokens
         if coded:
             errors = block.errors
-            self.measure = errors.measure
-            self.k_error_worst = max(self.k_error_worst, errors.k_worst)
-            self.v_error_worst = max(self.v_error_worst, errors.v_worst)
-            sums = self._sections.setdefault(block.section, _ErrorSums())
+            sums = self._measured(block.section, errors.measure, errors.k_worst, errors.v_worst)
             sums.tokens += coded
             sums.k += errors.k_mean * coded
             sums.v += errors.v_mean * coded
             if isinstance(block, Block) and (by_layer := block.layer_errors) is not None:
-                means = np.array([by_layer.k_mean, by_layer.v_mean]) * coded
+                means = layer_means(np.frombuffer(by_layer.codes, np.uint8)) * coded
                 sums.layers = means if sums.layers is None else sums.layers + means
                 sums.layer_tokens += coded
+
+    def _count(
+        self,
+        role: Role,
+        blocks: int,
+        tokens: int,
+        verbatim_tokens: int,
+        record_bytes: int,
+        cache_bytes: int,
+    ) -> None:
+        counted = self.roles[role]
+        counted.blocks += blocks
+        counted.tokens += tokens
+        counted.verbatim_tokens += verbatim_tokens
+        counted.cache_bytes += cache_bytes
+        counted.stream_bytes += record_bytes
+
+    def _measured(
+        self, section: int, measure: Measure, k_worst: float, v_worst: float
+    ) -> _ErrorSums:
+        """The sums of a section of which tokens are coded."""
+        self.measure = measure
+        self.k_error_worst = max(self.k_error_worst, k_worst)
+        self.v_error_worst = max(self.v_error_worst, v_worst)
+        return self._sections.setdefault(section, _ErrorSums())
 
     def surprises(self, plan: Plan) -> list[str]:
         """Where errors are far above what the plan expects: a cache unlike the calibration's."""
@@ -207,6 +247,12 @@ class StreamStatistics:
     def v_error_mean(self) -> float:
         """Mean over coded tokens of ‖v̂−v‖/‖v‖."""
         return sum(s.v for s in self._sections.values()) / max(self.coded_tokens, 1)
+
+
+def _added(total: Any, amounts: NDArray[np.float64]) -> NDArray[np.float64]:
+    """``total`` with [blocks, ...] amounts added one after the other: as of single blocks."""
+    found: NDArray[np.float64] = np.cumsum(np.concatenate([[total], amounts]), axis=0)[-1]
+    return found
 
 
 def _surprising(expected: float) -> float:
