@@ -31,7 +31,7 @@ from kvtc_stream.formats import (
     SectionScales,
     StreamHeader,
 )
-from kvtc_stream.formats.block_errors import layer_codes, layer_means
+from kvtc_stream.formats.block_errors import LEVELS, layer_codes, layer_means
 
 HEADER = small_header()
 BODY = HEADER.pack()
@@ -323,11 +323,23 @@ def test_errors_by_layer():
         LayerErrors(bytes([0, 0, 0, 0, 0, 2, 9, 1]))
 
 
+def test_codes_are_the_least_level_that_is_not_below():
+    edges = np.array(LEVELS)
+    rng = np.random.default_rng(0)
+    drawn = np.exp(rng.normal(-3, 4, 5000))
+    near = [np.nextafter(edges[:-1], to) for to in (0, 99)]
+    own = np.concatenate([edges, *near, drawn, [1e-310]])
+    for errors in (own, own.astype(np.float32)):
+        codes = layer_codes(*np.broadcast_to(errors, (2, 2, 1, len(errors))))
+        assert (codes[:, 0] == np.searchsorted(edges, errors)).all()
+
+
 def test_errors_by_layer_of_many_blocks():
     rng = np.random.default_rng(0)
     means = np.exp(rng.normal(-3, 2, (2, 5, 7)))
     worst = (means * rng.uniform(0.99, 3, means.shape)).astype(np.float32)
     means[0, 0, 0] = worst[0, 0, 0] = 0
+    means[1, 2, :5] = worst[1, 2, :5] = [15, 15.1, 2**-12, 2**-12 * 17 / 16, 1e-30]
     for i, codes in enumerate(layer_codes(means, worst)):
         own = LayerErrors.of(means[0, :, i], worst[0, :, i], means[1, :, i], worst[1, :, i])
         assert codes.tobytes() == own.codes

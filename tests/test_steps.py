@@ -55,6 +55,8 @@ def test_statistics_of_a_run_are_those_of_its_blocks(layers: int) -> None:
     """To the bit, whatever was counted before."""
     rng = np.random.default_rng(layers)
     count = 40
+    codes = np.sort(rng.integers(0, 256, (count, 2, 2, layers), np.uint8), axis=2)
+    codes[7, 1, :, 2:3] = 255  # an infinite error
     blocks = BlockRun(
         section=0,
         start=0,
@@ -66,9 +68,7 @@ def test_statistics_of_a_run_are_those_of_its_blocks(layers: int) -> None:
         places=np.stack([np.arange(count), np.full(count, 9)], axis=1),
         measure=Measure.RECONSTRUCTION,
         errors=rng.random((count, 4), np.float32),
-        layer_codes=np.sort(rng.integers(0, 256, (count, 2, 2, layers), np.uint8), 2).reshape(
-            count, -1
-        ),
+        layer_codes=codes.reshape(count, -1),
     )
     found, expected = StreamStatistics(), StreamStatistics()
     for _ in range(2):

@@ -303,13 +303,12 @@ class Encoder:
         with self._exclusive("finish"), self._failing():
             # A stream without a chunk has no element type of its own.
             self._open(DType.FLOAT8_E4M3FN if self._scales else DType.BFLOAT16)
+            assert self._writer is not None
             out: list[bytes | memoryview] = [self._start()]
             for index in range(len(self._sections)):
                 records = _Records()
                 self._pack(self._last_blocks(index), records)
-                assert self._writer is not None
                 out += records.finish(self._writer)
-            assert self._writer is not None
             if self._controls is not None:
                 out.append(self._writer.encoder(self._controls.state()))
                 self._statistics.other_bytes += len(out[-1])

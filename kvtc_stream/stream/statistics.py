@@ -46,6 +46,14 @@ class RoleStatistics:
     #: Bytes of the records, headers and checksums included.
     stream_bytes: int = 0
 
+    def count(self, blocks: int, tokens: int, verbatim: int, cache: int, stream: int) -> None:
+        """Add to each of the numbers."""
+        self.blocks += blocks
+        self.tokens += tokens
+        self.verbatim_tokens += verbatim
+        self.cache_bytes += cache
+        self.stream_bytes += stream
+
 
 @dataclass
 class _ErrorSums:
@@ -83,14 +91,15 @@ class StreamStatistics:
             self._add(blocks, verbatim, record_bytes, token_bytes * blocks.tokens)
             return
         coded, tokens = blocks.tokens, blocks.tokens * len(blocks)
-        self._count(Role.DATA, len(blocks), tokens, 0, record_bytes, token_bytes * tokens)
+        self.roles[Role.DATA].count(len(blocks), tokens, 0, token_bytes * tokens, record_bytes)
         errors = blocks.errors.astype(np.float64)
         sums = self._measured(blocks.section, blocks.measure, *errors[:, 1::2].max(axis=0).tolist())
         sums.tokens += tokens
         sums.k, sums.v = _added([sums.k, sums.v], errors[:, ::2] * coded).tolist()
         if blocks.layer_codes.size:
             means = layer_means(blocks.layer_codes) * coded
-            sums.layers = _added(0 * means[0] if sums.layers is None else sums.layers, means)
+            before = np.zeros_like(means[0]) if sums.layers is None else sums.layers
+            sums.layers = _added(before, means)
             sums.layer_tokens += tokens
 
     @classmethod
@@ -118,7 +127,8 @@ class StreamStatistics:
         record_bytes: int,
         cache_bytes: int,
     ) -> None:
-        self._count(block.role, 1, block.tokens, verbatim_tokens, record_bytes, cache_bytes)
+        amounts = 1, block.tokens, verbatim_tokens, cache_bytes, record_bytes
+        self.roles[block.role].count(*amounts)
         coded = block.tokens - verbatim_tokens
         if coded:
             errors = block.errors
@@ -130,22 +140,6 @@ class StreamStatistics:
                 means = layer_means(np.frombuffer(by_layer.codes, np.uint8)) * coded
                 sums.layers = means if sums.layers is None else sums.layers + means
                 sums.layer_tokens += coded
-
-    def _count(
-        self,
-        role: Role,
-        blocks: int,
-        tokens: int,
-        verbatim_tokens: int,
-        record_bytes: int,
-        cache_bytes: int,
-    ) -> None:
-        counted = self.roles[role]
-        counted.blocks += blocks
-        counted.tokens += tokens
-        counted.verbatim_tokens += verbatim_tokens
-        counted.cache_bytes += cache_bytes
-        counted.stream_bytes += record_bytes
 
     def _measured(
         self, section: int, measure: Measure, k_worst: float, v_worst: float
