@@ -243,6 +243,7 @@ class PageCodec:
         with self._lock:
             whole = slice(0, len(own_positions))
             blocks = run(self._coder.encode_from(source, whole, own_positions, 0))
+            self._coder.arrived()
         return [
             pack_page(replace(block, start=0), self._header, **seal)
             for block, seal in zip(each_block(blocks), seals, strict=True)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import cupy
 import numpy as np
 import pytest
 from numpy.lib.stride_tricks import as_strided
 
 import kvtc_stream as kvtc
+from kvtc_stream.gpu.runtime.staging import Staging
 
 pytestmark = pytest.mark.filterwarnings("ignore::kvtc_stream.KVTCWarning")
 
@@ -55,8 +59,23 @@ def test_pages_go_into_the_gaps_between_others() -> None:
     np.testing.assert_allclose(found, own, atol=2e-3 * np.nanmax(np.abs(own)))
 
 
-def test_many_pages_are_coded_at_once() -> None:
-    """At positions of their own, each sealed as itself, and as near as a page by itself."""
+def test_many_pages_are_coded_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At positions of their own, each sealed as itself, and as near as a page by itself; though
+    payloads come late."""
+    begin_large = Staging.begin_large
+
+    def begin_late(self: Staging, data: Any) -> tuple[memoryview, Callable[[], Any]]:
+        memory, ready = begin_large(self, data)
+        there = bytes(memory)
+        memory[:] = bytes(len(memory))
+
+        def come() -> None:
+            ready()
+            memory[:] = there
+
+        return memory, come
+
+    monkeypatch.setattr(Staging, "begin_large", begin_late)
     calibration = kvtc.testing.tiny_calibration()
     k, v = kvtc.testing.drawn_cache(calibration.geometry, 8, dtype=kvtc.DType.FLOAT16)
     codec = kvtc.Codec(calibration, ratio=4, block_tokens=4, measure=False, backend="cuda")
