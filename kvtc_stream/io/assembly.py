@@ -76,8 +76,8 @@ def assemble(counts, polls, units, seeds, pieces):  # type: ignore[no-untyped-de
         How often to look, at the most, whether others are done with theirs.
     units
         int64 [units, 4]: first piece, the one after the last; and the address and size of what has
-        a checksum, at least ``xxh3.LEAST`` bytes, or 0: those to which the last pieces of the unit
-        are copied. It is written behind them, little-endian.
+        a checksum, at least ``xxh3.LEAST`` bytes, or 0: the last ones that the unit's pieces
+        are copied to. It is written behind them, little-endian.
     seeds
         uint64 [units]: of the checksums.
     pieces
