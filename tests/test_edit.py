@@ -185,12 +185,38 @@ def test_what_does_not_go_together(codec: kvtc.Codec, cache: Cache, stream: byte
         cut(stream, tokens=slice(0, 9, 2))
     with pytest.raises(ValueError, match="tokens or positions"):
         cut(stream, tokens=slice(9), positions=slice(9))
+    with pytest.raises(TypeError, match="must be a slice, found int"):
+        cut(stream, tokens=9)
     with pytest.raises(kvtc.TruncatedError):
         cat(stream[:-1])
     damaged = bytearray(stream)
     damaged[len(stream) // 2] ^= 1
     with pytest.raises(kvtc.ChecksumError):
         cut(bytes(damaged), tokens=slice(None))
+
+
+@pytest.mark.parametrize("positions", [slice(-5, None), slice(None, -5), slice(-9, -5)])
+def test_positions_do_not_count_from_the_end(stream: bytes, positions: slice) -> None:
+    """They would name none, or all."""
+    with pytest.raises(ValueError, match="must be from 0, found -"):
+        cut(stream, positions=positions)
+
+
+@pytest.mark.parametrize("edit", [kvtc.compact, lambda a, b: kvtc.merge_layers([a], b)])
+def test_what_is_read_is_not_written(tmp_path: Path, stream: bytes, edit: Any) -> None:
+    """A file object; a path is replaced when all is done."""
+    file, path = io.BytesIO(stream), tmp_path / "a.kvtc"
+    path.write_bytes(stream)
+    with pytest.raises(ValueError, match="the target is one of the sources"):
+        edit(file, file)
+    with open(path, "r+b") as opened:
+        for source in (path, opened):
+            with pytest.raises(ValueError, match="the target is one of the sources"):
+                edit(source, opened)
+    assert file.getvalue() == path.read_bytes() == stream
+    with open(path, "rb") as opened:
+        edit(opened, path)
+    assert sum(e.tokens for e in StreamFile(io.BytesIO(path.read_bytes())).index) == 200
 
 
 def test_repair(tmp_path: Path, codec: kvtc.Codec, stream: bytes) -> None:

@@ -664,11 +664,12 @@ def _completion(commands: Any) -> argparse.ArgumentParser:
 
 def _ranges(parser: Any, *names: str) -> None:
     for name in names:
+        negative = "none is negative" if name == "positions" else "negative ones count from the end"
         parser.add_argument(
             f"--{name}",
             type=_range,
             metavar="A:B",
-            help=f"only these {name}, as Python slices them; negative ones count from the end",
+            help=f"only these {name}, as Python slices them; {negative}",
         )
 
 

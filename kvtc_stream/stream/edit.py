@@ -37,7 +37,8 @@ class Piece:
     tokens
         Ordinals to keep, a slice of step 1; all by default.
     positions
-        Positions to keep, likewise; for streams whose sections hold different tokens.
+        Positions to keep, likewise, but none from the end; for streams whose sections hold
+        different tokens.
     """
 
     source: Source
@@ -92,10 +93,9 @@ def _write(
     if not parts:
         raise ValueError("give at least one stream to join")
     with ExitStack() as cleanup:
-        streams = []
-        for part in parts:
-            file = cleanup.enter_context(open_source(part.source))
-            streams.append(StreamFile(file, **options))
+        files = [cleanup.enter_context(open_source(part.source)) for part in parts]
+        _check_apart(files, target)
+        streams = [StreamFile(file, **options) for file in files]
         spans = [_span(s, p) for s, p in zip(streams, parts, strict=True)]
         header = streams[0].header
         for stream in streams[1:]:
@@ -224,9 +224,9 @@ def merge_layers(sources: Sequence[Source], target: File, **options: Unpack[Sour
     if not sources:
         raise ValueError("give at least one stream to join")
     with ExitStack() as cleanup:
-        streams = [
-            StreamFile(cleanup.enter_context(open_source(source)), **options) for source in sources
-        ]
+        files = [cleanup.enter_context(open_source(source)) for source in sources]
+        _check_apart(files, target)
+        streams = [StreamFile(file, **options) for file in files]
         headers = [stream.header for stream in streams]
         for header in headers[1:]:
             _check_alike(headers[0], header, Union.MADE)
@@ -245,6 +245,22 @@ def merge_layers(sources: Sequence[Source], target: File, **options: Unpack[Sour
         for blocks in zip(*(s.read_blocks(s.index) for s in streams), strict=True):
             write_all(out, writer.block(union.block(blocks)))
         write_all(out, writer.finish())
+
+
+def _check_apart(files: Sequence[BinaryIO], target: File) -> None:
+    """Refuse a file object that would be written while it is read."""
+    if not isinstance(target, str | os.PathLike) and any(_same_file(x, target) for x in files):
+        raise ValueError(
+            "the target is one of the sources, and would be written while it is read: give its "
+            "path, which is replaced at the end, or another file object"
+        )
+
+
+def _same_file(a: BinaryIO, b: BinaryIO) -> bool:
+    try:
+        return a is b or os.path.sameopenfile(a.fileno(), b.fileno())
+    except (AttributeError, OSError):  # what is in memory has no number
+        return False
 
 
 def _opened(target: File) -> AbstractContextManager[BinaryIO]:
@@ -275,7 +291,14 @@ def _span(stream: StreamFile, piece: Piece) -> slice | None:
     if piece.positions is not None:
         if piece.tokens is not None:
             raise ValueError("give tokens or positions, not both")
-        return _checked(piece.positions, 2**63)
+        kept = _checked(piece.positions, 2**63)
+        first = min(piece.positions.start or 0, piece.positions.stop or 0)
+        if first < 0:
+            raise ValueError(
+                f"positions to keep must be from 0, found {first}: they do not count from the end, "
+                "as tokens do"
+            )
+        return kept
     if piece.tokens is None:
         return None
     counts = [0] * len(stream.header.geometry.sections)
@@ -298,6 +321,8 @@ def _span(stream: StreamFile, piece: Piece) -> slice | None:
 
 
 def _checked(chosen: slice, count: int) -> slice:
+    if not isinstance(chosen, slice):
+        raise TypeError(f"what to keep must be a slice, found {type(chosen).__name__}")
     start, stop, step = chosen.indices(count)
     if step != 1:
         raise ValueError(f"what to keep must be a slice of step 1, found step {step}")
