@@ -647,6 +647,39 @@ def test_the_name_alone_tells_what_there_is(kvtc_command):
     assert "{quality,tasks,serve}" in kvtc_command("bench").err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        (("calibrate", "CACHE", "--rope", "none", "-o", "-"), "a calibration"),
+        (("info", "STREAM", "--plot", "-"), "a picture"),
+        (("bench", "quality", "--text", "CACHE", "--output", "-"), "figures"),
+    ],
+)
+def test_what_standard_output_cannot_take(
+    tmp_path, kvtc_command, files, monkeypatch, arguments, what
+):
+    """It is not written to a file of that name."""
+    monkeypatch.chdir(tmp_path)
+    names = {"CACHE": files.cache, "STREAM": files.stream}
+    run = kvtc_command(*(names.get(x, x) for x in arguments))
+    assert run.status == 2
+    assert f"standard output cannot take {what}" in run.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_closed_standard_streams(tmp_path, kvtc_command, files, monkeypatch):
+    monkeypatch.setattr("sys.stdin", None)
+    for arguments in (
+        ("info", "-"),
+        ("encode", "-", "-c", files.calibration, "-o", tmp_path / "a"),
+    ):
+        run = kvtc_command(*arguments)
+        assert run.status == 2
+        assert "standard input is closed" in run.err
+    monkeypatch.setattr("sys.stdout", None)
+    assert kvtc_command("cat", files.stream, "-o", "-").status == 2
+
+
 def test_binary_output_does_not_go_to_a_terminal(kvtc_command, files, monkeypatch):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     run = kvtc_command("decode", files.stream, "-c", files.calibration, "-o", "-")

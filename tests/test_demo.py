@@ -39,6 +39,12 @@ def silent(description: str) -> Iterator[Progress]:
 OPTIONS = ["--ratio", "4", "--tokens", "1000", "--context", str(CONTEXT)]
 
 
+@pytest.mark.parametrize("ratio", ["0", "-1", "nan", "inf"])
+def test_a_ratio_is_refused_before_the_work(capsys, ratio: str) -> None:
+    assert main(["demo", "--ratio", ratio, "--model", "missing"]) == 2
+    assert "--ratio must be positive and finite" in capsys.readouterr().err
+
+
 def test_the_command_prints_one_json_object(demo, model_folder, capsys) -> None:
     assert main(["demo", "--model", str(model_folder), "--json", *OPTIONS]) == 0
 

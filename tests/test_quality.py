@@ -520,6 +520,7 @@ def test_command_prints_tables_of_other_judged_texts(
         (["--judge-text", "a"], "needs --text to calibrate on"),
         (["--text", "a", "--presets", "no-such"], "--presets must be among paper"),
         (["--text", "a", "--ratios", "8,0"], "--ratios must be positive"),
+        (["--text", "a", "--ratios", "8,inf"], "--ratios must be positive and finite"),
         (["--text", "a", "--context", "132"], "--context must be at least 133, sinks, window"),
         (["--text", "a", "--following", "0"], "--following must be at least 1"),
         (["--text", "a", "--calibration", "c", "--tokens", "9"], "leave out --tokens"),

@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import shlex
@@ -48,8 +49,8 @@ def check(args: Namespace, presets: Sequence[str], contexts: Sequence[int]) -> l
     chosen: list[str] = args.presets or [*presets]
     if unknown := [name for name in chosen if name not in kvtc.PRESETS]:
         raise UsageError(f"--presets must be among {', '.join(kvtc.PRESETS)}, found {unknown[0]}")
-    if not all(ratio > 0 for ratio in args.ratios):
-        raise UsageError("--ratios must be positive")
+    if not all(0 < ratio < math.inf for ratio in args.ratios):
+        raise UsageError("--ratios must be positive and finite")
     check_positive(args, "tokens")
     least = kvtc.Codec.sinks + args.window + kvtc.Codec.block_tokens
     if short := [context for context in contexts if context < least]:

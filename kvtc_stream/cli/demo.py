@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from argparse import Namespace
 from collections.abc import Iterable
 from typing import Any
@@ -9,11 +10,14 @@ from typing import Any
 from rich.table import Table
 
 from kvtc_stream.cli import terminal
+from kvtc_stream.cli.arguments import UsageError
 from kvtc_stream.evaluation import demo
 
 
 def run(args: Namespace) -> int:
     """Run the demonstration; see ``kvtc demo --help``."""
+    if args.ratio is not None and not 0 < args.ratio < math.inf:
+        raise UsageError(f"--ratio must be positive and finite, found {args.ratio}")
     chosen = {name: getattr(args, name) for name in ("ratio", "tokens", "context", "model")}
     result = demo.run(terminal.step, **{k: v for k, v in chosen.items() if v is not None})
     if args.json:

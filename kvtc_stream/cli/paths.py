@@ -46,10 +46,7 @@ def about(name: str) -> Iterator[None]:
 def open_input(name: str, *, seekable: bool = False) -> Iterator[BinaryIO]:
     """A file, or standard input; what cannot seek and must is copied to a temporary file."""
     with contextlib.ExitStack() as stack:
-        if name == STANDARD:
-            file: BinaryIO = sys.stdin.buffer
-        else:
-            file = stack.enter_context(open_source(name))
+        file = _standard_input() if name == STANDARD else stack.enter_context(open_source(name))
         if seekable and not file.seekable():
             copy = cast(BinaryIO, stack.enter_context(tempfile.TemporaryFile()))
             shutil.copyfileobj(file, copy)
@@ -60,7 +57,13 @@ def open_input(name: str, *, seekable: bool = False) -> Iterator[BinaryIO]:
 
 def plain_input(name: str) -> str | BinaryIO:
     """What ``plain.read`` takes."""
-    return sys.stdin.buffer if name == STANDARD else name
+    return _standard_input() if name == STANDARD else name
+
+
+def _standard_input() -> BinaryIO:
+    if sys.stdin is None:
+        raise UsageError("standard input is closed: name a file, or pipe something in")
+    return sys.stdin.buffer
 
 
 def load_calibration(name: str, opened: BinaryIO | None = None) -> kvtc.Calibration:
@@ -134,6 +137,8 @@ def output(args: Any) -> str | BinaryIO:
         return str(args.output)
     if args.json:
         raise UsageError("--json and -o - both want standard output")
+    if sys.stdout is None:
+        raise UsageError("standard output is closed: redirect it, or name a file")
     if sys.stdout.isatty():
         raise UsageError("standard output is a terminal: redirect it, or name a file")
     return sys.stdout.buffer
@@ -151,7 +156,7 @@ def check_output(
     Parameters
     ----------
     path
-        ``None`` and ``-`` pass.
+        ``None`` passes, and so does ``-`` for streams and plain caches.
     kind
         What it will hold, and its suffixes; a suffix of something else is refused.
     inputs
@@ -159,9 +164,15 @@ def check_output(
     replaces_input
         Whether a file may be read and then replaced.
     """
-    if path is None or path == STANDARD:
+    if path is None:
         return
     what, *suffixes = kind
+    if path == STANDARD:
+        if what in (CALIBRATION[0], PICTURE[0], FIGURES[0]):
+            raise UsageError(
+                f"standard output cannot take {what}: name a file ending in {suffixes[0]}"
+            )
+        return
     suffix = Path(path).suffix.lower()
     if suffix in _SUFFIXES and suffix not in suffixes:
         raise UsageError(
