@@ -255,3 +255,13 @@ def test_model_is_left_as_it_was() -> None:
 def test_a_model_without_a_head() -> None:
     with pytest.raises(kvtc.UnsupportedError, match="LlamaModel has no language model head"):
         capture_gradients(made(llama).model, drawn_ids(9), seed=0)
+
+
+@pytest.mark.parametrize("hidden", ["layers.0", "norm"])
+def test_a_model_that_cuts_gradients_off(hidden: str) -> None:
+    """As those do that run their layers again and again and learn from the last run only."""
+    model = made(llama)
+    part = model.model.get_submodule(hidden)
+    part.register_forward_hook(lambda _, __, output: output.detach())
+    with pytest.raises(kvtc.UnsupportedError, match="LlamaForCausalLM cuts gradients off"):
+        capture_gradients(model, drawn_ids(9), seed=0)

@@ -28,6 +28,7 @@ from kvtc_stream.integrations.transformers.model import (
     decoder_of,
     growing,
     inference,
+    plain_model,
 )
 
 #: Tokens whose probabilities are in memory at once, in float32.
@@ -73,7 +74,8 @@ def capture_gradients(
     ValueError
         No token is before ``after``, or none from there on.
     UnsupportedError
-        The model has no head, or :func:`geometry_of` does not support it.
+        The model has no head, or hides a part of its cache from gradients, or :func:`geometry_of`
+        does not support it.
     """
     geometry = geometry_of(model)
     if not model.can_generate():
@@ -99,7 +101,7 @@ def capture_gradients(
         cached = {n: (layer.keys, layer.values) for n, layer in layers.items()}
         leaves = [x.requires_grad_() for pair in cached.values() for x in pair]
         logits = model(input_ids=ids[None, after:], **growing(model, cache)).logits[0]
-        flat = torch.autograd.grad(logits, leaves, _loss_gradient(logits.detach(), seed))
+        flat = _gradients(logits, leaves, seed, type(plain_model(model)).__name__)
     gradients = dict(zip(layers, zip(flat[::2], flat[1::2], strict=True), strict=True))
     captured = []
     for i, section in enumerate(geometry.sections):
@@ -114,6 +116,21 @@ def capture_gradients(
             )
         )
     return captured
+
+
+def _gradients(logits: Tensor, leaves: list[Tensor], seed: int, name: str) -> list[Tensor]:
+    """The loss run back into ``leaves``; ``UnsupportedError`` if it does not reach all of them."""
+    found: tuple[Tensor | None, ...] = (None,)
+    if logits.requires_grad:
+        loss = _loss_gradient(logits.detach(), seed)
+        found = torch.autograd.grad(logits, leaves, loss, allow_unused=True)
+    reached = [x for x in found if x is not None]
+    if len(reached) < len(found):
+        raise UnsupportedError(
+            f"{name} cuts gradients off before they reach all layers, as models do that run their "
+            f"layers several times and learn from the last: choose another importance"
+        )
+    return reached
 
 
 @contextmanager
