@@ -349,6 +349,20 @@ def test_calibrated_on_nothing(spoil: Callable[..., Any], match: str) -> None:
             kvtc.encode(k, v, codec)
 
 
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
+@pytest.mark.parametrize("bases", [("joint",), ("separate",)])
+@pytest.mark.parametrize("spoilt", [slice(None), slice(50, 52)])
+def test_values_that_no_stream_can_hold(bases: tuple[str, ...], spoilt: slice) -> None:
+    """A few tokens are enough: they move the mean away from all others."""
+    geometry = kvtc.Geometry.uniform(layers=2, kv_heads=1, head_dim=8)
+    k, v = kvtc.testing.drawn_cache(geometry, 200)
+    k[:, :, spoilt] = 3e38 * np.sign(k[:, :, spoilt])
+    calibrator = kvtc.Calibrator(geometry, bases=bases)
+    calibrator.update(k, v)
+    with pytest.raises(ValueError, match="values far beyond 65504; leave these tokens out"):
+        calibrator.finish()
+
+
 @few_tokens
 @pytest.mark.filterwarnings("ignore:calibrated on tokens that are all the same")
 @pytest.mark.parametrize("tokens", [1, 2, 50])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -212,6 +213,23 @@ def test_gradients_in_any_order_weigh_alike() -> None:
         weights.append((part.k_weights, part.v_weights))
     for a, b in zip(*weights, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5)
+
+
+def test_gradients_that_are_no_numbers_are_told_of() -> None:
+    """Those of float16 overflow easily; without them all channels would weigh alike."""
+    k, v = kvtc.testing.drawn_cache(GEOMETRY, 400, seed=1)
+    grad_k, grad_v = gradients(k, v)
+    one, two = kvtc.Calibrator(GEOMETRY), kvtc.Calibrator(GEOMETRY)
+    spoilt = np.where(np.arange(400)[:, None] < 300, np.float32(np.inf), grad_k)
+    one.update_gradients(k, v, spoilt, grad_v)
+    one.update(k, v)
+    with pytest.warns(kvtc.KVTCWarning, match="gradients of 296 of 396 tokens have NaN or Inf"):
+        one.finish()
+    two.update_gradients(k, v, grad_k, grad_v)
+    two.merge(one)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        two.finish()
 
 
 # Damage.

@@ -24,6 +24,12 @@ from kvtc_stream.coding.bands import (
 from kvtc_stream.formats.plan import Band, Quantiser
 from kvtc_stream.io import environment
 
+#: Of rows none of which has coefficients that a stream can hold.
+TOO_LARGE = (
+    "the coefficients of all tokens are too large to be coded: K or V, of a few tokens perhaps, "
+    "has values far beyond 65504; leave these tokens out, or scale the cache"
+)
+
 #: Sizes and types of coded bands (KVTC, arXiv 2511.01815, section 3).
 BAND_SIZES = (1, 16, 64, 256, 1024)
 BAND_TYPES = (Quantiser.INT2, Quantiser.INT4, Quantiser.FP8)
@@ -166,7 +172,7 @@ def _usable(coefficients: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     extent = np.maximum(coefficients.max(axis=1, initial=0), -coefficients.min(axis=1, initial=0))
     usable = extent <= _BINARY16_MAX  # false for NaN
     if not usable.any():
-        raise ValueError("no row of coefficients is finite and within binary16")
+        raise ValueError(TOO_LARGE)
     return np.ascontiguousarray(coefficients[usable].T)
 
 

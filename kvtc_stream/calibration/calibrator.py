@@ -24,6 +24,7 @@ from kvtc_stream.calibration.weights import (
     scaling_matrices,
 )
 from kvtc_stream.coding.values import scale_grid
+from kvtc_stream.errors import warn
 from kvtc_stream.formats import Geometry, ModelIdentity, Section
 from kvtc_stream.io.dlpack import BackendName, check_positions
 from kvtc_stream.progress import Progress
@@ -300,7 +301,8 @@ class Calibrator:
             self._rows(straight, *grads, where, None, None),
             strict=True,
         ):
-            moments.importance.add(*finite_rows(self._arrays, rows, gradients))
+            sound, of_sound = finite_rows(self._arrays, rows, gradients)
+            moments.importance.add(sound, of_sound, spoilt=len(rows) - len(sound))
         self._arrays.settle()
 
     def _section(self, index: int) -> SectionMoments:
@@ -368,6 +370,9 @@ class Calibrator:
             A section has no tokens besides sinks.
         """
         steps = sum(len(m.parts) for m in self._sections)
+        for complaint in dict.fromkeys(m.importance.complaint() for m in self._sections):
+            if complaint:
+                warn(complaint)
         given = self._weights or [m.importance.matrices() for m in self._sections]
         scaling: Sequence[Pair | None] = scaling_matrices(given) or [None] * len(given)
         done = 0

@@ -293,7 +293,7 @@ class Importance:
     def __init__(self, section: Section, arrays: HostArrays) -> None:
         shape = (len(section.layers), section.kv_heads)
         self._section = section
-        self._tokens = 0
+        self._tokens = self._spoilt = 0
         self._arrays = arrays
         self._k = arrays.xp.zeros((*shape, section.k_dim, section.k_dim))
         self._v = arrays.xp.zeros((*shape, section.v_dim, section.v_dim))
@@ -301,8 +301,10 @@ class Importance:
         rows = min(_GRADIENT_ROWS, max(512, _GRADIENT_BYTES // bytes_per_row))
         self._sample = RowSample(rows, arrays)
 
-    def add(self, rows: Array, gradients: Array) -> None:
+    def add(self, rows: Array, gradients: Array, spoilt: int = 0) -> None:
+        """Rows and their gradients; ``spoilt`` more were left out, as not finite."""
         xp = self._arrays.xp
+        self._spoilt += spoilt
         if not len(rows):
             return
         self._tokens += len(rows)
@@ -323,9 +325,20 @@ class Importance:
 
     def merge(self, other: Importance) -> None:
         self._tokens += other._tokens
+        self._spoilt += other._spoilt
         self._k += other._k
         self._v += other._v
         self._sample.merge(other._sample)
+
+    def complaint(self) -> str:
+        """What to warn of: where most gradients are no numbers, the others may say little."""
+        if self._spoilt <= self._tokens:
+            return ""
+        return (
+            f"the gradients of {self._spoilt} of {self._spoilt + self._tokens} tokens have NaN or "
+            f"Inf and are left out, so that importance is learnt from the others only: compute "
+            f"them in float32 or bfloat16"
+        )
 
     def matrices(self) -> Pair:
         """Mean second moments of gradients of K and of V, in host memory.

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvtc_stream.calibration.arrays import HOST, Array, HostArrays
+from kvtc_stream.calibration.band_tables import TOO_LARGE
 from kvtc_stream.calibration.components import Components
 from kvtc_stream.calibration.families import STEPS_PER_OCTAVE, fit_families
 from kvtc_stream.calibration.importance import TokenImportance, classes_of, fit
@@ -64,6 +65,8 @@ def uniform_tables(
     with np.errstate(over="ignore", invalid="ignore"):
         projected = analysis.project(rows - mean)
         sound = xp.isfinite(projected).all(axis=1)
+    if len(rows) and not sound.any():
+        raise ValueError(TOO_LARGE)
     rows, measured = rows[sound], xp.ascontiguousarray(projected[sound], np.float32)
     coefficients = arrays.get(measured)
     importance = None
