@@ -50,8 +50,10 @@ from kvtc_stream.gpu.coder import verbatim
 from kvtc_stream.gpu.coder.analysis import BatchPayloads
 from kvtc_stream.gpu.coder.band_coding import BandDecoder, BandEncoder
 from kvtc_stream.gpu.coder.decoding import (
+    Batch,
     BatchDecoder,
     BlockLoad,
+    CodedBlocks,
     RunningBatch,
     UniformDecoder,
     batch_tokens,
@@ -61,8 +63,8 @@ from kvtc_stream.gpu.coder.encoding import BatchEncoder, EncoderBatch, OffsetCur
 from kvtc_stream.gpu.coder.plan import BandPlan, DevicePlan
 from kvtc_stream.gpu.coder.rope import ropes_of
 from kvtc_stream.gpu.kernels import layout
-from kvtc_stream.gpu.runtime.staging import Staging, pinned
-from kvtc_stream.gpu.runtime.streams import interleaving
+from kvtc_stream.gpu.runtime.staging import Staging, pinned, recorded
+from kvtc_stream.gpu.runtime.streams import UPLOADING, apart, beside, interleaving
 from kvtc_stream.gpu.runtime.tensors import BITS, Tensors, entries, taker
 from kvtc_stream.io.dlpack import BackendName, layer_list, numpy_dtype, on_cuda
 from kvtc_stream.io.steps import Steps, begun, run
@@ -642,6 +644,61 @@ class CudaSectionCoder(SectionCoder):
             _check_exact(unchecked)
         finally:  # callers may go on in streams of their own, or give the memory back
             cupy.cuda.get_current_stream().synchronize()
+
+    def arriving(
+        self,
+        portions: Iterable[tuple[BlockTable, NDArray[np.int64]]],
+        groups: Sequence[Sequence[int]],
+        k: Any,
+        v: Any,
+    ) -> Steps[None]:
+        """See :meth:`kvtc_stream.backends.base.SectionCoder.arriving`. The device gets all of its
+        work at once: symbols of a portion while the next comes, then the groups' values."""
+        return apart(self._arriving_groups(portions, groups, k, v))
+
+    def _arriving_groups(
+        self,
+        portions: Iterable[tuple[BlockTable, NDArray[np.int64]]],
+        groups: Sequence[Sequence[int]],
+        k: Any,
+        v: Any,
+    ) -> Steps[None]:
+        decoder, stream = self._decoder, cupy.cuda.get_current_stream()
+        layers = range(len(self._section.layers))
+        k_out, v_out = (Tensors.of_layers(list(x), self._header.out_dtype) for x in (k, v))
+        # First of all, because they are uploaded: behind payloads they would wait for these.
+        columns = [self._columns(own, k_out, v_out) for own in (layers, *groups)]
+        destinations = [decoder.destination(own, k_out, v_out) for own in groups]
+        ready = recorded()
+        loads: list[tuple[BlockTable, NDArray[np.int64], BlockLoad, Callable[[], None]]] = []
+        batches: list[tuple[CodedBlocks, Batch]] = []
+        unchecked: list[_Unchecked] = []
+        for table, slots in portions:
+            with beside(ready, UPLOADING):
+                loaded = decoder.load(table, slots, tiles=self._tiles)
+                uploaded = recorded()
+            stream.wait_event(uploaded)
+            batches += decoder.batches(loaded.blocks)
+            loads.append((table, slots, loaded, loaded.verifying()))
+        started = [(decoder.start(batches, own), recorded()) for own in destinations]
+        yield
+        for _, _, _, whole in loads:
+            whole()
+        with beside(ready):
+            for table, slots, loaded, _ in loads:
+                for found in self._exact(table, slots):
+                    exact = self._uploaded(found, loaded, unchecked)
+                    self._place_exact(exact, layers, columns[0])
+            placed = recorded()
+        _check_exact(unchecked)
+        placed.synchronize()
+        yield
+        for (running, done), own, of_group in zip(started, groups, columns[1:], strict=True):
+            for block, where in faulty(running):
+                self._place(where, *self._cpu.decode(block, own), of_group)
+                done = recorded()
+            done.synchronize()
+            yield
 
     @property
     def _tiles(self) -> bool:

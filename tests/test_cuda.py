@@ -630,6 +630,91 @@ def test_many_streams_into_the_rows_of_a_batch(
         assert all(bool((x[:, n:] == 7).all()) for tensors in pair for x in tensors)
 
 
+@pytest.mark.parametrize("preset", ["default", "paper"])
+@pytest.mark.parametrize("model", ["groups", "interleaved", "levels"])
+def test_a_cache_whose_layers_arrive_while_others_are_decoded(
+    monkeypatch: pytest.MonkeyPatch, preset: str, model: str
+) -> None:
+    """Read in any order, beside whatever the caller's stream does, it is the cache that is waited
+    for; what damaged streams become is seen by nobody."""
+    torch = pytest.importorskip("torch")
+    host = pytest.importorskip("kvtc_stream.integrations.transformers")
+    monkeypatch.setattr("kvtc_stream.integrations.transformers.cache._TOGETHER", 1)
+    monkeypatch.setattr("kvtc_stream.stream.reader._BLOCKS_AT_A_TIME", 3)
+    calibration = CALIBRATIONS[model]
+    drawn = [
+        kvtc.testing.drawn_cache(calibration.geometry, 300, seed=s, dtype=DType.BFLOAT16)
+        for s in range(3)
+    ]
+    ratios = (6, 6, 3) if preset == "default" else (4, 4, 8)
+    streams = [
+        kvtc.encode(*kv, kvtc.Codec(calibration, preset, ratio=ratio, window=20, block_tokens=32))
+        for kv, ratio in zip(drawn, ratios, strict=True)
+    ]
+    expected = host.decode_batch(streams, calibration, device="cuda")
+    slow = torch.ones(4096, 4096, device="cuda")
+    with torch.cuda.stream(torch.cuda.Stream()):
+        for _ in range(5):
+            slow = slow @ slow * 1e-4
+        found = host.decode_batch(streams, calibration, device="cuda", wait=False)
+        for number in (1, 0, *range(2, len(found.layers))):
+            mine, theirs = found.layers[number], expected.layers[number]
+            assert mine.get_seq_length() == 300
+            assert type(mine) is type(theirs)
+            assert torch.equal(mine.keys, theirs.keys)
+            assert torch.equal(mine.values, theirs.values)
+        half = host.decode_cache(
+            streams[0], calibration, device="cuda", dtype=torch.float32, wait=False
+        )
+        assert torch.equal(half.layers[0].keys, expected.layers[0].keys[:1].float())
+        del half  # while others are decoded: the memory is somebody else's then
+        filled = torch.full((1 << 22,), 7, device="cuda")
+    torch.cuda.synchronize()
+    assert bool((filled == 7).all())
+    for where in (2, 3):  # thirds of the second stream
+        damaged = bytearray(streams[1])
+        damaged[where * len(damaged) // 4] ^= 1
+        with pytest.raises(kvtc.FormatError) as raised:
+            host.decode_batch([streams[0], bytes(damaged)], calibration, device="cuda", wait=False)
+        assert raised.value.index == 1
+
+
+def test_blocks_that_the_device_refuses_as_their_layers_arrive(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The CPU decodes them, or tells what is wrong whoever asks."""
+    torch = pytest.importorskip("torch")
+    host = pytest.importorskip("kvtc_stream.integrations.transformers")
+    from kvtc_stream.gpu.coder import decoding
+
+    def refused(started: Any) -> Any:
+        for blocks, _ in started:
+            for i in range(len(blocks)):
+                own = slice(int(blocks.edges[i]), int(blocks.edges[i + 1]))
+                yield blocks.table.block(i, verified=True), blocks.slots[own]
+
+    calibration = CALIBRATIONS["groups"]
+    k, v = kvtc.testing.drawn_cache(calibration.geometry, 200, seed=3)
+    data = kvtc.encode(k, v, kvtc.Codec(calibration, ratio=6, window=20, block_tokens=32))
+    expected = host.decode_cache(data, calibration)
+    monkeypatch.setattr("kvtc_stream.integrations.transformers.cache._TOGETHER", 1)
+    monkeypatch.setattr("kvtc_stream.gpu.backend.faulty", refused)
+    found = host.decode_cache(data, calibration, device="cuda", wait=False)
+    for mine, theirs in zip(found.layers, expected.layers, strict=True):
+        assert torch.equal(mine.keys.cpu(), theirs.keys)
+        assert torch.equal(mine.values.cpu(), theirs.values)
+
+    def wrong(started: Any) -> Any:
+        yield from decoding.faulty(started)
+        raise kvtc.FormatError("what a writer did")
+
+    monkeypatch.setattr("kvtc_stream.gpu.backend.faulty", wrong)
+    found = host.decode_cache(data, calibration, device="cuda", wait=False)
+    for layer in (*found.layers, found.layers[0]):
+        with pytest.raises(kvtc.FormatError, match="what a writer did"):
+            layer.get_seq_length()
+
+
 @pytest.mark.parametrize("most", [1, 3])
 def test_a_long_stream_is_read_in_pieces(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
     """While the device decodes one of them, the next is on its way."""

@@ -9,8 +9,9 @@ import io
 import json
 import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ transformers = pytest.importorskip("transformers")
 
 from transformers.cache_utils import (  # noqa: E402
     DynamicCache,
+    DynamicLayer,
     DynamicSlidingWindowLayer,
     EncoderDecoderCache,
     StaticCache,
@@ -41,6 +43,8 @@ from kvtc_stream.integrations.transformers import (  # noqa: E402
     model_identity,
     token_digest,
 )
+from kvtc_stream.integrations.transformers.arriving import Arrivals, expect  # noqa: E402
+from kvtc_stream.integrations.transformers.model import attention_layers  # noqa: E402
 from kvtc_stream.stream.decoder import BlockDecoder  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -1167,6 +1171,92 @@ def test_rows_whose_windows_hold_less_than_they_have_seen() -> None:
         assert torch.equal(mine.keys, theirs.keys.repeat(2, 1, 1, 1))
     with pytest.raises(ValueError, match="holds 23 tokens of layer 0, the first 90"):
         decode_batch([whole, long], calibration, model=model)
+
+
+def test_layers_that_are_on_their_way() -> None:
+    """They are waited for when they are read, in whatever way, and then as any others."""
+    made = [tuple(torch.randn(1, 2, 5, 4) for _ in "kv") for _ in range(4)]
+    arrived: list[int] = []
+
+    def steps() -> Iterator[None]:
+        for i in range(2):
+            arrived.append(i)
+            yield
+
+    def pending(window: int = 0) -> Any:
+        arrived.clear()
+        cache = DynamicCache()
+        arrivals = Arrivals(steps())
+
+        def there(i: int) -> Any:
+            arrivals.wait(i // 2)
+            return made[i]
+
+        for i in range(4):
+            layer = DynamicSlidingWindowLayer(window) if window else DynamicLayer()
+            layer.lazy_initialization(*made[i])
+            layer.cumulative_length = 5
+            expect(layer, partial(there, i))
+            cache.layers.append(layer)
+        return cache
+
+    cache = pending()
+    assert not arrived
+    assert cache.get_seq_length() == 5
+    assert arrived == [0]
+    keys, values = cache.update(made[0][0], made[0][1], 3)
+    assert arrived == [0, 1]
+    assert torch.equal(keys[:, :, :5], made[3][0])
+    assert torch.equal(values[:, :, 5:], made[0][1])
+    assert type(cache.layers[3]) is DynamicLayer
+    cache = pending()
+    copied = copy.deepcopy(cache)
+    assert arrived == [0, 1]
+    for own in (copied, cache):
+        for layer, (k, v) in zip(own.layers, made, strict=True):
+            assert type(layer) is DynamicLayer
+            assert torch.equal(layer.keys, k)
+            assert torch.equal(layer.values, v)
+    cache = pending()
+    cache.reset()
+    cache.layers[1].update(*made[2])
+    assert torch.equal(cache.layers[1].values, made[2][1])
+    assert set(attention_layers(cache, "it")) == {0, 1, 2, 3}
+    cache = pending(window=4)
+    assert isinstance(cache.layers[0], DynamicSlidingWindowLayer)
+    assert cache.get_seq_length() == 5
+    assert not arrived
+    assert cache.update(*made[1], 0)[0].shape[2] == 10
+    assert not hasattr(cache.layers[3], "something")
+    cache.layers[2].keys = made[0][0]
+    assert torch.equal(cache.layers[2].values, made[2][1])
+    assert cache.layers[2].keys is made[0][0]
+
+
+def test_layers_that_do_not_arrive() -> None:
+    """All who wait for them are told."""
+
+    def steps() -> Iterator[None]:
+        yield
+        raise kvtc.FormatError("damaged")
+
+    arrivals = Arrivals(steps())
+    arrivals.wait(0)
+    for group in (1, 2, 1):
+        with pytest.raises(kvtc.FormatError, match="damaged"):
+            arrivals.wait(group)
+    arrivals.wait(0)
+
+
+@pytest.mark.filterwarnings("ignore:the stream is only:kvtc_stream.errors.KVTCWarning")
+def test_on_a_cpu_caches_are_waited_for(
+    built: Callable[[str], Any], calibrated: Callable[[str], kvtc.Calibration]
+) -> None:
+    model, calibration = built("llama"), calibrated("llama")
+    data = encode_cache(prefill(model, drawn_ids(40)), verbatim(calibration))
+    assert data is not None
+    found = decode_cache(data, calibration, model=model, wait=False)
+    assert all("keys" in vars(layer) for layer in found.layers)
 
 
 def test_what_a_cache_is_restored_with_is_given_back_at_once(

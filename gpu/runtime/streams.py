@@ -16,6 +16,8 @@ from kvtc_stream.io.steps import Steps
 
 #: Tasks that one thread takes in turn: one begins, one is at work, one comes to its end.
 IN_FLIGHT = 3
+#: Numbers of streams for what is done beside: tasks have those from 0 on.
+CHECKING, UPLOADING, APART = -1, -2, -3
 
 _own = threading.local()
 
@@ -29,15 +31,32 @@ def _stream(device: int, number: int = 0) -> Any:
 
 
 @contextmanager
-def beside(event: Any) -> Iterator[None]:
+def beside(event: Any, number: int = CHECKING) -> Iterator[None]:
     """Work of a stream beside the current one, after an event.
 
-    Who uses its results waits for them on the host, before memory that it reads is given back.
+    Who uses its results waits for them, before memory that it reads is given back.
     """
-    stream = _stream(cupy.cuda.runtime.getDevice(), -1)
+    stream = _stream(cupy.cuda.runtime.getDevice(), number)
     stream.wait_event(event)
     with stream:
         yield
+
+
+def apart(task: Iterator[None]) -> Steps[None]:
+    """Take a task's steps, on whatever thread asks for them, in a stream of their own, after what
+    is in the current stream now. When it ends, or nobody wants it any more, the device is done."""
+    device, ready = cupy.cuda.runtime.getDevice(), cupy.cuda.Event(disable_timing=True)
+    ready.record()
+    stream = _stream(device, APART)
+    stream.wait_event(ready)
+    try:
+        while True:
+            with cupy.cuda.Device(device), stream:
+                if next(task, stream) is stream:
+                    return
+            yield
+    finally:
+        stream.synchronize()
 
 
 def interleaving(tasks: Iterable[Iterator[None]]) -> Steps[None]:

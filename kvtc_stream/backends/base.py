@@ -158,6 +158,22 @@ class SectionCoder(ABC):
         payloads are verified.
         """
 
+    def arriving(
+        self,
+        portions: Iterable[tuple[BlockTable, NDArray[np.int64]]],
+        groups: Sequence[Sequence[int]],
+        k: Any,
+        v: Any,
+    ) -> Steps[None]:
+        """:meth:`decode_into` memory that nobody sees yet, groups of layers one after the other.
+
+        Of a backend with a device. Portions are blocks and their slots, taken as they come. After
+        the first step the device has its work; after the second all blocks are known to be whole;
+        after each further one a group of layers, by their indices, is there. Steps may be made by
+        other threads than the first; whoever drops this waits until the device is done.
+        """
+        raise NotImplementedError
+
     @abstractmethod
     def decode_layers(self, block: Block) -> Callable[[int], tuple[Any, Any]]:
         """Decode the symbols once; the result gives K and V [1, …] of a layer when it is called.

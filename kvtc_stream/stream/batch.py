@@ -168,37 +168,14 @@ def decode_many(
     coding = get_backend(backend, *(() if given is None else _tensors(given)))
     results: list[Any] = [None] * len(streams) if out is None else list(out)
 
-    def opened() -> Iterator[Reader]:
+    def tasks() -> Iterator[Iterator[None]]:
+        """The next streams are opened while a device decodes those before."""
+        kinds: defaultdict[Any, _Kind] = defaultdict(_Kind)
         for i, data in enumerate(streams):
             with about("streams", i, len(streams)):
                 reader = open(data, calibration=calibration, backend=coding.name, limits=limits)
-            yield reader
-
-    run(decoding_many(opened(), results, coding, section))
-    return results
-
-
-def decoding_many(
-    opened: Iterator[Reader],
-    results: MutableSequence[Any],
-    coding: Backend,
-    section: int,
-    *,
-    unseen: bool = False,
-) -> Steps[None]:
-    """:func:`decode_many` in steps, of readers that come as they are asked for: the next streams
-    are opened while a device decodes those before.
-
-    ``results`` has what takes the tokens of each, or ``None``, in whose place new arrays come. What
-    is ``unseen`` of it is dropped if this fails.
-    """
-
-    def tasks() -> Iterator[Iterator[None]]:
-        kinds: defaultdict[Any, _Kind] = defaultdict(_Kind)
-        for i, reader in enumerate(opened):
-            member, cache, h = _Member(reader, i, len(results)), results[i], reader.header
-            with member.about():
                 tokens = reader.tokens(section)
+            member, cache, h = _Member(reader, i, len(results)), results[i], reader.header
             where: tuple[Any, ...] = ()
             if isinstance(cache, PagedCache):
                 where = id(cache.k), id(cache.v)
@@ -206,20 +183,26 @@ def decoding_many(
                 member = _aimed(member, section, cache)
                 assert member.target is not None
                 if (found := coding.alike(*member.target)) is None:
-                    yield _decoding_apart(member, section, unseen)
+                    yield _decoding_apart(member, section)
                     continue
                 where, member = found[:1], replace(member, slot=found[1])
-            key = (h.plan.digest, h.geometry, h.dtype, h.out_dtype, h.scales, h.block_tokens)
-            kind = kinds[*key, *where]
+            kind = kinds[*kind_of(h), *where]
             most = coding.batch_tokens(h.geometry.sections[section])
             if kind.members and kind.tokens + tokens > most:
-                yield _together(kind, section, coding, results, unseen)
+                yield _together(kind, section, coding, results)
             kind.members.append(member)
             kind.tokens += tokens
         for kind in kinds.values():
-            yield _together(kind, section, coding, results, unseen)
+            yield _together(kind, section, coding, results)
 
-    yield from coding.interleaving(tasks() if len(results) > 1 else list(tasks()))
+    run(coding.interleaving(tasks() if len(results) > 1 else list(tasks())))
+    return results
+
+
+def kind_of(header: StreamHeader) -> tuple[Any, ...]:
+    """What streams have in common that can share launches."""
+    h = header
+    return h.plan.digest, h.geometry, h.dtype, h.out_dtype, h.scales, h.block_tokens
 
 
 @dataclass
@@ -244,7 +227,7 @@ def _tensors(cache: PagedCache | tuple[Any, Any]) -> tuple[Any, ...]:
 
 
 def _together(
-    kind: _Kind, section: int, backend: Backend, results: MutableSequence[Any], unseen: bool
+    kind: _Kind, section: int, backend: Backend, results: MutableSequence[Any]
 ) -> Iterator[None]:
     """The task that decodes those that wait, to tensors or pages that ``results`` has, or to new
     tensors that it gets."""
@@ -252,8 +235,8 @@ def _together(
     counts = [member.reader.tokens(section) for member in members]
     blocks = kind.blocks = kind.blocks or members[0].reader.block_decoder
     layers = len(members[0].reader.header.geometry.sections[section].layers)
-    if results[members[0].index] is None:
-        unseen = True
+    unseen = results[members[0].index] is None
+    if unseen:
         edges = np.cumsum([0, *counts]).tolist()
         slots = [np.arange(first, last) for first, last in pairwise(edges)]
         k, v = blocks.empty(section, layers, edges[-1])
@@ -299,7 +282,7 @@ def _aimed(member: _Member, section: int, out: tuple[Any, Any]) -> _Member:
     return replace(member, target=(k, v))
 
 
-def _decoding_apart(member: _Member, section: int, unseen: bool) -> Iterator[None]:
+def _decoding_apart(member: _Member, section: int) -> Iterator[None]:
     """A task that decodes one stream into the caller's tensors."""
     reader = member.reader
     assert member.target is not None
@@ -309,7 +292,7 @@ def _decoding_apart(member: _Member, section: int, unseen: bool) -> Iterator[Non
         table, layers = reader.stored(section), range(len(k))
         slots = _slots(table, np.arange(reader.tokens(section)))
         coder = reader.block_decoder.coder(section)
-        yield from coder.decoding(table, slots, layers, k, v, unseen=unseen)
+        yield from coder.decoding(table, slots, layers, k, v)
 
     def named() -> Iterator[None]:
         task, ended = steps(), object()

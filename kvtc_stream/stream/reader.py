@@ -186,32 +186,47 @@ class Reader:
                     f"the index lists {last - first} tokens, for which there is no memory: read "
                     "fewer at a time"
                 ) from None
-        stream, numbers = self._numbers(section)
-        numbers = numbers[_holding(stream.entries[numbers], first, last)]
         unseen = unseen or out is None
-        pieces = [numbers]  # what somebody sees is written once all blocks are known to be whole
-        if unseen:
-            pieces = self._pieces(numbers, section)
 
         def decoding(piece: NDArray[np.intp]) -> Iterator[None]:
-            table = stream.read_table(piece, self._blocks.room)
-            slots = table.ordinals() - first
-            slots[(slots < 0) | (slots >= last - first)] = -1
+            table, slots = self._located(piece, first, last)
             with self._blocks.lent(section) as coder:
                 yield from coder.decoding(table, slots, chosen, k, v, unseen=unseen)
 
+        # What somebody sees is written once all blocks are known to be whole.
+        pieces = self._pieces(section, first, last, together=not unseen)
         with self._lock:
             self._check_open()
-            yield from self._blocks.backend.interleaving(
-                [decoding(piece) for piece in pieces if len(piece)]
-            )
+            yield from self._blocks.backend.interleaving(list(map(decoding, pieces)))
         return (self._blocks.output(k), self._blocks.output(v)) if out is None else out
 
-    def _pieces(self, numbers: NDArray[np.intp], section: int) -> list[NDArray[np.intp]]:
+    def _portions(
+        self, section: int, first: int, last: int
+    ) -> Iterator[tuple[BlockTable, NDArray[np.int64]]]:
+        """The blocks that hold some tokens, as :meth:`stored`, as many at a time as are decoded
+        together; and where each of their tokens is among these, int64, -1 of others."""
+        for piece in self._pieces(section, first, last):
+            yield self._located(piece, first, last)
+
+    def _pieces(
+        self, section: int, first: int, last: int, *, together: bool = False
+    ) -> list[NDArray[np.intp]]:
         """Records to decode together, the next of which are on their way meanwhile."""
+        stream, numbers = self._numbers(section)
+        numbers = numbers[_holding(stream.entries[numbers], first, last)]
         most = self._blocks.backend.batch_tokens(self._header.geometry.sections[section])
         most = min(max(most // self._header.block_tokens, 1), _BLOCKS_AT_A_TIME)
-        return np.array_split(numbers, max(round(len(numbers) / most), 1))
+        count = 1 if together else max(round(len(numbers) / most), 1)
+        return [piece for piece in np.array_split(numbers, count) if len(piece)]
+
+    def _located(
+        self, piece: NDArray[np.intp], first: int, last: int
+    ) -> tuple[BlockTable, NDArray[np.int64]]:
+        assert self._stream is not None
+        table = self._stream.read_table(piece, self._blocks.room)
+        slots = table.ordinals() - first
+        slots[(slots < 0) | (slots >= last - first)] = -1
+        return table, slots
 
     def blocks(
         self,

@@ -179,7 +179,7 @@ def install() -> None:
         Event=_Event,
         Stream=_Stream,
         Device=lambda _: nullcontext(),
-        get_current_stream=lambda: SimpleNamespace(ptr=0, synchronize=lambda: None),
+        get_current_stream=lambda: _Stream(non_blocking=True),
     )
     _module(
         "cupy",

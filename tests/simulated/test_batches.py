@@ -19,6 +19,7 @@ from kvtc_stream.formats import Geometry, Limits, Rope, StreamFile, StreamParser
 from kvtc_stream.gpu.coder.plan import DevicePlan
 from kvtc_stream.gpu.coder.products import refine
 from kvtc_stream.io.dlpack import BackendName
+from kvtc_stream.stream.rows import Rows
 
 Array = npt.NDArray[Any]
 
@@ -126,6 +127,59 @@ def test_streams_into_the_rows_of_a_batch(
         for a, b in zip(found, expected, strict=True):
             ours = np.stack([np.array(x, np.float32) for x in a])
             np.testing.assert_array_equal(ours, np.array(b, np.float32))
+
+
+@in_two_levels_too
+def test_rows_that_arrive_layer_by_layer(
+    monkeypatch: pytest.MonkeyPatch,
+    calibration: kvtc.Calibration,
+    cache: tuple[Array, Array],
+    stream: bytes,
+    cuda: BackendName,
+) -> None:
+    """The latest tokens of streams of two kinds: after each step another layer is there."""
+    monkeypatch.setattr("kvtc_stream.stream.decoder.check_memory", lambda *_: None)
+    monkeypatch.setattr(
+        "kvtc_stream.gpu.backend.taker", lambda: lambda x, _: (x.view(np.uint16), FLOAT16)
+    )
+    codec = kvtc.Codec(calibration, ratio=2, sinks=2, window=8, block_tokens=BLOCK)
+    streams = [stream, stream, kvtc.encode(*cache, codec)]
+    tokens = TOKENS - 3
+    expected = [kvtc.decode(data, calibration, backend=cuda) for data in streams]
+
+    def rows(*of: bytes) -> tuple[Rows, list[Array]]:
+        readers = [kvtc.open(data, calibration=calibration, backend=cuda) for data in of]
+        batch = [cupy.empty((2, len(of), 1, tokens, 16), np.float16) for _ in "kv"]
+        out = tuple([x[0] for x in tensors] for tensors in batch)
+        return Rows(readers.__getitem__, len(of), 0, tokens, out, tokens), batch
+
+    def same(batch: list[Array], layers: slice) -> None:
+        for row, pair in enumerate(expected):
+            for a, b in zip(batch, pair, strict=True):
+                ours, exact = np.array(a[layers, row]), np.array(b[layers, :, -tokens:])
+                np.testing.assert_array_equal(ours.view(np.uint16), exact.view(np.uint16))
+
+    for most in (1, 256):
+        monkeypatch.setattr("kvtc_stream.stream.reader._BLOCKS_AT_A_TIME", most)
+        some, batch = rows(*streams)
+        steps = some.arriving([[0], [1]])
+        for _ in range(2):
+            next(steps)
+        for layer in range(2):
+            next(steps)
+            same(batch, slice(layer + 1))
+        assert not list(steps)
+        some, batch = rows(*streams)
+        assert not [None for step in some.restoring() if step is not None]
+        same(batch, slice(None))
+    damaged = bytearray(stream)
+    damaged[len(stream) // 2] ^= 1
+    some, _ = rows(stream, bytes(damaged))
+    steps = some.arriving([[0], [1]])
+    next(steps)
+    with pytest.raises(kvtc.ChecksumError) as raised:
+        next(steps)
+    assert raised.value.index == 1
 
 
 def test_layers_one_by_one(calibration: kvtc.Calibration, stream: bytes, cuda: BackendName) -> None:

@@ -27,6 +27,7 @@ from kvtc_stream.errors import (
     UnsupportedError,
 )
 from kvtc_stream.formats import Geometry, Section
+from kvtc_stream.integrations.transformers.arriving import Arrivals, expect
 from kvtc_stream.integrations.transformers.geometry import (
     check_geometry,
     check_vocabulary,
@@ -53,9 +54,10 @@ from kvtc_stream.integrations.transformers.model import (
 )
 from kvtc_stream.io.dlpack import BackendName
 from kvtc_stream.io.steps import R, Steps, begun, run
-from kvtc_stream.stream.batch import about, decoding_many
+from kvtc_stream.stream.batch import about
 from kvtc_stream.stream.codec import expect_calibration, expect_codec
 from kvtc_stream.stream.options import EncoderOptions
+from kvtc_stream.stream.rows import Rows
 
 Source: TypeAlias = "str | os.PathLike[str] | BinaryIO | bytes | bytearray | memoryview"
 
@@ -167,7 +169,7 @@ def encode_cache(
 
 
 def _check_shape(model: PreTrainedModel, calibration: kvtc.Calibration) -> None:
-    """Refuse a model whose caches are of another shape; :func:`_begun` looks at its weights."""
+    """Refuse a model whose caches are of another shape."""
     try:
         check_geometry(geometry_of(model), calibration.geometry)
     except kvtc.KVTCError:
@@ -178,11 +180,12 @@ def _check_shape(model: PreTrainedModel, calibration: kvtc.Calibration) -> None:
 def _begun(
     steps: Steps[R], model: PreTrainedModel | None, calibration: kvtc.Calibration
 ) -> Steps[R]:
-    """Take the first step; compare the model's weights while a device does what it was asked."""
+    """Take the first step; look at the model while a device does what it was asked."""
     try:
         return begun(steps)
     finally:
         if model is not None:
+            _check_shape(model, calibration)
             check_fingerprint(model, calibration)
 
 
@@ -234,6 +237,7 @@ def decode_cache(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     backend: BackendName = "auto",
+    wait: bool = True,
     return_positions: Literal[False] = False,
 ) -> DynamicCache: ...
 
@@ -248,6 +252,7 @@ def decode_cache(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     backend: BackendName = "auto",
+    wait: bool = True,
     return_positions: Literal[True],
 ) -> tuple[DynamicCache, NDArray[np.int64]]: ...
 
@@ -261,6 +266,7 @@ def decode_cache(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     backend: BackendName = "auto",
+    wait: bool = True,
     return_positions: bool = False,
 ) -> DynamicCache | tuple[DynamicCache, NDArray[np.int64]]:
     """Read a stream as a cache that ``model.generate(input_ids, past_key_values=...)`` continues.
@@ -287,6 +293,12 @@ def decode_cache(
         That of the stream by default.
     backend
         ``"auto"`` is CUDA where the cache goes to a CUDA device and the backend can run there.
+    wait
+        ``False``: return once all blocks are known to be whole and the device has its work. Layers
+        are waited for when their keys or values are first read, so that the model computes with
+        some while the next are decoded; until the last one has been read, that takes a quarter of
+        the cache's memory more, and its tensors stay. What a block that is whole can still have
+        wrong, because its writer was at fault, is raised then. On a CPU everything is waited for.
     return_positions
         Take streams whose tokens are not at positions 0, 1, 2, … (left-out tokens of an evicted
         cache) too, and return the positions, int64 [tokens], beside the cache. Such a cache goes on
@@ -305,7 +317,7 @@ def decode_cache(
     """
     check = None if token_ids is None else as_ids(token_ids)
     cache, positions = _restored(
-        [source], calibration, model, [check], device, dtype, backend, gaps=return_positions
+        [source], calibration, model, [check], device, dtype, backend, wait, gaps=return_positions
     )
     return (cache, positions) if return_positions else cache
 
@@ -319,6 +331,7 @@ def decode_batch(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     backend: BackendName = "auto",
+    wait: bool = True,
 ) -> DynamicCache:
     """Read streams of equally many tokens as the rows of one cache.
 
@@ -331,7 +344,7 @@ def decode_batch(
         Paths, binary files or bytes, a row each.
     token_ids
         [rows, tokens] that begin with those of the rows.
-    calibration, model, device, dtype, backend
+    calibration, model, device, dtype, backend, wait
         As for :func:`decode_cache`.
 
     Raises
@@ -363,7 +376,7 @@ def decode_batch(
         ids = [as_ids(row) for row in rows]
     if not streams:
         raise ValueError("found no streams: a cache has a row or more")
-    return _restored(streams, calibration, model, ids, device, dtype, backend)[0]
+    return _restored(streams, calibration, model, ids, device, dtype, backend, wait)[0]
 
 
 def _restored(
@@ -374,6 +387,7 @@ def _restored(
     device: torch.device | str | None,
     dtype: torch.dtype | None,
     backend: BackendName,
+    wait: bool,
     *,
     gaps: bool = False,
 ) -> tuple[DynamicCache, NDArray[np.int64]]:
@@ -385,7 +399,6 @@ def _restored(
     with one_walk(), ExitStack() as opened:
         places: dict[int, torch.device] = {}
         if model is not None:
-            _check_shape(model, calibration)
             places = layer_devices(model) if device is None else {}
             device = model.device if device is None else device
         device = torch.device("cpu" if device is None else device)
@@ -428,16 +441,30 @@ def _restored(
                 read(i)
             return readers[i]
 
-        positions = read(0)
+        try:
+            positions = read(0)
+        except (kvtc.KVTCError, LookupError):
+            if model is not None:  # of another model nothing fits
+                _check_shape(model, calibration)
+            raise
         memory = device if backend == "cuda" else torch.device("cpu")
+        wait = wait or backend == "cpu"
+        restored: list[tuple[_Tensors, Steps[None]]] = []
         for i, section in enumerate(sections):
             needed = _needed(layers[section.layers[0]], len(positions))
-            steps = _read_layers(row, len(sources), i, needed, memory)
-            k, v = run(steps if i else _begun(steps, model, calibration))
-            for number, keys, values in zip(section.layers, k, v, strict=True):
+            tensors = _Tensors(row, len(sources), i, needed, memory)
+            steps = tensors.restoring() if wait else tensors.arriving()
+            steps = begun(steps) if i else _begun(steps, model, calibration)
+            if wait:
+                run(steps)
+            restored.append((tensors, steps))
+        for section, (tensors, steps) in zip(sections, restored, strict=True):
+            for _ in range(0 if wait else 2):
+                next(steps)  # until all blocks are known to be whole
+            arrivals = None if wait else Arrivals(steps)
+            for j, number in enumerate(section.layers):
                 place = places.get(number, device)
-                keys, values = keys.to(place, dtype), values.to(place, dtype)
-                _fill(layers[number], keys, values, len(positions))
+                _fill(layers[number], tensors, j, place, dtype, len(positions), arrivals)
         if model is not None:
             forget_images(model)
     return cache, positions
@@ -479,43 +506,107 @@ def _check_alike(first: kvtc.Reader, other: kvtc.Reader) -> None:
         )
 
 
-def _read_layers(
-    row: Callable[[int], kvtc.Reader], rows: int, i: int, tokens: int, memory: torch.device
-) -> Steps[list[list[Tensor]]]:
-    """The latest tokens of a section: K and V, each a tensor [rows, heads, tokens, dim] a layer."""
-    reader = row(0)
-    section = reader.header.geometry.sections[i]
-    dtype = getattr(torch, reader.header.out_dtype.label)
-    layers = len(section.layers)
-    held = reader.tokens(i)
-    count = tokens if rows == 1 else held
-    room = [
-        [
-            torch.empty(
-                (min(_TOGETHER, layers - first), rows, section.kv_heads, count, dim),
-                dtype=dtype,
-                device=memory,
-            )
-            for first in range(0, layers, _TOGETHER)
+class _Tensors:
+    """Memory for the latest tokens of a section, in the rows of a cache, and how they get there.
+
+    Parameters
+    ----------
+    row
+        The reader of a row.
+    rows, index, tokens
+        How many rows there are, the section's index, and how many tokens.
+    memory
+        Where the backend decodes to.
+    """
+
+    def __init__(
+        self,
+        row: Callable[[int], kvtc.Reader],
+        rows: int,
+        index: int,
+        tokens: int,
+        memory: torch.device,
+    ) -> None:
+        header = row(0).header
+        section = header.geometry.sections[index]
+        self.dtype: torch.dtype = getattr(torch, header.out_dtype.label)
+        layers = len(section.layers)
+        #: K and V, of some layers each [layers, rows, heads, tokens, dim].
+        self._room = [
+            [
+                torch.empty(
+                    (min(_TOGETHER, layers - first), rows, section.kv_heads, tokens, dim),
+                    dtype=self.dtype,
+                    device=memory,
+                )
+                for first in range(0, layers, _TOGETHER)
+            ]
+            for dim in (section.k_dim, section.v_dim)
         ]
-        for dim in (section.k_dim, section.v_dim)
-    ]
-    out = [([x[:, j] for x in room[0]], [x[:, j] for x in room[1]]) for j in range(rows)]
-    if rows == 1:
-        latest = slice(held - tokens, None)
-        yield from reader._reading(tokens=latest, section=i, out=out[0], unseen=True)
-    else:
-        backend = reader.block_decoder.backend
-        yield from decoding_many(map(row, range(rows)), out, backend, i, unseen=True)
-    return [[x[:, :, count - tokens :] for some in part for x in some] for part in room]
+        self._groups = [
+            range(first, min(first + _TOGETHER, layers)) for first in range(0, layers, _TOGETHER)
+        ]
+        self._row, self._rows, self._index, self._tokens = row, rows, index, tokens
+        self._on_device = memory.type == "cuda"
+        self._step = section.kv_heads * tokens
+
+    def layer(self, index: int) -> tuple[Tensor, Tensor]:
+        """K and V [rows, heads, tokens, dim] of a layer of the section."""
+        group, own = divmod(index, _TOGETHER)
+        k, v = (part[group][own] for part in self._room)
+        return k, v
+
+    def restoring(self) -> Steps[None]:
+        """Decode all of it."""
+        if self._on_device:
+            yield from self._on_the_device().restoring()
+            return
+        for i in range(self._rows):
+            reader, own = self._row(i), self._of(i)
+            latest = slice(reader.tokens(self._index) - self._tokens, None)
+            with about("streams", i, self._rows) if self._rows > 1 else nullcontext():
+                yield from reader._reading(latest, section=self._index, out=own, unseen=True)
+
+    def arriving(self) -> Steps[None]:
+        """Decode it beside what else the device does: done with the first step is what the host
+        does, with the second all blocks are known to be whole, and with each further one some
+        layers are there, see :data:`_TOGETHER`."""
+        yield from self._on_the_device().arriving(self._groups)
+
+    def _of(self, row: int) -> tuple[list[Tensor], list[Tensor]]:
+        k, v = ([x[:, row] for x in part] for part in self._room)
+        return k, v
+
+    def _on_the_device(self) -> Rows:
+        out = self._of(0)
+        return Rows(self._row, self._rows, self._index, self._tokens, out, self._step)
 
 
-def _fill(layer: Any, keys: Tensor, values: Tensor, seen: int) -> None:
-    """What ``layer.update`` would do, which copies."""
-    layer.lazy_initialization(keys, values)
-    layer.keys, layer.values = keys, values
+def _fill(
+    layer: Any,
+    tensors: _Tensors,
+    index: int,
+    place: torch.device,
+    dtype: torch.dtype | None,
+    seen: int,
+    arrivals: Arrivals | None,
+) -> None:
+    """What ``layer.update`` would do, which copies; with ``arrivals`` when it is read first."""
+    like = torch.empty(0, dtype=dtype or tensors.dtype, device=place)
+    layer.lazy_initialization(like, like)
     if isinstance(layer, DynamicSlidingWindowLayer):
         layer.cumulative_length = seen
+
+    def there() -> tuple[Tensor, Tensor]:
+        if arrivals is not None:
+            arrivals.wait(index // _TOGETHER)
+        keys, values = (x.to(place, like.dtype) for x in tensors.layer(index))
+        return keys, values
+
+    if arrivals is None:
+        layer.keys, layer.values = there()
+    else:
+        expect(layer, there)
 
 
 def _some_tokens(x: Tensor, slots: NDArray[np.int64], there: bool) -> Tensor:

@@ -19,6 +19,7 @@ from transformers.cache_utils import (
 )
 
 from kvtc_stream.errors import KVTCError, UnsupportedError
+from kvtc_stream.integrations.transformers.arriving import ArrivingLayer
 
 SUPPORTED_CACHES = (
     "supported is a DynamicCache of one sequence whose layers are full or sliding-window attention"
@@ -161,6 +162,8 @@ def filled_layers(cache: DynamicCache, name: str) -> dict[int, Any]:
 def attention_layers(cache: DynamicCache, owner: str) -> dict[int, Any]:
     """The layers that hold keys and values, by number; refuses kinds that cannot be encoded."""
     for number, layer in enumerate(cache.layers):
+        if isinstance(layer, ArrivingLayer):
+            layer.settle()
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer):
             raise UnsupportedError(
                 f"layer {number} of {owner} is a {type(layer).__name__}; {SUPPORTED_CACHES}"

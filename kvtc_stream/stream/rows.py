@@ -1,0 +1,117 @@
+"""Streams that become the rows of a batch on a CUDA device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+from operator import itemgetter
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvtc_stream.formats import BlockTable
+from kvtc_stream.io.steps import Steps
+from kvtc_stream.stream.batch import about, kind_of
+from kvtc_stream.stream.decoder import BlockDecoder
+from kvtc_stream.stream.reader import Reader
+
+#: Blocks of streams of one kind, what decodes them, and the slot of each of their tokens.
+_Portion = tuple[BlockDecoder, BlockTable, NDArray[np.int64]]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The latest tokens of a section of some streams, and where they go.
+
+    Parameters
+    ----------
+    reader
+        That of a row; asked for one after the other, while a device decodes those before.
+    count
+        How many there are.
+    section, tokens
+        Index of the section, and how many tokens.
+    out
+        K and V of the first row, as for :meth:`kvtc_stream.Reader.read`; nobody sees them yet.
+    step
+        Slots from a row to the next.
+    """
+
+    reader: Callable[[int], Reader]
+    count: int
+    section: int
+    tokens: int
+    out: tuple[Any, Any]
+    step: int
+
+    def restoring(self) -> Steps[None]:
+        """Decode all of them."""
+        k, v = self._buffers()
+
+        def decoding(
+            blocks: BlockDecoder, table: BlockTable, slots: NDArray[np.int64]
+        ) -> Iterator[None]:
+            with blocks.lent(self.section) as coder:
+                yield from coder.decoding(table, slots, range(len(k)), k, v, unseen=True)
+
+        backend = self.reader(0).block_decoder.backend
+        yield from backend.interleaving(decoding(*portion) for portion in self._portions())
+
+    def arriving(self, groups: Sequence[Sequence[int]]) -> Steps[None]:
+        """Decode groups of layers, indices into the section's, one after the other, beside what
+        else the device does: see :meth:`kvtc_stream.backends.base.SectionCoder.arriving`."""
+        k, v = self._buffers()
+        tasks: list[Steps[None]] = []
+        with ExitStack() as opened:
+            for blocks, alike in groupby(self._portions(), itemgetter(0)):
+                coder = opened.enter_context(blocks.lent(self.section))
+                portions = ((table, slots) for _, table, slots in alike)
+                tasks.append(coder.arriving(portions, groups, k, v))
+                # The device is done before anything that it reads or writes can go.
+                opened.callback(tasks[-1].close)
+                next(tasks[-1])
+            yield
+            for _ in range(1 + len(groups)):
+                for task in tasks:
+                    next(task)
+                yield
+
+    def _buffers(self) -> Any:
+        first = self.reader(0)
+        layers = len(first.header.geometry.sections[self.section].layers)
+        return first.block_decoder.buffers(self.section, layers, self.tokens, self.out)
+
+    def _portions(self) -> Iterator[_Portion]:
+        """As much at a time as is decoded together."""
+        kinds: dict[Any, BlockDecoder] = {}
+        waiting: list[_Portion] = []
+        for i in range(self.count):
+            reader = self.reader(i)
+            blocks = kinds.setdefault(kind_of(reader.header), reader.block_decoder)
+            most = blocks.backend.batch_tokens(reader.header.geometry.sections[self.section])
+            held = reader.tokens(self.section)
+            named = partial(about, "streams", i, self.count) if self.count > 1 else nullcontext
+            pieces = reader._portions(self.section, held - self.tokens, held)
+            while True:
+                with named():
+                    found = next(pieces, None)
+                if found is None:
+                    break
+                table, slots = found
+                tokens = sum(len(own) for _, _, own in waiting)
+                if waiting and (waiting[0][0] is not blocks or tokens + len(slots) > most):
+                    yield _joined(waiting)
+                    waiting = []
+                own = np.where(slots < 0, -1, slots + i * self.step)
+                waiting.append((blocks, table.within(named), own))
+        if waiting:
+            yield _joined(waiting)
+
+
+def _joined(portions: Sequence[_Portion]) -> _Portion:
+    blocks, tables, slots = zip(*portions, strict=True)
+    return blocks[0], BlockTable.concat(tables), np.concatenate(slots)
