@@ -667,8 +667,8 @@ class CudaSectionCoder(SectionCoder):
         layers = range(len(self._section.layers))
         k_out, v_out = (Tensors.of_layers(list(x), self._header.out_dtype) for x in (k, v))
         # First of all, because they are uploaded: behind payloads they would wait for these.
-        columns = [self._columns(own, k_out, v_out) for own in (layers, *groups)]
-        destinations = [decoder.destination(own, k_out, v_out) for own in groups]
+        columns = self._columns(layers, k_out, v_out)
+        destinations = decoder.destinations(groups, k_out, v_out)
         ready = recorded()
         loads: list[tuple[BlockTable, NDArray[np.int64], BlockLoad, Callable[[], None]]] = []
         batches: list[tuple[CodedBlocks, Batch]] = []
@@ -678,7 +678,8 @@ class CudaSectionCoder(SectionCoder):
                 loaded = decoder.load(table, slots, tiles=self._tiles)
                 uploaded = recorded()
             stream.wait_event(uploaded)
-            batches += decoder.batches(loaded.blocks)
+            if len(loaded.blocks):
+                batches.append((loaded.blocks, decoder.symbols(loaded.blocks)))
             loads.append((table, slots, loaded, loaded.verifying()))
         started = [(decoder.start(batches, own), recorded()) for own in destinations]
         yield
@@ -688,14 +689,15 @@ class CudaSectionCoder(SectionCoder):
             for table, slots, loaded, _ in loads:
                 for found in self._exact(table, slots):
                     exact = self._uploaded(found, loaded, unchecked)
-                    self._place_exact(exact, layers, columns[0])
+                    self._place_exact(exact, layers, columns)
             placed = recorded()
         _check_exact(unchecked)
         placed.synchronize()
         yield
-        for (running, done), own, of_group in zip(started, groups, columns[1:], strict=True):
+        for (running, done), own in zip(started, groups, strict=True):
             for block, where in faulty(running):
-                self._place(where, *self._cpu.decode(block, own), of_group)
+                found = self._cpu.decode(block, own)
+                self._place(where, *found, self._columns(own, k_out, v_out))
                 done = recorded()
             done.synchronize()
             yield

@@ -8,10 +8,12 @@ at faults: a block with a fault is decoded on the CPU, which raises the error or
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import cupy
@@ -112,13 +114,12 @@ class CodedBlocks:
         )
 
     def batches(self, tokens: int) -> Iterator[CodedBlocks]:
-        """Blocks of about so many tokens together."""
-        first = 0
-        while first < len(self):
-            most = int(np.searchsorted(self.edges, self.edges[first] + tokens, side="right")) - 1
-            last = max(most, first + 1)
+        """Blocks of about so many tokens together, a quarter more at the most: a few that are left
+        over would take as many launches."""
+        number = math.ceil(int(self.edges[-1]) / tokens - 0.25)
+        ends = np.searchsorted(self.edges, np.linspace(0, self.edges[-1], max(number, 1) + 1))
+        for first, last in pairwise(np.unique(ends).tolist()):
             yield self[first:last]
-            first = last
 
 
 @dataclass(frozen=True)
@@ -491,14 +492,25 @@ class BatchDecoder(ABC):
         ``layers`` are indices into the section's, as the tensors' addresses are by. ``None``
         instead of tensors: K, or V, is not wanted.
         """
+        return self.destinations([layers], k_out, v_out)[0]
+
+    def destinations(
+        self, groups: Sequence[Sequence[int]], k_out: Tensors | None, v_out: Tensors | None
+    ) -> list[Destination]:
+        """:meth:`destination` of several groups of layers."""
         s = self._section
         wanted = [t for t in (k_out, v_out) if t is not None]
         sizes = s.kv_heads * s.k_dim, s.kv_heads * s.v_dim
         kinds = k_out is not None, v_out is not None
-        spans = Spans.of(self._basis, sizes, layers, kinds)
-        [there] = self.staging.arrays(entries(k_out, v_out, spans.columns, self._ropes))
+        spans = [Spans.of(self._basis, sizes, layers, kinds) for layers in groups]
+        there = self.staging.arrays(
+            *(entries(k_out, v_out, own.columns, self._ropes) for own in spans)
+        )
         wide = all(t.wide for t in wanted) and self._ropes.halves
-        return Destination(there, spans, wanted[0].dtype, wide, (k_out, v_out))
+        return [
+            Destination(x, own, wanted[0].dtype, wide, (k_out, v_out))
+            for x, own in zip(there, spans, strict=True)
+        ]
 
     def batches(self, blocks: CodedBlocks) -> Iterator[tuple[CodedBlocks, Batch]]:
         """Decode blocks to symbols, a batch whenever the next one is asked for."""

@@ -59,7 +59,7 @@ class Rows:
                 yield from coder.decoding(table, slots, range(len(k)), k, v, unseen=True)
 
         backend = self.reader(0).block_decoder.backend
-        yield from backend.interleaving(decoding(*portion) for portion in self._portions())
+        yield from backend.interleaving(decoding(*portion) for portion in self._portions(1))
 
     def arriving(self, groups: Sequence[Sequence[int]]) -> Steps[None]:
         """Decode groups of layers, indices into the section's, one after the other, beside what
@@ -67,7 +67,7 @@ class Rows:
         k, v = self._buffers()
         tasks: list[Steps[None]] = []
         with ExitStack() as opened:
-            for blocks, alike in groupby(self._portions(), itemgetter(0)):
+            for blocks, alike in groupby(self._portions(2), itemgetter(0)):
                 coder = opened.enter_context(blocks.lent(self.section))
                 portions = ((table, slots) for _, table, slots in alike)
                 tasks.append(coder.arriving(portions, groups, k, v))
@@ -85,13 +85,16 @@ class Rows:
         layers = len(first.header.geometry.sections[self.section].layers)
         return first.block_decoder.buffers(self.section, layers, self.tokens, self.out)
 
-    def _portions(self) -> Iterator[_Portion]:
-        """As much at a time as is decoded together."""
+    def _portions(self, batches: int) -> Iterator[_Portion]:
+        """So many batches or more at a time."""
         kinds: dict[Any, BlockDecoder] = {}
         waiting: list[_Portion] = []
         for i in range(self.count):
             reader = self.reader(i)
             blocks = kinds.setdefault(kind_of(reader.header), reader.block_decoder)
+            if waiting and waiting[0][0] is not blocks:
+                yield _joined(waiting)
+                waiting = []
             most = blocks.backend.batch_tokens(reader.header.geometry.sections[self.section])
             held = reader.tokens(self.section)
             named = partial(about, "streams", i, self.count) if self.count > 1 else nullcontext
@@ -102,12 +105,11 @@ class Rows:
                 if found is None:
                     break
                 table, slots = found
-                tokens = sum(len(own) for _, _, own in waiting)
-                if waiting and (waiting[0][0] is not blocks or tokens + len(slots) > most):
+                slots = np.where(slots < 0, -1, slots + i * self.step)
+                waiting.append((blocks, table.within(named), slots))
+                if sum(len(own) for _, _, own in waiting) >= batches * most:
                     yield _joined(waiting)
                     waiting = []
-                own = np.where(slots < 0, -1, slots + i * self.step)
-                waiting.append((blocks, table.within(named), own))
         if waiting:
             yield _joined(waiting)
 
