@@ -696,8 +696,8 @@ class CudaSectionCoder(SectionCoder):
         yield
         for (running, done), own in zip(started, groups, strict=True):
             for block, where in faulty(running):
-                found = self._cpu.decode(block, own)
-                self._place(where, *found, self._columns(own, k_out, v_out))
+                k_host, v_host = self._cpu.decode(block, own)
+                self._place(where, k_host, v_host, self._columns(own, k_out, v_out))
                 done = recorded()
             done.synchronize()
             yield

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
+from copy import copy
 from typing import Any, BinaryIO, Literal, TypeAlias, overload
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -38,6 +40,7 @@ from kvtc_stream.integrations.transformers.identity import (
     TokenIds,
     as_ids,
     check_fingerprint,
+    config_text,
     token_digest,
 )
 from kvtc_stream.integrations.transformers.images import (
@@ -763,10 +766,21 @@ def _seekable(source: Source) -> Any:
     return read()
 
 
+#: Per decoder, the text of its configuration, and the cache that transformers makes for it: that
+#: takes a millisecond.
+_empty: WeakKeyDictionary[PreTrainedModel, tuple[str, DynamicCache]] = WeakKeyDictionary()
+
+
 def _empty_cache(model: PreTrainedModel | None, sections: Sequence[Section]) -> DynamicCache:
     """With the layers that a model's configuration asks for, or plain ones."""
     if model is not None:
-        return DynamicCache(config=decoder_of(model).config)
+        decoder = decoder_of(model)
+        text = config_text(decoder.config)
+        if (known := _empty.get(decoder)) is None or known[0] != text:
+            known = _empty[decoder] = text, DynamicCache(config=decoder.config)
+        cache = copy(known[1])
+        cache.layers = list(map(copy, cache.layers))
+        return cache
     cache = DynamicCache()
     held = {number for section in sections for number in section.layers}
     cache.layers.extend(

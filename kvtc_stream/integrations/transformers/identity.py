@@ -19,7 +19,13 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from kvtc_stream.calibration.model import Calibration
 from kvtc_stream.errors import CalibrationMismatchError, UnsupportedError, warn
 from kvtc_stream.formats import ModelIdentity
-from kvtc_stream.integrations.transformers.model import decoder_of, modules_of, plain_model
+from kvtc_stream.integrations.transformers.model import (
+    decoder_of,
+    found_once,
+    modules_of,
+    plain_model,
+    tensors_of,
+)
 
 TokenIds: TypeAlias = "Sequence[int] | NDArray[np.integer[Any]] | Tensor"
 
@@ -179,6 +185,7 @@ def as_ids(token_ids: TokenIds, name: str = "token_ids") -> NDArray[np.int64]:
     return ids.astype(np.int64)
 
 
+@found_once
 def config_text(config: PreTrainedConfig) -> str:
     """The fields of a configuration that may change keys and values, as JSON."""
     entries = {
@@ -235,9 +242,8 @@ def _fingerprints(decoder: PreTrainedModel) -> tuple[bytes, bytes]:
     They are kept for as long as the model lives and neither its configuration, nor its adapters,
     nor its weights change.
     """
-    modules = modules_of(decoder)
-    tensors = _tensors(modules)
-    state, known = (config_text(decoder.config), *_state(modules, tensors)), _known.get(decoder)
+    tensors, known = [x for x in tensors_of(decoder) if not x.is_meta], _known.get(decoder)
+    state = config_text(decoder.config), *_state(modules_of(decoder), tensors)
     same = known is not None and known.state == state
     spans = known.spans if known is not None and same else list(map(_span, tensors))
     glimpse = _glimpse(tensors, spans)
@@ -284,17 +290,6 @@ def _glimpse(
             if count:
                 found.setdefault((x.device, x.dtype), []).append(x.as_strided((count,), (step,)))
         return {kind: torch.cat(own).view(torch.uint8) for kind, own in found.items()}
-
-
-def _tensors(modules: list[Any]) -> list[Tensor]:
-    """Parameters and buffers that are loaded; those that are shared, as often as they are."""
-    return [
-        x
-        for module in modules
-        for own in (module._parameters, module._buffers)
-        for x in own.values()
-        if x is not None and not x.is_meta
-    ]
 
 
 def _compute_fingerprints(decoder: PreTrainedModel) -> tuple[bytes, bytes]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from functools import wraps
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +21,9 @@ from transformers.cache_utils import (
 
 from kvtc_stream.errors import KVTCError, UnsupportedError
 from kvtc_stream.integrations.transformers.arriving import ArrivingLayer
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 SUPPORTED_CACHES = (
     "supported is a DynamicCache of one sequence whose layers are full or sliding-window attention"
@@ -51,48 +55,70 @@ def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
     )
 
 
-#: What :func:`modules_of` has found, while :func:`one_walk` keeps it.
-_walked: ContextVar[dict[torch.nn.Module, list[Any]] | None] = ContextVar("walked", default=None)
+#: What has been found out about models, while :func:`one_walk` keeps it.
+_kept: ContextVar[dict[tuple[str, int], tuple[Any, Any]] | None] = ContextVar("kept", default=None)
 
 
 @contextmanager
 def one_walk() -> Iterator[None]:
-    """Models do not change meanwhile: their modules are listed once."""
-    token = _walked.set({})
+    """Models do not change meanwhile: what is to be :func:`found_once` is."""
+    token = _kept.set({})
     try:
         yield
     finally:
-        _walked.reset(token)
+        _kept.reset(token)
 
 
+def found_once(function: Callable[[T], R]) -> Callable[[T], R]:
+    """A function of a model, or of its configuration, whose result nobody changes."""
+
+    @wraps(function)
+    def find(subject: T) -> R:
+        kept = _kept.get()
+        if kept is None:
+            return function(subject)
+        key = function.__name__, id(subject)
+        if key not in kept:
+            kept[key] = subject, function(subject)
+        found: R = kept[key][1]
+        return found
+
+    return find
+
+
+@found_once
 def modules_of(model: torch.nn.Module) -> list[Any]:
     """``model.modules()``, at a tenth of its time: a model is walked through for each cache."""
-    kept = _walked.get()
-    if kept is not None and model in kept:
-        return kept[model]
-    found: dict[torch.nn.Module, None] = {}
+    kept, found = _kept.get() or {}, dict[torch.nn.Module, None]()
     waiting = [model]
     while waiting:
         part = waiting.pop()
         if part in found:
             continue
-        if kept is not None and part in kept:  # with all that is below it
-            found.update(dict.fromkeys(kept[part]))
+        if (known := kept.get(("modules_of", id(part)))) is not None:  # with all that is below it
+            found.update(dict.fromkeys(known[1]))
             continue
         found[part] = None
         waiting.extend(x for x in reversed(part._modules.values()) if x is not None)
-    if kept is not None:
-        kept[model] = list(found)
     return list(found)
+
+
+@found_once
+def tensors_of(model: torch.nn.Module) -> list[Tensor]:
+    """Parameters and buffers; those that are shared, as often as they are."""
+    return [
+        x
+        for module in modules_of(model)
+        for own in (module._parameters, module._buffers)
+        for x in own.values()
+        if x is not None
+    ]
 
 
 def layer_devices(model: PreTrainedModel) -> dict[int, torch.device]:
     """Where the layers of a model that is spread over several devices are; empty if it is not."""
     decoder = decoder_of(model)
-    devices = {
-        p.device for part in modules_of(decoder) for p in part._parameters.values() if p is not None
-    }
-    if len(devices) < 2:
+    if len({x.device for x in tensors_of(decoder)}) < 2:
         return {}
     lists = [x for x in decoder.children() if isinstance(x, torch.nn.ModuleList)]
     layers = max(lists, key=len, default=torch.nn.ModuleList())
