@@ -37,8 +37,8 @@ SYMBOL_BYTES = 1 << 30
 #: Tokens of a batch, of narrow caches more: as many as have so many values, up to a limit. Below,
 #: their tiles are too few for the device, and batches too many for the host.
 BATCH_TOKENS, BATCH_VALUES, MOST_TOKENS = 16_384, 16_384 * 81_920, 32_768
-#: Bytes of rows between a product and its scatter (an H100 caches 50 MB).
-PIECE_BYTES = 32 << 20
+#: Bytes of rows between a product and its scatter. An H200 caches 60 MB; less takes more launches.
+PIECE_BYTES = 64 << 20
 #: Thread blocks of the coder that a multiprocessor runs at a time, limited by their tables.
 _BLOCKS_OF_THREADS = 2
 #: What payloads that tiles are decoded from begin at multiples of, in bytes.
