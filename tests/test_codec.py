@@ -571,6 +571,20 @@ def test_a_cache_unlike_the_calibration_warns(codec: kvtc.Codec, cache: Cache) -
         kvtc.encode(k, v[:, ::-1], codec=codec)
 
 
+@pytest.mark.parametrize("small", ["K", "V"])
+def test_keys_or_values_that_are_nothing_beside_the_others_warn(
+    calibration: kvtc.Calibration, cache: Cache, small: str
+) -> None:
+    """Without weights of what matters to the model, all bits go to the others, as expected."""
+    scales = (1e-4, 1) if small == "K" else (1, 1e-4)
+    calibrator = kvtc.Calibrator(calibration.geometry)
+    drawn = kvtc.testing.drawn_cache(calibration.geometry, 600, seed=4)
+    calibrator.update(*(x * np.float32(s) for x, s in zip(drawn, scales, strict=True)))
+    codec = kvtc.Codec(calibrator.finish(), ratio=8)
+    with pytest.warns(kvtc.KVTCWarning, match=rf"{small} loses \d\.\d+ of its norm, . 0\.0"):
+        kvtc.encode(*(x * np.float32(s) for x, s in zip(cache, scales, strict=True)), codec)
+
+
 def test_a_window_that_never_fills_costs_no_memory(
     calibration: kvtc.Calibration, cache: Cache
 ) -> None:

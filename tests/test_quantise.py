@@ -7,7 +7,7 @@ import numba
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
@@ -115,7 +115,15 @@ def test_e4m3_encoding_equals_ml_dtypes_and_saturates() -> None:
     np.testing.assert_array_equal(found, expected)
 
 
+def _beyond_a_grid() -> Float:
+    """All but one coefficient of a band lie on a grid that ends before that one."""
+    x = np.full((1, WIDTH), -2, np.float32)
+    x[0, 20:22] = 0, -1
+    return x
+
+
 @settings(max_examples=100, deadline=None)
+@example(_beyond_a_grid())
 @given(
     npst.arrays(
         np.float32,

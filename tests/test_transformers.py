@@ -1447,6 +1447,52 @@ def test_tokens_and_positions_are_those_of_the_keys(
 
 
 @pytest.mark.filterwarnings("ignore::kvtc_stream.KVTCWarning")
+def test_few_keys_elsewhere_and_keys_that_are_no_numbers(
+    built: Callable[[str], Any], calibrated: Callable[[str], kvtc.Calibration]
+) -> None:
+    """One of those that are looked at suffices, and what cannot be looked at says nothing."""
+    model, codec = built("llama"), verbatim(calibrated("llama"))
+    ids = drawn_ids(45)
+    where = torch.cat([torch.arange(40), torch.arange(1, 6)])  # as of a batch padded on the right
+    cache = DynamicCache(config=model.config)
+    with torch.inference_mode():
+        model(
+            input_ids=torch.from_numpy(ids)[None], position_ids=where[None], past_key_values=cache
+        )
+    with pytest.raises(kvtc.CalibrationMismatchError, match="keys of layer 0 are not those"):
+        encode_cache(cache, codec, model=model, token_ids=ids)
+    cache = prefill(model, ids)
+    with torch.inference_mode():
+        cache.layers[0].keys[0, 0, 0, 0] = np.nan
+    encode_cache(cache, codec, model=model, token_ids=ids)
+    with torch.inference_mode():
+        cache.layers[0].keys[0, 0, :, 0] = np.nan
+    with pytest.raises(kvtc.CalibrationMismatchError, match="keys of layer 0 are not those"):
+        encode_cache(cache, codec, model=model, token_ids=ids[::-1].copy())
+
+
+@pytest.mark.filterwarnings("ignore::kvtc_stream.KVTCWarning")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float8_e4m3fn, torch.float8_e5m2])
+def test_values_that_a_dtype_has_no_room_for(
+    dtype: Any, built: Callable[[str], Any], calibrated: Callable[[str], kvtc.Calibration]
+) -> None:
+    """They came back as infinities, or cut off."""
+    model, calibration = built("llama"), calibrated("llama")
+    cache = prefill(model, drawn_ids(40))
+    data = encode_cache(cache, verbatim(calibration))
+    assert data is not None
+    assert decode_cache(data, calibration, dtype=dtype).layers[1].keys.dtype is dtype
+    with torch.inference_mode():
+        cache.layers[1].keys[0, 0, -3, 0] = 1e6
+        cache.layers[1].keys[0, 0, -4, 0] = np.inf
+    data = encode_cache(cache, verbatim(calibration))
+    assert data is not None
+    with pytest.raises(kvtc.UnsupportedError, match=r"values beyond \d+.*choose another dtype"):
+        decode_cache(data, calibration, dtype=dtype)
+    decode_cache(data, calibration, dtype=torch.bfloat16)
+
+
+@pytest.mark.filterwarnings("ignore::kvtc_stream.KVTCWarning")
 def test_a_cache_that_has_lost_much_is_still_of_its_tokens(
     built: Callable[[str], Any], calibrated: Callable[[str], kvtc.Calibration]
 ) -> None:

@@ -188,8 +188,15 @@ def measure(strips, coefficients, stride, tokens, parameters, unfit):  # type: i
             new_shift = f16_bits(_F32(_F64(begin) + move * _F64(step)))
             new_scale = f16_bits(_F32(_F64(step) + stretch * _F64(step)))
             exponent = _I32(new_shift) & _I32(0x7C00)
-            # A positive scale, and both finite.
-            if _I32(0) < _I32(new_scale) < _I32(0x7C00) and exponent != _I32(0x7C00):
+            begin, step = f16_value(new_shift), f16_value(new_scale)
+            half = _F32(0.5) * step
+            # A positive scale, and both finite; no coefficient beyond the grid.
+            if (
+                _I32(0) < _I32(new_scale) < _I32(0x7C00)
+                and exponent != _I32(0x7C00)
+                and lo >= begin - half
+                and hi <= begin + (levels * step + half)
+            ):
                 scale, shift = new_scale, new_shift
     target = _I64(strips[strip + PARAMETER]) * 2 * stride + column
     parameters[target] = scale

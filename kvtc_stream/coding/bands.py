@@ -21,7 +21,7 @@ A cache that was restored lies on such grids already, but for the cast to its dt
 ``lo`` and ``hi`` each time it is stored. So where the distances of a band's coefficients from the
 grid are not those of any numbers, scale and shift are those that fit all codes best (least
 squares): then nothing more is lost than what binary16 and the mean of many casts leave. Those close
-to 0 do not count: of fresh coefficients too many are.
+to 0 do not count: of fresh coefficients too many are. A grid that ends before one of them is none.
 
 FP8 has a shift because the published format has one. It is always 0, which compresses away.
 Centring the range would move the code's small steps away from where most coefficients are: up to
@@ -396,6 +396,14 @@ def refit(
     return 0.0, 0.0
 
 
+@_jit
+def reaches(lo: _Scalar, hi: _Scalar, shift: _Scalar, scale: _Scalar, levels: _Scalar) -> _Scalar:
+    """Whether a grid has a value for all coefficients, and none is cut off; all of them binary32,
+    scale and shift binary16, so that no backend rounds differently."""
+    half = _F32(0.5) * scale
+    return lo >= shift - half and hi <= shift + (levels * scale + half)
+
+
 # --- kernels ------------------------------------------------------------------------------------
 
 
@@ -450,7 +458,12 @@ def _quantise_tokens(coefficients, table, codes, scale, shift, representable):  
                 if move != 0 or stretch != 0:
                     new_shift = round_to_binary16(band_shift + move * band_scale)
                     new_scale = round_to_binary16(band_scale + stretch * band_scale)
-                    if new_scale > 0 and new_scale < infinity and abs(new_shift) < infinity:
+                    if (
+                        new_scale > 0
+                        and new_scale < infinity
+                        and abs(new_shift) < infinity
+                        and reaches(lo, hi, new_shift, new_scale, levels)
+                    ):
                         scale[g, t] = new_scale
                         shift[g, t] = new_shift
                         _affine_codes(x, new_shift, new_scale, levels, out)

@@ -323,7 +323,7 @@ class Encoder:
     def _warn(self) -> None:
         """Tell what is odd about the stream; Python shows a warning once, the log has each."""
         s = self._statistics
-        found = s.surprises(self._codec.plan)
+        found = s.surprises(self._codec.plan) + s.lost_kinds()
         found += s.lost_layers(self._geometry, self._codec.target)
         if self._base is not None and (complaint := self._base.complaint()):
             found.insert(0, complaint)

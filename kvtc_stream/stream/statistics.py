@@ -164,6 +164,18 @@ class StreamStatistics:
             if sums.tokens >= _SURPRISE_TOKENS and total > _surprising(expected) * sums.tokens
         ]
 
+    def lost_kinds(self) -> list[str]:
+        """Where next to nothing is kept of K, or of V, and the other loses little: to squared
+        errors it is nothing beside that, and the calibration expects it."""
+        return [
+            f"section {i}: {name} loses {lost:.2f} of its norm, {other} {kept:.3f}: it is small "
+            f"beside that. Calibrate with importance='gradients', or choose a lower ratio"
+            for i, sums in sorted(self._sections.items())
+            for k, v in [(sums.k / sums.tokens, sums.v / sums.tokens)]
+            for name, lost, other, kept in (("K", k, "V", v), ("V", v, "K", k))
+            if sums.tokens >= _SURPRISE_TOKENS and lost > _USELESS and lost > _LOST_FACTOR * kept
+        ]
+
     def layer_errors(self, section: int = 0) -> NDArray[np.float64] | None:
         """float64 [2, layers]: mean error of K and of V in each layer of a section.
 

@@ -603,13 +603,23 @@ def _fill(
     def there() -> tuple[Tensor, Tensor]:
         if arrivals is not None:
             arrivals.wait(index // _TOGETHER)
-        keys, values = (x.to(place, like.dtype) for x in tensors.layer(index))
+        keys, values = (_moved(x, place, like.dtype) for x in tensors.layer(index))
         return keys, values
 
     if arrivals is None:
         layer.keys, layer.values = there()
     else:
         expect(layer, there)
+
+
+def _moved(x: Tensor, place: torch.device, dtype: torch.dtype) -> Tensor:
+    """``UnsupportedError`` if a type has no room for some values: they would become infinite."""
+    most = torch.finfo(dtype).max
+    if most < torch.finfo(x.dtype).max and bool((x.isfinite() & (x.abs() > most)).any()):
+        raise UnsupportedError(
+            f"the cache has values beyond {most:g}, the largest of {dtype}: choose another dtype"
+        )
+    return x.to(place, dtype)
 
 
 def _some_tokens(x: Tensor, slots: NDArray[np.int64], there: bool) -> Tensor:
@@ -738,17 +748,20 @@ def _check_prompt(
     check_vocabulary(model, ids[words])
     keys = layers[number].keys.detach()[sequence][:, slots[chosen]].float()
     errors = key_errors(model, number, tokens, keys, positions)
-    if errors is None or not (errors.diagonal() > _ROUNDING).any():
+    if errors is None or (errors.diagonal() <= _ROUNDING).all():
         return
-    own = errors.diagonal()
+    own = np.nan_to_num(errors.diagonal(), nan=np.inf)
     # What was left out or evicted may have stood anywhere before or between.
     candidates = np.arange(min(4 * int(positions[-1]) + 1024, _CANDIDATES))
     errors = key_errors(model, number, tokens, keys, candidates)
     assert errors is not None
+    errors = np.nan_to_num(errors, nan=np.inf)
     best = errors.min(axis=1)
-    # A restored cache has lost something, but no other position explains its keys better.
+    # A restored cache has lost something, but no other position explains its keys better, and none
+    # exactly.
     elsewhere = (own > _ROUNDING) & (best < own / 2)
-    if 4 * elsewhere.sum() >= len(own) or 2 * (own > _ANOTHER).sum() >= len(own):
+    exactly = (own > 4 * _ROUNDING) & (best <= _ROUNDING)
+    if exactly.any() or 4 * elsewhere.sum() >= len(own) or 2 * (own > _ANOTHER).sum() >= len(own):
         raise CalibrationMismatchError(
             f"the keys of layer {number} are not those of token_ids at positions "
             f"{positions.tolist()} (relative errors {own.round(2).tolist()}); the likeliest are "
