@@ -7,6 +7,10 @@ GB of K and V a second, medians, until the device is done; tensors are on the de
 pinned memory where they are read, and new ``bytes`` where they are written. ``cpu_s_per_gb`` is
 the host's time on all its threads.
 
+``small`` is SmolLM2-135M's shape, with one basis and with one for each of six groups of layers, of
+which as many components are coded as at 64 times: eight streams in pinned memory to new tensors,
+against copying the raw caches from there.
+
 The adapter's model has drawn weights. Its calibration is drawn too, and so is the cache that is
 stored, so ``encode_cache`` gets no ``token_ids``: those of another cache would be refused.
 """
@@ -31,7 +35,9 @@ import kvtc_stream as kvtc
 from gpu import GEOMETRIES, RATIO, Model, Restored, Streams, device_result, seconds
 
 TOKENS, MANY = 8192, 8
-NAME = "Mistral-NeMo-12B"
+NAME, SMALL = "Mistral-NeMo-12B", "SmolLM2-135M"
+#: Groups of layers of the small model, and components of all of them.
+GROUPS = {1: None, 6: 7466}
 
 
 def timed(task: Callable[[], Any], repeats: int = 5) -> tuple[Any, float, float]:
@@ -107,6 +113,41 @@ def public(model: Model) -> dict[str, Any]:
         result[name] = found
     names = ("decode_gbps", "encode_gbps", "decode_many_gbps", "encode_many_gbps")
     return result | {key: result["default"][key] for key in names}
+
+
+def copies(here: Any, raw: Any) -> None:
+    """As many caches to the device."""
+    for _ in range(MANY):
+        here.set(raw)
+
+
+def small() -> dict[str, Any]:
+    """Restoring caches of a small model, against copying them."""
+    layers, heads, dim, _ = GEOMETRIES[SMALL]
+    result = {}
+    for groups, components in GROUPS.items():
+        model = Model(layers, heads, dim, groups, components=components)
+        codec = kvtc.Codec(model.calibration, ratio=RATIO, backend="cuda", measure=False)
+        caches = [
+            tuple(x.view(ml_dtypes.bfloat16) for x in model.cache(TOKENS, seed))
+            for seed in range(MANY)
+        ]
+        size = sum(x.nbytes for pair in caches for x in pair)
+        held = [pinned(data) for data in kvtc.encode_many(caches, codec)]
+        del caches
+        raw = pinned(bytes(size // MANY))
+        here = cp.empty(size // MANY, np.uint8)
+        _, copied, _ = timed(partial(copies, here, np.frombuffer(raw, np.uint8)))
+        decode = partial(kvtc.decode_many, held, model.calibration, backend="cuda")
+        _, elapsed, cpu = timed(decode)
+        result[f"{groups} of layers"] = {
+            "decode_many_gbps": size / elapsed / 1e9,
+            "decode_many_cpu_s_per_gb": cpu / (size / 1e9),
+            "raw_copy_gbps": size / copied / 1e9,
+            "over_raw_copy": copied / elapsed,
+        } | {f"kernels_{key}": value for key, value in kernels(model, MANY).items()}
+        cp.get_default_memory_pool().free_all_blocks()
+    return result
 
 
 def rows_of(k: Any, many: int) -> list[list[Any]]:
@@ -193,6 +234,8 @@ def main() -> None:
     result["kernels"] = {f"{n} × 8K": kernels(model, n) for n in (1, MANY)}
     console.print(result["kernels"])
     cp.get_default_memory_pool().free_all_blocks()
+    result["small"] = small()
+    console.print(result["small"])
     if not args.no_adapter:
         result["adapter"] = adapter(*adapter_tasks(model))
         console.print(result["adapter"])

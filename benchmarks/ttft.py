@@ -8,7 +8,8 @@ the tokens, and read the last one: ``there`` has it on the model's device as it 
 value, which no way to restore it can beat; the others restore it from a stream in pinned memory
 (with CUDA), ordinary memory, or a file that was dropped from the system's cache, by
 ``decode_batch``. All end with the likeliest next token, when the device is done; ``restore`` of a
-place is its part until the cache is there. Streams on the device are no place of their own: the
+place is its part until the cache is there, and with ``arriving`` the model begins while its last
+layers are decoded (``wait=False``). Streams on the device are no place of their own: the
 host parses them.
 
 With ``--shape`` weights, calibration and caches are drawn, as those of ``gpu.py``: times do not
@@ -176,10 +177,15 @@ class Row:
         self, name: str, take: Callable[[], Sequence[Any]], before: Callable[[], None]
     ) -> dict[str, float]:
         """Of streams in one place."""
-        return {
+        found = {
             f"{name}_restore_s": self._seconds(lambda: self._restore(take()), before),
             f"{name}_s": self._seconds(lambda: self._go_on(self._restore(take())), before),
         }
+        if self._device.type == "cuda":
+            found[f"{name}_arriving_s"] = self._seconds(
+                lambda: self._go_on(self._restore(take(), wait=False)), before
+            )
+        return found
 
     def _seconds(self, task: Callable[[], Any], before: Callable[[], None] = lambda: None) -> float:
         found: list[float] = []
@@ -239,9 +245,9 @@ class Row:
         found = self._network(self._ids[:, -1:], **growing(self._network, cache))
         return found.logits[:, -1].argmax(-1)
 
-    def _restore(self, streams: Sequence[Any]) -> DynamicCache:
+    def _restore(self, streams: Sequence[Any], wait: bool = True) -> DynamicCache:
         """The cache of all streams, on the device."""
-        return host.decode_batch(streams, self._codec.calibration, model=self._network)
+        return host.decode_batch(streams, self._codec.calibration, model=self._network, wait=wait)
 
     def _places(
         self, folder: Path
@@ -320,6 +326,8 @@ def rows(source: Source, args: argparse.Namespace, console: Console, note: Calla
             place = "pinned" if "pinned_s" in row else "memory"
             row["prefill_over_restore"] = row["prefill_s"] / row[f"{place}_restore_s"]
             row["more_than_there_s"] = row[f"{place}_s"] - row["there_s"]
+            if arriving := row.get(f"{place}_arriving_s"):
+                row["arriving_more_than_there_s"] = arriving - row["there_s"]
         console.print(row, f"{time.monotonic() - begin:.1f} s in all")
         note(row)
 
@@ -332,7 +340,15 @@ def shown(result: dict[str, Any]) -> Table:
     """Times of a result."""
     ways = ("prefill", "there", *PLACES)
     table = Table(
-        *("model", "tokens", "batch", *ways, "prefill / restore", "more than there", "ratio"),
+        *(
+            "model",
+            "tokens",
+            "batch",
+            *ways,
+            "prefill / restore",
+            "more than there, arriving",
+            "ratio",
+        ),
         title="seconds to the first token",
     )
     for row in result["rows"]:
@@ -341,7 +357,15 @@ def shown(result: dict[str, Any]) -> Table:
             table.add_row(*cells, row["left_out"])
             continue
         times = [f"{row[f'{way}_s']:.3f}" if f"{way}_s" in row else "" for way in ways]
-        compared = f"{row['prefill_over_restore']:.1f}", f"{1e3 * row['more_than_there_s']:.0f} ms"
+        more = [
+            row[f"{x}more_than_there_s"]
+            for x in ("", "arriving_")
+            if f"{x}more_than_there_s" in row
+        ]
+        compared = (
+            f"{row['prefill_over_restore']:.1f}",
+            ", ".join(f"{1e3 * x:.0f} ms" for x in more),
+        )
         table.add_row(*cells, *times, *compared, f"{row['ratio']:.1f}")
     return table
 
