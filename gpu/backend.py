@@ -673,18 +673,22 @@ class CudaSectionCoder(SectionCoder):
         loads: list[tuple[BlockTable, NDArray[np.int64], BlockLoad, Callable[[], None]]] = []
         batches: list[tuple[CodedBlocks, Batch]] = []
         unchecked: list[_Unchecked] = []
-        for table, slots in portions:
+        try:
+            for table, slots in portions:
+                with beside(ready, UPLOADING):
+                    loaded = decoder.load(table, slots, tiles=self._tiles)
+                    uploaded = recorded()
+                stream.wait_event(uploaded)
+                if len(loaded.blocks):
+                    batches.append((loaded.blocks, decoder.symbols(loaded.blocks)))
+                loads.append((table, slots, loaded, loaded.verifying()))
+            started = [(decoder.start(batches, own), recorded()) for own in destinations]
+            yield
+            for _, _, _, whole in loads:
+                whole()
+        finally:  # what payloads came from may change now
             with beside(ready, UPLOADING):
-                loaded = decoder.load(table, slots, tiles=self._tiles)
-                uploaded = recorded()
-            stream.wait_event(uploaded)
-            if len(loaded.blocks):
-                batches.append((loaded.blocks, decoder.symbols(loaded.blocks)))
-            loads.append((table, slots, loaded, loaded.verifying()))
-        started = [(decoder.start(batches, own), recorded()) for own in destinations]
-        yield
-        for _, _, _, whole in loads:
-            whole()
+                cupy.cuda.get_current_stream().synchronize()
         with beside(ready):
             for table, slots, loaded, _ in loads:
                 for found in self._exact(table, slots):

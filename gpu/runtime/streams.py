@@ -42,7 +42,7 @@ def beside(event: Any, number: int = CHECKING) -> Iterator[None]:
         yield
 
 
-def apart(task: Iterator[None]) -> Steps[None]:
+def apart(task: Steps[None]) -> Steps[None]:
     """Take a task's steps, on whatever thread asks for them, in a stream of their own, after what
     is in the current stream now. When it ends, or nobody wants it any more, the device is done."""
     device, ready = cupy.cuda.runtime.getDevice(), cupy.cuda.Event(disable_timing=True)
@@ -57,6 +57,7 @@ def apart(task: Iterator[None]) -> Steps[None]:
             yield
     finally:
         stream.synchronize()
+        task.close()
 
 
 def interleaving(tasks: Iterable[Iterator[None]]) -> Steps[None]:
