@@ -299,9 +299,10 @@ def decode_cache(
     wait
         ``False``: return once all blocks are known to be whole and the device has its work. Layers
         are waited for when their keys or values are first read, so that the model computes with
-        some while the next are decoded; until the last one has been read, that takes a quarter of
-        the cache's memory more, and its tensors stay. What a block that is whole can still have
-        wrong, because its writer was at fault, is raised then. On a CPU everything is waited for.
+        some while the next are decoded; until the last one has been read, that takes a quarter to
+        a half of the cache's memory more, and its tensors stay. What a block that is whole can
+        still have wrong, because its writer was at fault, is raised then. On a CPU everything is
+        waited for.
     return_positions
         Take streams whose tokens are not at positions 0, 1, 2, … (left-out tokens of an evicted
         cache) too, and return the positions, int64 [tokens], beside the cache. Such a cache goes on
