@@ -629,11 +629,11 @@ class CudaSectionCoder(SectionCoder):
             whole()  # says more of a payload that is damaged
             raise
         values = partial(self._decoder.start, chain(first, batches), destination)
+        exact = self._exact(table, slots, {x.row for x in there})
         try:
             started = values() if unseen else []
             yield
             whole()
-            exact = self._exact(table, slots, {x.row for x in there})
             self._place_exact(early, layers, columns)
             started = started or values()
             for found in exact:  # beside what the device does
@@ -670,7 +670,7 @@ class CudaSectionCoder(SectionCoder):
         columns = self._columns(layers, k_out, v_out)
         destinations = decoder.destinations(groups, k_out, v_out)
         ready = recorded()
-        loads: list[tuple[BlockTable, NDArray[np.int64], BlockLoad, Callable[[], None]]] = []
+        loads: list[tuple[BlockLoad, Iterator[Sequence[_Exact]], Callable[[], None]]] = []
         batches: list[tuple[CodedBlocks, Batch]] = []
         unchecked: list[_Unchecked] = []
         try:
@@ -681,19 +681,18 @@ class CudaSectionCoder(SectionCoder):
                 stream.wait_event(uploaded)
                 if len(loaded.blocks):
                     batches.append((loaded.blocks, decoder.symbols(loaded.blocks)))
-                loads.append((table, slots, loaded, loaded.verifying()))
+                loads.append((loaded, self._exact(table, slots), loaded.verifying()))
             started = [(decoder.start(batches, own), recorded()) for own in destinations]
             yield
-            for _, _, _, whole in loads:
+            for _, _, whole in loads:
                 whole()
         finally:  # what payloads came from may change now
             with beside(ready, UPLOADING):
                 cupy.cuda.get_current_stream().synchronize()
         with beside(ready):
-            for table, slots, loaded, _ in loads:
-                for found in self._exact(table, slots):
-                    exact = self._uploaded(found, loaded, unchecked)
-                    self._place_exact(exact, layers, columns)
+            for loaded, exact, _ in loads:
+                for found in exact:
+                    self._place_exact(self._uploaded(found, loaded, unchecked), layers, columns)
             placed = recorded()
         _check_exact(unchecked)
         placed.synchronize()
@@ -736,7 +735,8 @@ class CudaSectionCoder(SectionCoder):
         self, table: BlockTable, slots: NDArray[np.int64], but: Container[int] = ()
     ) -> Iterator[Sequence[_Exact]]:
         """The verbatim tokens ``but`` those of some rows, of some blocks at a time; threads begin
-        with those that the device does not decode at once. The blocks are known to be whole."""
+        with those that the device does not decode at once. To be taken when the blocks are known to
+        be whole: what comes of others tells less of them than their checksums do."""
         rows, verbatim = table.rows, table.verbatim()
         edges = np.concatenate([[0], np.cumsum(rows["tokens"])]).tolist()
         header, waiting = self._header, 0

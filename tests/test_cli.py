@@ -607,6 +607,7 @@ def test_encode_fp8_with_scales(tmp_path, kvtc_command, files):
         (["--ratio", "4", "--bits-per-token", "9"], 2, "not allowed with argument"),
         (["--metadata", "[1]"], 2, "expected a JSON object"),
         (["--metadata", "{"], 2, "no JSON"),
+        (["--metadata", '{"a": NaN}'], 2, "no JSON: it has no NaN"),
         (["--ratio", "0"], 1, "ratio must be positive"),
         (["--preset", "best"], 1, "preset must be one of"),
         (["--coder", "zip"], 1, "coder must be one of"),

@@ -152,6 +152,8 @@ def test_open_wants_the_right_arguments(tmp_path: Path, codec: kvtc.Codec, strea
         open_anyhow(path, "wb", codec=codec, colour="red")
     with pytest.raises(FileNotFoundError, match="no directory"):
         kvtc.open(tmp_path / "none" / "a", "wb", codec=codec)
+    with pytest.raises(IsADirectoryError, match="is a directory: name a file in it"):
+        kvtc.open(tmp_path, "wb", codec=codec)
     with pytest.raises(FileNotFoundError):
         kvtc.open(path, calibration=codec.calibration)
     assert files(tmp_path) == set()

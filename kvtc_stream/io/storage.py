@@ -39,6 +39,8 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     target = Path(os.path.realpath(path))
     if not target.parent.is_dir():
         raise FileNotFoundError(f"no directory {Path(path).parent} to write {target.name} into")
+    if target.is_dir():
+        raise IsADirectoryError(f"{path} is a directory: name a file in it")
     partial = _partial(target)
     with _open_locked(partial, target.name) as file:
         try:
