@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -680,9 +681,9 @@ def test_a_cache_whose_layers_arrive_while_others_are_decoded(
 
 
 def test_blocks_that_the_device_refuses_as_their_layers_arrive(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """The CPU decodes them, or tells what is wrong whoever asks."""
+    """The CPU decodes them, or tells what is wrong whoever asks; the file is closed by then."""
     torch = pytest.importorskip("torch")
     host = pytest.importorskip("kvtc_stream.integrations.transformers")
     from kvtc_stream.gpu.coder import decoding
@@ -696,10 +697,12 @@ def test_blocks_that_the_device_refuses_as_their_layers_arrive(
     calibration = CALIBRATIONS["groups"]
     k, v = kvtc.testing.drawn_cache(calibration.geometry, 200, seed=3)
     data = kvtc.encode(k, v, kvtc.Codec(calibration, ratio=6, window=20, block_tokens=32))
+    path = tmp_path / "cache.kvtc"
+    path.write_bytes(data)
     expected = host.decode_cache(data, calibration)
     monkeypatch.setattr("kvtc_stream.integrations.transformers.cache._TOGETHER", 1)
     monkeypatch.setattr("kvtc_stream.gpu.backend.faulty", refused)
-    found = host.decode_cache(data, calibration, device="cuda", wait=False)
+    found = host.decode_cache(path, calibration, device="cuda", wait=False)
     for mine, theirs in zip(found.layers, expected.layers, strict=True):
         assert torch.equal(mine.keys.cpu(), theirs.keys)
         assert torch.equal(mine.values.cpu(), theirs.values)
