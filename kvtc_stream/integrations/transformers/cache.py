@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from copy import copy
 from typing import Any, BinaryIO, Literal, TypeAlias, overload
 from weakref import WeakKeyDictionary
@@ -143,15 +143,15 @@ def encode_cache(
     """
     expect_codec(codec)
     with one_walk():
-        if model is not None:
-            _check_shape(model, codec.calibration)
-        layers, seen, sequence = _check_cache(cache, codec.calibration.geometry, sequence)
+        with _first_about(model, codec.calibration):
+            layers, seen, sequence = _check_cache(cache, codec.calibration.geometry, sequence)
         kept = _kept(attention_mask, layers, seen, sequence)
         where = _given_positions(positions, int(kept.sum()))
         ids = None if token_ids is None else _kept_ids(token_ids, kept)
         if model is not None:
             check_no_images(model, ids)
             if ids is not None:
+                _check_shape(model, codec.calibration)
                 _check_prompt(model, layers, sequence, kept, ids, where)
         chunks = _chunks(codec, layers, sequence, kept, where)
         options: EncoderOptions = {
@@ -162,8 +162,7 @@ def encode_cache(
         if file is None:
             steps = kvtc.Encoder(codec, **options).whole(chunks)
             return run(_begun(steps, model, codec.calibration))
-        if model is not None:
-            check_fingerprint(model, codec.calibration)
+        _check_model(model, codec.calibration)
         with kvtc.open(file, "wb", codec=codec, **options) as writer:
             for chunk in chunks:
                 del chunk["last"]
@@ -180,6 +179,24 @@ def _check_shape(model: PreTrainedModel, calibration: kvtc.Calibration) -> None:
         raise
 
 
+def _check_model(model: PreTrainedModel | None, calibration: kvtc.Calibration) -> None:
+    """Refuse another model than the calibration's."""
+    if model is not None:
+        _check_shape(model, calibration)
+        check_fingerprint(model, calibration)
+
+
+@contextmanager
+def _first_about(model: PreTrainedModel | None, calibration: kvtc.Calibration) -> Iterator[None]:
+    """Errors are about the model if its caches are of another shape: then nothing fits."""
+    try:
+        yield
+    except (kvtc.KVTCError, LookupError):
+        if model is not None:
+            _check_shape(model, calibration)
+        raise
+
+
 def _begun(
     steps: Steps[R], model: PreTrainedModel | None, calibration: kvtc.Calibration
 ) -> Steps[R]:
@@ -187,9 +204,7 @@ def _begun(
     try:
         return begun(steps)
     finally:
-        if model is not None:
-            _check_shape(model, calibration)
-            check_fingerprint(model, calibration)
+        _check_model(model, calibration)
 
 
 def _chunks(
@@ -445,12 +460,8 @@ def _restored(
                 read(i)
             return readers[i]
 
-        try:
+        with _first_about(model, calibration):
             positions = read(0)
-        except (kvtc.KVTCError, LookupError):
-            if model is not None:  # of another model nothing fits
-                _check_shape(model, calibration)
-            raise
         memory = device if backend == "cuda" else torch.device("cpu")
         wait = wait or backend == "cpu"
         restored: list[tuple[_Tensors, Steps[None]]] = []

@@ -24,6 +24,7 @@ from kvtc_stream.integrations.transformers.model import (
     attention_layers,
     decoder_of,
     filled_layers,
+    found_once,
     modules_of,
     plain_model,
     probe_tokens,
@@ -65,6 +66,11 @@ def geometry_of(model: PreTrainedModel) -> Geometry:
         recurrent, compressed), there is none, the rotary tables change with length (``dynamic``,
         ``longrope``), or no table explains the keys.
     """
+    return _geometry(model)
+
+
+@found_once
+def _geometry(model: PreTrainedModel) -> Geometry:
     decoder, name = decoder_of(model), type(plain_model(model)).__name__
     tables = _rotary_tables(decoder, name)
     found_with = (config_text(decoder.config), tables)
