@@ -45,6 +45,7 @@ from kvtc_stream.integrations.transformers import (  # noqa: E402
 )
 from kvtc_stream.integrations.transformers.arriving import Arrivals, expect  # noqa: E402
 from kvtc_stream.integrations.transformers.model import attention_layers  # noqa: E402
+from kvtc_stream.io.dlpack import numpy_dtype  # noqa: E402
 from kvtc_stream.stream.decoder import BlockDecoder  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -1490,6 +1491,19 @@ def test_values_that_a_dtype_has_no_room_for(
     with pytest.raises(kvtc.UnsupportedError, match=r"values beyond \d+.*choose another dtype"):
         decode_cache(data, calibration, dtype=dtype)
     decode_cache(data, calibration, dtype=torch.bfloat16)
+
+
+@pytest.mark.filterwarnings("ignore::kvtc_stream.KVTCWarning")
+def test_fp8_that_another_fp8_has_no_room_for() -> None:
+    calibration = kvtc.testing.tiny_calibration()
+    k, v = kvtc.testing.drawn_cache(calibration.geometry, 40)
+    k[0, 0, 3, 0] = 2**14
+    small = kvtc.DType.FLOAT8_E5M2
+    codec = kvtc.Codec(calibration, ratio=2, window=1024, out_dtype=small.label)
+    data = kvtc.encode(*(x.astype(numpy_dtype(small)) for x in (k, v)), codec)
+    assert decode_cache(data, calibration).layers[0].keys.dtype is torch.float8_e5m2
+    with pytest.raises(kvtc.UnsupportedError, match="values beyond 448"):
+        decode_cache(data, calibration, dtype=torch.float8_e4m3fn)
 
 
 @pytest.mark.filterwarnings("ignore::kvtc_stream.KVTCWarning")

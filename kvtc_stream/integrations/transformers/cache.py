@@ -627,10 +627,13 @@ def _fill(
 def _moved(x: Tensor, place: torch.device, dtype: torch.dtype) -> Tensor:
     """``UnsupportedError`` if a type has no room for some values: they would become infinite."""
     most = torch.finfo(dtype).max
-    if most < torch.finfo(x.dtype).max and bool((x.isfinite() & (x.abs() > most)).any()):
-        raise UnsupportedError(
-            f"the cache has values beyond {most:g}, the largest of {dtype}: choose another dtype"
-        )
+    if most < torch.finfo(x.dtype).max:
+        own = x.float() if x.itemsize == 1 else x  # PyTorch does not compare fp8
+        if bool((own.isfinite() & (own.abs() > most)).any()):
+            raise UnsupportedError(
+                f"the cache has values beyond {most:g}, the largest of {dtype}: choose another "
+                "dtype"
+            )
     return x.to(place, dtype)
 
 
