@@ -65,9 +65,9 @@ def uniform_tables(
     with np.errstate(over="ignore", invalid="ignore"):
         projected = analysis.project(rows - mean)
         sound = xp.isfinite(projected).all(axis=1)
-    if len(rows) and not sound.any():
-        raise ValueError(TOO_LARGE)
     rows, measured = rows[sound], xp.ascontiguousarray(projected[sound], np.float32)
+    if len(sound) and not len(rows):
+        raise ValueError(TOO_LARGE)
     coefficients = arrays.get(measured)
     importance = None
     if pairs is not None:
