@@ -492,6 +492,11 @@ def test_not_a_calibration(tmp_path: Path) -> None:
     save_file({"a": np.zeros(3)}, path)
     with pytest.raises(kvtc.FormatError, match="not a calibration"):
         kvtc.Calibration.load(path)
+    calibration = kvtc.testing.tiny_calibration()
+    k, v = kvtc.testing.drawn_cache(calibration.geometry, 300)
+    path.write_bytes(kvtc.encode(k, v, kvtc.Codec(calibration)))
+    with pytest.raises(kvtc.FormatError, match="is a kvtc stream, where a calibration belongs"):
+        kvtc.Calibration.load(path)
     path.write_bytes(b"PK\x03\x04 something else entirely")
     with pytest.raises(kvtc.FormatError, match="not a readable safetensors file"):
         kvtc.Calibration.load(path)

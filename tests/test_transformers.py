@@ -903,12 +903,12 @@ def test_verbatim_cache_in_half_precision(
         shape = (1, 1, 40, 8)
         cache.update(torch.randn(shape).to(dtype), torch.randn(shape).to(dtype), number)
     data = encode_cache(cache, verbatim(calibration))
-    decoded = decode_cache(data, calibration, model=model)
+    decoded = decode_cache(data, calibration, model=model, dtype=dtype)
     for mine, theirs in zip(decoded.layers, cache.layers, strict=True):
         assert mine.keys.dtype == dtype
         assert torch.equal(mine.keys, theirs.keys)
         assert torch.equal(mine.values, theirs.values)
-    wide = decode_cache(data, calibration, model=model, dtype=torch.float32)
+    wide = decode_cache(data, calibration, model=model)
     assert wide.layers[0].keys.dtype == torch.float32
 
 
@@ -1445,6 +1445,45 @@ def test_tokens_and_positions_are_those_of_the_keys(
         for layer in half.layers:
             layer.keys, layer.values = layer.keys.to(dtype), layer.values.to(dtype)
         encode_cache(half, codec, model=model, token_ids=ids)
+
+
+@pytest.mark.filterwarnings("ignore::kvtc_stream.KVTCWarning")
+def test_tokens_that_differ_in_a_part_of_the_prompt(
+    built: Callable[[str], Any], calibrated: Callable[[str], kvtc.Calibration]
+) -> None:
+    model, calibration = built("llama"), calibrated("llama")
+    ids = drawn_ids(200)
+    cache = prefill(model, ids)
+    codec = kvtc.Codec(calibration, ratio=8, window=0, sinks=0, block_tokens=64)
+    restored = decode_cache(encode_cache(cache, codec), calibration, model=model)
+    for changed in (1, 50):
+        wrong = ids.copy()
+        wrong[10 : 10 + changed] = 2 + (wrong[10 : 10 + changed] + 7) % (VOCABULARY - 2)
+        with pytest.raises(kvtc.CalibrationMismatchError, match="keys of layer 0 are not those"):
+            encode_cache(cache, codec, model=model, token_ids=wrong)
+    encode_cache(restored, codec, model=model, token_ids=ids)
+    with pytest.raises(kvtc.CalibrationMismatchError, match="keys of layer 0 are not those"):
+        encode_cache(restored, codec, model=model, token_ids=ids[::-1].copy())
+
+
+@pytest.mark.filterwarnings("ignore::kvtc_stream.KVTCWarning")
+def test_a_cache_is_of_the_type_that_its_model_computes_in() -> None:
+    """Attention of bfloat16 takes no keys of float32."""
+    model = llama()
+    calibration = calibrate(model, [drawn_ids(300, s) for s in range(2)], tokens=400)
+    ids = drawn_ids(40)
+    data = encode_cache(prefill(model, ids), verbatim(calibration))
+    assert data is not None
+    torch.manual_seed(0)
+    served = transformers.LlamaForCausalLM._from_config(model.config, dtype=torch.bfloat16)
+    served.load_state_dict(model.state_dict())
+    cache = decode_cache(data, calibration, model=served.eval())
+    assert cache.layers[0].keys.dtype is torch.bfloat16
+    with torch.inference_mode():
+        served(torch.tensor([[5]]), cache=cache)
+    assert decode_cache(data, calibration).layers[0].keys.dtype is torch.float32
+    kept = decode_cache(data, calibration, model=served, dtype=torch.float32)
+    assert kept.layers[0].keys.dtype is torch.float32
 
 
 @pytest.mark.filterwarnings("ignore::kvtc_stream.KVTCWarning")

@@ -22,6 +22,7 @@ from kvtc_stream.calibration.parts import CalibratedBases, Part, SectionCalibrat
 from kvtc_stream.coding.rans import CLASSES, Families
 from kvtc_stream.errors import ChecksumError, FormatError, VersionError
 from kvtc_stream.formats import Geometry, ModelIdentity, Rope, Section
+from kvtc_stream.formats.preamble import MAGIC
 from kvtc_stream.io.storage import atomic_write
 
 #: Versions of the file: 3; 4, with components in two levels; 5, with rotary axes or components in
@@ -58,6 +59,9 @@ def load(path: str | os.PathLike[str]) -> CalibratedBases:
             arrays = {key: file.get_tensor(key) for key in types if key not in small}
         arrays |= _float8_arrays(name, small)
     except (SafetensorError, TypeError, AttributeError) as error:
+        with open(name, "rb") as file:
+            if file.read(len(MAGIC)) == MAGIC:
+                raise FormatError(f"{name} is a kvtc stream, where a calibration belongs") from None
         raise FormatError(
             f"{name} is not a readable safetensors file, as calibrations are: {error}; "
             f"make one with `kvtc calibrate`"

@@ -352,9 +352,8 @@ def _compact(commands: Any) -> argparse.ArgumentParser:
 
 
 def _repair(commands: Any) -> argparse.ArgumentParser:
-    parser = _add(
-        commands, "repair", "write out the whole blocks of a stream that was cut off or damaged"
-    )
+    about = "write out the whole blocks of a stream that was cut off, or whose end is damaged"
+    parser = _add(commands, "repair", about)
     parser.add_argument("input", metavar="FILE", help="the stream, up to its first fault")
     return _new_stream(parser)
 

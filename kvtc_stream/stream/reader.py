@@ -361,7 +361,8 @@ def _span(chosen: slice | None, count: int | None, name: str) -> tuple[int, int]
     if chosen is None:
         chosen = slice(None)
     if not isinstance(chosen, slice):
-        raise TypeError(f"{name} must be a slice, found {type(chosen).__name__}")
+        one = f": slice({chosen}, {chosen + 1}) for one" if type(chosen) is int else ""
+        raise TypeError(f"{name} must be a slice, found {type(chosen).__name__}{one}")
     if count is None:
         if min(chosen.start or 0, chosen.stop or 0) < 0:
             raise UnsupportedError(

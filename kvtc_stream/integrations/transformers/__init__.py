@@ -10,7 +10,7 @@ values: grouped heads, K norms, sliding windows, several rotary tables, layers w
     encode_cache(cache, codec, "prompt.kvtc", model=model, token_ids=prompt)
 
     cache = decode_cache("prompt.kvtc", calibration, model=model, token_ids=prompt)
-    model.generate(prompt_and_question, past_key_values=cache)
+    model.generate(prompt_and_question, cache=cache)
 
 Functions may run in several threads on different models; one model serves one call at a time.
 """

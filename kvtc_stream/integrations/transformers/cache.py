@@ -64,11 +64,15 @@ from kvtc_stream.stream.rows import Rows
 
 Source: TypeAlias = "str | os.PathLike[str] | BinaryIO | bytes | bytearray | memoryview"
 
-#: Tokens whose keys are computed again, and positions at which they are looked for.
-_CHECKED, _CANDIDATES = 8, 1 << 17
+#: Tokens whose keys are computed again, how many of those that differ are looked for, and at how
+#: many positions.
+_CHECKED, _SOUGHT, _CANDIDATES = 256, 8, 1 << 17
 #: Relative errors of keys: what rounding makes, in any dtype; and what no codec leaves, so that
 #: the token is another.
 _ROUNDING, _ANOTHER = 0.03, 0.7
+
+#: Types that a model computes in; those of quantised weights are others.
+_COMPUTED_IN = (torch.float32, torch.bfloat16, torch.float16)
 
 #: Layers whose tensors share memory: fewer to allocate and hand over, and little that is held
 #: until the last of them has grown.
@@ -287,7 +291,7 @@ def decode_cache(
     wait: bool = True,
     return_positions: bool = False,
 ) -> DynamicCache | tuple[DynamicCache, NDArray[np.int64]]:
-    """Read a stream as a cache that ``model.generate(input_ids, past_key_values=...)`` continues.
+    """Read a stream as a cache that ``model.generate(input_ids, cache=...)`` continues.
 
     ``input_ids`` are those of the cached tokens and at least one more.
 
@@ -308,7 +312,7 @@ def decode_cache(
     device
         By default that of the model, or of each of its layers if they are on several, else CPU.
     dtype
-        That of the stream by default.
+        By default that of the model, which its attention needs, or without it the stream's.
     backend
         ``"auto"`` is CUDA where the cache goes to a CUDA device and the backend can run there.
     wait
@@ -420,6 +424,8 @@ def _restored(
         if model is not None:
             places = layer_devices(model) if device is None else {}
             device = model.device if device is None else device
+            if dtype is None and model.dtype in _COMPUTED_IN:
+                dtype = model.dtype
         device = torch.device("cpu" if device is None else device)
         if device.type == "cuda" and not torch.cuda.is_available():
             raise BackendUnavailableError(
@@ -766,6 +772,13 @@ def _check_prompt(
     if errors is None or (errors.diagonal() <= _ROUNDING).all():
         return
     own = np.nan_to_num(errors.diagonal(), nan=np.inf)
+    # Of a cache that nothing was lost of, one token tells; what is no number tells nothing.
+    exact = 2 * (own <= _ROUNDING).sum() >= len(own)
+    others = exact and ((own > _ANOTHER) & np.isfinite(own)).any()
+    others = others or 2 * (own > _ANOTHER).sum() >= len(own)
+    differ = np.flatnonzero(own > _ROUNDING)
+    differ = differ[np.linspace(0, len(differ) - 1, min(len(differ), _SOUGHT)).astype(np.int64)]
+    own, tokens, positions, keys = own[differ], tokens[differ], positions[differ], keys[:, differ]
     # What was left out or evicted may have stood anywhere before or between.
     candidates = np.arange(min(4 * int(positions[-1]) + 1024, _CANDIDATES))
     errors = key_errors(model, number, tokens, keys, candidates)
@@ -774,9 +787,9 @@ def _check_prompt(
     best = errors.min(axis=1)
     # A restored cache has lost something, but no other position explains its keys better, and none
     # exactly.
-    elsewhere = (own > _ROUNDING) & (best < own / 2)
-    exactly = (own > 4 * _ROUNDING) & (best <= _ROUNDING)
-    if exactly.any() or 4 * elsewhere.sum() >= len(own) or 2 * (own > _ANOTHER).sum() >= len(own):
+    elsewhere = (best < own / 2).sum()
+    exactly = ((own > 4 * _ROUNDING) & (best <= _ROUNDING)).any()
+    if others or exactly or 4 * elsewhere >= _SOUGHT:
         raise CalibrationMismatchError(
             f"the keys of layer {number} are not those of token_ids at positions "
             f"{positions.tolist()} (relative errors {own.round(2).tolist()}); the likeliest are "

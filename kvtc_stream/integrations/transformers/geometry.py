@@ -383,7 +383,8 @@ def check_geometry(found: Geometry, expected: Geometry) -> None:
     if not alike:
         raise CalibrationMismatchError(
             f"the model's cache has {_describe(found)}; the calibration is for "
-            f"{_describe(expected)}: calibrate this model"
+            f"{_describe(expected)}: calibrate this model, or load it with dtype= if it was cast "
+            "by .to() or .half(), which rounds its rotary tables"
         )
 
 
