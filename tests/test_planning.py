@@ -201,7 +201,7 @@ def test_rows_that_cannot_be_coded_do_not_count() -> None:
     expected, found = error_tables(x), error_tables(bad)
     assert found.rows == 10
     np.testing.assert_array_equal(found.errors, expected.errors)
-    with pytest.raises(ValueError, match="no row"):
+    with pytest.raises(ValueError, match="too large to be coded"):
         error_tables(bad[4:7])
 
 
