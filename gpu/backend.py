@@ -645,6 +645,7 @@ class CudaSectionCoder(SectionCoder):
         finally:  # callers may go on in streams of their own, or give the memory back
             cupy.cuda.get_current_stream().synchronize()
 
+    @apart
     def arriving(
         self,
         portions: Iterable[tuple[BlockTable, NDArray[np.int64]]],
@@ -654,15 +655,6 @@ class CudaSectionCoder(SectionCoder):
     ) -> Steps[None]:
         """See :meth:`kvtc_stream.backends.base.SectionCoder.arriving`. The device gets all of its
         work at once: symbols of a portion while the next comes, then the groups' values."""
-        return apart(self._arriving_groups(portions, groups, k, v))
-
-    def _arriving_groups(
-        self,
-        portions: Iterable[tuple[BlockTable, NDArray[np.int64]]],
-        groups: Sequence[Sequence[int]],
-        k: Any,
-        v: Any,
-    ) -> Steps[None]:
         decoder, stream = self._decoder, cupy.cuda.get_current_stream()
         layers = range(len(self._section.layers))
         k_out, v_out = (Tensors.of_layers(list(x), self._header.out_dtype) for x in (k, v))

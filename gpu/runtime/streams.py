@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import wraps
 from itertools import chain
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ParamSpec
 
 import cupy
 
@@ -18,6 +19,8 @@ from kvtc_stream.io.steps import Steps
 IN_FLIGHT = 3
 #: Numbers of streams for what is done beside: tasks have those from 0 on.
 CHECKING, UPLOADING, APART = -1, -2, -3
+
+P = ParamSpec("P")
 
 _own = threading.local()
 
@@ -42,9 +45,19 @@ def beside(event: Any, number: int = CHECKING) -> Iterator[None]:
         yield
 
 
-def apart(task: Steps[None]) -> Steps[None]:
-    """Take a task's steps, on whatever thread asks for them, in a stream of their own, after what
-    is in the current stream now. When it ends, or nobody wants it any more, the device is done."""
+def apart(function: Callable[P, Steps[None]]) -> Callable[P, Steps[None]]:
+    """Steps that are taken, on whatever thread asks for them, in a stream of their own, after what
+    is in the current stream at the first. When they end, or nobody wants them any more, the device
+    is done."""
+
+    @wraps(function)
+    def started(*args: P.args, **options: P.kwargs) -> Steps[None]:
+        return _apart(function(*args, **options))
+
+    return started
+
+
+def _apart(task: Steps[None]) -> Steps[None]:
     device, ready = cupy.cuda.runtime.getDevice(), cupy.cuda.Event(disable_timing=True)
     ready.record()
     stream = _stream(device, APART)

@@ -480,9 +480,11 @@ def _restored(
                 run(steps)
             restored.append((tensors, steps))
         for section, (tensors, steps) in zip(sections, restored, strict=True):
-            for _ in range(0 if wait else 2):
-                next(steps)  # until all blocks are known to be whole
-            arrivals = None if wait else Arrivals(steps)
+            arrivals = None
+            if not wait:
+                next(steps)
+                next(steps)  # all blocks are known to be whole
+                arrivals = Arrivals(steps)
             for j, number in enumerate(section.layers):
                 place = places.get(number, device)
                 _fill(layers[number], tensors, j, place, dtype, len(positions), arrivals)
@@ -551,21 +553,19 @@ class _Tensors:
         header = row(0).header
         section = header.geometry.sections[index]
         self.dtype: torch.dtype = getattr(torch, header.out_dtype.label)
-        layers = len(section.layers)
-        #: K and V, of some layers each [layers, rows, heads, tokens, dim].
+        layers = range(len(section.layers))
+        self._groups = [layers[first : first + _TOGETHER] for first in layers[::_TOGETHER]]
+        #: K and V, of a group of layers each [layers, rows, heads, tokens, dim].
         self._room = [
             [
                 torch.empty(
-                    (min(_TOGETHER, layers - first), rows, section.kv_heads, tokens, dim),
+                    (len(group), rows, section.kv_heads, tokens, dim),
                     dtype=self.dtype,
                     device=memory,
                 )
-                for first in range(0, layers, _TOGETHER)
+                for group in self._groups
             ]
             for dim in (section.k_dim, section.v_dim)
-        ]
-        self._groups = [
-            range(first, min(first + _TOGETHER, layers)) for first in range(0, layers, _TOGETHER)
         ]
         self._row, self._rows, self._index, self._tokens = row, rows, index, tokens
         self._on_device = memory.type == "cuda"
