@@ -21,7 +21,7 @@ from kvtc_stream.formats.record import (
     RECORD_OVERHEAD,
     RecordType,
 )
-from kvtc_stream.formats.table import BLOCK_SIZE, ENTRY, HEAD, errors_can_be
+from kvtc_stream.formats.table import BLOCK_SIZE, ENTRY, HEAD
 from kvtc_stream.io.memory import SealedRows
 
 #: What the checksum of a record's header is of.
@@ -102,6 +102,8 @@ def records_of(
 ) -> tuple[SealedRows, bytes] | None:
     """What writing each of the blocks gives, and the entries of the index, which ``order`` then has
     counted; ``None``, and nothing was counted, if a block is not as it should be, or unusual."""
+    from kvtc_stream.formats.usual import all_errors_can_be
+
     count, layers = len(run), run.layer_codes.shape[1] // 4
     starts = run.start + run.tokens * np.arange(count)
     if (
@@ -117,13 +119,14 @@ def records_of(
     lengths = sizes + RECORD_OVERHEAD
     head = np.zeros(count, HEAD)
     head["measure"], head["errors"] = run.measure, run.errors.view(np.uint32)
-    if not errors_can_be(head).all():
+    if not all_errors_can_be(head):
         return None
     offsets, sequence = order.offset + np.cumsum(lengths) - lengths, order.sequence
     tokens = np.full(count, run.tokens)
     if not order.accept_data(run.section, starts, tokens, run.firsts, lengths):
         return None
-    head["magic"], head["type"], head["section"] = RECORD_MAGIC, RecordType.BLOCK, run.section
+    head["magic"] = int.from_bytes(RECORD_MAGIC, "little")
+    head["type"], head["section"] = RecordType.BLOCK, run.section
     head["sequence"], head["size"] = sequence + np.arange(count), sizes
     head["tokens"], head["start"], head["first"] = run.tokens, starts, run.firsts
     head["coder"], head["verbatim_coder"] = run.coders, Coder.STORED

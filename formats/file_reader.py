@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -40,7 +41,7 @@ from kvtc_stream.formats.record import (
     RecordHeader,
     RecordType,
 )
-from kvtc_stream.formats.table import ENTRY, BlockTable, read_table, usual_entries
+from kvtc_stream.formats.table import ENTRY, BlockTable
 from kvtc_stream.formats.wire import located
 from kvtc_stream.formats.writer import StreamWriter
 from kvtc_stream.io.memory import LARGE, empty
@@ -212,6 +213,8 @@ class StreamFile:
             entry = self.records[sequences[row]]
             own = data[begins[row] : begins[row] + lengths[row]]
             return self._block(entry, *self._open(entry, own), found)
+
+        from kvtc_stream.formats.usual import read_table
 
         return read_table(
             data,
@@ -400,7 +403,7 @@ class StreamFile:
         payload = record.open(rest, where.offset)
         order = Order(self.header, start)
         packed = payload[len(pack_index(0, b"")) :]
-        usual = usual_entries(packed, self.header, start, limits)
+        usual = _usual_entries(packed, self.header, start, limits)
         if usual is None or payload[: -len(packed) or None] != pack_index(len(usual), b""):
             entries = unpack_index(payload, "index", where.offset + RECORD_HEADER_SIZE, limits)
             with located("index"):
@@ -437,6 +440,17 @@ class StreamFile:
                 ended, tokens = i + 1, list(order.tokens)
         lost = any(a < b for a, b in zip(order.tokens, tokens, strict=True))
         return entries[:ended] if lost else entries
+
+
+def _usual_entries(
+    packed: bytes | memoryview, header: StreamHeader, start: int, limits: Limits
+) -> NDArray[Any] | None:
+    """Those that compiled code reads, unless Numba would have to be imported for it first."""
+    if "numba" not in sys.modules:
+        return None
+    from kvtc_stream.formats.usual import usual_entries
+
+    return usual_entries(packed, header, start, limits)
 
 
 def _packed(entries: Sequence[IndexEntry]) -> NDArray[Any]:

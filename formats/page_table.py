@@ -20,15 +20,14 @@ from kvtc_stream.formats.page import PAGE_MAGIC
 from kvtc_stream.formats.preamble import FORMAT_VERSION
 from kvtc_stream.formats.table import (
     BLOCK_SIZE,
+    ROW,
     BlockTable,
     block_fields,
     fill,
     is_special,
-    layers_can_be,
     layout,
-    rows_of,
-    usual_fields,
 )
+from kvtc_stream.formats.usual import fill_rows, layers_can_be, usual_blocks
 
 #: Bytes of a page before its block, and those of them that the header's checksum is over.
 _BLOCK, _COVERED = 72, 64
@@ -78,14 +77,12 @@ def read_pages(
         b"".join(page[: _HEAD.itemsize].ljust(_HEAD.itemsize, b"\0") for page in pages), _HEAD
     )
     usual = np.array(proven, np.bool_) & _usual_pages(heads, section, header, limits)
-    sections = np.full(len(heads), section, np.uint16)
-    usual &= usual_fields(heads, sections, heads["features"], header, limits)
-    count = 4 * len(header.geometry.sections[section].layers)
-    own = np.flatnonzero(usual & (heads["contents"] == 1))
-    if len(own):
-        codes = b"".join(pages[i][_HEAD.itemsize : _HEAD.itemsize + count] for i in own.tolist())
-        usual[own] = layers_can_be(np.frombuffer(codes, np.uint8).reshape(len(own), count))
-    rows = rows_of(heads)
+    usual &= usual_blocks(heads, section, header, limits)
+    count = len(header.geometry.sections[section].layers)
+    for i in np.flatnonzero(usual & (heads["contents"] == 1)).tolist():
+        usual[i] = layers_can_be(np.frombuffer(pages[i], np.uint8), _HEAD.itemsize, count)
+    rows = np.zeros(len(heads), ROW)
+    fill_rows(rows, heads, _BLOCK)
     special: dict[int, Block] = {}
     good, error = len(pages), None
     for i in np.flatnonzero(~usual).tolist():

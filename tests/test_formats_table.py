@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 import kvtc_stream as kvtc
 from kvtc_stream.formats import Block, BlockTable, StreamFile, StreamHeader, file_reader
-from kvtc_stream.formats.table import ROW, fill, is_special, usual_entries
+from kvtc_stream.formats.table import ROW, fill, is_special
+from kvtc_stream.formats.usual import usual_entries
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -26,7 +27,7 @@ SEEDS = st.integers(0, 2**32 - 1)
 def without_columns() -> Iterator[None]:
     """The index is read entry by entry."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(file_reader, "usual_entries", lambda *_: None)
+        patch.setattr(file_reader, "_usual_entries", lambda *_: None)
         yield
 
 

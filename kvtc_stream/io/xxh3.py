@@ -1,7 +1,8 @@
-"""XXH3 with 64 bits and a seed, of long inputs: its numbers, and compiled code for the CPU.
+"""XXH3 with 64 bits and a seed: its numbers, and compiled code for the CPU.
 
-For those who have the bytes in a cache anyway; everybody else calls the xxhash module, which does
-the same as quickly. The method is that of the reference implementation by Y. Collet.
+For those who are compiled code, or have the bytes in a cache anyway; everybody else calls the
+xxhash module, which does the same as quickly. The method is that of the reference implementation by
+Y. Collet.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from numba import extending, types
 
 #: Bytes that are added before the accumulators are mixed.
 BLOCK = 1024
-#: Shorter inputs have another method.
+#: Inputs of so many bytes have the method for long ones.
 LEAST = 241
 #: The secret, uint64 [24].
 SECRET = np.array(
@@ -125,12 +126,37 @@ def end(address, size, secret, state):  # type: ignore[no-untyped-def]
         # The secret's bytes from 11 on.
         a = state[2 * i] ^ (secret[2 * i + 1] >> _U64(24) | secret[2 * i + 2] << _U64(40))
         b = state[2 * i + 1] ^ (secret[2 * i + 2] >> _U64(24) | secret[2 * i + 3] << _U64(40))
-        a_0, a_1, b_0, b_1 = a & _LOW, a >> _HALF, b & _LOW, b >> _HALF
-        across = a_1 * b_0
-        middle = (a_0 * b_0 >> _HALF) + (across & _LOW) + a_0 * b_1
-        found += (a_1 * b_1 + (across >> _HALF) + (middle >> _HALF)) ^ (a * b)
+        found += _folded(a, b)
     found = (found ^ found >> _FOLD) * _LAST
     return found ^ found >> _HALF
+
+
+@jit
+def short(address, size, seed):  # type: ignore[no-untyped-def]
+    """The checksum of 17 to 128 bytes at an address."""
+    found = _U64(size) * _LENGTH
+    for i in range((size - 1) // 32 + 1):
+        found += _folded_pair(address + 16 * i, 4 * i, seed)
+        found += _folded_pair(address + size - 16 * (i + 1), 4 * i + 2, seed)
+    found = (found ^ found >> _FOLD) * _LAST
+    return found ^ found >> _HALF
+
+
+@jit
+def _folded_pair(address, first, seed):  # type: ignore[no-untyped-def]
+    """16 bytes, with words of the secret."""
+    return _folded(
+        word_at(address) ^ (SECRET[first] + seed), word_at(address + 8) ^ (SECRET[first + 1] - seed)
+    )
+
+
+@jit
+def _folded(a, b):  # type: ignore[no-untyped-def]
+    """The halves of the product of 128 bits, one XOR the other."""
+    a_0, a_1, b_0, b_1 = a & _LOW, a >> _HALF, b & _LOW, b >> _HALF
+    across = a_1 * b_0
+    middle = (a_0 * b_0 >> _HALF) + (across & _LOW) + a_0 * b_1
+    return (a_1 * b_1 + (across >> _HALF) + (middle >> _HALF)) ^ (a * b)
 
 
 @jit
