@@ -218,17 +218,18 @@ class BlockTable:
     def gathered(self, offsets: NDArray[np.int64], size: int) -> NDArray[np.uint8]:
         """uint8 [blocks, size]: bytes of each block's piece from ``offsets`` on; where that ends
         before, its last byte again."""
-        if len(self.pieces) > 1:  # often a piece a block
+        if 2 * len(self.pieces) > len(self):  # an address takes longer than a slice
             starts, owners = offsets.tolist(), self.rows["piece"].tolist()
             parts = [self.pieces[p][a : a + size] for p, a in zip(owners, starts, strict=True)]
             if all(len(part) == size for part in parts):
                 return np.frombuffer(b"".join(parts), np.uint8).reshape(len(self), size)
+        from kvtc_stream.formats.usual import gathered
+
         out = np.empty((len(self), size), np.uint8)
-        columns = np.arange(size)
-        for piece in np.unique(self.rows["piece"]).tolist():
-            own = np.flatnonzero(self.rows["piece"] == piece)
-            data = np.frombuffer(self.pieces[piece], np.uint8)
-            out[own] = data[np.minimum(offsets[own, None] + columns, len(data) - 1)]
+        pieces = [np.frombuffer(piece, np.uint8) for piece in self.pieces]
+        addresses = np.array([x.ctypes.data for x in pieces], np.int64)
+        lasts = np.array([len(x) - 1 for x in pieces], np.int64)
+        gathered(addresses, lasts, self.rows["piece"], offsets, out)
         return out
 
     def taken(self, which: NDArray[np.int64]) -> BlockTable:
@@ -267,16 +268,11 @@ class BlockTable:
         """Repeat a value of each block for its tokens."""
         return np.repeat(values, self.rows["tokens"])
 
-    def places(self) -> NDArray[np.int64]:
-        """int64 [tokens]: the index of each token in its block."""
-        tokens: NDArray[np.int64] = self.rows["tokens"]
-        found: NDArray[np.int64] = np.arange(int(tokens.sum()))
-        found -= self.of_tokens(np.cumsum(tokens) - tokens)
-        return found
-
     def positions(self) -> NDArray[np.int64]:
         """int64 [tokens]: the position of each token, those that are cut included."""
-        out = self.of_tokens(self.rows["first"]) + self.places()
+        from kvtc_stream.formats.usual import positions
+
+        out: NDArray[np.int64] = positions(self.rows)
         for row, own in self._special_tokens():
             out[own] = np.array(self.special[row].positions, np.int64)
         return out
@@ -290,12 +286,10 @@ class BlockTable:
 
     def ordinals(self) -> NDArray[np.int64]:
         """int64 [tokens]: the ordinal of each token in the section, -1 of those that are cut."""
-        rows, places = self.rows, self.places()
-        out = self.of_tokens(rows["start"] - rows["front"]) + places
-        if rows["front"].any() or rows["end"].any():
-            kept = places >= self.of_tokens(rows["front"])
-            out[~kept | (places >= self.of_tokens(rows["tokens"] - rows["end"]))] = -1
-        return out
+        from kvtc_stream.formats.usual import ordinals
+
+        found: NDArray[np.int64] = ordinals(self.rows)
+        return found
 
     def _special_tokens(self) -> list[tuple[int, slice]]:
         ends = np.cumsum(self.rows["tokens"]).tolist()

@@ -36,7 +36,7 @@ from kvtc_stream.formats.table import (
     fill,
     is_special,
 )
-from kvtc_stream.io.xxh3 import jit, short, word_at
+from kvtc_stream.io.xxh3 import byte_at, jit, short, word_at
 
 #: No size in memory comes near it. Below, numbers of either sign are the same.
 _HUGE = 1 << 62
@@ -371,3 +371,38 @@ def fill_rows(rows, heads, payload):  # type: ignore[no-untyped-def]
     """``_fill`` of each."""
     for i in range(len(heads)):
         _fill(rows[i], heads[i], payload)
+
+
+@jit
+def ordinals(rows):  # type: ignore[no-untyped-def]
+    """See :meth:`~kvtc_stream.formats.table.BlockTable.ordinals`."""
+    out = np.full(rows["tokens"].sum(), -1)
+    at = 0
+    for i in range(len(rows)):
+        front, tokens = rows[i]["front"], rows[i]["tokens"]
+        for j in range(front, tokens - rows[i]["end"]):
+            out[at + j] = rows[i]["start"] + j - front
+        at += tokens
+    return out
+
+
+@jit
+def positions(rows):  # type: ignore[no-untyped-def]
+    """int64 [tokens]: positions of tokens of blocks that do not list them."""
+    out = np.empty(rows["tokens"].sum(), np.int64)
+    at = 0
+    for i in range(len(rows)):
+        for j in range(rows[i]["tokens"]):
+            out[at + j] = rows[i]["first"] + j
+        at += rows[i]["tokens"]
+    return out
+
+
+@jit
+def gathered(addresses, lasts, pieces, offsets, out):  # type: ignore[no-untyped-def]
+    """Copy bytes of ``pieces`` [rows], from ``offsets`` on, to the rows of ``out``; beyond the
+    ``lasts`` byte of a piece that one again."""
+    for i in range(len(out)):
+        address, last, at = addresses[pieces[i]], lasts[pieces[i]], offsets[i]
+        for j in range(out.shape[1]):
+            out[i, j] = byte_at(address + min(at + j, last))

@@ -31,6 +31,7 @@ from kvtc_stream.gpu.runtime.driver import in_turn
 from kvtc_stream.gpu.runtime.staging import Staging, recorded
 from kvtc_stream.gpu.runtime.streams import beside
 from kvtc_stream.gpu.runtime.tensors import Column, Tensors, entries
+from kvtc_stream.io.xxh3 import jit
 
 #: Maximum bytes of a batch's symbols, stacked ones included.
 SYMBOL_BYTES = 1 << 30
@@ -83,11 +84,10 @@ class CodedBlocks:
         """The blocks of a table that have coded tokens; ``slots`` of all tokens of all blocks."""
         rows = table.rows
         coded = rows["verbatim"] < rows["tokens"]
-        own = table.of_tokens(coded)
-        kept = ~table.verbatim()[own]
         chosen = table.taken(np.flatnonzero(coded))
         edges = np.concatenate([[0], np.cumsum(chosen.rows["tokens"])])
-        return cls(chosen, edges, table.positions()[own], np.where(kept, slots[own], -1), kept)
+        kept, own = ~chosen.verbatim(), slots[table.of_tokens(coded)]
+        return cls(chosen, edges, chosen.positions(), np.where(kept, own, -1), kept)
 
     def __len__(self) -> int:
         return len(self.table)
@@ -398,29 +398,54 @@ class TileTasks:
         Payloads begin at ``begins``; ``tokens`` and ``firsts`` [blocks] are coded tokens, and the
         first one among all.
         """
-        out = []
         sizes = payloads.sizes
         kinds = np.unique(sizes).tolist()
         counts = [int((sizes == s).sum()) * len(self.template(s)[0]) for s in kinds]
         together = self.together(sum(counts))
+        levels = payloads.levels.clip(self._lowest, self._highest) - self._lowest
+        blocks = np.stack(
+            [tokens, firsts, begins + payloads.tiles, begins + payloads.classes, levels], axis=1
+        )
+        out = []
         for size in kinds:
             own = np.flatnonzero(sizes == size)
-            template, leading = self.template(size)
-            task = np.tile(template, (len(own), 1, 1))
-            lengths = payloads.lengths[own, : len(template)]
-            task[:, :, rans.TOKENS] = tokens[own, None]
-            task[:, :, rans.TOKEN] = firsts[own, None]
-            task[:, :, rans.BLOCK] = own[:, None]
-            ends = (begins[own] + payloads.tiles[own])[:, None] + np.cumsum(lengths, axis=1)
-            task[:, :, rans.WORDS] = (ends - lengths) // 2
-            task[:, :, rans.LENGTH] = lengths // 2
-            halves = (tokens[own, None] + 1) // 2 * template[:, rans.PART]
-            classes = (begins[own] + payloads.classes[own])[:, None] + halves
-            task[:, :, rans.CLASSES] = np.where(leading, classes, -1 - classes)
-            level = payloads.levels[own].clip(self._lowest, self._highest) - self._lowest
-            task[:, :, rans.LEVEL] = level[:, None]
-            out.append(self.arranged(task, size, len(own), together))
+            order = self.order(size, len(own), together)
+            tasks = np.zeros((len(order), rans.FIELDS), np.int64)
+            _fill_tasks(tasks, order, *self.template(size), own, blocks, payloads.lengths)
+            out.append(tasks)
         return np.concatenate(out), together
+
+
+@jit
+def _fill_tasks(tasks, order, template, leading, own, blocks, lengths):  # type: ignore[no-untyped-def]
+    """Tasks of tiles in an order, see :meth:`TileTasks.order`, which are 0 at first.
+
+    ``blocks`` [blocks, 5] are coded tokens, the first of them, where tiles and classes begin, and
+    the level; those at ``own`` have tiles as ``template``, of ``lengths`` [blocks, tiles] bytes.
+    """
+    tiles = len(template)
+    ends = np.empty((len(own), tiles), np.int64)
+    for i, block in enumerate(own):
+        end = blocks[block, 2]
+        for tile in range(tiles):
+            end += lengths[block, tile]
+            ends[i, tile] = end
+    for place, which in enumerate(order):
+        task = tasks[place]
+        if which < 0:
+            task[rans.PART] = -1 - which
+            continue
+        i, tile = which // tiles, which % tiles
+        block = own[i]
+        task[:] = template[tile]
+        tokens, classes = blocks[block, 0], blocks[block, 3]
+        classes += (tokens + 1) // 2 * template[tile, rans.PART]
+        task[rans.TOKENS], task[rans.TOKEN] = tokens, blocks[block, 1]
+        task[rans.BLOCK] = block
+        task[rans.WORDS] = (ends[i, tile] - lengths[block, tile]) // 2
+        task[rans.LENGTH] = lengths[block, tile] // 2
+        task[rans.CLASSES] = classes if leading[tile] else -1 - classes
+        task[rans.LEVEL] = blocks[block, 4]
 
 
 def batch_tokens(section: Section) -> int:

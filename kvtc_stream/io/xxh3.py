@@ -52,16 +52,28 @@ intrinsic: Callable[[Callable[..., Any]], Any] = extending.intrinsic
 jit = numba.njit(cache=True, nogil=True, error_model="numpy")
 
 
-@intrinsic
-def word_at(_context: Any, address: Any) -> Any:
-    """The 8 bytes at an address, which may be any, as a number."""
+def _load(kind: Any) -> Any:
+    """What an intrinsic of an address loads from there; it may be any."""
 
     def generate(_: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        found = builder.load(builder.inttoptr(arguments[0], ir.IntType(64).as_pointer()))
+        place = ir.IntType(kind.bitwidth).as_pointer()
+        found = builder.load(builder.inttoptr(arguments[0], place))
         found.align = 1
         return found
 
-    return types.uint64(types.int64), generate
+    return kind(types.int64), generate
+
+
+@intrinsic
+def word_at(_context: Any, address: Any) -> Any:
+    """The 8 bytes at an address, as a number."""
+    return _load(types.uint64)
+
+
+@intrinsic
+def byte_at(_context: Any, address: Any) -> Any:
+    """The byte at an address."""
+    return _load(types.uint8)
 
 
 @jit
