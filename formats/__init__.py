@@ -3,8 +3,9 @@
 ``parser`` turns bytes into blocks, ``file_reader`` reads them from files, ``writer`` makes streams,
 ``page`` single pages. The other modules are a structure each: ``preamble``, ``header`` (with
 ``geometry`` and ``plan``), ``record``, ``block`` (with ``positions`` and ``block_errors``),
-``index``; ``table`` and ``block_run`` have many blocks at a time. Below them are ``wire`` (fields),
-``coders``, ``checksum``, ``auth``, ``features`` and ``limits``.
+``index``; ``table`` and ``block_run`` have many blocks at a time, as ``columns``, and ``usual`` is
+the compiled code that checks them. Below them are ``wire`` (fields), ``coders``, ``checksum``,
+``auth``, ``features`` and ``limits``.
 """
 
 from kvtc_stream.formats.block import Block, Role

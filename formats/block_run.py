@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from kvtc_stream.formats.block import HAS_LAYER_ERRORS, Block, Role
 from kvtc_stream.formats.block_errors import BlockErrors, LayerErrors, Measure
 from kvtc_stream.formats.coders import Coder
+from kvtc_stream.formats.columns import BLOCK_SIZE, ENTRY, HEAD
 from kvtc_stream.formats.features import Feature
 from kvtc_stream.formats.header import StreamHeader
 from kvtc_stream.formats.index import Order
@@ -21,7 +22,6 @@ from kvtc_stream.formats.record import (
     RECORD_OVERHEAD,
     RecordType,
 )
-from kvtc_stream.formats.table import BLOCK_SIZE, ENTRY, HEAD
 from kvtc_stream.io.memory import SealedRows
 
 #: What the checksum of a record's header is of.

@@ -21,6 +21,7 @@ from kvtc_stream.errors import (
 )
 from kvtc_stream.formats.auth import check_digest, digest, open_auth
 from kvtc_stream.formats.block import Block
+from kvtc_stream.formats.columns import ENTRY
 from kvtc_stream.formats.header import StreamHeader
 from kvtc_stream.formats.index import (
     TRAILER_SIZE,
@@ -41,7 +42,7 @@ from kvtc_stream.formats.record import (
     RecordHeader,
     RecordType,
 )
-from kvtc_stream.formats.table import ENTRY, BlockTable
+from kvtc_stream.formats.table import BlockTable, read_table
 from kvtc_stream.formats.wire import located
 from kvtc_stream.formats.writer import StreamWriter
 from kvtc_stream.io.memory import LARGE, empty
@@ -213,8 +214,6 @@ class StreamFile:
             entry = self.records[sequences[row]]
             own = data[begins[row] : begins[row] + lengths[row]]
             return self._block(entry, *self._open(entry, own), found)
-
-        from kvtc_stream.formats.usual import read_table
 
         return read_table(
             data,

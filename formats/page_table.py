@@ -13,20 +13,13 @@ from kvtc_stream.errors import KVTCError
 from kvtc_stream.formats.block import Block, Role
 from kvtc_stream.formats.checksum import Checksum
 from kvtc_stream.formats.coders import Coder
+from kvtc_stream.formats.columns import BLOCK_SIZE, ROW, block_fields, layout
 from kvtc_stream.formats.features import NO_FEATURES, Feature, version_for
 from kvtc_stream.formats.header import StreamHeader
 from kvtc_stream.formats.limits import Limits
 from kvtc_stream.formats.page import PAGE_MAGIC
 from kvtc_stream.formats.preamble import FORMAT_VERSION
-from kvtc_stream.formats.table import (
-    BLOCK_SIZE,
-    ROW,
-    BlockTable,
-    block_fields,
-    fill,
-    is_special,
-    layout,
-)
+from kvtc_stream.formats.table import BlockTable, fill, is_special
 from kvtc_stream.formats.usual import fill_rows, layers_can_be, usual_blocks
 
 #: Bytes of a page before its block, and those of them that the header's checksum is over.

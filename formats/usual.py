@@ -8,15 +8,15 @@ Numba, so only those who encode or decode do.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvtc_stream.formats.block import Block, Role
+from kvtc_stream.formats.block import Role
 from kvtc_stream.formats.block_errors import Measure
 from kvtc_stream.formats.coders import Coder
+from kvtc_stream.formats.columns import BLOCK_SIZE, ENTRY, HEAD
 from kvtc_stream.formats.features import Feature
 from kvtc_stream.formats.geometry import DType
 from kvtc_stream.formats.header import StreamHeader
@@ -26,15 +26,6 @@ from kvtc_stream.formats.record import (
     RECORD_MAGIC,
     RECORD_OVERHEAD,
     RecordType,
-)
-from kvtc_stream.formats.table import (
-    BLOCK_SIZE,
-    ENTRY,
-    HEAD,
-    ROW,
-    BlockTable,
-    fill,
-    is_special,
 )
 from kvtc_stream.io.xxh3 import byte_at, jit, short, word_at
 
@@ -98,48 +89,6 @@ def usual_entries(
     return found if _entries(found, start, Facts.of(header, limits)) else None
 
 
-def read_table(
-    data: memoryview,
-    begins: NDArray[np.int64],
-    entries: NDArray[Any],
-    sequences: NDArray[np.int64],
-    parse: Callable[[int, int | None], Block],
-    *,
-    header: StreamHeader,
-    seed: int,
-    limits: Limits,
-) -> BlockTable:
-    """The blocks of a section whose records begin at ``begins``, unverified.
-
-    Parameters
-    ----------
-    data
-        Bytes that hold the records.
-    entries, sequences
-        What the index says of them, :data:`ENTRY`, and their numbers in the stream.
-    parse
-        Parses the record of a row, given its payload's checksum if it is known; raises the error
-        of a record that is not as it should be.
-    """
-    rows, bytes_ = np.zeros(len(begins), ROW), np.frombuffer(data, np.uint8)
-    facts = Facts.of(header, limits)
-    usual = _records(bytes_, begins, entries, sequences, np.uint64(seed), facts, rows)
-    special = {}
-    for i in np.flatnonzero(~usual).tolist():
-        row, block = rows[i], parse(i, None)
-        fill(row, block)
-        if is_special(block):
-            special[i] = block
-        size = int(entries["length"][i]) - RECORD_OVERHEAD
-        end = int(begins[i]) + RECORD_HEADER_SIZE + size
-        row["payload"], row["size"], row["exact"] = end - size, size, end - row["exact_length"]
-        row["coded"] = row["exact"] - row["coded_length"]
-        row["seed"], row["checksum"] = (
-            bytes_[at : at + 8].view("<u8")[0] for at in (end - size - 8, end)
-        )
-    return BlockTable((data,), rows, special, True, parse)
-
-
 def usual_blocks(
     heads: NDArray[Any], section: int, header: StreamHeader, limits: Limits
 ) -> NDArray[np.bool_]:
@@ -155,8 +104,7 @@ def usual_blocks(
 
 @jit
 def _entries(e, start, facts):  # type: ignore[no-untyped-def]
-    """Whether entries of an index, :data:`~kvtc_stream.formats.table.ENTRY`, are those of a stream
-    that was written in one go and whose first record is at ``start``."""
+    """Whether :func:`usual_entries` are that."""
     sections = len(facts.layers)
     ordinals, stages = np.zeros(sections, np.int64), np.zeros(sections, np.int64)
     lasts = np.full(sections, -1)
@@ -218,7 +166,7 @@ def all_errors_can_be(heads):  # type: ignore[no-untyped-def]
 
 
 @jit
-def _records(data, begins, e, sequences, seed, facts, rows):  # type: ignore[no-untyped-def]
+def records(data, begins, e, sequences, seed, facts, rows):  # type: ignore[no-untyped-def]
     """Which records are usual blocks, and those that the index lists; fills their rows.
 
     Parameters
@@ -227,8 +175,10 @@ def _records(data, begins, e, sequences, seed, facts, rows):  # type: ignore[no-
         uint8, and int64 [blocks]: where each record begins in it. All of each is there.
     e, sequences
         What the index says of them, and their numbers in the stream, int64.
+    seed, facts
+        The stream's seed, uint64, and :class:`Facts`.
     rows
-        :data:`~kvtc_stream.formats.table.ROW` [blocks], 0 at first.
+        :data:`~kvtc_stream.formats.columns.ROW` [blocks], 0 at first.
     """
     usual = np.zeros(len(begins), np.bool_)
     heads = np.empty(1, HEAD)
@@ -299,8 +249,8 @@ def _blocks(heads, section, facts):  # type: ignore[no-untyped-def]
 def _block(h, section, features, facts):  # type: ignore[no-untyped-def]
     """Whether a block has no positions and no bitmap of its own, and can be.
 
-    ``h`` has the fields of :func:`~kvtc_stream.formats.table.block_fields`, and ``size``, the bytes
-    of the payload; ``features`` are those that are required of what holds the block.
+    ``h`` has the fields of :func:`~kvtc_stream.formats.columns.block_fields`, and ``size``, the
+    bytes of the payload; ``features`` are those that are required of what holds the block.
     """
     most = np.uint64(_HUGE)
     if h["start"] >= most or h["coded_size"] >= most or h["size"] >= most:

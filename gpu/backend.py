@@ -654,27 +654,31 @@ class CudaSectionCoder(SectionCoder):
         v: Any,
     ) -> Steps[None]:
         """See :meth:`kvtc_stream.backends.base.SectionCoder.arriving`. The device gets all of its
-        work at once: symbols of a portion while the next comes, then the groups' values."""
+        work at once: a portion's values while the next portion comes, those of the last group by
+        group."""
         decoder, stream = self._decoder, cupy.cuda.get_current_stream()
         layers = range(len(self._section.layers))
         k_out, v_out = (Tensors.of_layers(list(x), self._header.out_dtype) for x in (k, v))
         # First of all, because they are uploaded: behind payloads they would wait for these.
         columns = self._columns(layers, k_out, v_out)
-        destinations = decoder.destinations(groups, k_out, v_out)
+        whole_layers, *destinations = decoder.destinations([layers, *groups], k_out, v_out)
         ready = recorded()
         loads: list[tuple[BlockLoad, Iterator[Sequence[_Exact]], Callable[[], None]]] = []
-        batches: list[tuple[CodedBlocks, Batch]] = []
+        latest: list[tuple[CodedBlocks, Batch]] = []
+        before: list[RunningBatch] = []
         unchecked: list[_Unchecked] = []
         try:
             for table, slots in portions:
                 with beside(ready, UPLOADING):
                     loaded = decoder.load(table, slots, tiles=self._tiles)
                     uploaded = recorded()
+                before += decoder.start(latest, whole_layers)
+                latest = []
                 stream.wait_event(uploaded)
                 if len(loaded.blocks):
-                    batches.append((loaded.blocks, decoder.symbols(loaded.blocks)))
+                    latest.append((loaded.blocks, decoder.symbols(loaded.blocks)))
                 loads.append((loaded, self._exact(table, slots), loaded.verifying()))
-            started = [(decoder.start(batches, own), recorded()) for own in destinations]
+            started = [(before + decoder.start(latest, own), recorded()) for own in destinations]
             yield
             for _, _, whole in loads:
                 whole()

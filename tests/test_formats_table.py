@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 import kvtc_stream as kvtc
 from kvtc_stream.formats import Block, BlockTable, StreamFile, StreamHeader, file_reader
-from kvtc_stream.formats.table import ROW, fill, is_special
+from kvtc_stream.formats.columns import ROW
+from kvtc_stream.formats.table import fill, is_special
 from kvtc_stream.formats.usual import usual_entries
 
 SEEDS = st.integers(0, 2**32 - 1)

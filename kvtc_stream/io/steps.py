@@ -21,10 +21,11 @@ def run(steps: Steps[R]) -> R:
             return result
 
 
-def begun(steps: Steps[R]) -> Steps[R]:
-    """Take the first step now; what is returned takes the others."""
+def begun(steps: Steps[R], count: int = 1) -> Steps[R]:
+    """Take the first steps now; what is returned takes the others."""
     try:
-        next(steps)
+        for _ in range(count):
+            next(steps)
     except StopIteration as end:
         return _ended(end.value)
     return _rest(steps)

@@ -59,7 +59,7 @@ class Rows:
                 yield from coder.decoding(table, slots, range(len(k)), k, v, unseen=True)
 
         backend = self.reader(0).block_decoder.backend
-        yield from backend.interleaving(decoding(*portion) for portion in self._portions(1))
+        yield from backend.interleaving(decoding(*portion) for portion in self._portions())
 
     def arriving(self, groups: Sequence[Sequence[int]]) -> Steps[None]:
         """Decode groups of layers, indices into the section's, one after the other, beside what
@@ -67,7 +67,7 @@ class Rows:
         k, v = self._buffers()
         tasks: list[Steps[None]] = []
         with ExitStack() as opened:
-            for blocks, alike in groupby(self._portions(2), itemgetter(0)):
+            for blocks, alike in groupby(self._portions(), itemgetter(0)):
                 coder = opened.enter_context(blocks.lent(self.section))
                 portions = ((table, slots) for _, table, slots in alike)
                 tasks.append(coder.arriving(portions, groups, k, v))
@@ -85,8 +85,8 @@ class Rows:
         layers = len(first.header.geometry.sections[self.section].layers)
         return first.block_decoder.buffers(self.section, layers, self.tokens, self.out)
 
-    def _portions(self, batches: int) -> Iterator[_Portion]:
-        """So many batches or more at a time."""
+    def _portions(self) -> Iterator[_Portion]:
+        """A batch or more at a time."""
         kinds: dict[Any, BlockDecoder] = {}
         waiting: list[_Portion] = []
         for i in range(self.count):
@@ -107,7 +107,7 @@ class Rows:
                 table, slots = found
                 slots = np.where(slots < 0, -1, slots + i * self.step)
                 waiting.append((blocks, table.within(named), slots))
-                if sum(len(own) for _, _, own in waiting) >= batches * most:
+                if sum(len(own) for _, _, own in waiting) >= most:
                     yield _joined(waiting)
                     waiting = []
         if waiting:

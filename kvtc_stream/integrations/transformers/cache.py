@@ -202,11 +202,11 @@ def _first_about(model: PreTrainedModel | None, calibration: kvtc.Calibration) -
 
 
 def _begun(
-    steps: Steps[R], model: PreTrainedModel | None, calibration: kvtc.Calibration
+    steps: Steps[R], model: PreTrainedModel | None, calibration: kvtc.Calibration, count: int = 1
 ) -> Steps[R]:
-    """Take the first step; look at the model while a device does what it was asked."""
+    """Take the first steps; look at the model while a device does what it was asked."""
     try:
-        return begun(steps)
+        return begun(steps, count)
     finally:
         _check_model(model, calibration)
 
@@ -420,9 +420,8 @@ def _restored(
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"dtype must be a floating-point torch.dtype, found {dtype!r}")
     with one_walk(), ExitStack() as opened:
-        places: dict[int, torch.device] = {}
+        spread = model is not None and device is None
         if model is not None:
-            places = layer_devices(model) if device is None else {}
             device = model.device if device is None else device
             if dtype is None and model.dtype in _COMPUTED_IN:
                 dtype = model.dtype
@@ -470,12 +469,16 @@ def _restored(
             positions = read(0)
         memory = device if backend == "cuda" else torch.device("cpu")
         wait = wait or backend == "cpu"
+        places: dict[int, torch.device] = {}
         restored: list[tuple[_Tensors, Steps[None]]] = []
         for i, section in enumerate(sections):
             needed = _needed(layers[section.layers[0]], len(positions))
             tensors = _Tensors(row, len(sources), i, needed, memory)
             steps = tensors.restoring() if wait else tensors.arriving()
-            steps = begun(steps) if i else _begun(steps, model, calibration)
+            # Of several tasks a second one has then begun: a device has enough to do.
+            steps = begun(steps) if i else _begun(steps, model, calibration, 1 + wait)
+            if not i and model is not None and spread:
+                places = layer_devices(model)
             if wait:
                 run(steps)
             restored.append((tensors, steps))
