@@ -54,6 +54,8 @@ from kvtc_stream.gpu.coder.decoding import (
     BatchDecoder,
     BlockLoad,
     CodedBlocks,
+    Destination,
+    Inputs,
     RunningBatch,
     UniformDecoder,
     batch_tokens,
@@ -71,8 +73,8 @@ from kvtc_stream.io.steps import Steps, begun, run
 from kvtc_stream.io.threads import threads
 from kvtc_stream.planning.rate_control import SectionControl
 
-#: About the most bytes of verbatim tokens that wait to be uploaded.
-_VERBATIM_BYTES = 64 << 20
+#: About the most bytes of verbatim tokens that wait to be uploaded, and on the device to be placed.
+_VERBATIM_BYTES, _PLACED_BYTES = 64 << 20, 256 << 20
 
 
 class _Exact(NamedTuple):
@@ -92,6 +94,16 @@ class _Unchecked(NamedTuple):
 
     starts: list[int]
     faults: Callable[[], NDArray[np.int32]]
+
+
+class _Load(NamedTuple):
+    """A portion of blocks on its way: what was loaded, what :meth:`BatchDecoder.inputs` gave, its
+    verbatim tokens, and what waits until its blocks are known to be whole."""
+
+    loaded: BlockLoad
+    inputs: Inputs | None
+    exact: Iterator[Sequence[_Exact]]
+    whole: Callable[[], None]
 
 
 def _check_exact(unchecked: Sequence[_Unchecked]) -> None:
@@ -650,20 +662,15 @@ class CudaSectionCoder(SectionCoder):
         self,
         portions: Iterable[tuple[BlockTable, NDArray[np.int64]]],
         groups: Sequence[Sequence[int]],
-        k: Any,
-        v: Any,
+        out: Callable[[], tuple[Any, Any]],
     ) -> Steps[None]:
         """See :meth:`kvtc_stream.backends.base.SectionCoder.arriving`. The device gets all of its
-        work at once: a portion's values while the next portion comes, those of the last group by
+        work at once: a portion's values while the next one comes, those of the last group by
         group."""
-        decoder, stream = self._decoder, cupy.cuda.get_current_stream()
+        decoder, stream, ready = self._decoder, cupy.cuda.get_current_stream(), recorded()
         layers = range(len(self._section.layers))
-        k_out, v_out = (Tensors.of_layers(list(x), self._header.out_dtype) for x in (k, v))
-        # First of all, because they are uploaded: behind payloads they would wait for these.
-        columns = self._columns(layers, k_out, v_out)
-        whole_layers, *destinations = decoder.destinations([layers, *groups], k_out, v_out)
-        ready = recorded()
-        loads: list[tuple[BlockLoad, Iterator[Sequence[_Exact]], Callable[[], None]]] = []
+        aimed: tuple[Any, list[Destination]] | None = None
+        loads: list[_Load] = []
         latest: list[tuple[CodedBlocks, Batch]] = []
         before: list[RunningBatch] = []
         unchecked: list[_Unchecked] = []
@@ -671,24 +678,32 @@ class CudaSectionCoder(SectionCoder):
             for table, slots in portions:
                 with beside(ready, UPLOADING):
                     loaded = decoder.load(table, slots, tiles=self._tiles)
+                    # At once: behind the next payloads it would wait for these.
+                    inputs = decoder.inputs(loaded.blocks) if len(loaded.blocks) else None
+                    if aimed is None:
+                        k, v = (Tensors.of_layers(list(x), self._header.out_dtype) for x in out())
+                        columns = self._columns(layers, k, v)
+                        aimed = columns, decoder.destinations([layers, *groups], k, v)
                     uploaded = recorded()
-                before += decoder.start(latest, whole_layers)
-                latest = []
+                before += decoder.start(latest, aimed[1][0])
                 stream.wait_event(uploaded)
+                latest = []
                 if len(loaded.blocks):
-                    latest.append((loaded.blocks, decoder.symbols(loaded.blocks)))
-                loads.append((loaded, self._exact(table, slots), loaded.verifying()))
+                    latest.append((loaded.blocks, decoder.symbols(loaded.blocks, inputs)))
+                exact = self._exact(table, slots)
+                loads.append(_Load(loaded, inputs, exact, loaded.verifying()))
+            if aimed is None:
+                return
+            columns, (_, *destinations) = aimed
             started = [(before + decoder.start(latest, own), recorded()) for own in destinations]
             yield
-            for _, _, whole in loads:
-                whole()
+            for load in loads:
+                load.whole()
         finally:  # what payloads came from may change now
             with beside(ready, UPLOADING):
                 cupy.cuda.get_current_stream().synchronize()
-        with beside(ready):
-            for loaded, exact, _ in loads:
-                for found in exact:
-                    self._place_exact(self._uploaded(found, loaded, unchecked), layers, columns)
+        with beside(uploaded):
+            self._place_all(loads, layers, columns, unchecked)
             placed = recorded()
         _check_exact(unchecked)
         placed.synchronize()
@@ -696,10 +711,27 @@ class CudaSectionCoder(SectionCoder):
         for (running, done), own in zip(started, groups, strict=True):
             for block, where in faulty(running):
                 k_host, v_host = self._cpu.decode(block, own)
-                self._place(where, k_host, v_host, self._columns(own, k_out, v_out))
+                self._place(where, k_host, v_host, self._columns(own, k, v))
                 done = recorded()
             done.synchronize()
             yield
+
+    def _place_all(
+        self,
+        loads: Sequence[_Load],
+        layers: Sequence[int],
+        columns: Any,
+        unchecked: list[_Unchecked],
+    ) -> None:
+        """Write the verbatim tokens of several portions, as many at a time as have some bytes."""
+        found: list[tuple[NDArray[np.int64], Any]] = []
+        for load in loads:
+            for some in load.exact:
+                found += self._uploaded(some, load.loaded, unchecked)
+                if sum(values.nbytes for _, values in found) > _PLACED_BYTES:
+                    self._place_exact(found, layers, columns)
+                    found = []
+        self._place_exact(found, layers, columns)
 
     @property
     def _tiles(self) -> bool:
@@ -861,11 +893,21 @@ class CudaSectionCoder(SectionCoder):
     ) -> None:
         """Copy values at addresses, one an entry of ``columns``, to slots; or from them with
         ``back``."""
-        held = self._decoder.staging.arrays(*(np.asarray(x, np.int64) for m in moves for x in m))
-        for slots, dense in zip(held[::2], held[1::2], strict=True):
-            layout.move(dtype.itemsize, back=back)(
-                (len(slots), len(columns)), 128, (columns, slots, len(slots), dense)
+        if not moves:
+            return
+        kernel, firsts = layout.move(dtype.itemsize, back=back), [0]
+        firsts += np.cumsum([len(slots) for slots, _ in moves]).tolist()
+        slots_d, dense_d = self._decoder.staging.arrays(
+            np.concatenate([np.asarray(slots, np.int64) for slots, _ in moves]),
+            np.array([dense for _, dense in moves], np.int64),
+        )
+        for i, (first, last) in enumerate(pairwise(firsts)):
+            own = (
+                slots_d.data.ptr + 8 * first,
+                last - first,
+                dense_d.data.ptr + 8 * i * len(columns),
             )
+            kernel((last - first, len(columns)), 128, (columns, *own))
 
     def decode_layers(self, block: Block) -> Callable[[int], tuple[Any, Any]]:
         """See :meth:`kvtc_stream.backends.base.SectionCoder.decode_layers`."""

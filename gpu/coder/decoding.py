@@ -169,6 +169,29 @@ class BlockLoad(NamedTuple):
     exact: NDArray[np.int64]
 
 
+class Inputs(NamedTuple):
+    """What the host knows of a batch, on the device or on its way there.
+
+    Attributes
+    ----------
+    tasks, together
+        int64 [tiles, FIELDS], see :mod:`kvtc_stream.gpu.kernels.rans`, and how many share a block
+        of threads.
+    steps
+        float32 [blocks, 16]: the step of each class.
+    columns, positions, slots
+        int32 and int64 [tokens]: the columns of coded tokens, and of all of them positions and
+        slots.
+    """
+
+    tasks: Any
+    together: int
+    steps: Any
+    columns: Any
+    positions: Any
+    slots: Any
+
+
 class RunningBatch(NamedTuple):
     """A batch that the device is at work on: its blocks, and what waits for ``faults`` as of
     :class:`Batch`."""
@@ -485,8 +508,13 @@ class BatchDecoder(ABC):
         Payloads of symbols that no writer makes raise ``FormatError``.
         """
 
+    def inputs(self, blocks: CodedBlocks) -> Inputs | None:
+        """Begin to copy to the device what :meth:`symbols` needs beside payloads, if it can be
+        told before; to be kept until the device is done."""
+        return None
+
     @abstractmethod
-    def symbols(self, blocks: CodedBlocks) -> Batch:
+    def symbols(self, blocks: CodedBlocks, inputs: Inputs | None = None) -> Batch:
         """Payloads of a batch of blocks to symbols."""
 
     def _batch(
@@ -657,29 +685,34 @@ class UniformDecoder(BatchDecoder):
         exact = np.where(there & ~coded, rows["exact"] + shift, -1)
         return BlockLoad(found, verifying, data, exact)
 
-    def symbols(self, blocks: CodedBlocks) -> Batch:
-        """See :meth:`BatchDecoder.symbols`."""
-        plan, payloads, data = self._plan, blocks.payloads, blocks.data
+    def inputs(self, blocks: CodedBlocks) -> Inputs:
+        """See :meth:`BatchDecoder.inputs`."""
+        payloads, coded = blocks.payloads, blocks.coded_tokens
         assert payloads is not None
         assert blocks.begins is not None
-        coded = blocks.coded_tokens
-        stride = -(-int(blocks.edges[-1]) // 64) * 64
         powers = payloads.steps.astype(np.float64)[:, None] * np.exp2(np.arange(16) / 4)
         with np.errstate(over="ignore"):
             steps = powers.astype(np.float32)
         firsts = np.cumsum(coded) - coded
         host_tasks, together = self._tasks.decoding(payloads, coded, firsts, blocks.begins)
         kept = np.flatnonzero(blocks.kept).astype(np.int32)
-        tasks, block_steps, columns, positions, slots = self.staging.arrays(
+        tasks, *others = self.staging.arrays(
             host_tasks, steps, kept, blocks.positions, blocks.slots
         )
+        return Inputs(tasks, together, *others)
+
+    def symbols(self, blocks: CodedBlocks, inputs: Inputs | None = None) -> Batch:
+        """See :meth:`BatchDecoder.symbols`."""
+        plan, data = self._plan, blocks.data
+        tasks, together, steps, columns, positions, slots = inputs or self.inputs(blocks)
+        stride = -(-int(blocks.edges[-1]) // 64) * 64
         # No tile writes these columns, but products read them, so they must be finite.
-        new = cupy.empty if len(kept) == stride else cupy.zeros
+        new = cupy.empty if len(columns) == stride else cupy.zeros
         symbols = new((plan.components, stride), np.uint16)
         scales = cupy.zeros((len(plan.parts), stride), np.float32)
         faults = cupy.zeros(len(blocks) + 1, np.int32)
         rans.decode(
-            len(host_tasks) // together,
+            len(tasks) // together,
             together * 32,
             (
                 tasks,
@@ -693,7 +726,7 @@ class UniformDecoder(BatchDecoder):
                 plan.ids,
                 plan.components,
                 columns,
-                block_steps,
+                steps,
                 scales,
                 plan.down,
                 symbols,

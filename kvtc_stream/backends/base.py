@@ -162,15 +162,15 @@ class SectionCoder(ABC):
         self,
         portions: Iterable[tuple[BlockTable, NDArray[np.int64]]],
         groups: Sequence[Sequence[int]],
-        k: Any,
-        v: Any,
+        out: Callable[[], tuple[Any, Any]],
     ) -> Steps[None]:
         """:meth:`decode_into` memory that nobody sees yet, groups of layers one after the other.
 
-        Of a backend with a device. Portions are blocks and their slots, taken as they come. After
-        the first step the device has its work; after the second all blocks are known to be whole;
-        after each further one a group of layers, by their indices, is there. Steps may be made by
-        other threads than the first; whoever drops this waits until the device is done.
+        Of a backend with a device. Portions are blocks and their slots, taken as they come; K and V
+        are asked of ``out`` when the first are on their way. After the first step the device has
+        its work; after the second all blocks are known to be whole; after each further one a group
+        of layers, by their indices, is there. Steps may be made by other threads than the first;
+        whoever drops this waits until the device is done.
         """
         raise NotImplementedError
 

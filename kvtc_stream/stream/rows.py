@@ -64,13 +64,12 @@ class Rows:
     def arriving(self, groups: Sequence[Sequence[int]]) -> Steps[None]:
         """Decode groups of layers, indices into the section's, one after the other, beside what
         else the device does: see :meth:`kvtc_stream.backends.base.SectionCoder.arriving`."""
-        k, v = self._buffers()
         tasks: list[Steps[None]] = []
         with ExitStack() as opened:
             for blocks, alike in groupby(self._portions(), itemgetter(0)):
                 coder = opened.enter_context(blocks.lent(self.section))
                 portions = ((table, slots) for _, table, slots in alike)
-                tasks.append(coder.arriving(portions, groups, k, v))
+                tasks.append(coder.arriving(portions, groups, self._buffers))
                 # The device is done before anything that it reads or writes can go.
                 opened.callback(tasks[-1].close)
                 next(tasks[-1])

@@ -159,8 +159,9 @@ def test_rows_that_arrive_layer_by_layer(
                 ours, exact = np.array(a[layers, row]), np.array(b[layers, :, -tokens:])
                 np.testing.assert_array_equal(ours.view(np.uint16), exact.view(np.uint16))
 
-    for most in (1, 256):
+    for most, together in ((1, 1), (256, 1 << 14)):
         monkeypatch.setattr("kvtc_stream.stream.reader._BLOCKS_AT_A_TIME", most)
+        monkeypatch.setattr("kvtc_stream.gpu.backend.batch_tokens", lambda _, n=together: n)
         some, batch = rows(*streams)
         steps = some.arriving([[0], [1]])
         for _ in range(2):

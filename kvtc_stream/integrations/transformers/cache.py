@@ -50,6 +50,7 @@ from kvtc_stream.integrations.transformers.images import (
 )
 from kvtc_stream.integrations.transformers.model import (
     SUPPORTED_CACHES,
+    ahead_of_what_comes,
     attention_layers,
     decoder_of,
     layer_devices,
@@ -205,10 +206,12 @@ def _begun(
     steps: Steps[R], model: PreTrainedModel | None, calibration: kvtc.Calibration, count: int = 1
 ) -> Steps[R]:
     """Take the first steps; look at the model while a device does what it was asked."""
+    ahead = nullcontext if model is None else ahead_of_what_comes(model.device)
     try:
         return begun(steps, count)
     finally:
-        _check_model(model, calibration)
+        with ahead():
+            _check_model(model, calibration)
 
 
 def _chunks(

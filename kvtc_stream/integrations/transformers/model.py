@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
-from functools import wraps
+from functools import cache, wraps
 from typing import Any, TypeVar
 
 import torch
@@ -84,6 +84,26 @@ def found_once(function: Callable[[T], R]) -> Callable[[T], R]:
         return found
 
     return find
+
+
+def ahead_of_what_comes(device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
+    """Contexts whose work on a CUDA device is after that of the current stream until now, and
+    goes ahead of what follows there: small things that the host waits for while large ones run."""
+    if device.type != "cuda":
+        return nullcontext
+    now = torch.cuda.current_stream(device).record_event()
+
+    def context() -> AbstractContextManager[Any]:
+        stream = _urgent(device)
+        stream.wait_event(now)
+        return torch.cuda.stream(stream)
+
+    return context
+
+
+@cache
+def _urgent(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
 
 
 @found_once
