@@ -66,7 +66,7 @@ from kvtc_stream.gpu.coder.plan import BandPlan, DevicePlan
 from kvtc_stream.gpu.coder.rope import ropes_of
 from kvtc_stream.gpu.kernels import layout
 from kvtc_stream.gpu.runtime.staging import Staging, pinned, recorded
-from kvtc_stream.gpu.runtime.streams import UPLOADING, apart, beside, interleaving
+from kvtc_stream.gpu.runtime.streams import UPLOADING, apart, beside, computing, interleaving
 from kvtc_stream.gpu.runtime.tensors import BITS, Tensors, entries, taker
 from kvtc_stream.io.dlpack import BackendName, layer_list, numpy_dtype, on_cuda
 from kvtc_stream.io.steps import Steps, begun, run
@@ -629,7 +629,8 @@ class CudaSectionCoder(SectionCoder):
         k_out, v_out = (self._spread(x, layers) for x in outputs)
         loaded = self._decoder.load(table, slots, tiles=self._tiles)
         batches = self._decoder.batches(loaded.blocks)
-        first = list(islice(batches, 1))
+        with computing():
+            first = list(islice(batches, 1))
         whole = loaded.verifying()
         destination = self._decoder.destination(layers, k_out, v_out)
         columns = self._columns(layers, k_out, v_out)
@@ -640,7 +641,11 @@ class CudaSectionCoder(SectionCoder):
         except FormatError:
             whole()  # says more of a payload that is damaged
             raise
-        values = partial(self._decoder.start, chain(first, batches), destination)
+
+        def values() -> list[RunningBatch]:
+            with computing():
+                return self._decoder.start(chain(first, batches), destination)
+
         exact = self._exact(table, slots, {x.row for x in there})
         try:
             started = values() if unseen else []
@@ -695,7 +700,7 @@ class CudaSectionCoder(SectionCoder):
             if aimed is None:
                 return
             columns, (_, *destinations) = aimed
-            started = [(before + decoder.start(latest, own), recorded()) for own in destinations]
+            started = [(decoder.start(latest, own), recorded()) for own in destinations]
             yield
             for load in loads:
                 load.whole()
@@ -708,8 +713,9 @@ class CudaSectionCoder(SectionCoder):
         _check_exact(unchecked)
         placed.synchronize()
         yield
+        slow = list(faulty(before))
         for (running, done), own in zip(started, groups, strict=True):
-            for block, where in faulty(running):
+            for block, where in chain(slow, faulty(running)):
                 k_host, v_host = self._cpu.decode(block, own)
                 self._place(where, k_host, v_host, self._columns(own, k, v))
                 done = recorded()

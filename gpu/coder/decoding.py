@@ -772,7 +772,9 @@ def kept(x: NDArray[np.float32]) -> Any:
 def faulty(started: Iterable[RunningBatch]) -> Iterator[tuple[Block, NDArray[np.int64]]]:
     """Wait for the device; return the blocks that it could not decode, with their slots."""
     for blocks, faults in started:
-        *found, overflow = faults().tolist()
+        if not (of_blocks := faults()).any():
+            continue
+        *found, overflow = of_blocks.tolist()
         for i in (i for i, fault in enumerate(found) if fault or overflow):
             own = slice(int(blocks.edges[i]), int(blocks.edges[i + 1]))
             yield blocks.table.block(i, verified=True), blocks.slots[own]

@@ -29,8 +29,22 @@ def _stream(device: int, number: int = 0) -> Any:
     """The thread's on a device; CuPy's pool keeps what a stream freed for that stream."""
     streams = _own.__dict__.setdefault("streams", {})
     if (device, number) not in streams:
-        streams[device, number] = cupy.cuda.Stream(non_blocking=True)
+        # The host waits for what is checked.
+        priority = -1 if number == CHECKING else 0
+        streams[device, number] = cupy.cuda.Stream(non_blocking=True, priority=priority)
     return streams[device, number]
+
+
+@contextmanager
+def computing() -> Iterator[None]:
+    """Large kernels in the current stream, after those of other streams that this thread has asked
+    for in the same way: at the same time they would take the cache from each other."""
+    latest, device = _own.__dict__.setdefault("latest", {}), cupy.cuda.runtime.getDevice()
+    if device in latest:
+        cupy.cuda.get_current_stream().wait_event(latest[device])
+    yield
+    latest[device] = cupy.cuda.Event(disable_timing=True)
+    latest[device].record()
 
 
 @contextmanager

@@ -68,6 +68,7 @@ class Reader:
         self._closed = False
         self._stream: StreamFile | None = None
         self._pipe: _PipeBlocks | None = None
+        self._sections: dict[int, NDArray[np.int64]] = {}
         with ExitStack() as cleanup:  # closes the file if the stream is refused
             opened = cleanup.enter_context(open_source(file, mapped=mmap))
             if key and (follow is not None or not opened.seekable()):
@@ -292,8 +293,11 @@ class Reader:
         """The stream, and the numbers of the section's records."""
         if self._stream is None:
             raise UnsupportedError("a pipe has no random access: iterate, or read from a file")
-        section, live = self._checked(section), self._stream.live
-        return self._stream, live[self._stream.entries["section"][live] == section]
+        if (found := self._sections.get(section)) is None:
+            live = self._stream.live
+            found = live[self._stream.entries["section"][live] == self._checked(section)]
+            self._sections[section] = found
+        return self._stream, found
 
     def _check_open(self) -> None:
         if self._closed:

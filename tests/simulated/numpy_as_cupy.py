@@ -81,7 +81,7 @@ class _Stream:
 
     waits = 0
 
-    def __init__(self, *, non_blocking: bool) -> None:
+    def __init__(self, *, non_blocking: bool, priority: int = 0) -> None:
         self.ptr = 0
 
     def __enter__(self) -> _Stream:

@@ -77,7 +77,7 @@ _COMPUTED_IN = (torch.float32, torch.bfloat16, torch.float16)
 
 #: Layers whose tensors share memory: fewer to allocate and hand over, and little that is held
 #: until the last of them has grown.
-_TOGETHER = 4
+_TOGETHER = 8
 
 #: Tokens per piece handed to the encoder: bounds the copies from the model's device.
 _CHUNK = 1024
@@ -486,14 +486,13 @@ def _restored(
                 run(steps)
             restored.append((tensors, steps))
         for section, (tensors, steps) in zip(sections, restored, strict=True):
-            arrivals = None
-            if not wait:
-                next(steps)
-                next(steps)  # all blocks are known to be whole
-                arrivals = Arrivals(steps)
+            arrivals = None if wait else Arrivals(steps)
             for j, number in enumerate(section.layers):
                 place = places.get(number, device)
                 _fill(layers[number], tensors, j, place, dtype, len(positions), arrivals)
+        for _, steps in restored if not wait else ():
+            next(steps)
+            next(steps)  # all blocks are known to be whole
         if model is not None:
             forget_images(model)
     return cache, positions
