@@ -66,15 +66,15 @@ from kvtc_stream.gpu.coder.plan import BandPlan, DevicePlan
 from kvtc_stream.gpu.coder.rope import ropes_of
 from kvtc_stream.gpu.kernels import layout
 from kvtc_stream.gpu.runtime.staging import Staging, pinned, recorded
-from kvtc_stream.gpu.runtime.streams import UPLOADING, apart, beside, computing, interleaving
+from kvtc_stream.gpu.runtime.streams import UPLOADING, apart, beside, interleaving
 from kvtc_stream.gpu.runtime.tensors import BITS, Tensors, entries, taker
 from kvtc_stream.io.dlpack import BackendName, layer_list, numpy_dtype, on_cuda
 from kvtc_stream.io.steps import Steps, begun, run
 from kvtc_stream.io.threads import threads
 from kvtc_stream.planning.rate_control import SectionControl
 
-#: About the most bytes of verbatim tokens that wait to be uploaded, and on the device to be placed.
-_VERBATIM_BYTES, _PLACED_BYTES = 64 << 20, 256 << 20
+#: About the most bytes of verbatim tokens that wait to be uploaded.
+_VERBATIM_BYTES = 64 << 20
 
 
 class _Exact(NamedTuple):
@@ -97,13 +97,24 @@ class _Unchecked(NamedTuple):
 
 
 class _Load(NamedTuple):
-    """A portion of blocks on its way: what was loaded, what :meth:`BatchDecoder.inputs` gave, its
-    verbatim tokens, and what waits until its blocks are known to be whole."""
+    """A portion of blocks on its way: what was loaded, what :meth:`BatchDecoder.inputs` gave, the
+    event after both, its verbatim tokens, and what waits until its blocks are known to be whole."""
 
     loaded: BlockLoad
     inputs: Inputs | None
+    uploaded: Any
     exact: Iterator[Sequence[_Exact]]
     whole: Callable[[], None]
+
+
+class _Aim(NamedTuple):
+    """Where values go: K and V of all layers, their entries on the device, and destinations of all
+    layers and of groups."""
+
+    tensors: tuple[Tensors, Tensors]
+    columns: Any
+    whole: Destination
+    groups: list[Destination]
 
 
 def _check_exact(unchecked: Sequence[_Unchecked]) -> None:
@@ -629,8 +640,7 @@ class CudaSectionCoder(SectionCoder):
         k_out, v_out = (self._spread(x, layers) for x in outputs)
         loaded = self._decoder.load(table, slots, tiles=self._tiles)
         batches = self._decoder.batches(loaded.blocks)
-        with computing():
-            first = list(islice(batches, 1))
+        first = list(islice(batches, 1))
         whole = loaded.verifying()
         destination = self._decoder.destination(layers, k_out, v_out)
         columns = self._columns(layers, k_out, v_out)
@@ -641,11 +651,7 @@ class CudaSectionCoder(SectionCoder):
         except FormatError:
             whole()  # says more of a payload that is damaged
             raise
-
-        def values() -> list[RunningBatch]:
-            with computing():
-                return self._decoder.start(chain(first, batches), destination)
-
+        values = partial(self._decoder.start, chain(first, batches), destination)
         exact = self._exact(table, slots, {x.row for x in there})
         try:
             started = values() if unseen else []
@@ -666,78 +672,78 @@ class CudaSectionCoder(SectionCoder):
     def arriving(
         self,
         portions: Iterable[tuple[BlockTable, NDArray[np.int64]]],
+        early: int,
         groups: Sequence[Sequence[int]],
         out: Callable[[], tuple[Any, Any]],
     ) -> Steps[None]:
         """See :meth:`kvtc_stream.backends.base.SectionCoder.arriving`. The device gets all of its
-        work at once: a portion's values while the next one comes, those of the last group by
-        group."""
+        work at once, and all that it has to do beside is for what is on its way already."""
         decoder, stream, ready = self._decoder, cupy.cuda.get_current_stream(), recorded()
         layers = range(len(self._section.layers))
-        aimed: tuple[Any, list[Destination]] | None = None
+        aimed: _Aim | None = None
         loads: list[_Load] = []
-        latest: list[tuple[CodedBlocks, Batch]] = []
-        before: list[RunningBatch] = []
+        first: list[RunningBatch] = []
+        others: list[tuple[CodedBlocks, Batch]] = []
         unchecked: list[_Unchecked] = []
+
+        def place(load: _Load, aim: _Aim) -> None:
+            with beside(load.uploaded):
+                for some in load.exact:
+                    found = self._uploaded(some, load.loaded, unchecked)
+                    self._place_exact(found, layers, aim.columns)
+
         try:
             for table, slots in portions:
                 with beside(ready, UPLOADING):
                     loaded = decoder.load(table, slots, tiles=self._tiles)
                     # At once: behind the next payloads it would wait for these.
                     inputs = decoder.inputs(loaded.blocks) if len(loaded.blocks) else None
-                    if aimed is None:
-                        k, v = (Tensors.of_layers(list(x), self._header.out_dtype) for x in out())
-                        columns = self._columns(layers, k, v)
-                        aimed = columns, decoder.destinations([layers, *groups], k, v)
+                    aimed = aimed or self._aim(groups, *out())
                     uploaded = recorded()
-                before += decoder.start(latest, aimed[1][0])
+                for load in loads[-1:]:
+                    place(load, aimed)
                 stream.wait_event(uploaded)
-                latest = []
                 if len(loaded.blocks):
-                    latest.append((loaded.blocks, decoder.symbols(loaded.blocks, inputs)))
+                    batch = loaded.blocks, decoder.symbols(loaded.blocks, inputs)
+                    if len(loads) < early:
+                        first += decoder.start([batch], aimed.whole)
+                    else:
+                        others.append(batch)
                 exact = self._exact(table, slots)
-                loads.append(_Load(loaded, inputs, exact, loaded.verifying()))
+                loads.append(_Load(loaded, inputs, uploaded, exact, loaded.verifying()))
             if aimed is None:
                 return
-            columns, (_, *destinations) = aimed
-            started = [(decoder.start(latest, own), recorded()) for own in destinations]
+            started = [(decoder.start(others, own), recorded()) for own in aimed.groups]
+            place(loads[-1], aimed)
             yield
             for load in loads:
                 load.whole()
+        except FormatError:
+            for load in loads:
+                load.whole()  # says more of a payload that is damaged
+            raise
         finally:  # what payloads came from may change now
             with beside(ready, UPLOADING):
                 cupy.cuda.get_current_stream().synchronize()
-        with beside(uploaded):
-            self._place_all(loads, layers, columns, unchecked)
-            placed = recorded()
         _check_exact(unchecked)
-        placed.synchronize()
+        with beside(ready):
+            cupy.cuda.get_current_stream().synchronize()
         yield
-        slow = list(faulty(before))
+        slow = list(faulty(first))
         for (running, done), own in zip(started, groups, strict=True):
             for block, where in chain(slow, faulty(running)):
-                k_host, v_host = self._cpu.decode(block, own)
-                self._place(where, k_host, v_host, self._columns(own, k, v))
+                k, v = self._cpu.decode(block, own)
+                self._place(where, k, v, self._columns(own, *aimed.tensors))
                 done = recorded()
             done.synchronize()
             yield
 
-    def _place_all(
-        self,
-        loads: Sequence[_Load],
-        layers: Sequence[int],
-        columns: Any,
-        unchecked: list[_Unchecked],
-    ) -> None:
-        """Write the verbatim tokens of several portions, as many at a time as have some bytes."""
-        found: list[tuple[NDArray[np.int64], Any]] = []
-        for load in loads:
-            for some in load.exact:
-                found += self._uploaded(some, load.loaded, unchecked)
-                if sum(values.nbytes for _, values in found) > _PLACED_BYTES:
-                    self._place_exact(found, layers, columns)
-                    found = []
-        self._place_exact(found, layers, columns)
+    def _aim(self, groups: Sequence[Sequence[int]], k: Any, v: Any) -> _Aim:
+        layers = range(len(self._section.layers))
+        k_out, v_out = (Tensors.of_layers(list(x), self._header.out_dtype) for x in (k, v))
+        columns = self._columns(layers, k_out, v_out)
+        whole, *own = self._decoder.destinations([layers, *groups], k_out, v_out)
+        return _Aim((k_out, v_out), columns, whole, own)
 
     @property
     def _tiles(self) -> bool:

@@ -36,18 +36,6 @@ def _stream(device: int, number: int = 0) -> Any:
 
 
 @contextmanager
-def computing() -> Iterator[None]:
-    """Large kernels in the current stream, after those of other streams that this thread has asked
-    for in the same way: at the same time they would take the cache from each other."""
-    latest, device = _own.__dict__.setdefault("latest", {}), cupy.cuda.runtime.getDevice()
-    if device in latest:
-        cupy.cuda.get_current_stream().wait_event(latest[device])
-    yield
-    latest[device] = cupy.cuda.Event(disable_timing=True)
-    latest[device].record()
-
-
-@contextmanager
 def beside(event: Any, number: int = CHECKING) -> Iterator[None]:
     """Work of a stream beside the current one, after an event.
 

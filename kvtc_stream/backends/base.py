@@ -161,13 +161,15 @@ class SectionCoder(ABC):
     def arriving(
         self,
         portions: Iterable[tuple[BlockTable, NDArray[np.int64]]],
+        early: int,
         groups: Sequence[Sequence[int]],
         out: Callable[[], tuple[Any, Any]],
     ) -> Steps[None]:
         """:meth:`decode_into` memory that nobody sees yet, groups of layers one after the other.
 
-        Of a backend with a device. Portions are blocks and their slots, taken as they come; K and V
-        are asked of ``out`` when the first are on their way. After the first step the device has
+        Of a backend with a device. Portions are blocks and their slots, taken as they come; so many
+        ``early`` ones are decoded at once, all layers of them, while the others are on their way. K
+        and V are asked of ``out`` when the first portion is. After the first step the device has
         its work; after the second all blocks are known to be whole; after each further one a group
         of layers, by their indices, is there. Steps may be made by other threads than the first;
         whoever drops this waits until the device is done.

@@ -159,7 +159,7 @@ def test_rows_that_arrive_layer_by_layer(
                 ours, exact = np.array(a[layers, row]), np.array(b[layers, :, -tokens:])
                 np.testing.assert_array_equal(ours.view(np.uint16), exact.view(np.uint16))
 
-    for most, together in ((1, 1), (256, 1 << 14)):
+    for most, together in ((1, 1), (1, 12), (256, 1 << 14)):
         monkeypatch.setattr("kvtc_stream.stream.reader._BLOCKS_AT_A_TIME", most)
         monkeypatch.setattr("kvtc_stream.gpu.backend.batch_tokens", lambda _, n=together: n)
         some, batch = rows(*streams)
