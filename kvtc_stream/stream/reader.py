@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,7 +68,7 @@ class Reader:
         self._closed = False
         self._stream: StreamFile | None = None
         self._pipe: _PipeBlocks | None = None
-        self._sections: dict[int, NDArray[np.int64]] = {}
+        self._sections: dict[int, _Records] = {}
         with ExitStack() as cleanup:  # closes the file if the stream is refused
             opened = cleanup.enter_context(open_source(file, mapped=mmap))
             if key and (follow is not None or not opened.seekable()):
@@ -100,14 +100,16 @@ class Reader:
 
     def tokens(self, section: int = 0) -> int:
         """Tokens of a section. Seekable files only."""
-        stream, numbers = self._numbers(section)
-        return int(stream.entries["tokens"][numbers].sum())
+        self._numbers(section)
+        return self._sections[section].tokens
 
     def positions(self, section: int = 0) -> NDArray[np.int64]:
         """Positions of a section's tokens, int64 [tokens]. Seekable files only."""
         stream, numbers = self._numbers(section)
         entries = stream.entries[numbers]
         counts, firsts = entries["tokens"].astype(np.int64), entries["first_position"]
+        if len(entries) and entries["last_position"][-1] - firsts[0] + 1 == counts.sum():
+            return np.arange(firsts[0], entries["last_position"][-1] + 1)
         if (entries["last_position"] - firsts + 1 == counts).all():
             return np.repeat(firsts - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())
         table = self.stored(section)
@@ -214,10 +216,13 @@ class Reader:
     ) -> list[NDArray[np.intp]]:
         """Records to decode together, the next of which are on their way meanwhile."""
         stream, numbers = self._numbers(section)
-        numbers = numbers[_holding(stream.entries[numbers], first, last)]
+        if (first, last) != (0, self.tokens(section)):
+            numbers = numbers[_holding(stream.entries[numbers], first, last)]
         most = self._blocks.backend.batch_tokens(self._header.geometry.sections[section])
         most = min(max(most // self._header.block_tokens, 1), _BLOCKS_AT_A_TIME)
         count = 1 if together else max(round(len(numbers) / most), 1)
+        if count == 1:
+            return [numbers] if len(numbers) else []
         return [piece for piece in np.array_split(numbers, count) if len(piece)]
 
     def _located(
@@ -294,10 +299,11 @@ class Reader:
         if self._stream is None:
             raise UnsupportedError("a pipe has no random access: iterate, or read from a file")
         if (found := self._sections.get(section)) is None:
-            live = self._stream.live
-            found = live[self._stream.entries["section"][live] == self._checked(section)]
+            live, entries = self._stream.live, self._stream.entries
+            numbers = live[entries["section"][live] == self._checked(section)]
+            found = _Records(numbers, int(entries["tokens"][numbers].sum()))
             self._sections[section] = found
-        return self._stream, found
+        return self._stream, found.numbers
 
     def _check_open(self) -> None:
         if self._closed:
@@ -308,6 +314,13 @@ class Reader:
         if not 0 <= section < sections:
             raise ValueError(f"section must be from 0 to {sections - 1}, found {section}")
         return section
+
+
+class _Records(NamedTuple):
+    """Numbers of a section's records, and the tokens in them."""
+
+    numbers: NDArray[np.int64]
+    tokens: int
 
 
 class _PipeBlocks:

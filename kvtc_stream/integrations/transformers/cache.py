@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from copy import copy
+from functools import lru_cache
 from typing import Any, BinaryIO, Literal, TypeAlias, overload
 from weakref import WeakKeyDictionary
 
@@ -618,7 +619,7 @@ def _fill(
     arrivals: Arrivals | None,
 ) -> None:
     """What ``layer.update`` would do, which copies; with ``arrivals`` when it is read first."""
-    like = torch.empty(0, dtype=dtype or tensors.dtype, device=place)
+    like = _nothing(dtype or tensors.dtype, place)
     layer.lazy_initialization(like, like)
     if isinstance(layer, DynamicSlidingWindowLayer):
         layer.cumulative_length = seen
@@ -633,6 +634,11 @@ def _fill(
         layer.keys, layer.values = there()
     else:
         expect(layer, there)
+
+
+@lru_cache
+def _nothing(dtype: torch.dtype, place: torch.device) -> Tensor:
+    return torch.empty(0, dtype=dtype, device=place)
 
 
 def _moved(x: Tensor, place: torch.device, dtype: torch.dtype) -> Tensor:
