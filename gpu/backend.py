@@ -318,7 +318,7 @@ class CudaSectionCoder(SectionCoder):
             return None
 
     def _tensors(self, k: Any, v: Any) -> list[Tensors]:
-        return [Tensors.of_layers(list(x), self._header.dtype) for x in (k, v)]
+        return [Tensors.of_layers(x, self._header.dtype) for x in (k, v)]
 
     def encode_from(
         self, source: list[Tensors], span: slice, positions: NDArray[np.int64], start: int
@@ -634,9 +634,7 @@ class CudaSectionCoder(SectionCoder):
         """See :meth:`kvtc_stream.backends.base.SectionCoder.decoding`: payloads to symbols, then to
         values, then whatever the device found wrong."""
         dtype = self._header.out_dtype
-        outputs = [
-            x if isinstance(x, Tensors) else Tensors.of_layers(list(x), dtype) for x in (k, v)
-        ]
+        outputs = [x if isinstance(x, Tensors) else Tensors.of_layers(x, dtype) for x in (k, v)]
         k_out, v_out = (self._spread(x, layers) for x in outputs)
         loaded = self._decoder.load(table, slots, tiles=self._tiles)
         batches = self._decoder.batches(loaded.blocks)
@@ -740,7 +738,7 @@ class CudaSectionCoder(SectionCoder):
 
     def _aim(self, groups: Sequence[Sequence[int]], k: Any, v: Any) -> _Aim:
         layers = range(len(self._section.layers))
-        k_out, v_out = (Tensors.of_layers(list(x), self._header.out_dtype) for x in (k, v))
+        k_out, v_out = (Tensors.of_layers(x, self._header.out_dtype) for x in (k, v))
         columns = self._columns(layers, k_out, v_out)
         whole, *own = self._decoder.destinations([layers, *groups], k_out, v_out)
         return _Aim((k_out, v_out), columns, whole, own)
@@ -777,7 +775,7 @@ class CudaSectionCoder(SectionCoder):
         """The verbatim tokens ``but`` those of some rows, of some blocks at a time; threads begin
         with those that the device does not decode at once. To be taken when the blocks are known to
         be whole: what comes of others tells less of them than their checksums do."""
-        rows, verbatim = table.rows, table.verbatim()
+        rows, some = table.rows, table.verbatim() if table.special else None
         edges = np.concatenate([[0], np.cumsum(rows["tokens"])]).tolist()
         header, waiting = self._header, 0
 
@@ -799,7 +797,8 @@ class CudaSectionCoder(SectionCoder):
                 waiting = 0
             tiles = self._tiles and rows["verbatim_coder"][row] == Coder.PLANES
             found = None if tiles else threads().submit(planes, row)
-            groups[-1].append((row, slots[own][verbatim[own]], found))
+            places = slots[own] if some is None else slots[own][some[own]]
+            groups[-1].append((row, places, found))
             waiting += header.verbatim_size(self._index, int(rows["verbatim"][row]))
 
         def result(row: int, own: NDArray[np.int64], found: Future[bytes] | None) -> _Exact:
@@ -947,9 +946,7 @@ class CudaSectionCoder(SectionCoder):
         def layer(index: int) -> tuple[Any, Any]:
             shape = (1, s.kv_heads, tokens)
             k, v = (cupy.empty((*shape, d), BITS[dtype.itemsize]) for d in (s.k_dim, s.v_dim))
-            k_out, v_out = (
-                self._spread(Tensors.of_layers(list(x), dtype), [index]) for x in (k, v)
-            )
+            k_out, v_out = (self._spread(Tensors.of_layers(x, dtype), [index]) for x in (k, v))
             if found:
                 destination = self._decoder.destination([index], k_out, v_out)
                 for _, batch in found:

@@ -86,8 +86,11 @@ class CodedBlocks:
         coded = rows["verbatim"] < rows["tokens"]
         chosen = table.taken(np.flatnonzero(coded))
         edges = np.concatenate([[0], np.cumsum(chosen.rows["tokens"])])
-        kept, own = ~chosen.verbatim(), slots[table.of_tokens(coded)]
-        return cls(chosen, edges, chosen.positions(), np.where(kept, own, -1), kept)
+        own, kept = slots[table.of_tokens(coded)], np.ones(int(edges[-1]), np.bool_)
+        if chosen.special:
+            kept = ~chosen.verbatim()
+            own = np.where(kept, own, -1)
+        return cls(chosen, edges, chosen.positions(), own, kept)
 
     def __len__(self) -> int:
         return len(self.table)

@@ -51,11 +51,13 @@ class Tensors:
     _owners: tuple[Any, ...] = field(default=(), repr=False, compare=False)
 
     @classmethod
-    def of_layers(cls, arrays: Sequence[Any], dtype: DType, *, paged: bool = False) -> Tensors:
-        """From CuPy arrays a layer: [heads, tokens, dim], or [pages, page size, heads, dim]."""
+    def of_layers(cls, arrays: Any, dtype: DType, *, paged: bool = False) -> Tensors:
+        """From CuPy arrays a layer, or one of all: [heads, tokens, dim], or
+        [pages, page size, heads, dim]."""
         first, size = arrays[0], dtype.itemsize
         strides = [s // size for s in first.strides]
-        for array in arrays:
+        stacked = isinstance(arrays, cupy.ndarray)
+        for array in () if stacked else arrays:
             if array.strides != first.strides or array.shape != first.shape:
                 raise ValueError(
                     f"layers differ: shapes {list(first.shape)} and {list(array.shape)}, strides "
@@ -75,8 +77,11 @@ class Tensors:
             head_stride, token_stride, channel = strides
         if first.size and dim > 1 and channel != 1:
             raise ValueError(f"channels are {channel} elements apart: they must lie side by side")
-        addresses = tuple(a.data.ptr for a in arrays)
-        owners = tuple(arrays)
+        if stacked:
+            begin, step = first.data.ptr, arrays.strides[0]
+            addresses, owners = tuple(begin + i * step for i in range(len(arrays))), (arrays,)
+        else:
+            addresses, owners = tuple(a.data.ptr for a in arrays), tuple(arrays)
         return cls(addresses, token_stride, head_stride, heads, dim, slots, dtype, owners)
 
     @property
