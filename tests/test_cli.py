@@ -769,6 +769,22 @@ def test_info_needs_no_calibration(kvtc_command, files):
     assert plan["ratio"] >= 6
 
 
+def test_info_tells_whose_a_stream_is(tmp_path, kvtc_command, files):
+    other = tmp_path / "other.safetensors"
+    kvtc.testing.tiny_calibration().save(other)
+    for calibration, fits in ((files.calibration, True), (other, False)):
+        assert (
+            kvtc_command("info", files.stream, "-c", calibration, "--json").json["calibration_fits"]
+            is fits
+        )
+        shown = kvtc_command("info", files.stream, "-c", calibration).out
+        assert f"({'' if fits else 'not '}the one given)" in " ".join(shown.split())
+    assert "calibration_fits" not in kvtc_command("info", files.stream, "--json").json
+    run = kvtc_command("info", other, "-c", files.calibration)
+    assert run.status == 2
+    assert "are for a stream" in run.err
+
+
 def test_info_tables_are_complete_and_harmless(kvtc_command, files):
     run = kvtc_command("info", files.stream)
     assert (run.status, run.err) == (0, "")
@@ -828,7 +844,7 @@ def test_info_draws_a_stream(tmp_path, kvtc_command, files):
         assert pictures[-1].startswith(b"\x89PNG")
     assert len(set(pictures)) == 3
     run = kvtc_command("info", files.calibration, "--plot", picture)
-    assert (run.status, "--plot draws a stream" in run.err) == (2, True)
+    assert (run.status, "--plot and --calibration are for a stream" in run.err) == (2, True)
 
 
 def test_info_on_a_calibration(kvtc_command, files):

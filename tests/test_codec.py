@@ -243,6 +243,12 @@ def test_wrong_options(
         kvtc.Codec(calibration, **{"preset": "paper", option: value})
 
 
+@pytest.mark.parametrize("option", ["ratio", "mean_error", "error_bound", "window", "block_tokens"])
+def test_options_that_are_no_numbers(calibration: kvtc.Calibration, option: str) -> None:
+    with pytest.raises(TypeError, match=f"{option} must be an? (number|integer), found '16'"):
+        kvtc.Codec(calibration, **{option: "16"})  # type: ignore[arg-type]
+
+
 def test_a_codec_is_no_calibration(
     calibration: kvtc.Calibration, codec: kvtc.Codec, cache: Cache, stream: bytes
 ) -> None:
@@ -552,6 +558,17 @@ def test_a_poor_ratio_warns(codec: kvtc.Codec, cache: Cache) -> None:
     with pytest.warns(kvtc.KVTCWarning, match=r"only 0\.9\d times smaller.*20 of 20 tokens") as w:
         kvtc.encode(k, v, codec=codec)
     assert len(w) == 1
+
+
+def test_a_ratio_that_cannot_be_met_warns(codec: kvtc.Codec, cache: Cache) -> None:
+    """By that, not as a cache unlike the calibration; one below 2 that was asked for does not."""
+    with pytest.warns(kvtc.KVTCWarning, match=r"times smaller, and ratio=1000 was asked") as w:
+        kvtc.encode(*cache, kvtc.Codec(codec.calibration, ratio=1000))
+    assert len(w) == 1
+    encoder = kvtc.Encoder(kvtc.Codec(codec.calibration, ratio=1.5, window=0, sinks=0))
+    encoder.encode(*cache)
+    encoder.finish()
+    assert 1 < encoder.statistics.ratio < 2
 
 
 def test_a_cache_unlike_the_calibration_warns(codec: kvtc.Codec, cache: Cache) -> None:

@@ -250,7 +250,9 @@ def _info(commands: Any) -> argparse.ArgumentParser:
         metavar="PNG",
         help="draw a stream: bits of components, errors of tokens, sizes of parts",
     )
-    _calibration(parser, required=False)
+    parser.add_argument(
+        "-c", "--calibration", metavar="CAL", help="tell whether a stream was written with this one"
+    )
     return parser
 
 

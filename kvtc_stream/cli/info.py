@@ -15,19 +15,22 @@ def run(args: Namespace) -> int:
     paths.check_output(args.plot, paths.PICTURE, [args.input, args.calibration])
     with paths.open_input(args.input, seekable=True) as file, paths.about(args.input):
         if _is_calibration(file):
-            if args.plot:
-                raise UsageError("--plot draws a stream")
+            if args.plot or args.calibration:
+                raise UsageError("--plot and --calibration are for a stream, this is a calibration")
             calibration = paths.load_calibration(args.input, file)
             description = report.calibration_json(calibration)
             tables = report.calibration_tables(args.input, calibration)
         else:
             stream = StreamFile(file)
+            learnt = paths.load_calibration(args.calibration) if args.calibration else None
+            fits = None if learnt is None else learnt.digest == stream.header.calibration
             description = report.stream_json(stream)
-            tables = report.stream_tables(args.input, stream)
+            if fits is not None:
+                description["calibration_fits"] = fits
+            tables = report.stream_tables(args.input, stream, fits)
             if args.plot:
                 from kvtc_stream.cli import picture
 
-                learnt = paths.load_calibration(args.calibration) if args.calibration else None
                 picture.draw(args.plot, stream, learnt)
     if args.json:
         terminal.print_json({"file": args.input, **description})

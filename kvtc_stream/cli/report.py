@@ -55,6 +55,10 @@ def statistics_json(s: StreamStatistics) -> dict[str, Any]:
     }
 
 
+#: What is said of a calibration that was given.
+_FITS = {None: "", True: " (the one given)", False: " (not the one given)"}
+
+
 def stream_json(stream: StreamFile) -> dict[str, Any]:
     """Everything that a stream tells without its calibration."""
     header, statistics = stream.header, StreamStatistics.of(stream)
@@ -209,8 +213,9 @@ def calibration_json(calibration: Calibration) -> dict[str, Any]:
 # Tables.
 
 
-def stream_tables(name: str, stream: StreamFile) -> Iterator[Table]:
-    """What ``kvtc info`` shows of a stream."""
+def stream_tables(name: str, stream: StreamFile, fits: bool | None = None) -> Iterator[Table]:
+    """What ``kvtc info`` shows of a stream; ``fits``: whether a calibration that was given is the
+    stream's."""
     header = stream.header
     dtype = header.dtype.label
     if header.out_dtype is not header.dtype:
@@ -219,7 +224,7 @@ def stream_tables(name: str, stream: StreamFile) -> Iterator[Table]:
         [
             ("stream", f"{name}, format {'.'.join(map(str, header.version))}"),
             ("model", describe_model(header.model)),
-            ("calibration", header.calibration.hex()),
+            ("calibration", header.calibration.hex() + _FITS[fits]),
             ("token digest", header.token_digest.hex()),
             ("cache", dtype),
             *(

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
+from numbers import Integral, Real
 from typing import Any
 
 from kvtc_stream.calibration.model import Calibration
@@ -161,6 +161,10 @@ class Codec:
             if value is not None and value not in accepted:
                 shown = ", ".join(map(str, accepted))
                 raise ValueError(f"{name} must be one of {shown}, found {value!r}")
+        for name in (*TARGETS, "error_bound", "layer_error_bound"):
+            number = getattr(self, name)
+            if number is not None and not isinstance(number, Real):
+                raise TypeError(f"{name} must be a number, found {number!r}")
         for name, bound in (
             ("error_bound", self.error_bound),
             ("layer_error_bound", self.layer_error_bound),
@@ -174,7 +178,9 @@ class Codec:
             ("window", self.window, 0, 2**32 - 1),
             ("block_tokens", self.block_tokens, 1, Limits().max_block_tokens),
         ):
-            if not least <= operator.index(count) <= most:
+            if not isinstance(count, Integral):
+                raise TypeError(f"{name} must be an integer, found {count!r}")
+            if not least <= count <= most:
                 raise ValueError(f"{name} must be from {least} to {most}, found {count}")
         if preset.uniform != (self.byte_coder is Coder.RANS):
             raise ValueError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -50,6 +51,8 @@ _log = logging.getLogger(__name__)
 
 #: A finished stream whose ratio is below this has gained little: worth a warning.
 _POOR_RATIO = 2.0
+#: The share of a ratio that a stream has with its sinks, its latest tokens and its end.
+_NEARLY = 0.8
 #: Records that mark an end of a stream.
 _ENDS = (RecordType.ENCODER, RecordType.AUTH, RecordType.INDEX, RecordType.SUPERSEDE)
 #: Part of verbatim values that their codes take, about; and by how much coded tokens may take more
@@ -322,12 +325,15 @@ class Encoder:
 
     def _warn(self) -> None:
         """Tell what is odd about the stream; Python shows a warning once, the log has each."""
-        s = self._statistics
-        found = s.surprises(self._codec.plan) + s.lost_kinds()
-        found += s.lost_layers(self._geometry, self._codec.target)
+        s, target = self._statistics, self._codec.adapts
+        asked = target.value if target is not None and target.name == "ratio" else math.inf
+        beyond = s.beyond(asked)
+        # Of a target that cannot be met, errors say nothing about the cache.
+        found = beyond or s.surprises(self._codec.plan)
+        found += s.lost_kinds() + s.lost_layers(self._geometry, self._codec.target)
         if self._base is not None and (complaint := self._base.complaint()):
             found.insert(0, complaint)
-        if 0 < s.ratio < _POOR_RATIO:
+        if 0 < s.ratio < min(_POOR_RATIO, _NEARLY * asked):
             verbatim = s.tokens - s.coded_tokens
             found.append(
                 f"the stream is only {s.ratio:.2f} times smaller than the cache: {verbatim} of "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +33,9 @@ _SURPRISE_TOKENS = 16
 #: A layer is lost that loses so many times what all do together, and so much of its norm; or so
 #: many times a target for the mean error.
 _LOST_FACTOR, _LOST = 5.0, 0.25
+
+#: The share of a ratio that is far from it: a target is met within some hundredths.
+_SHORT = 0.8
 
 
 @dataclass
@@ -162,6 +166,20 @@ class StreamStatistics:
                 ("V", sums.v, plan.sections[i].expected_v_error),
             )
             if sums.tokens >= _SURPRISE_TOKENS and total > _surprising(expected) * sums.tokens
+        ]
+
+    def beyond(self, ratio: float) -> list[str]:
+        """Whether coded tokens are far from so many times smaller, with nothing but symbols."""
+        data = self.roles[Role.DATA]
+        if not data.stream_bytes or data.verbatim_tokens or data.tokens < _SURPRISE_TOKENS:
+            return []
+        reached = data.cache_bytes / data.stream_bytes
+        if math.isinf(ratio) or reached > _SHORT * ratio:
+            return []
+        return [
+            f"coded tokens are {reached:.3g} times smaller, and ratio={ratio:g} was asked for: "
+            f"headers and the scales of tokens take more than that, and next to nothing is kept of "
+            f"values; ask for less"
         ]
 
     def lost_kinds(self) -> list[str]:
