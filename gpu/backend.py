@@ -54,7 +54,6 @@ from kvtc_stream.gpu.coder.decoding import (
     BatchDecoder,
     BlockLoad,
     CodedBlocks,
-    Destination,
     Inputs,
     RunningBatch,
     UniformDecoder,
@@ -66,7 +65,7 @@ from kvtc_stream.gpu.coder.plan import BandPlan, DevicePlan
 from kvtc_stream.gpu.coder.rope import ropes_of
 from kvtc_stream.gpu.kernels import layout
 from kvtc_stream.gpu.runtime.staging import Staging, pinned, recorded
-from kvtc_stream.gpu.runtime.streams import UPLOADING, apart, beside, interleaving
+from kvtc_stream.gpu.runtime.streams import CHECKING, UPLOADING, apart, beside, interleaving
 from kvtc_stream.gpu.runtime.tensors import BITS, Tensors, entries, taker
 from kvtc_stream.io.dlpack import BackendName, layer_list, numpy_dtype, on_cuda
 from kvtc_stream.io.steps import Steps, begun, run
@@ -107,14 +106,14 @@ class _Load(NamedTuple):
     whole: Callable[[], None]
 
 
-class _Aim(NamedTuple):
-    """Where values go: K and V of all layers, their entries on the device, and destinations of all
-    layers and of groups."""
+class _Sent(NamedTuple):
+    """What a device is at work on: where it goes, the batches of which all layers come, of each
+    group those of others and the event after them, and what the device still reads."""
 
-    tensors: tuple[Tensors, Tensors]
-    columns: Any
-    whole: Destination
-    groups: list[Destination]
+    tensors: tuple[Tensors, ...]
+    early: list[RunningBatch]
+    groups: list[tuple[list[RunningBatch], Any]]
+    owners: tuple[Any, ...]
 
 
 def _check_exact(unchecked: Sequence[_Unchecked]) -> None:
@@ -676,72 +675,80 @@ class CudaSectionCoder(SectionCoder):
     ) -> Steps[None]:
         """See :meth:`kvtc_stream.backends.base.SectionCoder.arriving`. The device gets all of its
         work at once, and all that it has to do beside is for what is on its way already."""
-        decoder, stream, ready = self._decoder, cupy.cuda.get_current_stream(), recorded()
-        layers = range(len(self._section.layers))
-        aimed: _Aim | None = None
-        loads: list[_Load] = []
-        first: list[RunningBatch] = []
-        others: list[tuple[CodedBlocks, Batch]] = []
+        ready, loads = recorded(), list[_Load]()
         unchecked: list[_Unchecked] = []
-
-        def place(load: _Load, aim: _Aim) -> None:
-            with beside(load.uploaded):
-                for some in load.exact:
-                    found = self._uploaded(some, load.loaded, unchecked)
-                    self._place_exact(found, layers, aim.columns)
-
         try:
-            for table, slots in portions:
-                with beside(ready, UPLOADING):
-                    loaded = decoder.load(table, slots, tiles=self._tiles)
-                    # At once: behind the next payloads it would wait for these.
-                    inputs = decoder.inputs(loaded.blocks) if len(loaded.blocks) else None
-                    aimed = aimed or self._aim(groups, *out())
-                    uploaded = recorded()
-                for load in loads[-1:]:
-                    place(load, aimed)
-                stream.wait_event(uploaded)
-                if len(loaded.blocks):
-                    batch = loaded.blocks, decoder.symbols(loaded.blocks, inputs)
-                    if len(loads) < early:
-                        first += decoder.start([batch], aimed.whole)
-                    else:
-                        others.append(batch)
-                exact = self._exact(table, slots)
-                loads.append(_Load(loaded, inputs, uploaded, exact, loaded.verifying()))
-            if aimed is None:
-                return
-            started = [(decoder.start(others, own), recorded()) for own in aimed.groups]
-            place(loads[-1], aimed)
+            try:
+                sent = self._send(portions, early, groups, out, loads, unchecked)
+            except FormatError:
+                for load in loads:
+                    load.whole()  # says more of a payload that is damaged
+                raise
             yield
             for load in loads:
                 load.whole()
-        except FormatError:
-            for load in loads:
-                load.whole()  # says more of a payload that is damaged
-            raise
-        finally:  # what payloads came from may change now
-            with beside(ready, UPLOADING):
-                cupy.cuda.get_current_stream().synchronize()
+        finally:  # what is read may change now, and what is written be given back
+            for number in UPLOADING, CHECKING:
+                with beside(ready, number):
+                    cupy.cuda.get_current_stream().synchronize()
         _check_exact(unchecked)
-        with beside(ready):
-            cupy.cuda.get_current_stream().synchronize()
         yield
-        slow = list(faulty(first))
-        for (running, done), own in zip(started, groups, strict=True):
+        slow = list(faulty(sent.early))
+        for (running, done), own in zip(sent.groups, groups, strict=True):
             for block, where in chain(slow, faulty(running)):
                 k, v = self._cpu.decode(block, own)
-                self._place(where, k, v, self._columns(own, *aimed.tensors))
+                self._place(where, k, v, self._columns(own, *sent.tensors))
                 done = recorded()
             done.synchronize()
             yield
 
-    def _aim(self, groups: Sequence[Sequence[int]], k: Any, v: Any) -> _Aim:
+    def _send(
+        self,
+        portions: Iterable[tuple[BlockTable, NDArray[np.int64]]],
+        early: int,
+        groups: Sequence[Sequence[int]],
+        out: Callable[[], tuple[Any, Any]],
+        loads: list[_Load],
+        unchecked: list[_Unchecked],
+    ) -> _Sent:
+        """All that the device has to do for :meth:`arriving`; ``loads`` gets each portion."""
+        decoder, stream, ready = self._decoder, cupy.cuda.get_current_stream(), recorded()
         layers = range(len(self._section.layers))
-        k_out, v_out = (Tensors.of_layers(x, self._header.out_dtype) for x in (k, v))
-        columns = self._columns(layers, k_out, v_out)
-        whole, *own = self._decoder.destinations([layers, *groups], k_out, v_out)
-        return _Aim((k_out, v_out), columns, whole, own)
+        tensors: tuple[Tensors, ...] = ()
+        first: list[RunningBatch] = []
+        others: list[tuple[CodedBlocks, Batch]] = []
+
+        def place(load: _Load) -> None:
+            with beside(load.uploaded):
+                for some in load.exact:
+                    found = self._uploaded(some, load.loaded, unchecked)
+                    self._place_exact(found, layers, columns)
+
+        for table, slots in portions:
+            with beside(ready, UPLOADING):
+                loaded = decoder.load(table, slots, tiles=self._tiles)
+                # At once: behind the next payloads it would wait for these.
+                inputs = decoder.inputs(loaded.blocks) if len(loaded.blocks) else None
+                if not tensors:
+                    dtype = self._header.out_dtype
+                    tensors = k_out, v_out = tuple(Tensors.of_layers(x, dtype) for x in out())
+                    columns = self._columns(layers, k_out, v_out)
+                    whole, *own = decoder.destinations([layers, *groups], k_out, v_out)
+                uploaded = recorded()
+            for load in loads[-1:]:
+                place(load)
+            stream.wait_event(uploaded)
+            if len(loaded.blocks):
+                batch = loaded.blocks, decoder.symbols(loaded.blocks, inputs)
+                if len(loads) < early:
+                    first += decoder.start([batch], whole)
+                else:
+                    others.append(batch)
+            exact = self._exact(table, slots)
+            loads.append(_Load(loaded, inputs, uploaded, exact, loaded.verifying()))
+        started = [(decoder.start(others, each), recorded()) for each in own]
+        place(loads[-1])
+        return _Sent(tensors, first, started, (columns, whole, own, others))
 
     @property
     def _tiles(self) -> bool:
