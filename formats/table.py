@@ -16,7 +16,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from kvtc_stream.formats.block import Block
-from kvtc_stream.formats.columns import ROW
+from kvtc_stream.formats.columns import HEAD, ROW
 from kvtc_stream.formats.header import StreamHeader
 from kvtc_stream.formats.limits import Limits
 from kvtc_stream.formats.record import (
@@ -172,7 +172,8 @@ class BlockTable:
         """int64 [tokens]: the position of each token, those that are cut included."""
         from kvtc_stream.formats.usual import positions
 
-        out: NDArray[np.int64] = positions(self.rows)
+        out = np.empty(int(self.rows["tokens"].sum()), np.int64)
+        positions(self.rows, out)
         for row, own in self._special_tokens():
             out[own] = np.array(self.special[row].positions, np.int64)
         return out
@@ -188,8 +189,9 @@ class BlockTable:
         """int64 [tokens]: the ordinal of each token in the section, -1 of those that are cut."""
         from kvtc_stream.formats.usual import ordinals
 
-        found: NDArray[np.int64] = ordinals(self.rows)
-        return found
+        out = np.full(int(self.rows["tokens"].sum()), -1)
+        ordinals(self.rows, out)
+        return out
 
     def _special_tokens(self) -> list[tuple[int, slice]]:
         ends = np.cumsum(self.rows["tokens"]).tolist()
@@ -239,8 +241,18 @@ def read_table(
     from kvtc_stream.formats.usual import Facts, records
 
     rows, bytes_ = np.zeros(len(begins), ROW), np.frombuffer(data, np.uint8)
-    facts = Facts.of(header, limits)
-    usual = records(bytes_, begins, entries, sequences, np.uint64(seed), facts, rows)
+    head, facts = np.empty(1, HEAD), Facts.of(header, limits)
+    usual = records(
+        bytes_,
+        begins,
+        entries,
+        sequences,
+        np.uint64(seed),
+        facts,
+        head,
+        head.view(np.uint8),
+        rows,
+    )
     special = {}
     for i in np.flatnonzero(~usual).tolist():
         row, block = rows[i], parse(i, None)

@@ -166,7 +166,7 @@ def all_errors_can_be(heads):  # type: ignore[no-untyped-def]
 
 
 @jit
-def records(data, begins, e, sequences, seed, facts, rows):  # type: ignore[no-untyped-def]
+def records(data, begins, e, sequences, seed, facts, head, room, rows):  # type: ignore[no-untyped-def]
     """Which records are usual blocks, and those that the index lists; fills their rows.
 
     Parameters
@@ -177,31 +177,32 @@ def records(data, begins, e, sequences, seed, facts, rows):  # type: ignore[no-u
         What the index says of them, and their numbers in the stream, int64.
     seed, facts
         The stream's seed, uint64, and :class:`Facts`.
+    head, room
+        :data:`~kvtc_stream.formats.columns.HEAD` [1], and its bytes: what a record begins with is
+        copied there.
     rows
         :data:`~kvtc_stream.formats.columns.ROW` [blocks], 0 at first.
     """
+    # Views and slices are made by who calls: here they take seconds to compile.
     usual = np.zeros(len(begins), np.bool_)
-    heads = np.empty(1, HEAD)
-    bytes_ = heads.view(np.uint8)
-    h = heads[0]
+    address, own = data.ctypes.data, room.ctypes.data
+    h = head[0]
     for i in range(len(begins)):
-        begin, length, listed = begins[i], np.int64(e[i]["length"]), e[i]
+        begin, length = begins[i], np.int64(e[i]["length"])
         if length < _WIDTH + _BEHIND:
             continue
-        bytes_[:] = data[begin : begin + _WIDTH]
-        address = bytes_.ctypes.data
+        for j in range(_WIDTH):
+            room[j] = data[begin + j]
+        section = np.int64(h["section"])
         usual[i] = (
-            h["seed"] == short(address, _COVERED, seed)
-            and _is_listed(h, listed, sequences[i], facts)
-            and _block(h, np.int64(h["section"]), facts.features, facts)
-            and (
-                h["contents"] == 0
-                or layers_can_be(data, begin + _WIDTH, facts.layers[np.int64(h["section"])])
-            )
+            h["seed"] == short(own, _COVERED, seed)
+            and _is_listed(h, e[i], sequences[i], facts)
+            and _block(h, section, facts.features, facts)
+            and (h["contents"] == 0 or layers_can_be(data, begin + _WIDTH, facts.layers[section]))
         )
         if usual[i]:
             _fill(rows[i], h, begin + RECORD_HEADER_SIZE)
-            rows[i]["checksum"] = word_at(data[begin + length - _BEHIND :].ctypes.data)
+            rows[i]["checksum"] = word_at(address + begin + length - _BEHIND)
     return usual
 
 
@@ -324,28 +325,24 @@ def fill_rows(rows, heads, payload):  # type: ignore[no-untyped-def]
 
 
 @jit
-def ordinals(rows):  # type: ignore[no-untyped-def]
-    """See :meth:`~kvtc_stream.formats.table.BlockTable.ordinals`."""
-    out = np.full(rows["tokens"].sum(), -1)
+def ordinals(rows, out):  # type: ignore[no-untyped-def]
+    """See :meth:`~kvtc_stream.formats.table.BlockTable.ordinals`; ``out`` is -1 at first."""
     at = 0
     for i in range(len(rows)):
         front, tokens = rows[i]["front"], rows[i]["tokens"]
         for j in range(front, tokens - rows[i]["end"]):
             out[at + j] = rows[i]["start"] + j - front
         at += tokens
-    return out
 
 
 @jit
-def positions(rows):  # type: ignore[no-untyped-def]
-    """int64 [tokens]: positions of tokens of blocks that do not list them."""
-    out = np.empty(rows["tokens"].sum(), np.int64)
+def positions(rows, out):  # type: ignore[no-untyped-def]
+    """Positions of tokens, int64, of blocks that do not list them."""
     at = 0
     for i in range(len(rows)):
         for j in range(rows[i]["tokens"]):
             out[at + j] = rows[i]["first"] + j
         at += rows[i]["tokens"]
-    return out
 
 
 @jit
