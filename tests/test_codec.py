@@ -154,7 +154,7 @@ def test_two_targets(calibration: kvtc.Calibration) -> None:
     plan = kvtc.Codec(calibration, "paper", ratio=8).plan
     with pytest.raises(ValueError, match="leaves nothing to choose: leave out ratio"):
         kvtc.Codec(calibration, "paper", ratio=4, fixed_plan=plan)
-    with pytest.raises(TypeError, match="window must be an integer, found 1.5"):
+    with pytest.raises(TypeError, match=r"window must be an integer, found 1\.5"):
         kvtc.Codec(calibration, "paper", window=1.5)  # type: ignore[arg-type]
 
 

@@ -48,10 +48,9 @@ def _lines(bars: Progress) -> Iterator[None]:
 
     def tell() -> None:
         while not done.wait(_SECONDS_PER_LINE):
-            for task in bars.tasks[-1:]:  # all of it may be done, and its result yet to come
+            for task in bars.tasks[-1:]:
                 share = f" {task.percentage:.0f} %," if task.total else ""
-                seconds = bars.get_time() - (task.start_time or 0)  # elapsed stops at 100 %
-                note(f"{task.description}:{share} {seconds:.0f} s so far")
+                note(f"{task.description}:{share} {task.elapsed or 0:.0f} s so far")
 
     teller = threading.Thread(target=tell, daemon=True)
     teller.start()
@@ -68,11 +67,17 @@ def note(text: str) -> None:
 
 
 def bar(bars: Progress, description: str) -> Callable[[int, int], None]:
-    """A bar that moves when it is called with work done and work in all."""
+    """A bar that moves when it is called with work done and work in all; when all is done it
+    pulses, because what follows may take long, and a bar that is full would seem to hang."""
     task = bars.add_task(description, total=None)
 
     def update(done: int, total: int) -> None:
-        bars.update(task, completed=done, total=total)
+        if done < total:
+            bars.update(task, completed=done, total=total)
+            return
+        for own in bars.tasks:
+            if own.id == task:
+                own.total = None
 
     return update
 
