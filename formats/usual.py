@@ -348,8 +348,8 @@ def positions(rows, out):  # type: ignore[no-untyped-def]
 @jit
 def gathered(addresses, lasts, pieces, offsets, out):  # type: ignore[no-untyped-def]
     """Copy bytes of ``pieces`` [rows], from ``offsets`` on, to the rows of ``out``; beyond the
-    ``lasts`` byte of a piece that one again."""
+    ``lasts`` byte of a piece that one again, and 0 of a piece without any."""
     for i in range(len(out)):
         address, last, at = addresses[pieces[i]], lasts[pieces[i]], offsets[i]
         for j in range(out.shape[1]):
-            out[i, j] = byte_at(address + min(at + j, last))
+            out[i, j] = byte_at(address + min(at + j, last)) if last >= 0 else 0
