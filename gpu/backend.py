@@ -674,7 +674,7 @@ class CudaSectionCoder(SectionCoder):
         out: Callable[[], tuple[Any, Any]],
     ) -> Steps[None]:
         """See :meth:`kvtc_stream.backends.base.SectionCoder.arriving`. The device gets all of its
-        work at once, and all that it has to do beside is for what is on its way already."""
+        work at once."""
         ready, loads = recorded(), list[_Load]()
         unchecked: list[_Unchecked] = []
         try:
