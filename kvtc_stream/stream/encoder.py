@@ -327,9 +327,9 @@ class Encoder:
         """Tell what is odd about the stream; Python shows a warning once, the log has each."""
         s, target = self._statistics, self._codec.adapts
         asked = target.value if target is not None and target.name == "ratio" else math.inf
-        beyond = s.beyond(asked)
+        found = s.surprises(self._codec.plan)
         # Of a target that cannot be met, errors say nothing about the cache.
-        found = beyond or s.surprises(self._codec.plan)
+        found = found and (s.beyond(asked) or found)
         found += s.lost_kinds() + s.lost_layers(self._geometry, self._codec.target)
         if self._base is not None and (complaint := self._base.complaint()):
             found.insert(0, complaint)
