@@ -89,7 +89,6 @@ def read_pages(
             special[i] = block
     rows = rows[:good]
     rows["piece"] = np.arange(good)
-    rows["payload"], rows["size"] = _BLOCK, heads["size"][:good]
     rows["exact"] = rows["payload"] + rows["size"] - rows["exact_length"]
     rows["coded"] = rows["exact"] - rows["coded_length"]
     pieces = tuple(memoryview(page) for page in pages[:good])

@@ -19,10 +19,7 @@ from kvtc_stream.formats.block import Block
 from kvtc_stream.formats.columns import HEAD, ROW
 from kvtc_stream.formats.header import StreamHeader
 from kvtc_stream.formats.limits import Limits
-from kvtc_stream.formats.record import (
-    RECORD_HEADER_SIZE,
-    RECORD_OVERHEAD,
-)
+from kvtc_stream.formats.record import RECORD_HEADER_SIZE, RECORD_OVERHEAD
 from kvtc_stream.io.threads import begin
 
 

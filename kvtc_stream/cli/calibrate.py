@@ -158,20 +158,13 @@ def _from_model(args: Namespace, options: dict[str, Any], bars: Progress) -> lis
     if args.device_map is None and torch.cuda.is_available():
         model = model.to("cuda")  # type: ignore[arg-type]
     bars.remove_task(loading)
-    reading = terminal.bar(bars, "Reading")
-
-    def advance(done: int, total: int) -> None:
-        reading(done, total)
-        if done == total:  # a bar that is full would seem to hang
-            bars.add_task("Solving", total=None)
-
     limits = {"tokens": args.tokens, "document_tokens": args.document_tokens}
     options |= {name: value for name, value in limits.items() if value is not None}
     found: list[kvtc.Calibration] = calibrate(
         model,
         texts,
         tokenizer=tokenizer,
-        progress=advance,
+        progress=terminal.bar(bars, "Reading", then="Solving"),
         name=args.name,
         tensor_parallel=args.tensor_parallel,
         **importance_options(args),

@@ -66,15 +66,17 @@ def note(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def bar(bars: Progress, description: str) -> Callable[[int, int], None]:
+def bar(bars: Progress, description: str, then: str | None = None) -> Callable[[int, int], None]:
     """A bar that moves when it is called with work done and work in all; when all is done it
-    pulses, because what follows may take long, and a bar that is full would seem to hang."""
+    pulses, described by ``then``: what follows may take long, and a full bar would seem to hang."""
     task = bars.add_task(description, total=None)
 
     def update(done: int, total: int) -> None:
         if done < total:
             bars.update(task, completed=done, total=total)
             return
+        if then is not None:
+            bars.reset(task, description=then)
         for own in bars.tasks:
             if own.id == task:
                 own.total = None

@@ -169,12 +169,11 @@ class StreamStatistics:
         ]
 
     def beyond(self, ratio: float) -> list[str]:
-        """Whether coded tokens are far from so many times smaller, with nothing but symbols."""
+        """Of a stream with :meth:`surprises`: that it is far from so many times smaller, and no
+        exact token is to blame."""
         data = self.roles[Role.DATA]
-        if not data.stream_bytes or data.verbatim_tokens or data.tokens < _SURPRISE_TOKENS:
-            return []
         reached = data.cache_bytes / data.stream_bytes
-        if math.isinf(ratio) or reached > _SHORT * ratio:
+        if math.isinf(ratio) or reached > _SHORT * ratio or data.verbatim_tokens:
             return []
         return [
             f"coded tokens are {reached:.3g} times smaller, and ratio={ratio:g} was asked for: "

@@ -424,7 +424,7 @@ def _restored(
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"dtype must be a floating-point torch.dtype, found {dtype!r}")
     with one_walk(), ExitStack() as opened:
-        spread = model is not None and device is None
+        spread = model if device is None else None
         if model is not None:
             device = model.device if device is None else device
             if dtype is None and model.dtype in _COMPUTED_IN:
@@ -481,8 +481,8 @@ def _restored(
             steps = tensors.restoring() if wait else tensors.arriving()
             # Of several tasks a second one has then begun: a device has enough to do.
             steps = begun(steps) if i else _begun(steps, model, calibration, 1 + wait)
-            if not i and model is not None and spread:
-                places = layer_devices(model)
+            if not i and spread is not None:
+                places = layer_devices(spread)
             if wait:
                 run(steps)
             restored.append((tensors, steps))
