@@ -3,7 +3,7 @@
 What is checked is what :class:`~kvtc_stream.formats.index.IndexEntry`, ``RecordHeader`` and
 ``Block`` check one by one. Compiled code says only whether all is as usual; who meets something
 else asks the parser of single blocks, which reads it or raises the error. Importing this takes
-Numba, so only those who encode or decode do.
+Numba: where nobody has imported that, an index is read entry by entry.
 """
 
 from __future__ import annotations
