@@ -120,9 +120,11 @@ def on_device(samples: list[Cache]) -> dict[str, Any]:
     for x, begin in zip(payloads, begins.tolist(), strict=False):
         host[begin : begin + len(x)] = x
     data = cupy.asarray(host)
-    split = [verbatim.split(x, len(piece)) for x in payloads]
+    places = verbatim.places(
+        np.concatenate([verbatim.split(x, len(piece))[1] for x in payloads]), sizes
+    )
     firsts = np.arange(count) * len(piece)
-    tasks = cupy.asarray(coder.tasks_of(sizes, firsts, [x[2] for x in split], begins))
+    tasks = cupy.asarray(coder.tasks_of(sizes, firsts, places, begins))
     heads, written = cupy.empty((len(tasks), verbatim.HEAD), np.uint8), cupy.empty_like(data)
     out, faults = cupy.empty_like(values), cupy.zeros(count, np.int32)
     tiles, threads = len(tasks), kernels.THREADS

@@ -14,6 +14,7 @@ from kvtc_stream.gpu.kernels import verbatim
 from kvtc_stream.gpu.runtime.staging import Staging, recorded
 from kvtc_stream.gpu.runtime.streams import beside
 from kvtc_stream.io.steps import Steps, run
+from kvtc_stream.io.xxh3 import jit
 
 #: Values of a piece, and bytes of a payload, begin at multiples of so many bytes.
 _ALIGNMENT = 16
@@ -22,32 +23,41 @@ _ALIGNMENT = 16
 def tasks_of(
     sizes: Sequence[int],
     firsts: NDArray[np.int64],
-    places: Sequence[Places] | None = None,
+    found: Places | None = None,
     begins: NDArray[np.int64] | None = None,
 ) -> NDArray[np.int64]:
     """int64 [tiles, FIELDS] of pieces of so many values, the first of which are ``firsts``.
 
-    ``places`` are those in the payloads, which begin at ``begins``, multiples of 16 bytes.
+    ``found`` are the places in the payloads, which begin at ``begins``, multiples of 16 bytes.
     """
-    counts = [-(-n // TILE) for n in sizes]
-    tasks = np.zeros((sum(counts), verbatim.FIELDS), np.int64)
-    end = 0
-    for i, (n, count) in enumerate(zip(sizes, counts, strict=True)):
-        own, end = tasks[end : end + count], end + count
-        before = np.arange(count) * TILE
-        own[:, verbatim.VALUES] = firsts[i] + before
-        own[:, verbatim.COUNT] = np.minimum(TILE, n - before)
-        own[:, verbatim.BLOCK] = i
-        if places is not None and begins is not None:
-            begin, found = int(begins[i]), places[i]
-            own[:, verbatim.PLACE] = begin + np.arange(count) * HEAD
-            own[:, verbatim.DIGITS] = begin // 4 + found.digits
-            own[:, verbatim.REST] = begin + found.rest + before
-            own[:, verbatim.OTHERS] = begin + found.others
+    tiles = sum(-(-n // TILE) for n in sizes)
+    tasks = np.zeros((tiles, verbatim.FIELDS), np.int64)
+    if found is None or begins is None:
+        nowhere = np.zeros(max(tiles, len(sizes)), np.int64)
+        found, begins = Places(nowhere, nowhere, nowhere, nowhere), nowhere
+    digits, others, rests, _ = found
+    _fill_tasks(tasks, np.array(sizes, np.int64), firsts, begins, digits, others, rests)
     return tasks
 
 
-def starts(sizes: Sequence[int]) -> NDArray[np.int64]:
+@jit
+def _fill_tasks(tasks, sizes, firsts, begins, digits, others, rests):  # type: ignore[no-untyped-def]
+    tile = 0
+    for piece in range(len(sizes)):
+        begin = begins[piece]
+        for i in range((sizes[piece] + TILE - 1) // TILE):
+            before = i * TILE
+            tasks[tile, verbatim.VALUES] = firsts[piece] + before
+            tasks[tile, verbatim.COUNT] = min(sizes[piece] - before, TILE)
+            tasks[tile, verbatim.BLOCK] = piece
+            tasks[tile, verbatim.PLACE] = begin + i * HEAD
+            tasks[tile, verbatim.DIGITS] = begin // 4 + digits[tile]
+            tasks[tile, verbatim.REST] = begin + rests[piece] + before
+            tasks[tile, verbatim.OTHERS] = begin + others[tile]
+            tile += 1
+
+
+def starts(sizes: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
     """Where pieces of so many bytes begin, one after the other, and where the last ends."""
     room = -(-np.array(sizes, np.int64) // _ALIGNMENT) * _ALIGNMENT
     return np.concatenate([[0], np.cumsum(room)])
@@ -77,10 +87,8 @@ def encode_values(
     verbatim.survey(len(tasks), verbatim.THREADS, (tasks_d, values, heads))
     on_host, surveyed = staging.begin_fetch(heads), recorded()
     yield
-    ends = np.cumsum([-(-n // TILE) for n in sizes])
-    own = np.split(on_host(), ends[:-1])
-    found = [places(x, n) for x, n in zip(own, sizes, strict=True)]
-    begins = starts([x.length for x in found])
+    found = places(on_host(), sizes)
+    begins = starts(found.lengths)
     with beside(surveyed):  # whatever else the stream has to do meanwhile
         data = cupy.empty(int(begins[-1]), np.uint8)
         [tasks_d] = staging.arrays(tasks_of(sizes, firsts, found, begins))
@@ -89,7 +97,8 @@ def encode_values(
     yield
     ready()
     host = np.frombuffer(memory, np.uint8)
-    return [host[b : b + x.length] for b, x in zip(begins.tolist(), found, strict=False)]
+    spans = zip(begins.tolist(), found.lengths.tolist(), strict=False)
+    return [host[begin : begin + length] for begin, length in spans]
 
 
 def decode(
@@ -111,8 +120,14 @@ def decode(
     FormatError
         The heads of tiles show that already.
     """
-    firsts = starts([2 * n for n in sizes]) // 2
-    found = [split(payload, n)[2] for payload, n in zip(payloads, sizes, strict=True)]
+    firsts, tiles = starts([2 * n for n in sizes]) // 2, sum(-(-n // TILE) for n in sizes)
+    held = [memoryview(x)[: -(-n // TILE) * HEAD] for x, n in zip(payloads, sizes, strict=True)]
+    heads = np.frombuffer(b"".join(held), np.uint8)
+    found = places(heads.reshape(-1, HEAD), sizes) if len(heads) == HEAD * tiles else None
+    if found is None or found.lengths.tolist() != [len(x) for x in payloads]:
+        for payload, n in zip(payloads, sizes, strict=True):
+            split(payload, n)
+        raise AssertionError("what a payload is not has an error")
     tasks = tasks_of(sizes, firsts, found, begins)
     values = cupy.empty(int(firsts[-1]), np.uint16)
     faults = cupy.zeros(len(payloads), np.int32)

@@ -12,11 +12,14 @@ from numpy.typing import NDArray
 
 from kvtc_stream.coding import verbatim
 from kvtc_stream.formats import Block, Coder, DType, Feature, StreamHeader
-from kvtc_stream.formats.coders import LARGE, compress_beside, decompress
+from kvtc_stream.formats.coders import compress_beside, decompress
 from kvtc_stream.io.dlpack import numpy_dtype
 
 Array = NDArray[Any]
 Float = NDArray[np.float32]
+
+#: Bytes of verbatim values from which on they are coded with ``Coder.PLANES``.
+PLANES_FROM = 1 << 15
 
 
 def to_float32(x: Array, scale: Float | None) -> Float:
@@ -111,9 +114,10 @@ def _parted(
 def codes_planes(header: StreamHeader, size: int) -> bool:
     """Whether a writer codes so many bytes of verbatim values with ``Coder.PLANES``.
 
-    Fewer than 256 KiB take less space with a byte coder (benchmarks/verbatim.py).
+    Few values take less space with a byte coder (benchmarks/verbatim.py), but a device cannot
+    decode that.
     """
-    return size >= LARGE and Feature.PLANES in header.features
+    return size >= PLANES_FROM and Feature.PLANES in header.features
 
 
 def code_verbatim(header: StreamHeader, k: Array, v: Array) -> tuple[Coder, bytes]:

@@ -24,6 +24,7 @@ With a table given a tile has one encoding. The kernels release the GIL and keep
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numba
@@ -50,22 +51,24 @@ _FAULTS = {
 
 
 class Places(NamedTuple):
-    """Where the tiles' things are in a payload; int64 [tiles], and the payload's length.
+    """Where the tiles' things are in payloads.
 
     Attributes
     ----------
     digits
-        First word of each tile, from the beginning of the payload.
+        int64 [tiles of all payloads]: first word of each, from the beginning of its payload.
     others
-        First of each tile's bytes for exponents that its table lacks.
-    rest
-        First byte of signs and mantissas.
+        int64 [tiles of all payloads]: first of each one's bytes for exponents that its table lacks.
+    rests
+        int64 [payloads]: first byte of signs and mantissas.
+    lengths
+        int64 [payloads]: bytes; -1 of heads that no encoder writes.
     """
 
     digits: npt.NDArray[np.int64]
     others: npt.NDArray[np.int64]
-    rest: int
-    length: int
+    rests: npt.NDArray[np.int64]
+    lengths: npt.NDArray[np.int64]
 
 
 def encode(values: npt.NDArray[np.uint16]) -> npt.NDArray[np.uint8]:
@@ -73,37 +76,26 @@ def encode(values: npt.NDArray[np.uint16]) -> npt.NDArray[np.uint8]:
     n = len(values)
     heads = np.zeros((-(-n // TILE), HEAD), np.uint8)
     _survey(values, heads)
-    place = places(heads, n)
-    out = np.empty(place.length, np.uint8)
+    begin, length = (int(x[0]) for x in places(heads, [n])[2:])
+    out = np.empty(length, np.uint8)
     out[: heads.size] = heads.reshape(-1)
-    words = out[heads.size : place.rest].view("<u4").astype(np.uint32, copy=False)
-    rest, others = out[place.rest : place.rest + n], out[place.rest + n :]
+    words = out[heads.size : begin].view("<u4").astype(np.uint32, copy=False)
+    rest, others = out[begin : begin + n], out[begin + n :]
     _encode(values, heads, words, rest, others)
     return out
 
 
-def places(heads: npt.NDArray[np.uint8], n: int) -> Places:
-    """Where things are, by the heads [tiles, HEAD] of ``n`` values.
-
-    Raises
-    ------
-    FormatError
-        No encoder writes such heads.
-    """
-    digits, others = np.empty((2, len(heads)), np.int64)
-    rest, length = _places(np.ascontiguousarray(heads), n, digits, others)
-    if length < 0:
-        raise FormatError(
-            "verbatim values: the head of a tile is damaged: more values go on than there are, "
-            "its table has an exponent twice, or its reserved byte is not 0"
-        )
-    return Places(digits, others, rest, length)
+def places(heads: npt.NDArray[np.uint8], sizes: Sequence[int]) -> Places:
+    """Where things are, by the heads [tiles of all payloads, HEAD] of so many values each."""
+    found = Places(*np.empty((2, len(heads)), np.int64), *np.empty((2, len(sizes)), np.int64))
+    _places(np.ascontiguousarray(heads), np.array(sizes, np.int64), *found)
+    return found
 
 
 def split(
     data: bytes | memoryview | npt.NDArray[np.uint8], n: int
-) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8], Places]:
-    """A payload's bytes, its heads, and where things are; of ``n`` values.
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8], int]:
+    """A payload's bytes, its heads, and where signs and mantissas begin; of ``n`` values.
 
     Raises
     ------
@@ -117,12 +109,17 @@ def split(
             f"alone"
         )
     heads = packed[: tiles * HEAD].reshape(tiles, HEAD)
-    found = places(heads, n)
-    if packed.size != found.length:
+    _, _, [rest], [length] = places(heads, [n])
+    if length < 0:
         raise FormatError(
-            f"verbatim values: {packed.size} bytes, expected {found.length} by the heads of tiles"
+            "verbatim values: the head of a tile is damaged: more values go on than there are, "
+            "its table has an exponent twice, or its reserved byte is not 0"
         )
-    return packed, heads, found
+    if packed.size != length:
+        raise FormatError(
+            f"verbatim values: {packed.size} bytes, expected {length} by the heads of tiles"
+        )
+    return packed, heads, int(rest)
 
 
 def decode(data: bytes | memoryview | npt.NDArray[np.uint8], n: int) -> npt.NDArray[np.uint16]:
@@ -133,12 +130,11 @@ def decode(data: bytes | memoryview | npt.NDArray[np.uint8], n: int) -> npt.NDAr
     FormatError
         No encoder writes these bytes.
     """
-    packed, heads, found = split(data, n)
+    packed, heads, begin = split(data, n)
     # Digits as words of their own: the payload may begin anywhere in memory.
-    begin = heads.size
-    words = packed[begin : found.rest].copy().view("<u4").astype(np.uint32, copy=False)
+    words = packed[heads.size : begin].copy().view("<u4").astype(np.uint32, copy=False)
     out = np.empty(n, np.uint16)
-    rest, others = packed[found.rest : found.rest + n], packed[found.rest + n :]
+    rest, others = packed[begin : begin + n], packed[begin + n :]
     fault = _decode(heads, words, rest, others, out)
     if fault:
         raise FormatError(f"verbatim values are damaged: {_FAULTS[fault]}")
@@ -149,32 +145,32 @@ def decode(data: bytes | memoryview | npt.NDArray[np.uint8], n: int) -> npt.NDAr
 
 
 @_jit
-def _places(heads, n, digits, others):  # type: ignore[no-untyped-def]
-    """Fill ``digits`` and ``others`` of :class:`Places`; return its rest and length, or -1 and -1
-    if no encoder writes such heads."""
-    tiles = len(heads)
-    place, spare = tiles * HEAD // 4, 0
-    for tile in range(tiles):
-        head, digits[tile], others[tile] = heads[tile], place, spare
-        level = TILE if tile < tiles - 1 else n - TILE * (tiles - 1)
-        for i in range(LEVELS):
-            place += 2 * ((level + 31) // 32)
-            following = np.int64(head[2 * i]) | np.int64(head[2 * i + 1]) << 8
-            if following > level:
-                return -1, -1
-            level = following
-        spare += level
-        for i in range(TABLE, TABLE + ENTRIES):
-            for j in range(TABLE, i):
-                if head[i] == head[j]:
-                    return -1, -1
-        for i in range(TABLE + ENTRIES, HEAD):
-            if head[i]:
-                return -1, -1
-    rest = 4 * place
-    for tile in range(tiles):
-        others[tile] += rest + n
-    return rest, rest + n + spare
+def _places(heads, sizes, digits, others, rests, lengths):  # type: ignore[no-untyped-def]
+    """Fill what :class:`Places` holds."""
+    first = 0
+    for payload in range(len(sizes)):
+        n = sizes[payload]
+        tiles = (n + TILE - 1) // TILE
+        place, spare, whole = tiles * HEAD // 4, 0, True
+        for tile in range(first, first + tiles):
+            digits[tile], others[tile] = place, spare
+            level = min(n - TILE * (tile - first), TILE)
+            for i in range(LEVELS):
+                place += 2 * ((level + 31) // 32)
+                following = np.int64(heads[tile, 2 * i]) | np.int64(heads[tile, 2 * i + 1]) << 8
+                whole &= following <= level
+                level = following
+            spare += level
+            for i in range(TABLE, TABLE + ENTRIES):
+                for j in range(TABLE, i):
+                    whole &= heads[tile, i] != heads[tile, j]
+            for i in range(TABLE + ENTRIES, HEAD):
+                whole &= heads[tile, i] == 0
+        rest = 4 * place
+        for tile in range(first, first + tiles):
+            others[tile] += rest + n
+        rests[payload], lengths[payload] = rest, rest + n + spare if whole else -1
+        first += tiles
 
 
 @_jit

@@ -39,22 +39,22 @@ def _encode(pieces: list[Array]) -> list[bytes]:
         values[first : first + len(x)] = x
     tasks = tasks_of(sizes, firsts)
     heads = _survey(tasks, values)
-    own = np.split(heads, np.cumsum([-(-n // cpu.TILE) for n in sizes])[:-1])
-    places = [cpu.places(h, n) for h, n in zip(own, sizes, strict=True)]
-    begins = np.cumsum([0, *[-(-p.length // 16) * 16 for p in places]])
+    places = cpu.places(heads, sizes)
+    begins = np.cumsum([0, *(-(-places.lengths // 16) * 16)])
     tasks = tasks_of(sizes, firsts, places, begins[:-1])
     data = np.full(begins[-1], 0xAA, np.uint8)
     simulate(verbatim.encode, len(tasks), verbatim.THREADS, [tasks, values, heads, data, data])
     found = []
-    for begin, end, place in zip(begins, begins[1:], places, strict=False):
-        found.append(data[begin : begin + place.length].tobytes())
-        assert (data[begin + place.length : end] == 0xAA).all()
+    for begin, end, length in zip(begins, begins[1:], places.lengths, strict=False):
+        found.append(data[begin : begin + length].tobytes())
+        assert (data[begin + length : end] == 0xAA).all()
     return found
 
 
 def _decode(payloads: list[bytes], sizes: list[int]) -> tuple[list[Array], Array]:
     """Values and faults, by the kernel; payloads end where memory does."""
-    places = [cpu.split(x, n)[2] for x, n in zip(payloads, sizes, strict=True)]
+    heads = [cpu.split(x, n)[1] for x, n in zip(payloads, sizes, strict=True)]
+    places = cpu.places(np.concatenate(heads), sizes)
     room = [-(-n // 8) * 8 for n in sizes]
     firsts = np.cumsum([0, *room])
     begins = np.cumsum([0, *[-(-len(x) // 16) * 16 for x in payloads]])[:-1]
@@ -114,7 +114,7 @@ def test_damage_is_a_fault_where_the_cpu_refuses(seed: int) -> None:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Verbatim values of any size are coded so."""
-    monkeypatch.setattr("kvtc_stream.coding.values.LARGE", 1)
+    monkeypatch.setattr("kvtc_stream.coding.values.PLANES_FROM", 1)
 
 
 def _tails(data: bytes) -> list[Any]:
