@@ -112,22 +112,10 @@ class BlockTable:
         at = int(own[begin])
         return self.pieces[int(own["piece"])][at : at + int(own[length])]
 
-    def gathered(self, offsets: NDArray[np.int64], size: int) -> NDArray[np.uint8]:
-        """uint8 [blocks, size]: bytes of each block's piece from ``offsets`` on; where that ends
-        before, its last byte again."""
-        if 2 * len(self.pieces) > len(self):  # an address takes longer than a slice
-            starts, owners = offsets.tolist(), self.rows["piece"].tolist()
-            parts = [self.pieces[p][a : a + size] for p, a in zip(owners, starts, strict=True)]
-            if all(len(part) == size for part in parts):
-                return np.frombuffer(b"".join(parts), np.uint8).reshape(len(self), size)
-        from kvtc_stream.formats.usual import gathered
-
-        out = np.empty((len(self), size), np.uint8)
-        pieces = [np.frombuffer(piece, np.uint8) for piece in self.pieces]
-        addresses = np.array([x.ctypes.data for x in pieces], np.int64)
-        lasts = np.array([len(x) - 1 for x in pieces], np.int64)
-        gathered(addresses, lasts, self.rows["piece"], offsets, out)
-        return out
+    def addresses(self) -> NDArray[np.int64]:
+        """Where the pieces are in memory, int64 [pieces]."""
+        held = [np.frombuffer(piece, np.uint8).ctypes.data for piece in self.pieces]
+        return np.array(held, np.int64)
 
     def taken(self, which: NDArray[np.int64]) -> BlockTable:
         """Some of the blocks, by row."""

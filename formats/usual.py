@@ -27,7 +27,7 @@ from kvtc_stream.formats.record import (
     RECORD_OVERHEAD,
     RecordType,
 )
-from kvtc_stream.io.xxh3 import byte_at, jit, short, word_at
+from kvtc_stream.io.xxh3 import jit, short, word_at
 
 #: No size in memory comes near it. Below, numbers of either sign are the same.
 _HUGE = 1 << 62
@@ -61,7 +61,6 @@ class Facts(NamedTuple):
     @classmethod
     def of(cls, header: StreamHeader, limits: Limits) -> Facts:
         """Of a header."""
-        sections = header.geometry.sections
         most = (
             limits.max_records,
             limits.max_record_bytes,
@@ -69,8 +68,7 @@ class Facts(NamedTuple):
             limits.max_block_bytes,
         )
         return cls(
-            np.array([len(s.layers) for s in sections], np.int64),
-            np.array([header.verbatim_size(i, 1) for i in range(len(sections))], np.int64),
+            *header.section_sizes,
             header.block_tokens,
             int(header.features),
             header.dtype is DType.BFLOAT16,
@@ -343,13 +341,3 @@ def positions(rows, out):  # type: ignore[no-untyped-def]
         for j in range(rows[i]["tokens"]):
             out[at + j] = rows[i]["first"] + j
         at += rows[i]["tokens"]
-
-
-@jit
-def gathered(addresses, lasts, pieces, offsets, out):  # type: ignore[no-untyped-def]
-    """Copy bytes of ``pieces`` [rows], from ``offsets`` on, to the rows of ``out``; beyond the
-    ``lasts`` byte of a piece that one again, and 0 of a piece without any."""
-    for i in range(len(out)):
-        address, last, at = addresses[pieces[i]], lasts[pieces[i]], offsets[i]
-        for j in range(out.shape[1]):
-            out[i, j] = byte_at(address + min(at + j, last)) if last >= 0 else 0

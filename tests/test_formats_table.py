@@ -182,18 +182,3 @@ def test_nothing_but_whole_entries() -> None:
     assert usual_entries(packed[:-1], header, start, kvtc.Limits()) is None
     assert usual_entries(packed, header, start + 1, kvtc.Limits()) is None
     assert usual_entries(packed[88:], header, start, kvtc.Limits()) is None
-
-
-def test_bytes_of_pieces_that_end_before() -> None:
-    """The last byte again, and 0 of a piece that has none: nothing beyond is read."""
-    rows = np.zeros(5, ROW)
-    rows["piece"] = [0, 1, 1, 1, 0]
-
-    def parse(*_: Any) -> Block:
-        raise AssertionError("no block is asked for")
-
-    for count in (2, 4):  # by address, and slice by slice
-        pieces = (memoryview(b""), memoryview(b"abc"), *(memoryview(b"") for _ in range(count - 2)))
-        table = BlockTable(pieces, rows, {}, False, parse)
-        found = table.gathered(np.array([0, 1, 5, 0, 3]), 4)
-        assert [bytes(x) for x in found] == [bytes(4), b"bccc", b"cccc", b"abcc", bytes(4)]

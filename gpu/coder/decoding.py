@@ -11,10 +11,10 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import cupy
 import numpy as np
@@ -222,6 +222,8 @@ _SPAN = np.dtype(
     ]
 )
 
+_Pieces: TypeAlias = tuple[NDArray[Any], NDArray[np.int64], NDArray[np.int64]]
+
 
 @dataclass(frozen=True)
 class Spans:
@@ -237,6 +239,7 @@ class Spans:
 
     columns: NDArray[np.int64]
     rows: NDArray[Any]
+    _pieces: dict[int, _Pieces] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -298,14 +301,18 @@ class Spans:
                     rows += [(kind, x, c - begin) for kind, x, c in columns]
         return cls(np.array(rows, np.int64).reshape(-1, 3), np.array(spans, _SPAN))
 
-    def pieces(self, tokens: int) -> tuple[NDArray[Any], NDArray[np.int64], NDArray[np.int64]]:
+    def pieces(self, tokens: int) -> _Pieces:
         """Divide the products of so many tokens, see :func:`piece_tokens`: spans, and the first and
         the number of tokens, of each piece."""
-        each = piece_tokens(self.rows["width"], self.rows["components"], tokens)
-        number = -(-tokens // each)
-        own = np.repeat(np.arange(len(each)), number)
-        at = (np.arange(len(own)) - (np.cumsum(number) - number)[own]) * each[own]
-        return self.rows[own], at, np.minimum(each[own], tokens - at)
+        if tokens not in self._pieces:
+            each = piece_tokens(self.rows["width"], self.rows["components"], tokens)
+            number = -(-tokens // each)
+            own = np.repeat(np.arange(len(each)), number)
+            at = (np.arange(len(own)) - (np.cumsum(number) - number)[own]) * each[own]
+            if len(self._pieces) >= _SPANS:
+                self._pieces.clear()
+            self._pieces[tokens] = self.rows[own], at, np.minimum(each[own], tokens - at)
+        return self._pieces[tokens]
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,15 @@ from numpy.typing import NDArray
 
 from kvtc_stream.errors import FormatError
 from kvtc_stream.formats import Block, BlockTable, Coder
+from kvtc_stream.io.xxh3 import byte_at, jit, word_at
 
 #: Components of a tile. Larger tiles compress better: the states of lanes are 0.1 to 0.4 % of a
 #: tile of this size. Smaller tiles keep more of a GPU busy: it decodes all tiles at the same time.
 TILE_COMPONENTS = 1024
 #: Step size, level, a reserved byte, components of a tile.
 _HEAD = struct.Struct("<fbBH")
-_HEAD_FIELDS = np.dtype([("step", "<f4"), ("level", "i1"), ("reserved", "u1"), ("size", "<u2")])
+#: For compiled code: its size, the coder, and bits of binary32 from which on it is not finite.
+_HEAD_SIZE, _RANS, _INFINITE = _HEAD.size, int(Coder.RANS), 0x7F800000
 
 
 @dataclass(frozen=True)
@@ -121,41 +123,17 @@ class UniformPayloads:
     @classmethod
     def parse(cls, table: BlockTable, coded: Sequence[int]) -> UniformPayloads:
         """Parse the payloads of blocks with coded tokens; as :meth:`UniformPayload.parse`."""
-        rows = table.rows
-        begins, lengths = rows["coded"], rows["coded_length"]
-        tokens = rows["tokens"] - rows["verbatim"]
-        head = table.gathered(begins, _HEAD.size).view(_HEAD_FIELDS)[:, 0]
-        sizes = head["size"].astype(np.int64)
-        usual = (rows["coder"] == Coder.RANS) & (rows["coded_size"] == tokens * sum(coded))
-        usual &= (lengths >= _HEAD.size) & (sizes > 0) & (head["reserved"] == 0)
-        usual &= np.isfinite(head["step"]) & (head["step"] > 0)
-        of_sizes = {
-            size: sum(-(-c // size) for c in coded) for size in np.unique(sizes[usual]).tolist()
-        }
-        counts = np.array([of_sizes.get(size, 0) for size in sizes.tolist()], np.int64)
-        each = (tokens + 1) // 2
-        firsts, tails = _HEAD.size + 4 * counts, len(coded) * each
-        usual &= lengths >= firsts + tails
-        found = np.zeros((len(rows), max(of_sizes.values(), default=0)), np.int64)
-        for size, count in of_sizes.items():
-            own = np.flatnonzero(usual & (sizes == size))
-            some = table.taken(own)
-            stored = some.gathered(some.rows["coded"] + _HEAD.size, 4 * count)
-            found[own, :count] = stored.view("<u4")
-        usual &= (found % 2 == 0).all(axis=1) & (firsts + found.sum(axis=1) + tails == lengths)
-        odd = np.flatnonzero(usual & (tokens % 2 == 1))
-        if len(odd):
-            some = table.taken(odd)
-            for part in range(len(coded)):
-                last = lengths[odd] - tails[odd] + (part + 1) * each[odd] - 1
-                byte = some.gathered(some.rows["coded"] + last, 1)[:, 0]
-                usual[odd] &= byte >> 4 == 0
-        for row in np.flatnonzero(~usual).tolist():
+        rows, count = table.rows, len(table)
+        places = table.addresses()[rows["piece"]] + rows["coded"]
+        parts, steps = np.array(coded, np.int64), np.zeros(count, np.uint32)
+        levels, sizes, counts, tiles, classes = np.zeros((5, count), np.int64)
+        _parse_heads(places, rows, parts, steps, levels, sizes, counts)
+        lengths = np.zeros((count, int(counts.max(initial=0))), np.int64)
+        row = _parse_tiles(places, rows, parts, sizes, counts, lengths, tiles, classes)
+        if row >= 0:
             UniformPayload.parse(table.block(row), coded)
             raise AssertionError("what a payload is not has an error")
-        return cls(
-            head["step"], head["level"].astype(np.int64), sizes, found, firsts, lengths - tails
-        )
+        return cls(steps.view(np.float32), levels, sizes, lengths, tiles, classes)
 
     def __getitem__(self, some: slice) -> UniformPayloads:
         """Those of some blocks."""
@@ -167,6 +145,58 @@ class UniformPayloads:
             self.tiles[some],
             self.classes[some],
         )
+
+
+@jit
+def _parse_heads(places, rows, parts, steps, levels, sizes, counts):  # type: ignore[no-untyped-def]
+    """Fields of payloads at addresses; ``steps`` are bits, and ``counts`` [payloads] of tiles,
+    which are 0 where something is not as it should be."""
+    symbols = parts.sum()
+    for i in range(len(rows)):
+        tokens = rows[i]["tokens"] - rows[i]["verbatim"]
+        if rows[i]["coder"] != _RANS or rows[i]["coded_size"] != tokens * symbols:
+            continue
+        length = rows[i]["coded_length"]
+        if length < _HEAD_SIZE:
+            continue
+        word = word_at(places[i])
+        steps[i] = word & np.uint64(0xFFFFFFFF)
+        levels[i] = np.int8(word >> np.uint64(32) & np.uint64(0xFF))
+        sizes[i] = size = np.int64(word >> np.uint64(48))
+        if not 0 < steps[i] < _INFINITE or size == 0 or word >> np.uint64(40) & np.uint64(0xFF):
+            continue
+        count = 0
+        for part in parts:
+            count += (part + size - 1) // size
+        if length >= _HEAD_SIZE + 4 * count + len(parts) * ((tokens + 1) // 2):
+            counts[i] = count
+
+
+@jit
+def _parse_tiles(places, rows, parts, sizes, counts, lengths, tiles, classes):  # type: ignore[no-untyped-def]
+    """The lengths of tiles, and where these and classes begin; returns the first row in which
+    something is not as it should be, or -1."""
+    for i in range(len(rows)):
+        if not counts[i]:
+            return i
+        tokens = rows[i]["tokens"] - rows[i]["verbatim"]
+        each = (tokens + 1) // 2
+        tiles[i] = _HEAD_SIZE + 4 * counts[i]
+        classes[i] = rows[i]["coded_length"] - len(parts) * each
+        end = tiles[i]
+        for tile in range(counts[i]):
+            length = np.int64(word_at(places[i] + _HEAD_SIZE + 4 * tile - 4) >> np.uint64(32))
+            if length % 2:
+                return i
+            lengths[i, tile] = length
+            end += length
+        if end != classes[i]:
+            return i
+        if tokens % 2:
+            for part in range(1, len(parts) + 1):
+                if byte_at(places[i] + classes[i] + part * each - 1) >> 4:
+                    return i
+    return -1
 
 
 @dataclass(frozen=True)
