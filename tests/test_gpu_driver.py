@@ -17,6 +17,7 @@ from kvtc_stream.gpu.runtime import driver
 _INT, _LONG = ctypes.c_int32, ctypes.c_int64
 _KINDS = {
     "copy": (_LONG, _LONG, _LONG, _LONG),
+    "copies": (_LONG,) * 8,
     "launch": (_LONG, *[_INT] * 7, _LONG, _LONG, _LONG),
     "gemm": (_LONG, *[_INT] * 5, _LONG, _LONG, _INT, _INT, _LONG, _INT, _INT, _LONG, _LONG,
              *[_INT] * 4),
@@ -54,6 +55,16 @@ def test_a_copy_that_fails_is_the_last_one() -> None:
     columns = np.ones((3, 5), np.int64)
     assert driver._copy(library.address("copy"), *columns, 11) == 7
     assert len(library.calls) == 2
+
+
+def test_copies_all_at_once() -> None:
+    library = Library()
+    columns, attributes = np.ones((3, 5), np.int64), (driver._ATTRIBUTES, driver._OF_ALL)
+    assert driver._copy_all(library.address("copies"), *columns, *attributes, 11) == 0
+    places = [x.ctypes.data for x in (*columns, *attributes)]
+    assert library.calls == [("copies", (*places[:3], 5, *places[3:], 1, 11))]
+    assert driver._copy_all(library.address("copies"), *columns[:, :0], *attributes, 11) == 0
+    assert len(library.calls) == 1
 
 
 def _in_turn(library: Library, *, kernel_first: bool = False) -> Any:

@@ -24,12 +24,18 @@ from kvtc_stream.gpu.runtime.dialect import SIMULATED
 _jit = numba.njit(cache=True, nogil=True)
 #: CuPy loads one of these.
 _CUBLAS = ("libcublas.so.13", "libcublas.so.12", "libcublas.so")
+#: Streams up to this address are the default ones.
+_PER_THREAD = 2
+#: CUmemcpyAttributes: sources are read in the stream's order, from places that addresses tell; and
+#: the first of the copies that have these.
+_ATTRIBUTES, _OF_ALL = np.array([1, 0, 0, 0, 0, 0], np.int32), np.zeros(1, np.uint64)
 
 
 class _Functions(NamedTuple):
     """Addresses of functions of CUDA's libraries."""
 
     copy: int  # cuMemcpyHtoDAsync
+    copies: int  # cuMemcpyBatchAsync, 0 before CUDA 13
     launch: int  # cuLaunchKernel
     gemm: int  # cublasGemmEx
 
@@ -41,10 +47,16 @@ def _functions() -> _Functions | None:
         return None
     try:
         driver = ctypes.CDLL("libcuda.so.1")
-        found = driver.cuMemcpyHtoDAsync_v2, driver.cuLaunchKernel, _cublas().cublasGemmEx
+        found = (
+            driver.cuMemcpyHtoDAsync_v2,
+            getattr(driver, "cuMemcpyBatchAsync_v2", None),
+            driver.cuLaunchKernel,
+            _cublas().cublasGemmEx,
+        )
     except (OSError, AttributeError):
         return None
-    return _Functions(*(ctypes.cast(x, ctypes.c_void_p).value or 0 for x in found))
+    addresses = [0 if x is None else ctypes.cast(x, ctypes.c_void_p).value or 0 for x in found]
+    return _Functions(*addresses)
 
 
 def _cublas() -> Any:
@@ -71,7 +83,14 @@ def copy_to_device(
         for a, b, size in zip(to.tolist(), sources.tolist(), sizes.tolist(), strict=True):
             if size:
                 runtime.memcpyAsync(a, b, size, runtime.memcpyHostToDevice, stream)
-    elif error := _copy(functions.copy, to, sources, sizes, stream):
+        return
+    # One call takes less of the host, and small pieces as quickly as large ones; it refuses the
+    # default stream, and pieces without bytes.
+    if functions.copies and stream > _PER_THREAD and sizes.all():
+        error = _copy_all(functions.copies, to, sources, sizes, _ATTRIBUTES, _OF_ALL, stream)
+    else:
+        error = _copy(functions.copy, to, sources, sizes, stream)
+    if error:
         raise RuntimeError(f"copying to the device failed: CUDA error {error}")
 
 
@@ -163,7 +182,7 @@ def _foreign(*narrow: int) -> Any:
     return call
 
 
-_call_copy = _foreign()
+_call_copy = _call_copies = _foreign()
 _call_gemm = _foreign(1, 2, 3, 4, 5, 8, 9, 11, 12, 15, 16, 17, 18)
 _call_launch = _foreign(1, 2, 3, 4, 5, 6, 7)
 
@@ -176,6 +195,19 @@ def _copy(function, to, sources, sizes, stream):  # type: ignore[no-untyped-def]
             if error:
                 return error
     return 0
+
+
+@_jit
+def _copy_all(function, to, sources, sizes, attributes, first, stream):  # type: ignore[no-untyped-def]
+    if not to.size:
+        return 0
+    return _call_copies(
+        function,
+        (
+            to.ctypes.data, sources.ctypes.data, sizes.ctypes.data, np.int64(to.size),
+            attributes.ctypes.data, first.ctypes.data, np.int64(1), stream,
+        ),
+    )  # fmt: skip
 
 
 @_jit

@@ -25,7 +25,7 @@ _ALIGNMENT = 16
 #: cudaMemoryTypeHost
 _PINNED = 1
 #: Bytes of a small copy, and how many buffers there are for these.
-_SMALL, _SMALL_BUFFERS = 1 << 19, 8
+_SMALL, _SMALL_BUFFERS = 1 << 19, 16
 
 
 class Staging:
@@ -62,10 +62,12 @@ class Staging:
         """As :meth:`upload`, of bytes ``begins`` to ``ends`` of buffers, whose indices ``owners``
         are."""
         sources = [np.frombuffer(x, np.uint8) for x in buffers]
+        room = -(-(ends - begins) // _ALIGNMENT) * _ALIGNMENT
+        places, total = np.cumsum(room) - room, int(room.sum())
         if not all(_is_pinned(x) for x in sources):
             spans = zip(owners.tolist(), begins.tolist(), ends.tolist(), strict=True)
-            return self._packed([sources[i][a:b] for i, a, b in spans])
-        places, total = _places(ends - begins)
+            parts = [sources[i][a:b] for i, a, b in spans]
+            return self._packed(parts, places.tolist(), total), places
         data = cupy.empty(total, np.uint8)
         addresses = np.array([x.ctypes.data for x in sources], np.int64)
         copy_to_device(data.data.ptr + places, addresses[owners] + begins, ends - begins)
@@ -73,35 +75,41 @@ class Staging:
 
     def arrays(self, *arrays: NDArray[Any]) -> list[Any]:
         """Upload small arrays in one copy, which is asynchronous."""
-        sources = [np.ascontiguousarray(x) for x in arrays]
-        data, begins = self._packed([x.reshape(-1).view(np.uint8) for x in sources])
+        places, total = [], 0
+        for x in arrays:
+            places.append(total)
+            total += -(-x.nbytes // _ALIGNMENT) * _ALIGNMENT
+        sources = [np.ascontiguousarray(x).reshape(-1).view(np.uint8) for x in arrays]
+        data = self._packed(sources, places, total)
         return [
-            data[at : at + x.nbytes].view(x.dtype).reshape(x.shape)
-            for x, at in zip(sources, begins.tolist(), strict=True)
+            cupy.ndarray(x.shape, x.dtype, data.data + at)
+            for x, at in zip(arrays, places, strict=True)
         ]
 
-    def _packed(self, sources: Sequence[NDArray[np.uint8]]) -> tuple[Any, NDArray[np.int64]]:
-        """As :meth:`upload`, through a buffer."""
-        places, total = _places(np.array([x.size for x in sources], np.int64))
+    def _packed(
+        self, sources: Sequence[NDArray[np.uint8]], places: Sequence[int], total: int
+    ) -> Any:
+        """Upload buffers to ``places`` in an array of ``total`` bytes, through pinned memory."""
         data = cupy.empty(total, np.uint8)
-        if total:
-            kept, buffer = self._next(total)
-            spans = zip(places.tolist(), sources, strict=True)
-            targets = [buffer[at : at + x.size] for at, x in spans]
-            if kept is self._small:
-                for target, x in zip(targets, sources, strict=True):
-                    target[:] = x
-            else:  # all at once: in pieces, as the device takes them, it takes longer
-                copy(sources, targets)
-            _copy(data.data.ptr, buffer, total, "HostToDevice")
-            kept.append(_Buffer(buffer, recorded()))
-        return data, places
+        if not total:
+            return data
+        kept, buffer = self._next(total)
+        targets = [buffer.memory[at : at + x.size] for at, x in zip(places, sources, strict=True)]
+        if kept is self._small:
+            for target, x in zip(targets, sources, strict=True):
+                target[:] = x
+        else:  # all at once: in pieces, as the device takes them, it takes longer
+            copy(sources, targets)
+        _copy(data.data.ptr, buffer.address, total, cupy.cuda.runtime.memcpyHostToDevice)
+        buffer.event.record()
+        kept.append(buffer)
+        return data
 
     def begin_fetch(self, data: Any) -> Callable[[], NDArray[Any]]:
         """Begin to copy a small contiguous array from the device; return what waits for it."""
         memory = cupy.cuda.alloc_pinned_memory(data.nbytes)
         host = np.frombuffer(memory, data.dtype, data.size).reshape(data.shape)
-        _copy(host, data.data.ptr, data.nbytes, "DeviceToHost")
+        _copy_back(host, data)
         return _Fetch(host, recorded())
 
     def begin_large(self, data: Any) -> tuple[memoryview, Callable[[], Any]]:
@@ -109,7 +117,7 @@ class Staging:
         waits until the bytes are there."""
         memory = pinned(data.size)
         out = np.frombuffer(memory, np.uint8)
-        _copy(out, data.data.ptr, data.size, "DeviceToHost")
+        _copy_back(out, data)
         return memory, _Fetch(out, recorded())
 
     def fetch(self, data: Any) -> NDArray[np.uint8]:
@@ -121,35 +129,36 @@ class Staging:
         ready()
         return np.frombuffer(memory, np.uint8)
 
-    def _next(self, size: int) -> tuple[deque[_Buffer], NDArray[np.uint8]]:
+    def _next(self, size: int) -> tuple[deque[_Buffer], _Buffer]:
         """A buffer with room for ``size`` bytes that is not in use, and where it belongs when the
         copy from it has begun; waits for the oldest if there are enough."""
         kept, most = (self._small, _SMALL_BUFFERS) if size <= _SMALL else (self._large, 2)
-        if kept and (len(kept) == most or kept[0].event.done):
-            buffer, event = kept.popleft()
-            event.synchronize()
-            if len(buffer) >= size:
+        # Copies of several streams do not end in the order in which they begin.
+        free = next((i for i, buffer in enumerate(kept) if buffer.event.done), None)
+        if free is not None or len(kept) == most:
+            buffer = kept[free or 0]
+            del kept[free or 0]
+            if free is None:
+                buffer.event.synchronize()
+            if len(buffer.memory) >= size:
                 return kept, buffer
-        size = _SMALL if size <= _SMALL else 1 << (size - 1).bit_length()
-        return kept, np.frombuffer(pinned(size), np.uint8)
+        memory = np.frombuffer(
+            pinned(_SMALL if size <= _SMALL else 1 << (size - 1).bit_length()), np.uint8
+        )
+        return kept, _Buffer(memory, memory.ctypes.data, cupy.cuda.Event(disable_timing=True))
 
 
 class _Buffer(NamedTuple):
-    """Pinned memory, in use until the event has come."""
+    """Pinned memory, its address, and the event until which it is in use."""
 
     memory: NDArray[np.uint8]
+    address: int
     event: Any
 
 
-def _places(sizes: NDArray[np.int64]) -> tuple[NDArray[np.int64], int]:
-    """Where pieces of so many bytes begin on the device, one after the other, and the end."""
-    room = -(-sizes // _ALIGNMENT) * _ALIGNMENT
-    return np.cumsum(room) - room, int(room.sum())
-
-
 def _drain(*kept: deque[_Buffer]) -> None:
-    for _, event in chain(*kept):
-        event.synchronize()
+    for buffer in chain(*kept):
+        buffer.event.synchronize()
 
 
 def _when_dropped(owner: Any, call: Callable[..., object], *arguments: Any) -> None:
@@ -193,10 +202,13 @@ def _is_pinned(memory: NDArray[np.uint8]) -> bool:
     return not memory.size or attributes(memory.ctypes.data).type == _PINNED
 
 
-def _copy(to: Any, source: Any, size: int, kind: str) -> None:
-    """Copy asynchronously between pinned memory and a device address."""
-    runtime = cupy.cuda.runtime
+def _copy_back(host: NDArray[Any], data: Any) -> None:
+    """Copy a contiguous array asynchronously to pinned memory."""
+    _copy(host.ctypes.data, data.data.ptr, data.nbytes, cupy.cuda.runtime.memcpyDeviceToHost)
+
+
+def _copy(to: int, source: int, size: int, kind: int) -> None:
+    """Copy asynchronously between addresses in pinned memory and on the device."""
     if size:
-        to, source = (x.ctypes.data if isinstance(x, np.ndarray) else x for x in (to, source))
         stream = cupy.cuda.get_current_stream().ptr
-        runtime.memcpyAsync(to, source, size, getattr(runtime, f"memcpy{kind}"), stream)
+        cupy.cuda.runtime.memcpyAsync(to, source, size, kind, stream)

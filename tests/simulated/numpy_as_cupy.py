@@ -7,7 +7,7 @@ import sys
 from contextlib import nullcontext
 from importlib.machinery import ModuleSpec
 from types import ModuleType, SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -15,9 +15,13 @@ import numpy as np
 class ndarray(np.ndarray):  # noqa: N801
     """An array with an address."""
 
+    def __new__(cls, shape: Any, dtype: Any, memory: _Pointer) -> Any:
+        own = np.ndarray(shape, dtype, memory.owner, memory.offset)
+        return own.view(cls)
+
     @property
     def data(self) -> Any:
-        return SimpleNamespace(ptr=self.ctypes.data)
+        return _Pointer(self.ctypes.data, self, 0)
 
     @property
     def device(self) -> Any:
@@ -41,6 +45,17 @@ class ndarray(np.ndarray):  # noqa: N801
     def __setitem__(self, index: Any, value: Any) -> None:
         _check_there("an assignment", value)
         super().__setitem__(index, value)
+
+
+class _Pointer(NamedTuple):
+    """An address, of a byte of an array's memory."""
+
+    ptr: int
+    owner: np.ndarray
+    offset: int
+
+    def __add__(self, count: int) -> _Pointer:  # type: ignore[override]
+        return _Pointer(self.ptr + count, self.owner, self.offset + count)
 
 
 class _Pinned(bytearray):

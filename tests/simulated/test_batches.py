@@ -422,7 +422,7 @@ def test_what_is_dropped_with_a_cycle_waits_while_its_event_is_there(
     monkeypatch.setattr(cupy.cuda, "Event", Event)
     staging = Staging()
     staging.upload([bytes(100)])
-    events = [event for _, event in staging._small]
+    events = [buffer.event for buffer in staging._small]
     cycle: list[Any] = [*events, staging, staging.begin_fetch(cupy.zeros(8, np.uint8))]
     cycle.append(cycle)
     del cycle, events, staging
