@@ -228,10 +228,13 @@ class _Known:
     """Fingerprints of a decoder, and the :func:`_state` and :func:`_glimpse` of it then."""
 
     state: Any
-    spans: list[tuple[int, int]]
-    glimpse: dict[tuple[torch.device, torch.dtype], Tensor]
+    samples: list[list[_Sample]]
+    glimpse: list[Tensor]
     fingerprints: tuple[bytes, bytes]
 
+
+#: Number of a tensor, and shape and strides of some hundred of its values.
+_Sample: TypeAlias = "tuple[int, tuple[int], tuple[int]]"
 
 _known: weakref.WeakKeyDictionary[PreTrainedModel, _Known] = weakref.WeakKeyDictionary()
 
@@ -244,16 +247,12 @@ def _fingerprints(decoder: PreTrainedModel) -> tuple[bytes, bytes]:
     """
     tensors, known = [x for x in tensors_of(decoder) if not x.is_meta], _known.get(decoder)
     state = config_text(decoder.config), *_state(modules_of(decoder), tensors)
-    same = known is not None and known.state == state
-    spans = known.spans if known is not None and same else list(map(_span, tensors))
-    glimpse = _glimpse(tensors, spans)
-    if (
-        known is None
-        or not same
-        or known.glimpse.keys() != glimpse.keys()
-        or not all(torch.equal(x, glimpse[kind]) for kind, x in known.glimpse.items())
-    ):
-        known = _known[decoder] = _Known(state, spans, glimpse, _compute_fingerprints(decoder))
+    if known is not None and known.state != state:
+        known = None
+    samples = _samples_of(tensors) if known is None else known.samples
+    glimpse = _glimpse(tensors, samples)
+    if known is None or not all(map(torch.equal, known.glimpse, glimpse)):
+        known = _known[decoder] = _Known(state, samples, glimpse, _compute_fingerprints(decoder))
     return known.fingerprints
 
 
@@ -266,30 +265,39 @@ def _state(modules: list[Any], tensors: list[Tensor]) -> tuple[Any, Any]:
     ]
     # Tensors of inference mode do not count their changes.
     versions = [
-        (id(x), x.data_ptr(), None if x.is_inference() else x._version, x.shape, x.stride())
+        (
+            id(x),
+            x.data_ptr(),
+            None if x.is_inference() else x._version,
+            x.shape,
+            x.stride(),
+            x.dtype,
+            x.device,
+        )
         for x in tensors
     ]
     return adapters, versions
 
 
-def _span(x: Tensor) -> tuple[int, int]:
-    """Number of, and step between, some hundred values of a tensor."""
-    # As they lie in memory, whose order need not be that of the dimensions.
-    held = 1 + sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
-    step = held // 128 | 1
-    return (-(-held // step) if x.numel() else 0), step
+def _samples_of(tensors: list[Tensor]) -> list[list[_Sample]]:
+    """What to look at, for each device and type."""
+    found: dict[tuple[torch.device, torch.dtype], list[_Sample]] = {}
+    for i, x in enumerate(tensors):
+        if x.numel():
+            # As they lie in memory, whose order need not be that of the dimensions.
+            held = 1 + sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
+            step = held // 128 | 1
+            found.setdefault((x.device, x.dtype), []).append((i, (-(-held // step),), (step,)))
+    return list(found.values())
 
 
-def _glimpse(
-    tensors: list[Tensor], spans: list[tuple[int, int]]
-) -> dict[tuple[torch.device, torch.dtype], Tensor]:
-    """Those values of each weight, as bytes: PyTorch does not count changes of ``weight.data``."""
-    found: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+def _glimpse(tensors: list[Tensor], samples: list[list[_Sample]]) -> list[Tensor]:
+    """Some values of each weight, as bytes: PyTorch does not count changes of ``weight.data``."""
     with torch.no_grad():
-        for x, (count, step) in zip(tensors, spans, strict=True):
-            if count:
-                found.setdefault((x.device, x.dtype), []).append(x.as_strided((count,), (step,)))
-        return {kind: torch.cat(own).view(torch.uint8) for kind, own in found.items()}
+        return [
+            torch.cat([tensors[i].as_strided(n, step) for i, n, step in own]).view(torch.uint8)
+            for own in samples
+        ]
 
 
 def _compute_fingerprints(decoder: PreTrainedModel) -> tuple[bytes, bytes]:
