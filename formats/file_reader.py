@@ -49,6 +49,7 @@ from kvtc_stream.io.memory import LARGE, empty
 from kvtc_stream.io.threads import begin
 
 _RECOVERY_CHUNK = 1 << 20
+_BLOCK, _SUPERSEDE = int(RecordType.BLOCK), int(RecordType.SUPERSEDE)
 #: Read at most this many bytes of neighbouring blocks at a time.
 _READ_AHEAD = 8 << 20
 
@@ -143,8 +144,8 @@ class StreamFile:
         if key:
             self._digests = self._authenticate()
         self.sizes = StreamSizes(start, index_size, total)
-        kinds = self.entries["type"]
-        if (kinds == RecordType.SUPERSEDE).any():
+        kinds = self.entries["type"].copy()
+        if (kinds == _SUPERSEDE).any():
             self.live = np.array([e.sequence for e in live_blocks(self.records)], np.int64)
             superseding = [e for e in self.records if e.type == RecordType.SUPERSEDE]
             record, data = self._read_record(superseding[-1])
@@ -153,7 +154,7 @@ class StreamFile:
             assert isinstance(header, StreamHeader)
             self.header = header
         else:
-            self.live = np.flatnonzero(kinds == RecordType.BLOCK)
+            self.live = np.flatnonzero(kinds == _BLOCK)
 
     @cached_property
     def records(self) -> tuple[IndexEntry, ...]:

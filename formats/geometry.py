@@ -10,6 +10,7 @@ import enum
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from kvtc_stream.errors import FormatError
 from kvtc_stream.formats.limits import Limits
@@ -142,6 +143,25 @@ class Section:
     k_dim: int
     v_dim: int
     rope: tuple[Rope | None, ...] = ()
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Section):
+            return NotImplemented
+        # Tables are long, and mostly one for all layers: each pair of them is compared once.
+        pairs = zip(self.rope, other.rope, strict=False)
+        tables = {(id(own), id(others)): (own, others) for own, others in pairs}
+        return (
+            self._sizes == other._sizes
+            and len(self.rope) == len(other.rope)
+            and all(own == others for own, others in tables.values())
+        )
+
+    def __hash__(self) -> int:
+        return hash(self._sizes)  # without tables: two models' caches differ in more than these
+
+    @property
+    def _sizes(self) -> tuple[Any, ...]:
+        return self.layers, self.kv_heads, self.k_dim, self.v_dim
 
     def __post_init__(self) -> None:
         rising = all(a < b for a, b in zip(self.layers, self.layers[1:], strict=False))

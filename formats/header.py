@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NoReturn
 
+import numpy as np
+from numpy.typing import NDArray
+
 from kvtc_stream.errors import FormatError
 from kvtc_stream.formats.coders import Coder
 from kvtc_stream.formats.features import NO_FEATURES, STREAM_FEATURES, Feature, names, version_for
@@ -165,6 +168,14 @@ class StreamHeader:
     @property
     def _implied(self) -> Feature:
         return Feature.AXES if any(s.axes for s in self.geometry.sections) else NO_FEATURES
+
+    @cached_property
+    def section_sizes(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Layers, and bytes of a verbatim token, of each section."""
+        count = len(self.geometry.sections)
+        layers = [len(section.layers) for section in self.geometry.sections]
+        sizes = [self.verbatim_size(i, 1) for i in range(count)]
+        return np.array(layers, np.int64), np.array(sizes, np.int64)
 
     def verbatim_size(self, section: int, tokens: int) -> int:
         """Bytes of K and V of ``tokens`` verbatim tokens before compression."""

@@ -171,6 +171,7 @@ class Plan:
     sections: tuple[SectionPlan, ...]
     #: What :meth:`to_bytes` gives, once it is known.
     _bytes: bytes = field(default=b"", init=False, repr=False, compare=False)
+    _digest: bytes = field(default=b"", init=False, repr=False, compare=False)
 
     def check(self, geometry: Geometry) -> None:
         """Raise ``ValueError`` unless the plan fits the geometry, section by section."""
@@ -185,7 +186,9 @@ class Plan:
     @property
     def digest(self) -> bytes:
         """SHA-256 of :meth:`to_bytes`, 32 bytes."""
-        return hashlib.sha256(self.to_bytes()).digest()
+        if not self._digest:
+            object.__setattr__(self, "_digest", hashlib.sha256(self.to_bytes()).digest())
+        return self._digest
 
     def to_bytes(self) -> bytes:
         """Encode the plan; the bytes are the same in a stream and in a file."""

@@ -215,13 +215,14 @@ def _parse(description: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> Cali
             f"package version that wrote it, or calibrate again"
         )
     geometry, sections = [], []
+    tables: dict[Rope, Rope] = {}
     for i, entry in enumerate(description["sections"]):
         section = Section(
             layers=_layers(entry["layers"]),
             kv_heads=_count(entry["kv_heads"]),
             k_dim=_count(entry["k_dim"]),
             v_dim=_count(entry["v_dim"]),
-            rope=tuple(None if rope is None else _parse_rope(rope) for rope in entry["rope"]),
+            rope=tuple(None if x is None else _parse_rope(x, tables) for x in entry["rope"]),
         )
         bases = {
             name: tuple(
@@ -267,11 +268,13 @@ def _layers(values: list[Any]) -> tuple[int, ...]:
     return tuple(_count(value) for value in values)
 
 
-def _parse_rope(entry: dict[str, Any]) -> Rope:
+def _parse_rope(entry: dict[str, Any], known: dict[Rope, Rope]) -> Rope:
+    """A table; the one that is known, of many layers."""
     if type(entry["interleaved"]) is not bool:
         raise FormatError(f"interleaved must be true or false, found {entry['interleaved']!r}")
     axes = _layers(entry.get("axes", []))
-    return Rope(tuple(entry["inv_freq"]), entry["interleaved"], entry["scale"], axes)
+    rope = Rope(tuple(entry["inv_freq"]), entry["interleaved"], entry["scale"], axes)
+    return known.setdefault(rope, rope)
 
 
 class _PartArrays:

@@ -55,17 +55,22 @@ class Calibration(CalibratedBases):
         FormatError
             The plan has a part that the calibration lacks.
         """
+        key = plan.digest, tuple(section.layers for section in geometry.sections)
+        if self.memo(("all", *key), lambda: self._has_all(geometry, plan)):
+            return self
+        return self.memo(("layers", *key), lambda: self._select(geometry, plan))  # type: ignore[no-any-return]
+
+    def _has_all(self, geometry: Geometry, plan: Plan) -> bool:
+        """Whether a stream has all layers, and all parts of a basis in their order."""
         mine = [section.layers for section in self.geometry.sections]
-        if [section.layers for section in geometry.sections] == mine:
-            orders = [
-                [[(p.k_layers, p.v_layers) for p in x] for x in (s.bases.get(d.basis, ()), d.parts)]
-                for s, d in zip(self.sections, plan.sections, strict=True)
-            ]
-            # Parts that differ in more than their order are refused by SectionCalibration.parts.
-            if not any(a != b and sorted(a) == sorted(b) for a, b in orders):
-                return self
-        key = ("layers", plan.digest, tuple(section.layers for section in geometry.sections))
-        return self.memo(key, lambda: self._select(geometry, plan))  # type: ignore[no-any-return]
+        if [section.layers for section in geometry.sections] != mine:
+            return False
+        orders = [
+            [[(p.k_layers, p.v_layers) for p in x] for x in (s.bases.get(d.basis, ()), d.parts)]
+            for s, d in zip(self.sections, plan.sections, strict=True)
+        ]
+        # Parts that differ in more than their order are refused by SectionCalibration.parts.
+        return not any(a != b and sorted(a) == sorted(b) for a, b in orders)
 
     def _select(self, geometry: Geometry, plan: Plan) -> CalibratedBases:
         shapes, sections = [], []

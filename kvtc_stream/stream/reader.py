@@ -130,8 +130,9 @@ class Reader:
         first, last = _span(tokens, self.tokens(section), "tokens")
         with self._lock:
             self._check_open()
-            chosen = _holding(stream.entries[numbers], first, last)
-            return stream.read_table(numbers[chosen], self._blocks.room)
+            if (first, last) != (0, self.tokens(section)):
+                numbers = numbers[_holding(stream.entries[numbers], first, last)]
+            return stream.read_table(numbers, self._blocks.room)
 
     def __iter__(self) -> Iterator[KVBlock]:
         """Blocks in token order, verbatim tokens included."""
@@ -221,9 +222,10 @@ class Reader:
         most = self._blocks.backend.batch_tokens(self._header.geometry.sections[section])
         most = min(max(most // self._header.block_tokens, 1), _BLOCKS_AT_A_TIME)
         count = 1 if together else max(round(len(numbers) / most), 1)
-        if count == 1:
-            return [numbers] if len(numbers) else []
-        return [piece for piece in np.array_split(numbers, count) if len(piece)]
+        # Of many, few at first: a device has nothing to do until they are there.
+        cuts = np.arange(0.5, count) if count > 2 else np.arange(1, count)
+        pieces = np.split(numbers, (cuts * len(numbers) / count).astype(np.intp))
+        return [piece for piece in pieces if len(piece)]
 
     def _located(
         self, piece: NDArray[np.intp], first: int, last: int

@@ -85,7 +85,7 @@ class Rows:
         first = self.reader(0)
         section = first.header.geometry.sections[self.section]
         most = first.block_decoder.backend.batch_tokens(section)
-        return max(self.count * self.tokens // most // 2 - 1, 0)
+        return self.count * self.tokens // most // 2
 
     def _buffers(self) -> Any:
         first = self.reader(0)
@@ -93,9 +93,11 @@ class Rows:
         return first.block_decoder.buffers(self.section, layers, self.tokens, self.out)
 
     def _portions(self) -> Iterator[_Portion]:
-        """A batch or more at a time."""
+        """A batch or more at a time; of many, half a one at first: a device has nothing to do until
+        it is there."""
         kinds: dict[Any, BlockDecoder] = {}
         waiting: list[_Portion] = []
+        begun = False
         for i in range(self.count):
             reader = self.reader(i)
             blocks = kinds.setdefault(kind_of(reader.header), reader.block_decoder)
@@ -103,6 +105,8 @@ class Rows:
                 yield _joined(waiting)
                 waiting = []
             most = blocks.backend.batch_tokens(reader.header.geometry.sections[self.section])
+            if not begun and self.count * self.tokens > 2 * most:
+                most //= 2
             held = reader.tokens(self.section)
             named = partial(about, "streams", i, self.count) if self.count > 1 else nullcontext
             pieces = reader._portions(self.section, held - self.tokens, held)
@@ -114,9 +118,9 @@ class Rows:
                 table, slots = found
                 slots = np.where(slots < 0, -1, slots + i * self.step)
                 waiting.append((blocks, table.within(named), slots))
-                if sum(len(own) for _, _, own in waiting) >= most:
+                if sum(len(own) for _, _, own in waiting) >= 0.75 * most:
                     yield _joined(waiting)
-                    waiting = []
+                    waiting, begun = [], True
         if waiting:
             yield _joined(waiting)
 
