@@ -133,21 +133,24 @@ class BlockTable:
         """Compare payloads with their checksums; ``ChecksumError`` if one differs."""
         self.verifying()()
 
-    def verifying(self) -> Callable[[], None]:
-        """Begin :meth:`verify` on threads; what is returned waits for them."""
-        if not self.unverified:
+    def verifying(self, some: NDArray[np.int64] | None = None) -> Callable[[], None]:
+        """Begin :meth:`verify`, of all blocks or of those at some rows, on threads; what is
+        returned waits for them."""
+        if some is None:
+            some = np.arange(len(self))
+        if not self.unverified or not len(some):
             return lambda: None
-        rows = self.rows
-        seeds = rows["seed"].tolist()
-        payloads = [(self.bytes_of(i, "payload", "size"), seed) for i, seed in enumerate(seeds)]
-        found = begin(xxhash.xxh3_64_intdigest, payloads, int(rows["size"].sum()))
-        return lambda: self.compare(np.array(found(), np.uint64))
+        own = self.rows[some]
+        seeds = zip(some.tolist(), own["seed"].tolist(), strict=True)
+        payloads = [(self.bytes_of(i, "payload", "size"), seed) for i, seed in seeds]
+        found = begin(xxhash.xxh3_64_intdigest, payloads, int(own["size"].sum()))
+        return lambda: self.compare(np.array(found(), np.uint64), some)
 
-    def compare(self, found: NDArray[np.uint64]) -> None:
-        """Raise ``ChecksumError`` unless these are the checksums of the payloads."""
-        for row in np.flatnonzero(found != self.rows["checksum"]).tolist():
-            self._parse(row, int(found[row]))
-            raise AssertionError(f"row {row} has another checksum, and no error")
+    def compare(self, found: NDArray[np.uint64], some: NDArray[np.int64]) -> None:
+        """Raise ``ChecksumError`` unless these are the checksums of the payloads at some rows."""
+        for i in np.flatnonzero(found != self.rows["checksum"][some]).tolist():
+            self._parse(int(some[i]), int(found[i]))
+            raise AssertionError(f"row {some[i]} has another checksum, and no error")
 
     def of_tokens(self, values: NDArray[Any]) -> NDArray[Any]:
         """Repeat a value of each block for its tokens."""

@@ -638,20 +638,22 @@ class CudaSectionCoder(SectionCoder):
         loaded = self._decoder.load(table, slots, tiles=self._tiles)
         batches = self._decoder.batches(loaded.blocks)
         first = list(islice(batches, 1))
-        whole = loaded.verifying()
         destination = self._decoder.destination(layers, k_out, v_out)
-        columns = self._columns(layers, k_out, v_out)
-        unchecked: list[_Unchecked] = []
-        there = self._there(table, slots, loaded)
-        try:
-            early = self._tiled(there, loaded.data, loaded.exact, unchecked)
-        except FormatError:
-            whole()  # says more of a payload that is damaged
-            raise
         values = partial(self._decoder.start, chain(first, batches), destination)
-        exact = self._exact(table, slots, {x.row for x in there})
+        unchecked: list[_Unchecked] = []
         try:
             started = values() if unseen else []
+            if started:
+                yield  # what follows can wait until the device has the next blocks, too
+            whole = loaded.verifying()
+            columns = self._columns(layers, k_out, v_out)
+            there = self._there(table, slots, loaded)
+            try:
+                early = self._tiled(there, loaded.data, loaded.exact, unchecked)
+            except FormatError:
+                whole()  # says more of a payload that is damaged
+                raise
+            exact = self._exact(table, slots, {x.row for x in there})
             yield
             whole()
             self._place_exact(early, layers, columns)

@@ -120,7 +120,11 @@ class CodedBlocks:
         """Blocks of about so many tokens together, a quarter more at the most: a few that are left
         over would take as many launches."""
         number = math.ceil(int(self.edges[-1]) / tokens - 0.25)
-        ends = np.searchsorted(self.edges, np.linspace(0, self.edges[-1], max(number, 1) + 1))
+        if number < 2:
+            if len(self):
+                yield self
+            return
+        ends = np.searchsorted(self.edges, np.linspace(0, self.edges[-1], number + 1))
         for first, last in pairwise(np.unique(ends).tolist()):
             yield self[first:last]
 
@@ -432,7 +436,7 @@ class TileTasks:
         first one among all.
         """
         sizes = payloads.sizes
-        kinds = np.unique(sizes).tolist()
+        kinds = sorted(set(sizes.tolist()))  # mostly one, which that finds quicker than NumPy
         counts = [int((sizes == s).sum()) * len(self.template(s)[0]) for s in kinds]
         together = self.together(sum(counts))
         levels = payloads.levels.clip(self._lowest, self._highest) - self._lowest
@@ -446,7 +450,7 @@ class TileTasks:
             tasks = np.zeros((len(order), rans.FIELDS), np.int64)
             _fill_tasks(tasks, order, *self.template(size), own, blocks, payloads.lengths)
             out.append(tasks)
-        return np.concatenate(out), together
+        return out[0] if len(out) == 1 else np.concatenate(out), together
 
 
 @jit
@@ -667,7 +671,7 @@ class UniformDecoder(BatchDecoder):
         shift = np.zeros(len(table), np.int64)
         shift[sent] = places - begins[sent]
         own, uploaded = np.flatnonzero(there), recorded()
-        others = table.taken(np.flatnonzero(~there)).verifying()
+        others = table.verifying(np.flatnonzero(~there))
 
         def verifying() -> Callable[[], None]:
             with beside(uploaded):
@@ -680,7 +684,7 @@ class UniformDecoder(BatchDecoder):
                 )
 
             def whole() -> None:
-                table.taken(own).compare(sums())
+                table.compare(sums(), own)
                 others()
 
             return whole

@@ -84,11 +84,12 @@ def copy_to_device(
             if size:
                 runtime.memcpyAsync(a, b, size, runtime.memcpyHostToDevice, stream)
         return
+    error = -1
     # One call takes less of the host, and small pieces as quickly as large ones; it refuses the
     # default stream, and pieces without bytes.
     if functions.copies and stream > _PER_THREAD and sizes.all():
         error = _copy_all(functions.copies, to, sources, sizes, _ATTRIBUTES, _OF_ALL, stream)
-    else:
+    if error:
         error = _copy(functions.copy, to, sources, sizes, stream)
     if error:
         raise RuntimeError(f"copying to the device failed: CUDA error {error}")
