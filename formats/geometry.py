@@ -157,7 +157,7 @@ class Section:
         )
 
     def __hash__(self) -> int:
-        return hash(self._sizes)  # without tables: two models' caches differ in more than these
+        return hash(self._sizes)  # few sections differ in their tables alone
 
     @property
     def _sizes(self) -> tuple[Any, ...]:

@@ -194,6 +194,15 @@ def test_codecs_are_values(calibration: kvtc.Calibration) -> None:
     assert pickle.loads(pickle.dumps(a)) == copy.deepcopy(a) == a
 
 
+def test_a_codec_shows_what_it_aims_at(calibration: kvtc.Calibration) -> None:
+    begin = f"Codec(calibration={calibration!r}, "
+    assert repr(kvtc.Codec(calibration)) == f"{begin}ratio=16.0)"
+    codec = kvtc.Codec(calibration, "paper", mean_error=0.1, window=0)
+    assert repr(codec) == f"{begin}preset='paper', mean_error=0.1, window=0)"
+    fixed = kvtc.Codec(calibration, fixed_plan=kvtc.Codec(calibration).plan)
+    assert repr(fixed) == f"{begin}fixed_plan={fixed.plan!r})"
+
+
 def test_plans_are_values(calibration: kvtc.Calibration, cache: Cache) -> None:
     codec = kvtc.Codec(calibration, "paper", ratio=4, window=24, block_tokens=16)
     plan = kvtc.Plan.from_bytes(codec.plan.to_bytes())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, fields
 from numbers import Integral, Real
 from typing import Any
 
@@ -200,6 +200,14 @@ class Codec:
                     f"fixed_plan leaves nothing to choose: leave out {', '.join(self._targets)}"
                 )
             self._check(self.fixed_plan)
+
+    def __repr__(self) -> str:
+        """The target, and what is not as by default."""
+        given = {f.name: getattr(self, f.name) for f in fields(self)}
+        shown = {f.name: given[f.name] for f in fields(self) if given[f.name] != f.default}
+        if self.target is not None:
+            shown[self.target.name] = self.target.value
+        return f"Codec({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
 
     @property
     def _targets(self) -> dict[str, float]:
