@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from kvtc_stream.errors import (
     AuthenticationError,
+    ChecksumError,
     FormatError,
     KVTCError,
     TruncatedError,
@@ -271,7 +272,15 @@ class StreamFile:
     def _block(
         self, entry: IndexEntry, record: RecordHeader, rest: memoryview, expected: int | None = None
     ) -> Block:
-        block, found = open_record(record, rest, entry.offset, self.header, self._limits, expected)
+        try:
+            block, found = open_record(
+                record, rest, entry.offset, self.header, self._limits, expected
+            )
+        except ChecksumError as error:
+            several = len(self.header.geometry.sections) > 1
+            of = f" of section {entry.section}" if several else ""
+            last = entry.start + entry.tokens - 1
+            raise ChecksumError(f"tokens {entry.start} to {last}{of}: {error}") from None
         # Bytes, because zeros with either sign are equal.
         if not isinstance(block, Block) or found.pack() != entry.pack():
             raise FormatError(

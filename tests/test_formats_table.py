@@ -163,12 +163,14 @@ def test_tables_of_which_some_are_verified(stream: bytes) -> None:
     damaged[at + 3] ^= 1
     file = StreamFile(io.BytesIO(damaged))
     broken = file.read_table(file.live)
+    entry = file.index[2]
+    lost = f"tokens {entry.start} to {entry.start + entry.tokens - 1}.*: record 2 "
     for use in (
         broken.verify,
         lambda: BlockTable.concat([BlockTable.of(blocks), broken]),
         lambda: broken.block(2),
     ):
-        with pytest.raises(kvtc.ChecksumError, match="record 2 "):
+        with pytest.raises(kvtc.ChecksumError, match=lost):
             use()
     assert broken.block(1) == blocks[1]
 
