@@ -1233,7 +1233,8 @@ def test_errors_name_the_file(tmp_path, kvtc_command, files):
     changed[offset + length // 2] ^= 1
     stream.write_bytes(changed)
     run = kvtc_command("cat", stream, files.stream, "-o", out)
-    assert (run.status, run.err.startswith(f"kvtc: error: {stream}: record 1")) == (1, True)
+    assert (run.status, run.err.startswith(f"kvtc: error: {stream}: tokens ")) == (1, True)
+    assert ": record 1 (BLOCK) at byte " in run.err
     stream.write_bytes(files.stream.read_bytes()[:-50])
     for arguments in (
         ["cat", files.stream, stream, "-o", out],
