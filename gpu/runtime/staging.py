@@ -134,12 +134,13 @@ class Staging:
         copy from it has begun; waits for the oldest if there are enough."""
         kept, most = (self._small, _SMALL_BUFFERS) if size <= _SMALL else (self._large, 2)
         # Copies of several streams do not end in the order in which they begin.
-        free = next((i for i, buffer in enumerate(kept) if buffer.event.done), None)
-        if free is not None or len(kept) == most:
-            buffer = kept[free or 0]
-            del kept[free or 0]
-            if free is None:
-                buffer.event.synchronize()
+        found = next((i for i, buffer in enumerate(kept) if buffer.event.done), None)
+        if found is None and len(kept) == most:
+            found = 0
+        if found is not None:
+            buffer = kept[found]
+            del kept[found]
+            buffer.event.synchronize()
             if len(buffer.memory) >= size:
                 return kept, buffer
         memory = np.frombuffer(
