@@ -8,6 +8,7 @@ import os
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -225,16 +226,16 @@ def _canonical(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class _Known:
-    """Fingerprints of a decoder, and the :func:`_state` and :func:`_glimpse` of it then."""
+    """Fingerprints of a decoder, and :func:`_state` and :func:`_glimpse` of it then.
+
+    ``views`` are valid as long as the state is the same; empty where they would keep memory.
+    """
 
     state: Any
-    samples: list[list[_Sample]]
+    views: list[list[Tensor]]
     glimpse: list[Tensor]
     fingerprints: tuple[bytes, bytes]
 
-
-#: Number of a tensor, and shape and strides of some hundred of its values.
-_Sample: TypeAlias = "tuple[int, tuple[int], tuple[int]]"
 
 _known: weakref.WeakKeyDictionary[PreTrainedModel, _Known] = weakref.WeakKeyDictionary()
 
@@ -249,10 +250,11 @@ def _fingerprints(decoder: PreTrainedModel) -> tuple[bytes, bytes]:
     state = config_text(decoder.config), *_state(modules_of(decoder), tensors)
     if known is not None and known.state != state:
         known = None
-    samples = _samples_of(tensors) if known is None else known.samples
-    glimpse = _glimpse(tensors, samples)
+    views = (known and known.views) or _views(tensors)
+    glimpse = _glimpse(views)
     if known is None or not all(map(torch.equal, known.glimpse, glimpse)):
-        known = _known[decoder] = _Known(state, samples, glimpse, _compute_fingerprints(decoder))
+        kept = views if all(map(_has_address, tensors)) else []
+        known = _known[decoder] = _Known(state, kept, glimpse, _compute_fingerprints(decoder))
     return known.fingerprints
 
 
@@ -279,25 +281,43 @@ def _state(modules: list[Any], tensors: list[Tensor]) -> tuple[Any, Any]:
     return adapters, versions
 
 
-def _samples_of(tensors: list[Tensor]) -> list[list[_Sample]]:
-    """What to look at, for each device and type."""
-    found: dict[tuple[torch.device, torch.dtype], list[_Sample]] = {}
-    for i, x in enumerate(tensors):
+def _views(tensors: list[Tensor]) -> list[list[Tensor]]:
+    """Some values of each weight, for each device and size of elements."""
+    found: dict[tuple[torch.device, int], list[Tensor]] = {}
+    for x in tensors:
         if x.numel():
             # As they lie in memory, whose order need not be that of the dimensions.
             held = 1 + sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
             step = held // 128 | 1
-            found.setdefault((x.device, x.dtype), []).append((i, (-(-held // step),), (step,)))
+            found.setdefault((x.device, x.itemsize), []).append(_every(x, step, -(-held // step)))
     return list(found.values())
 
 
-def _glimpse(tensors: list[Tensor], samples: list[list[_Sample]]) -> list[Tensor]:
-    """Some values of each weight, as bytes: PyTorch does not count changes of ``weight.data``."""
-    with torch.no_grad():
-        return [
-            torch.cat([tensors[i].as_strided(n, step) for i, n, step in own]).view(torch.uint8)
-            for own in samples
-        ]
+def _every(x: Tensor, step: int, count: int) -> Tensor:
+    """Some values, ``step`` apart, as integers if they have an address: a view that does not keep
+    the memory of a model that goes elsewhere."""
+    if not _has_address(x):
+        return x.detach().as_strided((count,), (step,))
+    size = min(x.itemsize, 8)
+    described = {
+        "data": (x.data_ptr(), False),
+        "shape": (count,),
+        "strides": (step * x.itemsize,),
+        "typestr": f"<i{size}",
+        "version": 3,
+    }
+    if x.is_cuda:
+        return torch.as_tensor(SimpleNamespace(__cuda_array_interface__=described), device=x.device)
+    return torch.from_numpy(np.asarray(SimpleNamespace(__array_interface__=described)))
+
+
+def _has_address(x: Tensor) -> bool:
+    return x.device.type in ("cpu", "cuda") and x.data_ptr() != 0
+
+
+def _glimpse(views: list[list[Tensor]]) -> list[Tensor]:
+    """Their values as bytes: PyTorch does not count changes of ``weight.data``."""
+    return [torch.cat(own).view(torch.uint8) for own in views]
 
 
 def _compute_fingerprints(decoder: PreTrainedModel) -> tuple[bytes, bytes]:
