@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import replace
 from functools import cached_property, partial
 from itertools import chain, islice, pairwise, product
@@ -54,7 +54,7 @@ from kvtc_stream.gpu.coder.decoding import (
     BatchDecoder,
     BlockLoad,
     CodedBlocks,
-    Inputs,
+    Destination,
     RunningBatch,
     UniformDecoder,
     batch_tokens,
@@ -64,8 +64,15 @@ from kvtc_stream.gpu.coder.encoding import BatchEncoder, EncoderBatch, OffsetCur
 from kvtc_stream.gpu.coder.plan import BandPlan, DevicePlan
 from kvtc_stream.gpu.coder.rope import ropes_of
 from kvtc_stream.gpu.kernels import layout
-from kvtc_stream.gpu.runtime.staging import Staging, pinned, recorded
-from kvtc_stream.gpu.runtime.streams import CHECKING, UPLOADING, apart, beside, interleaving
+from kvtc_stream.gpu.runtime.staging import Sent, Staging, pinned, recorded
+from kvtc_stream.gpu.runtime.streams import (
+    CHECKING,
+    UPLOADING,
+    apart,
+    beside,
+    interleaving,
+    launching,
+)
 from kvtc_stream.gpu.runtime.tensors import BITS, Tensors, entries, taker
 from kvtc_stream.io.dlpack import BackendName, layer_list, numpy_dtype, on_cuda
 from kvtc_stream.io.steps import Steps, begun, run
@@ -96,24 +103,23 @@ class _Unchecked(NamedTuple):
 
 
 class _Load(NamedTuple):
-    """A portion of blocks on its way: what was loaded, what :meth:`BatchDecoder.inputs` gave, the
-    event after both, its verbatim tokens, and what waits until its blocks are known to be whole."""
+    """A portion of blocks on its way: what was loaded, the event after the upload, its symbols, and
+    its verbatim tokens."""
 
     loaded: BlockLoad
-    inputs: Inputs | None
     uploaded: Any
+    batches: list[tuple[CodedBlocks, Batch]]
     exact: Iterator[Sequence[_Exact]]
-    whole: Callable[[], None]
 
 
-class _Sent(NamedTuple):
-    """What a device is at work on: where it goes, the batches of which all layers come, of each
-    group those of others and the event after them, and what the device still reads."""
+class _Target(NamedTuple):
+    """Tensors that are written, and as the device knows them: entries of all layers, and where
+    values of all layers go, and those of each group."""
 
-    tensors: tuple[Tensors, ...]
-    early: list[RunningBatch]
-    groups: list[tuple[list[RunningBatch], Any]]
-    owners: tuple[Any, ...]
+    tensors: tuple[Tensors, Tensors]
+    columns: Any
+    whole: Destination
+    groups: list[Destination]
 
 
 def _check_exact(unchecked: Sequence[_Unchecked]) -> None:
@@ -210,6 +216,10 @@ class CudaBackend:
     def room(self, size: int) -> memoryview:
         """See :meth:`kvtc_stream.backends.base.Backend.room`: pinned memory."""
         return pinned(size)
+
+    def sent(self, data: Any) -> Sent | None:
+        """See :meth:`kvtc_stream.backends.base.Backend.sent`."""
+        return Sent.ahead(data)
 
     def batch_tokens(self, section: Section) -> int:
         """See :meth:`kvtc_stream.backends.base.Backend.batch_tokens`."""
@@ -677,80 +687,7 @@ class CudaSectionCoder(SectionCoder):
     ) -> Steps[None]:
         """See :meth:`kvtc_stream.backends.base.SectionCoder.arriving`. The device gets all of its
         work at once."""
-        ready, loads = recorded(), list[_Load]()
-        unchecked: list[_Unchecked] = []
-        try:
-            try:
-                sent = self._send(portions, early, groups, out, loads, unchecked)
-            except FormatError:
-                for load in loads:
-                    load.whole()  # says more of a payload that is damaged
-                raise
-            yield
-            for load in loads:
-                load.whole()
-        finally:  # what is read may change now, and what is written be given back
-            for number in UPLOADING, CHECKING:
-                with beside(ready, number):
-                    cupy.cuda.get_current_stream().synchronize()
-        _check_exact(unchecked)
-        yield
-        slow = list(faulty(sent.early))
-        for (running, done), own in zip(sent.groups, groups, strict=True):
-            for block, where in chain(slow, faulty(running)):
-                k, v = self._cpu.decode(block, own)
-                self._place(where, k, v, self._columns(own, *sent.tensors))
-                done = recorded()
-            done.synchronize()
-            yield
-
-    def _send(
-        self,
-        portions: Iterable[tuple[BlockTable, NDArray[np.int64]]],
-        early: int,
-        groups: Sequence[Sequence[int]],
-        out: Callable[[], tuple[Any, Any]],
-        loads: list[_Load],
-        unchecked: list[_Unchecked],
-    ) -> _Sent:
-        """All that the device has to do for :meth:`arriving`; ``loads`` gets each portion."""
-        decoder, stream, ready = self._decoder, cupy.cuda.get_current_stream(), recorded()
-        layers = range(len(self._section.layers))
-        tensors: tuple[Tensors, ...] = ()
-        first: list[RunningBatch] = []
-        others: list[tuple[CodedBlocks, Batch]] = []
-
-        def place(load: _Load) -> None:
-            with beside(load.uploaded):
-                for some in load.exact:
-                    found = self._uploaded(some, load.loaded, unchecked)
-                    self._place_exact(found, layers, columns)
-
-        for table, slots in portions:
-            with beside(ready, UPLOADING):
-                loaded = decoder.load(table, slots, tiles=self._tiles)
-                # At once: behind the next payloads it would wait for these.
-                inputs = decoder.inputs(loaded.blocks) if len(loaded.blocks) else None
-                if not tensors:
-                    dtype = self._header.out_dtype
-                    tensors = k_out, v_out = tuple(Tensors.of_layers(x, dtype) for x in out())
-                    columns = self._columns(layers, k_out, v_out)
-                    whole, *own = decoder.destinations([layers, *groups], k_out, v_out)
-                uploaded = recorded()
-            for load in loads[-1:]:
-                place(load)
-            stream.wait_event(uploaded)
-            if len(loaded.blocks):
-                batch = loaded.blocks, decoder.symbols(loaded.blocks, inputs)
-                if len(loads) < early:
-                    first += decoder.start([batch], whole)
-                else:
-                    others.append(batch)
-            exact = self._exact(table, slots)
-            loads.append(_Load(loaded, inputs, uploaded, exact, loaded.verifying()))
-        started = [(decoder.start(others, each), recorded()) for each in own]
-        place(loads[-1])
-        return _Sent(tensors, first, started, (columns, whole, own, others))
+        yield from _Arrival(self, early, groups, out).steps(portions)
 
     @property
     def _tiles(self) -> bool:
@@ -972,3 +909,102 @@ class CudaSectionCoder(SectionCoder):
             return k.view(numpy_dtype(dtype)), v.view(numpy_dtype(dtype))
 
         return layer
+
+
+class _Arrival:
+    """What :meth:`CudaSectionCoder.arriving` does, for one call of it."""
+
+    def __init__(
+        self,
+        coder: CudaSectionCoder,
+        early: int,
+        groups: Sequence[Sequence[int]],
+        out: Callable[[], tuple[Any, Any]],
+    ) -> None:
+        self._coder, self._decoder = coder, coder._decoder
+        self._early, self._groups, self._out = early, groups, out
+        self._stream, self._ready = cupy.cuda.get_current_stream(), recorded()
+        self._loads: list[_Load] = []
+        self._others: list[tuple[CodedBlocks, Batch]] = []
+        self._first: list[RunningBatch] = []
+        self._verifying: list[Callable[[], None]] = []
+        self._unchecked: list[_Unchecked] = []
+
+    def steps(self, portions: Iterable[tuple[BlockTable, NDArray[np.int64]]]) -> Steps[None]:
+        """See :meth:`kvtc_stream.backends.base.SectionCoder.arriving`."""
+        started: list[Future[tuple[list[RunningBatch], Any]]] = []
+        try:
+            try:
+                try:
+                    self._send(portions)
+                    started += (launching(partial(self._start, x)) for x in self._target.groups)
+                    self._place(self._loads[-1])
+                except FormatError:
+                    for load in self._loads:
+                        load.loaded.verifying()()  # says more of a payload that is damaged
+                    raise
+                yield
+                for whole in self._verifying:
+                    whole()
+            finally:  # what is read may change now, and what is written be given back
+                for number in UPLOADING, CHECKING:
+                    with beside(self._ready, number):
+                        cupy.cuda.get_current_stream().synchronize()
+            _check_exact(self._unchecked)
+            yield
+            slow = list(faulty(self._first))
+            for group, own in zip(started, self._groups, strict=True):
+                running, done = group.result()
+                for block, where in chain(slow, faulty(running)):
+                    k, v = self._coder._cpu.decode(block, own)
+                    columns = self._coder._columns(own, *self._target.tensors)
+                    self._coder._place(where, k, v, columns)
+                    done = recorded()
+                done.synchronize()
+                yield
+        finally:
+            if started:
+                wait(started)
+                self._stream.synchronize()
+
+    def _send(self, portions: Iterable[tuple[BlockTable, NDArray[np.int64]]]) -> None:
+        """Payloads to symbols, and those of early portions to values."""
+        for table, slots in portions:
+            with beside(self._ready, UPLOADING):
+                loaded = self._decoder.load(table, slots, tiles=self._coder._tiles)
+                uploaded = recorded()
+            for load in self._loads[-1:]:  # the next payloads are on their way meanwhile
+                if len(self._loads) <= self._early:
+                    self._first += self._decoder.start(load.batches, self._target.whole)
+                else:
+                    self._others += load.batches
+                self._place(load)
+            exact, batches = self._coder._exact(table, slots), []
+            if len(loaded.blocks):
+                self._stream.wait_event(uploaded)
+                batches.append((loaded.blocks, self._decoder.symbols(loaded.blocks)))
+            self._loads.append(_Load(loaded, uploaded, batches, exact))
+        self._others += self._loads[-1].batches
+
+    def _start(self, group: Destination) -> tuple[list[RunningBatch], Any]:
+        """All others to values of a group of layers."""
+        return self._decoder.start(self._others, group), recorded()
+
+    def _place(self, load: _Load) -> None:
+        """What is exact in a portion to its place; its checksums beside that."""
+        layers = range(len(self._coder._section.layers))
+        with beside(load.uploaded):
+            for some in load.exact:
+                found = self._coder._uploaded(some, load.loaded, self._unchecked)
+                self._coder._place_exact(found, layers, self._target.columns)
+        self._verifying.append(load.loaded.verifying())
+
+    @cached_property
+    def _target(self) -> _Target:
+        layers, dtype = range(len(self._coder._section.layers)), self._coder._header.out_dtype
+        with beside(self._ready):
+            k, v = (Tensors.of_layers(x, dtype) for x in self._out())
+            columns = self._coder._columns(layers, k, v)
+            whole, *groups = self._decoder.destinations([layers, *self._groups], k, v)
+            self._stream.wait_event(recorded())
+        return _Target((k, v), columns, whole, groups)

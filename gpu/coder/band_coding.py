@@ -26,7 +26,7 @@ from kvtc_stream.gpu.coder.analysis import (
     layer_codes_of,
     stride_of,
 )
-from kvtc_stream.gpu.coder.decoding import Batch, BatchDecoder, BlockLoad, CodedBlocks, Inputs
+from kvtc_stream.gpu.coder.decoding import Batch, BatchDecoder, BlockLoad, CodedBlocks
 from kvtc_stream.gpu.coder.plan import BandPlan
 from kvtc_stream.gpu.kernels import bands
 from kvtc_stream.gpu.runtime.tensors import Tensors
@@ -66,7 +66,7 @@ class BandDecoder(BatchDecoder):
                 )
         return BlockLoad(found, lambda: lambda: None, None, np.full(len(table), -1))
 
-    def symbols(self, blocks: CodedBlocks, inputs: Inputs | None = None) -> Batch:
+    def symbols(self, blocks: CodedBlocks) -> Batch:
         """See :meth:`kvtc_stream.gpu.coder.decoding.BatchDecoder.symbols`."""
         payloads = b"".join(threads().map(partial(_decompressed, blocks.table), range(len(blocks))))
         columns, positions, slots = self.staging.arrays(

@@ -29,7 +29,7 @@ from kvtc_stream.gpu.coder.rope import DeviceRotations, ropes_of
 from kvtc_stream.gpu.kernels import checksum, layout, rans
 from kvtc_stream.gpu.runtime.driver import in_turn
 from kvtc_stream.gpu.runtime.staging import Staging, recorded
-from kvtc_stream.gpu.runtime.streams import beside
+from kvtc_stream.gpu.runtime.streams import TURNS, beside, stream
 from kvtc_stream.gpu.runtime.tensors import Column, Tensors, entries
 from kvtc_stream.io.xxh3 import jit
 
@@ -174,29 +174,6 @@ class BlockLoad(NamedTuple):
     verifying: Callable[[], Callable[[], None]]
     data: Any
     exact: NDArray[np.int64]
-
-
-class Inputs(NamedTuple):
-    """What the host knows of a batch, on the device or on its way there.
-
-    Attributes
-    ----------
-    tasks, together
-        int64 [tiles, FIELDS], see :mod:`kvtc_stream.gpu.kernels.rans`, and how many share a block
-        of threads.
-    steps
-        float32 [blocks, 16]: the step of each class.
-    columns, positions, slots
-        int32 and int64 [tokens]: the columns of coded tokens, and of all of them positions and
-        slots.
-    """
-
-    tasks: Any
-    together: int
-    steps: Any
-    columns: Any
-    positions: Any
-    slots: Any
 
 
 class RunningBatch(NamedTuple):
@@ -522,13 +499,8 @@ class BatchDecoder(ABC):
         Payloads of symbols that no writer makes raise ``FormatError``.
         """
 
-    def inputs(self, blocks: CodedBlocks) -> Inputs | None:
-        """Begin to copy to the device what :meth:`symbols` needs beside payloads, if it can be
-        told before; to be kept until the device is done."""
-        return None
-
     @abstractmethod
-    def symbols(self, blocks: CodedBlocks, inputs: Inputs | None = None) -> Batch:
+    def symbols(self, blocks: CodedBlocks) -> Batch:
         """Payloads of a batch of blocks to symbols."""
 
     def _batch(
@@ -604,10 +576,15 @@ class BatchDecoder(ABC):
         if not len(spans):
             return
         kernel = layout.scatter(destination.dtype, destination.wide)
-        rows = cupy.empty(int((tokens * spans["width"]).max()), np.uint16)
-        sources = np.full(len(spans), rows.data.ptr)
+        most, other = int((tokens * spans["width"]).max()), stream(TURNS)
+        rows = cupy.empty(most, np.uint16)
+        with other:
+            others = cupy.empty(most if len(spans) > 1 else 0, np.uint16)
+        targets = np.full(len(spans), rows.data.ptr)
+        targets[1::2] = others.data.ptr
+        sources = targets.copy()
         if (empty := spans["components"] == 0).any():
-            zeros = cupy.zeros(rows.shape, np.uint16)
+            zeros = cupy.zeros(most, np.uint16)
             sources[empty] = zeros.data.ptr
         products = synthesis(
             batch.symbols.data.ptr + 2 * (spans["first"] * batch.stride + at),
@@ -615,7 +592,7 @@ class BatchDecoder(ABC):
             spans["matrix"],
             spans["stride"],
             (spans["width"], tokens, spans["components"]),
-            rows.data.ptr,
+            targets,
         )
         arguments = np.empty((len(spans), len(kernel.signature)), np.int64)
         for i, values in enumerate(
@@ -641,7 +618,7 @@ class BatchDecoder(ABC):
         ):
             arguments[:, i] = values
         grids = np.stack([-(-tokens // layout.TOKENS), spans["entries"]], axis=1)
-        in_turn(products, kernel, grids, layout.THREADS, arguments)
+        in_turn(products, kernel, grids, layout.THREADS, arguments, other=other)
 
 
 class UniformDecoder(BatchDecoder):
@@ -699,26 +676,20 @@ class UniformDecoder(BatchDecoder):
         exact = np.where(there & ~coded, rows["exact"] + shift, -1)
         return BlockLoad(found, verifying, data, exact)
 
-    def inputs(self, blocks: CodedBlocks) -> Inputs:
-        """See :meth:`BatchDecoder.inputs`."""
-        payloads, coded = blocks.payloads, blocks.coded_tokens
+    def symbols(self, blocks: CodedBlocks) -> Batch:
+        """See :meth:`BatchDecoder.symbols`."""
+        plan, data, payloads, coded = self._plan, blocks.data, blocks.payloads, blocks.coded_tokens
         assert payloads is not None
         assert blocks.begins is not None
         powers = payloads.steps.astype(np.float64)[:, None] * np.exp2(np.arange(16) / 4)
         with np.errstate(over="ignore"):
-            steps = powers.astype(np.float32)
+            steps_of_classes = powers.astype(np.float32)
         firsts = np.cumsum(coded) - coded
         host_tasks, together = self._tasks.decoding(payloads, coded, firsts, blocks.begins)
         kept = np.flatnonzero(blocks.kept).astype(np.int32)
-        tasks, *others = self.staging.arrays(
-            host_tasks, steps, kept, blocks.positions, blocks.slots
+        tasks, steps, columns, positions, slots = self.staging.arrays(
+            host_tasks, steps_of_classes, kept, blocks.positions, blocks.slots
         )
-        return Inputs(tasks, together, *others)
-
-    def symbols(self, blocks: CodedBlocks, inputs: Inputs | None = None) -> Batch:
-        """See :meth:`BatchDecoder.symbols`."""
-        plan, data = self._plan, blocks.data
-        tasks, together, steps, columns, positions, slots = inputs or self.inputs(blocks)
         stride = -(-int(blocks.edges[-1]) // 64) * 64
         # No tile writes these columns, but products read them, so they must be finite.
         new = cupy.empty if len(columns) == stride else cupy.zeros

@@ -38,6 +38,7 @@ class _Functions(NamedTuple):
     copies: int  # cuMemcpyBatchAsync, 0 before CUDA 13
     launch: int  # cuLaunchKernel
     gemm: int  # cublasGemmEx
+    stream: int  # cublasSetStream
 
 
 @cache
@@ -52,6 +53,7 @@ def _functions() -> _Functions | None:
             getattr(driver, "cuMemcpyBatchAsync_v2", None),
             driver.cuLaunchKernel,
             _cublas().cublasGemmEx,
+            _cublas().cublasSetStream_v2,
         )
     except (OSError, AttributeError):
         return None
@@ -111,8 +113,12 @@ def in_turn(
     arguments: NDArray[np.int64],
     *,
     kernel_first: bool = False,
+    other: Any = None,
 ) -> None:
     """A matrix product and a launch of a kernel, and so on; or first the kernel.
+
+    With an ``other`` stream every second pair is there, so that the kernels of one are beside the
+    products of the other; in the end the current stream waits for it.
 
     Parameters
     ----------
@@ -138,25 +144,32 @@ def in_turn(
             if not kernel_first:
                 kernel(tuple(grid), block, kernel.numbers(own))
         return
-    stream = cupy.cuda.get_current_stream().ptr
-    cublas.setStream(handle, stream)
+    current, event = cupy.cuda.get_current_stream(), cupy.cuda.Event(disable_timing=True)
+    streams = np.array([current.ptr, (other or current).ptr])
+    if other is not None:
+        event.record()
+        other.wait_event(event)
     arguments = np.ascontiguousarray(arguments)
     places = arguments.ctypes.data + 8 * np.arange(arguments.size).reshape(arguments.shape)
     error = _in_turn(
         functions.gemm,
+        functions.stream,
         handle,
         products,
         functions.launch,
         kernel.handle,
         grids,
         block,
-        stream,
+        streams,
         places,
         kernel_first,
     )
     if error:
         what = "a matrix product: cuBLAS" if error < 0 else f"kernel {kernel.__name__}: CUDA"
         raise RuntimeError(f"{what} error {abs(error)}")
+    if other is not None:
+        event.record(other)
+        current.wait_event(event)
 
 
 # --- compiled -----------------------------------------------------------------------------------
@@ -183,7 +196,7 @@ def _foreign(*narrow: int) -> Any:
     return call
 
 
-_call_copy = _call_copies = _foreign()
+_call_copy = _call_copies = _call_stream = _foreign()
 _call_gemm = _foreign(1, 2, 3, 4, 5, 8, 9, 11, 12, 15, 16, 17, 18)
 _call_launch = _foreign(1, 2, 3, 4, 5, 6, 7)
 
@@ -213,11 +226,12 @@ def _copy_all(function, to, sources, sizes, attributes, first, stream):  # type:
 
 @_jit
 def _in_turn(  # type: ignore[no-untyped-def]
-    gemm, handle, products, launch, kernel, grids, block, stream, places, kernel_first
+    gemm, set_stream, handle, products, launch, kernel, grids, block, streams, places, kernel_first
 ):
     """0, or the error of the driver, or minus that of cuBLAS."""
     one, none = np.int64(1), np.int64(0)
     for i in range(2 * len(products)):
+        stream = streams[i // 2 % 2]
         if (i % 2 == 0) == kernel_first:
             x, y = grids[i // 2]
             if x and y:
@@ -233,7 +247,7 @@ def _in_turn(  # type: ignore[no-untyped-def]
         else:
             p = products[i // 2]
             if p[2] and p[3] and p[4]:
-                error = _call_gemm(
+                error = _call_stream(set_stream, (handle, stream)) or _call_gemm(
                     gemm,
                     (
                         handle, p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], p[8], p[9], p[10],

@@ -7,6 +7,7 @@ several threads.
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -17,7 +18,10 @@ import cupy
 import numpy as np
 from numpy.typing import NDArray
 
+from kvtc_stream.gpu.kernels.pull import BEYOND, THREADS, UNITS, align, pull
+from kvtc_stream.gpu.runtime.dialect import SIMULATED
 from kvtc_stream.gpu.runtime.driver import copy_to_device
+from kvtc_stream.gpu.runtime.streams import SENDING, stream
 from kvtc_stream.io.threads import SHARE, copy
 
 #: Pieces begin at multiples of this on the device.
@@ -25,7 +29,10 @@ _ALIGNMENT = 16
 #: cudaMemoryTypeHost
 _PINNED = 1
 #: Bytes of a small copy, and how many buffers there are for these.
-_SMALL, _SMALL_BUFFERS = 1 << 19, 16
+_SMALL, _SMALL_BUFFERS = 1 << 20, 16
+#: Fewer bytes are not worth sending ahead; more are not at a time, because they are on the device
+#: twice until they are used; and how many are known to be there together.
+_LEAST_AHEAD, _MOST_AHEAD, _TOGETHER = 32 << 20, 1 << 30, 32 << 20
 
 
 class Staging:
@@ -64,6 +71,9 @@ class Staging:
         sources = [np.frombuffer(x, np.uint8) for x in buffers]
         room = -(-(ends - begins) // _ALIGNMENT) * _ALIGNMENT
         places, total = np.cumsum(room) - room, int(room.sum())
+        sent = [Sent.of(x) for x in sources]
+        if len(owners) and None not in sent:
+            return self._aligned(sent, sources, owners, begins, ends, places), places
         if not all(_is_pinned(x) for x in sources):
             spans = zip(owners.tolist(), begins.tolist(), ends.tolist(), strict=True)
             parts = [sources[i][a:b] for i, a, b in spans]
@@ -72,6 +82,30 @@ class Staging:
         addresses = np.array([x.ctypes.data for x in sources], np.int64)
         copy_to_device(data.data.ptr + places, addresses[owners] + begins, ends - begins)
         return data, places
+
+    def _aligned(
+        self,
+        sent: Sequence[Any],
+        sources: Sequence[NDArray[np.uint8]],
+        owners: NDArray[np.int64],
+        begins: NDArray[np.int64],
+        ends: NDArray[np.int64],
+        places: NDArray[np.int64],
+    ) -> Any:
+        """Take bytes from what was sent ahead to ``places``."""
+        units = -(-(ends - begins) // _ALIGNMENT)
+        data = cupy.empty(_ALIGNMENT * int(units.sum()), np.uint8)
+        pairs = zip(sent, sources, strict=True)
+        firsts = np.array([source.ctypes.data - x.begin for x, source in pairs])
+        addresses = np.array([x.data.data.ptr for x in sent]) + firsts
+        tasks = [addresses[owners] + begins, data.data.ptr + places, units]
+        [tasks_d] = self.arrays(np.stack(tasks, axis=1))
+        current = cupy.cuda.get_current_stream()
+        for i in np.unique(owners).tolist():
+            current.wait_event(sent[i].until(int(ends[owners == i].max() + firsts[i])))
+        grid = len(owners), -(-int(units.max()) // (THREADS * UNITS))
+        align(grid, THREADS, (tasks_d,))
+        return data
 
     def arrays(self, *arrays: NDArray[Any]) -> list[Any]:
         """Upload small arrays in one copy, which is asynchronous."""
@@ -89,7 +123,8 @@ class Staging:
     def _packed(
         self, sources: Sequence[NDArray[np.uint8]], places: Sequence[int], total: int
     ) -> Any:
-        """Upload buffers to ``places`` in an array of ``total`` bytes, through pinned memory."""
+        """Upload buffers to ``places`` in an array of ``total`` bytes, a multiple of 16, through
+        pinned memory."""
         data = cupy.empty(total, np.uint8)
         if not total:
             return data
@@ -100,7 +135,11 @@ class Staging:
                 target[:] = x
         else:  # all at once: in pieces, as the device takes them, it takes longer
             copy(sources, targets)
-        _copy(data.data.ptr, buffer.address, total, cupy.cuda.runtime.memcpyHostToDevice)
+        if kept is self._small and not SIMULATED:
+            units = total // _ALIGNMENT
+            pull(-(-units // (THREADS * UNITS)), THREADS, (buffer.address, data, units))
+        else:
+            _copy(data.data.ptr, buffer.address, total, cupy.cuda.runtime.memcpyHostToDevice)
         buffer.event.record()
         kept.append(buffer)
         return data
@@ -147,6 +186,66 @@ class Staging:
             pinned(_SMALL if size <= _SMALL else 1 << (size - 1).bit_length()), np.uint8
         )
         return kept, _Buffer(memory, memory.ctypes.data, cupy.cuda.Event(disable_timing=True))
+
+
+class Sent:
+    """Bytes of pinned memory that are on the current device, or on their way there, ahead of who
+    wants parts of them: uploads of this thread take these from here.
+
+    To be held until those uploads are done.
+    """
+
+    def __init__(self, memory: NDArray[np.uint8]) -> None:
+        self.begin, self.size = memory.ctypes.data, memory.size
+        self._events = []
+        with stream(SENDING):
+            self.data = cupy.empty(self.size + BEYOND, np.uint8)
+            for first in range(0, self.size, _TOGETHER):
+                size, to = min(_TOGETHER, self.size - first), self.data.data.ptr + first
+                _copy(to, self.begin + first, size, cupy.cuda.runtime.memcpyHostToDevice)
+                self._events.append(recorded())
+        _when_dropped(self, self._events[-1].synchronize)
+        _sent().append(weakref.ref(self, _sent().remove))
+
+    @classmethod
+    def ahead(cls, data: Any) -> Sent | None:
+        """Send bytes of pinned memory, if they are many, and there is room."""
+        if not isinstance(data, memoryview) or not data.contiguous:
+            return None
+        held = sum(x.size for x in _known())
+        if not _LEAST_AHEAD <= data.nbytes <= _MOST_AHEAD - held:
+            return None
+        memory = np.frombuffer(data, np.uint8)
+        try:
+            return cls(memory) if _is_pinned(memory) else None
+        except cupy.cuda.memory.OutOfMemoryError:
+            return None
+
+    @staticmethod
+    def of(memory: NDArray[np.uint8]) -> Sent | None:
+        """What was sent of bytes that these are part of."""
+        begin, device = memory.ctypes.data, cupy.cuda.runtime.getDevice()
+        for x in _known():
+            if x.data.device.id == device and 0 <= begin - x.begin <= x.size - memory.size:
+                return x
+        return None
+
+    def until(self, end: int) -> Any:
+        """The event from which on the bytes before ``end`` are there."""
+        return self._events[max(end - 1, 0) // _TOGETHER]
+
+
+def _known() -> list[Sent]:
+    return [x for x in (known() for known in _sent()) if x is not None]
+
+
+_own = threading.local()
+
+
+def _sent() -> list[weakref.ref[Sent]]:
+    """What this thread has sent."""
+    found: list[weakref.ref[Sent]] = _own.__dict__.setdefault("sent", [])
+    return found
 
 
 class _Buffer(NamedTuple):

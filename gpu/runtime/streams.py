@@ -5,32 +5,35 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import wraps
+from functools import cache, wraps
 from itertools import chain
 from types import SimpleNamespace
-from typing import Any, ParamSpec
+from typing import Any, ParamSpec, TypeVar
 
 import cupy
 
+from kvtc_stream.gpu.runtime.dialect import SIMULATED
 from kvtc_stream.io.steps import Steps
 
 #: Tasks that one thread takes in turn: one begins, one is at work, one comes to its end.
 IN_FLIGHT = 3
 #: Numbers of streams for what is done beside: tasks have those from 0 on.
-CHECKING, UPLOADING, APART = -1, -2, -3
+CHECKING, UPLOADING, APART, TURNS, SENDING = -1, -2, -3, -4, -5
 
 P = ParamSpec("P")
+R = TypeVar("R")
 
 _own = threading.local()
 
 
-def _stream(device: int, number: int = 0) -> Any:
-    """The thread's on a device; CuPy's pool keeps what a stream freed for that stream."""
-    streams = _own.__dict__.setdefault("streams", {})
+def stream(number: int) -> Any:
+    """The thread's on the current device; CuPy's pool keeps what a stream freed for that stream."""
+    device, streams = cupy.cuda.runtime.getDevice(), _own.__dict__.setdefault("streams", {})
     if (device, number) not in streams:
-        # The host waits for what is checked.
-        priority = -1 if number == CHECKING else 0
+        # The host waits for what is checked, others for what is uploaded.
+        priority = -1 if number in (CHECKING, UPLOADING) else 0
         streams[device, number] = cupy.cuda.Stream(non_blocking=True, priority=priority)
     return streams[device, number]
 
@@ -41,10 +44,31 @@ def beside(event: Any, number: int = CHECKING) -> Iterator[None]:
 
     Who uses its results waits for them, before memory that it reads is given back.
     """
-    stream = _stream(cupy.cuda.runtime.getDevice(), number)
-    stream.wait_event(event)
-    with stream:
+    own = stream(number)
+    own.wait_event(event)
+    with own:
         yield
+
+
+def launching(task: Callable[[], R]) -> Future[R]:
+    """Let another thread do what the current stream gets next: compiled launches do without
+    Python's lock. The stream gets nothing else until that is over."""
+    if SIMULATED:  # on one thread
+        done: Future[R] = Future()
+        done.set_result(task())
+        return done
+    device, current = cupy.cuda.runtime.getDevice(), cupy.cuda.get_current_stream()
+
+    def there() -> R:
+        with cupy.cuda.Device(device), current:
+            return task()
+
+    return _launcher().submit(there)
+
+
+@cache
+def _launcher() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(1, "kvtc-launch")
 
 
 def apart(function: Callable[P, Steps[None]]) -> Callable[P, Steps[None]]:
@@ -62,16 +86,16 @@ def apart(function: Callable[P, Steps[None]]) -> Callable[P, Steps[None]]:
 def _apart(task: Steps[None]) -> Steps[None]:
     device, ready = cupy.cuda.runtime.getDevice(), cupy.cuda.Event(disable_timing=True)
     ready.record()
-    stream = _stream(device, APART)
-    stream.wait_event(ready)
+    own = stream(APART)
+    own.wait_event(ready)
     try:
         while True:
-            with cupy.cuda.Device(device), stream:
-                if next(task, stream) is stream:
+            with cupy.cuda.Device(device), own:
+                if next(task, own) is own:
                     return
             yield
     finally:
-        stream.synchronize()
+        own.synchronize()
         task.close()
 
 
@@ -86,8 +110,8 @@ def interleaving(tasks: Iterable[Iterator[None]]) -> Steps[None]:
     if isinstance(tasks, Sequence) and len(tasks) < 2:
         yield from chain.from_iterable(tasks)
         return
-    device, ready = cupy.cuda.runtime.getDevice(), cupy.cuda.Event(disable_timing=True)
-    free = [_stream(device, i) for i in range(IN_FLIGHT)]
+    ready = cupy.cuda.Event(disable_timing=True)
+    free = [stream(i) for i in range(IN_FLIGHT)]
     streams, waiting = list(free), iter(tasks)
     running: deque[tuple[Any, Iterator[None]]] = deque()
     try:
@@ -98,16 +122,16 @@ def interleaving(tasks: Iterable[Iterator[None]]) -> Steps[None]:
                 running.appendleft((free.pop(0), new))
             if not running:
                 break
-            for stream, task in list(running):
-                with stream:
+            for own, task in list(running):
+                with own:
                     ended = next(task, running) is running
                 if ended:
-                    running.remove((stream, task))
-                    free.append(stream)
+                    running.remove((own, task))
+                    free.append(own)
             yield
     finally:  # nobody writes once this has returned, or raised
-        for stream in streams:
-            stream.synchronize()
+        for own in streams:
+            own.synchronize()
 
 
 def on_device(device: int) -> None:

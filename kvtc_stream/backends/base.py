@@ -229,6 +229,12 @@ class Backend(Protocol):
         """Tensors, lists of them in lists, ready to be read in other streams."""
         ...
 
+    def sent(self, data: Any) -> Any:
+        """Begin to copy a stream's bytes to where its blocks are decoded, ahead of being asked, if
+        that is somewhere else and takes no work of the host. To be held, and the bytes not to be
+        changed, until its blocks are decoded."""
+        ...
+
     def batch_tokens(self, section: Section) -> int:
         """Tokens of streams that are worth decoding beside others."""
         ...

@@ -93,6 +93,9 @@ class CpuBackend:
         """See :meth:`kvtc_stream.backends.base.Backend.held`."""
         return x
 
+    def sent(self, data: Any) -> None:
+        """See :meth:`kvtc_stream.backends.base.Backend.sent`: it is there."""
+
     def batch_tokens(self, section: Section) -> int:
         """See :meth:`kvtc_stream.backends.base.Backend.batch_tokens`: a core's time is all there is
         to share."""

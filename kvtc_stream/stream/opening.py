@@ -154,7 +154,9 @@ def decode(
     Equivalent to :meth:`Reader.read` of everything; ``"auto"`` is CUDA where ``out`` is on a CUDA
     device.
     """
-    if out is not None:
-        backend = get_backend(backend, *out).name
-    with open(data, calibration=calibration, backend=backend, limits=limits) as reader:
-        return reader.read(section=section, out=out)
+    coding = get_backend(backend, *(out or ()))
+    sent = coding.sent(data)
+    with open(data, calibration=calibration, backend=coding.name, limits=limits) as reader:
+        found = reader.read(section=section, out=out)
+    del sent
+    return found

@@ -91,10 +91,17 @@ def test_values_are_those_of_the_cpu(
         np.testing.assert_allclose(ours, exact, atol=2e-3 * np.abs(exact).max())
 
 
+@pytest.mark.parametrize("least", [1, 1 << 30])
 def test_streams_in_pinned_memory(
-    calibration: kvtc.Calibration, stream: bytes, cuda: BackendName
+    monkeypatch: pytest.MonkeyPatch,
+    calibration: kvtc.Calibration,
+    stream: bytes,
+    cuda: BackendName,
+    least: int,
 ) -> None:
-    """They are copied from where they are; those of ordinary memory beside them are not."""
+    """They are copied from where they are, and large ones before they are looked at; those of
+    ordinary memory beside them are not."""
+    monkeypatch.setattr("kvtc_stream.gpu.runtime.staging._LEAST_AHEAD", least)
     pinned = np.frombuffer(cupy.cuda.alloc_pinned_memory(len(stream)), np.uint8)
     pinned[:] = np.frombuffer(stream, np.uint8)
     held = pinned.data.toreadonly()

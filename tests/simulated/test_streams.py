@@ -9,7 +9,7 @@ import cupy
 import numpy as np
 import pytest
 
-from kvtc_stream.gpu.runtime.staging import Staging
+from kvtc_stream.gpu.runtime.staging import Sent, Staging
 from kvtc_stream.gpu.runtime.streams import IN_FLIGHT, interleaving
 from kvtc_stream.io.steps import run
 
@@ -45,6 +45,32 @@ def test_a_failed_task_ends_them_all() -> None:
         run(interleaving(map(task, range(20))))
     assert begun == [0, 1, 2]
     assert cupy.cuda.Stream.waits == waits + IN_FLIGHT
+
+
+def test_bytes_that_were_sent_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts of them come from there, wherever they begin; others are copied as ever."""
+    monkeypatch.setattr("kvtc_stream.gpu.runtime.staging._LEAST_AHEAD", 1)
+    monkeypatch.setattr("kvtc_stream.gpu.runtime.staging._MOST_AHEAD", 9000)
+    monkeypatch.setattr("kvtc_stream.gpu.runtime.staging._TOGETHER", 1000)
+    rng = np.random.default_rng(0)
+    held = np.frombuffer(cupy.cuda.alloc_pinned_memory(5000), np.uint8)
+    held[:] = rng.integers(0, 256, 5000, np.uint8)
+    sent = Sent.ahead(held.data.toreadonly())
+    assert sent is not None
+    assert Sent.ahead(memoryview(bytes(100))) is None  # not pinned
+    assert Sent.ahead(held.data) is None  # too much with what is there
+    begins = np.array([0, 1, 18, 1235, 4999, 77])
+    ends = np.array([5, 1234, 34, 4999, 5000, 77])
+    owners = np.zeros(len(begins), np.int64)
+    expected = [held[a:b].tobytes() for a, b in zip(begins, ends, strict=True)]
+    held[:] = 0
+    data, places = Staging().upload_parts([held], owners, begins, ends)
+    assert not (places % 16).any()
+    for own, at in zip(expected, places.tolist(), strict=True):
+        assert np.array(data)[at : at + len(own)].tobytes() == own
+    del sent
+    data, places = Staging().upload_parts([held], owners, begins, ends)
+    assert not np.array(data)[places[1] : places[1] + 1233].any()
 
 
 def test_uploads_begin_where_they_are_said_to() -> None:

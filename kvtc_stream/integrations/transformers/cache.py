@@ -23,7 +23,7 @@ from transformers.cache_utils import (
 )
 
 import kvtc_stream as kvtc
-from kvtc_stream.backends.select import cuda_runs
+from kvtc_stream.backends.select import cuda_runs, get_backend
 from kvtc_stream.errors import (
     BackendUnavailableError,
     CalibrationMismatchError,
@@ -436,7 +436,8 @@ def _restored(
             )
         if backend == "auto":
             backend = "cuda" if device.type == "cuda" and cuda_runs() else "cpu"
-        sections = calibration.geometry.sections
+        coding, sections = get_backend(backend), calibration.geometry.sections
+        sent = [coding.sent(source) for source in sources]
         cache = _empty_cache(model, sections)
         layers = attention_layers(cache, "the model")
         readers: list[kvtc.Reader] = []
@@ -478,9 +479,14 @@ def _restored(
         for i, section in enumerate(sections):
             needed = _needed(layers[section.layers[0]], len(positions))
             tensors = _Tensors(row, len(sources), i, needed, memory)
-            steps = tensors.restoring() if wait else tensors.arriving()
-            # Of several tasks a second one has then begun: a device has enough to do.
-            steps = begun(steps) if i else _begun(steps, model, calibration, 1 + wait)
+            if wait:
+                # Of several tasks a second one has then begun: a device has enough to do.
+                steps = tensors.restoring()
+                steps = begun(steps) if i else _begun(steps, model, calibration, 2)
+            else:  # the host has no time to spare while it launches
+                if not i:
+                    _check_model(model, calibration)
+                steps = begun(tensors.arriving())
             if not i and spread is not None:
                 places = layer_devices(spread)
             if wait:
@@ -494,6 +500,7 @@ def _restored(
         for _, steps in restored if not wait else ():
             next(steps)
             next(steps)  # all blocks are known to be whole
+        del sent
         if model is not None:
             forget_images(model)
     return cache, positions
