@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
 from dataclasses import replace
 from functools import cached_property, partial
 from itertools import chain, islice, pairwise, product
@@ -71,7 +71,6 @@ from kvtc_stream.gpu.runtime.streams import (
     apart,
     beside,
     interleaving,
-    launching,
 )
 from kvtc_stream.gpu.runtime.tensors import BITS, Tensors, entries, taker
 from kvtc_stream.io.dlpack import BackendName, layer_list, numpy_dtype, on_cuda
@@ -932,40 +931,36 @@ class _Arrival:
 
     def steps(self, portions: Iterable[tuple[BlockTable, NDArray[np.int64]]]) -> Steps[None]:
         """See :meth:`kvtc_stream.backends.base.SectionCoder.arriving`."""
-        started: list[Future[tuple[list[RunningBatch], Any]]] = []
         try:
             try:
-                try:
-                    self._send(portions)
-                    started += (launching(partial(self._start, x)) for x in self._target.groups)
-                    self._place(self._loads[-1])
-                except FormatError:
-                    for load in self._loads:
-                        load.loaded.verifying()()  # says more of a payload that is damaged
-                    raise
-                yield
-                for whole in self._verifying:
-                    whole()
-            finally:  # what is read may change now, and what is written be given back
-                for number in UPLOADING, CHECKING:
-                    with beside(self._ready, number):
-                        cupy.cuda.get_current_stream().synchronize()
-            _check_exact(self._unchecked)
+                self._send(portions)
+                started = [
+                    (self._decoder.start(self._others, each), recorded())
+                    for each in self._target.groups
+                ]
+                self._place(self._loads[-1])
+            except FormatError:
+                for load in self._loads:
+                    load.loaded.verifying()()  # says more of a payload that is damaged
+                raise
             yield
-            slow = list(faulty(self._first))
-            for group, own in zip(started, self._groups, strict=True):
-                running, done = group.result()
-                for block, where in chain(slow, faulty(running)):
-                    k, v = self._coder._cpu.decode(block, own)
-                    columns = self._coder._columns(own, *self._target.tensors)
-                    self._coder._place(where, k, v, columns)
-                    done = recorded()
-                done.synchronize()
-                yield
-        finally:
-            if started:
-                wait(started)
-                self._stream.synchronize()
+            for whole in self._verifying:
+                whole()
+        finally:  # what is read may change now, and what is written be given back
+            for number in UPLOADING, CHECKING:
+                with beside(self._ready, number):
+                    cupy.cuda.get_current_stream().synchronize()
+        _check_exact(self._unchecked)
+        yield
+        slow = list(faulty(self._first))
+        for (running, done), own in zip(started, self._groups, strict=True):
+            for block, where in chain(slow, faulty(running)):
+                k, v = self._coder._cpu.decode(block, own)
+                columns = self._coder._columns(own, *self._target.tensors)
+                self._coder._place(where, k, v, columns)
+                done = recorded()
+            done.synchronize()
+            yield
 
     def _send(self, portions: Iterable[tuple[BlockTable, NDArray[np.int64]]]) -> None:
         """Payloads to symbols, and those of early portions to values."""
@@ -985,10 +980,6 @@ class _Arrival:
                 batches.append((loaded.blocks, self._decoder.symbols(loaded.blocks)))
             self._loads.append(_Load(loaded, uploaded, batches, exact))
         self._others += self._loads[-1].batches
-
-    def _start(self, group: Destination) -> tuple[list[RunningBatch], Any]:
-        """All others to values of a group of layers."""
-        return self._decoder.start(self._others, group), recorded()
 
     def _place(self, load: _Load) -> None:
         """What is exact in a portion to its place; its checksums beside that."""

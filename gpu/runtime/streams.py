@@ -5,16 +5,14 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import cache, wraps
+from functools import wraps
 from itertools import chain
 from types import SimpleNamespace
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec
 
 import cupy
 
-from kvtc_stream.gpu.runtime.dialect import SIMULATED
 from kvtc_stream.io.steps import Steps
 
 #: Tasks that one thread takes in turn: one begins, one is at work, one comes to its end.
@@ -23,7 +21,6 @@ IN_FLIGHT = 3
 CHECKING, UPLOADING, APART, TURNS, SENDING = -1, -2, -3, -4, -5
 
 P = ParamSpec("P")
-R = TypeVar("R")
 
 _own = threading.local()
 
@@ -48,27 +45,6 @@ def beside(event: Any, number: int = CHECKING) -> Iterator[None]:
     own.wait_event(event)
     with own:
         yield
-
-
-def launching(task: Callable[[], R]) -> Future[R]:
-    """Let another thread do what the current stream gets next: compiled launches do without
-    Python's lock. The stream gets nothing else until that is over."""
-    if SIMULATED:  # on one thread
-        done: Future[R] = Future()
-        done.set_result(task())
-        return done
-    device, current = cupy.cuda.runtime.getDevice(), cupy.cuda.get_current_stream()
-
-    def there() -> R:
-        with cupy.cuda.Device(device), current:
-            return task()
-
-    return _launcher().submit(there)
-
-
-@cache
-def _launcher() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(1, "kvtc-launch")
 
 
 def apart(function: Callable[P, Steps[None]]) -> Callable[P, Steps[None]]:
