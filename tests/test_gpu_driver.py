@@ -18,6 +18,7 @@ _INT, _LONG = ctypes.c_int32, ctypes.c_int64
 _KINDS = {
     "copy": (_LONG, _LONG, _LONG, _LONG),
     "copies": (_LONG,) * 8,
+    "stream": (_LONG, _LONG),
     "launch": (_LONG, *[_INT] * 7, _LONG, _LONG, _LONG),
     "gemm": (_LONG, *[_INT] * 5, _LONG, _LONG, _INT, _INT, _LONG, _INT, _INT, _LONG, _LONG,
              *[_INT] * 4),
@@ -74,8 +75,8 @@ def _in_turn(library: Library, *, kernel_first: bool = False) -> Any:
     places = np.arange(3 * 4).reshape(3, 4)
     grids = np.array([[5, 6], [7, 8], [0, 9]])
     found = driver._in_turn(
-        library.address("gemm"), 21, products, library.address("launch"), 22, grids, 128, 23,
-        places, kernel_first,
+        library.address("gemm"), library.address("stream"), 21, products,
+        library.address("launch"), 22, grids, 128, np.array([23, 24]), places, kernel_first,
     )  # fmt: skip
     return found, products, places
 
@@ -85,19 +86,20 @@ def test_products_and_kernels_in_turn(kernel_first: bool) -> None:
     library = Library()
     found, products, places = _in_turn(library, kernel_first=kernel_first)
     assert found == 0
-    gemms = [("gemm", (21, *products[i].tolist())) for i in (0, 2)]
+    # The second pair is in the other stream, and has no product.
+    gemms = [[("stream", (21, 23)), ("gemm", (21, *products[i].tolist()))] for i in (0, 2)]
     first = places.ctypes.data
     launches = [
-        ("launch", (22, x, y, 1, 128, 1, 1, 0, 23, first + 8 * 4 * i, 0))
+        ("launch", (22, x, y, 1, 128, 1, 1, 0, 23 + i, first + 8 * 4 * i, 0))
         for i, (x, y) in enumerate([(5, 6), (7, 8)])
     ]
     if kernel_first:
-        assert library.calls == [launches[0], gemms[0], launches[1], gemms[1]]
+        assert library.calls == [launches[0], *gemms[0], launches[1], *gemms[1]]
     else:
-        assert library.calls == [gemms[0], launches[0], launches[1], gemms[1]]
+        assert library.calls == [*gemms[0], launches[0], launches[1], *gemms[1]]
 
 
-@pytest.mark.parametrize(("fails_at", "error"), [(0, -7), (1, 7)])
+@pytest.mark.parametrize(("fails_at", "error"), [(0, -7), (1, -7), (2, 7)])
 def test_errors_say_whose_they_are(fails_at: int, error: int) -> None:
     library = Library(fails_at)
     assert _in_turn(library)[0] == error

@@ -154,7 +154,7 @@ def decode(
     Equivalent to :meth:`Reader.read` of everything; ``"auto"`` is CUDA where ``out`` is on a CUDA
     device.
     """
-    coding = get_backend(backend, *(out or ()))
+    coding = get_backend(backend, *(() if out is None else out))
     sent = coding.sent(data)
     with open(data, calibration=calibration, backend=coding.name, limits=limits) as reader:
         found = reader.read(section=section, out=out)
