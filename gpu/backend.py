@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cached_property, partial
 from itertools import chain, islice, pairwise, product
@@ -64,7 +65,7 @@ from kvtc_stream.gpu.coder.encoding import BatchEncoder, EncoderBatch, OffsetCur
 from kvtc_stream.gpu.coder.plan import BandPlan, DevicePlan
 from kvtc_stream.gpu.coder.rope import ropes_of
 from kvtc_stream.gpu.kernels import layout
-from kvtc_stream.gpu.runtime.staging import Sent, Staging, pinned, recorded
+from kvtc_stream.gpu.runtime.staging import Staging, pinned, recorded, sending
 from kvtc_stream.gpu.runtime.streams import (
     CHECKING,
     UPLOADING,
@@ -216,9 +217,9 @@ class CudaBackend:
         """See :meth:`kvtc_stream.backends.base.Backend.room`: pinned memory."""
         return pinned(size)
 
-    def sent(self, data: Any) -> Sent | None:
-        """See :meth:`kvtc_stream.backends.base.Backend.sent`."""
-        return Sent.ahead(data)
+    def sending(self, streams: Iterable[Any]) -> AbstractContextManager[None]:
+        """See :meth:`kvtc_stream.backends.base.Backend.sending`."""
+        return sending(streams)
 
     def batch_tokens(self, section: Section) -> int:
         """See :meth:`kvtc_stream.backends.base.Backend.batch_tokens`."""

@@ -10,7 +10,8 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -71,7 +72,7 @@ class Staging:
         sources = [np.frombuffer(x, np.uint8) for x in buffers]
         room = -(-(ends - begins) // _ALIGNMENT) * _ALIGNMENT
         places, total = np.cumsum(room) - room, int(room.sum())
-        sent = [Sent.of(x) for x in sources]
+        sent = [_Sent.of(x) for x in sources]
         if len(owners) and None not in sent:
             return self._aligned(sent, sources, owners, begins, ends, places), places
         if not all(_is_pinned(x) for x in sources):
@@ -188,12 +189,8 @@ class Staging:
         return kept, _Buffer(memory, memory.ctypes.data, cupy.cuda.Event(disable_timing=True))
 
 
-class Sent:
-    """Bytes of pinned memory that are on the current device, or on their way there, ahead of who
-    wants parts of them: uploads of this thread take these from here.
-
-    To be held until those uploads are done.
-    """
+class _Sent:
+    """Bytes of pinned memory that are on the current device, or on their way there."""
 
     def __init__(self, memory: NDArray[np.uint8]) -> None:
         self.begin, self.size = memory.ctypes.data, memory.size
@@ -204,47 +201,53 @@ class Sent:
                 size, to = min(_TOGETHER, self.size - first), self.data.data.ptr + first
                 _copy(to, self.begin + first, size, cupy.cuda.runtime.memcpyHostToDevice)
                 self._events.append(recorded())
-        _when_dropped(self, self._events[-1].synchronize)
-        _sent().append(weakref.ref(self, _sent().remove))
-
-    @classmethod
-    def ahead(cls, data: Any) -> Sent | None:
-        """Send bytes of pinned memory, if they are many, and there is room."""
-        if not isinstance(data, memoryview) or not data.contiguous:
-            return None
-        held = sum(x.size for x in _known())
-        if not _LEAST_AHEAD <= data.nbytes <= _MOST_AHEAD - held:
-            return None
-        memory = np.frombuffer(data, np.uint8)
-        try:
-            return cls(memory) if _is_pinned(memory) else None
-        except cupy.cuda.memory.OutOfMemoryError:
-            return None
 
     @staticmethod
-    def of(memory: NDArray[np.uint8]) -> Sent | None:
+    def of(memory: NDArray[np.uint8]) -> _Sent | None:
         """What was sent of bytes that these are part of."""
         begin, device = memory.ctypes.data, cupy.cuda.runtime.getDevice()
-        for x in _known():
+        for x in _sent():
             if x.data.device.id == device and 0 <= begin - x.begin <= x.size - memory.size:
                 return x
         return None
 
-    def until(self, end: int) -> Any:
-        """The event from which on the bytes before ``end`` are there."""
-        return self._events[max(end - 1, 0) // _TOGETHER]
+    def until(self, end: int | None = None) -> Any:
+        """The event from which on the bytes before ``end``, or all of them, are there."""
+        return self._events[-1 if end is None else max(end - 1, 0) // _TOGETHER]
 
 
-def _known() -> list[Sent]:
-    return [x for x in (known() for known in _sent()) if x is not None]
+@contextmanager
+def sending(streams: Iterable[Any]) -> Iterator[None]:
+    """See :meth:`kvtc_stream.backends.base.Backend.sending`: as long, uploads of this thread take
+    their parts from what is there."""
+    kept, own = _sent(), list[_Sent]()
+    try:
+        for data in streams:
+            if not isinstance(data, memoryview) or not data.contiguous:
+                continue
+            if not _LEAST_AHEAD <= data.nbytes <= _MOST_AHEAD - sum(x.size for x in kept):
+                continue
+            memory = np.frombuffer(data, np.uint8)
+            if not _is_pinned(memory):
+                continue
+            try:
+                own.append(_Sent(memory))
+            except cupy.cuda.memory.OutOfMemoryError:
+                break
+            kept.append(own[-1])
+        yield
+    finally:
+        for x in own:
+            kept.remove(x)
+            x.until().synchronize()
 
 
 _own = threading.local()
 
 
-def _sent() -> list[weakref.ref[Sent]]:
+def _sent() -> list[_Sent]:
     """What this thread has sent."""
-    found: list[weakref.ref[Sent]] = _own.__dict__.setdefault("sent", [])
+    found: list[_Sent] = _own.__dict__.setdefault("sent", [])
     return found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
@@ -229,10 +230,9 @@ class Backend(Protocol):
         """Tensors, lists of them in lists, ready to be read in other streams."""
         ...
 
-    def sent(self, data: Any) -> Any:
-        """Begin to copy a stream's bytes to where its blocks are decoded, ahead of being asked, if
-        that is somewhere else and takes no work of the host. To be held, and the bytes not to be
-        changed, until its blocks are decoded."""
+    def sending(self, streams: Iterable[Any]) -> AbstractContextManager[None]:
+        """Begin to copy streams' bytes to where blocks are decoded, if that is somewhere else and
+        takes no work of the host. Their blocks are decoded in this context."""
         ...
 
     def batch_tokens(self, section: Section) -> int:

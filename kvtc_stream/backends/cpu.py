@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property, partial
 from itertools import pairwise
 from typing import Any
@@ -93,8 +94,9 @@ class CpuBackend:
         """See :meth:`kvtc_stream.backends.base.Backend.held`."""
         return x
 
-    def sent(self, data: Any) -> None:
-        """See :meth:`kvtc_stream.backends.base.Backend.sent`: it is there."""
+    def sending(self, streams: Iterable[Any]) -> AbstractContextManager[None]:
+        """See :meth:`kvtc_stream.backends.base.Backend.sending`: they are there."""
+        return nullcontext()
 
     def batch_tokens(self, section: Section) -> int:
         """See :meth:`kvtc_stream.backends.base.Backend.batch_tokens`: a core's time is all there is

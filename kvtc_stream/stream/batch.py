@@ -94,8 +94,6 @@ class _Member:
     ----------
     reader, index, count
         Of the stream, its place, and how many there are.
-    sent
-        See :meth:`kvtc_stream.backends.base.Backend.sent`.
     target, slot
         Arrays of each layer's K and V that are written, and where in those of others that share
         launches they begin; see :meth:`kvtc_stream.backends.base.Backend.alike`.
@@ -104,7 +102,6 @@ class _Member:
     reader: Reader
     index: int
     count: int
-    sent: Any
     target: tuple[Any, Any] | None = None
     slot: int = 0
 
@@ -176,10 +173,9 @@ def decode_many(
         kinds: defaultdict[Any, _Kind] = defaultdict(_Kind)
         for i, data in enumerate(streams):
             with about("streams", i, len(streams)):
-                sent = coding.sent(data)
                 reader = open(data, calibration=calibration, backend=coding.name, limits=limits)
                 tokens = reader.tokens(section)
-            member, cache, h = _Member(reader, i, len(results), sent), results[i], reader.header
+            member, cache, h = _Member(reader, i, len(results)), results[i], reader.header
             where: tuple[Any, ...] = ()
             if isinstance(cache, PagedCache):
                 where = id(cache.k), id(cache.v)
@@ -201,7 +197,8 @@ def decode_many(
         for kind in kinds.values():
             yield _together(kind, section, coding, results)
 
-    run(coding.interleaving(tasks() if len(results) > 1 else list(tasks())))
+    with coding.sending(streams):
+        run(coding.interleaving(tasks() if len(results) > 1 else list(tasks())))
     return results
 
 

@@ -155,8 +155,8 @@ def decode(
     device.
     """
     coding = get_backend(backend, *(() if out is None else out))
-    sent = coding.sent(data)
-    with open(data, calibration=calibration, backend=coding.name, limits=limits) as reader:
-        found = reader.read(section=section, out=out)
-    del sent
-    return found
+    with (
+        coding.sending([data]),
+        open(data, calibration=calibration, backend=coding.name, limits=limits) as reader,
+    ):
+        return reader.read(section=section, out=out)

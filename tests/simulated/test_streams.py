@@ -9,7 +9,7 @@ import cupy
 import numpy as np
 import pytest
 
-from kvtc_stream.gpu.runtime.staging import Sent, Staging
+from kvtc_stream.gpu.runtime.staging import Staging, sending
 from kvtc_stream.gpu.runtime.streams import IN_FLIGHT, interleaving
 from kvtc_stream.io.steps import run
 
@@ -55,20 +55,20 @@ def test_bytes_that_were_sent_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     held = np.frombuffer(cupy.cuda.alloc_pinned_memory(5000), np.uint8)
     held[:] = rng.integers(0, 256, 5000, np.uint8)
-    sent = Sent.ahead(held.data.toreadonly())
-    assert sent is not None
-    assert Sent.ahead(memoryview(bytes(100))) is None  # not pinned
-    assert Sent.ahead(held.data) is None  # too much with what is there
     begins = np.array([0, 1, 18, 1235, 4999, 77])
     ends = np.array([5, 1234, 34, 4999, 5000, 77])
     owners = np.zeros(len(begins), np.int64)
     expected = [held[a:b].tobytes() for a, b in zip(begins, ends, strict=True)]
-    held[:] = 0
-    data, places = Staging().upload_parts([held], owners, begins, ends)
+    view = held.data.toreadonly()
+    # What is not pinned, and what is too much with the first one, is not sent.
+    with sending([bytes(100), memoryview(bytes(100)), view, view]):
+        held[:] = 0
+        data, places = Staging().upload_parts([held], owners, begins, ends)
+        part, _ = Staging().upload_parts([held[18:34]], owners[:1], begins[:1], np.array([16]))
     assert not (places % 16).any()
     for own, at in zip(expected, places.tolist(), strict=True):
         assert np.array(data)[at : at + len(own)].tobytes() == own
-    del sent
+    assert np.array(part)[:16].tobytes() == expected[2]
     data, places = Staging().upload_parts([held], owners, begins, ends)
     assert not np.array(data)[places[1] : places[1] + 1233].any()
 

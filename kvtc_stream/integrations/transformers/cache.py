@@ -436,8 +436,8 @@ def _restored(
             )
         if backend == "auto":
             backend = "cuda" if device.type == "cuda" and cuda_runs() else "cpu"
-        coding, sections = get_backend(backend), calibration.geometry.sections
-        sent = [coding.sent(source) for source in sources]
+        sections = calibration.geometry.sections
+        opened.enter_context(get_backend(backend).sending(sources))
         cache = _empty_cache(model, sections)
         layers = attention_layers(cache, "the model")
         readers: list[kvtc.Reader] = []
@@ -500,7 +500,6 @@ def _restored(
         for _, steps in restored if not wait else ():
             next(steps)
             next(steps)  # all blocks are known to be whole
-        del sent
         if model is not None:
             forget_images(model)
     return cache, positions
