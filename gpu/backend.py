@@ -66,13 +66,7 @@ from kvtc_stream.gpu.coder.plan import BandPlan, DevicePlan
 from kvtc_stream.gpu.coder.rope import ropes_of
 from kvtc_stream.gpu.kernels import layout
 from kvtc_stream.gpu.runtime.staging import Staging, pinned, recorded, sending
-from kvtc_stream.gpu.runtime.streams import (
-    CHECKING,
-    UPLOADING,
-    apart,
-    beside,
-    interleaving,
-)
+from kvtc_stream.gpu.runtime.streams import CHECKING, UPLOADING, apart, beside, interleaving
 from kvtc_stream.gpu.runtime.tensors import BITS, Tensors, entries, taker
 from kvtc_stream.io.dlpack import BackendName, layer_list, numpy_dtype, on_cuda
 from kvtc_stream.io.steps import Steps, begun, run
@@ -972,6 +966,7 @@ class _Arrival:
             for load in self._loads[-1:]:  # the next payloads are on their way meanwhile
                 if len(self._loads) <= self._early:
                     self._first += self._decoder.start(load.batches, self._target.whole)
+                    load.batches.clear()  # gives their symbols back
                 else:
                     self._others += load.batches
                 self._place(load)

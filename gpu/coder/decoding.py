@@ -618,7 +618,8 @@ class BatchDecoder(ABC):
         ):
             arguments[:, i] = values
         grids = np.stack([-(-tokens // layout.TOKENS), spans["entries"]], axis=1)
-        in_turn(products, kernel, grids, layout.THREADS, arguments, other=other)
+        turns = other if len(spans) > 1 else None
+        in_turn(products, kernel, grids, layout.THREADS, arguments, other=turns)
 
 
 class UniformDecoder(BatchDecoder):

@@ -164,12 +164,12 @@ def in_turn(
         places,
         kernel_first,
     )
-    if error:
-        what = "a matrix product: cuBLAS" if error < 0 else f"kernel {kernel.__name__}: CUDA"
-        raise RuntimeError(f"{what} error {abs(error)}")
     if other is not None:
         event.record(other)
         current.wait_event(event)
+    if error:
+        what = "a matrix product: cuBLAS" if error < 0 else f"kernel {kernel.__name__}: CUDA"
+        raise RuntimeError(f"{what} error {abs(error)}")
 
 
 # --- compiled -----------------------------------------------------------------------------------

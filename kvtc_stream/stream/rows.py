@@ -80,9 +80,9 @@ class Rows:
                 yield
 
     def _early(self) -> int:
-        """Portions that are decoded while others are on their way, which to an H200 takes half as
-        long as to be decoded, and a fourth of which is spent on symbols. Of more, a layer would
-        wait for all."""
+        """Portions that are decoded while others are on their way: to an H200 these take half as
+        long as to be decoded, and their symbols half of that time. Of more, a layer would wait for
+        all."""
         first = self.reader(0)
         section = first.header.geometry.sections[self.section]
         most = first.block_decoder.backend.batch_tokens(section)
