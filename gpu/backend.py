@@ -96,16 +96,6 @@ class _Unchecked(NamedTuple):
     faults: Callable[[], NDArray[np.int32]]
 
 
-class _Load(NamedTuple):
-    """A portion of blocks on its way: what was loaded, the event after the upload, its symbols, and
-    its verbatim tokens."""
-
-    loaded: BlockLoad
-    uploaded: Any
-    batches: list[tuple[CodedBlocks, Batch]]
-    exact: Iterator[Sequence[_Exact]]
-
-
 class _Target(NamedTuple):
     """Tensors that are written, and as the device knows them: entries of all layers, and where
     values of all layers go, and those of each group."""
@@ -918,7 +908,7 @@ class _Arrival:
         self._coder, self._decoder = coder, coder._decoder
         self._early, self._groups, self._out = early, groups, out
         self._stream, self._ready = cupy.cuda.get_current_stream(), recorded()
-        self._loads: list[_Load] = []
+        self._loads: list[BlockLoad] = []
         self._others: list[tuple[CodedBlocks, Batch]] = []
         self._first: list[RunningBatch] = []
         self._verifying: list[Callable[[], None]] = []
@@ -928,15 +918,14 @@ class _Arrival:
         """See :meth:`kvtc_stream.backends.base.SectionCoder.arriving`."""
         try:
             try:
-                self._send(portions)
+                yield from self._sending(portions)
                 started = [
                     (self._decoder.start(self._others, each), recorded())
                     for each in self._target.groups
                 ]
-                self._place(self._loads[-1])
             except FormatError:
                 for load in self._loads:
-                    load.loaded.verifying()()  # says more of a payload that is damaged
+                    load.verifying()()  # says more of a payload that is damaged
                 raise
             yield
             for whole in self._verifying:
@@ -957,34 +946,37 @@ class _Arrival:
             done.synchronize()
             yield
 
-    def _send(self, portions: Iterable[tuple[BlockTable, NDArray[np.int64]]]) -> None:
-        """Payloads to symbols, and those of early portions to values."""
-        for table, slots in portions:
+    def _sending(self, portions: Iterable[tuple[BlockTable, NDArray[np.int64]]]) -> Steps[None]:
+        """Payloads to symbols, and those of early portions to values. A step is made when the first
+        portion has been launched."""
+        for i, (table, slots) in enumerate(portions):
             with beside(self._ready, UPLOADING):
                 loaded = self._decoder.load(table, slots, tiles=self._coder._tiles)
                 uploaded = recorded()
-            for load in self._loads[-1:]:  # the next payloads are on their way meanwhile
-                if len(self._loads) <= self._early:
-                    self._first += self._decoder.start(load.batches, self._target.whole)
-                    load.batches.clear()  # gives their symbols back
-                else:
-                    self._others += load.batches
-                self._place(load)
-            exact, batches = self._coder._exact(table, slots), []
+            self._loads.append(loaded)
+            exact = self._coder._exact(table, slots)
             if len(loaded.blocks):
                 self._stream.wait_event(uploaded)
-                batches.append((loaded.blocks, self._decoder.symbols(loaded.blocks)))
-            self._loads.append(_Load(loaded, uploaded, batches, exact))
-        self._others += self._loads[-1].batches
+                self._launch(loaded.blocks, i < self._early)
+            if not i:
+                yield
+            self._place(loaded, exact, uploaded)
 
-    def _place(self, load: _Load) -> None:
+    def _launch(self, blocks: CodedBlocks, early: bool) -> None:
+        batch = self._decoder.symbols(blocks)
+        if early:
+            self._first += self._decoder.start([(blocks, batch)], self._target.whole)
+        else:
+            self._others.append((blocks, batch))
+
+    def _place(self, loaded: BlockLoad, exact: Iterator[Sequence[_Exact]], uploaded: Any) -> None:
         """What is exact in a portion to its place; its checksums beside that."""
         layers = range(len(self._coder._section.layers))
-        with beside(load.uploaded):
-            for some in load.exact:
-                found = self._coder._uploaded(some, load.loaded, self._unchecked)
+        with beside(uploaded):
+            for some in exact:
+                found = self._coder._uploaded(some, loaded, self._unchecked)
                 self._coder._place_exact(found, layers, self._target.columns)
-        self._verifying.append(load.loaded.verifying())
+        self._verifying.append(loaded.verifying())
 
     @cached_property
     def _target(self) -> _Target:

@@ -43,7 +43,7 @@ from kvtc_stream.integrations.transformers import (  # noqa: E402
     model_identity,
     token_digest,
 )
-from kvtc_stream.integrations.transformers.arriving import Arrivals, expect  # noqa: E402
+from kvtc_stream.integrations.transformers.arriving import Arrivals, Coming, expect  # noqa: E402
 from kvtc_stream.integrations.transformers.model import attention_layers  # noqa: E402
 from kvtc_stream.io.dlpack import numpy_dtype  # noqa: E402
 from kvtc_stream.stream.decoder import BlockDecoder  # noqa: E402
@@ -1176,7 +1176,8 @@ def test_rows_whose_windows_hold_less_than_they_have_seen() -> None:
 
 def test_layers_that_are_on_their_way() -> None:
     """They are waited for when they are read, in whatever way, and then as any others."""
-    made = [tuple(torch.randn(1, 2, 5, 4) for _ in "kv") for _ in range(4)]
+    rooms = [(torch.randn(1, 2, 12, 4), torch.randn(1, 2, 12, 4)) for _ in range(4)]
+    made = [tuple(x[:, :, :5].clone() for x in room) for room in rooms]
     arrived: list[int] = []
 
     def steps() -> Iterator[None]:
@@ -1191,20 +1192,20 @@ def test_layers_that_are_on_their_way() -> None:
 
         def there(i: int) -> Any:
             arrivals.wait(i // 2)
-            return made[i]
+            return rooms[i]
 
         for i in range(4):
             layer = DynamicSlidingWindowLayer(window) if window else DynamicLayer()
             layer.lazy_initialization(*made[i])
             layer.cumulative_length = 5
-            expect(layer, partial(there, i))
+            expect(layer, Coming(partial(there, i), 5, lambda x: x))
             cache.layers.append(layer)
         return cache
 
     cache = pending()
     assert not arrived
     assert cache.get_seq_length() == 5
-    assert arrived == [0]
+    assert not arrived
     keys, values = cache.update(made[0][0], made[0][1], 3)
     assert arrived == [0, 1]
     assert torch.equal(keys[:, :, :5], made[3][0])
@@ -1232,6 +1233,63 @@ def test_layers_that_are_on_their_way() -> None:
     cache.layers[2].keys = made[0][0]
     assert torch.equal(cache.layers[2].values, made[2][1])
     assert cache.layers[2].keys is made[0][0]
+
+
+def test_tokens_that_are_added_to_layers_on_their_way() -> None:
+    """The first follow those that have come, without a copy, where they can; as any others where
+    they cannot: what they are never differs."""
+
+    def layer(room: torch.Tensor, moved: Any = lambda x: x) -> Any:
+        found = DynamicLayer()
+        found.lazy_initialization(room, room)
+        expect(found, Coming(lambda: (room, room), 5, moved))
+        return found
+
+    room, new = torch.randn(2, 2, 8, 4), torch.randn(2, 2, 3, 4)
+    held = room[:, :, :5].clone()
+
+    def inside(x: torch.Tensor) -> bool:
+        return x.untyped_storage().data_ptr() == room.untyped_storage().data_ptr()
+
+    def checked(own: Any, more: torch.Tensor, copied: bool, before: torch.Tensor = held) -> None:
+        kind = torch.promote_types(before.dtype, more.dtype)
+        for x in own.update(more, more):
+            assert torch.equal(x, torch.cat([before, more.detach()], -2).to(kind))
+            assert inside(x) is not copied
+        assert type(own) is DynamicLayer
+        assert own.get_seq_length() == before.shape[2] + more.shape[2]
+
+    grown = layer(room)
+    checked(grown, new, copied=False)
+    assert torch.equal(room[:, :, 5:], new)
+    checked(grown, new[:, :, :1], copied=True, before=grown.keys.clone())  # once only
+    checked(layer(room), torch.randn(2, 2, 4, 4), copied=True)  # more than there is room for
+    checked(layer(room), new.double(), copied=True)
+    checked(layer(room), new.clone().requires_grad_(), copied=True)
+    with torch.no_grad():
+        checked(layer(room), new.clone().requires_grad_(), copied=False)
+    checked(layer(room, lambda x: x.double()), new.double(), copied=True)
+    with torch.inference_mode():
+        inferred = torch.empty(2, 2, 8, 4)
+        inferred[:, :, :5] = held
+    checked(layer(inferred), new, copied=True)
+    with torch.inference_mode():
+        assert torch.equal(layer(inferred).update(new, new)[0][:, :, 5:], new)
+        assert torch.equal(inferred[:, :, 5:], new)
+    for use in (copy.copy, copy.deepcopy, lambda own: own.keys):  # others may see it then
+        used = layer(room)
+        use(used)
+        checked(used, new, copied=True)
+    replaced = layer(room)
+    replaced.keys = replaced.values = new
+    assert replaced.get_seq_length() == 3
+    checked(replaced, new, copied=True, before=new)
+    halved = layer(room)
+    halved.values = new
+    assert torch.equal(halved.update(new, new)[1], torch.cat([new, new], -2))
+    assert torch.equal(halved.keys, torch.cat([held, new], -2))
+    with pytest.raises(RuntimeError):
+        layer(room).update(new[:1], new[:1])
 
 
 def test_layers_that_do_not_arrive() -> None:

@@ -37,6 +37,9 @@ from kvtc_stream.stream.decoder import BlockDecoder, KVBlock
 
 #: About the most blocks that are decoded together.
 _BLOCKS_AT_A_TIME = 256
+#: Batches of large pieces, for who launches all of them before he waits: with fewer ones the host
+#: is done sooner. Of more an H200 runs the coder's thread blocks in two turns.
+LARGE = 1.5
 
 
 #: Bytes asked of a pipe at a time.
@@ -205,26 +208,31 @@ class Reader:
         return (self._blocks.output(k), self._blocks.output(v)) if out is None else out
 
     def _portions(
-        self, section: int, first: int, last: int
+        self, section: int, first: int, last: int, *, large: bool = False
     ) -> Iterator[tuple[BlockTable, NDArray[np.int64]]]:
         """The blocks that hold some tokens, as :meth:`stored`, as many at a time as are decoded
         together; and where each of their tokens is among these, int64, -1 of others."""
-        for piece in self._pieces(section, first, last):
+        for piece in self._pieces(section, first, last, large=large):
             yield self._located(piece, first, last)
 
     def _pieces(
-        self, section: int, first: int, last: int, *, together: bool = False
+        self, section: int, first: int, last: int, *, together: bool = False, large: bool = False
     ) -> list[NDArray[np.intp]]:
-        """Records to decode together, the next of which are on their way meanwhile."""
+        """Records to decode together, the next of which are on their way meanwhile; or ``large``
+        ones, see :data:`LARGE`."""
         stream, numbers = self._numbers(section)
         if (first, last) != (0, self.tokens(section)):
             numbers = numbers[_holding(stream.entries[numbers], first, last)]
         most = self._blocks.backend.batch_tokens(self._header.geometry.sections[section])
         most = min(max(most // self._header.block_tokens, 1), _BLOCKS_AT_A_TIME)
-        count = 1 if together else max(round(len(numbers) / most), 1)
-        # Of many, few at first: a device has nothing to do until they are there.
-        cuts = np.arange(0.5, count) if count > 2 else np.arange(1, count)
-        pieces = np.split(numbers, (cuts * len(numbers) / count).astype(np.intp))
+        if large and len(numbers) > most:
+            rest = len(numbers) - most
+            cuts = most + np.linspace(0, rest, max(round(rest / (LARGE * most)), 1), endpoint=False)
+        else:
+            count = 1 if together else max(round(len(numbers) / most), 1)
+            # Of many, few at first: a device has nothing to do until they are there.
+            cuts = np.arange(0.5 if count > 2 else 1.0, count) * len(numbers) / count
+        pieces = np.split(numbers, cuts.astype(np.intp))
         return [piece for piece in pieces if len(piece)]
 
     def _located(

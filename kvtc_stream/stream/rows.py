@@ -17,7 +17,7 @@ from kvtc_stream.formats import BlockTable
 from kvtc_stream.io.steps import Steps
 from kvtc_stream.stream.batch import about, kind_of
 from kvtc_stream.stream.decoder import BlockDecoder
-from kvtc_stream.stream.reader import Reader
+from kvtc_stream.stream.reader import LARGE, Reader
 
 #: Blocks of streams of one kind, what decodes them, and the slot of each of their tokens.
 _Portion = tuple[BlockDecoder, BlockTable, NDArray[np.int64]]
@@ -66,12 +66,15 @@ class Rows:
         else the device does: see :meth:`kvtc_stream.backends.base.SectionCoder.arriving`."""
         tasks: list[Steps[None]] = []
         with ExitStack() as opened:
-            for blocks, alike in groupby(self._portions(), itemgetter(0)):
+            for blocks, alike in groupby(self._portions(large=True), itemgetter(0)):
                 coder = opened.enter_context(blocks.lent(self.section))
                 portions = ((table, slots) for _, table, slots in alike)
                 tasks.append(coder.arriving(portions, self._early(), groups, self._buffers))
                 # The device is done before anything that it reads or writes can go.
                 opened.callback(tasks[-1].close)
+                next(tasks[-1])
+                if len(tasks) == 1:
+                    yield
                 next(tasks[-1])
             yield
             for _ in range(1 + len(groups)):
@@ -93,9 +96,9 @@ class Rows:
         layers = len(first.header.geometry.sections[self.section].layers)
         return first.block_decoder.buffers(self.section, layers, self.tokens, self.out)
 
-    def _portions(self) -> Iterator[_Portion]:
+    def _portions(self, *, large: bool = False) -> Iterator[_Portion]:
         """A batch or more at a time; of many, half a one at first: a device has nothing to do until
-        it is there."""
+        it is there. Or a batch, and then ``large`` ones."""
         kinds: dict[Any, BlockDecoder] = {}
         waiting: list[_Portion] = []
         begun = False
@@ -105,12 +108,10 @@ class Rows:
             if waiting and waiting[0][0] is not blocks:
                 yield _joined(waiting)
                 waiting = []
-            most = blocks.backend.batch_tokens(reader.header.geometry.sections[self.section])
-            if not begun and self.count * self.tokens > 2 * most:
-                most //= 2
+            batch = blocks.backend.batch_tokens(reader.header.geometry.sections[self.section])
             held = reader.tokens(self.section)
             named = partial(about, "streams", i, self.count) if self.count > 1 else nullcontext
-            pieces = reader._portions(self.section, held - self.tokens, held)
+            pieces = reader._portions(self.section, held - self.tokens, held, large=large)
             while True:
                 with named():
                     found = next(pieces, None)
@@ -119,7 +120,12 @@ class Rows:
                 table, slots = found
                 slots = np.where(slots < 0, -1, slots + i * self.step)
                 waiting.append((blocks, table.within(named), slots))
-                if sum(len(own) for _, _, own in waiting) >= 0.75 * most:
+                most: float = batch
+                if large and begun:
+                    most = LARGE * batch
+                elif not large and not begun and self.count * self.tokens > 2 * batch:
+                    most = batch / 2
+                if sum(len(own) for _, _, own in waiting) >= most - batch / 4:
                     yield _joined(waiting)
                     waiting, begun = [], True
         if waiting:

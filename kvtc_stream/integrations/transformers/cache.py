@@ -6,7 +6,8 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from copy import copy
-from functools import lru_cache
+from functools import lru_cache, partial
+from itertools import pairwise
 from typing import Any, BinaryIO, Literal, TypeAlias, overload
 from weakref import WeakKeyDictionary
 
@@ -30,7 +31,7 @@ from kvtc_stream.errors import (
     UnsupportedError,
 )
 from kvtc_stream.formats import Geometry, Section
-from kvtc_stream.integrations.transformers.arriving import Arrivals, expect
+from kvtc_stream.integrations.transformers.arriving import Arrivals, Coming, expect
 from kvtc_stream.integrations.transformers.geometry import (
     check_geometry,
     check_vocabulary,
@@ -42,6 +43,7 @@ from kvtc_stream.integrations.transformers.identity import (
     as_ids,
     check_fingerprint,
     config_text,
+    look_at,
     token_digest,
 )
 from kvtc_stream.integrations.transformers.images import (
@@ -79,6 +81,11 @@ _COMPUTED_IN = (torch.float32, torch.bfloat16, torch.float16)
 #: Layers whose tensors share memory: fewer to allocate and hand over, and little that is held
 #: until the last of them has grown.
 _TOGETHER = 8
+#: The first of them, for which everybody waits.
+_FIRST = 4
+#: Tokens that layers on their way have room for behind those that come: the first new ones need no
+#: copy of all of them then.
+_SPARE = 256
 
 #: Tokens per piece handed to the encoder: bounds the copies from the model's device.
 _CHUNK = 1024
@@ -207,9 +214,18 @@ def _begun(
     steps: Steps[R], model: PreTrainedModel | None, calibration: kvtc.Calibration, count: int = 1
 ) -> Steps[R]:
     """Take the first steps; look at the model while a device does what it was asked."""
-    ahead = nullcontext if model is None else ahead_of_what_comes(model.device)
-    try:
+    if model is None:
         return begun(steps, count)
+    ahead, decoder = ahead_of_what_comes(model.device), decoder_of(model)
+
+    def looking() -> Steps[R]:
+        rest = begun(steps)
+        with ahead():
+            look_at(decoder)
+        return (yield from rest)
+
+    try:
+        return begun(looking(), count)
     finally:
         with ahead():
             _check_model(model, calibration)
@@ -323,9 +339,10 @@ def decode_cache(
         ``False``: return once all blocks are known to be whole and the device has its work. Layers
         are waited for when their keys or values are first read, so that the model computes with
         some while the next are decoded; until the last one has been read, that takes a quarter to
-        a half of the cache's memory more, and its tensors stay. What a block that is whole can
-        still have wrong, because its writer was at fault, is raised then. On a CPU everything is
-        waited for.
+        a half of the cache's memory more. Behind a layer's tokens there is room for 256 more: the
+        first that are added go there, and keys and values are views that are not contiguous. What a
+        block that is whole can still have wrong, because its writer was at fault, is raised when a
+        layer is read. On a CPU everything is waited for.
     return_positions
         Take streams whose tokens are not at positions 0, 1, 2, … (left-out tokens of an evicted
         cache) too, and return the positions, int64 [tokens], beside the cache. Such a cache goes on
@@ -478,15 +495,11 @@ def _restored(
         restored: list[tuple[_Tensors, Steps[None]]] = []
         for i, section in enumerate(sections):
             needed = _needed(layers[section.layers[0]], len(positions))
-            tensors = _Tensors(row, len(sources), i, needed, memory)
-            if wait:
-                # Of several tasks a second one has then begun: a device has enough to do.
-                steps = tensors.restoring()
-                steps = begun(steps) if i else _begun(steps, model, calibration, 2)
-            else:  # the host has no time to spare while it launches
-                if not i:
-                    _check_model(model, calibration)
-                steps = begun(tensors.arriving())
+            grows = not wait and type(layers[section.layers[0]]) is DynamicLayer
+            tensors = _Tensors(row, len(sources), i, needed, memory, _SPARE if grows else 0)
+            steps = tensors.restoring() if wait else tensors.arriving()
+            # Of several tasks a second one has then begun: a device has enough to do.
+            steps = begun(steps, 1 if wait else 2) if i else _begun(steps, model, calibration, 2)
             if not i and spread is not None:
                 places = layer_devices(spread)
             if wait:
@@ -552,6 +565,8 @@ class _Tensors:
         How many rows there are, the section's index, and how many tokens.
     memory
         Where the backend decodes to.
+    spare
+        For how many more tokens there is room behind each row's.
     """
 
     def __init__(
@@ -561,17 +576,23 @@ class _Tensors:
         index: int,
         tokens: int,
         memory: torch.device,
+        spare: int,
     ) -> None:
         header = row(0).header
         section = header.geometry.sections[index]
         self.dtype: torch.dtype = getattr(torch, header.out_dtype.label)
         layers = range(len(section.layers))
-        self._groups = [layers[first : first + _TOGETHER] for first in layers[::_TOGETHER]]
+        cuts = [0, _FIRST, *range(_TOGETHER, len(layers), _TOGETHER), len(layers)]
+        cuts = sorted({min(x, len(layers)) for x in cuts})
+        self._groups = [layers[first:last] for first, last in pairwise(cuts)]
+        self._places = [
+            (i, own) for i, group in enumerate(self._groups) for own in range(len(group))
+        ]
         #: K and V, of a group of layers each [layers, rows, heads, tokens, dim].
         self._room = [
             [
                 torch.empty(
-                    (len(group), rows, section.kv_heads, tokens, dim),
+                    (len(group), rows, section.kv_heads, tokens + spare, dim),
                     dtype=self.dtype,
                     device=memory,
                 )
@@ -579,15 +600,19 @@ class _Tensors:
             ]
             for dim in (section.k_dim, section.v_dim)
         ]
-        self._row, self._rows, self._index, self._tokens = row, rows, index, tokens
+        self._row, self._rows, self._index, self.tokens = row, rows, index, tokens
         self._on_device = memory.type == "cuda"
-        self._step = section.kv_heads * tokens
+        self._step = section.kv_heads * (tokens + spare)
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
-        """K and V [rows, heads, tokens, dim] of a layer of the section."""
-        group, own = divmod(index, _TOGETHER)
+        """K and V [rows, heads, tokens, dim] of a layer of the section, with what is spare."""
+        group, own = self._places[index]
         k, v = (part[group][own] for part in self._room)
         return k, v
+
+    def group(self, index: int) -> int:
+        """Of the groups that arrive, that of a layer of the section."""
+        return self._places[index][0]
 
     def restoring(self) -> Steps[None]:
         """Decode all of it."""
@@ -596,23 +621,22 @@ class _Tensors:
             return
         for i in range(self._rows):
             reader, own = self._row(i), self._of(i)
-            latest = slice(reader.tokens(self._index) - self._tokens, None)
+            latest = slice(reader.tokens(self._index) - self.tokens, None)
             with about("streams", i, self._rows) if self._rows > 1 else nullcontext():
                 yield from reader._reading(latest, section=self._index, out=own, unseen=True)
 
     def arriving(self) -> Steps[None]:
-        """Decode it beside what else the device does: done with the first step is what the host
-        does, with the second all blocks are known to be whole, and with each further one some
-        layers are there, see :data:`_TOGETHER`."""
+        """Decode it beside what else the device does, see
+        :meth:`kvtc_stream.backends.base.SectionCoder.arriving`; groups are of :data:`_TOGETHER`."""
         yield from self._on_the_device().arriving(self._groups)
 
     def _of(self, row: int) -> tuple[list[Tensor], list[Tensor]]:
-        k, v = ([x[:, row] for x in part] for part in self._room)
+        k, v = ([x[:, row, :, : self.tokens] for x in part] for part in self._room)
         return k, v
 
     def _on_the_device(self) -> Rows:
         out = self._of(0)
-        return Rows(self._row, self._rows, self._index, self._tokens, out, self._step)
+        return Rows(self._row, self._rows, self._index, self.tokens, out, self._step)
 
 
 def _fill(
@@ -629,17 +653,16 @@ def _fill(
     layer.lazy_initialization(like, like)
     if isinstance(layer, DynamicSlidingWindowLayer):
         layer.cumulative_length = seen
-
-    def there() -> tuple[Tensor, Tensor]:
-        if arrivals is not None:
-            arrivals.wait(index // _TOGETHER)
-        keys, values = (_moved(x, place, like.dtype) for x in tensors.layer(index))
-        return keys, values
-
+    moved = partial(_moved, place=like.device, dtype=like.dtype)
     if arrivals is None:
-        layer.keys, layer.values = there()
-    else:
-        expect(layer, there)
+        layer.keys, layer.values = map(moved, tensors.layer(index))
+        return
+
+    def rooms() -> tuple[Tensor, Tensor]:
+        arrivals.wait(tensors.group(index))
+        return tensors.layer(index)
+
+    expect(layer, Coming(rooms, tensors.tokens, moved))
 
 
 @lru_cache
@@ -647,8 +670,10 @@ def _nothing(dtype: torch.dtype, place: torch.device) -> Tensor:
     return torch.empty(0, dtype=dtype, device=place)
 
 
-def _moved(x: Tensor, place: torch.device, dtype: torch.dtype) -> Tensor:
+def _moved(x: Tensor, *, place: torch.device, dtype: torch.dtype) -> Tensor:
     """``UnsupportedError`` if a type has no room for some values: they would become infinite."""
+    if x.dtype == dtype and x.device == place:
+        return x
     most = torch.finfo(dtype).max
     if most < torch.finfo(x.dtype).max:
         own = x.float() if x.itemsize == 1 else x  # PyTorch does not compare fp8

@@ -17,7 +17,7 @@ from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
 from kvtc_stream.coding.rope import Rotations, gather
 from kvtc_stream.errors import CalibrationMismatchError, UnsupportedError
 from kvtc_stream.formats import Geometry, Rope, Section
-from kvtc_stream.integrations.transformers.identity import config_text
+from kvtc_stream.integrations.transformers.identity import config_text, found_of
 from kvtc_stream.integrations.transformers.model import (
     SUPPORTED_CACHES,
     StopRun,
@@ -72,6 +72,15 @@ def geometry_of(model: PreTrainedModel) -> Geometry:
 @found_once
 def _geometry(model: PreTrainedModel) -> Geometry:
     decoder, name = decoder_of(model), type(plain_model(model)).__name__
+    found = found_of(decoder)
+    if "geometry" not in found:
+        found["geometry"] = _found(decoder, name)
+    geometry: Geometry = found["geometry"]
+    return geometry
+
+
+def _found(decoder: PreTrainedModel, name: str) -> Geometry:
+    """Training changes weights, and not this."""
     tables = _rotary_tables(decoder, name)
     found_with = (config_text(decoder.config), tables)
     known = _geometries.get(decoder)

@@ -6,8 +6,10 @@ import hashlib
 import json
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass
+from functools import cache
 from types import SimpleNamespace
 from typing import Any, TypeAlias
 
@@ -226,7 +228,7 @@ def _canonical(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class _Known:
-    """Fingerprints of a decoder, and :func:`_state` and :func:`_glimpse` of it then.
+    """What has been found out about a decoder, and :func:`_state` and glimpse of it then.
 
     ``views`` are valid as long as the state is the same; empty where they would keep memory.
     """
@@ -234,36 +236,61 @@ class _Known:
     state: Any
     views: list[list[Tensor]]
     glimpse: list[Tensor]
-    fingerprints: tuple[bytes, bytes]
+    found: dict[str, Any]
 
 
 _known: weakref.WeakKeyDictionary[PreTrainedModel, _Known] = weakref.WeakKeyDictionary()
 
 
-def _fingerprints(decoder: PreTrainedModel) -> tuple[bytes, bytes]:
-    """The fingerprint, and the first one, which old calibrations have.
+def found_of(decoder: PreTrainedModel) -> dict[str, Any]:
+    """What has been found out, by names, and may be added to: it is kept for as long as the model
+    lives and neither its configuration, nor its adapters, nor its weights change."""
+    return look_at(decoder)()
 
-    They are kept for as long as the model lives and neither its configuration, nor its adapters,
-    nor its weights change.
-    """
+
+@found_once
+def look_at(decoder: PreTrainedModel) -> Callable[[], dict[str, Any]]:
+    """Begin :func:`found_of`, which then waits for the device."""
     tensors, known = [x for x in tensors_of(decoder) if not x.is_meta], _known.get(decoder)
     state = config_text(decoder.config), *_state(modules_of(decoder), tensors)
     if known is not None and known.state != state:
         known = None
     views = (known and known.views) or _views(tensors)
-    glimpse = _glimpse(views)
-    if known is None or not all(map(torch.equal, known.glimpse, glimpse)):
-        kept = views if all(map(_has_address, tensors)) else []
-        known = _known[decoder] = _Known(state, kept, glimpse, _compute_fingerprints(decoder))
-    return known.fingerprints
+    fetched = list(map(_fetching, views))
+
+    @cache
+    def found() -> dict[str, Any]:
+        nonlocal known
+        glimpse = [values() for values in fetched]
+        if known is None or not all(map(torch.equal, known.glimpse, glimpse)):
+            kept = views if all(map(_has_address, tensors)) else []
+            known = _known[decoder] = _Known(state, kept, glimpse, {})
+        return known.found
+
+    return found
 
 
-def _state(modules: list[Any], tensors: list[Tensor]) -> tuple[Any, Any]:
-    """What changes when a model's adapters or weights do, found quickly."""
+def _fingerprints(decoder: PreTrainedModel) -> tuple[bytes, bytes]:
+    """The fingerprint, and the first one, which old calibrations have."""
+    found = found_of(decoder)
+    if "fingerprints" not in found:
+        found["fingerprints"] = _compute_fingerprints(decoder)
+    fingerprints: tuple[bytes, bytes] = found["fingerprints"]
+    return fingerprints
+
+
+def _state(modules: list[Any], tensors: list[Tensor]) -> tuple[Any, Any, Any]:
+    """What changes when a model's adapters, rotary embeddings or weights do, found quickly."""
+    fields = list(map(vars, modules))
     adapters = [
         (layer.disable_adapters, list(layer.active_adapters), dict(layer.scaling))
-        for layer in modules
-        if isinstance(vars(layer).get("scaling"), dict) and hasattr(layer, "disable_adapters")
+        for layer, own in zip(modules, fields, strict=True)
+        if isinstance(own.get("scaling"), dict) and hasattr(layer, "disable_adapters")
+    ]
+    ropes = [
+        {name: copy(x) for name, x in own.items() if name.endswith(("rope_type", "_scaling"))}
+        for own in fields
+        if "rope_type" in own
     ]
     # Tensors of inference mode do not count their changes.
     versions = [
@@ -278,7 +305,7 @@ def _state(modules: list[Any], tensors: list[Tensor]) -> tuple[Any, Any]:
         )
         for x in tensors
     ]
-    return adapters, versions
+    return adapters, ropes, versions
 
 
 def _views(tensors: list[Tensor]) -> list[list[Tensor]]:
@@ -315,9 +342,21 @@ def _has_address(x: Tensor) -> bool:
     return x.device.type in ("cpu", "cuda") and x.data_ptr() != 0
 
 
-def _glimpse(views: list[list[Tensor]]) -> list[Tensor]:
-    """Their values as bytes: PyTorch does not count changes of ``weight.data``."""
-    return [torch.cat(own).view(torch.uint8) for own in views]
+def _fetching(views: list[Tensor]) -> Callable[[], Tensor]:
+    """Begin to copy their values to the host, as bytes; PyTorch does not count changes of
+    ``weight.data``."""
+    values = torch.cat(views).view(torch.uint8)
+    if not values.is_cuda:
+        found = values.cpu()
+        return lambda: found
+    copied = values.to("cpu", non_blocking=True)
+    done = torch.cuda.current_stream(values.device).record_event()
+
+    def fetched() -> Tensor:
+        done.synchronize()
+        return copied
+
+    return fetched
 
 
 def _compute_fingerprints(decoder: PreTrainedModel) -> tuple[bytes, bytes]:
