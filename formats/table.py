@@ -181,6 +181,16 @@ class BlockTable:
         ordinals(self.rows, out)
         return out
 
+    def slots(self, of_section: NDArray[np.int64]) -> NDArray[np.int64]:
+        """int64 [tokens]: the slot of each token, -1 of those that are cut, given that for each
+        ordinal of the section."""
+        from kvtc_stream.formats.usual import slots
+
+        out = np.empty(int(self.rows["tokens"].sum()), np.int64)
+        if not slots(self.rows, of_section, out):
+            raise IndexError(f"blocks have tokens beyond the {len(of_section)} of the section")
+        return out
+
     def _special_tokens(self) -> list[tuple[int, slice]]:
         ends = np.cumsum(self.rows["tokens"]).tolist()
         return [(i, slice(ends[i] - b.tokens, ends[i])) for i, b in self.special.items()]

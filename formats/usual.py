@@ -334,6 +334,24 @@ def ordinals(rows, out):  # type: ignore[no-untyped-def]
 
 
 @jit
+def slots(rows, of_section, out):  # type: ignore[no-untyped-def]
+    """See :meth:`~kvtc_stream.formats.table.BlockTable.slots`; whether all ordinals have one."""
+    at, found = 0, True
+    for i in range(len(rows)):
+        front, tokens = rows[i]["front"], rows[i]["tokens"]
+        begin, end = rows[i]["start"] - front, tokens - rows[i]["end"]
+        for j in range(tokens):
+            out[at + j] = -1
+            if front <= j < end:
+                if 0 <= begin + j < len(of_section):
+                    out[at + j] = of_section[begin + j]
+                else:
+                    found = False
+        at += tokens
+    return found
+
+
+@jit
 def positions(rows, out):  # type: ignore[no-untyped-def]
     """Positions of tokens, int64, of blocks that do not list them."""
     at = 0

@@ -71,6 +71,11 @@ def check_columns(table: BlockTable, blocks: list[Block]) -> None:
         b.start + i - b.kept.start if i in b.kept else -1 for b in blocks for i in range(b.tokens)
     ]
     assert table.ordinals().tolist() == ordinals
+    of_section = np.arange(1 + max(ordinals, default=-1)) * 3 + 5
+    assert table.slots(of_section).tolist() == [-1 if x < 0 else 3 * x + 5 for x in ordinals]
+    if len(of_section):
+        with pytest.raises(IndexError, match="beyond the"):
+            table.slots(of_section[:-1])
 
 
 def moved(changed: bytearray, data: bytes, starts: list[int]) -> bool:

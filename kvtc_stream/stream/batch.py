@@ -261,7 +261,7 @@ def _together(
 
     def steps() -> Iterator[None]:
         tables = [member.stored(section) for member in members]
-        own = [_slots(table, places) for table, places in zip(tables, slots, strict=True)]
+        own = [table.slots(places) for table, places in zip(tables, slots, strict=True)]
         with blocks.lent(section) as coder:
             yield from coder.decoding(
                 BlockTable.concat(tables),
@@ -293,7 +293,7 @@ def _decoding_apart(member: _Member, section: int) -> Iterator[None]:
 
     def steps() -> Iterator[None]:
         table, layers = reader.stored(section), range(len(k))
-        slots = _slots(table, np.arange(reader.tokens(section)))
+        slots = table.slots(np.arange(reader.tokens(section)))
         coder = reader.block_decoder.coder(section)
         yield from coder.decoding(table, slots, layers, k, v)
 
@@ -354,11 +354,6 @@ def _check_pages(header: StreamHeader, section: int, cache: PagedCache, backend:
             f"layers have other numbers of pages, or tokens in each: {sorted(counts)}; expected "
             "the same in all, K's and V's"
         )
-
-
-def _slots(table: BlockTable, of_section: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Where the tokens of blocks go, given that for each token of the section; -1: nowhere."""
-    return np.append(of_section, -1)[table.ordinals()]
 
 
 def decode_layers(
