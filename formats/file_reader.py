@@ -203,11 +203,7 @@ class StreamFile:
         """
         if self._digests or not len(sequences):
             return BlockTable.of(list(self.read_blocks(self.records[i] for i in sequences)))
-        first, last = sequences[[0, -1]].tolist()
-        if last - first < len(sequences):  # mostly; NumPy copies a slice in a tenth of the time
-            entries = self.entries[first : last + 1].copy()
-        else:
-            entries = self.entries[sequences]
+        entries = self.entries.take(sequences)  # at a tenth of the time of an index
         offsets, lengths = (entries[name].astype(np.int64) for name in ("offset", "length"))
         begins = offsets - offsets[0]
         size = int(begins[-1] + lengths[-1])

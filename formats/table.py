@@ -123,7 +123,7 @@ class BlockTable:
         special = {places[i]: block for i, block in self.special.items() if i in places}
         return BlockTable(
             self.pieces,
-            self.rows[which],
+            self.rows.take(which),
             special,
             self.unverified,
             lambda row, found: self._parse(int(which[row]), found),
@@ -140,7 +140,7 @@ class BlockTable:
             some = np.arange(len(self))
         if not self.unverified or not len(some):
             return lambda: None
-        own = self.rows[some]
+        own = self.rows.take(some)
         seeds = zip(some.tolist(), own["seed"].tolist(), strict=True)
         payloads = [(self.bytes_of(i, "payload", "size"), seed) for i, seed in seeds]
         found = begin(xxhash.xxh3_64_intdigest, payloads, int(own["size"].sum()))

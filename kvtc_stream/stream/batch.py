@@ -194,8 +194,12 @@ def decode_many(
                 yield _together(kind, section, coding, results)
             kind.members.append(member)
             kind.tokens += tokens
+            # One more like this would not fit: a device need not wait until the next is opened.
+            if kind.tokens >= 0.75 * most and kind.tokens + tokens > most:
+                yield _together(kind, section, coding, results)
         for kind in kinds.values():
-            yield _together(kind, section, coding, results)
+            if kind.members:
+                yield _together(kind, section, coding, results)
 
     with coding.sending(streams):
         run(coding.interleaving(tasks() if len(results) > 1 else list(tasks())))

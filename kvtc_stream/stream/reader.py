@@ -109,7 +109,7 @@ class Reader:
     def positions(self, section: int = 0) -> NDArray[np.int64]:
         """Positions of a section's tokens, int64 [tokens]. Seekable files only."""
         stream, numbers = self._numbers(section)
-        entries = stream.entries[numbers]
+        entries = stream.entries.take(numbers)
         counts, firsts = entries["tokens"].astype(np.int64), entries["first_position"]
         if len(entries) and entries["last_position"][-1] - firsts[0] + 1 == counts.sum():
             return np.arange(firsts[0], entries["last_position"][-1] + 1)
@@ -134,7 +134,7 @@ class Reader:
         with self._lock:
             self._check_open()
             if (first, last) != (0, self.tokens(section)):
-                numbers = numbers[_holding(stream.entries[numbers], first, last)]
+                numbers = numbers[_holding(stream.entries.take(numbers), first, last)]
             return stream.read_table(numbers, self._blocks.room)
 
     def __iter__(self) -> Iterator[KVBlock]:
@@ -222,7 +222,7 @@ class Reader:
         ones, see :data:`LARGE`."""
         stream, numbers = self._numbers(section)
         if (first, last) != (0, self.tokens(section)):
-            numbers = numbers[_holding(stream.entries[numbers], first, last)]
+            numbers = numbers[_holding(stream.entries.take(numbers), first, last)]
         most = self._blocks.backend.batch_tokens(self._header.geometry.sections[section])
         most = min(max(most // self._header.block_tokens, 1), _BLOCKS_AT_A_TIME)
         if large and len(numbers) > most:
