@@ -299,6 +299,26 @@ def test_geometry_follows_the_configuration() -> None:
     assert [s.layers for s in geometry_of(model).sections] == [(0, 2, 3), (1,)]
 
 
+def test_geometry_is_kept_while_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    from kvtc_stream.integrations.transformers import geometry
+
+    model = llama()
+    rotary, first = model.model.rotary_emb, geometry_of(model)
+    with monkeypatch.context() as patch:
+        patch.setattr(geometry, "_rotary_tables", lambda *_: pytest.fail("found again"))
+        assert geometry_of(model) is first
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.mul_(2)  # as training does
+    with monkeypatch.context() as patch:
+        patch.setattr(geometry, "_probe", lambda *_: pytest.fail("the model ran again"))
+        assert geometry_of(model) is first
+    rotary.attention_scaling = 1.5
+    scaled = geometry_of(model).sections[0].rope[0]
+    assert scaled == replace(first.sections[0].rope[0], scale=1.5)
+    rotary.inv_freq.data.mul_(0.5)
+    assert geometry_of(model).sections[0].rope[0].inv_freq[0] == 0.5
+
+
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 def test_compiled_models(built: Callable[[str], Any]) -> None:
     model = built("llama")
