@@ -29,9 +29,23 @@ from strategies import (
 import kvtc_stream as kvtc
 from kvtc_stream.formats import Measure, Role
 from kvtc_stream.io.dlpack import numpy_dtype
+from kvtc_stream.stream.reader import LARGE, _cuts
 
 # Short drawn streams gain nothing, hostile ones are unlike the calibration: both say so.
 pytestmark = pytest.mark.filterwarnings("ignore::kvtc_stream.KVTCWarning")
+
+
+@given(st.integers(1, 5000), st.integers(1, 300), st.booleans())
+def test_pieces_that_are_decoded_together(blocks: int, most: int, large: bool) -> None:
+    cuts = [0, *_cuts(blocks, most, large=large).astype(int).tolist(), blocks]
+    sizes = np.diff(cuts)
+    assert (sizes >= 0).all()
+    if large and blocks > most:
+        assert sizes[0] == most
+        assert sizes.max() <= 1.1 * LARGE * most + 1
+        assert len(sizes) <= 2 + (blocks - most) / (LARGE * most)
+    else:
+        assert sizes.max() <= max(1.5 * most, 2)
 
 
 def joined(blocks: Sequence[kvtc.KVBlock], section: int) -> list[kvtc.KVBlock]:

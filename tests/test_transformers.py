@@ -1218,7 +1218,7 @@ def test_layers_that_are_on_their_way() -> None:
             layer = DynamicSlidingWindowLayer(window) if window else DynamicLayer()
             layer.lazy_initialization(*made[i])
             layer.cumulative_length = 5
-            expect(layer, Coming(partial(there, i), 5, lambda x: x))
+            expect(layer, Coming(partial(there, i), 5, lambda x: x, True))
             cache.layers.append(layer)
         return cache
 
@@ -1259,17 +1259,18 @@ def test_tokens_that_are_added_to_layers_on_their_way() -> None:
     """The first follow those that have come, without a copy, where they can; as any others where
     they cannot: what they are never differs."""
 
-    def layer(room: torch.Tensor, moved: Any = lambda x: x) -> Any:
-        found = DynamicLayer()
-        found.lazy_initialization(room, room)
-        expect(found, Coming(lambda: (room, room), 5, moved))
+    def layer(k: torch.Tensor, moved: Any = None) -> Any:
+        found, v = DynamicLayer(), k if k.is_inference() else k.clone()
+        found.lazy_initialization(k, v)
+        rooms.append(v)
+        expect(found, Coming(lambda: (k, v), 5, moved or (lambda x: x), moved is None))
         return found
 
     room, new = torch.randn(2, 2, 8, 4), torch.randn(2, 2, 3, 4)
-    held = room[:, :, :5].clone()
+    held, rooms = room[:, :, :5].clone(), [room]
 
     def inside(x: torch.Tensor) -> bool:
-        return x.untyped_storage().data_ptr() == room.untyped_storage().data_ptr()
+        return x.untyped_storage().data_ptr() in {y.untyped_storage().data_ptr() for y in rooms}
 
     def checked(own: Any, more: torch.Tensor, copied: bool, before: torch.Tensor = held) -> None:
         kind = torch.promote_types(before.dtype, more.dtype)
@@ -1288,7 +1289,9 @@ def test_tokens_that_are_added_to_layers_on_their_way() -> None:
     checked(layer(room), new.clone().requires_grad_(), copied=True)
     with torch.no_grad():
         checked(layer(room), new.clone().requires_grad_(), copied=False)
-    checked(layer(room, lambda x: x.double()), new.double(), copied=True)
+    double = held.double()
+    for more in (new, new.double()):  # the layer holds another type than comes
+        checked(layer(room, lambda x: x.double()), more, copied=True, before=double)
     with torch.inference_mode():
         inferred = torch.empty(2, 2, 8, 4)
         inferred[:, :, :5] = held
@@ -1308,8 +1311,35 @@ def test_tokens_that_are_added_to_layers_on_their_way() -> None:
     halved.values = new
     assert torch.equal(halved.update(new, new)[1], torch.cat([new, new], -2))
     assert torch.equal(halved.keys, torch.cat([held, new], -2))
-    with pytest.raises(RuntimeError):
-        layer(room).update(new[:1], new[:1])
+    for k, v in ((new[:1], new[:1]), (new, new[:, :, :1])):
+        wrong = layer(room)
+        try:
+            found = wrong.update(k, v)
+        except RuntimeError:
+            continue
+        for x, states in zip(found, (k, v), strict=True):
+            assert torch.equal(x, torch.cat([held, states], -2))
+    parameter = torch.nn.Parameter(torch.ones(4))
+    pair = [room[:1].data, room[1:].data]  # of one memory
+    loss = (parameter * layer(pair[0]).keys).sum()
+    with torch.no_grad():
+        layer(pair[1]).update(new[:1], new[:1])
+    loss.backward()
+
+
+def test_a_layer_that_cannot_be_moved_has_neither_keys_nor_values() -> None:
+    def moved(x: torch.Tensor) -> torch.Tensor:
+        if x[0, 0, 0, 0] == 1:
+            raise kvtc.UnsupportedError("beyond")
+        return x
+
+    k, v = torch.zeros(1, 1, 2, 4), torch.ones(1, 1, 2, 4)
+    layer: Any = DynamicLayer()
+    layer.lazy_initialization(k, v)
+    expect(layer, Coming(lambda: (k, v), 2, moved, False))
+    for _ in range(2):
+        with pytest.raises(kvtc.UnsupportedError, match="beyond"):
+            layer.keys  # noqa: B018
 
 
 def test_layers_that_do_not_arrive() -> None:

@@ -170,10 +170,10 @@ class SectionCoder(ABC):
 
         Of a backend with a device. Portions are blocks and their slots, taken as they come; so many
         ``early`` ones are decoded at once, all layers of them, while the others are on their way. K
-        and V are asked of ``out`` when the first portion is. After the first step the device has
-        the first portion, after the second all of its work; after the third all blocks are known
-        to be whole; after each further one a group of layers, by their indices, is there. Steps may
-        be made by other threads than the first; whoever drops this waits until the device is done.
+        and V are asked of ``out`` once they are needed. After the first step the device has the
+        first portion, after the second all of its work; after the third all blocks are known to be
+        whole; after each further one a group of layers, by their indices, is there. Steps may be
+        made by other threads than the first; whoever drops this waits until the device is done.
         """
         raise NotImplementedError
 

@@ -187,11 +187,12 @@ def decode_many(
                     continue
                 where, member = found[:1], replace(member, slot=found[1])
             kind = kinds[*kind_of(h), *where]
-            most = coding.batch_tokens(h.geometry.sections[section])
+            batch = most = coding.batch_tokens(h.geometry.sections[section])
             if kind.blocks is None and tokens * len(streams) > 2 * most:
                 most //= 2  # of the first ones: a device has nothing to do until they are there
             if kind.members and kind.tokens + tokens > most:
                 yield _together(kind, section, coding, results)
+                most = batch
             kind.members.append(member)
             kind.tokens += tokens
             # One more like this would not fit: a device need not wait until the next is opened.

@@ -89,7 +89,8 @@ class Rows:
         first = self.reader(0)
         section = first.header.geometry.sections[self.section]
         most = first.block_decoder.backend.batch_tokens(section)
-        return self.count * self.tokens // most // 4
+        quarter = self.count * self.tokens / most / 4  # in batches; the first portion is of one
+        return int((quarter - 1) / LARGE + 1)
 
     def _buffers(self) -> Any:
         first = self.reader(0)
@@ -119,13 +120,17 @@ class Rows:
                     break
                 table, slots = found
                 slots = np.where(slots < 0, -1, slots + i * self.step)
+                size = sum(len(own) for _, _, own in waiting) + len(slots)
+                if waiting and large and size > 1.1 * LARGE * batch:
+                    yield _joined(waiting)
+                    waiting, begun, size = [], True, len(slots)
                 waiting.append((blocks, table.within(named), slots))
                 most: float = batch
                 if large and begun:
                     most = LARGE * batch
                 elif not large and not begun and self.count * self.tokens > 2 * batch:
                     most = batch / 2
-                if sum(len(own) for _, _, own in waiting) >= most - batch / 4:
+                if size >= most - batch / 4:
                     yield _joined(waiting)
                     waiting, begun = [], True
         if waiting:

@@ -58,11 +58,14 @@ class Coming:
         How many come.
     moved
         Such tokens as the layer holds them: on its device, in its type.
+    stays
+        Whether that is as they are.
     """
 
     rooms: Callable[[], tuple[Tensor, Tensor]]
     tokens: int
     moved: Callable[[Tensor], Tensor]
+    stays: bool
 
 
 class ArrivingLayer:
@@ -86,9 +89,9 @@ class ArrivingLayer:
         """The layer, once keys and values are there that others have not taken the places of."""
         own, coming = vars(self), self._coming
         if not own.keys() >= _NAMES:
-            for name, room in zip(("keys", "values"), coming.rooms(), strict=True):
-                if name not in own:
-                    own[name] = coming.moved(room[..., : coming.tokens, :])
+            found = [coming.moved(room[..., : coming.tokens, :]) for room in coming.rooms()]
+            for name, x in zip(("keys", "values"), found, strict=True):
+                own.setdefault(name, x)
         del own["_coming"]
         self.__class__ = self._kind
         return self
@@ -111,8 +114,8 @@ def _update(
     those that have come: nobody has seen that room, and it is used once."""
     own, coming, states = vars(self), self._coming, (key_states, value_states)
     first, last = coming.tokens, coming.tokens + key_states.shape[-2]
-    rooms = () if _NAMES & own.keys() else coming.rooms()
-    if not rooms or not all(map(_fits, states, rooms, repeat(last))):
+    rooms = coming.rooms() if coming.stays and not _NAMES & own.keys() else ()
+    if not rooms or not all(map(_fits, states, rooms, repeat(first), repeat(last))):
         found: tuple[Tensor, Tensor] = self.settle().update(*states, *args, **kwargs)
         return found
     for name, x, room in zip(("keys", "values"), states, rooms, strict=True):
@@ -122,11 +125,12 @@ def _update(
     return own["keys"], own["values"]
 
 
-def _fits(states: Tensor, room: Tensor, last: int) -> bool:
-    """Whether states may end at a slot of a room; those with gradients are for autograd to copy."""
+def _fits(states: Tensor, room: Tensor, first: int, last: int) -> bool:
+    """Whether states can be in some slots of a room; those with gradients are for autograd to
+    copy."""
     return (
         last <= room.shape[-2]
-        and (*states.shape[:-2], states.shape[-1]) == (*room.shape[:-2], room.shape[-1])
+        and states.shape == (*room.shape[:-2], last - first, room.shape[-1])
         and (states.dtype, states.device) == (room.dtype, room.device)
         and not (states.requires_grad and torch.is_grad_enabled())
         and (torch.is_inference_mode_enabled() or not room.is_inference())

@@ -83,8 +83,8 @@ _COMPUTED_IN = (torch.float32, torch.bfloat16, torch.float16)
 _TOGETHER = 8
 #: The first of them, for which everybody waits.
 _FIRST = 4
-#: Tokens that layers on their way have room for behind those that come: the first new ones need no
-#: copy of all of them then.
+#: The most tokens that layers on their way have room for behind those that come: the first new ones
+#: need no copy of all of them then.
 _SPARE = 256
 
 #: Tokens per piece handed to the encoder: bounds the copies from the model's device.
@@ -216,12 +216,12 @@ def _begun(
     """Take the first steps; look at the model while a device does what it was asked."""
     if model is None:
         return begun(steps, count)
-    ahead, decoder = ahead_of_what_comes(model.device), decoder_of(model)
+    ahead, looks = ahead_of_what_comes(model.device), [partial(look_at, decoder_of(model))]
 
     def looking() -> Steps[R]:
         rest = begun(steps)
         with ahead():
-            look_at(decoder)
+            looks.pop()()  # steps that wait must not keep the model
         return (yield from rest)
 
     try:
@@ -339,10 +339,10 @@ def decode_cache(
         ``False``: return once all blocks are known to be whole and the device has its work. Layers
         are waited for when their keys or values are first read, so that the model computes with
         some while the next are decoded; until the last one has been read, that takes a quarter to
-        a half of the cache's memory more. Behind a layer's tokens there is room for 256 more: the
-        first that are added go there, and keys and values are views that are not contiguous. What a
-        block that is whole can still have wrong, because its writer was at fault, is raised when a
-        layer is read. On a CPU everything is waited for.
+        a half of the cache's memory more. Behind a layer's tokens there is room for more (256, but
+        a sixteenth at most): the first that are added go there, and keys and values are views that
+        are not contiguous. What a block that is whole can still have wrong, because its writer was
+        at fault, is raised when a layer is read. On a CPU everything is waited for.
     return_positions
         Take streams whose tokens are not at positions 0, 1, 2, … (left-out tokens of an evicted
         cache) too, and return the positions, int64 [tokens], beside the cache. Such a cache goes on
@@ -447,6 +447,8 @@ def _restored(
             if dtype is None and model.dtype in _COMPUTED_IN:
                 dtype = model.dtype
         device = torch.device("cpu" if device is None else device)
+        if device.type == "cuda" and device.index is None and torch.cuda.is_available():
+            device = torch.device("cuda", torch.cuda.current_device())
         if device.type == "cuda" and not torch.cuda.is_available():
             raise BackendUnavailableError(
                 f"the cache should go to {device}, and PyTorch finds no CUDA device: choose another"
@@ -496,7 +498,9 @@ def _restored(
         for i, section in enumerate(sections):
             needed = _needed(layers[section.layers[0]], len(positions))
             grows = not wait and type(layers[section.layers[0]]) is DynamicLayer
-            tensors = _Tensors(row, len(sources), i, needed, memory, _SPARE if grows else 0)
+            grows = grows and dtype in (None, getattr(torch, readers[0].header.out_dtype.label))
+            spare = min(_SPARE, needed // 16) if grows else 0
+            tensors = _Tensors(row, len(sources), i, needed, memory, spare)
             steps = tensors.restoring() if wait else tensors.arriving()
             # Of several tasks a second one has then begun: a device has enough to do.
             steps = begun(steps, 1 if wait else 2) if i else _begun(steps, model, calibration, 2)
@@ -601,13 +605,14 @@ class _Tensors:
             for dim in (section.k_dim, section.v_dim)
         ]
         self._row, self._rows, self._index, self.tokens = row, rows, index, tokens
-        self._on_device = memory.type == "cuda"
+        self.memory = memory
         self._step = section.kv_heads * (tokens + spare)
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """K and V [rows, heads, tokens, dim] of a layer of the section, with what is spare."""
         group, own = self._places[index]
-        k, v = (part[group][own] for part in self._room)
+        # Without ``data`` to write to one would count as a change of all.
+        k, v = (part[group][own].data for part in self._room)
         return k, v
 
     def group(self, index: int) -> int:
@@ -616,7 +621,7 @@ class _Tensors:
 
     def restoring(self) -> Steps[None]:
         """Decode all of it."""
-        if self._on_device:
+        if self.memory.type == "cuda":
             yield from self._on_the_device().restoring()
             return
         for i in range(self._rows):
@@ -653,16 +658,17 @@ def _fill(
     layer.lazy_initialization(like, like)
     if isinstance(layer, DynamicSlidingWindowLayer):
         layer.cumulative_length = seen
-    moved = partial(_moved, place=like.device, dtype=like.dtype)
+    moved = partial(_moved, place=place, dtype=like.dtype)
     if arrivals is None:
         layer.keys, layer.values = map(moved, tensors.layer(index))
         return
+    stays = (tensors.dtype, tensors.memory) == (like.dtype, place)
 
     def rooms() -> tuple[Tensor, Tensor]:
         arrivals.wait(tensors.group(index))
         return tensors.layer(index)
 
-    expect(layer, Coming(rooms, tensors.tokens, moved))
+    expect(layer, Coming(rooms, tensors.tokens, moved, stays))
 
 
 @lru_cache

@@ -80,7 +80,7 @@ def _geometry(model: PreTrainedModel) -> Geometry:
 
 
 def _found(decoder: PreTrainedModel, name: str) -> Geometry:
-    """Training changes weights, and not this."""
+    """The geometry, without a run where only weights have changed, as training does."""
     tables = _rotary_tables(decoder, name)
     found_with = (config_text(decoder.config), tables)
     known = _geometries.get(decoder)

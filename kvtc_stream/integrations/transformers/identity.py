@@ -281,16 +281,20 @@ def _fingerprints(decoder: PreTrainedModel) -> tuple[bytes, bytes]:
 
 def _state(modules: list[Any], tensors: list[Tensor]) -> tuple[Any, Any, Any]:
     """What changes when a model's adapters, rotary embeddings or weights do, found quickly."""
-    fields = list(map(vars, modules))
     adapters = [
         (layer.disable_adapters, list(layer.active_adapters), dict(layer.scaling))
-        for layer, own in zip(modules, fields, strict=True)
-        if isinstance(own.get("scaling"), dict) and hasattr(layer, "disable_adapters")
+        for layer in modules
+        if isinstance(vars(layer).get("scaling"), dict) and hasattr(layer, "disable_adapters")
     ]
     ropes = [
-        {name: copy(x) for name, x in own.items() if name.endswith(("rope_type", "_scaling"))}
-        for own in fields
-        if "rope_type" in own
+        (
+            copy(getattr(module, "rope_type", None)),
+            float(getattr(module, f"{name.removesuffix('inv_freq')}attention_scaling", 1.0)),
+        )
+        for module in modules
+        if module._buffers
+        for name in module._buffers
+        if name.endswith("inv_freq")
     ]
     # Tensors of inference mode do not count their changes.
     versions = [
