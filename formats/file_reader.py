@@ -203,7 +203,7 @@ class StreamFile:
         """
         if self._digests or not len(sequences):
             return BlockTable.of(list(self.read_blocks(self.records[i] for i in sequences)))
-        entries = self.entries.take(sequences)  # at a tenth of the time of an index
+        entries = self.entries.take(sequences)  # an index copies fields one by one
         offsets, lengths = (entries[name].astype(np.int64) for name in ("offset", "length"))
         begins = offsets - offsets[0]
         size = int(begins[-1] + lengths[-1])

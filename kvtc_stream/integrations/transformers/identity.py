@@ -292,7 +292,6 @@ def _state(modules: list[Any], tensors: list[Tensor]) -> tuple[Any, Any, Any]:
             float(getattr(module, f"{name.removesuffix('inv_freq')}attention_scaling", 1.0)),
         )
         for module in modules
-        if module._buffers
         for name in module._buffers
         if name.endswith("inv_freq")
     ]

@@ -133,7 +133,6 @@ def tensors_of(model: torch.nn.Module) -> list[Tensor]:
         x
         for module in modules_of(model)
         for own in (module._parameters, module._buffers)
-        if own
         for x in own.values()
         if x is not None
     ]
