@@ -5,6 +5,7 @@ Compiled code, :mod:`.usual`, reads what is as usual; the parser of single block
 
 from __future__ import annotations
 
+import sys
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -175,10 +176,15 @@ class BlockTable:
 
     def ordinals(self) -> NDArray[np.int64]:
         """int64 [tokens]: the ordinal of each token in the section, -1 of those that are cut."""
-        from kvtc_stream.formats.usual import ordinals
+        return self.span_slots(0, sys.maxsize)
 
-        out = np.full(int(self.rows["tokens"].sum()), -1)
-        ordinals(self.rows, out)
+    def span_slots(self, first: int, last: int, begin: int = 0) -> NDArray[np.int64]:
+        """int64 [tokens]: the slot of each token, if those of a span of ordinals have slots that
+        follow one another from ``begin`` on; -1 of others."""
+        from kvtc_stream.formats.usual import span_slots
+
+        out = np.empty(int(self.rows["tokens"].sum()), np.int64)
+        span_slots(self.rows, first, last, begin, out)
         return out
 
     def slots(self, of_section: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -323,13 +323,15 @@ def fill_rows(rows, heads, payload):  # type: ignore[no-untyped-def]
 
 
 @jit
-def ordinals(rows, out):  # type: ignore[no-untyped-def]
-    """See :meth:`~kvtc_stream.formats.table.BlockTable.ordinals`; ``out`` is -1 at first."""
+def span_slots(rows, first, last, begin, out):  # type: ignore[no-untyped-def]
+    """See :meth:`~kvtc_stream.formats.table.BlockTable.span_slots`."""
     at = 0
     for i in range(len(rows)):
         front, tokens = rows[i]["front"], rows[i]["tokens"]
-        for j in range(front, tokens - rows[i]["end"]):
-            out[at + j] = rows[i]["start"] + j - front
+        start, end = rows[i]["start"] - front, tokens - rows[i]["end"]
+        for j in range(tokens):
+            there = front <= j < end and first <= start + j < last
+            out[at + j] = begin + start + j - first if there else -1
         at += tokens
 
 

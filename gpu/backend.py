@@ -73,6 +73,9 @@ from kvtc_stream.io.steps import Steps, begun, run
 from kvtc_stream.io.threads import threads
 from kvtc_stream.planning.rate_control import SectionControl
 
+#: Batches whose symbols are decoded at once where the host has more to do than the device: of two
+#: at once an H200 takes longer than of one by one.
+_TOGETHER = 1.5
 #: About the most bytes of verbatim tokens that wait to be uploaded.
 _VERBATIM_BYTES = 64 << 20
 
@@ -111,6 +114,28 @@ def _check_exact(unchecked: Sequence[_Unchecked]) -> None:
     for starts, faults in unchecked:
         for i in np.flatnonzero(faults()).tolist():
             raise FormatError(f"block at token {starts[i]}: its verbatim values are damaged")
+
+
+def _move(
+    staging: Staging,
+    moves: Sequence[tuple[NDArray[np.int64], NDArray[np.int64] | Sequence[int]]],
+    columns: Any,
+    itemsize: int,
+    *,
+    back: bool,
+) -> None:
+    """Copy values at addresses, one an entry of ``columns``, to slots; or from them with
+    ``back``."""
+    if not moves:
+        return
+    counts = [len(slots) for slots, _ in moves]
+    found = staging.arrays(
+        np.concatenate([np.asarray(slots, np.int64) for slots, _ in moves]),
+        np.repeat(np.arange(len(counts)), counts),
+        np.cumsum([0, *counts]),
+        np.array([dense for _, dense in moves], np.int64),
+    )
+    layout.move(itemsize, back=back)((sum(counts), len(columns)), 128, (columns, *found))
 
 
 class CudaBackend:
@@ -374,23 +399,14 @@ class CudaSectionCoder(SectionCoder):
         s, itemsize = self._section, self._header.dtype.itemsize
         layers = np.arange(len(s.layers))
         columns = [(kind, layer, 0) for kind in (0, 1) for layer in layers.tolist()]
-        slots = np.concatenate([np.arange(span.start, span.stop) for span in spans])
-        dense = []
+        moves = []
         for span, first in zip(spans, firsts.tolist(), strict=False):
             size = itemsize * s.kv_heads * (span.stop - span.start)
-            dense += [layers * size * s.k_dim, (layers * s.v_dim + len(layers) * s.k_dim) * size]
-            dense[-1] += values.data.ptr + first
-            dense[-2] += values.data.ptr + first
-        columns_d, slots_d, dense_d = staging.arrays(
-            entries(source[0], source[1], columns, self._ropes), slots, np.concatenate(dense)
-        )
-        move, at = layout.move(itemsize, back=True), 0
-        for i, span in enumerate(spans):
-            count = span.stop - span.start
-            addresses = dense_d.data.ptr + 8 * i * len(columns)
-            arguments = columns_d, slots_d.data.ptr + 8 * at, count, addresses
-            move((count, len(columns)), 128, arguments)
-            at += count
+            dense = [layers * size * s.k_dim, (layers * s.v_dim + len(layers) * s.k_dim) * size]
+            at = values.data.ptr + first + np.concatenate(dense)
+            moves.append((np.arange(span.start, span.stop), at))
+        [columns_d] = staging.arrays(entries(source[0], source[1], columns, self._ropes))
+        _move(staging, moves, columns_d, itemsize, back=True)
 
     def _batch(
         self,
@@ -600,7 +616,8 @@ class CudaSectionCoder(SectionCoder):
         held = [cupy.empty(shape, BITS[dtype.itemsize]) for shape in shapes]
         layers = range(len(s.layers))
         dense = [x[i].data.ptr for x in held for i in layers]
-        self._move([(slots, dense)], self._columns(layers, *tensors), dtype, back=True)
+        columns = self._columns(layers, *tensors)
+        _move(self._decoder.staging, [(slots, dense)], columns, dtype.itemsize, back=True)
         return [cupy.asnumpy(x).view(numpy_dtype(dtype)) for x in held]
 
     # Decoding.
@@ -788,11 +805,10 @@ class CudaSectionCoder(SectionCoder):
         and then of V."""
         s, own = self._section, np.array(layers)
         ks, vs = s.kv_heads * s.k_dim, s.kv_heads * s.v_dim
-        units = self._header.out_dtype.itemsize * np.concatenate(
-            [own * ks, len(s.layers) * ks + own * vs]
-        )
+        itemsize = self._header.out_dtype.itemsize
+        units = itemsize * np.concatenate([own * ks, len(s.layers) * ks + own * vs])
         moves = [(slots, values.data.ptr + len(slots) * units) for slots, values in found]
-        self._move(moves, columns, self._header.out_dtype, back=False)
+        _move(self._decoder.staging, moves, columns, itemsize, back=False)
 
     def _spread(self, out: Tensors, layers: Sequence[int]) -> Tensors:
         """The same tensors with an address for every layer of the section, 0 if not wanted."""
@@ -816,39 +832,14 @@ class CudaSectionCoder(SectionCoder):
             for x, begin in zip(values, begins.tolist(), strict=True)
             for i in range(len(x))
         ]
-        self._move([(slots, dense)], columns, self._header.out_dtype, back=False)
+        itemsize = self._header.out_dtype.itemsize
+        _move(self._decoder.staging, [(slots, dense)], columns, itemsize, back=False)
 
     def _columns(self, layers: Sequence[int], k: Tensors, v: Tensors) -> Any:
         """Entries of layers, K's and then V's, int64 [2 · layers, layout.FIELDS] on the device."""
         columns = [(kind, layer, 0) for kind in (0, 1) for layer in layers]
         [found] = self._decoder.staging.arrays(entries(k, v, columns, self._ropes))
         return found
-
-    def _move(
-        self,
-        moves: Sequence[tuple[NDArray[np.int64], NDArray[np.int64] | Sequence[int]]],
-        columns: Any,
-        dtype: DType,
-        *,
-        back: bool,
-    ) -> None:
-        """Copy values at addresses, one an entry of ``columns``, to slots; or from them with
-        ``back``."""
-        if not moves:
-            return
-        kernel, firsts = layout.move(dtype.itemsize, back=back), [0]
-        firsts += np.cumsum([len(slots) for slots, _ in moves]).tolist()
-        slots_d, dense_d = self._decoder.staging.arrays(
-            np.concatenate([np.asarray(slots, np.int64) for slots, _ in moves]),
-            np.array([dense for _, dense in moves], np.int64),
-        )
-        for i, (first, last) in enumerate(pairwise(firsts)):
-            own = (
-                slots_d.data.ptr + 8 * first,
-                last - first,
-                dense_d.data.ptr + 8 * i * len(columns),
-            )
-            kernel((last - first, len(columns)), 128, (columns, *own))
 
     def decode_layers(self, block: Block) -> Callable[[int], tuple[Any, Any]]:
         """See :meth:`kvtc_stream.backends.base.SectionCoder.decode_layers`."""
@@ -963,11 +954,12 @@ class _Arrival:
             self._place(loaded, exact, uploaded)
 
     def _launch(self, blocks: CodedBlocks, early: bool) -> None:
-        batch = self._decoder.symbols(blocks)
-        if early:
-            self._first += self._decoder.start([(blocks, batch)], self._target.whole)
-        else:
-            self._others.append((blocks, batch))
+        for some in blocks.batches(int(_TOGETHER * self._decoder.batch_tokens)):
+            batch = self._decoder.symbols(some)
+            if early:
+                self._first += self._decoder.start([(some, batch)], self._target.whole)
+            else:
+                self._others.append((some, batch))
 
     def _place(self, loaded: BlockLoad, exact: Iterator[Sequence[_Exact]], uploaded: Any) -> None:
         """What is exact in a portion to its place; its checksums beside that."""

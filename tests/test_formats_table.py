@@ -71,6 +71,9 @@ def check_columns(table: BlockTable, blocks: list[Block]) -> None:
         b.start + i - b.kept.start if i in b.kept else -1 for b in blocks for i in range(b.tokens)
     ]
     assert table.ordinals().tolist() == ordinals
+    first, last = (n * (1 + max(ordinals, default=-1)) // 3 for n in (1, 2))
+    expected = [7 + x - first if first <= x < last else -1 for x in ordinals]
+    assert table.span_slots(first, last, 7).tolist() == expected
     of_section = np.arange(1 + max(ordinals, default=-1)) * 3 + 5
     assert table.slots(of_section).tolist() == [-1 if x < 0 else 3 * x + 5 for x in ordinals]
     if len(of_section):

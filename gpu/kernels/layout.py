@@ -597,24 +597,27 @@ def relative_errors(lost, energy, count, stride, tokens, out):  # type: ignore[n
 def move(size: int, *, back: bool) -> Kernel:
     """Make the kernel that copies elements of ``size`` bytes to slots, or ``back`` from them.
 
-    Its grid is [tokens, entries]; ``dense`` int64 [entries] has the address of each entry's
-    contiguous [heads, tokens, dim].
+    Its grid is [tokens of all runs, entries]. ``runs`` int64 [tokens] are those of tokens,
+    ``firsts`` int64 [runs + 1] their first tokens, and ``dense`` int64 [runs, entries] has the
+    address of each run's and entry's contiguous [heads, tokens, dim].
     """
     at = {1: u8_at, 2: u16_at, 4: u32_at}[size]
 
-    @kernel(i64p, i64p, i32, i64p)
-    def move(entries, slots, tokens, dense):  # type: ignore[no-untyped-def]
+    @kernel(i64p, i64p, i64p, i64p, i64p)
+    def move(entries, slots, runs, firsts, dense):  # type: ignore[no-untyped-def]
         entry, dim, heads, _ = _entry(entries)
-        token = _I32(cuda.blockIdx.x)
-        slot = slots[token]
+        slot = slots[_I32(cuda.blockIdx.x)]
         if slot < 0:
             return
+        run = runs[_I32(cuda.blockIdx.x)]
+        token, tokens = _I32(cuda.blockIdx.x) - firsts[run], firsts[run + 1] - firsts[run]
+        from_or_to = dense[run * _I32(cuda.gridDim.y) + _I32(cuda.blockIdx.y)]
         begin = slot * entries[entry + TOKEN_STRIDE]
         for i in range(_I32(cuda.threadIdx.x), heads * dim, _I32(cuda.blockDim.x)):
             head, channel = _I32(i) // dim, _I32(i) % dim
             there = begin + head * entries[entry + HEAD_STRIDE]
             here = (head * tokens + token) * dim + channel
-            tensor, own = at(entries[entry + ADDRESS]), at(dense[_I32(cuda.blockIdx.y)])
+            tensor, own = at(entries[entry + ADDRESS]), at(from_or_to)
             if back:
                 own[here] = tensor[there + channel]
             else:

@@ -419,11 +419,13 @@ def layer_list(
     TypeError, BufferError
         The dtype is wrong or differs between layers, or :func:`to_numpy` raises it.
     """
+    several: list[Any] = []
     if isinstance(x, list | tuple):
         found = [convert(t, f"{name}[{i}]") for i, t in enumerate(x)]
         if len(x) != layers and sum(a.shape[0] if a.ndim == 4 else 1 for a in found) == layers:
-            found = [own for a in found for own in (a if a.ndim == 4 else [a])]
-        if len(found) != layers:
+            several = found
+            found = [a[0] if a.ndim == 4 else a for a in several if len(a)]  # layers of one: alike
+        elif len(found) != layers:
             raise ValueError(
                 f"{name} is a list of {len(x)} tensors; expected one for each of {layers} layers"
             )
@@ -449,6 +451,8 @@ def layer_list(
                 f"{name}[{i}] has {array.shape[1]} tokens, {name}[0] has {arrays[0].shape[1]}; "
                 "layers that hold different tokens belong to different sections"
             )
+    if several:
+        arrays = [own for a in several for own in (a if a.ndim == 4 else [a])]
     return arrays, dtype
 
 

@@ -39,8 +39,8 @@ from kvtc_stream.stream.decoder import BlockDecoder, KVBlock
 #: About the most blocks that are decoded together.
 _BLOCKS_AT_A_TIME = 256
 #: Batches of large pieces, a tenth more at the most, for who launches all of them before he waits:
-#: with fewer ones the host is done sooner, and two at once take an H200 longer than one by one.
-LARGE = 1.5
+#: with fewer ones the host is done sooner.
+LARGE = 3
 
 
 #: Bytes asked of a pipe at a time.
@@ -209,12 +209,12 @@ class Reader:
         return (self._blocks.output(k), self._blocks.output(v)) if out is None else out
 
     def _portions(
-        self, section: int, first: int, last: int, *, large: bool = False
+        self, section: int, first: int, last: int, begin: int = 0, *, large: bool = False
     ) -> Iterator[tuple[BlockTable, NDArray[np.int64]]]:
         """The blocks that hold some tokens, as :meth:`stored`, as many at a time as are decoded
-        together; and where each of their tokens is among these, int64, -1 of others."""
+        together; and the slots of their tokens, see :meth:`BlockTable.span_slots`."""
         for piece in self._pieces(section, first, last, large=large):
-            yield self._located(piece, first, last)
+            yield self._located(piece, first, last, begin)
 
     def _pieces(
         self, section: int, first: int, last: int, *, together: bool = False, large: bool = False
@@ -231,13 +231,11 @@ class Reader:
         return [piece for piece in pieces if len(piece)]
 
     def _located(
-        self, piece: NDArray[np.intp], first: int, last: int
+        self, piece: NDArray[np.intp], first: int, last: int, begin: int = 0
     ) -> tuple[BlockTable, NDArray[np.int64]]:
         assert self._stream is not None
         table = self._stream.read_table(piece, self._blocks.room)
-        slots = table.ordinals() - first
-        slots[(slots < 0) | (slots >= last - first)] = -1
-        return table, slots
+        return table, table.span_slots(first, last, begin)
 
     def blocks(
         self,

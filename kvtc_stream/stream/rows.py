@@ -112,14 +112,14 @@ class Rows:
             batch = blocks.backend.batch_tokens(reader.header.geometry.sections[self.section])
             held = reader.tokens(self.section)
             named = partial(about, "streams", i, self.count) if self.count > 1 else nullcontext
-            pieces = reader._portions(self.section, held - self.tokens, held, large=large)
+            begin = i * self.step
+            pieces = reader._portions(self.section, held - self.tokens, held, begin, large=large)
             while True:
                 with named():
                     found = next(pieces, None)
                 if found is None:
                     break
                 table, slots = found
-                slots = np.where(slots < 0, -1, slots + i * self.step)
                 size = sum(len(own) for _, _, own in waiting) + len(slots)
                 if waiting and large and size > 1.1 * LARGE * batch:
                     yield _joined(waiting)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -195,9 +196,12 @@ def test_elements_are_copied_to_their_slots(dtype: DType) -> None:
     case = Case(False, dtype, 1)
     rng = np.random.default_rng(8)
     source = rng.integers(-16, 16, case.shape).astype(case.slots.dtype)
-    sources = np.array([x.ctypes.data for x in source], np.int64)
+    firsts = np.array([0, 1, 3, TOKENS])
+    runs = np.repeat(np.arange(3), np.diff(firsts))
+    parts = [np.ascontiguousarray(source[:, :, a:b]) for a, b in pairwise(firsts)]
+    sources = np.array([[x.ctypes.data for x in part] for part in parts], np.int64)
     kernel = layout.move(source.itemsize, back=False)
-    simulate(kernel, (TOKENS, 3), 4, [case.entries, PLACES, TOKENS, sources])
+    simulate(kernel, (TOKENS, 3), 4, [case.entries, PLACES, runs, firsts, sources])
     expected = Case(False, dtype, 1)
     expected.fill(source)
     np.testing.assert_array_equal(case.slots.view(np.uint8), expected.slots.view(np.uint8))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from copy import copy
 from functools import lru_cache, partial
-from itertools import pairwise
+from itertools import accumulate, pairwise, takewhile
 from typing import Any, BinaryIO, Literal, TypeAlias, overload
 from weakref import WeakKeyDictionary
 
@@ -81,7 +81,8 @@ _COMPUTED_IN = (torch.float32, torch.bfloat16, torch.float16)
 #: Layers whose tensors share memory: fewer to allocate and hand over, and little that is held
 #: until the last of them has grown.
 _TOGETHER = 8
-#: The first of them, for which everybody waits.
+#: Layers of the first group that arrives, for which everybody waits, and how many more the next
+#: ones have: models take longer for layers than they take to be decoded.
 _FIRST = 4
 #: The most tokens that layers on their way have room for behind those that come: the first new ones
 #: need no copy of all of them then.
@@ -586,21 +587,18 @@ class _Tensors:
         section = header.geometry.sections[index]
         self.dtype: torch.dtype = getattr(torch, header.out_dtype.label)
         layers = range(len(section.layers))
-        cuts = [0, _FIRST, *range(_TOGETHER, len(layers), _TOGETHER), len(layers)]
-        cuts = sorted({min(x, len(layers)) for x in cuts})
+        sizes = range(_FIRST, _FIRST + len(layers) + 1, _FIRST)
+        cuts = [0, *takewhile(lambda x: x < len(layers), accumulate(sizes)), len(layers)]
         self._groups = [layers[first:last] for first, last in pairwise(cuts)]
-        self._places = [
-            (i, own) for i, group in enumerate(self._groups) for own in range(len(group))
-        ]
-        #: K and V, of a group of layers each [layers, rows, heads, tokens, dim].
+        #: K and V, of some layers each [layers, rows, heads, tokens, dim].
         self._room = [
             [
                 torch.empty(
-                    (len(group), rows, section.kv_heads, tokens + spare, dim),
+                    (min(_TOGETHER, len(layers) - i), rows, section.kv_heads, tokens + spare, dim),
                     dtype=self.dtype,
                     device=memory,
                 )
-                for group in self._groups
+                for i in layers[::_TOGETHER]
             ]
             for dim in (section.k_dim, section.v_dim)
         ]
@@ -610,14 +608,14 @@ class _Tensors:
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """K and V [rows, heads, tokens, dim] of a layer of the section, with what is spare."""
-        group, own = self._places[index]
+        which, own = divmod(index, _TOGETHER)
         # Without ``data`` to write to one would count as a change of all.
-        k, v = (part[group][own].data for part in self._room)
+        k, v = (part[which][own].data for part in self._room)
         return k, v
 
     def group(self, index: int) -> int:
         """Of the groups that arrive, that of a layer of the section."""
-        return self._places[index][0]
+        return next(i for i, group in enumerate(self._groups) if index in group)
 
     def restoring(self) -> Steps[None]:
         """Decode all of it."""
@@ -632,7 +630,7 @@ class _Tensors:
 
     def arriving(self) -> Steps[None]:
         """Decode it beside what else the device does, see
-        :meth:`kvtc_stream.backends.base.SectionCoder.arriving`; groups are of :data:`_TOGETHER`."""
+        :meth:`kvtc_stream.backends.base.SectionCoder.arriving`."""
         yield from self._on_the_device().arriving(self._groups)
 
     def _of(self, row: int) -> tuple[list[Tensor], list[Tensor]]:
@@ -655,7 +653,10 @@ def _fill(
 ) -> None:
     """What ``layer.update`` would do, which copies; with ``arrivals`` when it is read first."""
     like = _nothing(dtype or tensors.dtype, place)
-    layer.lazy_initialization(like, like)
+    if type(layer) is DynamicLayer:
+        vars(layer).update(_begun_with(like.dtype, place))
+    else:
+        layer.lazy_initialization(like, like)
     if isinstance(layer, DynamicSlidingWindowLayer):
         layer.cumulative_length = seen
     moved = partial(_moved, place=place, dtype=like.dtype)
@@ -674,6 +675,15 @@ def _fill(
 @lru_cache
 def _nothing(dtype: torch.dtype, place: torch.device) -> Tensor:
     return torch.empty(0, dtype=dtype, device=place)
+
+
+@lru_cache
+def _begun_with(dtype: torch.dtype, place: torch.device) -> dict[str, Any]:
+    """What ``lazy_initialization`` gives a plain layer, which makes tensors each time."""
+    like, layer = _nothing(dtype, place), DynamicLayer()  # type: ignore[no-untyped-call]
+    before = dict(vars(layer))
+    layer.lazy_initialization(like, like)
+    return {k: x for k, x in vars(layer).items() if k not in before or x is not before[k]}
 
 
 def _moved(x: Tensor, *, place: torch.device, dtype: torch.dtype) -> Tensor:
