@@ -76,8 +76,8 @@ from kvtc_stream.planning.rate_control import SectionControl
 #: Batches whose symbols are decoded at once where the host has more to do than the device: of two
 #: at once an H200 takes longer than of one by one.
 _TOGETHER = 1.5
-#: About the most bytes of verbatim tokens that wait to be uploaded.
-_VERBATIM_BYTES = 64 << 20
+#: About the most bytes of verbatim tokens that wait to be uploaded, or to be placed.
+_VERBATIM_BYTES = 256 << 20
 
 
 class _Exact(NamedTuple):
@@ -203,6 +203,12 @@ class CudaBackend:
         take = taker()
         arrays, dtypes = zip(*(take(x, "pages") for x in tensors), strict=True)
         return Tensors.of_layers(arrays, dtypes[0], paged=True)
+
+    def layers_in(self, pieces: Sequence[Any]) -> Tensors:
+        """See :meth:`kvtc_stream.backends.base.Backend.layers_in`."""
+        take = taker()
+        arrays, dtypes = zip(*(take(x, "memory") for x in pieces), strict=True)
+        return Tensors.of_pieces(arrays, dtypes[0])
 
     def held(self, x: Any) -> Any:
         """See :meth:`kvtc_stream.backends.base.Backend.held`.
@@ -972,9 +978,9 @@ class _Arrival:
 
     @cached_property
     def _target(self) -> _Target:
-        layers, dtype = range(len(self._coder._section.layers)), self._coder._header.out_dtype
+        layers = range(len(self._coder._section.layers))
         with beside(self._ready):
-            k, v = (Tensors.of_layers(x, dtype) for x in self._out())
+            k, v = self._out()
             columns = self._coder._columns(layers, k, v)
             whole, *groups = self._decoder.destinations([layers, *self._groups], k, v)
             self._stream.wait_event(recorded())

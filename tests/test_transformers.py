@@ -43,7 +43,12 @@ from kvtc_stream.integrations.transformers import (  # noqa: E402
     model_identity,
     token_digest,
 )
-from kvtc_stream.integrations.transformers.arriving import Arrivals, Coming, expect  # noqa: E402
+from kvtc_stream.integrations.transformers.arriving import (  # noqa: E402
+    Arrivals,
+    Coming,
+    Room,
+    expect,
+)
 from kvtc_stream.integrations.transformers.model import attention_layers  # noqa: E402
 from kvtc_stream.io.dlpack import numpy_dtype  # noqa: E402
 from kvtc_stream.stream.decoder import BlockDecoder  # noqa: E402
@@ -1196,8 +1201,8 @@ def test_rows_whose_windows_hold_less_than_they_have_seen() -> None:
 
 def test_layers_that_are_on_their_way() -> None:
     """They are waited for when they are read, in whatever way, and then as any others."""
-    rooms = [(torch.randn(1, 2, 12, 4), torch.randn(1, 2, 12, 4)) for _ in range(4)]
-    made = [tuple(x[:, :, :5].clone() for x in room) for room in rooms]
+    k, v = torch.randn(4, 1, 2, 12, 4), torch.randn(4, 1, 2, 12, 4)
+    made = [tuple(x[i, :, :, :5].clone() for x in (k, v)) for i in range(4)]
     arrived: list[int] = []
 
     def steps() -> Iterator[None]:
@@ -1208,17 +1213,13 @@ def test_layers_that_are_on_their_way() -> None:
     def pending(window: int = 0) -> Any:
         arrived.clear()
         cache = DynamicCache()
-        arrivals = Arrivals(steps())
-
-        def there(i: int) -> Any:
-            arrivals.wait(i // 2)
-            return rooms[i]
-
+        arrivals, room = Arrivals(steps()), Room(k, v, 5)
         for i in range(4):
             layer = DynamicSlidingWindowLayer(window) if window else DynamicLayer()
             layer.lazy_initialization(*made[i])
             layer.cumulative_length = 5
-            expect(layer, Coming(partial(there, i), 5, lambda x: x, True))
+            wait = partial(arrivals.wait, i // 2)
+            expect(layer, Coming(room, i, wait, lambda x: x, True))
             cache.layers.append(layer)
         return cache
 
@@ -1235,10 +1236,10 @@ def test_layers_that_are_on_their_way() -> None:
     copied = copy.deepcopy(cache)
     assert arrived == [0, 1]
     for own in (copied, cache):
-        for layer, (k, v) in zip(own.layers, made, strict=True):
+        for layer, pair in zip(own.layers, made, strict=True):
             assert type(layer) is DynamicLayer
-            assert torch.equal(layer.keys, k)
-            assert torch.equal(layer.values, v)
+            assert torch.equal(layer.keys, pair[0])
+            assert torch.equal(layer.values, pair[1])
     cache = pending()
     cache.reset()
     cache.layers[1].update(*made[2])
@@ -1263,7 +1264,10 @@ def test_tokens_that_are_added_to_layers_on_their_way() -> None:
         found, v = DynamicLayer(), k if k.is_inference() else k.clone()
         found.lazy_initialization(k, v)
         rooms.append(v)
-        expect(found, Coming(lambda: (k, v), 5, moved or (lambda x: x), moved is None))
+        return expected(found, Room(k[None], v[None], 5), 0, moved)
+
+    def expected(found: Any, where: Room, index: int = 0, moved: Any = None) -> Any:
+        expect(found, Coming(where, index, lambda: None, moved or (lambda x: x), moved is None))
         return found
 
     room, new = torch.randn(2, 2, 8, 4), torch.randn(2, 2, 3, 4)
@@ -1320,11 +1324,19 @@ def test_tokens_that_are_added_to_layers_on_their_way() -> None:
         for x, states in zip(found, (k, v), strict=True):
             assert torch.equal(x, torch.cat([held, states], -2))
     parameter = torch.nn.Parameter(torch.ones(4))
-    pair = [room[:1].data, room[1:].data]  # of one memory
-    loss = (parameter * layer(pair[0]).keys).sum()
+    where, three = Room(room[:, None], room[:, None].clone(), 5), [DynamicLayer() for _ in "abc"]
+    for i, own in enumerate(three[:2]):
+        expected(own, where, i)
+    loss = (parameter * three[0].keys).sum()
     with torch.no_grad():
-        layer(pair[1]).update(new[:1], new[:1])
+        three[1].update(new[:1], new[:1])
+    expected(three[2], where, 0).update(new[:1], new[:1])[0].requires_grad_()
+    loss = loss + (parameter * three[2].keys).sum()
     loss.backward()
+    with torch.inference_mode():
+        expected(three[1], where, 1).update(new[:1], new[:1])
+    for x in expected(three[2], where, 0).update(new[:1], new[:1]):  # not from that mode
+        (parameter * x).sum().backward()
 
 
 def test_a_layer_that_cannot_be_moved_has_neither_keys_nor_values() -> None:
@@ -1336,7 +1348,7 @@ def test_a_layer_that_cannot_be_moved_has_neither_keys_nor_values() -> None:
     k, v = torch.zeros(1, 1, 2, 4), torch.ones(1, 1, 2, 4)
     layer: Any = DynamicLayer()
     layer.lazy_initialization(k, v)
-    expect(layer, Coming(lambda: (k, v), 2, moved, False))
+    expect(layer, Coming(Room(k[None], v[None], 2), 0, lambda: None, moved, False))
     for _ in range(2):
         with pytest.raises(kvtc.UnsupportedError, match="beyond"):
             layer.keys  # noqa: B018

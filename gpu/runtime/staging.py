@@ -31,6 +31,8 @@ _ALIGNMENT = 16
 _PINNED = 1
 #: Bytes of a small copy, and how many buffers there are for these.
 _SMALL, _SMALL_BUFFERS = 1 << 20, 16
+#: Bytes that small copies to the host share: to ask the pool for each takes tens of microseconds.
+_FETCHED = 1 << 16
 #: Fewer bytes are not worth sending ahead; more are not at a time, because they are on the device
 #: twice until they are used; and how many are known to be there together.
 _LEAST_AHEAD, _MOST_AHEAD, _TOGETHER = 32 << 20, 1 << 30, 32 << 20
@@ -46,6 +48,8 @@ class Staging:
     def __init__(self) -> None:
         self._large: deque[_Buffer] = deque()
         self._small: deque[_Buffer] = deque()
+        #: What is left for small copies to the host.
+        self._fetched = np.empty(0, np.uint8)
         # The pool gives the memory to the next one, which must not write what is still read.
         _when_dropped(self, _drain, self._large, self._small)
 
@@ -147,8 +151,14 @@ class Staging:
 
     def begin_fetch(self, data: Any) -> Callable[[], NDArray[Any]]:
         """Begin to copy a small contiguous array from the device; return what waits for it."""
-        memory = cupy.cuda.alloc_pinned_memory(data.nbytes)
-        host = np.frombuffer(memory, data.dtype, data.size).reshape(data.shape)
+        if data.nbytes > _FETCHED // 16:
+            memory = np.frombuffer(pinned(data.nbytes), np.uint8)
+        else:
+            if self._fetched.size < data.nbytes:
+                self._fetched = np.frombuffer(pinned(_FETCHED), np.uint8)
+            memory, room = self._fetched, -(-data.nbytes // _ALIGNMENT) * _ALIGNMENT
+            self._fetched = memory[room:]
+        host = memory[: data.nbytes].view(data.dtype).reshape(data.shape)
         _copy_back(host, data)
         return _Fetch(host, recorded())
 

@@ -7,7 +7,8 @@ current one, as every producer is asked to make its data ready there.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
 
 import cupy
@@ -83,6 +84,16 @@ class Tensors:
         else:
             addresses, owners = tuple(a.data.ptr for a in arrays), tuple(arrays)
         return cls(addresses, token_stride, head_stride, heads, dim, slots, dtype, owners)
+
+    @classmethod
+    def of_pieces(cls, pieces: Sequence[Any], dtype: DType) -> Tensors:
+        """From CuPy arrays of some layers each, [layers, heads, tokens, dim]."""
+        first, *others = (cls.of_layers(x, dtype) for x in pieces)
+        for x in others:
+            if replace(x, addresses=first.addresses) != first:
+                raise ValueError(f"pieces of layers differ, {x} and {first}: they must be alike")
+        addresses = chain(first.addresses, *(x.addresses for x in others))
+        return replace(first, addresses=tuple(addresses), _owners=tuple(pieces))
 
     @property
     def wide(self) -> bool:

@@ -170,10 +170,11 @@ class SectionCoder(ABC):
 
         Of a backend with a device. Portions are blocks and their slots, taken as they come; so many
         ``early`` ones are decoded at once, all layers of them, while the others are on their way. K
-        and V are asked of ``out`` once they are needed. After the first step the device has the
-        first portion, after the second all of its work; after the third all blocks are known to be
-        whole; after each further one a group of layers, by their indices, is there. Steps may be
-        made by other threads than the first; whoever drops this waits until the device is done.
+        and V, as :meth:`Backend.layers_in` gives them, are asked of ``out`` once they are needed.
+        After the first step the device has the first portion, after the second all of its work;
+        after the third all blocks are known to be whole; after each further one a group of layers,
+        by their indices, is there. Steps may be made by other threads than the first; whoever drops
+        this waits until the device is done.
         """
         raise NotImplementedError
 
@@ -224,6 +225,11 @@ class Backend(Protocol):
     def pool(self, tensors: Sequence[Any]) -> Any:
         """A server's pages [pages, page_size, kv_heads, head_dim] of each layer, as what
         :meth:`SectionCoder.decode_into` writes to: a token's slot is page · page_size + place."""
+        ...
+
+    def layers_in(self, pieces: Sequence[Any]) -> Any:
+        """Memory of some layers each [layers, kv_heads, tokens, head_dim], alike, as what
+        :meth:`SectionCoder.decode_into` writes to."""
         ...
 
     def held(self, x: Any) -> Any:

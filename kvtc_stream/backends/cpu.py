@@ -90,6 +90,10 @@ class CpuBackend:
         """See :meth:`kvtc_stream.backends.base.Backend.pool`."""
         return [PagedLayer(to_numpy(x, "pages")) for x in tensors]
 
+    def layers_in(self, pieces: Sequence[Any]) -> list[NDArray[Any]]:
+        """See :meth:`kvtc_stream.backends.base.Backend.layers_in`."""
+        return [own for x in pieces for own in to_numpy(x, "memory")]
+
     def held(self, x: Any) -> Any:
         """See :meth:`kvtc_stream.backends.base.Backend.held`."""
         return x

@@ -36,7 +36,8 @@ class Rows:
     section, tokens
         Index of the section, and how many tokens.
     out
-        K and V of the first row, as for :meth:`kvtc_stream.Reader.read`; nobody sees them yet.
+        K and V of the first row, in pieces of some layers each [layers, heads, tokens, dim]; nobody
+        sees them yet.
     step
         Slots from a row to the next.
     """
@@ -50,15 +51,17 @@ class Rows:
 
     def restoring(self) -> Steps[None]:
         """Decode all of them."""
-        k, v = self._buffers()
+        k, v = self._memory()
+        first = self.reader(0)
+        layers = range(len(first.header.geometry.sections[self.section].layers))
 
         def decoding(
             blocks: BlockDecoder, table: BlockTable, slots: NDArray[np.int64]
         ) -> Iterator[None]:
             with blocks.lent(self.section) as coder:
-                yield from coder.decoding(table, slots, range(len(k)), k, v, unseen=True)
+                yield from coder.decoding(table, slots, layers, k, v, unseen=True)
 
-        backend = self.reader(0).block_decoder.backend
+        backend = first.block_decoder.backend
         yield from backend.interleaving(decoding(*portion) for portion in self._portions())
 
     def arriving(self, groups: Sequence[Sequence[int]]) -> Steps[None]:
@@ -69,7 +72,7 @@ class Rows:
             for blocks, alike in groupby(self._portions(large=True), itemgetter(0)):
                 coder = opened.enter_context(blocks.lent(self.section))
                 portions = ((table, slots) for _, table, slots in alike)
-                tasks.append(coder.arriving(portions, self._early(), groups, self._buffers))
+                tasks.append(coder.arriving(portions, self._early(), groups, self._memory))
                 # The device is done before anything that it reads or writes can go.
                 opened.callback(tasks[-1].close)
                 next(tasks[-1])
@@ -92,10 +95,9 @@ class Rows:
         quarter = self.count * self.tokens / most / 4  # in batches; the first portion is of one
         return int((quarter - 1) / LARGE + 1)
 
-    def _buffers(self) -> Any:
-        first = self.reader(0)
-        layers = len(first.header.geometry.sections[self.section].layers)
-        return first.block_decoder.buffers(self.section, layers, self.tokens, self.out)
+    def _memory(self) -> tuple[Any, Any]:
+        k, v = map(self.reader(0).block_decoder.backend.layers_in, self.out)
+        return k, v
 
     def _portions(self, *, large: bool = False) -> Iterator[_Portion]:
         """A batch or more at a time; of many, half a one at first: a device has nothing to do until

@@ -158,7 +158,7 @@ def test_rows_that_arrive_layer_by_layer(
     def rows(*of: bytes) -> tuple[Rows, list[Array]]:
         readers = [kvtc.open(data, calibration=calibration, backend=cuda) for data in of]
         batch = [cupy.full((2, len(of), 1, tokens + 5, 16), 7, np.float16) for _ in "kv"]
-        out = tuple([x[0, :, :tokens] for x in tensors] for tensors in batch)
+        out = tuple([x[:1, 0, :, :tokens], x[1:, 0, :, :tokens]] for x in batch)
         return Rows(readers.__getitem__, len(of), 0, tokens, out, tokens + 5), batch
 
     def same(batch: list[Array], layers: slice) -> None:

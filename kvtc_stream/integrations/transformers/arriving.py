@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import cache
-from itertools import repeat
-from typing import Any
+from itertools import starmap
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,24 +46,80 @@ class Arrivals:
 
 
 @dataclass(frozen=True)
-class Coming:
-    """What a layer will hold.
+class Room:
+    """Memory of some layers, and views of it, which take less time for all layers at once.
 
     Attributes
     ----------
-    rooms
-        Waits for it, and returns memory for K and V [rows, heads, room, dim], which nobody else
-        has. The tokens that come are the first ones in it.
+    k, v
+        [layers, rows, heads, room, dim].
     tokens
-        How many come.
-    moved
-        Such tokens as the layer holds them: on its device, in its type.
-    stays
-        Whether that is as they are.
+        How many tokens come: the first ones in it. Nobody else has seen what is behind them.
     """
 
-    rooms: Callable[[], tuple[Tensor, Tensor]]
+    k: Tensor
+    v: Tensor
     tokens: int
+    _longer: dict[tuple[int, bool], list[tuple[Sequence[Tensor], list[Tensor]]]] = field(
+        default_factory=dict
+    )
+
+    def layer(self, index: int) -> tuple[Tensor, Tensor]:
+        """K and V [rows, heads, tokens, dim] of a layer, with a version counter of its own: to
+        write to one must not count as a change of all."""
+        return self.k[index, ..., : self.tokens, :].data, self.v[index, ..., : self.tokens, :].data
+
+    def longer(
+        self, index: int, key_states: Tensor, value_states: Tensor
+    ) -> tuple[Tensor, Tensor] | None:
+        """As :meth:`layer`, with more tokens behind, if there is room for what they are."""
+        if (found := self._places(key_states.shape[-2])) is None:
+            return None
+        (k_places, k), (v_places, v) = found
+        pairs = (key_states, k_places[index]), (value_states, v_places[index])
+        if not all(starmap(_fits, pairs)):
+            return None
+        for x, place in pairs:
+            place.copy_(x)
+        return k[index], v[index]
+
+    def _places(self, more: int) -> list[tuple[Sequence[Tensor], list[Tensor]]] | None:
+        """Of K and of V, for each layer, where so many more tokens go, and all with these; ``None``
+        if there is no room."""
+        last = self.tokens + more
+        if last > self.k.shape[-2]:
+            return None
+        # What is made in inference mode is of no use to autograd.
+        key = more, torch.is_inference_mode_enabled()
+        if key not in self._longer:
+            self._longer[key] = [
+                (
+                    x.narrow(-2, self.tokens, more).unbind(),
+                    [own.data for own in x.narrow(-2, 0, last).unbind()],
+                )
+                for x in (self.k, self.v)
+            ]
+        return self._longer[key]
+
+
+def _fits(states: Tensor, place: Tensor) -> bool:
+    """Whether states can be copied there; those with gradients are for autograd to copy."""
+    return (
+        states.shape == place.shape
+        and states.dtype == place.dtype
+        and states.device == place.device
+        and not (states.requires_grad and torch.is_grad_enabled())
+        and (torch.is_inference_mode_enabled() or not place.is_inference())
+    )
+
+
+class Coming(NamedTuple):
+    """What a layer will hold: which layer of a room, what waits for it, how the layer holds it (on
+    its device, in its type), and whether that is as it comes."""
+
+    room: Room
+    layer: int
+    wait: Callable[[], None]
     moved: Callable[[Tensor], Tensor]
     stays: bool
 
@@ -89,8 +145,9 @@ class ArrivingLayer:
         """The layer, once keys and values are there that others have not taken the places of."""
         own, coming = vars(self), self._coming
         if not own.keys() >= _NAMES:
-            found = [coming.moved(room[..., : coming.tokens, :]) for room in coming.rooms()]
-            for name, x in zip(("keys", "values"), found, strict=True):
+            coming.wait()
+            found = map(coming.moved, coming.room.layer(coming.layer))
+            for name, x in [*zip(("keys", "values"), found, strict=True)]:
                 own.setdefault(name, x)
         del own["_coming"]
         self.__class__ = self._kind
@@ -103,7 +160,7 @@ _NAMES = frozenset(("keys", "values"))
 def _get_seq_length(self: Any) -> int:
     """See ``DynamicLayer``; does not wait."""
     if not _NAMES & vars(self).keys():
-        return self._coming.tokens  # type: ignore[no-any-return]
+        return self._coming.room.tokens  # type: ignore[no-any-return]
     return self.settle().get_seq_length()  # type: ignore[no-any-return]
 
 
@@ -111,30 +168,17 @@ def _update(
     self: Any, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
 ) -> tuple[Tensor, Tensor]:
     """See ``DynamicLayer``, which copies all tokens. Where there is room in memory, new ones follow
-    those that have come: nobody has seen that room, and it is used once."""
-    own, coming, states = vars(self), self._coming, (key_states, value_states)
-    first, last = coming.tokens, coming.tokens + key_states.shape[-2]
-    rooms = coming.rooms() if coming.stays and not _NAMES & own.keys() else ()
-    if not rooms or not all(map(_fits, states, rooms, repeat(first), repeat(last))):
-        found: tuple[Tensor, Tensor] = self.settle().update(*states, *args, **kwargs)
-        return found
-    for name, x, room in zip(("keys", "values"), states, rooms, strict=True):
-        room[..., first:last, :] = x
-        own[name] = room[..., :last, :]
+    those that have come; it is used once."""
+    own, coming, found = vars(self), self._coming, None
+    if coming.stays and not _NAMES & own.keys():
+        coming.wait()
+        found = coming.room.longer(coming.layer, key_states, value_states)
+    if found is None:
+        found = self.settle().update(key_states, value_states, *args, **kwargs)
+        return found  # type: ignore[no-any-return]
+    own["keys"], own["values"] = found
     self.settle()
-    return own["keys"], own["values"]
-
-
-def _fits(states: Tensor, room: Tensor, first: int, last: int) -> bool:
-    """Whether states can be in some slots of a room; those with gradients are for autograd to
-    copy."""
-    return (
-        last <= room.shape[-2]
-        and states.shape == (*room.shape[:-2], last - first, room.shape[-1])
-        and (states.dtype, states.device) == (room.dtype, room.device)
-        and not (states.requires_grad and torch.is_grad_enabled())
-        and (torch.is_inference_mode_enabled() or not room.is_inference())
-    )
+    return found  # type: ignore[no-any-return]
 
 
 @cache

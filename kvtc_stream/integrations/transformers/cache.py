@@ -31,7 +31,7 @@ from kvtc_stream.errors import (
     UnsupportedError,
 )
 from kvtc_stream.formats import Geometry, Section
-from kvtc_stream.integrations.transformers.arriving import Arrivals, Coming, expect
+from kvtc_stream.integrations.transformers.arriving import Arrivals, Coming, Room, expect
 from kvtc_stream.integrations.transformers.geometry import (
     check_geometry,
     check_vocabulary,
@@ -590,28 +590,23 @@ class _Tensors:
         sizes = range(_FIRST, _FIRST + len(layers) + 1, _FIRST)
         cuts = [0, *takewhile(lambda x: x < len(layers), accumulate(sizes)), len(layers)]
         self._groups = [layers[first:last] for first, last in pairwise(cuts)]
-        #: K and V, of some layers each [layers, rows, heads, tokens, dim].
-        self._room = [
-            [
-                torch.empty(
-                    (min(_TOGETHER, len(layers) - i), rows, section.kv_heads, tokens + spare, dim),
-                    dtype=self.dtype,
-                    device=memory,
-                )
-                for i in layers[::_TOGETHER]
-            ]
-            for dim in (section.k_dim, section.v_dim)
+        shape = rows, section.kv_heads, tokens + spare
+
+        def empty(count: int, dim: int) -> Tensor:
+            return torch.empty((count, *shape, dim), dtype=self.dtype, device=memory)
+
+        self._rooms = [
+            Room(empty(count, section.k_dim), empty(count, section.v_dim), tokens)
+            for count in (len(layers[i : i + _TOGETHER]) for i in layers[::_TOGETHER])
         ]
         self._row, self._rows, self._index, self.tokens = row, rows, index, tokens
         self.memory = memory
         self._step = section.kv_heads * (tokens + spare)
 
-    def layer(self, index: int) -> tuple[Tensor, Tensor]:
-        """K and V [rows, heads, tokens, dim] of a layer of the section, with what is spare."""
+    def place(self, index: int) -> tuple[Room, int]:
+        """Where a layer of the section is: in which room, and which of its layers."""
         which, own = divmod(index, _TOGETHER)
-        # Without ``data`` to write to one would count as a change of all.
-        k, v = (part[which][own].data for part in self._room)
-        return k, v
+        return self._rooms[which], own
 
     def group(self, index: int) -> int:
         """Of the groups that arrive, that of a layer of the section."""
@@ -634,7 +629,8 @@ class _Tensors:
         yield from self._on_the_device().arriving(self._groups)
 
     def _of(self, row: int) -> tuple[list[Tensor], list[Tensor]]:
-        k, v = ([x[:, row, :, : self.tokens] for x in part] for part in self._room)
+        rooms = ((x.k for x in self._rooms), (x.v for x in self._rooms))
+        k, v = ([x[:, row, :, : self.tokens] for x in part] for part in rooms)
         return k, v
 
     def _on_the_device(self) -> Rows:
@@ -659,17 +655,13 @@ def _fill(
         layer.lazy_initialization(like, like)
     if isinstance(layer, DynamicSlidingWindowLayer):
         layer.cumulative_length = seen
-    moved = partial(_moved, place=place, dtype=like.dtype)
+    moved, (room, own) = partial(_moved, place=place, dtype=like.dtype), tensors.place(index)
     if arrivals is None:
-        layer.keys, layer.values = map(moved, tensors.layer(index))
+        layer.keys, layer.values = map(moved, room.layer(own))
         return
     stays = (tensors.dtype, tensors.memory) == (like.dtype, place)
-
-    def rooms() -> tuple[Tensor, Tensor]:
-        arrivals.wait(tensors.group(index))
-        return tensors.layer(index)
-
-    expect(layer, Coming(rooms, tensors.tokens, moved, stays))
+    wait = partial(arrivals.wait, tensors.group(index))
+    expect(layer, Coming(room, own, wait, moved, stays))
 
 
 @lru_cache

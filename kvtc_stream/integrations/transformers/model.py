@@ -133,6 +133,7 @@ def tensors_of(model: torch.nn.Module) -> list[Tensor]:
         x
         for module in modules_of(model)
         for own in (module._parameters, module._buffers)
+        if own  # as few are
         for x in own.values()
         if x is not None
     ]
