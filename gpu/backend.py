@@ -82,13 +82,14 @@ _VERBATIM_BYTES = 256 << 20
 
 class _Exact(NamedTuple):
     """Verbatim tokens of a block: its row and first ordinal, the tokens' slots, and their byte
-    planes; or, if the device decodes them, their payload."""
+    planes; or, if the device decodes them, their payload, and its address there if it has one."""
 
     row: int
     start: int
     slots: NDArray[np.int64]
     planes: bytes | None
     payload: memoryview
+    address: int
 
 
 class _Unchecked(NamedTuple):
@@ -666,17 +667,17 @@ class CudaSectionCoder(SectionCoder):
             columns = self._columns(layers, k_out, v_out)
             there = self._there(table, slots, loaded)
             try:
-                early = self._tiled(there, loaded.data, loaded.exact, unchecked)
+                early = self._tiled(there, unchecked)
             except FormatError:
                 whole()  # says more of a payload that is damaged
                 raise
-            exact = self._exact(table, slots, {x.row for x in there})
+            exact = self._exact(table, slots, loaded, {x.row for x in there})
             yield
             whole()
             self._place_exact(early, layers, columns)
             started = started or values()
             for found in exact:  # beside what the device does
-                self._place_exact(self._uploaded(found, loaded, unchecked), layers, columns)
+                self._place_exact(self._uploaded(found, unchecked), layers, columns)
             yield
             for block, own in faulty(started):
                 self._place(own, *self._cpu.decode(block, layers), columns)
@@ -718,12 +719,17 @@ class CudaSectionCoder(SectionCoder):
                 slots[begins[row] : ends[row]],
                 None,
                 table.bytes_of(row, "exact", "exact_length"),
+                loaded.exact_address(row),
             )
             for row in own.tolist()
         ]
 
     def _exact(
-        self, table: BlockTable, slots: NDArray[np.int64], but: Container[int] = ()
+        self,
+        table: BlockTable,
+        slots: NDArray[np.int64],
+        loaded: BlockLoad,
+        but: Container[int] = (),
     ) -> Iterator[Sequence[_Exact]]:
         """The verbatim tokens ``but`` those of some rows, of some blocks at a time; threads begin
         with those that the device does not decode at once. To be taken when the blocks are known to
@@ -756,18 +762,18 @@ class CudaSectionCoder(SectionCoder):
 
         def result(row: int, own: NDArray[np.int64], found: Future[bytes] | None) -> _Exact:
             payload = table.bytes_of(row, "exact", "exact_length")
-            start = int(rows["start"][row])
-            return _Exact(row, start, own, None if found is None else found.result(), payload)
+            start, planes = int(rows["start"][row]), None if found is None else found.result()
+            return _Exact(row, start, own, planes, payload, loaded.exact_address(row))
 
         return ([result(*one) for one in group] for group in groups)
 
     def _uploaded(
-        self, found: Sequence[_Exact], loaded: BlockLoad, unchecked: list[_Unchecked]
+        self, found: Sequence[_Exact], unchecked: list[_Unchecked]
     ) -> list[tuple[NDArray[np.int64], Any]]:
         """Slots, and values on the device; see :func:`_check_exact`."""
         size = self._header.out_dtype.itemsize
-        there = [x for x in found if x.planes is None and loaded.exact[x.row] >= 0]
-        rest = [x for x in found if x.planes is None and loaded.exact[x.row] < 0]
+        there = [x for x in found if x.planes is None and x.address]
+        rest = [x for x in found if x.planes is None and not x.address]
         plain = [x for x in found if x.planes is not None]
         out = []
         data, begins = self._decoder.staging.upload([x.planes for x in plain])
@@ -777,27 +783,21 @@ class CudaSectionCoder(SectionCoder):
             out.append((x.slots, cupy.ascontiguousarray(planes.T)))
         if rest:
             data, begins = self._decoder.staging.upload([x.payload for x in rest])
-            places = np.zeros(len(loaded.exact), np.int64)
-            places[[x.row for x in rest]] = begins
-            out += self._tiled(rest, data, places, unchecked)
-        return out + self._tiled(there, loaded.data, loaded.exact, unchecked)
+            addresses = (data.data.ptr + begins).tolist()
+            rest = [x._replace(address=at) for x, at in zip(rest, addresses, strict=True)]
+        return out + self._tiled(rest, unchecked) + self._tiled(there, unchecked)
 
     def _tiled(
-        self,
-        found: Sequence[_Exact],
-        data: Any,
-        places: NDArray[np.int64],
-        unchecked: list[_Unchecked],
+        self, found: Sequence[_Exact], unchecked: list[_Unchecked]
     ) -> list[tuple[NDArray[np.int64], Any]]:
-        """As :meth:`_uploaded`, of payloads that the device decodes; that of a row begins at its
-        place in ``data``."""
+        """As :meth:`_uploaded`, of payloads on the device."""
         if not found:
             return []
-        begins = places[[x.row for x in found]]
         itemsize = self._header.out_dtype.itemsize
         sizes = [self._header.verbatim_size(self._index, len(x.slots)) // itemsize for x in found]
         staging = self._decoder.staging
-        values, faults = verbatim.decode([x.payload for x in found], sizes, data, begins, staging)
+        payloads, addresses = [x.payload for x in found], [x.address for x in found]
+        values, faults = verbatim.decode(payloads, sizes, addresses, staging)
         unchecked.append(_Unchecked([x.start for x in found], staging.begin_fetch(faults)))
         return [(x.slots, own) for x, own in zip(found, values, strict=True)]
 
@@ -862,12 +862,12 @@ class CudaSectionCoder(SectionCoder):
             for some in loaded.blocks.batches(self._decoder.batch_tokens)
         ]
         loaded.verifying()()
-        verbatim = self._exact(table, slots)
+        verbatim = self._exact(table, slots, loaded)
         fetch = self._decoder.staging.begin_fetch
         slow = list(faulty(RunningBatch(some, fetch(batch.faults)) for some, batch in found))
         on_host = [(own, self._cpu.decode_layers(block)) for block, own in slow]
         unchecked: list[_Unchecked] = []
-        exact = [own for some in verbatim for own in self._uploaded(some, loaded, unchecked)]
+        exact = [own for some in verbatim for own in self._uploaded(some, unchecked)]
         _check_exact(unchecked)
 
         def layer(index: int) -> tuple[Any, Any]:
@@ -906,6 +906,7 @@ class _Arrival:
         self._early, self._groups, self._out = early, groups, out
         self._stream, self._ready = cupy.cuda.get_current_stream(), recorded()
         self._loads: list[BlockLoad] = []
+        self._exact: list[Iterator[Sequence[_Exact]]] = []
         self._others: list[tuple[CodedBlocks, Batch]] = []
         self._first: list[RunningBatch] = []
         self._verifying: list[Callable[[], None]] = []
@@ -951,13 +952,15 @@ class _Arrival:
                 loaded = self._decoder.load(table, slots, tiles=self._coder._tiles)
                 uploaded = recorded()
             self._loads.append(loaded)
-            exact = self._coder._exact(table, slots)
+            self._exact.append(self._coder._exact(table, slots, loaded))
             if len(loaded.blocks):
                 self._stream.wait_event(uploaded)
                 self._launch(loaded.blocks, i < self._early)
             if not i:
                 yield
-            self._place(loaded, exact, uploaded)
+            self._verifying.append(loaded.verifying())
+        with beside(uploaded):
+            self._place()
 
     def _launch(self, blocks: CodedBlocks, early: bool) -> None:
         for some in blocks.batches(int(_TOGETHER * self._decoder.batch_tokens)):
@@ -967,14 +970,23 @@ class _Arrival:
             else:
                 self._others.append((some, batch))
 
-    def _place(self, loaded: BlockLoad, exact: Iterator[Sequence[_Exact]], uploaded: Any) -> None:
-        """What is exact in a portion to its place; its checksums beside that."""
-        layers = range(len(self._coder._section.layers))
-        with beside(uploaded):
-            for some in exact:
-                found = self._coder._uploaded(some, loaded, self._unchecked)
-                self._coder._place_exact(found, layers, self._target.columns)
-        self._verifying.append(loaded.verifying())
+    def _place(self) -> None:
+        """What is exact to its place."""
+        coder, layers = self._coder, range(len(self._coder._section.layers))
+
+        def place() -> None:
+            found = coder._uploaded(waiting, self._unchecked)
+            coder._place_exact(found, layers, self._target.columns)
+
+        waiting, held = list[_Exact](), 0
+        for some in chain.from_iterable(self._exact):
+            size = sum(coder._header.verbatim_size(coder._index, len(x.slots)) for x in some)
+            if held + size > _VERBATIM_BYTES:
+                place()
+                waiting, held = [], 0
+            waiting += some
+            held += size
+        place()
 
     @cached_property
     def _target(self) -> _Target:

@@ -175,6 +175,11 @@ class BlockLoad(NamedTuple):
     data: Any
     exact: NDArray[np.int64]
 
+    def exact_address(self, row: int) -> int:
+        """Of a block's verbatim values on the device; 0 if they are not there."""
+        at = int(self.exact[row])
+        return 0 if at < 0 else int(self.data.data.ptr) + at
+
 
 class RunningBatch(NamedTuple):
     """A batch that the device is at work on: its blocks, and what waits for ``faults`` as of

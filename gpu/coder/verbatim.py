@@ -104,11 +104,11 @@ def encode_values(
 def decode(
     payloads: Sequence[Any],
     sizes: Sequence[int],
-    data: Any,
-    begins: NDArray[np.int64],
+    addresses: Sequence[int],
     staging: Staging,
 ) -> tuple[list[Any], Any]:
-    """Bits of values on the device, of payloads that are there too, at ``begins`` in ``data``.
+    """Bits of values on the device, of payloads that are there too: at addresses that are multiples
+    of 16.
 
     Returns
     -------
@@ -128,10 +128,11 @@ def decode(
         for payload, n in zip(payloads, sizes, strict=True):
             split(payload, n)
         raise AssertionError("what a payload is not has an error")
-    tasks = tasks_of(sizes, firsts, found, begins)
+    base = min(addresses)
+    tasks = tasks_of(sizes, firsts, found, np.array(addresses, np.int64) - base)
     values = cupy.empty(int(firsts[-1]), np.uint16)
     faults = cupy.zeros(len(payloads), np.int32)
     [tasks_d] = staging.arrays(tasks)
-    arguments = tasks_d, data, data, values.data.ptr, faults
+    arguments = tasks_d, base, base, values.data.ptr, faults
     verbatim.decode(len(tasks), verbatim.THREADS, arguments)
     return [values[f : f + n] for f, n in zip(firsts.tolist(), sizes, strict=False)], faults
