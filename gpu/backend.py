@@ -73,9 +73,9 @@ from kvtc_stream.io.steps import Steps, begun, run
 from kvtc_stream.io.threads import threads
 from kvtc_stream.planning.rate_control import SectionControl
 
-#: Batches whose symbols are decoded at once where the host has more to do than the device: of two
-#: at once an H200 takes longer than of one by one.
-_TOGETHER = 1.5
+#: Batches that are decoded at once where the host has more to do than the device, a quarter more at
+#: the most.
+_TOGETHER = 3
 #: About the most bytes of verbatim tokens that wait to be uploaded, or to be placed.
 _VERBATIM_BYTES = 256 << 20
 
@@ -963,7 +963,7 @@ class _Arrival:
             self._place()
 
     def _launch(self, blocks: CodedBlocks, early: bool) -> None:
-        for some in blocks.batches(int(_TOGETHER * self._decoder.batch_tokens)):
+        for some in blocks.batches(_TOGETHER * self._decoder.batch_tokens):
             batch = self._decoder.symbols(some)
             if early:
                 self._first += self._decoder.start([(some, batch)], self._target.whole)

@@ -38,23 +38,6 @@ def plain_model(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
-    """The part of a model that fills the cache: without head, without vision tower."""
-    model = plain_model(model)
-    if model.config.is_encoder_decoder:
-        raise UnsupportedError(
-            f"{type(model).__name__} is an encoder-decoder model, supported are causal decoders"
-        )
-    # Where an output head is called "decoder", get_decoder gives that.
-    for part in (model.get_decoder(), model.base_model):  # type: ignore[no-untyped-call]
-        part = getattr(part, "_orig_mod", part)
-        if isinstance(part, PreTrainedModel):
-            return part
-    raise UnsupportedError(
-        f"{type(model).__name__} has no part that is a model of its own and fills the cache"
-    )
-
-
 #: What has been found out about models, while :func:`one_walk` keeps it.
 _kept: ContextVar[dict[tuple[str, int], tuple[Any, Any]] | None] = ContextVar("kept", default=None)
 
@@ -84,6 +67,24 @@ def found_once(function: Callable[[T], R]) -> Callable[[T], R]:
         return found
 
     return find
+
+
+@found_once
+def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The part of a model that fills the cache: without head, without vision tower."""
+    model = plain_model(model)
+    if model.config.is_encoder_decoder:
+        raise UnsupportedError(
+            f"{type(model).__name__} is an encoder-decoder model, supported are causal decoders"
+        )
+    # Where an output head is called "decoder", get_decoder gives that.
+    for part in (model.get_decoder(), model.base_model):  # type: ignore[no-untyped-call]
+        part = getattr(part, "_orig_mod", part)
+        if isinstance(part, PreTrainedModel):
+            return part
+    raise UnsupportedError(
+        f"{type(model).__name__} has no part that is a model of its own and fills the cache"
+    )
 
 
 def ahead_of_what_comes(device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
