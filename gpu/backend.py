@@ -7,8 +7,7 @@ values may still be on their way, as the stream's order tells.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cached_property, partial
@@ -28,8 +27,6 @@ from kvtc_stream.coding.values import (
     codes_planes,
     section_scales,
     stored_positions,
-    verbatim_output,
-    verbatim_planes,
 )
 from kvtc_stream.errors import FormatError
 from kvtc_stream.formats import (
@@ -46,7 +43,6 @@ from kvtc_stream.formats import (
     StreamHeader,
 )
 from kvtc_stream.formats.block_errors import NO_ERRORS
-from kvtc_stream.formats.coders import decompress
 from kvtc_stream.gpu.coder import verbatim
 from kvtc_stream.gpu.coder.analysis import BatchPayloads
 from kvtc_stream.gpu.coder.band_coding import BandDecoder, BandEncoder
@@ -62,42 +58,19 @@ from kvtc_stream.gpu.coder.decoding import (
     faulty,
 )
 from kvtc_stream.gpu.coder.encoding import BatchEncoder, EncoderBatch, OffsetCurve
+from kvtc_stream.gpu.coder.exact import Exact, ExactTokens, move
 from kvtc_stream.gpu.coder.plan import BandPlan, DevicePlan
 from kvtc_stream.gpu.coder.rope import ropes_of
-from kvtc_stream.gpu.kernels import layout
 from kvtc_stream.gpu.runtime.staging import Staging, pinned, recorded, sending
 from kvtc_stream.gpu.runtime.streams import CHECKING, UPLOADING, apart, beside, interleaving
 from kvtc_stream.gpu.runtime.tensors import BITS, Tensors, entries, taker
 from kvtc_stream.io.dlpack import BackendName, layer_list, numpy_dtype, on_cuda
 from kvtc_stream.io.steps import Steps, begun, run
-from kvtc_stream.io.threads import threads
 from kvtc_stream.planning.rate_control import SectionControl
 
 #: Batches that are decoded at once where the host has more to do than the device, a quarter more at
 #: the most.
 _TOGETHER = 3
-#: About the most bytes of verbatim tokens that wait to be uploaded, or to be placed.
-_VERBATIM_BYTES = 256 << 20
-
-
-class _Exact(NamedTuple):
-    """Verbatim tokens of a block: its row and first ordinal, the tokens' slots, and their byte
-    planes; or, if the device decodes them, their payload, and its address there if it has one."""
-
-    row: int
-    start: int
-    slots: NDArray[np.int64]
-    planes: bytes | None
-    payload: memoryview
-    address: int
-
-
-class _Unchecked(NamedTuple):
-    """Verbatim values that the device decodes: first ordinals of blocks, and what waits for int32
-    [blocks], whether each had a fault."""
-
-    starts: list[int]
-    faults: Callable[[], NDArray[np.int32]]
 
 
 class _Target(NamedTuple):
@@ -108,35 +81,6 @@ class _Target(NamedTuple):
     columns: Any
     whole: Destination
     groups: list[Destination]
-
-
-def _check_exact(unchecked: Sequence[_Unchecked]) -> None:
-    """Wait for the device; ``FormatError`` if a block's values are damaged."""
-    for starts, faults in unchecked:
-        for i in np.flatnonzero(faults()).tolist():
-            raise FormatError(f"block at token {starts[i]}: its verbatim values are damaged")
-
-
-def _move(
-    staging: Staging,
-    moves: Sequence[tuple[NDArray[np.int64], NDArray[np.int64] | Sequence[int]]],
-    columns: Any,
-    itemsize: int,
-    *,
-    back: bool,
-) -> None:
-    """Copy values at addresses, one an entry of ``columns``, to slots; or from them with
-    ``back``."""
-    if not moves:
-        return
-    counts = [len(slots) for slots, _ in moves]
-    found = staging.arrays(
-        np.concatenate([np.asarray(slots, np.int64) for slots, _ in moves]),
-        np.repeat(np.arange(len(counts)), counts),
-        np.cumsum([0, *counts]),
-        np.array([dense for _, dense in moves], np.int64),
-    )
-    layout.move(itemsize, back=back)((sum(counts), len(columns)), 128, (columns, *found))
 
 
 class CudaBackend:
@@ -413,7 +357,7 @@ class CudaSectionCoder(SectionCoder):
             at = values.data.ptr + first + np.concatenate(dense)
             moves.append((np.arange(span.start, span.stop), at))
         [columns_d] = staging.arrays(entries(source[0], source[1], columns, self._ropes))
-        _move(staging, moves, columns_d, itemsize, back=True)
+        move(staging, moves, columns_d, itemsize, back=True)
 
     def _batch(
         self,
@@ -624,7 +568,7 @@ class CudaSectionCoder(SectionCoder):
         layers = range(len(s.layers))
         dense = [x[i].data.ptr for x in held for i in layers]
         columns = self._columns(layers, *tensors)
-        _move(self._decoder.staging, [(slots, dense)], columns, dtype.itemsize, back=True)
+        move(self._decoder.staging, [(slots, dense)], columns, dtype.itemsize, back=True)
         return [cupy.asnumpy(x).view(numpy_dtype(dtype)) for x in held]
 
     # Decoding.
@@ -653,35 +597,35 @@ class CudaSectionCoder(SectionCoder):
         dtype = self._header.out_dtype
         outputs = [x if isinstance(x, Tensors) else Tensors.of_layers(x, dtype) for x in (k, v)]
         k_out, v_out = (self._spread(x, layers) for x in outputs)
-        loaded = self._decoder.load(table, slots, tiles=self._tiles)
+        exact = self._exact()
+        loaded = self._decoder.load(table, slots, tiles=exact.tiles)
         batches = self._decoder.batches(loaded.blocks)
         first = list(islice(batches, 1))
         destination = self._decoder.destination(layers, k_out, v_out)
         values = partial(self._decoder.start, chain(first, batches), destination)
-        unchecked: list[_Unchecked] = []
         try:
             started = values() if unseen else []
             if started:
                 yield  # what follows can wait until the device has the next blocks, too
             whole = loaded.verifying()
             columns = self._columns(layers, k_out, v_out)
-            there = self._there(table, slots, loaded)
+            there = exact.there(table, slots, loaded)
             try:
-                early = self._tiled(there, unchecked)
+                early = exact.uploaded(there)
             except FormatError:
                 whole()  # says more of a payload that is damaged
                 raise
-            exact = self._exact(table, slots, loaded, {x.row for x in there})
+            rest = exact.of(table, slots, loaded, {x.row for x in there})
             yield
             whole()
-            self._place_exact(early, layers, columns)
+            exact.place(early, layers, columns)
             started = started or values()
-            for found in exact:  # beside what the device does
-                self._place_exact(self._uploaded(found, unchecked), layers, columns)
+            for some in rest:  # beside what the device does
+                exact.place(exact.uploaded(some), layers, columns)
             yield
             for block, own in faulty(started):
                 self._place(own, *self._cpu.decode(block, layers), columns)
-            _check_exact(unchecked)
+            exact.check()
         finally:  # callers may go on in streams of their own, or give the memory back
             cupy.cuda.get_current_stream().synchronize()
 
@@ -697,124 +641,8 @@ class CudaSectionCoder(SectionCoder):
         work at once."""
         yield from _Arrival(self, early, groups, out).steps(portions)
 
-    @property
-    def _tiles(self) -> bool:
-        """Whether the device decodes tiles of verbatim values: they are of the output's type."""
-        return self._header.dtype is self._header.out_dtype
-
-    def _there(
-        self, table: BlockTable, slots: NDArray[np.int64], loaded: BlockLoad
-    ) -> list[_Exact]:
-        """The verbatim tokens whose payloads are on the device, unless they are many."""
-        rows, own = table.rows, np.flatnonzero(loaded.exact >= 0)
-        tokens = int(rows["tokens"][own].sum())
-        if self._header.verbatim_size(self._index, tokens) > _VERBATIM_BYTES:
-            return []
-        ends = np.cumsum(rows["tokens"])
-        begins = (ends - rows["tokens"]).tolist()
-        return [
-            _Exact(
-                row,
-                int(rows["start"][row]),
-                slots[begins[row] : ends[row]],
-                None,
-                table.bytes_of(row, "exact", "exact_length"),
-                loaded.exact_address(row),
-            )
-            for row in own.tolist()
-        ]
-
-    def _exact(
-        self,
-        table: BlockTable,
-        slots: NDArray[np.int64],
-        loaded: BlockLoad,
-        but: Container[int] = (),
-    ) -> Iterator[Sequence[_Exact]]:
-        """The verbatim tokens ``but`` those of some rows, of some blocks at a time; threads begin
-        with those that the device does not decode at once. To be taken when the blocks are known to
-        be whole: what comes of others tells less of them than their checksums do."""
-        rows, some = table.rows, table.verbatim() if table.special else None
-        edges = np.concatenate([[0], np.cumsum(rows["tokens"])]).tolist()
-        header, waiting = self._header, 0
-
-        def planes(row: int) -> bytes:
-            if not self._tiles:
-                block = table.block(row, verified=True)
-                return b"".join(verbatim_planes(*verbatim_output(block, header)))
-            data = table.bytes_of(row, "exact", "exact_length")
-            size = header.verbatim_size(self._index, int(rows["verbatim"][row]))
-            return decompress(Coder(rows["verbatim_coder"][row]), data, size)
-
-        groups: list[list[tuple[int, NDArray[np.int64], Future[bytes] | None]]] = []
-        for row in np.flatnonzero(rows["verbatim"]).tolist():
-            if row in but:
-                continue
-            own = slice(edges[row], edges[row + 1])
-            if not groups or waiting > _VERBATIM_BYTES:
-                groups.append([])
-                waiting = 0
-            tiles = self._tiles and rows["verbatim_coder"][row] == Coder.PLANES
-            found = None if tiles else threads().submit(planes, row)
-            places = slots[own] if some is None else slots[own][some[own]]
-            groups[-1].append((row, places, found))
-            waiting += header.verbatim_size(self._index, int(rows["verbatim"][row]))
-
-        def result(row: int, own: NDArray[np.int64], found: Future[bytes] | None) -> _Exact:
-            payload = table.bytes_of(row, "exact", "exact_length")
-            start, planes = int(rows["start"][row]), None if found is None else found.result()
-            return _Exact(row, start, own, planes, payload, loaded.exact_address(row))
-
-        return ([result(*one) for one in group] for group in groups)
-
-    def _uploaded(
-        self, found: Sequence[_Exact], unchecked: list[_Unchecked]
-    ) -> list[tuple[NDArray[np.int64], Any]]:
-        """Slots, and values on the device; see :func:`_check_exact`."""
-        size = self._header.out_dtype.itemsize
-        there = [x for x in found if x.planes is None and x.address]
-        rest = [x for x in found if x.planes is None and not x.address]
-        plain = [x for x in found if x.planes is not None]
-        out = []
-        data, begins = self._decoder.staging.upload([x.planes for x in plain])
-        for x, at in zip(plain, begins.tolist(), strict=True):
-            assert x.planes is not None
-            planes = data[at : at + len(x.planes)].reshape(size, -1)
-            out.append((x.slots, cupy.ascontiguousarray(planes.T)))
-        if rest:
-            data, begins = self._decoder.staging.upload([x.payload for x in rest])
-            addresses = (data.data.ptr + begins).tolist()
-            rest = [x._replace(address=at) for x, at in zip(rest, addresses, strict=True)]
-        return out + self._tiled(rest, unchecked) + self._tiled(there, unchecked)
-
-    def _tiled(
-        self, found: Sequence[_Exact], unchecked: list[_Unchecked]
-    ) -> list[tuple[NDArray[np.int64], Any]]:
-        """As :meth:`_uploaded`, of payloads on the device."""
-        if not found:
-            return []
-        itemsize = self._header.out_dtype.itemsize
-        sizes = [self._header.verbatim_size(self._index, len(x.slots)) // itemsize for x in found]
-        staging = self._decoder.staging
-        payloads, addresses = [x.payload for x in found], [x.address for x in found]
-        values, faults = verbatim.decode(payloads, sizes, addresses, staging)
-        unchecked.append(_Unchecked([x.start for x in found], staging.begin_fetch(faults)))
-        return [(x.slots, own) for x, own in zip(found, values, strict=True)]
-
-    def _place_exact(
-        self,
-        found: Sequence[tuple[NDArray[np.int64], Any]],
-        layers: Sequence[int],
-        columns: Any,
-    ) -> None:
-        """Write ``layers`` of values to slots: on the device, all of K [layers, heads, tokens, dim]
-        and then of V."""
-        s, own = self._section, np.array(layers)
-        ks, vs = s.kv_heads * s.k_dim, s.kv_heads * s.v_dim
-        itemsize = self._header.out_dtype.itemsize
-        units = itemsize * np.concatenate([own * ks, len(s.layers) * ks + own * vs])
-        moves = [(slots, values.data.ptr + len(slots) * units) for slots, values in found]
-        _move(self._decoder.staging, moves, columns, itemsize, back=False)
+    def _exact(self) -> ExactTokens:
+        return ExactTokens(self._header, self._index, self._decoder.staging)
 
     def _spread(self, out: Tensors, layers: Sequence[int]) -> Tensors:
         """The same tensors with an address for every layer of the section, 0 if not wanted."""
@@ -839,7 +667,7 @@ class CudaSectionCoder(SectionCoder):
             for i in range(len(x))
         ]
         itemsize = self._header.out_dtype.itemsize
-        _move(self._decoder.staging, [(slots, dense)], columns, itemsize, back=False)
+        move(self._decoder.staging, [(slots, dense)], columns, itemsize, back=False)
 
     def _columns(self, layers: Sequence[int], k: Tensors, v: Tensors) -> Any:
         """Entries of layers, K's and then V's, int64 [2 · layers, layout.FIELDS] on the device."""
@@ -856,19 +684,19 @@ class CudaSectionCoder(SectionCoder):
     ) -> Callable[[int], tuple[Any, Any]]:
         """See :meth:`kvtc_stream.backends.base.SectionCoder.layers_of`."""
         s, dtype = self._section, self._header.out_dtype
-        loaded = self._decoder.load(table, slots, tiles=self._tiles)
+        exact = self._exact()
+        loaded = self._decoder.load(table, slots, tiles=exact.tiles)
         found = [
             (some, self._decoder.symbols(some))
             for some in loaded.blocks.batches(self._decoder.batch_tokens)
         ]
         loaded.verifying()()
-        verbatim = self._exact(table, slots, loaded)
+        verbatim = exact.of(table, slots, loaded)
         fetch = self._decoder.staging.begin_fetch
         slow = list(faulty(RunningBatch(some, fetch(batch.faults)) for some, batch in found))
         on_host = [(own, self._cpu.decode_layers(block)) for block, own in slow]
-        unchecked: list[_Unchecked] = []
-        exact = [own for some in verbatim for own in self._uploaded(some, unchecked)]
-        _check_exact(unchecked)
+        values = [own for some in verbatim for own in exact.uploaded(some)]
+        exact.check()
 
         def layer(index: int) -> tuple[Any, Any]:
             shape = (1, s.kv_heads, tokens)
@@ -886,7 +714,7 @@ class CudaSectionCoder(SectionCoder):
             columns = self._columns([index], k_out, v_out)
             for own, of_layer in decoded:
                 self._place(own, *of_layer(index), columns)
-            self._place_exact(exact, [index], columns)
+            exact.place(values, [index], columns)
             return k.view(numpy_dtype(dtype)), v.view(numpy_dtype(dtype))
 
         return layer
@@ -906,11 +734,11 @@ class _Arrival:
         self._early, self._groups, self._out = early, groups, out
         self._stream, self._ready = cupy.cuda.get_current_stream(), recorded()
         self._loads: list[BlockLoad] = []
-        self._exact: list[Iterator[Sequence[_Exact]]] = []
-        self._others: list[tuple[CodedBlocks, Batch]] = []
+        self._exact = coder._exact()
+        self._verbatim: list[Iterator[Sequence[Exact]]] = []
+        self._batches: list[tuple[CodedBlocks, Batch]] = []
         self._first: list[RunningBatch] = []
         self._verifying: list[Callable[[], None]] = []
-        self._unchecked: list[_Unchecked] = []
 
     def steps(self, portions: Iterable[tuple[BlockTable, NDArray[np.int64]]]) -> Steps[None]:
         """See :meth:`kvtc_stream.backends.base.SectionCoder.arriving`."""
@@ -918,7 +746,7 @@ class _Arrival:
             try:
                 yield from self._sending(portions)
                 started = [
-                    (self._decoder.start(self._others, each), recorded())
+                    (self._decoder.start(self._batches, each), recorded())
                     for each in self._target.groups
                 ]
             except FormatError:
@@ -932,7 +760,7 @@ class _Arrival:
             for number in UPLOADING, CHECKING:
                 with beside(self._ready, number):
                     cupy.cuda.get_current_stream().synchronize()
-        _check_exact(self._unchecked)
+        self._exact.check()
         yield
         slow = list(faulty(self._first))
         for (running, done), own in zip(started, self._groups, strict=True):
@@ -949,10 +777,10 @@ class _Arrival:
         portion has been launched."""
         for i, (table, slots) in enumerate(portions):
             with beside(self._ready, UPLOADING):
-                loaded = self._decoder.load(table, slots, tiles=self._coder._tiles)
+                loaded = self._decoder.load(table, slots, tiles=self._exact.tiles)
                 uploaded = recorded()
             self._loads.append(loaded)
-            self._exact.append(self._coder._exact(table, slots, loaded))
+            self._verbatim.append(self._exact.of(table, slots, loaded))
             if len(loaded.blocks):
                 self._stream.wait_event(uploaded)
                 self._launch(loaded.blocks, i < self._early)
@@ -968,25 +796,13 @@ class _Arrival:
             if early:
                 self._first += self._decoder.start([(some, batch)], self._target.whole)
             else:
-                self._others.append((some, batch))
+                self._batches.append((some, batch))
 
     def _place(self) -> None:
         """What is exact to its place."""
-        coder, layers = self._coder, range(len(self._coder._section.layers))
-
-        def place() -> None:
-            found = coder._uploaded(waiting, self._unchecked)
-            coder._place_exact(found, layers, self._target.columns)
-
-        waiting, held = list[_Exact](), 0
-        for some in chain.from_iterable(self._exact):
-            size = sum(coder._header.verbatim_size(coder._index, len(x.slots)) for x in some)
-            if held + size > _VERBATIM_BYTES:
-                place()
-                waiting, held = [], 0
-            waiting += some
-            held += size
-        place()
+        layers = range(len(self._coder._section.layers))
+        for some in self._exact.joined(chain.from_iterable(self._verbatim)):
+            self._exact.place(self._exact.uploaded(some), layers, self._target.columns)
 
     @cached_property
     def _target(self) -> _Target:
