@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.dlpack import from_dlpack
 
+from kvtc_stream.backends.select import get_backend
 from kvtc_stream.formats.geometry import DType
 from kvtc_stream.io.dlpack import (
     KVArray,
@@ -603,3 +604,13 @@ def test_lists_of_several_layers() -> None:
         layer_list([x[:2], x[2:]], "k", 4, 2, 4)
     with pytest.raises(ValueError, match="batch of 2"):
         layer_list([x[:2], x[2:4]], "k", 2, 2, 4)
+    with pytest.raises(ValueError, match=r"k\[1\] has 2 tokens, k\[0\] has 3"):
+        layer_list([x[:2], x[2:4, :, :2], x[4]], "k", 5, 2, 4)
+    with pytest.raises(ValueError, match=r"k\[1\]"):
+        layer_list([x[:3], x[3:, :0]], "k", 5, 2, 4)
+    with pytest.raises(TypeError, match=r"k\[1\] has dtype float32, k\[0\] has float16"):
+        layer_list([x[:3], x[3:].astype(np.float32)], "k", 5, 2, 4)
+    arrays, _ = layer_list([x[:3], x[:0], x[3:]], "k", 5, 2, 4)
+    assert all(np.shares_memory(a, b) for a, b in zip(arrays, x, strict=True))
+    found = get_backend("cpu").layers_in([x[:2], x[2:]])
+    assert all(np.shares_memory(a, b) for a, b in zip(found, x, strict=True))

@@ -423,8 +423,8 @@ def layer_list(
     if isinstance(x, list | tuple):
         found = [convert(t, f"{name}[{i}]") for i, t in enumerate(x)]
         if len(x) != layers and sum(a.shape[0] if a.ndim == 4 else 1 for a in found) == layers:
-            several = found
-            found = [a[0] if a.ndim == 4 else a for a in several if len(a)]  # layers of one: alike
+            several = [a if a.ndim == 4 else a[None] for a in found]
+            found = [a[0] for a in several if len(a)]  # layers of one tensor are alike
         elif len(found) != layers:
             raise ValueError(
                 f"{name} is a list of {len(x)} tensors; expected one for each of {layers} layers"
@@ -452,7 +452,7 @@ def layer_list(
                 "layers that hold different tokens belong to different sections"
             )
     if several:
-        arrays = [own for a in several for own in (a if a.ndim == 4 else [a])]
+        arrays = [own for a in several for own in a]
     return arrays, dtype
 
 
