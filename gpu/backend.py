@@ -58,7 +58,7 @@ from kvtc_stream.gpu.coder.decoding import (
     faulty,
 )
 from kvtc_stream.gpu.coder.encoding import BatchEncoder, EncoderBatch, OffsetCurve
-from kvtc_stream.gpu.coder.exact import Exact, ExactTokens, move
+from kvtc_stream.gpu.coder.exact import MOST_JOINED, Exact, ExactTokens, move
 from kvtc_stream.gpu.coder.plan import BandPlan, DevicePlan
 from kvtc_stream.gpu.coder.rope import ropes_of
 from kvtc_stream.gpu.runtime.staging import Staging, pinned, recorded, sending
@@ -775,6 +775,7 @@ class _Arrival:
     def _sending(self, portions: Iterable[tuple[BlockTable, NDArray[np.int64]]]) -> Steps[None]:
         """Payloads to symbols, and those of early portions to values. A step is made when the first
         portion has been launched."""
+        uploaded, held = self._ready, 0
         for i, (table, slots) in enumerate(portions):
             with beside(self._ready, UPLOADING):
                 loaded = self._decoder.load(table, slots, tiles=self._exact.tiles)
@@ -786,9 +787,13 @@ class _Arrival:
                 self._launch(loaded.blocks, i < self._early)
             if not i:
                 yield
+            self._target  # noqa: B018  # groups of layers wait for it, not for checksums
             self._verifying.append(loaded.verifying())
-        with beside(uploaded):
-            self._place()
+            held += self._exact.size(int(table.rows["verbatim"].sum()))
+            if held > MOST_JOINED:  # threads have begun with all of them
+                self._place(uploaded)
+                held = 0
+        self._place(uploaded)
 
     def _launch(self, blocks: CodedBlocks, early: bool) -> None:
         for some in blocks.batches(_TOGETHER * self._decoder.batch_tokens):
@@ -798,11 +803,13 @@ class _Arrival:
             else:
                 self._batches.append((some, batch))
 
-    def _place(self) -> None:
-        """What is exact to its place."""
-        layers = range(len(self._coder._section.layers))
-        for some in self._exact.joined(chain.from_iterable(self._verbatim)):
-            self._exact.place(self._exact.uploaded(some), layers, self._target.columns)
+    def _place(self, uploaded: Any) -> None:
+        """What is exact and waits to its place."""
+        layers, waiting = range(len(self._coder._section.layers)), self._verbatim
+        self._verbatim = []
+        with beside(uploaded):
+            for some in self._exact.joined(chain.from_iterable(waiting)):
+                self._exact.place(self._exact.uploaded(some), layers, self._target.columns)
 
     @cached_property
     def _target(self) -> _Target:

@@ -21,8 +21,9 @@ from kvtc_stream.gpu.kernels import layout
 from kvtc_stream.gpu.runtime.staging import Staging
 from kvtc_stream.io.threads import threads
 
-#: About the most bytes of verbatim tokens that wait to be uploaded, or to be placed.
-_MOST = 256 << 20
+#: About the most bytes of verbatim tokens that wait to be uploaded; and of those of several tables,
+#: where the host has more to do than the device.
+_MOST, MOST_JOINED = 64 << 20, 256 << 20
 
 #: Slots of tokens, and their values on the device.
 Values: TypeAlias = tuple[NDArray[np.int64], Any]
@@ -83,7 +84,7 @@ class ExactTokens:
     def there(self, table: BlockTable, slots: NDArray[np.int64], loaded: BlockLoad) -> list[Exact]:
         """Those whose payloads are on the device, unless they are many."""
         rows, own = table.rows, np.flatnonzero(loaded.exact >= 0)
-        if self._header.verbatim_size(self._index, int(rows["tokens"][own].sum())) > _MOST:
+        if self.size(int(rows["tokens"][own].sum())) > _MOST:
             return []
         ends = np.cumsum(rows["tokens"])
         begins = (ends - rows["tokens"]).tolist()
@@ -117,25 +118,27 @@ class ExactTokens:
             planes = None if tiles else threads().submit(self._planes, table, row)
             places = slots[own] if some is None else slots[own][some[own]]
             groups[-1].append((row, places, planes))
-            waiting += self._size(len(places))
+            waiting += self.size(len(places))
         return (
             [self._of_block(table, row, own, loaded, found) for row, own, found in group]
             for group in groups
         )
 
     def joined(self, groups: Iterable[Sequence[Exact]]) -> Iterator[Sequence[Exact]]:
-        """Of several tables, as many as :meth:`of` gives at a time."""
+        """Of several tables, up to :data:`MOST_JOINED` bytes at a time."""
         waiting, held = list[Exact](), 0
         for some in groups:
-            size = sum(self._size(len(x.slots)) for x in some)
-            if held + size > _MOST:
+            size = sum(self.size(len(x.slots)) for x in some)
+            if waiting and held + size > MOST_JOINED:
                 yield waiting
                 waiting, held = [], 0
             waiting += some
             held += size
-        yield waiting
+        if waiting:
+            yield waiting
 
-    def _size(self, tokens: int) -> int:
+    def size(self, tokens: int) -> int:
+        """Bytes of so many tokens, as the stream has them."""
         return self._header.verbatim_size(self._index, tokens)
 
     def _planes(self, table: BlockTable, row: int) -> bytes:
@@ -143,7 +146,7 @@ class ExactTokens:
             block = table.block(row, verified=True)
             return b"".join(verbatim_planes(*verbatim_output(block, self._header)))
         data, rows = table.bytes_of(row, "exact", "exact_length"), table.rows
-        size = self._size(int(rows["verbatim"][row]))
+        size = self.size(int(rows["verbatim"][row]))
         return decompress(Coder(rows["verbatim_coder"][row]), data, size)
 
     def _of_block(
@@ -179,7 +182,7 @@ class ExactTokens:
         """Of payloads on the device."""
         if not found:
             return []
-        sizes = [self._size(len(x.slots)) // self._itemsize for x in found]
+        sizes = [self.size(len(x.slots)) // self._itemsize for x in found]
         payloads, addresses = [x.payload for x in found], [x.address for x in found]
         values, faults = verbatim.decode(payloads, sizes, addresses, self._staging)
         self._unchecked.append(([x.start for x in found], self._staging.begin_fetch(faults)))

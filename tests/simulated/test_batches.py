@@ -146,7 +146,6 @@ def test_rows_that_arrive_layer_by_layer(
 ) -> None:
     """The latest tokens of streams of two kinds: after each step another layer is there; what is
     behind them in memory stays."""
-    monkeypatch.setattr("kvtc_stream.stream.decoder.check_memory", lambda *_: None)
     monkeypatch.setattr(
         "kvtc_stream.gpu.backend.taker", lambda: lambda x, _: (x.view(np.uint16), FLOAT16)
     )
@@ -172,6 +171,8 @@ def test_rows_that_arrive_layer_by_layer(
     for most, together in ((1, 1), (1, 12), (256, 1 << 14)):
         monkeypatch.setattr("kvtc_stream.stream.reader._BLOCKS_AT_A_TIME", most)
         monkeypatch.setattr("kvtc_stream.gpu.backend.batch_tokens", lambda _, n=together: n)
+        for module in ("backend", "coder.exact"):
+            monkeypatch.setattr(f"kvtc_stream.gpu.{module}.MOST_JOINED", together)
         some, batch = rows(*streams)
         steps = some.arriving([[0], [1]])
         for _ in range(3):

@@ -45,7 +45,7 @@ class Arrivals:
                 self._there += 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Room:
     """Memory of some layers, and views of it, which take less time for all layers at once.
 
