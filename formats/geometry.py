@@ -148,8 +148,8 @@ class Section:
         if not isinstance(other, Section):
             return NotImplemented
         # Tables are long, and mostly one for all layers: each pair of them is compared once.
-        pairs = zip(self.rope, other.rope, strict=False)
-        tables = {(id(own), id(others)): (own, others) for own, others in pairs}
+        pairs = zip(map(id, self.rope), map(id, other.rope), strict=False)
+        tables = dict(zip(pairs, zip(self.rope, other.rope, strict=False), strict=False))
         return (
             self._sizes == other._sizes
             and len(self.rope) == len(other.rope)

@@ -43,7 +43,8 @@ def test_pieces_that_are_decoded_together(blocks: int, most: int, large: bool) -
     if large and blocks > most:
         assert sizes[0] == most
         assert sizes.max() <= 1.1 * LARGE * most + 1
-        assert len(sizes) <= 2 + (blocks - most) / (LARGE * most)
+        assert sizes[-1] <= 2 * most
+        assert len(sizes) <= 3 + (blocks - most) / (LARGE * most)
     else:
         assert sizes.max() <= max(1.5 * most, 2)
 

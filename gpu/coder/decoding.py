@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any, NamedTuple, TypeAlias
 
 import cupy
@@ -31,7 +31,6 @@ from kvtc_stream.gpu.runtime.driver import in_turn
 from kvtc_stream.gpu.runtime.staging import Staging, recorded
 from kvtc_stream.gpu.runtime.streams import TURNS, beside, stream
 from kvtc_stream.gpu.runtime.tensors import Column, Tensors, entries
-from kvtc_stream.io.xxh3 import jit
 
 #: Maximum bytes of a batch's symbols, stacked ones included.
 SYMBOL_BYTES = 1 << 30
@@ -411,60 +410,78 @@ class TileTasks:
         tokens: NDArray[np.int64],
         firsts: NDArray[np.int64],
         begins: NDArray[np.int64],
-    ) -> tuple[NDArray[np.int64], int]:
-        """int64 [tiles, FIELDS], and how many share a block of threads.
+    ) -> tuple[list[_Tiles], int]:
+        """The tiles of payloads, for each size of tiles, and how many share a block of threads.
 
         Payloads begin at ``begins``; ``tokens`` and ``firsts`` [blocks] are coded tokens, and the
         first one among all.
         """
-        sizes = payloads.sizes
+        sizes, coded = payloads.sizes, np.array(self._coded, np.int64)
         kinds = sorted(set(sizes.tolist()))  # mostly one, which that finds quicker than NumPy
-        counts = [int((sizes == s).sum()) * len(self.template(s)[0]) for s in kinds]
-        together = self.together(sum(counts))
+        counts = [(size, int((sizes == size).sum()), -(-coded // size)) for size in kinds]
+        together = self.together(sum(count * int(each.sum()) for _, count, each in counts))
         levels = payloads.levels.clip(self._lowest, self._highest) - self._lowest
-        blocks = np.stack(
-            [tokens, firsts, begins + payloads.tiles, begins + payloads.classes, levels], axis=1
-        )
-        out = []
-        for size in kinds:
-            own = np.flatnonzero(sizes == size)
-            order = self.order(size, len(own), together)
-            tasks = np.zeros((len(order), rans.FIELDS), np.int64)
-            _fill_tasks(tasks, order, *self.template(size), own, blocks, payloads.lengths)
-            out.append(tasks)
-        return out[0] if len(out) == 1 else np.concatenate(out), together
+        numbers = np.arange(len(tokens))
+        fields = [numbers, tokens, firsts, begins + payloads.tiles, begins + payloads.classes]
+        blocks = np.stack([*fields, levels], axis=1)
+        starts = np.array([part.start for part in self._parts], np.int64)
+        found = []
+        for size, count, each in counts:
+            # Each part is filled up.
+            ends = np.cumsum(-(-count * each // together) * together)
+            parts = np.stack([_before(ends), _before(np.cumsum(each)), starts, coded], axis=1)
+            own = blocks if count == len(blocks) else blocks[sizes == size]
+            found.append(_Tiles(size, parts, own, int(ends[-1])))
+        return found, together
 
 
-@jit
-def _fill_tasks(tasks, order, template, leading, own, blocks, lengths):  # type: ignore[no-untyped-def]
-    """Tasks of tiles in an order, see :meth:`TileTasks.order`, which are 0 at first.
+def _before(ends: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Where things begin that end there, one after the other."""
+    return np.concatenate([[0], ends[:-1]])
 
-    ``blocks`` [blocks, 5] are coded tokens, the first of them, where tiles and classes begin, and
-    the level; those at ``own`` have tiles as ``template``, of ``lengths`` [blocks, tiles] bytes.
+
+class _Tiles(NamedTuple):
+    """What the device makes tasks of, see :func:`kvtc_stream.gpu.kernels.rans.tasks`.
+
+    Attributes
+    ----------
+    size
+        Maximum number of components in a tile.
+    parts, blocks
+        int64 [parts, rans.PART_FIELDS] and [blocks, rans.BLOCK_FIELDS].
+    tasks
+        How many there are.
     """
-    tiles = len(template)
-    ends = np.empty((len(own), tiles), np.int64)
-    for i, block in enumerate(own):
-        end = blocks[block, 2]
-        for tile in range(tiles):
-            end += lengths[block, tile]
-            ends[i, tile] = end
-    for place, which in enumerate(order):
-        task = tasks[place]
-        if which < 0:
-            task[rans.PART] = -1 - which
-            continue
-        i, tile = which // tiles, which % tiles
-        block = own[i]
-        task[:] = template[tile]
-        tokens, classes = blocks[block, 0], blocks[block, 3]
-        classes += (tokens + 1) // 2 * template[tile, rans.PART]
-        task[rans.TOKENS], task[rans.TOKEN] = tokens, blocks[block, 1]
-        task[rans.BLOCK] = block
-        task[rans.WORDS] = (ends[i, tile] - lengths[block, tile]) // 2
-        task[rans.LENGTH] = lengths[block, tile] // 2
-        task[rans.CLASSES] = classes if leading[tile] else -1 - classes
-        task[rans.LEVEL] = blocks[block, 4]
+
+    size: int
+    parts: NDArray[np.int64]
+    blocks: NDArray[np.int64]
+    tasks: int
+
+
+def _tasks(found: Sequence[_Tiles], there: Sequence[Any], lengths: Any) -> Any:
+    """int64 [tasks, rans.FIELDS] on the device, given what else is there: parts and blocks of all,
+    and lengths."""
+    out = cupy.empty((sum(x.tasks for x in found), rans.FIELDS), np.int64)
+    to = out.data.ptr
+    for x, parts, blocks in zip(found, there[::2], there[1::2], strict=True):
+        rans.tasks(
+            -(-x.tasks // rans.THREADS),
+            rans.THREADS,
+            (
+                parts,
+                len(parts),
+                x.size,
+                blocks,
+                len(blocks),
+                lengths,
+                lengths.shape[1],
+                to,
+                x.tasks,
+            ),
+        )
+        to += 8 * rans.FIELDS * x.tasks
+    return out
 
 
 def batch_tokens(section: Section) -> int:
@@ -691,11 +708,17 @@ class UniformDecoder(BatchDecoder):
         with np.errstate(over="ignore"):
             steps_of_classes = powers.astype(np.float32)
         firsts = np.cumsum(coded) - coded
-        host_tasks, together = self._tasks.decoding(payloads, coded, firsts, blocks.begins)
+        tiles, together = self._tasks.decoding(payloads, coded, firsts, blocks.begins)
         kept = np.flatnonzero(blocks.kept).astype(np.int32)
-        tasks, steps, columns, positions, slots = self.staging.arrays(
-            host_tasks, steps_of_classes, kept, blocks.positions, blocks.slots
+        steps, columns, positions, slots, lengths, *there = self.staging.arrays(
+            steps_of_classes,
+            kept,
+            blocks.positions,
+            blocks.slots,
+            payloads.lengths,
+            *chain.from_iterable((x.parts, x.blocks) for x in tiles),
         )
+        tasks = _tasks(tiles, there, lengths)
         stride = -(-int(blocks.edges[-1]) // 64) * 64
         # No tile writes these columns, but products read them, so they must be finite.
         new = cupy.empty if len(columns) == stride else cupy.zeros

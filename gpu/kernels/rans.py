@@ -47,6 +47,22 @@ MOST_TILES = 16
     LEVEL,  # index into the families' ids; when encoding, the block's instead
 ) = range(10)
 FIELDS = 10
+#: Fields of a block of payloads and of a part, for :func:`tasks`.
+(
+    NUMBER,  # of the block, among all
+    HELD,  # its coded tokens
+    BEFORE,  # the first of them among all
+    TILES,  # where its tiles begin, in bytes
+    NIBBLES,  # where its classes begin, in bytes
+    OWN_LEVEL,  # index into the families' ids
+) = range(6)
+BLOCK_FIELDS = 6
+PLACE, TILE, COMPONENT, CODED = range(
+    4
+)  # the first of its tasks, tiles and components; and components
+PART_FIELDS = 4
+#: Threads of a block of :func:`tasks`.
+THREADS = 128
 
 #: Bits of a block's faults. LARGE is not an error of the stream: a symbol exceeds binary16.
 DAMAGED, LARGE, FULL = 1, 2, 4
@@ -57,6 +73,58 @@ _LEAST = np.uint32(1 << 16)
 _WIDE = -0x8000
 #: Maximum number of words of a step: one for each lane's state and escape, two for a wide value.
 _STEP_WORDS = 4 * WARP
+
+
+@kernel(i64p, i32, i32, i64p, i32, i64p, i64, i64p, i32)
+def tasks(parts, number, size, blocks, held, lengths, stride, out, places):  # type: ignore[no-untyped-def]
+    """Kernel: the tasks of tiles that are decoded, those of a part after those of another, a thread
+    each.
+
+    Parameters
+    ----------
+    parts, number
+        int64 [number, PART_FIELDS].
+    size
+        Maximum number of components in a tile.
+    blocks, held
+        int64 [held, BLOCK_FIELDS]: those whose tiles have it.
+    lengths
+        int64 [all blocks, stride]: bytes of tiles.
+    out, places
+        int64 [places, FIELDS].
+    """
+    place = _I32(cuda.blockIdx.x) * _I32(THREADS) + _I32(cuda.threadIdx.x)
+    if place >= places:
+        return
+    part = _I32(0)
+    while part + _I32(1) < number and parts[(part + _I32(1)) * PART_FIELDS + PLACE] <= place:
+        part += _I32(1)
+    of_part, to = part * PART_FIELDS, _I64(place) * FIELDS
+    coded, index = _I32(parts[of_part + CODED]), place - _I32(parts[of_part + PLACE])
+    tiles = (coded + size - _I32(1)) // size
+    which, tile = index // tiles, index % tiles
+    for i in range(_I32(0), _I32(FIELDS)):
+        out[to + i] = 0
+    out[to + PART] = part
+    if which >= held:  # it fills up
+        return
+    own = _I64(which) * BLOCK_FIELDS
+    block, tokens, begin = blocks[own + NUMBER], blocks[own + HELD], blocks[own + TILES]
+    row, before = block * stride, _I32(parts[of_part + TILE]) + tile
+    for i in range(_I32(0), before):
+        begin += lengths[row + i]
+    classes = blocks[own + NIBBLES] + (tokens + 1) // 2 * part
+    if tile:
+        classes = -1 - classes
+    out[to + TOKENS] = tokens
+    out[to + TOKEN] = blocks[own + BEFORE]
+    out[to + FIRST] = parts[of_part + COMPONENT] + tile * size
+    out[to + COUNT] = min(coded - tile * size, size)
+    out[to + BLOCK] = block
+    out[to + WORDS] = begin // 2
+    out[to + LENGTH] = lengths[row + before] // 2
+    out[to + CLASSES] = classes
+    out[to + LEVEL] = blocks[own + OWN_LEVEL]
 
 
 @kernel(

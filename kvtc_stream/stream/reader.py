@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any, BinaryIO, NamedTuple, Self
 
 import numpy as np
@@ -226,9 +226,9 @@ class Reader:
             numbers = numbers[_holding(stream.entries.take(numbers), first, last)]
         most = self._blocks.backend.batch_tokens(self._header.geometry.sections[section])
         most = min(max(most // self._header.block_tokens, 1), _BLOCKS_AT_A_TIME)
-        cuts = np.empty(0) if together else _cuts(len(numbers), most, large=large)
-        pieces = np.split(numbers, cuts.astype(np.intp))
-        return [piece for piece in pieces if len(piece)]
+        cuts = [] if together else _cuts(len(numbers), most, large=large).astype(int).tolist()
+        spans = pairwise([0, *cuts, len(numbers)])
+        return [numbers[begin:end] for begin, end in spans if begin < end]
 
     def _located(
         self, piece: NDArray[np.intp], first: int, last: int, begin: int = 0
@@ -319,14 +319,22 @@ class Reader:
         return section
 
 
-def _cuts(blocks: int, most: int, *, large: bool) -> NDArray[np.float64]:
+def _cuts(blocks: int, most: int, *, large: bool) -> NDArray[Any]:
     """Where to divide blocks into pieces of about ``most``, or :data:`LARGE` ones."""
-    if large and blocks > most:
-        count = max(math.ceil((blocks - most) / (LARGE * most) - 0.1), 1)
-        return most + np.linspace(0, blocks - most, count, endpoint=False)
+    if large:
+        cuts = [min(most, blocks)]
+        while cuts[-1] < blocks:
+            cuts.append(cuts[-1] + large_piece(blocks - cuts[-1], most))
+        return np.array(cuts[:-1])
     count = max(round(blocks / most), 1)
     # Of many, few at first: a device has nothing to do until they are there.
     return np.arange(0.5 if count > 2 else 1, count) * blocks / count
+
+
+def large_piece(left: int, most: int) -> int:
+    """How large the next piece is, see :data:`LARGE`, of what is left of pieces of ``most``. The
+    last one is small: it is there last, and layers wait until its symbols are decoded."""
+    return left if left <= 2 * most else min(LARGE * most, left - most)
 
 
 class _Records(NamedTuple):

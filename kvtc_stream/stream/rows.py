@@ -17,7 +17,7 @@ from kvtc_stream.formats import BlockTable
 from kvtc_stream.io.steps import Steps
 from kvtc_stream.stream.batch import about, kind_of
 from kvtc_stream.stream.decoder import BlockDecoder
-from kvtc_stream.stream.reader import LARGE, Reader
+from kvtc_stream.stream.reader import LARGE, Reader, large_piece
 
 #: Blocks of streams of one kind, what decodes them, and the slot of each of their tokens.
 _Portion = tuple[BlockDecoder, BlockTable, NDArray[np.int64]]
@@ -104,7 +104,7 @@ class Rows:
         it is there. Or a batch, and then ``large`` ones."""
         kinds: dict[Any, BlockDecoder] = {}
         waiting: list[_Portion] = []
-        begun = False
+        begun, left = False, self.count * self.tokens
         for i in range(self.count):
             reader = self.reader(i)
             blocks = kinds.setdefault(kind_of(reader.header), reader.block_decoder)
@@ -125,16 +125,16 @@ class Rows:
                 size = sum(len(own) for _, _, own in waiting) + len(slots)
                 if waiting and large and size > 1.1 * LARGE * batch:
                     yield _joined(waiting)
-                    waiting, begun, size = [], True, len(slots)
+                    waiting, begun, left, size = [], True, left - size + len(slots), len(slots)
                 waiting.append((blocks, table.within(named), slots))
                 most: float = batch
                 if large and begun:
-                    most = LARGE * batch
+                    most = large_piece(left, batch)
                 elif not large and not begun and self.count * self.tokens > 2 * batch:
                     most = batch / 2
                 if size >= most - batch / 4:
                     yield _joined(waiting)
-                    waiting, begun = [], True
+                    waiting, begun, left = [], True, left - size
         if waiting:
             yield _joined(waiting)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -159,6 +160,34 @@ def _decode(case: Case, encoded: list[bytes]) -> tuple[Array, Array, Array]:
     shared = 4 * max(256 * families + symbols for families, symbols in zip(*counts, strict=True))
     _run(rans.decode, case.tasks(places, own), arguments, shared)
     return out, scales, faults
+
+
+def test_tasks_of_payloads() -> None:
+    """Those of some blocks, the others have tiles of another size."""
+    case = Case(tokens=(40, 1, 33), levels=(0, 3, 2))
+    chosen, counts = [0, 2], [-(-n // PER_TILE) for n in COMPONENTS]
+    lengths = 2 * np.random.default_rng(1).integers(1, 90, (3, sum(counts)))
+    begins, classes = np.array([20, 5000, 9000]), np.array([3001, 7777, 12_345])
+    places, of_tiles = [], []
+    for tile in case.tiles:
+        local = (tile.first - (0, COMPONENTS[0])[tile.part]) // PER_TILE
+        number = (0, counts[0])[tile.part] + local
+        length = lengths[tile.block, number]
+        begin = begins[tile.block] + lengths[tile.block, :number].sum()
+        places.append((int(begin) // 2, int(length) // 2))
+        own = int(classes[tile.block]) + (case.tokens[tile.block] + 1) // 2 * tile.part
+        of_tiles.append(own if local == 0 else -1 - own)
+    held = [tile.block in chosen for tile in case.tiles]
+    case.tiles, places, of_tiles = (list(compress(x, held)) for x in (case.tiles, places, of_tiles))
+    expected = case.tasks(places, of_tiles)
+    filled = [-(-len(chosen) * n // TOGETHER) * TOGETHER for n in counts]
+    parts = np.array([[0, 0, 0, COMPONENTS[0]], [filled[0], counts[0], *COMPONENTS]])
+    columns = [range(3), case.tokens, case.starts, begins, classes, case.levels]
+    blocks = np.array(columns, np.int64).T[chosen].copy()
+    found = np.full((sum(filled), rans.FIELDS), -1, np.int64)
+    arguments = [parts, 2, PER_TILE, blocks, len(blocks), lengths, lengths.shape[1], found]
+    simulate(rans.tasks, 1, rans.THREADS, [*arguments, len(found)])
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_decoder_finds_the_symbols_of_the_cpu() -> None:

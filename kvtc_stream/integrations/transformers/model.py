@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import cache, wraps
+from itertools import chain
+from operator import attrgetter
 from typing import Any, TypeVar
 
 import torch
@@ -38,6 +40,8 @@ def plain_model(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+#: Fields of a module: what it has.
+_MODULES, _PARAMETERS, _BUFFERS = map(attrgetter, ("_modules", "_parameters", "_buffers"))
 #: What has been found out about models, while :func:`one_walk` keeps it.
 _kept: ContextVar[dict[tuple[str, int], tuple[Any, Any]] | None] = ContextVar("kept", default=None)
 
@@ -109,35 +113,22 @@ def _urgent(device: torch.device) -> torch.cuda.Stream:
 
 @found_once
 def modules_of(model: torch.nn.Module) -> list[Any]:
-    """``model.modules()``, at a tenth of its time: a model is walked through for each cache."""
-    kept, found = _kept.get() or {}, dict[torch.nn.Module, None]()
-    # Parts that were walked through, with all that is below them.
-    known = {number: own for (name, number), (_, own) in kept.items() if name == "modules_of"}
-    waiting = [model]
-    while waiting:
-        part = waiting.pop()
-        if part in found:
-            continue
-        if known and (own := known.get(id(part))) is not None:
-            found.update(dict.fromkeys(own))
-            continue
-        found[part] = None
-        if below := part._modules:
-            waiting += [x for x in reversed(below.values()) if x is not None]
+    """Those of ``model.modules()``, nearer ones first, at a tenth of its time: a model is walked
+    through for each cache."""
+    found, level = dict[Any, None](), dict[Any, None]({model: None})
+    while level:
+        found |= level
+        below = chain.from_iterable(x.values() for x in map(_MODULES, level) if x)
+        level = {x: None for x in below if x is not None and x not in found}
     return list(found)
 
 
 @found_once
 def tensors_of(model: torch.nn.Module) -> list[Tensor]:
     """Parameters and buffers; those that are shared, as often as they are."""
-    return [
-        x
-        for module in modules_of(model)
-        for own in (module._parameters, module._buffers)
-        if own  # as few are
-        for x in own.values()
-        if x is not None
-    ]
+    modules = modules_of(model)
+    held = chain(map(_PARAMETERS, modules), map(_BUFFERS, modules))
+    return [x for own in held if own for x in own.values() if x is not None]
 
 
 def layer_devices(model: PreTrainedModel) -> dict[int, torch.device]:
