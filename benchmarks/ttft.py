@@ -15,8 +15,10 @@ host parses them.
 With ``--shape`` weights, calibration and caches are drawn, as those of ``gpu.py``: times do not
 depend on them. With ``--model`` the caches are those of the text. Times are medians of
 ``--repeats`` runs after one that compiles and allocates; that one alone where it takes longer than
-two seconds. What does not fit, or takes longer than is left of ``--seconds``, is left out, with the
-reason. The result is written after each row.
+two seconds. All but ``prefill`` take turns, and ``more_than_there`` is a median of differences to
+the run of ``there`` just before: a host that others use may be half as fast for some seconds. What
+does not fit, or takes longer than is left of ``--seconds``, is left out, with the reason. The
+result is written after each row.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +53,8 @@ PLACES = ("pinned", "memory", "disk")
 LONG = 2.0
 SHAPES = ["Llama-3.1-8B", "Mistral-NeMo-12B"]
 Tensors = list[torch.Tensor]
+#: By name, what takes streams from a place, and what is done before.
+Places = dict[str, tuple[Callable[[], Sequence[Any]], Callable[[], None]]]
 
 
 class Source:
@@ -151,52 +156,55 @@ class Row:
         self._streams: list[bytes] = []
 
     def measured(self) -> dict[str, float]:
-        """Seconds, each way, and the ratio of all bytes; memory is given back in between."""
-        found = {"prefill_s": self._seconds(self._prefill)}
+        """Seconds, each way, and the ratio of all bytes."""
+        found = self._medians(lambda: {"prefill_s": self._seconds(self._prefill)})
         self._source.free()
-        found |= self._there()
-        self._source.free()
-        self._restore(self._streams)  # compiles kernels, and makes the tables of a plan
-        with tempfile.TemporaryDirectory() as folder:
-            for name, (take, before) in self._places(Path(folder)).items():
-                found |= self._from(name, take, before)
-                self._source.free()
-        return found
-
-    def _there(self) -> dict[str, float]:
-        """Of caches on the device; streams are made of them first."""
         k, v = self._caches()
         self._source.free()
-        raw = sum(x.nbytes for x in (*k, *v))
-        return {
-            "ratio": raw / sum(map(len, self._streams)),
-            "there_s": self._seconds(lambda: self._go_on(self._cache(k, v))),
-        }
+        found["ratio"] = sum(x.nbytes for x in (*k, *v)) / sum(map(len, self._streams))
+        self._restore(self._streams)  # compiles kernels, and makes the tables of a plan
+        with tempfile.TemporaryDirectory() as folder:
+            places = self._places(Path(folder))
+            return found | self._medians(lambda: self._in_turn(k, v, places))
 
-    def _from(
-        self, name: str, take: Callable[[], Sequence[Any]], before: Callable[[], None]
-    ) -> dict[str, float]:
-        """Of streams in one place."""
-        found = {
-            f"{name}_restore_s": self._seconds(lambda: self._restore(take()), before),
-            f"{name}_s": self._seconds(lambda: self._go_on(self._restore(take())), before),
-        }
-        if self._device.type == "cuda":
-            found[f"{name}_arriving_s"] = self._seconds(
-                lambda: self._go_on(self._restore(take(), wait=False)), before
-            )
+    def _in_turn(self, k: Tensors, v: Tensors, places: Places) -> dict[str, float]:
+        """Seconds of a cache that is there, and of the ways to restore it."""
+        found: dict[str, float] = {}
+        for name, (take, before) in places.items():
+            there = self._seconds(lambda: self._go_on(self._cache(k, v)))
+            found.setdefault("there_s", there)
+            before()
+            found[f"{name}_restore_s"] = self._seconds(partial(self._restore, take()))
+            ways = {name: True, f"{name}_arriving": False}
+            for way, wait in ways.items() if self._device.type == "cuda" else [(name, True)]:
+                before()
+                found[f"{way}_s"], found[f"{way}_returns_s"] = self._restored(take(), wait)
+                found[f"{way}_more_than_there_s"] = found[f"{way}_s"] - there
         return found
 
-    def _seconds(self, task: Callable[[], Any], before: Callable[[], None] = lambda: None) -> float:
-        found: list[float] = []
-        while len(found) <= self._repeats and not (found and found[0] > LONG):
-            before()
-            self._wait()
-            begin = time.perf_counter()
-            task()
-            self._wait()
-            found.append(time.perf_counter() - begin)
-        return statistics.median(found[1:] or found)
+    def _restored(self, streams: Sequence[Any], wait: bool) -> tuple[float, float]:
+        """Seconds until the next token is there, and until the cache was."""
+        self._wait()
+        begin = time.perf_counter()
+        cache = self._restore(streams, wait)
+        returned = time.perf_counter()
+        self._go_on(cache)
+        self._wait()
+        return time.perf_counter() - begin, returned - begin
+
+    def _medians(self, task: Callable[[], dict[str, float]]) -> dict[str, float]:
+        rounds: list[dict[str, float]] = []
+        while len(rounds) <= self._repeats and not (rounds and max(rounds[0].values()) > LONG):
+            rounds.append(task())
+        rounds = rounds[1:] or rounds
+        return {key: statistics.median(x[key] for x in rounds) for key in rounds[0]}
+
+    def _seconds(self, task: Callable[[], Any]) -> float:
+        self._wait()
+        begin = time.perf_counter()
+        task()
+        self._wait()
+        return time.perf_counter() - begin
 
     def _wait(self) -> None:
         if self._device.type == "cuda":
@@ -249,9 +257,7 @@ class Row:
         """The cache of all streams, on the device."""
         return host.decode_batch(streams, self._codec.calibration, model=self._network, wait=wait)
 
-    def _places(
-        self, folder: Path
-    ) -> dict[str, tuple[Callable[[], Sequence[Any]], Callable[[], None]]]:
+    def _places(self, folder: Path) -> Places:
         """Where the streams are: what takes them from there, and what is done before a run."""
         files = [folder / f"{i}.kvtc" for i in range(len(self._streams))]
         for path, data in zip(files, self._streams, strict=True):
@@ -264,7 +270,7 @@ class Row:
                 with open(path, "rb") as file:
                     os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
-        found: dict[str, tuple[Callable[[], Sequence[Any]], Callable[[], None]]] = {
+        found: Places = {
             "memory": (lambda: self._streams, lambda: None),
             "disk": (lambda: files, drop),
         }
@@ -293,8 +299,8 @@ def too_large(source: Source, tokens: int, batch: int) -> str:
     cache = 2 * batch * tokens * (section.k_width + section.v_width)  # of all layers
     # A layer's activations: gate, up and product; hidden states, half of them in binary32.
     activations = 2 * batch * tokens * (3 * config.intermediate_size + 8 * config.hidden_size)
-    # Going on copies a cache, which stays for the next run.
-    needed, (free, _) = cache + max(cache, activations), torch.cuda.mem_get_info()
+    # One is there, one restored, and going on copies its layers.
+    needed, (free, _) = max(3 * cache, cache + activations), torch.cuda.mem_get_info()
     if 1.05 * needed < free:
         return ""
     return f"needs {needed / 1e9:.0f} GB beside the weights, {free / 1e9:.0f} are free"
@@ -325,9 +331,6 @@ def rows(source: Source, args: argparse.Namespace, console: Console, note: Calla
             speed = work / row["prefill_s"]
             place = "pinned" if "pinned_s" in row else "memory"
             row["prefill_over_restore"] = row["prefill_s"] / row[f"{place}_restore_s"]
-            row["more_than_there_s"] = row[f"{place}_s"] - row["there_s"]
-            if arriving := row.get(f"{place}_arriving_s"):
-                row["arriving_more_than_there_s"] = arriving - row["there_s"]
         console.print(row, f"{time.monotonic() - begin:.1f} s in all")
         note(row)
 
@@ -357,11 +360,9 @@ def shown(result: dict[str, Any]) -> Table:
             table.add_row(*cells, row["left_out"])
             continue
         times = [f"{row[f'{way}_s']:.3f}" if f"{way}_s" in row else "" for way in ways]
-        more = [
-            row[f"{x}more_than_there_s"]
-            for x in ("", "arriving_")
-            if f"{x}more_than_there_s" in row
-        ]
+        place = "pinned" if "pinned_s" in row else "memory"
+        names = (f"{place}_{x}more_than_there_s" for x in ("", "arriving_"))
+        more = [row[name] for name in names if name in row]
         compared = (
             f"{row['prefill_over_restore']:.1f}",
             ", ".join(f"{1e3 * x:.0f} ms" for x in more),

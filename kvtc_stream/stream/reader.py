@@ -38,8 +38,8 @@ from kvtc_stream.stream.decoder import BlockDecoder, KVBlock
 
 #: About the most blocks that are decoded together.
 _BLOCKS_AT_A_TIME = 256
-#: Batches of large pieces, a tenth more at the most, for who launches all of them before he waits:
-#: with fewer ones the host is done sooner.
+#: Batches of large pieces, for who launches all of them before he waits: with fewer ones the host
+#: is done sooner.
 LARGE = 3
 
 
