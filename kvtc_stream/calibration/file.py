@@ -304,10 +304,9 @@ class _PartArrays:
             raise FormatError(
                 f"{name}: found {array.dtype} {array.shape}, expected {np.dtype(dtype)} {shape}"
             )
-        # Minimum and maximum are NaN if any value is.
-        if not array.min() >= minimum or (
-            finite and not np.isfinite([array.min(), array.max()]).all()
-        ):
+        # Minimum and maximum are NaN if any value is; types of 8 bits may have no infinity.
+        least, most = float(array.min()), float(array.max())
+        if not least >= minimum or (finite and not np.isfinite([least, most]).all()):
             raise FormatError(f"{name} has values that no calibration makes")
         array.setflags(write=False)
         return array
