@@ -9,12 +9,31 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvtc_stream.coding.payload import UniformPayload, UniformPayloads, head, nibbles, tiles
+from kvtc_stream.coding.payload import (
+    TILE_COMPONENTS,
+    UniformPayload,
+    UniformPayloads,
+    head,
+    nibbles,
+    tile_size,
+    tiles,
+)
 from kvtc_stream.errors import FormatError
 from kvtc_stream.formats import Block, BlockTable, Coder, Role
 from kvtc_stream.formats.coders import compress
 
 _NO_VALUES = compress(Coder.DEFLATE, b"")
+
+
+@given(st.lists(st.integers(0, 5000), max_size=6))
+def test_tiles_are_no_more_than_needed_and_no_larger(coded: list[int]) -> None:
+    size = tile_size(coded)
+    assert size <= TILE_COMPONENTS
+    for count in coded:
+        assert len(tiles(count, size)) == len(tiles(count, TILE_COMPONENTS))
+    if max(coded, default=0) > TILE_COMPONENTS:
+        smaller = [len(tiles(count, size - 1)) for count in coded]
+        assert smaller != [len(tiles(count, size)) for count in coded]
 
 
 @st.composite

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvtc_stream.coding.lattice import NO_GRID, TokenGrids
-from kvtc_stream.coding.payload import TILE_COMPONENTS
+from kvtc_stream.coding.payload import tile_size
 from kvtc_stream.coding.rans import CLASSES
 from kvtc_stream.formats import Coder, Section
 from kvtc_stream.gpu.coder.analysis import (
@@ -247,7 +247,8 @@ class BatchEncoder(Analyser):
         plan.check_encodable()
         super().__init__(section, plan, *args, **options)
         self._tasks = tile_tasks(plan)
-        self._tiles = len(self._tasks.template(TILE_COMPONENTS)[0])
+        self._tile_size = tile_size(plan.coded)
+        self._tiles = len(self._tasks.template(self._tile_size)[0])
 
     def prepare(
         self,
@@ -525,7 +526,7 @@ class BatchEncoder(Analyser):
                 room,
                 self._tiles,
                 parts,
-                TILE_COMPONENTS,
+                self._tile_size,
                 out.size,
                 out,
                 out,
@@ -605,7 +606,7 @@ class BatchEncoder(Analyser):
 
     def _new_room(self, starts: NDArray[np.int64]) -> _Room:
         blocks, tokens = len(starts) - 1, np.diff(starts)
-        template, leading = self._tasks.template(TILE_COMPONENTS)
+        template, leading = self._tasks.template(self._tile_size)
         counts = template[:, rans.COUNT]
         words = tokens[:, None] * np.where(leading, 2 * counts, 3 * counts // 4) + _SLACK
         task = np.tile(template, (blocks, 1, 1))
@@ -615,11 +616,11 @@ class BatchEncoder(Analyser):
         task[:, :, rans.WORDS] = np.cumsum(words.ravel()).reshape(words.shape)
         task[:, :, rans.LENGTH] = words
         together = self._tasks.together(blocks * self._tiles)
-        order = self._tasks.order(TILE_COMPONENTS, blocks, together)
+        order = self._tasks.order(self._tile_size, blocks, together)
         of_blocks = np.empty(blocks * self._tiles, np.int32)
         real = np.flatnonzero(order >= 0)
         of_blocks[order[real]] = real
-        tasks = self._tasks.arranged(task, TILE_COMPONENTS, blocks, together)
+        tasks = self._tasks.arranged(task, self._tile_size, blocks, together)
         of_tokens = np.repeat(np.arange(blocks), tokens)
         return _Room(
             cupy.asarray(tasks),

@@ -157,7 +157,7 @@ class UniformCoding:
 
     def overhead(self, tokens: int, among: int) -> float:
         """Bytes of the payload of ``among`` tokens besides their symbols: the share of some."""
-        tiles = sum(len(payload.tiles(c, payload.TILE_COMPONENTS)) for c in self._coded)
+        tiles = sum(len(payload.tiles(c, payload.tile_size(self._coded))) for c in self._coded)
         # The lanes' final states take 4 bytes, and say 1 byte on average.
         lanes = min(rans.LANES, among)
         every = 8 + tiles * (4 + 3 * lanes) + len(self._bands) * payload.nibbles(among)
@@ -178,17 +178,17 @@ class UniformCoding:
         """Coder, payload and coded size (the number of symbols) of the ``kept`` tokens."""
         if not len(kept):
             return Coder.STORED, b"", 0
-        tasks = []
+        tasks, size = [], payload.tile_size(self._coded)
         for bands, symbols, classes in zip(
             self._bands, quantised.symbols, quantised.classes, strict=True
         ):
             own, ids = classes[kept], bands.ids(quantised.level)
-            for tile in payload.tiles(ids.shape[1], payload.TILE_COMPONENTS):
+            for tile in payload.tiles(ids.shape[1], size):
                 of_tile = symbols[:, tile], kept, own, ids[:, tile]
                 tasks.append(partial(_pack_tile, *of_tile, bands.families))
         tiles = beside(tasks, len(kept) * sum(self._coded))
         pieces = [
-            payload.head(quantised.step, quantised.level, list(map(len, tiles))),
+            payload.head(quantised.step, quantised.level, list(map(len, tiles)), size),
             *tiles,
             *(payload.pack_classes(classes[kept]) for classes in quantised.classes),
         ]

@@ -15,8 +15,8 @@ from kvtc_stream.errors import FormatError
 from kvtc_stream.formats import Block, BlockTable, Coder
 from kvtc_stream.io.xxh3 import byte_at, jit, word_at
 
-#: Components of a tile. Larger tiles compress better: the states of lanes are 0.1 to 0.4 % of a
-#: tile of this size. Smaller tiles keep more of a GPU busy: it decodes all tiles at the same time.
+#: Most components of a tile. Larger tiles compress better: the states of lanes are 0.1 to 0.4 % of
+#: one of this size. Smaller tiles keep more of a GPU busy: it decodes all tiles at the same time.
 TILE_COMPONENTS = 1024
 #: Step size, level, a reserved byte, components of a tile.
 _HEAD = struct.Struct("<fbBH")
@@ -231,9 +231,15 @@ def join_parts(like: UniformPayload, parts: Sequence[PartPayload]) -> bytes:
     return head(like.step, like.level, lengths, like.tile_components) + b"".join(pieces)
 
 
-def head(
-    step: float, level: int, lengths: Sequence[int], tile_components: int = TILE_COMPONENTS
-) -> bytes:
+def tile_size(coded: Sequence[int]) -> int:
+    """How many components encoders put into a tile, given those of each part that are coded: as few
+    as make no tile more. A device is done with a batch when it is with its largest tile."""
+    if max(coded, default=0) <= TILE_COMPONENTS:
+        return TILE_COMPONENTS
+    return max(-(-count // -(-count // TILE_COMPONENTS)) for count in coded if count)
+
+
+def head(step: float, level: int, lengths: Sequence[int], tile_components: int) -> bytes:
     """The bytes of a payload before its tiles."""
     return _HEAD.pack(step, level, 0, tile_components) + np.array(lengths, "<u4").tobytes()
 

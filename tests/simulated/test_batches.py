@@ -15,6 +15,7 @@ import pytest
 
 import kvtc_stream as kvtc
 from kvtc_stream.calibration.parts import Part
+from kvtc_stream.coding.payload import UniformPayload
 from kvtc_stream.formats import Geometry, Limits, Rope, StreamFile, StreamParser
 from kvtc_stream.gpu.coder.plan import DevicePlan
 from kvtc_stream.gpu.coder.products import refine
@@ -238,6 +239,41 @@ def test_streams_are_what_the_cpu_reads(
             own = np.sqrt((lost**2).sum((1, 3)) / (expected**2).sum((1, 3))).mean(axis=1)
             np.testing.assert_allclose(of_layers, own, rtol=0.08)
     assert coded == pytest.approx(TOKENS * file.header.verbatim_size(0, 1) / RATIO, rel=0.25)
+
+
+def test_streams_with_tiles_of_several_sizes(
+    monkeypatch: pytest.MonkeyPatch,
+    calibration: kvtc.Calibration,
+    cache: tuple[Array, Array],
+    stream: bytes,
+    cuda: BackendName,
+) -> None:
+    """Both backends cut a part in tiles of about a size, and decode those of others together."""
+    monkeypatch.setattr("kvtc_stream.coding.payload.TILE_COMPONENTS", 7)
+    codec = kvtc.Codec(calibration, ratio=RATIO, sinks=0, window=0, block_tokens=BLOCK)
+    streams = [
+        stream,
+        kvtc.encode(*cache, codec),
+        kvtc.encode(*cache, replace(codec, backend=cuda)),
+    ]
+    counts, sizes = [], []
+    for data in streams:
+        file = StreamFile(io.BytesIO(data))
+        [part] = codec.plan.sections[0].parts
+        for entry in file.index:
+            found = UniformPayload.parse(file.read_block(entry), [part.components])
+            counts.append(len(found.lengths))
+            sizes.append(found.tile_components)
+    few, many = -(-part.components // 1024), -(-part.components // 7)
+    blocks = len(sizes) // 3
+    assert counts == [few] * blocks + [many] * 2 * blocks
+    assert sizes == [1024] * blocks + [-(-part.components // many)] * 2 * blocks
+    expected = [kvtc.decode(data, calibration) for data in streams]
+    found_of = kvtc.decode_many(streams, calibration, backend=cuda)
+    for found, exact in zip(found_of, expected, strict=True):
+        for a, b in zip(found, exact, strict=True):
+            ours, theirs = (np.nan_to_num(np.array(x, np.float32)) for x in (a, b))
+            np.testing.assert_allclose(ours, theirs, atol=2e-3 * np.abs(theirs).max())
 
 
 def test_a_base_is_taken_over(
