@@ -9,8 +9,8 @@ value, which no way to restore it can beat; the others restore it from a stream 
 (with CUDA), ordinary memory, or a file that was dropped from the system's cache, by
 ``decode_batch``. All end with the likeliest next token, when the device is done; ``restore`` of a
 place is its part until the cache is there, and with ``arriving`` the model begins while its last
-layers are decoded (``wait=False``). Streams on the device are no place of their own: the
-host parses them.
+layers are decoded (``wait=False``). ``returns`` is when the cache was handed over. Streams on the
+device are no place of their own: the host parses them.
 
 With ``--shape`` weights, calibration and caches are drawn, as those of ``gpu.py``: times do not
 depend on them. With ``--model`` the caches are those of the text. Times are medians of

@@ -57,9 +57,12 @@ FIELDS = 10
     OWN_LEVEL,  # index into the families' ids
 ) = range(6)
 BLOCK_FIELDS = 6
-PLACE, TILE, COMPONENT, CODED = range(
-    4
-)  # the first of its tasks, tiles and components; and components
+(
+    PLACE,  # of its first task
+    TILE,  # number of its first tile in a block
+    COMPONENT,  # its first one
+    CODED,  # how many of them
+) = range(4)
 PART_FIELDS = 4
 #: Threads of a block of :func:`tasks`.
 THREADS = 128

@@ -157,7 +157,9 @@ class UniformCoding:
 
     def overhead(self, tokens: int, among: int) -> float:
         """Bytes of the payload of ``among`` tokens besides their symbols: the share of some."""
-        tiles = sum(len(payload.tiles(c, payload.tile_size(self._coded))) for c in self._coded)
+        coded = self._coded
+        size = payload.tile_size(coded)
+        tiles = sum(len(payload.tiles(count, size)) for count in coded)
         # The lanes' final states take 4 bytes, and say 1 byte on average.
         lanes = min(rans.LANES, among)
         every = 8 + tiles * (4 + 3 * lanes) + len(self._bands) * payload.nibbles(among)

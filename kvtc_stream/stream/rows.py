@@ -104,7 +104,7 @@ class Rows:
         it is there. Or a batch, and then ``large`` ones."""
         kinds: dict[Any, BlockDecoder] = {}
         waiting: list[_Portion] = []
-        begun, left = False, self.count * self.tokens
+        begun, later = False, self.count * self.tokens
         for i in range(self.count):
             reader = self.reader(i)
             blocks = kinds.setdefault(kind_of(reader.header), reader.block_decoder)
@@ -125,16 +125,17 @@ class Rows:
                 size = sum(len(own) for _, _, own in waiting) + len(slots)
                 if waiting and large and size > 1.1 * LARGE * batch:
                     yield _joined(waiting)
-                    waiting, begun, left, size = [], True, left - size + len(slots), len(slots)
+                    waiting, begun, size = [], True, len(slots)
+                later -= len(slots)
                 waiting.append((blocks, table.within(named), slots))
                 most: float = batch
                 if large and begun:
-                    most = large_piece(left, batch)
+                    most = large_piece(size + later, batch)
                 elif not large and not begun and self.count * self.tokens > 2 * batch:
                     most = batch / 2
                 if size >= most - batch / 4:
                     yield _joined(waiting)
-                    waiting, begun, left = [], True, left - size
+                    waiting, begun = [], True
         if waiting:
             yield _joined(waiting)
 

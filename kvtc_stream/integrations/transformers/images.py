@@ -55,8 +55,7 @@ def forget_images(model: PreTrainedModel) -> None:
 
 def _rope_deltas(model: PreTrainedModel) -> list[tuple[Any, Any]]:
     # Modules look for what they lack in three places, and then raise an error.
-    modules = modules_of(plain_model(model))
-    own = zip(modules, map(vars, modules), strict=True)
+    own = [(x, vars(x)) for x in modules_of(plain_model(model))]
     return [(x, fields["rope_deltas"]) for x, fields in own if "rope_deltas" in fields]
 
 
