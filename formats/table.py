@@ -157,6 +157,14 @@ class BlockTable:
         """Repeat a value of each block for its tokens."""
         return np.repeat(values, self.rows["tokens"])
 
+    def chosen(self, values: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Of values of all tokens, int64 [tokens], those of the tokens of some blocks, by row."""
+        from kvtc_stream.formats.usual import chosen
+
+        out = np.empty(int(self.rows["tokens"][rows].sum()), np.int64)
+        chosen(self.rows, values, rows, out)
+        return out
+
     def positions(self) -> NDArray[np.int64]:
         """int64 [tokens]: the position of each token, those that are cut included."""
         from kvtc_stream.formats.usual import positions

@@ -322,6 +322,10 @@ def fill_rows(rows, heads, payload):  # type: ignore[no-untyped-def]
         _fill(rows[i], heads[i], payload)
 
 
+# An index without a sign needs no look at whether it counts from the end: loops over tokens then
+# take a fourth of the time.
+
+
 @jit
 def span_slots(rows, first, last, begin, out):  # type: ignore[no-untyped-def]
     """See :meth:`~kvtc_stream.formats.table.BlockTable.span_slots`."""
@@ -329,9 +333,12 @@ def span_slots(rows, first, last, begin, out):  # type: ignore[no-untyped-def]
     for i in range(len(rows)):
         front, tokens = rows[i]["front"], rows[i]["tokens"]
         start, end = rows[i]["start"] - front, tokens - rows[i]["end"]
+        if last < start + end:  # which is no overflow, as a difference can be
+            end = last - start
         for j in range(tokens):
-            there = front <= j < end and first <= start + j < last
-            out[at + j] = begin + start + j - first if there else -1
+            out[np.uint64(at + j)] = -1
+        for j in range(max(front, first - start), end):
+            out[np.uint64(at + j)] = begin + start + j - first
         at += tokens
 
 
@@ -342,15 +349,28 @@ def slots(rows, of_section, out):  # type: ignore[no-untyped-def]
     for i in range(len(rows)):
         front, tokens = rows[i]["front"], rows[i]["tokens"]
         begin, end = rows[i]["start"] - front, tokens - rows[i]["end"]
+        there = min(end, len(of_section) - begin)
+        found &= there == end or front >= end
         for j in range(tokens):
-            out[at + j] = -1
-            if front <= j < end:
-                if 0 <= begin + j < len(of_section):
-                    out[at + j] = of_section[begin + j]
-                else:
-                    found = False
+            out[np.uint64(at + j)] = -1
+        for j in range(front, there):
+            out[np.uint64(at + j)] = of_section[np.uint64(begin + j)]
         at += tokens
     return found
+
+
+@jit
+def chosen(rows, values, some, out):  # type: ignore[no-untyped-def]
+    """See :meth:`~kvtc_stream.formats.table.BlockTable.chosen`."""
+    at, begin, row = 0, 0, 0
+    for i in some:
+        while row < i:
+            begin += rows[row]["tokens"]
+            row += 1
+        tokens = rows[i]["tokens"]
+        for j in range(tokens):
+            out[np.uint64(at + j)] = values[np.uint64(begin + j)]
+        at += tokens
 
 
 @jit
@@ -358,6 +378,7 @@ def positions(rows, out):  # type: ignore[no-untyped-def]
     """Positions of tokens, int64, of blocks that do not list them."""
     at = 0
     for i in range(len(rows)):
-        for j in range(rows[i]["tokens"]):
-            out[at + j] = rows[i]["first"] + j
-        at += rows[i]["tokens"]
+        first, tokens = rows[i]["first"] - at, rows[i]["tokens"]
+        for j in range(at, at + tokens):
+            out[np.uint64(j)] = first + j
+        at += tokens

@@ -63,7 +63,7 @@ from kvtc_stream.gpu.coder.plan import BandPlan, DevicePlan
 from kvtc_stream.gpu.coder.rope import ropes_of
 from kvtc_stream.gpu.runtime.staging import Staging, pinned, recorded, sending
 from kvtc_stream.gpu.runtime.streams import CHECKING, UPLOADING, apart, beside, interleaving
-from kvtc_stream.gpu.runtime.tensors import BITS, Tensors, entries, taker
+from kvtc_stream.gpu.runtime.tensors import BITS, Tensors, entries, every_column, taker
 from kvtc_stream.io.dlpack import BackendName, layer_list, numpy_dtype, on_cuda
 from kvtc_stream.io.steps import Steps, begun, run
 from kvtc_stream.planning.rate_control import SectionControl
@@ -349,7 +349,7 @@ class CudaSectionCoder(SectionCoder):
         first in ``values`` on."""
         s, itemsize = self._section, self._header.dtype.itemsize
         layers = np.arange(len(s.layers))
-        columns = [(kind, layer, 0) for kind in (0, 1) for layer in layers.tolist()]
+        columns = every_column(layers)
         moves = []
         for span, first in zip(spans, firsts.tolist(), strict=False):
             size = itemsize * s.kv_heads * (span.stop - span.start)
@@ -671,8 +671,8 @@ class CudaSectionCoder(SectionCoder):
 
     def _columns(self, layers: Sequence[int], k: Tensors, v: Tensors) -> Any:
         """Entries of layers, K's and then V's, int64 [2 · layers, layout.FIELDS] on the device."""
-        columns = [(kind, layer, 0) for kind in (0, 1) for layer in layers]
-        [found] = self._decoder.staging.arrays(entries(k, v, columns, self._ropes))
+        own = entries(k, v, every_column(layers), self._ropes)
+        [found] = self._decoder.staging.arrays(own)
         return found
 
     def decode_layers(self, block: Block) -> Callable[[int], tuple[Any, Any]]:

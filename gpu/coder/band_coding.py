@@ -69,13 +69,11 @@ class BandDecoder(BatchDecoder):
     def symbols(self, blocks: CodedBlocks) -> Batch:
         """See :meth:`kvtc_stream.gpu.coder.decoding.BatchDecoder.symbols`."""
         payloads = b"".join(threads().map(partial(_decompressed, blocks.table), range(len(blocks))))
-        columns, positions, slots = self.staging.arrays(
-            np.flatnonzero(blocks.kept).astype(np.int32), blocks.positions, blocks.slots
-        )
+        positions, slots = self.staging.arrays(blocks.positions, blocks.slots)
         found = _unpacked(
             self._plan,
             blocks.coded_tokens.tolist(),
-            columns,
+            blocks.columns,
             cupy.asarray(np.frombuffer(payloads, np.uint8)),
             len(blocks.positions),
         )

@@ -47,6 +47,8 @@ _ALIGNMENT = 16
 _ORDERS, _SPANS = 64, 64
 #: cudaDevAttrMultiProcessorCount
 _MULTIPROCESSORS = 16
+#: Steps of the classes of tokens, in steps of their block.
+_CLASSES = np.exp2(np.arange(16) / 4)
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class CodedBlocks:
     positions, slots
         int64 [tokens]; slots are where values are written to, -1 for none.
     kept
-        bool [tokens]: which are coded.
+        bool [tokens]: which are coded; ``None``: all.
     data, begins
         uint8 on the device, and int64 [blocks]: where each block's symbols begin in it.
     payloads
@@ -73,7 +75,7 @@ class CodedBlocks:
     edges: NDArray[np.int64]
     positions: NDArray[np.int64]
     slots: NDArray[np.int64]
-    kept: NDArray[np.bool_]
+    kept: NDArray[np.bool_] | None = None
     data: Any = None
     begins: NDArray[np.int64] | None = None
     payloads: UniformPayloads | None = None
@@ -81,11 +83,9 @@ class CodedBlocks:
     @classmethod
     def of(cls, table: BlockTable, slots: NDArray[np.int64]) -> CodedBlocks:
         """The blocks of a table that have coded tokens; ``slots`` of all tokens of all blocks."""
-        rows = table.rows
-        coded = rows["verbatim"] < rows["tokens"]
-        chosen = table.taken(np.flatnonzero(coded))
+        coded = np.flatnonzero(table.rows["verbatim"] < table.rows["tokens"])
+        chosen, own, kept = table.taken(coded), table.chosen(slots, coded), None
         edges = np.concatenate([[0], np.cumsum(chosen.rows["tokens"])])
-        own, kept = slots[table.of_tokens(coded)], np.ones(int(edges[-1]), np.bool_)
         if chosen.special:
             kept = ~chosen.verbatim()
             own = np.where(kept, own, -1)
@@ -93,6 +93,14 @@ class CodedBlocks:
 
     def __len__(self) -> int:
         return len(self.table)
+
+    @property
+    def columns(self) -> Any:
+        """int32 [coded tokens] on the device: their numbers among all tokens."""
+        if self.kept is None:
+            size = 1 << len(self.positions).bit_length()
+            return _numbers(cupy.cuda.runtime.getDevice(), size)[: len(self.positions)]
+        return cupy.asarray(np.flatnonzero(self.kept).astype(np.int32))
 
     @property
     def coded_tokens(self) -> NDArray[np.int64]:
@@ -109,7 +117,7 @@ class CodedBlocks:
             edges - edges[0],
             self.positions[own],
             self.slots[own],
-            self.kept[own],
+            None if self.kept is None else self.kept[own],
             self.data,
             None if self.begins is None else self.begins[some],
             None if self.payloads is None else self.payloads[some],
@@ -420,10 +428,14 @@ class TileTasks:
         kinds = sorted(set(sizes.tolist()))  # mostly one, which that finds quicker than NumPy
         counts = [(size, int((sizes == size).sum()), -(-coded // size)) for size in kinds]
         together = self.together(sum(count * int(each.sum()) for _, count, each in counts))
-        levels = payloads.levels.clip(self._lowest, self._highest) - self._lowest
-        numbers = np.arange(len(tokens))
-        fields = [numbers, tokens, firsts, begins + payloads.tiles, begins + payloads.classes]
-        blocks = np.stack([*fields, levels], axis=1)
+        blocks = np.empty((len(tokens), rans.BLOCK_FIELDS), np.int64)
+        blocks[:, rans.NUMBER] = np.arange(len(tokens))
+        blocks[:, rans.HELD], blocks[:, rans.BEFORE] = tokens, firsts
+        blocks[:, rans.TILES] = begins + payloads.tiles
+        blocks[:, rans.NIBBLES] = begins + payloads.classes
+        # np.clip takes longer than all of this.
+        levels = np.minimum(np.maximum(payloads.levels, self._lowest), self._highest)
+        blocks[:, rans.OWN_LEVEL] = levels - self._lowest
         starts = np.array([part.start for part in self._parts], np.int64)
         found = []
         for size, count, each in counts:
@@ -704,21 +716,19 @@ class UniformDecoder(BatchDecoder):
         plan, data, payloads, coded = self._plan, blocks.data, blocks.payloads, blocks.coded_tokens
         assert payloads is not None
         assert blocks.begins is not None
-        powers = payloads.steps.astype(np.float64)[:, None] * np.exp2(np.arange(16) / 4)
+        powers = payloads.steps.astype(np.float64)[:, None] * _CLASSES
         with np.errstate(over="ignore"):
             steps_of_classes = powers.astype(np.float32)
         firsts = np.cumsum(coded) - coded
         tiles, together = self._tasks.decoding(payloads, coded, firsts, blocks.begins)
-        kept = np.flatnonzero(blocks.kept).astype(np.int32)
-        steps, columns, positions, slots, lengths, *there = self.staging.arrays(
+        steps, positions, slots, lengths, *there = self.staging.arrays(
             steps_of_classes,
-            kept,
             blocks.positions,
             blocks.slots,
             payloads.lengths,
             *chain.from_iterable((x.parts, x.blocks) for x in tiles),
         )
-        tasks = _tasks(tiles, there, lengths)
+        tasks, columns = _tasks(tiles, there, lengths), blocks.columns
         stride = -(-int(blocks.edges[-1]) // 64) * 64
         # No tile writes these columns, but products read them, so they must be finite.
         new = cupy.empty if len(columns) == stride else cupy.zeros
@@ -770,12 +780,18 @@ def device_scales(section: Section, scales: NDArray[np.float32] | None) -> Any:
 
 
 @cache
+def _numbers(device: int, count: int) -> Any:
+    """int32 [count] from 0 on, on a device, for all streams of it."""
+    return kept(np.arange(count, dtype=np.int32))
+
+
+@cache
 def _ones(device: int, rows: int, columns: int) -> Any:
     """float32 [rows, columns] on a device, for all streams of it."""
     return kept(np.ones((rows, columns), np.float32))
 
 
-def kept(x: NDArray[np.float32]) -> Any:
+def kept(x: NDArray[Any]) -> Any:
     """On the current device, to be kept there."""
     found = cupy.asarray(x)
     # Others use it in streams of their own.

@@ -167,11 +167,12 @@ class ExactTokens:
         rest = [x for x in found if x.planes is None and not x.address]
         plain = [x for x in found if x.planes is not None]
         out: list[Values] = []
-        data, begins = self._staging.upload([x.planes for x in plain])
-        for x, at in zip(plain, begins.tolist(), strict=True):
-            assert x.planes is not None
-            planes = data[at : at + len(x.planes)].reshape(self._itemsize, -1)
-            out.append((x.slots, cupy.ascontiguousarray(planes.T)))
+        if plain:
+            data, begins = self._staging.upload([x.planes for x in plain])
+            for x, at in zip(plain, begins.tolist(), strict=True):
+                assert x.planes is not None
+                planes = data[at : at + len(x.planes)].reshape(self._itemsize, -1)
+                out.append((x.slots, cupy.ascontiguousarray(planes.T)))
         if rest:
             data, begins = self._staging.upload([x.payload for x in rest])
             addresses = (data.data.ptr + begins).tolist()

@@ -60,7 +60,7 @@ class DeviceRopes:
     Attributes
     ----------
     tables
-        Index of each layer's rotation, or -1 for none.
+        int64 [layers]: index of each layer's rotation, or -1 for none.
     pairs, interleaved
         int32 [rotations] on the device.
     most
@@ -73,7 +73,8 @@ class DeviceRopes:
         check_axes(section)
         ropes: list[Rope] = list(dict.fromkeys(r for r in section.rope if r is not None))
         per_layer = section.rope or (None,) * len(section.layers)
-        self.tables = [-1 if r is None else ropes.index(r) for r in per_layer]
+        tables = [-1 if r is None else ropes.index(r) for r in per_layer]
+        self.tables = np.array(tables, np.int64)
         pairs = np.array([len(r.inv_freq) for r in ropes] or [0], np.int32)
         self.most = int(pairs.max())
         self.halves = all(not r.interleaved and 2 * len(r.inv_freq) == section.k_dim for r in ropes)

@@ -76,34 +76,36 @@ class Staging:
         sources = [np.frombuffer(x, np.uint8) for x in buffers]
         room = -(-(ends - begins) // _ALIGNMENT) * _ALIGNMENT
         places, total = np.cumsum(room) - room, int(room.sum())
-        sent = [_Sent.of(x) for x in sources]
+        addresses = [x.ctypes.data for x in sources]
+        held = list(zip(addresses, (x.size for x in sources), strict=True))
+        sent = [_Sent.of(*x) for x in held]
         if len(owners) and None not in sent:
-            return self._aligned(sent, sources, owners, begins, ends, places), places
-        if not all(_is_pinned(x) for x in sources):
+            return self._aligned(sent, addresses, owners, begins, ends, places), places
+        if not all(_is_pinned(*x) for x in held):
             spans = zip(owners.tolist(), begins.tolist(), ends.tolist(), strict=True)
             parts = [sources[i][a:b] for i, a, b in spans]
             return self._packed(parts, places.tolist(), total), places
         data = cupy.empty(total, np.uint8)
-        addresses = np.array([x.ctypes.data for x in sources], np.int64)
-        copy_to_device(data.data.ptr + places, addresses[owners] + begins, ends - begins)
+        copy_to_device(
+            data.data.ptr + places, np.array(addresses, np.int64)[owners] + begins, ends - begins
+        )
         return data, places
 
     def _aligned(
         self,
         sent: Sequence[Any],
-        sources: Sequence[NDArray[np.uint8]],
+        addresses: Sequence[int],
         owners: NDArray[np.int64],
         begins: NDArray[np.int64],
         ends: NDArray[np.int64],
         places: NDArray[np.int64],
     ) -> Any:
-        """Take bytes from what was sent ahead to ``places``."""
+        """Take bytes from what was sent ahead to ``places``; ``addresses`` are the buffers'."""
         units = -(-(ends - begins) // _ALIGNMENT)
         data = cupy.empty(_ALIGNMENT * int(units.sum()), np.uint8)
-        pairs = zip(sent, sources, strict=True)
-        firsts = np.array([source.ctypes.data - x.begin for x, source in pairs])
-        addresses = np.array([x.data.data.ptr for x in sent]) + firsts
-        tasks = [addresses[owners] + begins, data.data.ptr + places, units]
+        firsts = np.array(addresses) - np.array([x.begin for x in sent])
+        there = np.array([x.data.data.ptr for x in sent]) + firsts
+        tasks = [there[owners] + begins, data.data.ptr + places, units]
         [tasks_d] = self.arrays(np.stack(tasks, axis=1))
         current = cupy.cuda.get_current_stream()
         for i in np.unique(owners).tolist():
@@ -213,11 +215,11 @@ class _Sent:
                 self._events.append(recorded())
 
     @staticmethod
-    def of(memory: NDArray[np.uint8]) -> _Sent | None:
-        """What was sent of bytes that these are part of."""
-        begin, device = memory.ctypes.data, cupy.cuda.runtime.getDevice()
+    def of(begin: int, size: int) -> _Sent | None:
+        """What was sent of bytes that so many from an address on are part of."""
+        device = cupy.cuda.runtime.getDevice()
         for x in _sent():
-            if x.data.device.id == device and 0 <= begin - x.begin <= x.size - memory.size:
+            if x.data.device.id == device and 0 <= begin - x.begin <= x.size - size:
                 return x
         return None
 
@@ -238,7 +240,7 @@ def sending(streams: Iterable[Any]) -> Iterator[None]:
             if not _LEAST_AHEAD <= data.nbytes <= _MOST_AHEAD - sum(x.size for x in kept):
                 continue
             memory = np.frombuffer(data, np.uint8)
-            if not _is_pinned(memory):
+            if not _is_pinned(memory.ctypes.data, memory.size):
                 continue
             try:
                 own.append(_Sent(memory))
@@ -310,9 +312,9 @@ def pinned(size: int) -> memoryview:
     return np.frombuffer(memory, np.uint8, size).data
 
 
-def _is_pinned(memory: NDArray[np.uint8]) -> bool:
+def _is_pinned(address: int, size: int) -> bool:
     attributes = cupy.cuda.runtime.pointerGetAttributes
-    return not memory.size or attributes(memory.ctypes.data).type == _PINNED
+    return not size or attributes(address).type == _PINNED
 
 
 def _copy_back(host: NDArray[Any], data: Any) -> None:

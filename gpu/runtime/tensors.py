@@ -111,6 +111,13 @@ class Tensors:
 Column = tuple[int, int, int]
 
 
+def every_column(layers: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
+    """:data:`Column` of layers, of K and then of V, each from its first channel on."""
+    found = np.zeros((2, len(layers), 3), np.int64)
+    found[1, :, 0], found[:, :, 1] = 1, layers
+    return found.reshape(-1, 3)
+
+
 def entries(
     k: Tensors | None,
     v: Tensors | None,
@@ -119,17 +126,16 @@ def entries(
 ) -> NDArray[np.int64]:
     """int64 [columns, layout.FIELDS] of (kind, layer, column); layers are the section's indices."""
     kinds, layers, begins = np.asarray(columns, np.int64).reshape(-1, 3).T
-    tables = np.array(ropes.tables, np.int64)
     rows = np.empty((len(kinds), layout.FIELDS), np.int64)
+    count, facts = len(ropes.tables), np.zeros((2, 4), np.int64)
+    addresses = np.zeros((2, count), np.int64)
     for kind, t in enumerate((k, v)):
-        own = kinds == kind
-        if not own.any():
-            continue
-        assert t is not None
-        rows[own, 0] = np.array(t.addresses, np.int64)[layers[own]]
-        rows[own, 1:5] = t.token_stride, t.head_stride, t.heads, t.dim
-    rows[:, 5] = np.where(kinds, -1, tables[layers])
-    rows[:, 6], rows[:, 7] = begins, kinds * len(tables) + layers
+        if t is not None:
+            addresses[kind] = t.addresses
+            facts[kind] = t.token_stride, t.head_stride, t.heads, t.dim
+    rows[:, 0], rows[:, 1:5] = addresses[kinds, layers], facts[kinds]
+    rows[:, 5] = np.where(kinds, -1, ropes.tables[layers])
+    rows[:, 6], rows[:, 7] = begins, kinds * count + layers
     return rows
 
 

@@ -83,7 +83,7 @@ def open(
     if mode == "rb":
         if codec is not None and calibration is None:
             calibration = codec.calibration
-        _refuse(options, set(EncoderOptions.__annotations__) - {"key"}, "writing")
+        _refuse(options, _FOR_WRITING, "writing")
         if calibration is None:
             raise TypeError("reading takes calibration=kvtc_stream.Calibration.load(...)")
         return Reader(file, calibration, **options)
@@ -104,6 +104,9 @@ def open(
     }
     there = not isinstance(file, str | os.PathLike) or os.path.exists(file)
     return Writer(file, codec, append=how if there else None, **options)
+
+
+_FOR_WRITING = set(EncoderOptions.__annotations__) - {"key"}
 
 
 def _refuse(options: Mapping[str, Any], names: set[str], purpose: str) -> None:
