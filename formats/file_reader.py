@@ -38,10 +38,13 @@ from kvtc_stream.formats.limits import Limits
 from kvtc_stream.formats.parser import StreamParser, check_trailer, open_record
 from kvtc_stream.formats.preamble import PREAMBLE_SIZE, Preamble, check_magic
 from kvtc_stream.formats.record import (
+    CHECKSUM_SIZE,
     RECORD_HEADER_SIZE,
     RECORD_OVERHEAD,
     RecordHeader,
     RecordType,
+    record_end,
+    record_head,
 )
 from kvtc_stream.formats.table import BlockTable, read_table
 from kvtc_stream.formats.wire import located
@@ -135,7 +138,8 @@ class StreamFile:
         body = self._read(PREAMBLE_SIZE, preamble.header_size)
         self.header, self._seed = preamble.open(body, self._limits)
         try:
-            self.entries, index_size = self._read_index(start, total)
+            found = self._usual_index(start, total)
+            self.entries, index_size = self._read_index(start, total) if found is None else found
         except FormatError as error:
             if not recover:
                 raise
@@ -382,6 +386,35 @@ class StreamFile:
             )
         return record, memoryview(data)[RECORD_HEADER_SIZE:]
 
+    def _usual_index(self, start: int, total: int) -> tuple[NDArray[Any], int] | None:
+        """:meth:`_read_index`, if the stream was written in one go and its end is what its writer
+        would write; everything else is for that to read, or to refuse."""
+        limits, end = self._limits, total - TRAILER_SIZE
+        if end < start + RECORD_OVERHEAD:
+            return None
+        found = self._read(end, TRAILER_SIZE)
+        trailer = Trailer.told(found)
+        begin, sequence = trailer.index_offset, trailer.records - 1
+        size = end - begin - RECORD_OVERHEAD
+        if not (0 <= size <= limits.max_record_bytes and 0 <= sequence < limits.max_records):
+            return None
+        if begin < start or trailer.total_size != total or found != trailer.pack(self._seed):
+            return None
+        record = memoryview(self._read(begin, end - begin))
+        head, seed = record_head(RecordType.INDEX, size, sequence=sequence, seed=self._seed)
+        payload, prefix = record[RECORD_HEADER_SIZE:-CHECKSUM_SIZE], pack_index(sequence, b"")
+        last = record_end([payload], seed)
+        if record[: len(head)] != head or record[-len(last) :] != last:
+            return None
+        entries = payload[len(prefix) :]
+        usual = _usual_entries(entries, self.header, start, limits)
+        if usual is None or len(usual) != sequence or payload[: len(prefix)] != prefix:
+            return None
+        if start + int(usual["length"].sum()) != begin:
+            return None
+        where = IndexEntry(sequence, begin, end - begin, RecordType.INDEX)
+        return np.frombuffer(bytes(entries) + where.pack(), ENTRY), total - begin
+
     def _read_index(self, start: int, total: int) -> tuple[NDArray[Any], int]:
         """Read the index; returns all entries, :data:`ENTRY`, and the size of index and trailer.
 
@@ -411,21 +444,13 @@ class StreamFile:
         record, rest = self._read_record(where)
         payload = record.open(rest, where.offset)
         order = Order(self.header, start)
-        packed = payload[len(pack_index(0, b"")) :]
-        usual = _usual_entries(packed, self.header, start, limits)
-        if usual is None or payload[: -len(packed) or None] != pack_index(len(usual), b""):
-            entries = unpack_index(payload, "index", where.offset + RECORD_HEADER_SIZE, limits)
-            with located("index"):
-                for entry in entries:
-                    order.accept(entry)
-            usual = _packed(entries)
-        else:
-            order.skip(len(usual), int(usual["length"].sum()))
+        entries = unpack_index(payload, "index", where.offset + RECORD_HEADER_SIZE, limits)
         with located("index"):
+            for entry in entries:
+                order.accept(entry)
             check_trailer(trailer, order, total)
             order.accept(where)
-        found = np.frombuffer(usual.tobytes() + where.pack(), ENTRY)
-        return found, total - trailer.index_offset
+        return _packed([*entries, where]), total - trailer.index_offset
 
     def _scan(self, start: int) -> list[IndexEntry]:
         """Find the complete records before the first fault; returns their entries.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NoReturn
@@ -28,6 +29,8 @@ from kvtc_stream.formats.wire import ByteReader, ByteWriter, located
 
 _U32 = 1 << 32
 _DIGEST = 32
+#: Where the length of the token digest is, a byte: after types, sizes and the calibration's digest.
+_TOKENS = 4 + 12 + _DIGEST
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,6 +211,23 @@ class StreamHeader:
     def digest(self) -> bytes:
         """SHA-256 of :meth:`pack`."""
         return hashlib.sha256(self.pack()).digest()
+
+    @staticmethod
+    def split(data: bytes) -> tuple[bytes, bytes]:
+        """The bytes of a header with zeros for the token digest, and that, empty if it has none."""
+        begin, end = _TOKENS + 1, _TOKENS + 1 + _DIGEST
+        if data[_TOKENS:begin] != bytes([_DIGEST]) or len(data) < end:
+            return data, b""
+        return data[:begin] + bytes(_DIGEST) + data[end:], data[begin:end]
+
+    def of_tokens(self, digest: bytes) -> StreamHeader:
+        """The same header with a digest that :meth:`split` gave."""
+        if not digest:
+            return self
+        found = copy(self)
+        found.__dict__.pop("digest", None)
+        object.__setattr__(found, "token_digest", digest)
+        return found
 
     @classmethod
     def unpack(

@@ -216,11 +216,6 @@ class Order:
         self.offset += entry.length + (TRAILER_SIZE if self.ended else 0)
         self.sequence += 1
 
-    def skip(self, records: int, size: int) -> None:
-        """Count records whose order was checked otherwise; nothing but the end may follow."""
-        self.sequence += records
-        self.offset += size
-
     def accept_data(
         self,
         section: int,
@@ -361,6 +356,11 @@ class Trailer:
     def is_present(data: bytes) -> bool:
         """Whether ``data`` ends with the end magic."""
         return data.endswith(_END_MAGIC)
+
+    @classmethod
+    def told(cls, data: bytes | memoryview) -> Trailer:
+        """What ``TRAILER_SIZE`` bytes say, of which nothing is checked."""
+        return cls(*_TRAILER.unpack_from(data)[:3])
 
     @classmethod
     def unpack(cls, data: bytes, seed: int, offset: int) -> Trailer:

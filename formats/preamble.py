@@ -58,13 +58,15 @@ class Preamble:
         """Verify and read the header; returns it and the seed of all other checksums."""
         (found,) = _CHECKSUM.unpack_from(self.data, _FIELDS.size)
         verify(found, self.data[: _FIELDS.size] + header, 0, "preamble and header")
-        unpack = _header if len(header) <= _KEPT else _header.__wrapped__
-        return unpack(bytes(header), limits, self.features), found
+        if len(header) > _KEPT:
+            return _header.__wrapped__(header, limits, self.features), found
+        alike, digest = StreamHeader.split(bytes(header))
+        return _header(alike, limits, self.features).of_tokens(digest), found
 
 
 @lru_cache(maxsize=16)
 def _header(data: bytes, limits: Limits, features: Feature) -> StreamHeader:
-    """Those of a codec's streams are mostly the same bytes, and hold nothing that changes."""
+    """Those of a codec's streams are mostly alike but for tokens, and hold nothing that changes."""
     return StreamHeader.unpack(data, limits, features=features, offset=PREAMBLE_SIZE)
 
 

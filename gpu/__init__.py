@@ -5,6 +5,8 @@ Nothing here is imported before a CUDA backend is asked for.
 
 from __future__ import annotations
 
+from functools import cache
+
 from kvtc_stream.errors import BackendUnavailableError
 from kvtc_stream.io import environment
 
@@ -13,6 +15,7 @@ _REMEDY = (
 )
 
 
+@cache  # what was there once is not looked for again
 def require_cuda() -> None:
     """Raise ``BackendUnavailableError`` if the CUDA backend cannot run; it says what is missing."""
     from kvtc_stream.gpu.runtime.dialect import compiler

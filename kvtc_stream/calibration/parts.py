@@ -239,8 +239,10 @@ class CalibratedBases:
         kind are kept, because plans come with streams, whose number has no limit.
         """
         with self._lock:
-            value = self._memo.pop(key) if key in self._memo else make()
-            self._memo[key] = value
+            if key in self._memo:
+                value = self._memo[key] = self._memo.pop(key)
+                return value
+            value = self._memo[key] = make()
             alike = [k for k in self._memo if k[0] == key[0]]
             for old in alike[:-_KEPT]:
                 del self._memo[old]

@@ -28,6 +28,7 @@ from kvtc_stream.formats import (
     BlockErrors,
     Geometry,
     Limits,
+    Plan,
     Role,
     Section,
     StreamHeader,
@@ -87,8 +88,11 @@ def check_calibration(header: StreamHeader, calibration: Calibration) -> Calibra
             f"{header.model.name or 'unnamed'!r}), found {calibration.digest.hex()} (model "
             f"{calibration.model.name or 'unnamed'!r}): open it with the calibration it names"
         )
-    bases = calibration.for_stream(header.geometry, header.plan)
-    same = header.geometry == bases.geometry
+    made = header.geometry, header.plan
+    # Headers of one kind share both. They are kept, so that nothing else gets their numbers.
+    same, bases, _ = calibration.memo(
+        ("checked", *map(id, made)), lambda: (*_bases_of(calibration, *made), made)
+    )
     for name, found, expected in zip(
         ("layers, heads and channels", "model fingerprint"),
         (same or _shapes(header.geometry), header.model.fingerprint),
@@ -101,6 +105,14 @@ def check_calibration(header: StreamHeader, calibration: Calibration) -> Calibra
                 "the writer is at fault"
             )
     return bases
+
+
+def _bases_of(
+    calibration: Calibration, geometry: Geometry, plan: Plan
+) -> tuple[bool, CalibratedBases]:
+    """Whether the geometry is that of the bases of a stream's layers, and these."""
+    bases = calibration.for_stream(geometry, plan)
+    return geometry == bases.geometry, bases
 
 
 def _shapes(geometry: Geometry) -> list[Section]:

@@ -110,10 +110,13 @@ class Reader:
     def positions(self, section: int = 0) -> NDArray[np.int64]:
         """Positions of a section's tokens, int64 [tokens]. Seekable files only."""
         stream, numbers = self._numbers(section)
+        if len(numbers):
+            first = int(stream.entries["first_position"][numbers[0]])
+            end = int(stream.entries["last_position"][numbers[-1]]) + 1
+            if end - first == self.tokens(section):
+                return np.arange(first, end)
         entries = stream.entries.take(numbers)
         counts, firsts = entries["tokens"].astype(np.int64), entries["first_position"]
-        if len(entries) and entries["last_position"][-1] - firsts[0] + 1 == counts.sum():
-            return np.arange(firsts[0], entries["last_position"][-1] + 1)
         if (entries["last_position"] - firsts + 1 == counts).all():
             return np.repeat(firsts - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())
         table = self.stored(section)
