@@ -388,7 +388,12 @@ class StreamFile:
 
     def _usual_index(self, start: int, total: int) -> tuple[NDArray[Any], int] | None:
         """:meth:`_read_index`, if the stream was written in one go and its end is what its writer
-        would write; everything else is for that to read, or to refuse."""
+        would write; everything else is for that to read, or to refuse. So is all where nobody has
+        imported Numba, which takes longer than to go without."""
+        if "numba" not in sys.modules:
+            return None
+        from kvtc_stream.formats.usual import usual_entries
+
         limits, end = self._limits, total - TRAILER_SIZE
         if end < start + RECORD_OVERHEAD:
             return None
@@ -407,7 +412,7 @@ class StreamFile:
         if record[: len(head)] != head or record[-len(last) :] != last:
             return None
         entries = payload[len(prefix) :]
-        usual = _usual_entries(entries, self.header, start, limits)
+        usual = usual_entries(entries, self.header, start, limits)
         if usual is None or len(usual) != sequence or payload[: len(prefix)] != prefix:
             return None
         if start + int(usual["length"].sum()) != begin:
@@ -474,17 +479,6 @@ class StreamFile:
                 ended, tokens = i + 1, list(order.tokens)
         lost = any(a < b for a, b in zip(order.tokens, tokens, strict=True))
         return entries[:ended] if lost else entries
-
-
-def _usual_entries(
-    packed: bytes | memoryview, header: StreamHeader, start: int, limits: Limits
-) -> NDArray[Any] | None:
-    """Those that compiled code reads, unless Numba would have to be imported for it first."""
-    if "numba" not in sys.modules:
-        return None
-    from kvtc_stream.formats.usual import usual_entries
-
-    return usual_entries(packed, header, start, limits)
 
 
 def _packed(entries: Sequence[IndexEntry]) -> NDArray[Any]:

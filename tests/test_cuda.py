@@ -944,6 +944,15 @@ def test_pinned_memory_is_not_used_again_too_early() -> None:
             np.testing.assert_array_equal(cupy.asnumpy(a), b)
 
 
+def test_a_launch_that_fails_says_so() -> None:
+    from kvtc_stream.gpu.kernels.pull import pull
+
+    nothing = cupy.zeros(8, np.int64)
+    with pytest.raises(RuntimeError, match=r"launching 1 × 1 × 1 blocks of 4096 threads"):
+        pull(1, 4096, (nothing, nothing, 0))
+    pull(1, 128, (nothing, nothing, 0))
+
+
 def test_verbatim_values_are_coded_on_the_device() -> None:
     """More than one piece, of more than one tile, and both ways; a lie is an error."""
     calibration = CALIBRATIONS["halves"]

@@ -922,3 +922,23 @@ def test_a_run_of_blocks_is_refused_as_they_are_alone(changes: dict[str, Any]) -
     with pytest.raises(ValueError, match=r"^.") as found:
         writer.begin_blocks(run)
     assert str(found.value) == str(expected.value)
+
+
+def test_headers_of_one_kind_are_read_once(monkeypatch: pytest.MonkeyPatch):
+    """Whatever tokens they are of; what is wrong with one is told as of one that is read alone."""
+    headers = [replace(HEADER, token_digest=bytes([i]) * 32) for i in range(3)]
+    own = [write(header, BLOCKS) for header in [*headers, HEADER]]
+    assert read(own[0])[0] == headers[0]
+    with monkeypatch.context() as patch:
+        patch.setattr(StreamHeader, "unpack", lambda *_, **__: pytest.fail("read again"))
+        found = [StreamFile(io.BytesIO(data)).header for data in own[:3]]
+    assert found == headers
+    assert [header.digest for header in found] == [header.digest for header in headers]
+    assert len({header.digest for header in found}) == 3
+    assert all(header.geometry is found[0].geometry for header in found)
+    assert read(own[3])[0] == HEADER
+
+    at = PREAMBLE + 48  # where the digest's length is
+    assert own[0][at] == 32
+    with pytest.raises(FormatError, match=r"header, .* at byte \d+"):
+        read(patched(own[0], at, "B", 31))

@@ -28,7 +28,7 @@ SEEDS = st.integers(0, 2**32 - 1)
 def without_columns() -> Iterator[None]:
     """The index is read entry by entry."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(file_reader, "_usual_entries", lambda *_: None)
+        patch.setattr(StreamFile, "_usual_index", lambda *_: None)
         yield
 
 

@@ -721,6 +721,35 @@ def test_fingerprint_sees_which_adapters_are_on() -> None:
     assert found == recipe(state, {**FIRST_CONFIG, **more}, version=version, after=after)
 
 
+def test_modules_are_those_that_the_model_has_now() -> None:
+    gone = weakref.ref(_changed_model())
+    gc.collect()
+    assert gone() is None
+
+
+def _changed_model() -> Any:
+    from kvtc_stream.integrations.transformers.model import modules_of
+
+    model = llama()
+    first, second = model.model.layers[:2]
+    for change in (
+        lambda: None,
+        lambda: setattr(first, "more", torch.nn.Sequential(torch.nn.Identity(), torch.nn.ReLU())),
+        lambda: setattr(first.mlp, "up_proj", torch.nn.Identity()),
+        lambda: setattr(second, "self_attn", first.self_attn),  # twice in the model
+        lambda: setattr(second, "self_attn", None),
+        lambda: delattr(first, "more"),
+        lambda: model.model.layers.pop(-1),
+    ):
+        change()
+        for _ in range(2):  # walked through, and known
+            found = modules_of(model)
+            assert found[0] is model
+            assert len(found) == len(list(model.modules()))
+            assert set(found) == set(model.modules())
+    return model
+
+
 def test_layers_on_several_devices() -> None:
     from kvtc_stream.integrations.transformers.model import layer_devices
 

@@ -25,8 +25,8 @@ from kvtc_stream.io.threads import threads
 #: where the host has more to do than the device.
 _MOST, MOST_JOINED = 64 << 20, 256 << 20
 
-#: Slots of tokens, and their values on the device.
-Values: TypeAlias = tuple[NDArray[np.int64], Any]
+#: Slots of tokens, memory on the device that has their values, and the address of these.
+Values: TypeAlias = tuple[NDArray[np.int64], Any, int]
 
 
 def move(
@@ -75,7 +75,8 @@ class ExactTokens:
 
     def __init__(self, header: StreamHeader, index: int, staging: Staging) -> None:
         self.tiles = header.dtype is header.out_dtype
-        self._header, self._index, self._staging = header, index, staging
+        self._header, self._staging = header, staging
+        self._token_bytes = header.verbatim_size(index, 1)
         self._section, self._itemsize = header.geometry.sections[index], header.out_dtype.itemsize
         #: First ordinals of blocks that the device decodes, and what waits for int32 [blocks],
         #: whether each had a fault.
@@ -139,7 +140,7 @@ class ExactTokens:
 
     def size(self, tokens: int) -> int:
         """Bytes of so many tokens, as the stream has them."""
-        return self._header.verbatim_size(self._index, tokens)
+        return tokens * self._token_bytes
 
     def _planes(self, table: BlockTable, row: int) -> bytes:
         if not self.tiles:
@@ -172,7 +173,8 @@ class ExactTokens:
             for x, at in zip(plain, begins.tolist(), strict=True):
                 assert x.planes is not None
                 planes = data[at : at + len(x.planes)].reshape(self._itemsize, -1)
-                out.append((x.slots, cupy.ascontiguousarray(planes.T)))
+                values = cupy.ascontiguousarray(planes.T)
+                out.append((x.slots, values, values.data.ptr))
         if rest:
             data, begins = self._staging.upload([x.payload for x in rest])
             addresses = (data.data.ptr + begins).tolist()
@@ -185,9 +187,9 @@ class ExactTokens:
             return []
         sizes = [self.size(len(x.slots)) // self._itemsize for x in found]
         payloads, addresses = [x.payload for x in found], [x.address for x in found]
-        values, faults = verbatim.decode(payloads, sizes, addresses, self._staging)
+        values, begins, faults = verbatim.decode(payloads, sizes, addresses, self._staging)
         self._unchecked.append(([x.start for x in found], self._staging.begin_fetch(faults)))
-        return [(x.slots, own) for x, own in zip(found, values, strict=True)]
+        return [(x.slots, values, at) for x, at in zip(found, begins, strict=True)]
 
     def place(self, found: Sequence[Values], layers: Sequence[int], columns: Any) -> None:
         """Write ``layers`` of values to their slots in ``columns``, entries of these layers' K and
@@ -195,7 +197,7 @@ class ExactTokens:
         s, own = self._section, np.array(layers)
         ks, vs = s.kv_heads * s.k_dim, s.kv_heads * s.v_dim
         units = self._itemsize * np.concatenate([own * ks, len(s.layers) * ks + own * vs])
-        moves = [(slots, values.data.ptr + len(slots) * units) for slots, values in found]
+        moves = [(slots, begin + len(slots) * units) for slots, _, begin in found]
         move(self._staging, moves, columns, self._itemsize, back=False)
 
     def check(self) -> None:

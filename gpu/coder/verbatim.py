@@ -106,14 +106,15 @@ def decode(
     sizes: Sequence[int],
     addresses: Sequence[int],
     staging: Staging,
-) -> tuple[list[Any], Any]:
+) -> tuple[Any, list[int], Any]:
     """Bits of values on the device, of payloads that are there too: at addresses that are multiples
     of 16.
 
     Returns
     -------
-    list of uint16 [values], int32 [payloads]
-        The values, and on the device which payloads no encoder wrote: not 0.
+    uint16 [values of all], addresses, int32 [payloads]
+        The values, where those of each payload begin, and on the device which payloads no encoder
+        wrote: not 0.
 
     Raises
     ------
@@ -135,4 +136,4 @@ def decode(
     [tasks_d] = staging.arrays(tasks)
     arguments = tasks_d, base, base, values.data.ptr, faults
     verbatim.decode(len(tasks), verbatim.THREADS, arguments)
-    return [values[f : f + n] for f, n in zip(firsts.tolist(), sizes, strict=False)], faults
+    return values, (values.data.ptr + 2 * firsts[:-1]).tolist(), faults

@@ -80,17 +80,16 @@ class Kernel:
                 if shared > loaded.granted:
                     loaded.grant(shared)
         values = [v if isinstance(v, _NUMBERS) else v.data.ptr for v in arguments]
-        try:
-            buffer, pointers = self._own.room
-        except AttributeError:
+        if (room := getattr(self._own, "room", None)) is None:
             buffer = ctypes.create_string_buffer(self._format.size)
             first = ctypes.addressof(buffer)
             places = [first + 8 * i for i in range(len(self.signature))]
             pointers = (ctypes.c_void_p * len(places))(*places)
-            self._own.room = buffer, pointers
+            room = self._own.room = buffer, pointers, ctypes.addressof(pointers)
+        buffer, _, where = room
         self._format.pack_into(buffer, 0, *values)
         stream = cupy.cuda.get_current_stream().ptr
-        loaded.launch(x, y, z, block, shared, stream, ctypes.addressof(pointers))
+        loaded.launch(x, y, z, block, shared, stream, where)
 
     @property
     def handle(self) -> int:
@@ -117,7 +116,6 @@ class _Module:
 
     def __init__(self, kernel: Kernel) -> None:
         import cupy
-        from cuda.bindings import driver  # type: ignore[import-untyped]
 
         capability = cupy.cuda.Device().compute_capability
         code = kernel.ptx((int(capability[:-1]), int(capability[-1])))
@@ -127,8 +125,7 @@ class _Module:
         self._name = kernel.__name__
         self._function = self._module.get_function(name)
         self.handle = int(self._function.ptr)
-        self._typed = driver.CUfunction(self.handle)
-        self._driver = driver
+        self._driver = cupy.cuda.driver
         self.granted = _FREE_SHARED
 
     def grant(self, shared: int) -> None:
@@ -141,14 +138,15 @@ class _Module:
     def launch(
         self, x: int, y: int, z: int, block: int, shared: int, stream: int, pointers: int
     ) -> None:
-        (error,) = self._driver.cuLaunchKernel(
-            self._typed, x, y, z, block, 1, 1, shared, stream, pointers, 0
-        )
-        if error:
+        try:
+            self._driver.launchKernel(
+                self.handle, x, y, z, block, 1, 1, shared, stream, pointers, 0
+            )
+        except self._driver.CUDADriverError as error:
             raise RuntimeError(
                 f"kernel {self._name}: launching {x} × {y} × {z} blocks of {block} threads with "
-                f"{shared} bytes of shared memory failed: {error!r}"
-            )
+                f"{shared} bytes of shared memory failed: {error}"
+            ) from None
 
 
 def kernel(*signature: Any) -> Callable[[Callable[..., None]], Any]:

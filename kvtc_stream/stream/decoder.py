@@ -90,9 +90,10 @@ def check_calibration(header: StreamHeader, calibration: Calibration) -> Calibra
         )
     made = header.geometry, header.plan
     # Headers of one kind share both. They are kept, so that nothing else gets their numbers.
-    same, bases, _ = calibration.memo(
+    kept: tuple[bool, CalibratedBases, Any] = calibration.memo(
         ("checked", *map(id, made)), lambda: (*_bases_of(calibration, *made), made)
     )
+    same, bases, _ = kept
     for name, found, expected in zip(
         ("layers, heads and channels", "model fingerprint"),
         (same or _shapes(header.geometry), header.model.fingerprint),

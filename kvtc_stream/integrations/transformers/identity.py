@@ -229,7 +229,6 @@ def _canonical(value: Any) -> Any:
 
 #: What else changes when a model gets other weights.
 _OF_TENSORS: tuple[Callable[[Tensor], Any], ...] = (
-    id,
     Tensor.data_ptr,
     Tensor.stride,
     *map(attrgetter, ("shape", "dtype", "device")),
@@ -293,9 +292,9 @@ def _state(modules: list[Any], tensors: list[Tensor]) -> tuple[Any, Any, Any]:
     """What changes when a model's adapters, rotary embeddings or weights do, found quickly."""
     adapters = [
         (layer.disable_adapters, list(layer.active_adapters), dict(layer.scaling))
-        for layer, own in zip(modules, map(vars, modules), strict=True)
-        if "scaling" in own
-        and isinstance(own["scaling"], dict)
+        for layer in modules
+        if "scaling" in vars(layer)
+        and isinstance(layer.scaling, dict)
         and hasattr(layer, "disable_adapters")
     ]
     ropes = [
@@ -307,8 +306,10 @@ def _state(modules: list[Any], tensors: list[Tensor]) -> tuple[Any, Any, Any]:
         for name in module._buffers
         if name.endswith("inv_freq")
     ]
-    # Tensors of inference mode do not count their changes.
-    versions = [None if x.is_inference() else x._version for x in tensors]
+    try:
+        versions: list[int | None] = [x._version for x in tensors]
+    except RuntimeError:  # tensors of inference mode do not count their changes
+        versions = [None if x.is_inference() else x._version for x in tensors]
     return adapters, ropes, (versions, *([*map(of, tensors)] for of in _OF_TENSORS))
 
 

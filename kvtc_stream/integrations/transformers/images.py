@@ -55,8 +55,8 @@ def forget_images(model: PreTrainedModel) -> None:
 
 def _rope_deltas(model: PreTrainedModel) -> list[tuple[Any, Any]]:
     # Modules look for what they lack in three places, and then raise an error.
-    own = [(x, vars(x)) for x in modules_of(plain_model(model))]
-    return [(x, fields["rope_deltas"]) for x, fields in own if "rope_deltas" in fields]
+    own = [x for x in modules_of(plain_model(model)) if "rope_deltas" in vars(x)]
+    return [(x, x.rope_deltas) for x in own]
 
 
 def _has_mrope(model: PreTrainedModel) -> bool:

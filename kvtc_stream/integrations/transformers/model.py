@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import cache, wraps
@@ -111,16 +112,29 @@ def _urgent(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
 
 
+#: What :func:`modules_of` found last, by model.
+_walked = weakref.WeakKeyDictionary[torch.nn.Module, list[weakref.ref[Any]]]()
+
+
 @found_once
 def modules_of(model: torch.nn.Module) -> list[Any]:
-    """Those of ``model.modules()``, nearer ones first, at a quarter of its time: a model is walked
-    through for each cache."""
+    """Those of ``model.modules()``, nearer ones first. A model is walked through for each cache:
+    where it is as it was, whose children are all that is known of it, that takes a tenth."""
+    known = [own() for own in _walked.get(model, ())]
+    if known and None not in known and _below(known) == known[1:]:
+        return known
     found, level = dict[Any, None](), dict[Any, None]({model: None})
     while level:
         found |= level
-        below = chain.from_iterable(x.values() for x in map(_MODULES, level) if x)
-        level = {x: None for x in below if x is not None and x not in found}
+        level = {x: None for x in _below(level) if x not in found}
+    _walked[model] = list(map(weakref.ref, found))
     return list(found)
+
+
+def _below(modules: Iterable[Any]) -> list[Any]:
+    """The children of modules, one module after the other."""
+    children = chain.from_iterable(x.values() for x in map(_MODULES, modules) if x)
+    return [x for x in children if x is not None]
 
 
 @found_once
