@@ -73,7 +73,7 @@ class BandDecoder(BatchDecoder):
         found = _unpacked(
             self._plan,
             blocks.coded_tokens.tolist(),
-            blocks.columns,
+            blocks.columns(self.staging),
             cupy.asarray(np.frombuffer(payloads, np.uint8)),
             len(blocks.positions),
         )

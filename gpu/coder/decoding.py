@@ -94,13 +94,12 @@ class CodedBlocks:
     def __len__(self) -> int:
         return len(self.table)
 
-    @property
-    def columns(self) -> Any:
+    def columns(self, staging: Staging) -> Any:
         """int32 [coded tokens] on the device: their numbers among all tokens."""
-        if self.kept is None:
-            size = 1 << len(self.positions).bit_length()
-            return _numbers(cupy.cuda.runtime.getDevice(), size)[: len(self.positions)]
-        return cupy.asarray(np.flatnonzero(self.kept).astype(np.int32))
+        if self.kept is not None:
+            return staging.arrays(np.flatnonzero(self.kept).astype(np.int32))[0]
+        size = 1 << len(self.positions).bit_length()
+        return _numbers(cupy.cuda.runtime.getDevice(), size)[: len(self.positions)]
 
     @property
     def coded_tokens(self) -> NDArray[np.int64]:
@@ -433,9 +432,8 @@ class TileTasks:
         blocks[:, rans.HELD], blocks[:, rans.BEFORE] = tokens, firsts
         blocks[:, rans.TILES] = begins + payloads.tiles
         blocks[:, rans.NIBBLES] = begins + payloads.classes
-        # np.clip takes longer than all of this.
-        levels = np.minimum(np.maximum(payloads.levels, self._lowest), self._highest)
-        blocks[:, rans.OWN_LEVEL] = levels - self._lowest
+        levels = payloads.levels.clip(self._lowest, self._highest) - self._lowest
+        blocks[:, rans.OWN_LEVEL] = levels
         starts = np.array([part.start for part in self._parts], np.int64)
         found = []
         for size, count, each in counts:
@@ -728,7 +726,7 @@ class UniformDecoder(BatchDecoder):
             payloads.lengths,
             *chain.from_iterable((x.parts, x.blocks) for x in tiles),
         )
-        tasks, columns = _tasks(tiles, there, lengths), blocks.columns
+        tasks, columns = _tasks(tiles, there, lengths), blocks.columns(self.staging)
         stride = -(-int(blocks.edges[-1]) // 64) * 64
         # No tile writes these columns, but products read them, so they must be finite.
         new = cupy.empty if len(columns) == stride else cupy.zeros

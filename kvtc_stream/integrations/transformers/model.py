@@ -119,7 +119,8 @@ _walked = weakref.WeakKeyDictionary[torch.nn.Module, list[weakref.ref[Any]]]()
 @found_once
 def modules_of(model: torch.nn.Module) -> list[Any]:
     """Those of ``model.modules()``, nearer ones first. A model is walked through for each cache:
-    where it is as it was, whose children are all that is known of it, that takes a tenth."""
+    that takes less than half of the time, and a fifth where all modules have the children that they
+    had."""
     known = [own() for own in _walked.get(model, ())]
     if known and None not in known and _below(known) == known[1:]:
         return known
