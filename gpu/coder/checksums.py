@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from kvtc_stream.gpu.kernels import checksum
 from kvtc_stream.gpu.runtime.staging import Staging
+from kvtc_stream.io.xxh3 import found_in
 
 
 def checksums(
@@ -47,5 +48,5 @@ def checksums(
     )
     out = cupy.empty((count, 8), np.int64)
     checksum.mix(-(-8 * count // 64), 64, (tasks_d, count, secret, initial, sums, out))
-    found = staging.begin_fetch(out)
-    return lambda: checksum.finish(found(), sizes, seeds)
+    found = staging.begin_fetch(out.reshape(-1))
+    return lambda: found_in(found().view(np.uint64), sizes, seeds)

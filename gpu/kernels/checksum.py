@@ -8,7 +8,6 @@ accumulators between them is a chain, but a short one. The host finishes with a 
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
 from kvtc_stream.gpu.kernels.intrinsics import WARP, i32, i64, i64p, shuffle, shuffle_down
 from kvtc_stream.gpu.runtime.compile import kernel
@@ -134,30 +133,3 @@ def mix(tasks, payloads, secret, initial, sums, out):  # type: ignore[no-untyped
         state ^= (state >> _I64(47)) & _I64((1 << 17) - 1)
         state = (state ^ key) * _PRIME
     out[thread] = state + x_1
-
-
-def finish(
-    accumulators: NDArray[np.int64], sizes: NDArray[np.int64], seeds: NDArray[np.uint64]
-) -> NDArray[np.uint64]:
-    """Checksums of payloads from what :func:`mix` left of them."""
-    signs = np.where(np.arange(24) % 2, -1, 1).astype(np.uint64)  # wraps
-    secret = SECRET.view(np.uint64) + signs * seeds[:, None]
-    # The secret's bytes from 11 on.
-    words = secret[:, 1:9] >> np.uint64(24) | secret[:, 2:10] << np.uint64(40)
-    mixed = accumulators.view(np.uint64) ^ words
-    found: NDArray[np.uint64] = sizes.astype(np.uint64) * np.uint64(xxh3.LONG_PRIMES[0])
-    found += _folded(mixed[:, ::2], mixed[:, 1::2]).sum(axis=1, dtype=np.uint64)
-    found ^= found >> np.uint64(37)
-    found *= np.uint64(xxh3.AVALANCHE)
-    found ^= found >> np.uint64(32)
-    return found
-
-
-def _folded(a: NDArray[np.uint64], b: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The two halves of products of 128 bits, one xor the other."""
-    half, low = np.uint64(32), np.uint64(0xFFFFFFFF)
-    a_0, a_1, b_0, b_1 = a & low, a >> half, b & low, b >> half
-    across = a_1 * b_0
-    middle = (a_0 * b_0 >> half) + (across & low) + a_0 * b_1
-    high: NDArray[np.uint64] = a_1 * b_1 + (across >> half) + (middle >> half)
-    return high ^ a * b

@@ -133,11 +133,30 @@ def end(address, size, secret, state):  # type: ignore[no-untyped-def]
     for i in range((size - 1 - before) // 64):
         _add(address + before + 64 * i, secret, i, 0, state)
     _add(address + size - 64, secret, 15, 1, state)  # the secret's bytes from 121 on
+    return _found(size, secret, state, 0)
+
+
+@jit
+def found_in(states, sizes, seeds):  # type: ignore[no-untyped-def]
+    """The checksums, uint64, of inputs of at least LEAST bytes that all were added to their eight
+    accumulators, uint64 [8 · inputs]."""
+    secret, state = np.empty(24, np.uint64), np.empty(8, np.uint64)
+    out = np.empty(len(sizes), np.uint64)
+    for i in range(len(sizes)):
+        begin(seeds[i], secret, state)
+        out[i] = _found(sizes[i], secret, states, 8 * i)
+    return out
+
+
+@jit
+def _found(size, secret, state, first):  # type: ignore[no-untyped-def]
+    """The checksum of so many bytes, given the accumulators from ``first`` on."""
     found = _U64(size) * _LENGTH
     for i in range(4):
+        at = first + 2 * i
         # The secret's bytes from 11 on.
-        a = state[2 * i] ^ (secret[2 * i + 1] >> _U64(24) | secret[2 * i + 2] << _U64(40))
-        b = state[2 * i + 1] ^ (secret[2 * i + 2] >> _U64(24) | secret[2 * i + 3] << _U64(40))
+        a = state[at] ^ (secret[2 * i + 1] >> _U64(24) | secret[2 * i + 2] << _U64(40))
+        b = state[at + 1] ^ (secret[2 * i + 2] >> _U64(24) | secret[2 * i + 3] << _U64(40))
         found += _folded(a, b)
     found = (found ^ found >> _FOLD) * _LAST
     return found ^ found >> _HALF
