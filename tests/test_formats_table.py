@@ -67,6 +67,9 @@ def check_columns(table: BlockTable, blocks: list[Block]) -> None:
     assert table.positions().tolist() == joined
     verbatim = [i in b.verbatim_tokens for b in blocks for i in range(b.tokens)]
     assert table.verbatim().tolist() == verbatim
+    rows = np.arange(0, len(blocks), 2)
+    kept = [x for i, b in enumerate(blocks) for x in b.positions if i % 2 == 0]
+    assert table.chosen(table.positions(), rows).tolist() == kept
     ordinals = [
         b.start + i - b.kept.start if i in b.kept else -1 for b in blocks for i in range(b.tokens)
     ]
